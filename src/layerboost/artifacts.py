@@ -1,0 +1,274 @@
+"""The files stages pass to each other: their schemas, and atomic reading and writing of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from layerboost.errors import ConfigError, LayerboostError
+
+Strategy = Literal["full", "sliding", "none"]
+Record = TypeVar("Record", bound="Artifact")
+
+
+class Artifact(BaseModel):
+    """A file with a schema version; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    schema_version: Literal[1] = 1
+
+
+class ModelInfo(BaseModel):
+    """Which model a file was made from. `fingerprint` covers its configuration and weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    name: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    bytes_per_element: int
+    max_context_tokens: int
+    parameters: int
+    fingerprint: str
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one full layer holds for one token."""
+        return 2 * self.kv_heads * self.head_dim * self.bytes_per_element
+
+
+class Score(BaseModel):
+    """A mean over sequences with its standard error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mean: float
+    standard_error: float
+
+
+class Variant(BaseModel):
+    """One layer under one replacement."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attention: Literal["sliding", "none"]
+    window: int | None = None
+    sink: bool = False
+    kl: Score = Field(description="KL(base ‖ changed) per token, nats")
+    nll: Score = Field(description="NLL(changed) − NLL(base) per token, nats")
+
+
+class LayerSensitivity(BaseModel):
+    """All variants of one layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layer: int
+    variants: list[Variant]
+
+
+class Sensitivity(Artifact):
+    """`sensitivity.json`: saved after each layer, complete once every layer is in it."""
+
+    model: ModelInfo
+    text: str = Field(description="fingerprint of the calibration tokens")
+    settings: dict[str, Any]
+    sequences: int
+    tokens: int
+    base_nll: Score
+    layers: list[LayerSensitivity] = []
+
+    @property
+    def complete(self) -> bool:
+        return len(self.layers) == self.model.layers
+
+
+class LayerPlan(BaseModel):
+    """The strategy of one layer. `sink`: a learned logit per head in the softmax's denominator."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layer: int = Field(ge=0)
+    attention: Strategy
+    window: int | None = Field(None, ge=1)
+    sink: bool = False
+
+    @model_validator(mode="after")
+    def _window_only_where_sliding(self) -> LayerPlan:
+        if self.attention == "sliding" and self.window is None:
+            raise ValueError("a sliding layer needs a window")
+        if self.attention != "sliding" and (self.window is not None or self.sink):
+            raise ValueError(f"a {self.attention} layer takes neither window nor sink")
+        return self
+
+
+class Predicted(BaseModel):
+    """What the sensitivities foretell: the sum of single-layer scores, and the KV cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kl: float
+    nll: float
+    kv_fraction: float
+    kv_bytes_per_request: int
+    context_tokens: int
+
+
+class PlanFile(Artifact):
+    """`plan.yaml`: one line a layer; a person may edit it."""
+
+    model: ModelInfo
+    method: str
+    settings: dict[str, Any] = {}
+    sensitivity: str | None = Field(None, description="hash of the sensitivity.json it was made from")
+    predicted: Predicted | None = None
+    layers: list[LayerPlan]
+
+    @model_validator(mode="after")
+    def _layers_in_order(self) -> PlanFile:
+        found = [entry.layer for entry in self.layers]
+        if found != list(range(self.model.layers)):
+            raise ValueError(f"the plan must name layers 0 to {self.model.layers - 1} once each, in order; got {found}")
+        if len({entry.window for entry in self.layers if entry.window}) > 1:
+            raise ValueError("a plan uses one window: vLLM and Transformers keep a single sliding_window")
+        return self
+
+    @property
+    def window(self) -> int | None:
+        return next((entry.window for entry in self.layers if entry.window), None)
+
+    def count(self, attention: Strategy) -> int:
+        return sum(entry.attention == attention for entry in self.layers)
+
+    def hash(self) -> str:
+        """Identity of what the plan does: the model and the layers, not how they were chosen."""
+        return fingerprint(self.model.fingerprint, [entry.model_dump() for entry in self.layers])
+
+
+class StageRecord(BaseModel):
+    """One line of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    argv: list[str]
+    started: str
+    seconds: float
+    status: Literal["done", "failed", "interrupted"]
+    error: str | None = None
+    seed: int
+    device: str
+    versions: dict[str, str]
+    git_revision: str | None = None
+    model: str | None = None
+    text: str | None = None
+
+
+class RunFile(Artifact):
+    """`run.json`: what was run in this folder, in order."""
+
+    stages: list[StageRecord] = []
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of the SHA-256 over the canonical JSON of `parts`."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it.
+
+    Raises LayerboostError when the disk is full or the folder is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_error(path: Path, error: OSError) -> LayerboostError:
+    """The message for a write that failed."""
+    return LayerboostError(f"cannot write {path}", found=str(error), do="free space or choose another --run folder")
+
+
+def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:
+    """Write an artifact or a plain mapping as indented JSON, atomically."""
+    plain = value.model_dump(mode="json") if isinstance(value, Artifact) else value
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type[Record], made_by: str) -> Record:
+    """Read and validate an artifact; `made_by` is the command that writes it, named when the file is missing.
+
+    Raises ConfigError for a missing, truncated or foreign file.
+    """
+    return _parse(path, kind, made_by, json.loads)
+
+
+def write_plan(path: Path, plan: PlanFile) -> None:
+    """Write `plan.yaml` with one line a layer."""
+    head = plan.model_dump(mode="json", exclude={"layers"})
+    lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=True), "layers:\n"]
+    for entry in plan.layers:
+        values = entry.model_dump(mode="json", exclude_defaults=True)
+        inner = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=200).strip()
+        lines.append(f"  - {inner}\n")
+    write_text(path, "".join(lines))
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Read and validate `plan.yaml`; raises ConfigError."""
+    return _parse(path, PlanFile, "layerboost plan", yaml.safe_load)
+
+
+def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist", do=f"make it with `{made_by}`")
+    try:
+        return kind.model_validate(parser(path.read_text()))
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ValidationError):
+            found = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()[:3]
+            )
+        else:
+            found = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path} is not a valid {kind.__name__} (schema version 1)",
+            found=found,
+            do=f"mend it, or delete it and run `{made_by}` again",
+        ) from None

@@ -1,0 +1,36 @@
+"""Every error a user can cause: what is wrong, what was found, what to do next; one exit code each."""
+
+from __future__ import annotations
+
+
+class LayerboostError(Exception):
+    """A failure with a message meant for a person. Exit code 1."""
+
+    exit_code = 1
+
+    def __init__(self, wrong: str, *, found: str = "", do: str = "") -> None:
+        self.wrong, self.found, self.do = wrong, found, do
+        lines = [wrong]
+        if found:
+            lines.append(f"found: {found}")
+        if do:
+            lines.append(f"do: {do}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(LayerboostError):
+    """A command, recipe, plan, model or data set that cannot be used as given. Exit code 2."""
+
+    exit_code = 2
+
+
+class InfeasibleBudget(LayerboostError):
+    """No plan meets the budget; the message names the nearest one that exists. Exit code 3."""
+
+    exit_code = 3
+
+
+class GateMissed(LayerboostError):
+    """The boosted model lost more quality than the recipe's gate allows. Exit code 4."""
+
+    exit_code = 4

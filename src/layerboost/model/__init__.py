@@ -1,0 +1,1 @@
+"""Strategies, surgery and checkpoints: the part other projects may import."""

