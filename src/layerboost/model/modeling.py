@@ -31,9 +31,7 @@ class AttentionFree(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].cumulative_length += hidden_states.shape[1]
         return torch.zeros_like(hidden_states), None
@@ -91,17 +89,17 @@ def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> Non
         setattr(layer, norm, nn.Identity())
 
 
-def make_sliding(attention: nn.Module, window: int, sink: bool) -> None:
+def make_sliding(attention: Any, window: int, sink: bool) -> None:
     """Send an attention module through `sliding_attention`; with `sink`, give it a logit per head, `sinks` `[H]`."""
     # Transformers looks the backend up in the module's own config, so a copy changes this one layer.
     attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = SLIDING  # type: ignore[union-attr]
+    attention.config._attn_implementation = SLIDING
     attention.layerboost_window = window
     if sink and getattr(attention, "sinks", None) is None:
         add_sinks(attention)
 
 
-def add_sinks(attention: nn.Module) -> None:
+def add_sinks(attention: Any) -> None:
     """Register the parameter `sinks` `[H]`, zero, on an attention module."""
     config: Any = attention.config
     weight = next(attention.parameters())
@@ -163,9 +161,7 @@ def sliding_attention_forward(
     The window is applied here, so any mask will do that holds causality and padding.
     """
     mask = _boolean_mask(attention_mask, key.shape[2])
-    out = sliding_attention(
-        query, key, value, module.layerboost_window, getattr(module, "sinks", None), mask, scaling
-    )
+    out = sliding_attention(query, key, value, module.layerboost_window, getattr(module, "sinks", None), mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -191,7 +187,7 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 @cache
-def _boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _boosted_class(stock: Any) -> type[PreTrainedModel]:
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         apply_config(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError
 from layerboost.model.attention import dropped_logsumexp
 from layerboost.model.families import FAMILIES, Family
-from layerboost.model.modeling import AttentionFree, apply_config, boosted_class, decoder_layers, make_sliding
+from layerboost.model.modeling import apply_config, boosted_class, decoder_layers, make_sliding
 
 CAPTURE = "layerboost_capture"
 
@@ -85,16 +86,14 @@ def apply_plan(
     model.__class__ = boosted_class(type(model))
     apply_config(model)
     for layer, values in (sinks or {}).items():
-        module = attention_of(model, layer)
+        module: Any = attention_of(model, layer)
         with torch.no_grad():
-            module.sinks.copy_(values)  # type: ignore[union-attr, operator]
+            module.sinks.copy_(values)
     return model
 
 
 @contextmanager
-def replaced(
-    model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None
-) -> Iterator[None]:
+def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
     """Inside the block, one layer of a stock model runs under another strategy; outside, everything is as before."""
     if plan.attention == "full":
         yield
@@ -106,7 +105,7 @@ def replaced(
     try:
         if plan.attention == "none":
             # The norms stay: their output is not used, and a stock layer calls them.
-            setattr(decoder_layer, name, _Silent(layer))
+            setattr(decoder_layer, name, _Silent())
         else:
             assert plan.window is not None
             make_sliding(attention, plan.window, sink=False)
@@ -120,30 +119,34 @@ def replaced(
                 delattr(attention, attribute)
 
 
-class _Silent(AttentionFree):
-    """An AttentionFree for a stock model, whose cache has no counting layers."""
+class _Silent(nn.Module):
+    """An absent attention in a stock model, whose cache counts nothing."""
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
 @contextmanager
-def captured_scores(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Inside the block, each forward of a full layer leaves `dropped_logsumexp` of every window: `{window: [H]}`."""
-    attention: Any = attention_of(model, layer)
-    config, found = attention.config, {}
-    stock = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+def captured_scores(
+    model: PreTrainedModel, layers: Sequence[int], windows: Sequence[int]
+) -> Iterator[dict[tuple[int, int], list[torch.Tensor]]]:
+    """Inside the block, each forward of a stock model appends `dropped_logsumexp` `[H]` under `(layer, window)`."""
+    modules: dict[int, Any] = {layer: attention_of(model, layer) for layer in layers}
+    configs = {layer: module.config for layer, module in modules.items()}
+    found: dict[tuple[int, int], list[torch.Tensor]] = {(layer, w): [] for layer in layers for w in windows}
+    stock = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
 
     def capture(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         for window in windows:
-            found[window] = dropped_logsumexp(query, key, window, kwargs.get("scaling"))
+            found[module.layer_idx, window].append(dropped_logsumexp(query, key, window, kwargs.get("scaling")))
         return stock(module, query, key, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(CAPTURE, capture)
-    make_sliding(attention, max(windows, default=1), sink=False)
-    attention.config._attn_implementation = CAPTURE
     try:
+        for module in modules.values():
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = CAPTURE
         yield found
     finally:
-        attention.config = config
-        del attention.layerboost_window
+        for layer, module in modules.items():
+            module.config = configs[layer]

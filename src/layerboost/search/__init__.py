@@ -1,1 +1,1 @@
-"""x"""
+"""Choosing a strategy for every layer: what strategies cost, and the selection methods."""

@@ -1,1 +1,1 @@
-"""x"""
+"""One file a stage, in pipeline order: measure, plan, convert, heal, evaluate, bench, report."""

@@ -1,0 +1,181 @@
+"""heal: attention distillation, then LoRA distillation from the base → healed/, the adapters merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, LayerPlan, PlanFile, fingerprint, read_plan, write_json
+from layerboost.errors import ConfigError
+from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
+from layerboost.healing.training import train_stage
+from layerboost.model.checkpoint import (
+    check_same_model,
+    find_model,
+    load_model,
+    load_tokenizer,
+    model_info,
+    open_base,
+    save_boosted,
+)
+from layerboost.model.families import FAMILIES
+from layerboost.recipe import Recipe, recipe_yaml
+from layerboost.runtime import Runtime, log, start_runtime
+from layerboost.sensitivity.metrics import token_losses
+from layerboost.text import load_tokens, sample_documents
+
+VALIDATION_SEQUENCES = 8
+
+
+def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
+    """Train RUN/converted against the base and write RUN/healed; goes on from the last checkpoint in RUN/heal.
+
+    Raises ConfigError, also when RUN/heal was begun with other settings, or when it holds work and `resume` is False.
+    """
+    plan = read_plan(run / CONVERTED / PLAN)
+    identity = heal_identity(recipe, plan)
+    if healed_from(run / HEALED) == fingerprint(identity):
+        log.info("%s is up to date", run / HEALED)
+        return run / HEALED
+    _begin(run / HEAL, identity, resume)
+    runtime = start_runtime(recipe)
+    source = open_base(recipe, run, runtime)
+    teacher = load_model(source, runtime, recipe.trust_remote_code)
+    check_same_model(plan, model_info(source, teacher.config, runtime.dtype), run / CONVERTED / PLAN)
+    student = load_model(find_model(str(run / CONVERTED)), runtime)
+    check_targets(student, recipe.heal.lora_targets)
+    torch.manual_seed(recipe.seed)
+    adapted = get_peft_model(
+        student,
+        LoraConfig(
+            r=recipe.heal.lora_rank, lora_alpha=2 * recipe.heal.lora_rank, target_modules=list(recipe.heal.lora_targets)
+        ),
+    )
+    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    sample_documents(teacher, tokenizer, recipe.text, run, recipe.seed)
+    _train(recipe, run, plan, runtime, teacher, adapted.get_base_model(), tokenizer)
+    merged = adapted.merge_and_unload().requires_grad_(False).eval()
+    healing = (
+        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"tokens of LoRA distillation from the base, on {recipe.text.source}."
+    )
+    save_boosted(merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), healing=healing)
+    write_json(run / HEALED / "heal.json", identity)
+    return run / HEALED
+
+
+def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
+    """Everything the healed weights depend on, in plain JSON."""
+    settings = recipe.heal.model_dump(mode="json", exclude={"save_steps"})
+    text = recipe.text.model_dump(mode="json")
+    return {"schema_version": 1, "plan": plan.hash(), "seed": recipe.seed, "heal": settings, "text": text}
+
+
+def healed_from(folder: Path) -> str | None:
+    """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
+    file = folder / "heal.json"
+    return fingerprint(json.loads(file.read_text())) if file.is_file() else None
+
+
+def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Raise ConfigError for LoRA targets that the model does not have."""
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = set(targets) - linear
+    if unknown:
+        raise ConfigError(
+            f"heal.lora_targets names layers that do not exist: {', '.join(sorted(unknown))}",
+            found=f"this model has {', '.join(sorted(linear))}",
+        )
+
+
+def _begin(work: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Note in RUN/heal what is being trained, or check that it is the same as before."""
+    file = work / "heal.json"
+    if not file.is_file():
+        write_json(file, identity)
+        return
+    there = json.loads(file.read_text())
+    if there != identity:
+        changed = [
+            f"{section}.{key}: {there[section].get(key)} there, {value} here"
+            for section in ("heal", "text")
+            for key, value in identity[section].items()
+            if there[section].get(key) != value
+        ]
+        changed += [f"{key} differs" for key in ("plan", "seed") if there[key] != identity[key]]
+        raise ConfigError(
+            f"{work} was begun with other settings",
+            found="; ".join(changed),
+            do=f"use another --run folder, or delete {work}",
+        )
+    if not resume:
+        raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
+    log.info("going on with %s", work)
+
+
+def _train(
+    recipe: Recipe,
+    run: Path,
+    plan: PlanFile,
+    runtime: Runtime,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: Any,
+) -> None:
+    settings, folder = recipe.heal, run / HEAL
+
+    def training_ids(tokens: int, seed: int) -> torch.Tensor:
+        return load_tokens(recipe.text, tokenizer, "train", tokens, run=run, seed=seed).ids
+
+    if settings.attention_tokens and any(entry.attention != "full" for entry in plan.layers):
+        train_changed_layers(student, plan.layers)
+        first = AttentionDistiller(student, teacher, plan.layers)
+        ids = training_ids(settings.attention_tokens, recipe.seed)
+        train_stage("attention", first, ids, settings.attention_lr, settings, folder, seed=recipe.seed)
+    if settings.tokens:
+        train_everything(student)
+        tokens = VALIDATION_SEQUENCES * recipe.text.sequence_tokens
+        held = load_tokens(recipe.text, tokenizer, "calibration", tokens, run=run).ids.to(runtime.device)
+        second = LogitDistiller(student, teacher, settings.temperature)
+        ids = training_ids(settings.tokens, recipe.seed + 1)
+        train_stage(
+            "lora", second, ids, settings.lr, settings, folder, seed=recipe.seed,
+            validate=lambda: validation(teacher, student, held),
+        )  # fmt: skip
+
+
+def train_changed_layers(student: PreTrainedModel, layers: list[LayerPlan]) -> None:
+    """Stage 1 trains the adapters of what it teaches: a sliding layer's attention, an attention-free layer's MLP."""
+    sliding = {entry.layer for entry in layers if entry.attention == "sliding"}
+    none = {entry.layer for entry in layers if entry.attention == "none"}
+    attention = FAMILIES[student.config.model_type].attention
+    for name, parameter in student.named_parameters():
+        parts = name.split(".")
+        layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+        learns = (layer in sliding and attention in parts) or layer in none
+        parameter.requires_grad_(learns and ("lora_" in name or parts[-1] == "sinks"))
+
+
+def train_everything(student: PreTrainedModel) -> None:
+    """Stage 2 trains every adapter and every sink."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.endswith(".sinks"))
+
+
+@torch.no_grad()
+def validation(teacher: PreTrainedModel, student: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
+    """KL to the base and NLL of the student on ids `[N, T]` that are not trained on."""
+    kl, nll = [], []
+    for batch in ids.split(2):
+        target, hidden = (
+            model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state for model in (teacher, student)
+        )
+        _, (losses,) = token_losses(teacher, target, batch, [hidden], student)
+        kl.append(losses.kl)
+        nll.append(losses.nll)
+    return {"validation_kl": float(torch.cat(kl).mean()), "validation_nll": float(torch.cat(nll).mean())}

