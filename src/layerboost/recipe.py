@@ -23,6 +23,8 @@ RECIPES = next(
 
 
 class Section(BaseModel):
+    """Settings of one stage."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
@@ -31,7 +33,7 @@ class Text(Section):
 
     source: str = Field(
         "self",
-        description="a Hub data set, a .txt/.jsonl/.parquet file or folder, package:NAME, or self (the model's samples)",
+        description="a Hub data set, a .txt/.jsonl/.parquet file, a folder, package:NAME, or self: the model's samples",
     )
     column: str = Field("text", description="the text column of a data set or JSONL file")
     sequence_tokens: int = Field(512, ge=16, description="tokens in one packed sequence")

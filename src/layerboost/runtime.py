@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -37,7 +38,11 @@ class Runtime:
 def start_runtime(recipe: Recipe) -> Runtime:
     """Choose device and dtype, seed every generator; raises ConfigError when CUDA is asked for and missing."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
+    if not os.environ.get("LAYERBOOST_DEBUG"):
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
     if recipe.device == "cuda" and not cuda:
         raise ConfigError("device is cuda", found="no CUDA device", do="use --set device=cpu or device=auto")

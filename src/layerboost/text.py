@@ -84,13 +84,10 @@ def read_documents(text: Text, run: Path | None = None) -> Iterator[str]:
 
 
 def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: int) -> None:
-    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; does nothing if they are there.
+    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`.
 
     Plain ancestral sampling at temperature 1 from the begin-of-text token.
     """
-    file = run / SAMPLES
-    if file.is_file():
-        return
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     torch.manual_seed(seed)
     lines: list[str] = []
@@ -109,7 +106,7 @@ def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: in
             decoded = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
             lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in decoded]
             progress.advance(count)
-    write_text(file, "\n".join(lines) + "\n")
+    write_text(run / SAMPLES, "\n".join(lines) + "\n")
 
 
 def _select(documents: Iterable[str], split: Split) -> Iterator[str]:

@@ -68,7 +68,7 @@ def sliding_attention(
     front, end = keys - queries, blocks * window - keys
     query = F.pad(query, (0, 0, front, end))
     key, value = (F.pad(x, (0, 0, window, end)) for x in (key, value))
-    batch, heads, _, size = query.shape
+    batch, _, _, size = query.shape
     query = query.view(batch, key.shape[1], -1, blocks, window, size)
     # Overlapping views: block n holds padded keys n·w to (n+2)·w, that is positions (n-1)·w to (n+1)·w.
     key, value = (x.unfold(2, 2 * window, window).transpose(-1, -2)[:, :, None] for x in (key, value))

@@ -21,6 +21,7 @@ from layerboost.model.card import model_card
 from layerboost.model.surgery import family_of
 from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, log
+from layerboost.text import SAMPLES, sample_documents
 
 FUTURE = "from __future__ import annotations"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -165,6 +166,13 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
         tokenizer.save_pretrained(folder)
         (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
     return Source(source.name, (run / BASE).absolute())
+
+
+def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
+    """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder."""
+    if recipe.text.source == "self" and not (run / SAMPLES).is_file():
+        model = load_model(source, runtime, recipe.trust_remote_code)
+        sample_documents(model, tokenizer, recipe.text, run, recipe.seed)
 
 
 def save_boosted(

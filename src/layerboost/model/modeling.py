@@ -7,7 +7,6 @@ Travels inside every boosted checkpoint together with families.py and attention.
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import torch
@@ -181,19 +180,23 @@ def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
 ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
 
 
+_BOOSTED: dict[type, Any] = {}
+
+
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The stock class with one more step: after building, every layer takes the strategy of the config."""
-    return stock if stock.__name__ == "LayerBoostForCausalLM" else _boosted_class(stock)
+    if stock.__name__ == "LayerBoostForCausalLM":
+        return stock
+    if stock not in _BOOSTED:
 
+        def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            stock.__init__(self, config, *args, **kwargs)
+            apply_config(self)
 
-@cache
-def _boosted_class(stock: Any) -> type[PreTrainedModel]:
-    def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
-        apply_config(self)
-
-    # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-    return type("LayerBoostForCausalLM", (stock,), {"__init__": init, "__module__": __name__})
+        # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
+        _BOOSTED[stock] = type("LayerBoostForCausalLM", (stock,), {"__init__": init, "__module__": __name__})
+    boosted: type[PreTrainedModel] = _BOOSTED[stock]
+    return boosted
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -13,12 +13,13 @@ from layerboost.model.checkpoint import (
     open_base,
     plan_in,
     save_boosted,
+    write_samples,
 )
 from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.sweep import calibrate_sinks
-from layerboost.text import load_tokens, sample_documents
+from layerboost.text import load_tokens
 
 
 def run_convert(recipe: Recipe, run: Path) -> Path:
@@ -40,7 +41,7 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
     sinks = {}
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
-        sample_documents(model, tokenizer, recipe.text, run, recipe.seed)
+        write_samples(recipe, run, source, tokenizer, runtime)
         tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
         batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
         found = calibrate_sinks(model, batches, with_sink, [plan.window])

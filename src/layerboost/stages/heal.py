@@ -22,12 +22,13 @@ from layerboost.model.checkpoint import (
     model_info,
     open_base,
     save_boosted,
+    write_samples,
 )
 from layerboost.model.families import FAMILIES
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.sensitivity.metrics import token_losses
-from layerboost.text import load_tokens, sample_documents
+from layerboost.text import load_tokens
 
 VALIDATION_SEQUENCES = 8
 
@@ -57,7 +58,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         ),
     )
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    sample_documents(teacher, tokenizer, recipe.text, run, recipe.seed)
+    write_samples(recipe, run, source, tokenizer, runtime)
     _train(recipe, run, plan, runtime, teacher, adapted.get_base_model(), tokenizer)
     merged = adapted.merge_and_unload().requires_grad_(False).eval()
     healing = (

@@ -7,11 +7,11 @@ from typing import Any
 
 from layerboost.artifacts import SENSITIVITY, LayerSensitivity, ModelInfo, Score, Sensitivity, read_json, write_json
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import load_model, load_tokenizer, model_info, open_base
+from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, model_info, open_base, write_samples
 from layerboost.recipe import Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.sweep import sweep
-from layerboost.text import Tokens, load_tokens, sample_documents
+from layerboost.text import Tokens, load_tokens
 
 
 def validate_measure(recipe: Recipe) -> None:
@@ -39,11 +39,10 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     validate_measure(recipe)
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    sample_documents(model, tokenizer, recipe.text, run, recipe.seed)
+    config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
+    write_samples(recipe, run, source, tokenizer, runtime)
     tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
-    info = model_info(source, model.config, runtime.dtype)
+    info = model_info(source, config, runtime.dtype)
     if max(recipe.text.sequence_tokens, *recipe.measure.windows) > info.max_context_tokens:
         raise ConfigError(
             "text.sequence_tokens is longer than the model's context",
@@ -68,6 +67,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
         )
         write_json(run / SENSITIVITY, found)
 
+    model = load_model(source, runtime, recipe.trust_remote_code)
     batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
     sweep(model, batches, recipe.measure.windows, found.layers if found else [], save)
     assert found is not None

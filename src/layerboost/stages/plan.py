@@ -43,12 +43,3 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     )
     write_plan(target, plan)
     return plan
-
-
-def plan_table(plan: PlanFile) -> list[list[str]]:
-    """The plan as rows, header first: layer, attention, window, sink."""
-    head = ["layer", "attention", "window", "sink"]
-    return [head] + [
-        [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
-        for entry in plan.layers
-    ]

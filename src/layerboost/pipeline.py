@@ -1,0 +1,198 @@
+"""The stages in order: one by name, all of one recipe, and the checks before hours of compute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import BASE, CONVERTED, HEALED, Artifact, write_text
+from layerboost.errors import LayerboostError
+from layerboost.recipe import Recipe, recipe_yaml
+from layerboost.runtime import log, recorded, start_runtime
+
+GIB = 1 << 30
+
+
+def measure(recipe: Recipe, run: Path) -> Any:
+    """Stage 1; imports stay inside so that the command line starts fast."""
+    from layerboost.stages.measure import run_measure
+
+    return run_measure(recipe, run)
+
+
+def plan(recipe: Recipe, run: Path) -> Any:
+    """Stage 2."""
+    from layerboost.stages.plan import run_plan
+
+    return run_plan(recipe, run)
+
+
+def convert(recipe: Recipe, run: Path) -> Any:
+    """Stage 3."""
+    from layerboost.stages.convert import run_convert
+
+    return run_convert(recipe, run)
+
+
+def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
+    """Stage 4."""
+    from layerboost.stages.heal import run_heal
+
+    return run_heal(recipe, run, resume)
+
+
+def evaluate(recipe: Recipe, run: Path) -> Any:
+    """Stage 5: base, converted and healed, whichever the run folder holds."""
+    from layerboost.stages.evaluate import run_evaluate
+
+    return run_evaluate(recipe, run, checkpoints(recipe, run), start_runtime(recipe))
+
+
+def bench(recipe: Recipe, run: Path) -> Any:
+    """Stage 6: base against the last boosted checkpoint; converted and healed are equally fast."""
+    from layerboost.stages.bench import run_bench
+
+    found = checkpoints(recipe, run)
+    if "healed" in found:
+        del found["converted"]
+    return run_bench(recipe, run, found)
+
+
+def report(recipe: Recipe, run: Path) -> Any:
+    """Stage 7."""
+    from layerboost.stages.report import run_report
+
+    return run_report(run)
+
+
+STAGES: dict[str, Callable[[Recipe, Path], Any]] = {
+    stage.__name__: stage for stage in (measure, plan, convert, heal, evaluate, bench, report)
+}
+
+
+def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
+    """Run one stage; the resolved recipe is saved and the attempt noted in run.json. Returns what the stage returns."""
+    save_recipe(recipe, run)
+    with recorded(run, name, recipe):
+        return STAGES[name](recipe, run, **options)
+
+
+def run_all(recipe: Recipe, run: Path) -> Any:
+    """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary."""
+    check(recipe, run)
+    result = None
+    for number, name in enumerate(STAGES, 1):
+        log.info("stage %d of %d: %s", number, len(STAGES), name)
+        result = run_stage(name, recipe, run)
+    return result
+
+
+def save_recipe(recipe: Recipe, run: Path) -> None:
+    """Write RUN/recipe.yaml; running it again repeats the run."""
+    write_text(run / "recipe.yaml", recipe_yaml(recipe))
+
+
+def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
+    """Base, converted and healed directories that exist, by name."""
+    from layerboost.model.checkpoint import open_base
+
+    base = open_base(recipe, run, start_runtime(recipe)).folder
+    boosted = {"converted": run / CONVERTED, "healed": run / HEALED}
+    return {"base": base} | {name: folder for name, folder in boosted.items() if (folder / "config.json").is_file()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `check` found: the model, and what the run will need against what there is."""
+
+    model: str
+    family: str
+    layers: int
+    parameters: int
+    device: str
+    memory_needed_gib: float
+    memory_free_gib: float
+    disk_needed_gib: float
+    disk_free_gib: float
+    calibration_tokens: int
+    vllm: str
+
+
+def check(recipe: Recipe, run: Path) -> Estimate:
+    """Recipe, model, text, tasks, vLLM, port, memory and disk, without loading a weight.
+
+    Memory is that of healing, the hungriest stage: base and student, the adapters with their optimizer left out. Raises
+    ConfigError for what cannot work and LayerboostError when memory or disk will not do.
+    """
+    from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
+    from layerboost.serving.server import check_port, check_vllm
+    from layerboost.stages.evaluate import validate_evaluate
+    from layerboost.stages.measure import validate_measure
+    from layerboost.text import load_tokens
+
+    validate_measure(recipe)
+    runtime = start_runtime(recipe)
+    source = find_model(recipe.model or "", run) if recipe.model else _no_model()
+    config = load_config(source, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    if recipe.text.source != "self":
+        load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens)
+    validate_evaluate(recipe, tokenizer, run)
+    vllm = check_vllm()
+    check_port(recipe.bench.port)
+    info = model_info(source, config, runtime.dtype)
+    weights_gib = info.parameters * info.bytes_per_element / GIB
+    copies = 2 + bool(source.gguf)  # converted, healed, and the unpacked base
+    already = sum((run / folder).is_dir() for folder in (BASE, CONVERTED, HEALED))
+    estimate = Estimate(
+        model=source.name,
+        family=info.model_type,
+        layers=info.layers,
+        parameters=info.parameters,
+        device=str(runtime.device),
+        memory_needed_gib=round(2 * weights_gib, 2),
+        memory_free_gib=round(_free_memory_gib(), 2),
+        disk_needed_gib=round(max(copies - already, 0) * weights_gib, 2),
+        disk_free_gib=round(shutil.disk_usage(_existing(run)).free / GIB, 2),
+        calibration_tokens=recipe.measure.tokens,
+        vllm=vllm,
+    )
+    for kind in ("memory", "disk"):
+        needed, free = asdict(estimate)[f"{kind}_needed_gib"], asdict(estimate)[f"{kind}_free_gib"]
+        if needed > free:
+            raise LayerboostError(
+                f"not enough {kind}: {needed} GiB needed",
+                found=f"{free} GiB free",
+                do="free some, or use a smaller model",
+            )
+    return estimate
+
+
+def plain(result: Any) -> Any:
+    """A stage's result as plain JSON values."""
+    if isinstance(result, Artifact):
+        return result.model_dump(mode="json")
+    if isinstance(result, Estimate):
+        return asdict(result)
+    return str(result) if isinstance(result, Path) else result
+
+
+def _free_memory_gib() -> float:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _no_model() -> Any:
+    from layerboost.errors import ConfigError
+
+    raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")
