@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
@@ -44,7 +45,8 @@ class Distiller(nn.Module):
         missing = self.state_dict().keys() ^ state_dict.keys()
         if missing:
             raise KeyError(f"checkpoint of other parameters: {sorted(missing)[:3]}")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])  # the frozen rest is not missing
 
 
 class AttentionDistiller(Distiller):

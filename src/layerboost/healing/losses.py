@@ -13,7 +13,10 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def normalized_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of `output` against `target` `[B, T, D]`, over the target's mean square: 1 says nothing learned."""
+    """Mean squared error of `output` against `target` `[B, T, D]`, over the target's mean square.
+
+    An output of zeros scores 1.
+    """
     return F.mse_loss(output.float(), target.float()) / target.float().square().mean().clamp_min(1e-12)
 
 
@@ -24,7 +27,10 @@ def distillation_loss_reference(
     teacher_head: Head,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """KL(teacher ‖ student) per token, times temperature² (Hinton et al. 2015), the plain way: whole logits `[B, T, V]`."""
+    """KL(teacher ‖ student) per token, times temperature² (Hinton et al. 2015), the plain way.
+
+    Logits of all tokens, `[B, T, V]`, are in memory at once.
+    """
     student = (student_head(student_hidden).float() / temperature).log_softmax(-1)
     teacher = (teacher_head(teacher_hidden).float() / temperature).log_softmax(-1)
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -172,7 +173,7 @@ class _Reporter(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             self.progress.__exit__()
             raise LayerboostError(
                 f"the loss of the {self.metrics.stage} stage is {loss} at step {state.global_step}",

@@ -1,0 +1,71 @@
+"""Imports go down only, and files stay readable."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "layerboost"
+# From the bottom up; a module may import from its own folder and from lower rows.
+FLOORS = [
+    {"errors"},
+    {"artifacts", "recipe"},
+    {"runtime"},
+    {"text"},
+    {"model"},
+    {"sensitivity", "search", "healing", "serving"},
+    {"evaluation", "reporting"},
+    {"stages"},
+    {"pipeline"},
+    {"cli"},
+]
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def floor(module: str) -> int:
+    return next(index for index, names in enumerate(FLOORS) if module in names)
+
+
+def imports(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("layerboost."):
+            found.append(node.module)
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("layerboost.")]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_go_down_only(file: Path) -> None:
+    own = file.relative_to(SOURCE).with_suffix("").parts
+    if own == ("__init__",):
+        return
+    for name in imports(file):
+        parts = name.split(".")[1:]
+        if parts[0] == own[0]:
+            assert own[0] != "stages", f"{file.name} imports another stage: {name}"
+        else:
+            assert floor(parts[0]) < floor(own[0]), f"{file.name} imports {name}"
+
+
+def test_floors_are_complete() -> None:
+    tops = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert tops - {"__init__"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_files_and_functions_stay_short(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+def test_what_travels_in_a_checkpoint_stands_alone() -> None:
+    for name in ("families", "attention"):
+        assert imports(SOURCE / "model" / f"{name}.py") == []
+    assert set(imports(SOURCE / "model" / "modeling.py")) == {"layerboost.model.families", "layerboost.model.attention"}

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from tiny import info, layer_plans
+
+from layerboost.artifacts import PlanFile, Sensitivity, new_folder, read_json, read_plan, write_json, write_plan
+from layerboost.errors import ConfigError, LayerboostError
+
+
+def plan(letters: str = "fsSn") -> PlanFile:
+    return PlanFile(model=info(), method="budget", layers=layer_plans(letters))
+
+
+def test_a_plan_round_trips_with_one_line_a_layer(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    write_plan(file, plan())
+    assert read_plan(file) == plan()
+    assert "  - {layer: 2, attention: sliding, window: 16, sink: true}\n" in file.read_text()
+
+
+def test_the_hash_is_of_what_a_plan_does() -> None:
+    assert plan().hash() == plan().model_copy(update={"method": "by hand"}).hash()
+    assert plan().hash() != plan("fsSf").hash()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("layer: 3, attention: none", "layer: 4, attention: none", "layers 0 to 3"),
+        ("attention: full", "attention: linear", "attention"),
+        ("window: 16}", "window: 0}", "window"),
+        ("window: 16}", "window: 8}", "one window"),
+        ("attention: full", "attention: full, window: 8", "takes neither"),
+        ("method: budget", "methods: budget", "methods"),
+        ("schema_version: 1", "schema_version: 2", "schema_version"),
+        ("layers:", "layers: [", "not a valid PlanFile"),
+    ],
+)
+def test_a_mangled_plan_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    write_plan(file, plan())
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        read_plan(file)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.json"
+    with pytest.raises(ConfigError, match=r"does not exist\ndo: make it with `layerboost measure`"):
+        read_json(file, Sensitivity, "layerboost measure")
+    file.write_text('{"schema_version": 1, "mod')
+    with pytest.raises(ConfigError, match="not a valid Sensitivity"):
+        read_json(file, Sensitivity, "layerboost measure")
+    write_json(file, plan())
+    with pytest.raises(ConfigError, match="not a valid Sensitivity"):
+        read_json(file, Sensitivity, "layerboost measure")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def fail() -> None:
+        with new_folder(target) as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as folder:
+        (folder / "whole").write_text("x")
+    assert [file.name for file in target.iterdir()] == ["whole"]
+
+
+def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"old": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LayerboostError, match=r"cannot write .*x.json\nfound: .*No space left[\s\S]*do: free space"):
+        write_json(file, {"new": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert "old" in file.read_text()

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerboost.errors import ConfigError
+from layerboost.recipe import RECIPES, Recipe, find_recipe, known_keys, load_recipe, recipe_yaml, set_option
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_parses_and_round_trips(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe([file], {})
+    assert recipe.model
+    (tmp_path / "again.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe([tmp_path / "again.yaml"], {}) == recipe
+
+
+def test_command_line_over_yaml_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("heal: {lr: 0.5, lora_rank: 4}\nseed: 3\n")
+    recipe = load_recipe([file], dict([set_option("heal.lr=1e-4"), set_option("measure.windows=[8, 9]")]))
+    assert (recipe.heal.lr, recipe.heal.lora_rank, recipe.seed) == (1e-4, 4, 3)
+    assert recipe.measure.windows == (8, 9)
+    assert recipe.heal.save_steps == Recipe().heal.save_steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"heal.lrr": "1"}, r"unknown key heal\.lrr \(did you mean heal\.lr\?\)"),
+        ({"plan.method": "best"}, r"plan\.method"),
+        ({"measure.tokens": "-3"}, r"measure\.tokens"),
+    ],
+)
+def test_bad_settings_are_named(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe([], overrides)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load_recipe([tmp_path / "list.yaml"], {})
+    with pytest.raises(ConfigError, match="no such recipe"):
+        find_recipe("demoo")
+    with pytest.raises(ConfigError, match="key=value"):
+        set_option("heal.lr")
+    assert find_recipe("demo") == RECIPES / "demo.yaml"
+
+
+def test_docs_name_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+    assert [key for key in known_keys() if f"`{key}`" not in page] == []

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_text, tiny_model, tiny_tokenizer
+
+from layerboost.errors import ConfigError
+from layerboost.recipe import Text
+from layerboost.text import SAMPLES, load_tokens, read_documents, sample_documents
+
+TOKENIZER = tiny_tokenizer()
+
+
+def settings(source: Path, **changes: object) -> Text:
+    return Text.model_validate({"source": str(source), "sequence_tokens": 32} | changes)
+
+
+def test_splits_share_no_document_and_do_not_depend_on_the_seed(tmp_path: Path) -> None:
+    text = settings(save_text(tmp_path / "t.jsonl"))
+    assert len(set(read_documents(text))) == 100
+    calibration = load_tokens(text, TOKENIZER, "calibration", 320)
+    assert calibration.ids.shape == (10, 32)
+    assert torch.equal(load_tokens(text, TOKENIZER, "calibration", 320, seed=5).ids, calibration.ids)
+    documents = {
+        split: load_tokens(text, TOKENIZER, split, 1600).ids.flatten().tolist()
+        for split in ("calibration", "held_out", "train")
+    }
+    joined = {split: " ".join(map(str, rows)) for split, rows in documents.items()}
+    opening = [" ".join(map(str, rows[:20])) for rows in documents.values()]
+    for split, start in zip(documents, opening, strict=True):
+        assert [other for other in documents if start in joined[other]] == [split]
+
+
+def test_the_train_order_follows_the_seed(tmp_path: Path) -> None:
+    text = settings(save_text(tmp_path / "t.jsonl"))
+    first, same, other = (load_tokens(text, TOKENIZER, "train", 640, seed=seed) for seed in (0, 0, 1))
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w3 w4 w5 " * 2000)
+    ids = load_tokens(settings(tmp_path / "a.txt"), TOKENIZER, "all", 2000).ids
+    assert (ids == TOKENIZER.eos_token_id).sum() > 0
+    assert set(ids.unique().tolist()) <= {1, 2, 3, 4, 5}  # a piece may cut a word in two
+
+
+def test_formats(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"body": "w3"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["w4"]}), tmp_path / "b.parquet")
+    assert sorted(read_documents(settings(tmp_path, column="body"))) == ["w3", "w4"]
+    with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
+        list(read_documents(settings(tmp_path / "a.jsonl.gz")))
+    with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
+        list(read_documents(settings(tmp_path / "b.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "no text"), ("w3 w4", "too short"), ('{"text": "w3"', "cannot read text")]
+)
+def test_bad_text(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / ("t.jsonl" if content.startswith("{") else "t.txt")
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_tokens(settings(file), TOKENIZER, "calibration", 64)
+
+
+def test_sources_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="package no-such-package is not installed"):
+        list(read_documents(Text(source="package:no-such-package")))
+    with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
+        list(read_documents(Text(source="nobody/nothing")))
+
+
+def test_the_models_own_samples(tmp_path: Path) -> None:
+    text = Text(source="self", sequence_tokens=16, self_samples=24)
+    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, seed=0)
+    assert len((tmp_path / SAMPLES).read_text().splitlines()) == 24
+    assert load_tokens(text, TOKENIZER, "train", 64, run=tmp_path).ids.shape == (4, 16)

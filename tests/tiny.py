@@ -1,0 +1,99 @@
+"""Tiny random models of every family with a word-level tokenizer, and a small text, all built on the spot."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from layerboost.artifacts import LayerPlan, ModelInfo
+from layerboost.model.surgery import apply_plan
+
+VOCABULARY, WINDOW, HEADS = 200, 16, 4
+
+
+def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
+    """One letter a layer: f(ull), s(liding), S(liding with a sink), n(one)."""
+    kinds: dict[str, Any] = {
+        "f": {"attention": "full"},
+        "s": {"attention": "sliding", "window": window},
+        "S": {"attention": "sliding", "window": window, "sink": True},
+        "n": {"attention": "none"},
+    }
+    return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
+
+
+def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> PreTrainedModel:
+    """A stock model of a family with random weights, large enough that attention matters to the logits."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    config = transformers.CONFIG_MAPPING[model_type](**(settings | changes))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **changes: Any) -> PreTrainedModel:
+    """A boosted tiny model, sinks random."""
+    model = tiny_model(model_type, len(letters), **changes)
+    plans = layer_plans(letters, window)
+    return apply_plan(model, plans, {plan.layer: torch.randn(HEADS) * 2 for plan in plans if plan.sink})
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3 to w199."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{index}": index for index in range(3, VOCABULARY)}}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def save_tiny(folder: Path, model_type: str = "llama", letters: str = "", **changes: Any) -> Path:
+    """Save a tiny model with its tokenizer; no letters: a stock model of 4 layers."""
+    model = boosted(letters, model_type, **changes) if letters else tiny_model(model_type, 4, **changes)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(file: Path, words: int = 20_000) -> Path:
+    """A text of documents of 200 words in which one word often follows another."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(words // 200):
+        word, line = 3, []
+        for _ in range(200):
+            word = (word * 7) % 197 + 3 if draw.random() < 0.7 else draw.randrange(3, VOCABULARY)
+            line.append(f"w{word}")
+        lines.append(" ".join(line))
+    file.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return file
+
+
+def info(layers: int = 4) -> ModelInfo:
+    """Facts of a model that does not exist."""
+    return ModelInfo(
+        name="tiny", model_type="llama", layers=layers, hidden_size=64, kv_heads=2, head_dim=32, bytes_per_element=4,
+        max_context_tokens=512, parameters=1000, fingerprint="abc",
+    )  # fmt: skip
