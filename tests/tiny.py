@@ -69,9 +69,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path, model_type: str = "llama", letters: str = "", **changes: Any) -> Path:
-    """Save a tiny model with its tokenizer; no letters: a stock model of 4 layers."""
-    model = boosted(letters, model_type, **changes) if letters else tiny_model(model_type, 4, **changes)
+def save_tiny(folder: Path, model_type: str = "llama", letters: str = "", layers: int = 4, **changes: Any) -> Path:
+    """Save a tiny model with its tokenizer; no letters: a stock model."""
+    model = boosted(letters, model_type, **changes) if letters else tiny_model(model_type, layers, **changes)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

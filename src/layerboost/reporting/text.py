@@ -1,0 +1,81 @@
+"""Numbers as the report writes them; the same text in the page, in Markdown and in the CLI's table."""
+
+from __future__ import annotations
+
+import math
+
+from layerboost.artifacts import Score
+
+ABSENT = "–"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with `digits` significant digits, thousands separated: 0.0123, 12.3, 1,234."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value)))
+    if power < -5:
+        return minus(f"{value:.{digits - 1}e}")
+    return minus(f"{value:,.{max(0, digits - 1 - power)}f}")
+
+
+def with_sign(value: float) -> str:
+    """`value` with three significant digits and its sign, also where it is positive."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def with_error(score: Score, signed: bool = False) -> str:
+    """A mean and its standard error, both to the error's second digit: 0.0123 ± 0.0041."""
+    mean, error = score.mean, score.standard_error
+    if not math.isfinite(mean) or not math.isfinite(error) or error <= 0:
+        return f"{with_sign(mean) if signed else number(mean)} (no standard error)"
+    power = math.floor(math.log10(error))
+    if power < -6:
+        text = f"{mean:.2e} ± {error:.1e}"
+    else:
+        places = max(0, 1 - power)
+        text = f"{mean:,.{places}f} ± {error:,.{places}f}"
+    return minus(f"+{text}" if signed and mean > 0 else text)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction as a percentage: 0.4231 is 42.3 %."""
+    return minus(f"{100 * fraction:.{digits}f} %")
+
+
+def points(score: Score, unit: str = " points") -> str:
+    """A difference of two fractions, in percentage points, signed."""
+    scaled = Score(mean=100 * score.mean, standard_error=100 * score.standard_error)
+    return f"{with_error(scaled, signed=True)}{unit}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: 23.6 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{number(count)} {unit}"
+        count /= 1024
+    return f"{number(count)} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{number(seconds, 2)} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def minus(text: str) -> str:
+    """Text with the typographic minus, as wide as a digit in tables; exponents keep their hyphen."""
+    return f"−{text[1:]}" if text.startswith("-") else text
+
+
+def strategy(attention: str, window: int | None, sink: bool) -> str:
+    """The name of a layer's attention: full, none, sliding 64, sliding 64 + sink."""
+    if attention != "sliding":
+        return attention
+    return f"sliding {window} + sink" if sink else f"sliding {window}"

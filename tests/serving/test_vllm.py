@@ -1,0 +1,153 @@
+"""Real vLLM: its log-probabilities against Transformers', and real servers started, benchmarked and stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_served import VOCABULARY, WINDOW, save_tiny
+from transformers import AutoModelForCausalLM
+from vllm_offline import KV_CACHE_BYTES
+
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.model.families import FAMILIES
+from layerboost.recipe import Bench, parse_recipe
+from layerboost.serving.server import check_port, cores, running_server
+from layerboost.stages.bench import run_bench
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+# First, middle and last layer of every kind; no full layer at all; a single layer with attention.
+CASES = {
+    "first-and-last-none": ("llama", "nfsSn"),
+    "no-full": ("llama", "sSnS"),
+    "qwen3": ("qwen3", "SnfsS"),
+    "one-left": ("qwen2", "fnnn"),
+    "olmo2": ("olmo2", "nsSf"),
+    "smollm3": ("smollm3", "fnSs"),
+    "granite": ("granite", "nfSs"),
+}
+REFUSED = ("llama", "nn")
+PROMPT_LENGTHS = (3, WINDOW - 1, WINDOW, WINDOW + 1, 40, 150)
+OUTPUT_TOKENS = 24
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Per case: the checkpoint and what vLLM makes of it. One process for all, importing vLLM being slow."""
+    root = tmp_path_factory.mktemp("served")
+    folders = {
+        case: str(save_tiny(root / case, *arguments)) for case, arguments in {**CASES, "refused": REFUSED}.items()
+    }
+    job = {"folders": list(folders.values()), "prompts": prompts(), "output_tokens": OUTPUT_TOKENS}
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores())),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("vllm_offline.py")), str(root / "answers.json")],
+        input=json.dumps(job),
+        text=True,
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    answers = json.loads((root / "answers.json").read_text())
+    return {case: (folder, answers[folder]) for case, folder in folders.items()}
+
+
+def test_cases_cover_every_family_that_vllm_serves() -> None:
+    assert {family for family, _ in CASES.values()} == {
+        name for name, family in FAMILIES.items() if "vllm" in family.supports
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_are_those_of_transformers(served: dict[str, Any], case: str) -> None:
+    folder, found = served[case]
+    assert isinstance(found, dict), found
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, answer in zip(prompts(), found["answers"], strict=True):
+        tokens = prompt + answer["tokens"]
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        chosen = expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        assert (chosen - torch.tensor(answer["logprobs"])).abs().max() < 1e-3
+        # Greedy: what vLLM chose is the best token, or a tie with it.
+        best = expected[len(prompt) - 1 : -1].max(-1).values
+        assert (best - chosen[len(prompt) - 1 :]).max() < 1e-3
+
+
+def test_attention_free_layers_hold_no_cache(served: dict[str, Any]) -> None:
+    bytes_per_token_and_layer = 2 * 2 * 32 * 4
+    assert served["one-left"][1]["kv_cache_tokens"] == KV_CACHE_BYTES // bytes_per_token_and_layer
+
+
+def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> None:
+    assert "without any attention: keep one of layers 0 to 1 full or sliding" in served["refused"][1]
+
+
+def small_bench(port: int, **changes: Any) -> dict[str, Any]:
+    small = {"concurrency": [1], "requests": 2, "input_tokens": 48, "output_tokens": 8, "kv_cache_gib": 0.25}
+    return {"bench": {**small, "port": port, "startup_timeout_s": 300, **changes}}
+
+
+def test_bench_measures_both_models_and_leaves_nothing_running(
+    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
+) -> None:
+    models = {
+        "base": save_tiny(tmp_path / "base", "llama", ""),
+        "healed": save_tiny(tmp_path / "healed", "llama", "nSnf"),
+    }
+    recipe = parse_recipe(small_bench(free_port), "test")
+    comparison = run_bench(recipe, tmp_path / "run", models)
+
+    assert survivors(2) == []
+    check_port(free_port)
+    assert comparison["complete"]
+    for name in models:
+        raw = json.loads((tmp_path / "run" / "bench" / f"{name}-c1-r0.json").read_text())
+        metrics = comparison["results"][0]["models"][name]
+        assert raw["completed"] == 2
+        assert raw["total_output_tokens"] == 16
+        assert metrics["output_tokens_per_s"]["mean"] == raw["output_throughput"]
+        assert metrics["ttft_ms_p99"]["mean"] == raw["p99_ttft_ms"]
+        assert metrics["peak_rss_gib"]["mean"] > 0.1
+    assert comparison["results"][0]["ratios"]["healed"]["kv_cache_tokens"]["mean"] > 1
+
+    # A second call finds everything there; other lengths are refused.
+    assert run_bench(recipe, tmp_path / "run", models) == comparison
+    with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
+        run_bench(parse_recipe(small_bench(free_port, output_tokens=9), "test"), tmp_path / "run", models)
+
+
+def test_a_server_that_dies_says_why(tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", "nf")
+    bench = Bench.model_validate(small_bench(free_port, server_args=["--no-such-option"])["bench"])
+    log_file = tmp_path / "server.log"
+    with (
+        pytest.raises(LayerboostError, match=r"vLLM died while serving it\n.*--no-such-option") as raised,
+        running_server("it", folder, bench, log_file),
+    ):
+        raise AssertionError("it answered")
+    assert raised.value.exit_code == 1
+    assert str(log_file) in str(raised.value)
+    assert survivors(2) == []

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerboost.artifacts import LayerPlan, PlanFile
+from layerboost.errors import ConfigError
+from layerboost.model.checkpoint import find_model, load_config, model_info, save_boosted
+from layerboost.model.surgery import apply_plan
+from layerboost.recipe import Recipe, parse_recipe
+from layerboost.runtime import Runtime
+from layerboost.stages.evaluate import run_evaluate, validate_evaluate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+TASKS = ("piqa", "mmlu_anatomy")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "piqa.jsonl", rows("piqa", 9))
+    write_jsonl(folder / "mmlu.jsonl", rows("mmlu", 3))
+    (folder / "text.txt").write_text("\n".join(f"{n} {TEXT}" for n in range(2000)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, a boosted checkpoint of it, and a copy of the base under another name."""
+    folder = tmp_path_factory.mktemp("models")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    for name in ("base", "same"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    source = find_model(str(folder / "base"))
+    layers = [LayerPlan(layer=0, attention="sliding", window=4), LayerPlan(layer=1, attention="none")]
+    plan = PlanFile(model=model_info(source, load_config(source), torch.float32), method="hand", layers=layers)
+    save_boosted(apply_plan(model, layers), tokenizer, plan, folder / "healed", recipe_yaml="schema_version: 1\n")
+    return {name: folder / name for name in ("base", "healed", "same")}
+
+
+def recipe(data: Path, **evaluate: Any) -> Recipe:
+    settings = {"tasks": TASKS, "limit": 6, "bench_data": str(data), "perplexity_tokens": 200} | evaluate
+    return parse_recipe(
+        {"text": {"source": str(data / "text.txt"), "sequence_tokens": 64}, "evaluate": settings}, "test"
+    )
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run = tmp_path_factory.mktemp("run")
+    return run, run_evaluate(recipe(data), run, models, RUNTIME)
+
+
+def stamps(run: Path) -> dict[str, int]:
+    results = (file for file in (run / "eval").glob("*.*.json"))
+    return {file.name: file.stat().st_mtime_ns for file in results}
+
+
+def test_the_comparison_holds_every_model_and_task(done: tuple[Path, dict[str, Any]]) -> None:
+    run, found = done
+    assert json.loads((run / "eval" / "comparison.json").read_text()) == found
+    assert list(found["models"]) == ["base", "healed", "same"]
+    assert found["models"]["base"] == found["models"]["same"] != found["models"]["healed"]
+    assert found["text"]["tokens"] == 256
+    assert {name: task["items"] for name, task in found["tasks"].items()} == {"piqa": 6, "mmlu_anatomy": 3}
+    for task in (*found["tasks"].values(), found["average"]):
+        assert set(task["models"]) == {"base", "healed", "same"}
+        assert set(task["difference"]) == {"healed", "same"}
+    raw = json.loads((run / "eval" / "healed.piqa.json").read_text())
+    assert raw["results"]["piqa"]["acc,none"] == found["tasks"]["piqa"]["models"]["healed"]["value"]
+    assert len(raw["samples"]["piqa"]) == 6
+
+
+def test_differences_are_paired_by_item(done: tuple[Path, dict[str, Any]]) -> None:
+    run, found = done
+    base, healed = (
+        torch.tensor(
+            [
+                sample["acc"]
+                for sample in json.loads((run / "eval" / f"{name}.piqa.json").read_text())["samples"]["piqa"]
+            ]
+        )
+        for name in ("base", "healed")
+    )
+    difference = found["tasks"]["piqa"]["difference"]["healed"]
+    assert difference["mean"] == pytest.approx(float((healed - base).mean()))
+    assert difference["standard_error"] == pytest.approx(float((healed - base).std()) / 6**0.5)
+
+
+def test_the_same_weights_lose_nothing(done: tuple[Path, dict[str, Any]]) -> None:
+    _, found = done
+    nothing = {"mean": 0.0, "standard_error": 0.0}
+    assert found["perplexity"]["same"] == found["perplexity"]["base"]
+    assert found["perplexity"]["same"]["kl"] == nothing
+    assert found["perplexity"]["healed"]["kl"]["mean"] > 0
+    assert all(task["difference"]["same"] == nothing for task in found["tasks"].values())
+
+
+def test_only_a_missing_result_is_made_again(
+    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+) -> None:
+    run, found = done
+    before = stamps(run)
+    assert len(before) == 9
+    (run / "eval" / "healed.piqa.json").unlink()
+    assert run_evaluate(recipe(data), run, models, RUNTIME) == found
+    assert {name for name, stamp in stamps(run).items() if before[name] != stamp} == {"healed.piqa.json"}
+
+
+def test_results_of_other_settings_are_refused(
+    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+) -> None:
+    run, _ = done
+    with pytest.raises(ConfigError, match=r"base\.piqa\.json \(limit: 6 there, 5 now(.|\n)*delete .*base\.piqa\.json"):
+        run_evaluate(recipe(data, limit=5), run, models, RUNTIME)
+    with pytest.raises(ConfigError, match=r"same\.text\.json \(model: "):
+        run_evaluate(recipe(data), run, models | {"same": models["healed"]}, RUNTIME)
+    with pytest.raises(ConfigError, match=r"base\.text\.json \(text: "):
+        run_evaluate(recipe(data, perplexity_tokens=400), run, models, RUNTIME)
+
+
+def test_a_damaged_result_is_named(done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]) -> None:
+    run, found = done
+    file = run / "eval" / "base.piqa.json"
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot read .*base\.piqa\.json(.|\n)*delete"):
+        run_evaluate(recipe(data), run, models, RUNTIME)
+    file.unlink()
+    assert run_evaluate(recipe(data), run, models, RUNTIME) == found
+
+
+def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    only_text = run_evaluate(recipe(data, tasks=()), tmp_path / "a", models, RUNTIME)
+    assert (only_text["tasks"], only_text["average"]) == ({}, None)
+    assert set(only_text["perplexity"]) == set(models)
+    only_tasks = run_evaluate(
+        recipe(data, tasks=("piqa",), limit=2, perplexity_tokens=0), tmp_path / "b", {"base": models["base"]}, RUNTIME
+    )
+    assert (only_tasks["text"], only_tasks["perplexity"]) == (None, {})
+    with pytest.raises(ConfigError, match="no model is named base"):
+        run_evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]}, RUNTIME)
+
+
+def test_validation_finds_mistakes_without_a_model(data: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    validate_evaluate(recipe(data), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match="unknown lm-eval task"):
+        validate_evaluate(recipe(data, tasks=("piqqa",)), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match="held_out text is too short"):
+        validate_evaluate(recipe(data, perplexity_tokens=10**7), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match=r"no text 'nowhere\.txt'"):
+        validate_evaluate(recipe(data, perplexity_text="nowhere.txt"), tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())

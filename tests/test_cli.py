@@ -1,0 +1,187 @@
+"""The command line: help, bad input, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import layerboost, write_recipe
+from tiny import save_text, save_tiny
+
+from layerboost.cli import cli
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and a run that got as far as converted/."""
+    folder = tmp_path_factory.mktemp("measured")
+    recipe = write_recipe(folder, save_tiny(folder / "model"))
+    for stage in ("measure", "plan", "convert"):
+        layerboost(stage, "--config", recipe, "--run", folder / "run")
+    return folder
+
+
+def copy_run(measured: Path, target: Path) -> Path:
+    subprocess.run(["cp", "-r", str(measured / "run"), str(target)], check=True)
+    return target
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    script = "import sys, time; t = time.perf_counter(); from layerboost.cli import cli\n" \
+        "try: cli(['--help'])\nexcept SystemExit: pass\n" \
+        "print(time.perf_counter() - t, 'torch' in sys.modules, 'transformers' in sys.modules)"  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    seconds, torch, transformers = out.splitlines()[-1].split()
+    assert float(seconds) < 0.5
+    assert (torch, transformers) == ("False", "False")
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_help_ends_with_two_examples(name: str) -> None:
+    text = layerboost(name, "--help").stdout
+    examples = text.split("Examples:\n")[1].strip().splitlines()
+    assert len(examples) == 2
+    assert all(line.strip().startswith("layerboost " + name) for line in examples)
+
+
+def test_ls() -> None:
+    assert "llama" in json.loads(layerboost("ls", "families", "--json").stdout)
+    assert {"demo", "qwen3-4b", "smollm2-135m"} <= set(json.loads(layerboost("ls", "recipes", "--json").stdout))
+
+
+BAD = {
+    "unknown command": (["mesure"], 2, "No such command"),
+    "unknown model": (["measure", "nobody/nothing", "--set", "text.source=TEXT"], 2, "neither a directory"),
+    "no model": (["measure"], 2, "no model given"),
+    "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], 2, "did you mean measure.windows"),
+    "unknown strategy": (["plan", "--set", "plan.method=magic"], 2, "plan.method"),
+    "window of zero": (["measure", "MODEL", "--set", "measure.windows=[0]"], 2, "window of 0"),
+    "window too long": (["measure", "MODEL", "--set", "measure.windows=[512]"], 2, "cannot be measured"),
+    "short text": (
+        ["measure", "MODEL", "--set", "text.source=TEXT", "--set", "measure.tokens=9999999"],
+        2,
+        "too short",
+    ),
+    "no sensitivities": (["plan"], 2, "layerboost measure"),
+    "no plan": (["convert", "MODEL"], 2, "layerboost plan"),
+    "no checkpoint": (["heal", "MODEL"], 2, "does not exist"),
+    "no such recipe": (["run", "--config", "demmo"], 2, "no such recipe"),
+    "serve nothing": (["serve", "nowhere"], 2, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
+    arguments, code, message = BAD[name]
+    known = {
+        "MODEL": save_tiny(tmp_path / "model"),
+        "text.source=TEXT": f"text.source={save_text(tmp_path / 't.jsonl')}",
+    }
+    words = [str(known.get(word, word)) for word in arguments]
+    if arguments[0] not in {"serve", "mesure"}:
+        words += ["--run", str(tmp_path / "run")]
+    found = layerboost(*words, check=False)
+    assert found.returncode == code, found.stderr
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stdout == ""
+    assert "Traceback" in layerboost(*words, check=False, LAYERBOOST_DEBUG="1").stderr or arguments[0] == "mesure"
+
+
+def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    sensitivity = json.loads((run / "sensitivity.json").read_text())
+    for layer in sensitivity["layers"]:
+        layer["variants"] = [variant for variant in layer["variants"] if variant["attention"] != "none"]
+    (run / "sensitivity.json").write_text(json.dumps(sensitivity))
+    found = layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.01", check=False)
+    assert found.returncode == 3
+    assert "the nearest holds 12.5%" in found.stderr
+
+
+def test_a_plan_for_another_model(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    other = save_tiny(tmp_path / "other", hidden_size=32)
+    found = layerboost("convert", other, "--run", run, "--set", "plan.kv_fraction=0.5", check=False)
+    assert found.returncode == 0  # the plan has not changed, so converted/ stands
+    subprocess.run(["rm", "-r", str(run / "converted")], check=True)
+    found = layerboost("convert", other, "--run", run, check=False)
+    assert found.returncode == 2
+    assert "is for another model" in found.stderr
+    assert not (run / "converted").exists()
+
+
+def test_measuring_with_other_settings_in_the_same_folder(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    found = layerboost("measure", "--run", run, "--set", "measure.windows=[8]", check=False)
+    assert found.returncode == 2
+    assert "windows: [8, 16] there, [8] here" in found.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_sensitivities(damage: str, measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    file = run / "sensitivity.json"
+    file.write_text(file.read_text()[:200] if damage == "truncated" else '{"hello": 1}')
+    found = layerboost("plan", "--run", run, check=False)
+    assert found.returncode == 2
+    assert "not a valid Sensitivity" in found.stderr
+
+
+def test_healing_with_other_settings_and_unknown_targets(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    found = layerboost("heal", "--run", run, "--set", "heal.lora_targets=[q_prog]", check=False)
+    assert found.returncode == 2
+    assert "q_prog" in found.stderr
+    assert "q_proj" in found.stderr
+    found = layerboost("heal", "--run", run, check=False)
+    assert found.returncode == 2
+    assert "heal.lora_targets: ['q_prog'] there" in found.stderr
+
+
+def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="check looks for vLLM")
+    found = json.loads(layerboost("check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--json").stdout)
+    assert found["family"] == "llama"
+    assert found["disk_needed_gib"] < found["disk_free_gib"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = layerboost(
+            "check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--set", f"bench.port={port}", check=False
+        )
+    assert refused.returncode == 2
+    assert str(port) in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_exits_with_130_and_is_noted(number: int, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=24), measure={"tokens": 9600})
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "layerboost.cli", "measure", "--config", str(recipe), "--run", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "sensitivity.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    _, messages = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; run the same command again to go on" in messages
+    assert "Traceback" not in messages
+    (stage,) = json.loads((run / "run.json").read_text())["stages"]
+    assert stage["status"] == "interrupted"
+
+
+def test_the_resolved_recipe_repeats_the_run(measured: Path) -> None:
+    saved = yaml.safe_load((measured / "run" / "recipe.yaml").read_text())
+    assert saved["plan"]["kv_fraction"] == 0.4
+    assert saved["heal"]["lora_rank"] == 16

@@ -1,0 +1,121 @@
+"""The whole pipeline on tiny models, through the command line, with a real vLLM server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import save_text, save_tiny
+
+from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
+
+HERE = Path(__file__).parent
+
+
+def layerboost(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "layerboost.cli", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert not check or found.returncode == 0, found.stderr
+    return found
+
+
+def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
+    """A recipe that ends in seconds."""
+    from evaluation_items import write_items
+
+    recipe: dict[str, Any] = {
+        "model": str(model),
+        "text": {"source": str(save_text(folder / "text.jsonl")), "sequence_tokens": 48},
+        "measure": {"windows": [8, 16], "tokens": 192},
+        "plan": {"kv_fraction": 0.4, "context_tokens": 64},
+        "heal": {"attention_tokens": 384, "tokens": 768, "batch_sequences": 2, "save_steps": 3},
+        "evaluate": {
+            "tasks": ["piqa"],
+            "bench_data": str(write_items(folder / "items")),
+            "perplexity_tokens": 480,
+        },
+        "bench": {
+            "concurrency": [2],
+            "requests": 4,
+            "input_tokens": 24,
+            "output_tokens": 8,
+            "kv_cache_gib": 1,
+            "port": 18_471,
+        },
+    }
+    for section, values in changes.items():
+        recipe[section] |= values
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason='pip install "layerboost[serve-cpu]" or "layerboost[serve]"')
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", family))
+    run = tmp_path / "run"
+    first = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
+    assert first["kv_fraction"] <= 0.4
+    assert set(first["perplexity"]) == {"base", "converted", "healed"}
+    assert first["perplexity"]["healed"] < first["perplexity"]["converted"]
+    assert first["throughput_ratio"]["mean"] > 0
+    made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    started = time.monotonic()
+    second = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
+    assert time.monotonic() - started < 60
+    assert second == first
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == made
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    assert [stage["status"] for stage in stages] == ["done"] * 14
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=16), measure={"tokens": 4800})
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "layerboost.cli", "measure", "--config", str(recipe), "--run", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / SENSITIVITY).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    part = read_json(run / SENSITIVITY, Sensitivity, "")
+    assert 0 < len(part.layers) < 16
+    layerboost("measure", "--run", run, "--config", recipe)
+    whole = read_json(run / SENSITIVITY, Sensitivity, "")
+    assert whole.complete
+    assert whole.layers[: len(part.layers)] == part.layers
+
+
+def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
+    run = tmp_path / "run"
+    layerboost("measure", "--config", recipe, "--run", run)
+    layerboost("plan", "--run", run)
+    file = run / "plan.yaml"
+    edited = read_plan(file).model_copy(update={"layers": read_plan(file).layers})
+    lines = (
+        file.read_text().split("layers:\n")[0]
+        + "layers:\n"
+        + "".join(f"  - {{layer: {index}, attention: full}}\n" for index in range(len(edited.layers)))
+    )
+    file.write_text(lines)
+    layerboost("plan", "--run", run)
+    assert read_plan(file).count("full") == 4
+    layerboost("convert", "--run", run)
+    assert read_plan(run / "converted" / "plan.yaml").count("full") == 4
+    layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.3")
+    assert read_plan(file).count("full") < 4
