@@ -288,10 +288,9 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
 
     from layerboost.serving.server import serve_argv
 
-    argv, environment = serve_argv(folder, port, extra)
-    changed = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
-    click.echo(shlex.join([*changed, *argv]), err=True)
-    os.execvpe(argv[0], argv, environment)
+    argv, added = serve_argv(folder, port, extra)
+    click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
+    os.execvpe(argv[0], argv, os.environ | added)
 
 
 @cli.command(
@@ -321,7 +320,7 @@ def main() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("layerboost")
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
