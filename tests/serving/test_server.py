@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_served import save_tiny
+from tiny import save_tiny
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_served import VOCABULARY, WINDOW, save_tiny
+from tiny import VOCABULARY, WINDOW, save_tiny
 from transformers import AutoModelForCausalLM
 from vllm_offline import KV_CACHE_BYTES
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 from layerboost.artifacts import LayerPlan, PlanFile
 from layerboost.errors import ConfigError
@@ -15,9 +15,6 @@ from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime
 from layerboost.stages.evaluate import run_evaluate, validate_evaluate
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TASKS = ("piqa", "mmlu_anatomy")

@@ -180,6 +180,7 @@ def _compare(work: _Work, results: Results) -> dict[str, Any]:
         task.name: compare_task(task, {name: results.read(_task_file(name, task)) for name in names}, BASE)
         for task in work.tasks
     }
+    losses = {name: results.read(_text_file(name)) for name in names} if work.text else {}
     return {
         "schema_version": 1,
         "settings": {
@@ -192,15 +193,21 @@ def _compare(work: _Work, results: Results) -> dict[str, Any]:
         },
         "models": work.fingerprints,
         "text": _text_info(work),
-        "perplexity": {name: _perplexity(results.read(_text_file(name))) for name in names} if work.text else {},
+        "perplexity": {name: _perplexity(found, losses[BASE]) for name, found in losses.items()},
         "tasks": tasks,
         "average": average_tasks(tasks),
     }
 
 
-def _perplexity(losses: dict[str, Any]) -> dict[str, Any]:
+def _perplexity(losses: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     nll = mean_and_error(losses["nll"])
-    return {"perplexity": math.exp(nll["mean"]), "nll": nll, "kl": mean_and_error(losses["kl"])}
+    paired = [own - other for own, other in zip(losses["nll"], base["nll"], strict=True)]
+    return {
+        "perplexity": math.exp(nll["mean"]),
+        "nll": nll,
+        "nll_difference": mean_and_error(paired),
+        "kl": mean_and_error(losses["kl"]),
+    }
 
 
 def _text_info(work: _Work) -> dict[str, Any] | None:
