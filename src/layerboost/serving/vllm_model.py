@@ -1,4 +1,4 @@
-"""The vLLM model class of boosted checkpoints, on vLLM's Transformers backend: one class for every family.
+"""The vLLM model class of boosted checkpoints, on vLLM's Transformers backend: every family but Llama.
 
 Written against vLLM 0.32's backend, whose steps it extends: build the stock decoder, replace its modules by vLLM's,
 give each layer an `Attention`, which is what allocates KV cache.
@@ -10,6 +10,7 @@ import ast
 import dataclasses
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
@@ -18,6 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import add_sinks, decoder_layers, make_attention_free, skipped_layers
+from layerboost.serving.vllm_llama import BoostedLlama, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
 SINKS = ast.parse("self.sinks", mode="eval").body
@@ -28,6 +30,12 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     An attention-free layer has no attention weights, no `Attention` and no KV cache.
     """
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        """The native class where there is one; vLLM knows one class for an architecture."""
+        if vllm_config.model_config.hf_config.model_type == "llama":
+            return BoostedLlama(vllm_config=vllm_config, prefix=prefix)
+        return super().__new__(cls)
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # The first step after the stock decoder is built, on the meta device and before weights are named.
@@ -58,12 +66,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         config = self.text_config
         start, end = get_pp_indices(config.num_hidden_layers, self.pp_group.rank_in_group, self.pp_group.world_size)
         attending = sorted(set(range(start, end)) - self._attention_free)
-        if not attending:
-            # vLLM sizes each stage's cache by its layers and would divide by zero.
-            raise ValueError(
-                "vLLM cannot serve a model or a pipeline stage without any attention: "
-                f"keep one of layers {start} to {end - 1} full or sliding"
-            )
+        check_attending(attending, start, end)
         for index in attending:
             if index not in self.attention_fusers:
                 raise ValueError(f"layer {index} does not go through Transformers' attention interface")
@@ -84,6 +87,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
                 num_kv_heads=self.model_config.get_num_kv_heads(self.parallel_config, heads),
                 cache_config=self.cache_config,
                 quant_config=self.quant_config,
+                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
                 prefix=maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
                 **kwargs,
             )
