@@ -135,15 +135,34 @@ def test_damaged_sensitivities(damage: str, measured: Path, tmp_path: Path) -> N
     assert "not a valid Sensitivity" in found.stderr
 
 
-def test_healing_with_other_settings_and_unknown_targets(measured: Path, tmp_path: Path) -> None:
+def test_healing_is_refused_before_it_begins(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
-    found = layerboost("heal", "--run", run, "--set", "heal.lora_targets=[q_prog]", check=False)
+    for setting, messages in {
+        "heal.lora_targets=[q_prog]": ("q_prog", "q_proj"),
+        "heal.tokens=9999999": ("the train text is too short",),
+        "heal.lora_rank=0": ("heal.lora_rank",),
+    }.items():
+        found = layerboost("heal", "--run", run, "--set", setting, check=False)
+        assert found.returncode == 2
+        assert all(message in found.stderr for message in messages)
+        assert (run / "recipe.yaml").read_text() == (measured / "run" / "recipe.yaml").read_text()
+    nothing = ("--set", "heal.tokens=0", "--set", "heal.attention_tokens=0")
+    assert "nothing to train" in layerboost("heal", "--run", run, *nothing, check=False).stderr
+    assert not (run / "heal").exists()
+
+
+def test_healing_goes_on_with_the_same_settings_only(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    layerboost("heal", "--run", run)
+    weights = run / "healed" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    layerboost("heal", "--run", run)
+    assert weights.stat().st_mtime_ns == before
+    found = layerboost("heal", "--run", run, "--set", "heal.lr=0.5", check=False)
     assert found.returncode == 2
-    assert "q_prog" in found.stderr
-    assert "q_proj" in found.stderr
-    found = layerboost("heal", "--run", run, check=False)
-    assert found.returncode == 2
-    assert "heal.lora_targets: ['q_prog'] there" in found.stderr
+    assert "heal.lr: 0.001 there, 0.5 here" in found.stderr
+    subprocess.run(["rm", "-r", str(run / "healed")], check=True)
+    assert "unfinished healing" in layerboost("heal", "--run", run, "--no-resume", check=False).stderr
 
 
 def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:

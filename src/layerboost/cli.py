@@ -317,6 +317,8 @@ def ls(what: str, as_json: bool) -> None:
 
 def main() -> None:
     """The console script: runs a command and turns every failure into one message and the right exit code."""
+    if not os.environ.get("LAYERBOOST_DEBUG"):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("layerboost")

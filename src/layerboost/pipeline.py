@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import BASE, CONVERTED, HEALED, Artifact, write_text
-from layerboost.errors import LayerboostError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, recorded, start_runtime
 
 GIB = 1 << 30
+RECIPE = "recipe.yaml"
 
 
 def measure(recipe: Recipe, run: Path) -> Any:
@@ -75,15 +76,29 @@ STAGES: dict[str, Callable[[Recipe, Path], Any]] = {
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
-    """Run one stage; the resolved recipe is saved and the attempt noted in run.json. Returns what the stage returns."""
-    save_recipe(recipe, run)
-    with recorded(run, name, recipe):
-        return STAGES[name](recipe, run, **options)
+    """Run one stage and note the attempt in run.json. Returns what the stage returns.
+
+    The resolved recipe is saved as RUN/recipe.yaml, where running again repeats the run; settings that the stage
+    refuses are taken back.
+    """
+    file = run / RECIPE
+    before = file.read_text() if file.is_file() else None
+    write_text(file, recipe_yaml(recipe))
+    try:
+        with recorded(run, name, recipe):
+            return STAGES[name](recipe, run, **options)
+    except ConfigError:
+        if before is None:
+            file.unlink()
+        else:
+            write_text(file, before)
+        raise
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:
     """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary."""
-    check(recipe, run)
+    if not finished(recipe, run):
+        check(recipe, run)
     result = None
     for number, name in enumerate(STAGES, 1):
         log.info("stage %d of %d: %s", number, len(STAGES), name)
@@ -91,9 +106,10 @@ def run_all(recipe: Recipe, run: Path) -> Any:
     return result
 
 
-def save_recipe(recipe: Recipe, run: Path) -> None:
-    """Write RUN/recipe.yaml; running it again repeats the run."""
-    write_text(run / "recipe.yaml", recipe_yaml(recipe))
+def finished(recipe: Recipe, run: Path) -> bool:
+    """Whether this very recipe has been run to its end here, so that there is nothing left to check."""
+    saved = run / RECIPE
+    return (run / "report.html").is_file() and saved.is_file() and saved.read_text() == recipe_yaml(recipe)
 
 
 def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
@@ -193,6 +209,4 @@ def _existing(path: Path) -> Path:
 
 
 def _no_model() -> Any:
-    from layerboost.errors import ConfigError
-
     raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")

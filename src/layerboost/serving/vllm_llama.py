@@ -1,7 +1,7 @@
 """Boosted Llama on vLLM's own Llama classes, which decode faster than its Transformers backend.
 
-Written against vLLM 0.32, whose Llama attention already reads its window from `layer_types`; what it lacks are sinks and
-layers without attention.
+Written against vLLM 0.32, whose Llama attention already reads its window from `layer_types`; what it lacks are sinks
+and layers without attention.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from layerboost.healing.training import train_stage
 from layerboost.model.checkpoint import (
     check_same_model,
     find_model,
+    load_config,
     load_model,
     load_tokenizer,
     model_info,
@@ -26,48 +28,83 @@ from layerboost.model.checkpoint import (
 )
 from layerboost.model.families import FAMILIES
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import Runtime, log, start_runtime
+from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.metrics import token_losses
-from layerboost.text import load_tokens
+from layerboost.text import Split, load_tokens
 
 VALIDATION_SEQUENCES = 8
+IDENTITY = "heal.json"
 
 
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     """Train RUN/converted against the base and write RUN/healed; goes on from the last checkpoint in RUN/heal.
 
-    Raises ConfigError, also when RUN/heal was begun with other settings, or when it holds work and `resume` is False.
+    Raises ConfigError before anything is trained, also when RUN/heal was begun with other settings, or when it holds
+    work and `resume` is False.
     """
     plan = read_plan(run / CONVERTED / PLAN)
     identity = heal_identity(recipe, plan)
     if healed_from(run / HEALED) == fingerprint(identity):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
-    _begin(run / HEAL, identity, resume)
+    check_begun(run / HEAL, identity, resume)
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
-    teacher = load_model(source, runtime, recipe.trust_remote_code)
-    check_same_model(plan, model_info(source, teacher.config, runtime.dtype), run / CONVERTED / PLAN)
+    config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
+    check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
+    write_samples(recipe, run, source, tokenizer, runtime)
+    lessons = load_lessons(recipe, run, plan, tokenizer)
     student = load_model(find_model(str(run / CONVERTED)), runtime)
     check_targets(student, recipe.heal.lora_targets)
+    write_json(run / HEAL / IDENTITY, identity)
     torch.manual_seed(recipe.seed)
-    adapted = get_peft_model(
-        student,
-        LoraConfig(
-            r=recipe.heal.lora_rank, lora_alpha=2 * recipe.heal.lora_rank, target_modules=list(recipe.heal.lora_targets)
-        ),
-    )
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    write_samples(recipe, run, source, tokenizer, runtime)
-    _train(recipe, run, plan, runtime, teacher, adapted.get_base_model(), tokenizer)
+    rank = recipe.heal.lora_rank
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(recipe.heal.lora_targets))
+    adapted = get_peft_model(student, adapters)
+    teacher = load_model(source, runtime, recipe.trust_remote_code)
+    train(recipe, run / HEAL, plan, teacher, adapted.get_base_model(), lessons)
     merged = adapted.merge_and_unload().requires_grad_(False).eval()
     healing = (
         f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
         f"tokens of LoRA distillation from the base, on {recipe.text.source}."
     )
     save_boosted(merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), healing=healing)
-    write_json(run / HEALED / "heal.json", identity)
+    write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is trained on, `[N, T]` for each stage (no rows: the stage is left out), and what is validated on."""
+
+    attention: torch.Tensor
+    lora: torch.Tensor
+    validation: torch.Tensor
+
+
+def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Lessons:
+    """All text of the run, so that too little of it shows before anything is trained. Raises ConfigError."""
+    length = recipe.text.sequence_tokens
+
+    def ids(split: Split, tokens: int, seed: int = 0) -> torch.Tensor:
+        if not tokens:
+            return torch.empty(0, length, dtype=torch.long)
+        return load_tokens(recipe.text, tokenizer, split, tokens, run=run, seed=seed).ids
+
+    changed = plan.count("full") < plan.model.layers
+    lessons = Lessons(
+        attention=ids("train", recipe.heal.attention_tokens if changed else 0, recipe.seed),
+        lora=ids("train", recipe.heal.tokens, recipe.seed + 1),
+        validation=ids("calibration", VALIDATION_SEQUENCES * length),
+    )
+    if not len(lessons.attention) and not len(lessons.lora):
+        raise ConfigError(
+            "there is nothing to train",
+            found=f"heal.attention_tokens {recipe.heal.attention_tokens}, heal.tokens {recipe.heal.tokens}, "
+            f"{plan.model.layers - plan.count('full')} changed layers",
+            do="give one of the two stages some tokens",
+        )
+    return lessons
 
 
 def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
@@ -79,7 +116,7 @@ def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
 
 def healed_from(folder: Path) -> str | None:
     """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
-    file = folder / "heal.json"
+    file = folder / IDENTITY
     return fingerprint(json.loads(file.read_text())) if file.is_file() else None
 
 
@@ -94,11 +131,10 @@ def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
         )
 
 
-def _begin(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Note in RUN/heal what is being trained, or check that it is the same as before."""
-    file = work / "heal.json"
+def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Raise ConfigError when RUN/heal holds the work of other settings, or any work that is not to be resumed."""
+    file = work / IDENTITY
     if not file.is_file():
-        write_json(file, identity)
         return
     there = json.loads(file.read_text())
     if there != identity:
@@ -119,35 +155,24 @@ def _begin(work: Path, identity: dict[str, Any], resume: bool) -> None:
     log.info("going on with %s", work)
 
 
-def _train(
-    recipe: Recipe,
-    run: Path,
-    plan: PlanFile,
-    runtime: Runtime,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: Any,
+def train(
+    recipe: Recipe, folder: Path, plan: PlanFile, teacher: PreTrainedModel, student: PreTrainedModel, lessons: Lessons
 ) -> None:
-    settings, folder = recipe.heal, run / HEAL
-
-    def training_ids(tokens: int, seed: int) -> torch.Tensor:
-        return load_tokens(recipe.text, tokenizer, "train", tokens, run=run, seed=seed).ids
-
-    if settings.attention_tokens and any(entry.attention != "full" for entry in plan.layers):
+    """Both stages, each kept in `folder` when it ends."""
+    settings, seed = recipe.heal, recipe.seed
+    if len(lessons.attention):
         train_changed_layers(student, plan.layers)
         first = AttentionDistiller(student, teacher, plan.layers)
-        ids = training_ids(settings.attention_tokens, recipe.seed)
-        train_stage("attention", first, ids, settings.attention_lr, settings, folder, seed=recipe.seed)
-    if settings.tokens:
+        train_stage("attention", first, lessons.attention, settings.attention_lr, settings, folder, seed=seed)
+    if len(lessons.lora):
         train_everything(student)
-        tokens = VALIDATION_SEQUENCES * recipe.text.sequence_tokens
-        held = load_tokens(recipe.text, tokenizer, "calibration", tokens, run=run).ids.to(runtime.device)
         second = LogitDistiller(student, teacher, settings.temperature)
-        ids = training_ids(settings.tokens, recipe.seed + 1)
-        train_stage(
-            "lora", second, ids, settings.lr, settings, folder, seed=recipe.seed,
-            validate=lambda: validation(teacher, student, held),
-        )  # fmt: skip
+        held = lessons.validation.to(teacher.device)
+
+        def validate() -> dict[str, float]:
+            return validation(teacher, student, held)
+
+        train_stage("lora", second, lessons.lora, settings.lr, settings, folder, seed=seed, validate=validate)
 
 
 def train_changed_layers(student: PreTrainedModel, layers: list[LayerPlan]) -> None:
