@@ -188,7 +188,7 @@ def test_interruption_exits_with_130_and_is_noted(number: int, tmp_path: Path) -
     command = [sys.executable, "-m", "layerboost.cli", "measure", "--config", str(recipe), "--run", str(run)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while not (run / "sensitivity.json").exists() and time.monotonic() < deadline:
+    while not (run / "sensitivity.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, number)
     _, messages = process.communicate()

