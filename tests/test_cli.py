@@ -118,6 +118,15 @@ def test_a_plan_for_another_model(measured: Path, tmp_path: Path) -> None:
     assert not (run / "converted").exists()
 
 
+def test_a_checkpoint_of_an_older_plan_is_not_evaluated(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.9")
+    found = layerboost("evaluate", "--run", run, check=False)
+    assert found.returncode == 2
+    assert "was made from another plan" in found.stderr
+    assert "`layerboost convert`" in found.stderr
+
+
 def test_measuring_with_other_settings_in_the_same_folder(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     found = layerboost("measure", "--run", run, "--set", "measure.windows=[8]", check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -10,12 +11,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from layerboost import __version__
 from layerboost.errors import LayerboostError
+
+if TYPE_CHECKING:
+    from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -42,9 +46,24 @@ def cli() -> None:
     """
 
 
-def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What every stage takes: run folder, recipe, overrides, output format."""
-    options = [
+def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command MODEL and the options of every stage; it is called with the recipe they resolve to."""
+
+    @functools.wraps(function)
+    def command(
+        model: str | None,
+        run: Path,
+        config: str | None,
+        settings: tuple[str, ...],
+        trust_remote_code: bool,
+        as_json: bool,
+        **rest: Any,
+    ) -> None:
+        recipe = resolve(run, config, settings, model, trust_remote_code)
+        function(recipe=recipe, run=run, as_json=as_json, **rest)
+
+    decorators = [
+        click.argument("model", required=False),
         click.option("--run", "run", type=click.Path(path_type=Path), default=Path("layerboost-run"), show_default=True,
                      help="Run folder: every stage reads and writes its files there."),
         click.option("--config", metavar="RECIPE", help="A YAML file or a name from `layerboost ls recipes`."),
@@ -52,12 +71,12 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
 
-def resolve(run: Path, config: str | None, settings: tuple[str, ...], model: str | None, trust: bool) -> Any:
+def resolve(run: Path, config: str | None, settings: tuple[str, ...], model: str | None, trust: bool) -> Recipe:
     """The recipe: defaults, then the run folder's own, then --config, then --set, MODEL and flags."""
     from layerboost.recipe import find_recipe, load_recipe, set_option
 
@@ -70,8 +89,8 @@ def resolve(run: Path, config: str | None, settings: tuple[str, ...], model: str
     return load_recipe(files, overrides)
 
 
-def show(result: Any, as_json: bool, rows: list[list[str]]) -> None:
-    """Print a result on stdout: JSON for machines, else a table (header first)."""
+def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
+    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
     from layerboost.pipeline import plain
 
     if as_json:
@@ -80,8 +99,9 @@ def show(result: Any, as_json: bool, rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*rows[0])
-    for row in rows[1:]:
+    head, *body = rows(result)
+    table = Table(*head)
+    for row in body:
         table.add_row(*row)
     Console().print(table)
 
@@ -90,21 +110,11 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
     """Make the command of one stage."""
 
     @cli.command(name, cls=Command, help=help_text, examples=examples)
-    @click.argument("model", required=False)
-    @stage_options
-    def command(
-        model: str | None,
-        run: Path,
-        config: str | None,
-        settings: tuple[str, ...],
-        trust_remote_code: bool,
-        as_json: bool,
-    ) -> None:
+    @with_recipe
+    def command(recipe: Recipe, run: Path, as_json: bool) -> None:
         from layerboost.pipeline import run_stage
 
-        recipe = resolve(run, config, settings, model, trust_remote_code)
-        result = run_stage(name, recipe, run)
-        show(result, as_json, rows(result, run))
+        show(run_stage(name, recipe, run), as_json, lambda result: rows(result, run))
 
 
 def _measured(result: Any) -> list[list[str]]:
@@ -184,23 +194,13 @@ _stage(
         "layerboost heal --run runs/qwen3 --resume",
     ),
 )
-@click.argument("model", required=False)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last checkpoint.")
-@stage_options
-def heal(
-    model: str | None,
-    resume: bool,
-    run: Path,
-    config: str | None,
-    settings: tuple[str, ...],
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+@with_recipe
+def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
     """Run the heal stage."""
     from layerboost.pipeline import run_stage
 
-    result = run_stage("heal", resolve(run, config, settings, model, trust_remote_code), run, resume=resume)
-    show(result, as_json, _written(result))
+    show(run_stage("heal", recipe, run, resume=resume), as_json, _written)
 
 
 _stage(
@@ -235,16 +235,12 @@ _stage(
     help="All stages from one recipe; what an earlier run finished is kept.",
     examples=("layerboost run --config demo --run runs/demo", "layerboost run Qwen/Qwen3-4B --run runs/qwen3"),
 )
-@click.argument("model", required=False)
-@stage_options
-def run_command(
-    model: str | None, run: Path, config: str | None, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
-) -> None:
+@with_recipe
+def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Run every stage."""
     from layerboost.pipeline import run_all
 
-    result = run_all(resolve(run, config, settings, model, trust_remote_code), run)
-    show(result, as_json, _reported(run))
+    show(run_all(recipe, run), as_json, lambda _: _reported(run))
 
 
 @cli.command(
@@ -256,18 +252,14 @@ def run_command(
         "layerboost check Qwen/Qwen3-4B --config qwen3-4b --set text.source=books.jsonl",
     ),
 )
-@click.argument("model", required=False)
-@stage_options
-def check_command(
-    model: str | None, run: Path, config: str | None, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
-) -> None:
+@with_recipe
+def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Check a recipe."""
-    from dataclasses import asdict
+    from layerboost.pipeline import check, plain
 
-    from layerboost.pipeline import check
-
-    result = check(resolve(run, config, settings, model, trust_remote_code), run)
-    show(result, as_json, [["what", "found"], *([name, str(value)] for name, value in asdict(result).items())])
+    show(
+        check(recipe, run), as_json, lambda found: [["what", "found"], *([k, str(v)] for k, v in plain(found).items())]
+    )
 
 
 @cli.command(
@@ -306,13 +298,13 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        found = {name: list(family.supports) for name, family in FAMILIES.items()}
-        show(found, as_json, [["family", "supports"], *([name, ", ".join(values)] for name, values in found.items())])
+        found = {name: ", ".join(family.supports) for name, family in FAMILIES.items()}
+        show(found, as_json, lambda families: [["family", "supports"], *map(list, families.items())])
         return
     from layerboost.recipe import RECIPES
 
     paths = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
-    show(paths, as_json, [["recipe", "file"], *([name, path] for name, path in paths.items())])
+    show(paths, as_json, lambda recipes: [["recipe", "file"], *map(list, recipes.items())])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import BASE, CONVERTED, HEALED, Artifact, write_text
+from layerboost.artifacts import BASE, CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, recorded, start_runtime
@@ -113,12 +113,24 @@ def finished(recipe: Recipe, run: Path) -> bool:
 
 
 def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
-    """Base, converted and healed directories that exist, by name."""
-    from layerboost.model.checkpoint import open_base
+    """Base, converted and healed directories that exist, by name.
 
-    base = open_base(recipe, run, start_runtime(recipe)).folder
-    boosted = {"converted": run / CONVERTED, "healed": run / HEALED}
-    return {"base": base} | {name: folder for name, folder in boosted.items() if (folder / "config.json").is_file()}
+    Raises ConfigError for one that was made from another plan than RUN/plan.yaml.
+    """
+    from layerboost.model.checkpoint import open_base, plan_in
+
+    found = {"base": open_base(recipe, run, start_runtime(recipe)).folder}
+    for name, folder, command in (("converted", run / CONVERTED, "convert"), ("healed", run / HEALED, "heal")):
+        made_from = plan_in(folder)
+        if made_from is None:
+            continue
+        if made_from.hash() != read_plan(run / PLAN).hash():
+            raise ConfigError(
+                f"{folder} was made from another plan than {run / PLAN}",
+                do=f"run `layerboost {command}` again, or delete {folder}",
+            )
+        found[name] = folder
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Boosted Llama on vLLM's own Llama classes, which decode faster than its Transformers backend.
+"""Boosted Llama on vLLM's own Llama classes, so that base and boosted are served by the same code.
 
 Written against vLLM 0.32, whose Llama attention already reads its window from `layer_types`; what it lacks are sinks
 and layers without attention.
