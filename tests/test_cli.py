@@ -17,6 +17,7 @@ from test_pipeline import layerboost, write_recipe
 from tiny import save_text, save_tiny
 
 from layerboost.cli import cli
+from layerboost.runtime import locked
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,10 @@ BAD = {
     "no model": (["measure"], 2, "no model given"),
     "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], 2, "did you mean measure.windows"),
     "unknown strategy": (["plan", "--set", "plan.method=magic"], 2, "plan.method"),
+    "a value that is no YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], 2, "not YAML"),
+    "no windows": (["measure", "MODEL", "--set", "measure.windows=[]"], 2, "measure.windows"),
+    "no requests": (["bench", "MODEL", "--set", "bench.concurrency=[0]"], 2, "bench.concurrency"),
+    "too few samples": (["measure", "MODEL"], 2, "samples are too few"),
     "window of zero": (["measure", "MODEL", "--set", "measure.windows=[0]"], 2, "window of 0"),
     "window too long": (["measure", "MODEL", "--set", "measure.windows=[512]"], 2, "cannot be measured"),
     "short text": (
@@ -93,6 +98,7 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
     assert message in found.stderr
     assert "Traceback" not in found.stderr
     assert found.stdout == ""
+    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"run.json", ".lock"}
 
 
 def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path) -> None:
@@ -106,16 +112,31 @@ def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path
     assert "the nearest holds 12.5%" in found.stderr
 
 
+def test_a_refused_budget_leaves_the_recipe_alone(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    before = (run / "recipe.yaml").read_text()
+    sensitivity = (run / "sensitivity.json").read_text().replace('"none"', '"sliding"')
+    (run / "sensitivity.json").write_text(sensitivity)
+    assert layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.001", check=False).returncode == 3
+    assert (run / "recipe.yaml").read_text() == before
+
+
+def test_two_commands_do_not_share_a_run_folder(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    with locked(run):
+        found = layerboost("plan", "--run", run, check=False)
+    assert found.returncode == 2
+    assert "another layerboost command works in" in found.stderr
+
+
 def test_a_plan_for_another_model(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     other = save_tiny(tmp_path / "other", hidden_size=32)
-    found = layerboost("convert", other, "--run", run, "--set", "plan.kv_fraction=0.5", check=False)
-    assert found.returncode == 0  # the plan has not changed, so converted/ stands
-    subprocess.run(["rm", "-r", str(run / "converted")], check=True)
-    found = layerboost("convert", other, "--run", run, check=False)
-    assert found.returncode == 2
-    assert "is for another model" in found.stderr
-    assert not (run / "converted").exists()
+    for command in ("convert", "heal", "evaluate"):
+        found = layerboost(command, other, "--run", run, check=False)
+        assert found.returncode == 2
+        assert "is for another model" in found.stderr
+    assert str(other) not in (run / "recipe.yaml").read_text()
 
 
 def test_a_checkpoint_of_an_older_plan_is_not_evaluated(measured: Path, tmp_path: Path) -> None:
@@ -178,7 +199,8 @@ def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="check looks for vLLM")
     found = json.loads(layerboost("check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--json").stdout)
     assert found["family"] == "llama"
-    assert found["disk_needed_gib"] < found["disk_free_gib"]
+    assert found["layers"] == 4
+    assert found["parameters"] > 10_000
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

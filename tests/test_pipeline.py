@@ -137,7 +137,22 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     file.write_text(lines)
     layerboost("plan", "--run", run)
     assert read_plan(file).count("full") == 4
+    assert read_plan(file).foretold is None
     layerboost("convert", "--run", run)
     assert read_plan(run / "converted" / "plan.yaml").count("full") == 4
+    assert "KV cache takes" not in (run / "converted" / "README.md").read_text()
     layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.3")
     assert read_plan(file).count("full") < 4
+
+
+def test_a_missed_gate_exits_with_4_and_keeps_the_results(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
+    run = tmp_path / "run"
+    for stage in ("measure", "plan", "convert", "evaluate"):
+        layerboost(stage, "--config", recipe, "--run", run)
+    kl = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]["converted"]["kl"]["mean"]
+    assert layerboost("evaluate", "--run", run, "--set", f"evaluate.max_kl={2 * kl}").returncode == 0
+    found = layerboost("evaluate", "--run", run, "--set", f"evaluate.max_kl={kl / 2}", check=False)
+    assert found.returncode == 4
+    assert "the quality gate was missed" in found.stderr
+    assert (run / "eval" / "comparison.json").is_file()

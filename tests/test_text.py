@@ -9,7 +9,7 @@ from tiny import save_text, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.text import SAMPLES, load_tokens, read_documents, sample_documents
+from layerboost.text import SAMPLES, load_tokens, read_documents, sample_documents, samples_missing
 
 TOKENIZER = tiny_tokenizer()
 
@@ -55,6 +55,8 @@ def test_formats(tmp_path: Path) -> None:
         file.write('{"body": "w3"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"body": ["w4"]}), tmp_path / "b.parquet")
     assert sorted(read_documents(settings(tmp_path, column="body"))) == ["w3", "w4"]
+    (tmp_path / "c.jsonl").write_text('{"body": null}\n')
+    assert sorted(read_documents(settings(tmp_path, column="body"))) == ["w3", "w4"]
     with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
         list(read_documents(settings(tmp_path / "a.jsonl.gz")))
     with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
@@ -80,6 +82,16 @@ def test_sources_that_are_not_there() -> None:
 
 def test_the_models_own_samples(tmp_path: Path) -> None:
     text = Text(source="self", sequence_tokens=16, self_samples=24)
-    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, seed=0)
-    assert len((tmp_path / SAMPLES).read_text().splitlines()) == 24
+    made_from = {"model": "tiny"}
+    assert samples_missing(text, tmp_path, made_from)
+    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, 0, made_from)
+    whole = (tmp_path / SAMPLES).read_text()
+    assert len(whole.splitlines()) == 24
+    assert not samples_missing(text, tmp_path, made_from)
+    (tmp_path / SAMPLES).write_text("".join(line + "\n" for line in whole.splitlines()[:16]))
+    assert samples_missing(text, tmp_path, made_from)
+    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, 0, made_from)
+    assert (tmp_path / SAMPLES).read_text() == whole
+    with pytest.raises(ConfigError, match="sampled from another model"):
+        samples_missing(text, tmp_path, {"model": "other"})
     assert load_tokens(text, TOKENIZER, "train", 64, run=tmp_path).ids.shape == (4, 16)

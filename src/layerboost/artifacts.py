@@ -128,6 +128,7 @@ class Predicted(BaseModel):
     kv_fraction: float
     kv_bytes_per_request: int
     context_tokens: int
+    plan: str = Field(default="", description="hash of the plan it foretells")
 
 
 class PlanFile(Artifact):
@@ -152,6 +153,11 @@ class PlanFile(Artifact):
     @property
     def window(self) -> int | None:
         return next((entry.window for entry in self.layers if entry.window), None)
+
+    @property
+    def foretold(self) -> Predicted | None:
+        """What was predicted of these layers; None once they have been edited."""
+        return self.predicted if self.predicted and self.predicted.plan in ("", self.hash()) else None
 
     def count(self, attention: Strategy) -> int:
         return sum(entry.attention == attention for entry in self.layers)

@@ -137,7 +137,7 @@ def _planned(result: Any) -> list[list[str]]:
         [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
         for entry in result.layers
     ]
-    predicted = result.predicted
+    predicted = result.foretold
     total = ["all", f"KV {predicted.kv_fraction:.1%}", f"KL {predicted.kl:.3f}", "predicted"] if predicted else []
     return [head, *body, *([total] if total else [])]
 

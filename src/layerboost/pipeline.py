@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import BASE, CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
-from layerboost.errors import ConfigError, LayerboostError
-from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import log, recorded, start_runtime
+from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
+from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
+from layerboost.recipe import Recipe, model_of, recipe_yaml
+from layerboost.runtime import locked, log, recorded, start_runtime
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
@@ -48,9 +48,12 @@ def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
 
 def evaluate(recipe: Recipe, run: Path) -> Any:
     """Stage 5: base, converted and healed, whichever the run folder holds."""
+    from layerboost.evaluation.quality import check_gate
     from layerboost.stages.evaluate import run_evaluate
 
-    return run_evaluate(recipe, run, checkpoints(recipe, run), start_runtime(recipe))
+    comparison = run_evaluate(recipe, run, checkpoints(recipe, run), start_runtime(recipe))
+    check_gate(comparison, recipe.evaluate)
+    return comparison
 
 
 def bench(recipe: Recipe, run: Path) -> Any:
@@ -76,23 +79,9 @@ STAGES: dict[str, Callable[[Recipe, Path], Any]] = {
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
-    """Run one stage and note the attempt in run.json. Returns what the stage returns.
-
-    The resolved recipe is saved as RUN/recipe.yaml, where running again repeats the run; settings that the stage
-    refuses are taken back.
-    """
-    file = run / RECIPE
-    before = file.read_text() if file.is_file() else None
-    write_text(file, recipe_yaml(recipe))
-    try:
-        with recorded(run, name, recipe):
-            return STAGES[name](recipe, run, **options)
-    except ConfigError:
-        if before is None:
-            file.unlink()
-        else:
-            write_text(file, before)
-        raise
+    """Run one stage and note the attempt in run.json. Returns what the stage returns."""
+    with locked(run), kept_recipe(recipe, run), recorded(run, name, recipe):
+        return STAGES[name](recipe, run, **options)
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:
@@ -100,26 +89,50 @@ def run_all(recipe: Recipe, run: Path) -> Any:
     if not finished(recipe, run):
         check(recipe, run)
     result = None
-    for number, name in enumerate(STAGES, 1):
-        log.info("stage %d of %d: %s", number, len(STAGES), name)
-        result = run_stage(name, recipe, run)
+    with kept_recipe(recipe, run):
+        for number, name in enumerate(STAGES, 1):
+            log.info("stage %d of %d: %s", number, len(STAGES), name)
+            result = run_stage(name, recipe, run)
     return result
+
+
+@contextmanager
+def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
+    """Save the resolved recipe as RUN/recipe.yaml, where running again repeats the run; take refused settings back."""
+    file = run / RECIPE
+    before = file.read_text() if file.is_file() else None
+    write_text(file, recipe_yaml(recipe))
+    try:
+        yield
+    except (ConfigError, InfeasibleBudget):
+        if before is None:
+            file.unlink()
+        else:
+            write_text(file, before)
+        raise
 
 
 def finished(recipe: Recipe, run: Path) -> bool:
     """Whether this very recipe has been run to its end here, so that there is nothing left to check."""
-    saved = run / RECIPE
-    return (run / "report.html").is_file() and saved.is_file() and saved.read_text() == recipe_yaml(recipe)
+    files = [run / RECIPE, run / PLAN, run / HEALED / PLAN, run / "report.html"]
+    return (
+        all(file.is_file() for file in files)
+        and files[0].read_text() == recipe_yaml(recipe)
+        and read_plan(files[1]).hash() == read_plan(files[2]).hash()
+    )
 
 
 def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
     """Base, converted and healed directories that exist, by name.
 
-    Raises ConfigError for one that was made from another plan than RUN/plan.yaml.
+    Raises ConfigError for one that was made from another plan than RUN/plan.yaml or from another base.
     """
-    from layerboost.model.checkpoint import open_base, plan_in
+    from layerboost.model.checkpoint import check_same_model, load_config, model_info, open_base, plan_in
 
-    found = {"base": open_base(recipe, run, start_runtime(recipe)).folder}
+    runtime = start_runtime(recipe)
+    base = open_base(recipe, run, runtime)
+    info = model_info(base, load_config(base, recipe.trust_remote_code), runtime.dtype)
+    found = {"base": base.folder}
     for name, folder, command in (("converted", run / CONVERTED, "convert"), ("healed", run / HEALED, "heal")):
         made_from = plan_in(folder)
         if made_from is None:
@@ -129,6 +142,7 @@ def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
                 f"{folder} was made from another plan than {run / PLAN}",
                 do=f"run `layerboost {command}` again, or delete {folder}",
             )
+        check_same_model(made_from, info, folder)
         found[name] = folder
     return found
 
@@ -164,18 +178,24 @@ def check(recipe: Recipe, run: Path) -> Estimate:
 
     validate_measure(recipe)
     runtime = start_runtime(recipe)
-    source = find_model(recipe.model or "", run) if recipe.model else _no_model()
+    source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if recipe.text.source != "self":
         load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens)
     validate_evaluate(recipe, tokenizer, run)
+    wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
+    if wanted > config.max_position_embeddings:
+        raise ConfigError(
+            f"bench.input_tokens + bench.output_tokens is {wanted}",
+            found=f"a context of {config.max_position_embeddings}",
+        )
     vllm = check_vllm()
     check_port(recipe.bench.port)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
-    copies = 2 + bool(source.gguf)  # converted, healed, and the unpacked base
-    already = sum((run / folder).is_dir() for folder in (BASE, CONVERTED, HEALED))
+    copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
+    already = sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     estimate = Estimate(
         model=source.name,
         family=info.model_type,
@@ -210,7 +230,10 @@ def plain(result: Any) -> Any:
 
 
 def _free_memory_gib() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    return available / GIB
 
 
 def _existing(path: Path) -> Path:
@@ -218,7 +241,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _no_model() -> Any:
-    raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")

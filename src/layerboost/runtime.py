@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import logging
 import os
@@ -141,6 +142,20 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
             write_json(file, history)
 
 
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep a second command out of a run folder; the lock ends with the process. Raises ConfigError."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another layerboost command works in {run}", do="wait for it, or use another --run folder"
+            ) from None
+        yield
+
+
 def _auto_device() -> str:
     torch = sys.modules.get("torch")  # stages that compute nothing never load it
     return "none" if torch is None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,8 +174,11 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The commit of the checkout layerboost runs from, or None outside one."""
-    folder = Path(__file__).parent
-    answer = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -21,9 +21,9 @@ from layerboost.runtime import Progress
 Split = Literal["calibration", "held_out", "train", "all"]
 # Of ten documents one is for calibration and one is held out. Fixed, so that no seed moves a document across.
 SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
-FEW_DOCUMENTS, PIECE_CHARACTERS = 30, 4_000
+FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
-SAMPLES = "self_samples.jsonl"
+SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def load_tokens(
     needed = max(1, -(-tokens // length))
     documents = _select(read_documents(text, run), split)
     if split == "train":
-        documents = iter(_shuffled(documents, seed))
+        documents = _shuffled(documents, seed)
     stream: list[int] = []
     for document in documents:
         stream += tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -83,16 +83,18 @@ def read_documents(text: Text, run: Path | None = None) -> Iterator[str]:
     return _hub(source, text.column)
 
 
-def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: int) -> None:
-    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`.
+def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
+    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; goes on where a killed run stopped.
 
-    Plain ancestral sampling at temperature 1 from the begin-of-text token.
+    Plain ancestral sampling at temperature 1 from the begin-of-text token. `made_from` is kept beside the samples.
     """
+    write_text(run / SAMPLES_FROM, json.dumps(made_from))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    torch.manual_seed(seed)
-    lines: list[str] = []
+    lines = (run / SAMPLES).read_text().splitlines() if (run / SAMPLES).is_file() else []
     with Progress("sampling text from the model", text.self_samples, "samples") as progress:
+        progress.skip(len(lines))
         while len(lines) < text.self_samples:
+            torch.manual_seed(seed * 1_000_003 + len(lines))
             count = min(16, text.self_samples - len(lines))
             prompt = torch.full((count, 1), start, device=model.device)
             out = model.generate(
@@ -105,8 +107,33 @@ def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: in
             )
             decoded = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
             lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in decoded]
+            write_text(run / SAMPLES, "\n".join(lines) + "\n")
             progress.advance(count)
-    write_text(run / SAMPLES, "\n".join(lines) + "\n")
+
+
+def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the model has yet to write its samples; raises ConfigError when those there are of something else."""
+    file = run / SAMPLES_FROM
+    if not file.is_file():
+        return True
+    if json.loads(file.read_text()) != made_from:
+        raise ConfigError(
+            f"{run / SAMPLES} was sampled from another model or with other settings",
+            do=f"use another --run folder, or delete {file} and {run / SAMPLES}",
+        )
+    return not (run / SAMPLES).is_file() or len((run / SAMPLES).read_text().splitlines()) < text.self_samples
+
+
+def check_samples(text: Text, tokens: int) -> None:
+    """Raise ConfigError when the model's own samples cannot give a tenth, the smallest split, of `tokens` tokens."""
+    most = text.self_samples // 10 * text.sequence_tokens
+    if text.source == "self" and most < tokens:
+        raise ConfigError(
+            "the model's own samples are too few",
+            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens leave {most:,} for a split of "
+            f"one in ten; {tokens:,} are wanted",
+            do="name a text (text.source), ask for more samples (text.self_samples) or fewer tokens",
+        )
 
 
 def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
@@ -115,10 +142,17 @@ def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
             yield document
 
 
-def _shuffled(documents: Iterable[str], seed: int) -> list[str]:
-    found = list(documents)
-    random.Random(seed).shuffle(found)
-    return found
+def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
+    """Shuffled through a buffer, so that a Hub data set is read no further than it is used."""
+    draw, buffer = random.Random(seed), []
+    for document in documents:
+        buffer.append(document)
+        if len(buffer) >= SHUFFLE_DOCUMENTS:
+            index = draw.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    draw.shuffle(buffer)
+    yield from buffer
 
 
 def _local(files: list[Path], column: str, source: str) -> Iterator[str]:
@@ -130,7 +164,8 @@ def _local(files: list[Path], column: str, source: str) -> Iterator[str]:
     if len(documents) < FEW_DOCUMENTS:
         size = PIECE_CHARACTERS
         documents = [text[start : start + size] for text in documents for start in range(0, len(text), size)]
-    return iter(_shuffled(documents, 0))
+    random.Random(0).shuffle(documents)
+    return iter(documents)
 
 
 def _read_file(file: Path, column: str) -> Iterator[str]:
@@ -139,24 +174,25 @@ def _read_file(file: Path, column: str) -> Iterator[str]:
         if name.endswith(".jsonl"):
             with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
                 for line in lines:
-                    yield _field(json.loads(line), column, file)
+                    if (text := _field(json.loads(line), column, file)) is not None:
+                        yield text
         elif name.endswith(".parquet"):
             import pyarrow.parquet
 
             table = pyarrow.parquet.read_table(file)
             _field(dict.fromkeys(table.column_names, ""), column, file)
-            yield from table[column].to_pylist()
+            yield from (text for text in table[column].to_pylist() if text is not None)
         elif file.suffix in TEXT_SUFFIXES:
             yield file.read_text()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"cannot read text from {file}", found=str(error).splitlines()[0]) from None
 
 
-def _field(row: Any, column: str, file: Path | str) -> str:
+def _field(row: Any, column: str, file: Path | str) -> str | None:
     if not isinstance(row, dict) or column not in row:
         columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigError(f"{file} has no column {column!r}", found=columns, do="name the column: --set text.column=…")
-    return str(row[column])
+    return None if row[column] is None else str(row[column])
 
 
 def _package_files(package: str) -> list[Path]:
@@ -174,7 +210,8 @@ def _hub(source: str, column: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
         for row in rows:
-            yield _field(row, column, source)
+            if (text := _field(row, column, source)) is not None:
+                yield text
     except (OSError, ValueError, ConnectionError) as error:
         raise ConfigError(
             f"no text {source!r}: neither a file, a folder nor a Hub data set that can be reached",

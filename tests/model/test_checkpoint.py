@@ -138,7 +138,7 @@ def test_model_info(tmp_path: Path) -> None:
     assert found.kv_bytes_per_token == 2 * 2 * 32 * 4
     before = model_fingerprint(source)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["model.norm.weight"][0] += 1
+    weights["model.layers.2.mlp.up_proj.weight"][40, 40] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert model_fingerprint(source) != before
 

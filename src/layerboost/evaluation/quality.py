@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from layerboost.errors import GateMissed
 from layerboost.evaluation.tasks import BenchTask, ItemScores, item_scores, task_value
+from layerboost.recipe import Evaluate
 from layerboost.sensitivity.metrics import SequenceLosses, token_losses
 
 
@@ -90,6 +92,28 @@ def paired_difference(base: ItemScores, changed: ItemScores) -> dict[str, float]
     """Mean over items of changed minus base, with the standard error of that mean. Both must hold the same items."""
     assert base.keys() == changed.keys()
     return mean_and_error([changed[item] - base[item] for item in base])
+
+
+def check_gate(comparison: Mapping[str, Any], settings: Evaluate) -> None:
+    """Raise GateMissed when the last changed model lost more than the recipe allows.
+
+    The gate looks at the means; whether the sample could have seen the loss is what their standard errors tell.
+    """
+    model = [name for name in comparison["models"] if name != "base"][-1:]
+    missed = []
+    for name in model:
+        kl = comparison["perplexity"].get(name, {}).get("kl", {}).get("mean")
+        if settings.max_kl is not None and kl is not None and kl > settings.max_kl:
+            missed.append(f"KL {kl:.4f} of {name}, at most {settings.max_kl}")
+        difference = (comparison["average"] or {}).get("difference", {}).get(name)
+        if settings.max_average_drop is not None and difference and -difference["mean"] > settings.max_average_drop:
+            missed.append(
+                f"average accuracy of {name} falls by {-difference['mean']:.4f}, at most {settings.max_average_drop}"
+            )
+    if missed:
+        raise GateMissed(
+            "the quality gate was missed", found="; ".join(missed), do="heal longer or plan a larger budget"
+        )
 
 
 def average_tasks(tasks: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

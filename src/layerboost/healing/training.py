@@ -58,7 +58,7 @@ def train_stage(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         max_grad_norm=1.0,
-        logging_steps=max(1, steps // 200),
+        logging_steps=1,  # a loss that is not finite shows before the step is saved
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -67,7 +67,7 @@ def train_stage(
         disable_tqdm=True,
         report_to=[],
         seed=seed,
-        use_cpu=ids.device.type == "cpu" and not torch.cuda.is_available(),
+        use_cpu=next(distiller.parameters()).device.type == "cpu",
     )
     tokens_per_step = per_step * ids.shape[1]
     trainer = _Trainer(
@@ -177,7 +177,7 @@ class _Reporter(TrainerCallback):
             self.progress.__exit__()
             raise LayerboostError(
                 f"the loss of the {self.metrics.stage} stage is {loss} at step {state.global_step}",
-                do="lower the learning rate; the last checkpoint before it is kept in heal/checkpoints",
+                do="delete heal/ and lower the learning rate; no checkpoint holds this step",
             )
         values = {"loss": loss, "lr": float(logs["learning_rate"])}
         self.metrics.write(state.global_step, state.global_step * self.tokens_per_step, values)

@@ -12,7 +12,7 @@ def model_card(plan: PlanFile, healing: str = "") -> str:
         for entry in plan.layers
     ]
     counts = ", ".join(f"{plan.count(kind)} {kind}" for kind in ("full", "sliding", "none"))
-    predicted = plan.predicted
+    predicted = plan.foretold
     cache = (
         f"At {predicted.context_tokens} tokens of context its KV cache takes {predicted.kv_fraction:.0%} of the base's."
         if predicted

@@ -6,7 +6,6 @@ import ast
 import hashlib
 import importlib.metadata
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import model_card
 from layerboost.model.surgery import family_of
-from layerboost.recipe import Recipe
+from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
-from layerboost.text import SAMPLES, sample_documents
+from layerboost.text import sample_documents, samples_missing
 
 FUTURE = "from __future__ import annotations"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -134,17 +133,13 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def model_fingerprint(source: Source) -> str:
-    """16 hex digits over the configuration and, of each weight file, its size and its first and last MiB."""
-    digest, mib = hashlib.sha256(), 1 << 20
+    """16 hex digits of the SHA-256 over the configuration and every weight file."""
+    digest = hashlib.sha256()
     weights = sorted(file for pattern in WEIGHTS for file in source.folder.glob(pattern))
     files = [source.folder / source.gguf] if source.gguf else [source.folder / "config.json", *weights]
     for file in files:
         with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            digest.update(f"{file.name}:{size}".encode())
-            digest.update(stream.read(mib))
-            stream.seek(max(size - mib, 0))
-            digest.update(stream.read(mib))
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -153,9 +148,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
 
     Raises ConfigError when the recipe names no model or one that cannot be used.
     """
-    if recipe.model is None:
-        raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")
-    source = find_model(recipe.model, run)
+    source = find_model(model_of(recipe), run)
     load_config(source, recipe.trust_remote_code)
     if source.gguf is None:
         return source
@@ -170,9 +163,12 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
 
 def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
     """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder."""
-    if recipe.text.source == "self" and not (run / SAMPLES).is_file():
+    if recipe.text.source != "self":
+        return
+    made_from = {"model": model_fingerprint(source), "seed": recipe.seed, "text": recipe.text.model_dump(mode="json")}
+    if samples_missing(recipe.text, run, made_from):
         model = load_model(source, runtime, recipe.trust_remote_code)
-        sample_documents(model, tokenizer, recipe.text, run, recipe.seed)
+        sample_documents(model, tokenizer, recipe.text, run, recipe.seed, made_from)
 
 
 def save_boosted(
@@ -237,7 +233,7 @@ def _package_gguf(package: str) -> tuple[Path, str]:
 
 def _unpacked(source: Source, run: Path | None) -> Source:
     note = run / BASE / "layerboost_source.txt" if run else None
-    if run and note and note.is_file() and note.read_text().split() == [source.name, model_fingerprint(source)]:
+    if run and note and note.is_file() and note.read_text().splitlines() == [source.name, model_fingerprint(source)]:
         return Source(source.name, (run / BASE).absolute())
     return source
 

@@ -61,11 +61,9 @@ class LayerStream:
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft cap."""
+    """Logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
     config = model.config
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits = torch.tanh(logits / cap) * cap
     return logits

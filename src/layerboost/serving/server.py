@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench

@@ -27,7 +27,7 @@ class BoostedLlama(LlamaForCausalLM):
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
         skipped = set(skipped_layers(vllm_config.model_config.hf_config))
 
-        def boosted_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        def boosted_layer(vllm_config: VllmConfig, prefix: str) -> Any:
             if extract_layer_index(prefix) in skipped:
                 return AttentionFreeLayer(vllm_config, prefix)
             return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=SinkAttention)

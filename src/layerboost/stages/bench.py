@@ -136,13 +136,8 @@ def _opened(recipe: Recipe, run: Path, models: dict[str, Path]) -> Comparison:
             found="; ".join(changed),
             do=f"use another --run folder, or delete {file.parent}",
         )
-    # A result whose file is gone is made again; one that this recipe does not ask for stays in its file only.
-    wanted = set(recipe.bench.concurrency)
-    new.measurements = [
-        entry
-        for entry in old.measurements
-        if (file.parent / entry.file).is_file() and entry.concurrency in wanted and entry.repeat < recipe.bench.repeats
-    ]
+    # A result whose file is gone is made again.
+    new.measurements = [entry for entry in old.measurements if (file.parent / entry.file).is_file()]
     new.results = compare(new.measurements, new.reference)
     return new
 

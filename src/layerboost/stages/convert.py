@@ -7,6 +7,7 @@ from pathlib import Path
 from layerboost.artifacts import CONVERTED, PLAN, read_plan
 from layerboost.model.checkpoint import (
     check_same_model,
+    load_config,
     load_model,
     load_tokenizer,
     model_info,
@@ -29,14 +30,15 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
     """
     plan = read_plan(run / PLAN)
     target = run / CONVERTED
+    runtime = start_runtime(recipe)
+    source = open_base(recipe, run, runtime)
+    config = load_config(source, recipe.trust_remote_code)
+    check_plan(config, plan.layers)
+    check_same_model(plan, model_info(source, config, runtime.dtype), run / PLAN)
     if (there := plan_in(target)) and there.hash() == plan.hash():
         log.info("%s is up to date", target)
         return target
-    runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
     model = load_model(source, runtime, recipe.trust_remote_code)
-    check_plan(model.config, plan.layers)
-    check_same_model(plan, model_info(source, model.config, runtime.dtype), run / PLAN)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     sinks = {}
     with_sink = [entry.layer for entry in plan.layers if entry.sink]

@@ -43,6 +43,10 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     work and `resume` is False.
     """
     plan = read_plan(run / CONVERTED / PLAN)
+    if plan.hash() != read_plan(run / PLAN).hash():
+        raise ConfigError(
+            f"{run / CONVERTED} was made from another plan than {run / PLAN}", do="run `layerboost convert`"
+        )
     identity = heal_identity(recipe, plan)
     if healed_from(run / HEALED) == fingerprint(identity):
         log.info("%s is up to date", run / HEALED)
@@ -104,6 +108,14 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
             f"{plan.model.layers - plan.count('full')} changed layers",
             do="give one of the two stages some tokens",
         )
+    batch = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
+    for name, rows in (("attention_tokens", lessons.attention), ("tokens", lessons.lora)):
+        if 0 < len(rows) < batch:
+            raise ConfigError(
+                f"heal.{name} is less than one step",
+                found=f"{len(rows)} sequences of {length} tokens; a step takes {batch}",
+                do="raise it, or lower heal.batch_sequences or heal.gradient_accumulation",
+            )
     return lessons
 
 

@@ -8,14 +8,15 @@ from typing import Any
 from layerboost.artifacts import SENSITIVITY, LayerSensitivity, ModelInfo, Score, Sensitivity, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, model_info, open_base, write_samples
-from layerboost.recipe import Recipe
+from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.sweep import sweep
-from layerboost.text import Tokens, load_tokens
+from layerboost.text import Tokens, check_samples, load_tokens
 
 
 def validate_measure(recipe: Recipe) -> None:
     """Raise ConfigError for settings that could only give meaningless scores."""
+    model_of(recipe)
     length = recipe.text.sequence_tokens
     for window in recipe.measure.windows:
         if not 0 < window < length:
@@ -24,6 +25,7 @@ def validate_measure(recipe: Recipe) -> None:
                 found="a window must be at least 1, and one that never drops a token scores 0 by construction",
                 do="choose shorter windows (measure.windows) or longer sequences (text.sequence_tokens)",
             )
+    check_samples(recipe.text, recipe.measure.tokens)
     if recipe.measure.tokens < 2 * length:
         raise ConfigError(
             "measure.tokens must hold two sequences, or there is no standard error",

@@ -12,7 +12,8 @@ from layerboost.search.selection import predict, select
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
-    """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits.
+    """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits, and so
+    does one that a person wrote.
 
     Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
     """
@@ -28,7 +29,8 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     target = run / PLAN
     if target.exists():
         there = read_plan(target)
-        if there.sensitivity == file_hash(source) and there.settings == settings:
+        by_hand = there.sensitivity is None
+        if by_hand or (there.sensitivity == file_hash(source) and there.settings == settings):
             log.info("%s is up to date; delete it to choose again", target)
             return there
         log.info("%s was made from other inputs: choosing again", target)
@@ -38,8 +40,9 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         method=recipe.plan.method,
         settings=settings,
         sensitivity=file_hash(source),
-        predicted=predict(sensitivity, layers, recipe.plan.context_tokens),
         layers=layers,
     )
+    predicted = predict(sensitivity, layers, recipe.plan.context_tokens)
+    plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
     write_plan(target, plan)
     return plan
