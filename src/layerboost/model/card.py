@@ -27,7 +27,7 @@ tags: [layerboost, sliding-window-attention]
 
 # {plan.model.name}, boosted
 
-Made by [layerboost](https://pypi.org/project/layerboost/) after the method of LayerBoost (arXiv 2604.22050) from
+Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from
 `{plan.model.name}`; its licence applies. Of {plan.model.layers} layers: {counts}. {cache}
 
 {healing or "Not healed: the weights that remain are the base's own."}
