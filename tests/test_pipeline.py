@@ -123,6 +123,16 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     assert whole.layers[: len(part.layers)] == part.layers
 
 
+def test_the_models_own_text(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
+    run = tmp_path / "run"
+    layerboost("measure", "--config", recipe, "--run", run, "--text", "self", "--set", "text.self_samples=60")
+    assert len((run / "self_samples.jsonl").read_text().splitlines()) == 60
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["text"]["source"] == "self"
+    layerboost("plan", "--run", run)
+    layerboost("convert", "--run", run)
+
+
 def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"

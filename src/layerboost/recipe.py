@@ -145,7 +145,7 @@ def model_of(recipe: Recipe) -> str:
 
 
 def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
-    """Merge YAML `files`, then dotted `overrides` such as `{"heal.lr": "1e-4"}`, over the defaults.
+    """Merge YAML `files`, then dotted `overrides` such as `{"heal.lr": 1e-4}`, over the defaults.
 
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest known one) or a bad value.
     """
@@ -159,7 +159,7 @@ def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown recipe key: {dotted}", found=f"{section} is a value, not a section")
-        target[key] = _value(dotted, value) if isinstance(value, str) else value
+        target[key] = value
     return parse_recipe(merged, source=", ".join(map(str, files)) or "the command line")
 
 
@@ -172,12 +172,12 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
         raise ConfigError(f"bad recipe ({source})", found="; ".join(problems), do="see docs/recipe.md") from None
 
 
-def set_option(text: str) -> tuple[str, str]:
-    """Split `section.key=value`; raises ConfigError when there is no equals sign."""
+def set_option(text: str) -> tuple[str, Any]:
+    """Split `section.key=value` and read the value as YAML; raises ConfigError when it is neither."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError("--set takes section.key=value", found=text, do="for example --set heal.lr=1e-4")
-    return key.strip(), value.strip()
+    return key.strip(), _value(key, value)
 
 
 def known_keys() -> list[str]:
