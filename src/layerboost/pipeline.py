@@ -12,7 +12,7 @@ from typing import Any
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Recipe, model_of, recipe_yaml
-from layerboost.runtime import locked, log, recorded, start_runtime
+from layerboost.runtime import Runtime, locked, log, recorded, start_runtime
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
@@ -51,7 +51,8 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
     from layerboost.evaluation.quality import check_gate
     from layerboost.stages.evaluate import run_evaluate
 
-    comparison = run_evaluate(recipe, run, checkpoints(recipe, run), start_runtime(recipe))
+    runtime = start_runtime(recipe)
+    comparison = run_evaluate(recipe, run, checkpoints(recipe, run, runtime), runtime)
     check_gate(comparison, recipe.evaluate)
     return comparison
 
@@ -60,7 +61,7 @@ def bench(recipe: Recipe, run: Path) -> Any:
     """Stage 6: base against the last boosted checkpoint; converted and healed are equally fast."""
     from layerboost.stages.bench import run_bench
 
-    found = checkpoints(recipe, run)
+    found = checkpoints(recipe, run, start_runtime(recipe))
     if "healed" in found:
         del found["converted"]
     return run_bench(recipe, run, found)
@@ -122,14 +123,20 @@ def finished(recipe: Recipe, run: Path) -> bool:
     )
 
 
-def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
+def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
     """Base, converted and healed directories that exist, by name.
 
     Raises ConfigError for one that was made from another plan than RUN/plan.yaml or from another base.
     """
-    from layerboost.model.checkpoint import check_same_model, load_config, model_info, open_base, plan_in
+    from layerboost.model.checkpoint import (
+        check_same_model,
+        check_same_plan,
+        load_config,
+        model_info,
+        open_base,
+        plan_in,
+    )
 
-    runtime = start_runtime(recipe)
     base = open_base(recipe, run, runtime)
     info = model_info(base, load_config(base, recipe.trust_remote_code), runtime.dtype)
     found = {"base": base.folder}
@@ -137,11 +144,7 @@ def checkpoints(recipe: Recipe, run: Path) -> dict[str, Path]:
         made_from = plan_in(folder)
         if made_from is None:
             continue
-        if made_from.hash() != read_plan(run / PLAN).hash():
-            raise ConfigError(
-                f"{folder} was made from another plan than {run / PLAN}",
-                do=f"run `layerboost {command}` again, or delete {folder}",
-            )
+        check_same_plan(made_from, folder, run / PLAN, command)
         check_same_model(made_from, info, folder)
         found[name] = folder
     return found

@@ -203,6 +203,15 @@ def check_same_model(plan: PlanFile, model: ModelInfo, file: Path) -> None:
         )
 
 
+def check_same_plan(made_from: PlanFile, folder: Path, file: Path, command: str) -> None:
+    """Raise ConfigError when a checkpoint was made from another plan than the one in `file`; `command` makes it."""
+    if made_from.hash() != read_plan(file).hash():
+        raise ConfigError(
+            f"{folder} was made from another plan than {file}",
+            do=f"run `layerboost {command}` again, or delete {folder}",
+        )
+
+
 def modeling_source() -> str:
     """families.py, attention.py and modeling.py joined into the one file that travels in a checkpoint."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]

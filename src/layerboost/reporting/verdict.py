@@ -8,7 +8,7 @@ from layerboost.artifacts import Score
 from layerboost.reporting.benchmark import Ratio, bench_ratio
 from layerboost.reporting.page import Finding
 from layerboost.reporting.panels import nll_difference
-from layerboost.reporting.sources import EvalComparison, Sources, absent, model_order
+from layerboost.reporting.sources import MODELS, EvalComparison, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, points, size, with_error
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 
@@ -67,7 +67,7 @@ def summary(sources: Sources) -> dict[str, Any]:
 
 def summary_table(values: dict[str, Any]) -> list[list[str]]:
     """Rows for a terminal, header first: metric, base, converted, healed. `values` is what `run_report` returned."""
-    models = ("base", "converted", "healed")
+    models = MODELS
     fraction, ratio = values["kv_fraction"], values["throughput_ratio"]
     kv = [ABSENT] * 3 if fraction is None else [percent(1.0), percent(fraction), percent(fraction)]
     speed = [ABSENT] * 3

@@ -17,6 +17,7 @@ from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
 from layerboost.healing.training import train_stage
 from layerboost.model.checkpoint import (
     check_same_model,
+    check_same_plan,
     find_model,
     load_config,
     load_model,
@@ -43,10 +44,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     work and `resume` is False.
     """
     plan = read_plan(run / CONVERTED / PLAN)
-    if plan.hash() != read_plan(run / PLAN).hash():
-        raise ConfigError(
-            f"{run / CONVERTED} was made from another plan than {run / PLAN}", do="run `layerboost convert`"
-        )
+    check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
     identity = heal_identity(recipe, plan)
     if healed_from(run / HEALED) == fingerprint(identity):
         log.info("%s is up to date", run / HEALED)
