@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerboost.errors import ConfigError, LayerboostError
 
@@ -34,7 +34,14 @@ class Artifact(BaseModel):
     """A file with a schema version; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    schema_version: Literal[1] = 1
+    schema_version: int = 1
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != cls.model_fields["schema_version"].default:
+            raise ValueError(f"version {value} of this file is not known here")
+        return value
 
 
 class ModelInfo(BaseModel):
@@ -59,22 +66,34 @@ class ModelInfo(BaseModel):
 
 
 class Score(BaseModel):
-    """A mean over sequences with its standard error."""
+    """A mean over sequences or items with its standard error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     mean: float
     standard_error: float
+    count: int | None = Field(None, description="tokens, answers or items behind it")
+
+
+# What one replacement does, larger is worse.
+METRICS = {
+    "kl": "KL(base ‖ changed), nats per token",
+    "nll": "NLL(changed) − NLL(base), nats per token",
+    "top1": "share of tokens whose most likely next token changes",
+    "retrieval": "log-probability lost on the answer in long prompts, nats per answer",
+    "benchmark": "average accuracy lost over validation tasks (LayerBoost, Eq. 3)",
+    "cosine": "1 − cosine of the stream before and after the attention (LLM-Drop); removal only",
+    "mse": "squared error of the layer's output, relative to its square",
+}
 
 
 class Variant(BaseModel):
-    """One layer under one replacement."""
+    """One layer under one replacement, in every metric measured (keys of METRICS)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: Literal["sliding", "none"]
     window: int | None = None
     sink: bool = False
-    kl: Score = Field(description="KL(base ‖ changed) per token, nats")
-    nll: Score = Field(description="NLL(changed) − NLL(base) per token, nats")
+    scores: dict[str, Score]
 
 
 class LayerSensitivity(BaseModel):
@@ -88,6 +107,7 @@ class LayerSensitivity(BaseModel):
 class Sensitivity(Artifact):
     """`sensitivity.json`: saved after each layer, complete once every layer is in it."""
 
+    schema_version: int = 2
     model: ModelInfo
     text: str = Field(description="fingerprint of the calibration tokens")
     settings: dict[str, Any]
@@ -284,7 +304,7 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
         else:
             found = str(error).splitlines()[0]
         raise ConfigError(
-            f"{path} is not a valid {kind.__name__} (schema version 1)",
+            f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
             found=found,
             do=f"mend it, or delete it and run `{made_by}` again",
         ) from None

@@ -118,7 +118,10 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
 def _measured(result: Any) -> list[list[str]]:
     head = ["layer", *(_variant_name(variant) for variant in result.layers[0].variants)]
     body = [
-        [str(entry.layer), *(f"{v.kl.mean:.4f} ± {v.kl.standard_error:.4f}" for v in entry.variants)]
+        [
+            str(entry.layer),
+            *(f"{v.scores['kl'].mean:.4f} ± {v.scores['kl'].standard_error:.4f}" for v in entry.variants),
+        ]
         for entry in result.layers
     ]
     return [head, *body]

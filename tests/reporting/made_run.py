@@ -113,7 +113,7 @@ def _variant(chance: random.Random, kl: float, attention: str, window: int | Non
     error = kl * chance.uniform(0.05, 0.4)
     nll = Score(mean=kl * chance.uniform(-0.2, 1.1), standard_error=1.2 * error)
     values = {"attention": attention, "window": window, "sink": sink}
-    return Variant.model_validate({**values, "kl": Score(mean=kl, standard_error=error), "nll": nll})
+    return Variant.model_validate({**values, "scores": {"kl": Score(mean=kl, standard_error=error), "nll": nll}})
 
 
 def metrics() -> list[dict[str, object]]:

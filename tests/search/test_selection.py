@@ -20,9 +20,9 @@ def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = 
         return Score(mean=draw.random(), standard_error=0.01)
 
     def variants() -> list[Variant]:
-        removed = [Variant(attention="none", kl=value(), nll=value())] if none else []
+        removed = [Variant(attention="none", scores={"kl": value(), "nll": value()})] if none else []
         return removed + [
-            Variant(attention="sliding", window=window, sink=sink, kl=value(), nll=value())
+            Variant(attention="sliding", window=window, sink=sink, scores={"kl": value(), "nll": value()})
             for window in windows
             for sink in (False, True)
         ]
@@ -63,7 +63,7 @@ def test_an_infeasible_budget_names_the_nearest() -> None:
 
 def test_threshold_by_counts_and_by_values() -> None:
     found = sensitivity(6)
-    removal = [entry.variants[0].kl.mean for entry in found.layers]
+    removal = [entry.variants[0].scores["kl"].mean for entry in found.layers]
     counts = select(found, Plan(method="threshold", full_layers=2, none_layers=3))
     order = sorted(range(6), key=lambda layer: -removal[layer])
     assert [entry.layer for entry in counts if entry.attention == "full"] == sorted(order[:2])
@@ -73,7 +73,7 @@ def test_threshold_by_counts_and_by_values() -> None:
         assert entry.attention == ("full" if damage > 0.5 else "none" if damage < 0.2 else "sliding")
         if entry.attention == "sliding":
             plain, sink = found.layers[entry.layer].variants[1:]
-            assert entry.sink == (sink.kl.mean < plain.kl.mean)
+            assert entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def test_the_sweep_equals_a_full_forward_per_variant(family: str) -> None:
                 sinks = {entry.layer: calibrated[entry.layer, variant.window]}
             with torch.no_grad():
                 kl, nll = naive(logits, apply_plan(tiny_model(family, layers=4), plan, sinks)(IDS).logits)
-            assert variant.kl.mean == pytest.approx(float(kl.mean()), abs=1e-5)
-            assert variant.kl.standard_error == pytest.approx(float(kl.std() / 5**0.5), abs=1e-5)
-            assert variant.nll.mean == pytest.approx(float(nll.mean()), abs=1e-5)
+            assert variant.scores["kl"].mean == pytest.approx(float(kl.mean()), abs=1e-5)
+            assert variant.scores["kl"].standard_error == pytest.approx(float(kl.std() / 5**0.5), abs=1e-5)
+            assert variant.scores["nll"].mean == pytest.approx(float(nll.mean()), abs=1e-5)
 
 
 def test_a_sweep_goes_on_where_it_stopped() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerboost.artifacts import PlanFile, Score, Sensitivity, Variant
+from layerboost.artifacts import PlanFile, Sensitivity, Variant
 from layerboost.reporting.sources import MODELS, MetricLine
 from layerboost.reporting.text import strategy, with_error
 
@@ -67,10 +67,10 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None) -> dict[
                 "mode": "markers",
                 "name": strategy(*kind),
                 "x": [layer + offset for layer, _ in found],
-                "y": [_positive(variant.kl.mean) for _, variant in found],
+                "y": [_positive(variant.scores["kl"].mean) for _, variant in found],
                 "error_y": {
                     "type": "data",
-                    "array": [variant.kl.standard_error for _, variant in found],
+                    "array": [variant.scores["kl"].standard_error for _, variant in found],
                     "color": color,
                     "thickness": 1.2,
                     "width": 0,
@@ -160,11 +160,8 @@ def _positive(value: float) -> float | None:
 
 
 def _hover(layer: int, variant: Variant) -> str:
-    return f"layer {layer}, {strategy(*_kind(variant))}<br>KL {with_error(variant.kl)}<br>NLL {_signed(variant.nll)}"
-
-
-def _signed(score: Score) -> str:
-    return with_error(score, signed=True)
+    scores = "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
+    return f"layer {layer}, {strategy(*_kind(variant))}{scores}"
 
 
 def _chosen(traces: list[dict[str, Any]], kinds: list[tuple[str, int | None, bool]], plan: PlanFile) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def layers_panel(sources: Sources) -> Panel:
             f"Base NLL: {with_error(sensitivity.base_nll)} nats per token."
         )
         variants = [variant for entry in sensitivity.layers for variant in entry.variants]
-        hidden = sum(variant.kl.mean <= 0 for variant in variants)
+        hidden = sum(variant.scores["kl"].mean <= 0 for variant in variants)
         if hidden:
             notes.append(f"{hidden} of {len(variants)} values are zero or below, off the log axis; the table has them.")
         if variants:
@@ -53,7 +53,14 @@ def _sensitivity_table(sensitivity: Sensitivity) -> Table:
     for entry in sensitivity.layers:
         for variant in entry.variants:
             name = strategy(variant.attention, variant.window, variant.sink)
-            rows.append([str(entry.layer), name, with_error(variant.kl), with_error(variant.nll, signed=True)])
+            rows.append(
+                [
+                    str(entry.layer),
+                    name,
+                    with_error(variant.scores["kl"]),
+                    with_error(variant.scores["nll"], signed=True),
+                ]
+            )
     header = ["layer", "replaced by", "KL, nats per token", "NLL − base, nats per token"]
     return Table("Every sensitivity", header, rows, text_columns=(0, 1), folded=True)
 

@@ -84,8 +84,8 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], context_token
     chosen = [_find(sensitivity.layers[entry.layer], *_key(entry)) for entry in layers if entry.attention != "full"]
     held = plan_kv_bytes(sensitivity.model, layers, context_tokens)
     return Predicted(
-        kl=sum(variant.kl.mean for variant in chosen),
-        nll=sum(variant.nll.mean for variant in chosen),
+        kl=sum(variant.scores["kl"].mean for variant in chosen),
+        nll=sum(variant.scores["nll"].mean for variant in chosen),
         kv_fraction=held / base_kv_bytes(sensitivity.model, context_tokens),
         kv_bytes_per_request=held,
         context_tokens=context_tokens,
@@ -165,5 +165,4 @@ def _sliding(entry: LayerSensitivity, window: int) -> list[Variant]:
 
 
 def _damage(settings: Plan, variant: Variant) -> float:
-    value: float = getattr(variant, settings.metric).mean
-    return value
+    return variant.scores[settings.metric].mean

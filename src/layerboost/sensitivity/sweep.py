@@ -104,6 +104,5 @@ def _variant(plan: LayerPlan, parts: list[SequenceLosses], base_nll: torch.Tenso
         attention=plan.attention,
         window=plan.window,
         sink=plan.sink,
-        kl=score(kl),
-        nll=score(nll - base_nll),
+        scores={"kl": score(kl), "nll": score(nll - base_nll)},
     )
