@@ -13,7 +13,7 @@ FLOORS = [
     {"errors"},
     {"artifacts", "recipe"},
     {"runtime"},
-    {"text"},
+    {"text", "retrieval"},
     {"model"},
     {"sensitivity", "search", "healing", "serving"},
     {"evaluation", "reporting"},

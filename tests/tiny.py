@@ -97,3 +97,14 @@ def info(layers: int = 4) -> ModelInfo:
         name="tiny", model_type="llama", layers=layers, hidden_size=64, kv_heads=2, head_dim=32, bytes_per_element=4,
         max_context_tokens=512, parameters=1000, fingerprint="abc",
     )  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, for prompts in plain English; ids below 256."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    byte_level = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(byte_level, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
