@@ -29,7 +29,7 @@ PAIRS, DIGITS = 4, 5
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one kind and length, answers included: `ids` `[N, T]`, the last `answers[n]` tokens of row n its answer.
+    """Prompts of one kind and length, answers included: `ids` `[N, T]`, the last `answers[n]` of row n the answer.
 
     `depths`: where the wanted fact stands, as a share of the prompt.
     """
