@@ -114,6 +114,9 @@ class Sensitivity(Artifact):
     sequences: int
     tokens: int
     base_nll: Score
+    base_retrieval: dict[str, Score] | None = Field(
+        None, description="the base's log_probability of an answer, in nats, and its share of exact answers"
+    )
     layers: list[LayerSensitivity] = []
 
     @property

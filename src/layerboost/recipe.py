@@ -46,6 +46,9 @@ class Measure(Section):
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
     batch_sequences: int = Field(4, ge=1, description="sequences in one forward pass")
+    retrieval_prompts: int = Field(16, ge=0, description="passkey and key-value prompts, half each; 0 leaves them out")
+    retrieval_tokens: int = Field(1024, ge=128, description="length of a retrieval prompt")
+    plan: str | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
 
 
 class Plan(Section):

@@ -14,7 +14,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.attention import sliding_attention_reference
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import apply_plan, attention_of, captured_scores, replaced
+from layerboost.model.surgery import apply_plan, replaced
 
 PLANS = ["sssss", "SSSSS", "nfsSf", "fsSnn", "nnnnn", "nnfsn"]
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -111,17 +111,6 @@ def test_replaced_is_reversible_and_equals_surgery() -> None:
         assert torch.equal(inside, surgery(IDS, use_cache=False).logits)
         assert torch.equal(base(IDS).logits, before)
         assert "sinks" not in dict(decoder_layers(base)[index].named_parameters())
-
-
-def test_captured_scores_leave_the_model_alone() -> None:
-    base = tiny_model()
-    before = base(IDS).logits
-    with captured_scores(base, [1, 3], [8, 16]) as found:
-        assert torch.equal(base(IDS).logits, before)
-    assert {key: parts[0].shape for key, parts in found.items()} == {
-        (layer, window): (HEADS,) for layer in (1, 3) for window in (8, 16)
-    }
-    assert attention_of(base, 1).config is base.config
 
 
 def test_static_cache_is_refused_by_name() -> None:

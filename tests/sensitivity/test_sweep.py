@@ -1,35 +1,62 @@
+"""The sweep against full forward passes of changed models, one by one."""
+
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import layer_plans, tiny_model
+from tiny import boosted, layer_plans, tiny_model
+from transformers import PreTrainedModel
 
-from layerboost.artifacts import LayerPlan, LayerSensitivity, Score
+from layerboost.artifacts import LayerPlan, LayerSensitivity
+from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
-from layerboost.sensitivity.metrics import score, token_losses
-from layerboost.sensitivity.sweep import calibrate_sinks, sweep
+from layerboost.retrieval import Prompts
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.sensitivity.sweep import candidates, sweep
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
+PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
+FAMILIES = ["llama", "olmo2", "granite"]
 
 
-def naive(base_logits: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    p, q = base_logits[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean(-1)
-    labels = IDS[:, 1:, None]
-    return kl, (p.gather(-1, labels) - q.gather(-1, labels))[..., 0].mean(-1)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
-def test_the_sweep_equals_a_full_forward_per_variant(family: str) -> None:
-    base = tiny_model(family, layers=4)
+def swept(
+    base: PreTrainedModel, windows: tuple[int, ...], plan: list[LayerPlan] | None = None
+) -> list[LayerSensitivity]:
+    batches = list(IDS.split(2))
+    probe = TextProbe(LayerStream(base, calibrate_sinks(base, batches, range(4), windows)), batches, PROMPTS.batches(3))
     found: list[LayerSensitivity] = []
+    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan)
+    return found
 
-    def save(base_nll: Score, layers: list[LayerSensitivity]) -> None:
-        found[:] = layers
 
-    sweep(base, list(IDS.split(2)), (8, 16), [], save)
-    with torch.no_grad():
-        logits = base(IDS).logits
+@torch.no_grad()
+def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a changed model loses, from full logits of both."""
+    p, q = (model(IDS).logits.log_softmax(-1)[:, :-1] for model in (base, changed))
+    labels = IDS[:, 1:, None]
+    answers = []
+    for model in (base, changed):
+        logits = model(PROMPTS.ids).logits.log_softmax(-1)[:, :-1].gather(-1, PROMPTS.ids[:, 1:, None])[..., 0]
+        answers.append(torch.stack([row[-n:].sum() for row, n in zip(logits, PROMPTS.answers, strict=True)]))
+    return {
+        "kl": (p.exp() * (p - q)).sum(-1).mean(-1),
+        "nll": (p.gather(-1, labels) - q.gather(-1, labels)).mean((1, 2)),
+        "top1": (p.argmax(-1) != q.argmax(-1)).float().mean(-1),
+        "retrieval": answers[0] - answers[1],
+    }
+
+
+def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
+    base, batches = tiny_model(family, layers=4), list(IDS.split(2))
+    sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink])
+    return apply_plan(base, plan, {e.layer: sinks[e.layer, e.window] for e in plan if e.sink and e.window})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_full_forward_passes(family: str) -> None:
+    base = tiny_model(family, layers=4)
+    found = swept(base, (8, 16))
     assert [entry.layer for entry in found] == [0, 1, 2, 3]
     for entry in found:
         assert len(entry.variants) == 5
@@ -38,40 +65,88 @@ def test_the_sweep_equals_a_full_forward_per_variant(family: str) -> None:
             plan[entry.layer] = LayerPlan(
                 layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink
             )
-            sinks = {}
-            if variant.sink:
-                calibrated = calibrate_sinks(base, list(IDS.split(2)), [entry.layer], [variant.window])
-                sinks = {entry.layer: calibrated[entry.layer, variant.window]}
-            with torch.no_grad():
-                kl, nll = naive(logits, apply_plan(tiny_model(family, layers=4), plan, sinks)(IDS).logits)
-            assert variant.scores["kl"].mean == pytest.approx(float(kl.mean()), abs=1e-5)
-            assert variant.scores["kl"].standard_error == pytest.approx(float(kl.std() / 5**0.5), abs=1e-5)
-            assert variant.scores["nll"].mean == pytest.approx(float(nll.mean()), abs=1e-5)
+            for metric, values in naive(base, changed_model(family, plan)).items():
+                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+            assert variant.scores["kl"].count == 5 * 39
+            assert variant.scores["retrieval"].count == 4
+
+
+def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:
+    base, plan = tiny_model(layers=4), layer_plans("nfSs", 16)
+    rest = {2: naive(base, changed_model("llama", layer_plans("nffs", 16)))}
+    rest[1] = naive(base, changed_model("llama", plan))
+    found = swept(base, (16,), plan)
+    for layer, letter in ((1, "n"), (2, "S"), (2, "n")):
+        letters = "nfSs"[:layer] + letter + "nfSs"[layer + 1 :]
+        own = naive(base, changed_model("llama", layer_plans(letters, 16)))
+        kind = {"n": ("none", False), "S": ("sliding", True)}[letter]
+        variant = next(v for v in found[layer].variants if (v.attention, v.sink) == kind)
+        for metric in ("kl", "nll", "retrieval"):
+            added = float((own[metric] - rest[layer][metric]).mean())
+            assert variant.scores[metric].mean == pytest.approx(added, abs=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_local_scores(family: str) -> None:
+    """cosine and mse from the definitions, with the hidden states Transformers returns."""
+    base = tiny_model(family, layers=4)
+    states = base(IDS, output_hidden_states=True).hidden_states
+    found = swept(base, (8,))
+    changed = changed_model(family, layer_plans("fnff"))(IDS, output_hidden_states=True).hidden_states
+    error = (changed[2] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
+    removed = found[1].variants[0]
+    assert removed.attention == "none"
+    assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
+    # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
+    seen: list[torch.Tensor] = []
+    layer = base.model.layers[1]
+    stream_after = layer.mlp if family == "olmo2" else layer.post_attention_layernorm
+    stream_after.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    base(IDS)
+    cosine = 1 - torch.cosine_similarity(states[1], seen[0], dim=-1).mean()
+    assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
+    assert "cosine" not in found[1].variants[1].scores
 
 
 def test_a_sweep_goes_on_where_it_stopped() -> None:
     base = tiny_model(layers=4)
+    probe = TextProbe(LayerStream(base), [IDS])
     saved: list[list[LayerSensitivity]] = []
-    sweep(base, [IDS], (8,), [], lambda nll, layers: saved.append(list(layers)))
-    again: list[list[LayerSensitivity]] = []
-    sweep(base, [IDS], (8,), saved[1], lambda nll, layers: again.append(list(layers)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerboost.sensitivity.sweep.candidates", lambda *_: [LayerPlan(layer=_[1], attention="none")])
+        sweep([probe], (8,), [], lambda layers: saved.append(list(layers)))
+        again: list[list[LayerSensitivity]] = []
+        sweep([TextProbe(LayerStream(base), [IDS])], (8,), saved[1], lambda layers: again.append(list(layers)))
     assert len(again) == 2
     assert again[-1] == saved[-1]
 
 
-def test_losses_of_the_model_itself_are_zero_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_model(layers=2)
-    with torch.no_grad():
-        hidden = base.model(IDS).last_hidden_state
-        nll, (same,) = token_losses(base, hidden, IDS, [hidden])
-        monkeypatch.setattr("layerboost.sensitivity.metrics.CHUNK_TOKENS", 7)
-        chunked, _ = token_losses(base, hidden, IDS, [])
-    assert same.kl.abs().max() == 0
-    torch.testing.assert_close(chunked, nll)
-    torch.testing.assert_close(same.nll, nll)
+@torch.no_grad()
+def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
+    base = tiny_model(layers=4)
+    stream = LayerStream(base)
+    hidden, _ = stream.forward(IDS)
+    computed = []
+
+    def counted(name: str) -> None:
+        module = base.model.layers[0].get_submodule(name)
+        stock = module.forward
+        module.forward = lambda x: (computed.append(name), stock(x))[1]
+
+    plans = layer_plans("fsn")
+    alone = [stream.layer(0, hidden, plan) for plan in plans]
+    for name in ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj"):
+        counted(name)
+    with stream.shared(0, hidden):
+        together = [stream.layer(0, hidden, plan) for plan in plans]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+    assert sorted(computed) == ["input_layernorm", "self_attn.o_proj", "self_attn.o_proj", "self_attn.q_proj"]
+    assert "forward" not in vars(base.model.layers[0].self_attn.k_proj)
 
 
-def test_score() -> None:
-    found = score(torch.tensor([1.0, 2.0, 3.0]))
-    assert found.mean == 2
-    assert found.standard_error == pytest.approx(1 / 3**0.5)
+def test_candidates_follow_what_a_family_takes() -> None:
+    found = candidates(boosted("f"), 0, (8, 16))
+    kinds = [(plan.attention, plan.window, plan.sink) for plan in found]
+    assert kinds == [("none", None, False)] + [("sliding", w, sink) for w in (8, 16) for sink in (False, True)]

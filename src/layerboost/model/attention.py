@@ -86,24 +86,6 @@ def sliding_attention(
     return out[:, :, front : front + queries]
 
 
-def dropped_logsumexp(
-    query: torch.Tensor, key: torch.Tensor, window: int, scaling: float | None = None
-) -> torch.Tensor:
-    """Mean per head of the log-sum-exp of the scores a window drops, over queries that drop any: `[H]`.
-
-    A sink logit of this value stands for the probability mass that full attention gave to the dropped keys.
-    query `[B, H, T, D]`, key `[B, Hkv, T, D]`; T must be longer than `window`.
-    """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    length = query.shape[2]
-    grouped = _grouped(query, key)[:, :, :, 0]
-    scores = grouped @ key[:, :, None].transpose(-1, -2) * scaling
-    position = torch.arange(length, device=query.device)
-    dropped = position[None, :] <= position[:, None] - window
-    lse = scores.masked_fill(~dropped, -torch.inf).logsumexp(-1)[..., window:]
-    return lse.mean(dim=(0, -1)).reshape(-1)
-
-
 def window_mask(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
     """Bool `[Tq, Tk]`: True where the key is causal and within the window; queries are the last positions."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]

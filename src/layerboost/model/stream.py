@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from layerboost.artifacts import LayerPlan
 from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import family_of, replaced
 
 
 class LayerStream:
     """Layers, final norm and head of one model, callable apart.
 
     The arguments Transformers passes to each layer (masks, rotary embeddings) are recorded once per batch shape, so no
-    family's forward is written again here.
+    family's forward is written again here. `sinks`: logits `[H]` by (layer, window), for sliding layers with a sink.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, sinks: Mapping[tuple[int, int], torch.Tensor] | None = None) -> None:
         self.model = model
+        self.sinks = sinks or {}
         self.layers = decoder_layers(model)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
@@ -46,18 +52,72 @@ class LayerStream:
         self._arguments[ids.shape] = arguments
         return first[0], output
 
-    def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
         """One decoder layer on its input `[B, T, D]`, for a batch shape that `forward` has seen."""
-        out = self.layers[index](hidden, **self._arguments[hidden.shape[:2]][index])
+        if plan is not None and plan.attention != "full":
+            sinks = self.sinks[index, plan.window] if plan.sink and plan.window else None
+            with replaced(self.model, index, plan, sinks):
+                return self.layer(index, hidden)
+        out: Any = self.layers[index](hidden, **self._arguments[hidden.shape[:2]][index])
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    def finish(self, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Layers `start` and up and the final norm: `[B, T, D]`."""
+    def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
+        """Layers `start` and up, under `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
-            hidden = self.layer(index, hidden)
+            hidden = self.layer(index, hidden, plan[index] if plan else None)
         normed: torch.Tensor = self.model.get_decoder().norm(hidden)
         return normed
+
+    def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention of one stock layer adds to the stream `[B, T, D]`."""
+        family, layer, found = family_of(self.model.config), self.layers[index], []
+        after = "post_attention_layernorm"
+        module = getattr(layer, after if after in family.attention_norms else family.attention)
+        hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
+        try:
+            self.layer(index, hidden)
+        finally:
+            hook.remove()
+        added: torch.Tensor = found[0] * getattr(self.model.config, "residual_multiplier", 1.0)  # Granite's
+        return added
+
+    @contextmanager
+    def shared(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Inside the block, calls of layer `index` on `hidden` compute once what does not depend on its attention.
+
+        A submodule called with that very tensor, or with what another one made of it (the norm; then q, k and v),
+        repeats its first output. Of use without gradients only.
+        """
+        known = {id(hidden): hidden}
+        outputs: dict[tuple[int, int], torch.Tensor] = {}
+
+        def repeat(module: nn.Module) -> Callable[..., Any]:
+            stock = module.forward
+
+            def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if id(x) not in known:
+                    return stock(x, *args, **kwargs)
+                key = id(module), id(x)
+                if key not in outputs:
+                    outputs[key] = stock(x, *args, **kwargs)
+                    known[id(outputs[key])] = outputs[key]
+                return outputs[key]
+
+            return forward
+
+        leaves = [module for module in self.layers[index].modules() if not list(module.children())]
+        # Accelerate's hooks sit in the same place.
+        before = [module.__dict__.get("forward") for module in leaves]
+        for module in leaves:
+            module.forward = repeat(module)
+        try:
+            yield
+        finally:
+            for module, forward in zip(leaves, before, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -67,3 +127,14 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits = logits / scaling
     return logits
+
+
+def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
+    """The head's weight `[V, D]` where logits are its product with the hidden state and nothing more; else None."""
+    head: Any = model.get_output_embeddings()
+    config = model.config
+    extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extras):
+        return None
+    weight: torch.Tensor = head.weight
+    return weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError
-from layerboost.model.attention import dropped_logsumexp
 from layerboost.model.families import FAMILIES, Family
 from layerboost.model.modeling import apply_config, boosted_class, decoder_layers, make_sliding
 
@@ -127,26 +126,27 @@ class _Silent(nn.Module):
 
 
 @contextmanager
-def captured_scores(
-    model: PreTrainedModel, layers: Sequence[int], windows: Sequence[int]
-) -> Iterator[dict[tuple[int, int], list[torch.Tensor]]]:
-    """Inside the block, each forward of a stock model appends `dropped_logsumexp` `[H]` under `(layer, window)`."""
+def captured_attention(model: PreTrainedModel, layers: Sequence[int], see: Callable[..., None]) -> Iterator[None]:
+    """Inside the block, each forward of a stock model calls `see(layer, query, key, value, scaling, softcap)`.
+
+    query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`, as the attention backend gets them.
+    """
     modules: dict[int, Any] = {layer: attention_of(model, layer) for layer in layers}
     configs = {layer: module.config for layer, module in modules.items()}
-    found: dict[tuple[int, int], list[torch.Tensor]] = {(layer, w): [] for layer in layers for w in windows}
     stock = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
 
-    def capture(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        for window in windows:
-            found[module.layer_idx, window].append(dropped_logsumexp(query, key, window, kwargs.get("scaling")))
-        return stock(module, query, key, *args, **kwargs)
+    def capture(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        scaling = kw.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        see(module.layer_idx, query, key, value, scaling, kw.get("softcap"))
+        return stock(module, query, key, value, *args, **kw)
 
     ALL_ATTENTION_FUNCTIONS.register(CAPTURE, capture)
     try:
         for module in modules.values():
             module.config = copy.copy(module.config)
             module.config._attn_implementation = CAPTURE
-        yield found
+        yield
     finally:
         for layer, module in modules.items():
             module.config = configs[layer]

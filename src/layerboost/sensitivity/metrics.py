@@ -1,16 +1,19 @@
-"""KL and NLL per sequence from hidden states, chunked over tokens: no `[B, T, V]` tensor is ever held."""
+"""Damage per sequence or prompt from hidden states, chunked over tokens: no `[B, T, V]` tensor is ever held."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import Score
-from layerboost.model.stream import head_logits
+from layerboost.model.stream import head_logits, head_matrix
+from layerboost.retrieval import Prompts
 
 CHUNK_TOKENS = 256
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,99 @@ def token_losses(
     return per_sequence(base_nll), losses
 
 
-def score(per_sequence: torch.Tensor) -> Score:
-    """Mean and standard error over sequences `[N]`, N ≥ 2."""
-    values = per_sequence.double()
-    error = values.std() / len(values) ** 0.5
-    return Score(mean=float(values.mean()), standard_error=float(error))
+class BaseText:
+    """What the base says about one batch of text, kept small, and what a changed model loses against it.
+
+    KL(p ‖ q) = Σ p log p − (Σ p W)·h + lse(W h), where W is the head and h the changed model's hidden state: with the
+    base's expected row Σ p W `[N, D]` at hand, a changed model costs one product with W and one pass over its logits.
+    Heads with a bias, a scale or a soft-cap, and half precision, go through `token_losses`.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """`ids` `[B, T]`, `hidden`: the base's normed final state `[B, T, D]`."""
+        self.model, self.ids, self.hidden = model, ids, hidden
+        self.labels = ids[:, 1:].reshape(-1)
+        weight = head_matrix(model)
+        self.weight = weight if weight is not None and weight.dtype == torch.float32 else None
+        rows = _rows(hidden)
+        nll, top, expected, negentropy = [], [], [], []
+        for chunk, target in zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True):
+            logits = head_logits(model, chunk).float().log_softmax(-1)
+            nll.append(-logits.gather(-1, target[:, None])[:, 0])
+            top.append(logits.argmax(-1))
+            if self.weight is not None:
+                probabilities = logits.exp()
+                negentropy.append(torch.linalg.vecdot(probabilities, logits))
+                expected.append(probabilities @ self.weight)
+        self.nll, self.top = torch.cat(nll), torch.cat(top)
+        if self.weight is not None:
+            self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
+
+    def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`kl`, `nll` and `top1` of a changed model's normed final state `[B, T, D]`: sequence means `[B]`."""
+        rows = _rows(hidden)
+        kl, nll, moved = self._general(rows) if self.weight is None else self._fast(rows, self.weight)
+        parts = {"kl": kl, "nll": nll - self.nll, "top1": moved.float()}
+        return {metric: values.view(len(self.ids), -1).mean(-1) for metric, values in parts.items()}
+
+    def _fast(self, rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        lse, right, moved = (torch.empty_like(self.nll) for _ in range(3))
+        buffer = rows.new_empty(min(CHUNK_TOKENS, len(rows)), len(weight))
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            logits = torch.mm(rows[chunk], weight.T, out=buffer[: len(rows[chunk])])
+            most = logits.amax(-1)
+            right[chunk] = logits.gather(-1, self.labels[chunk, None])[:, 0]
+            moved[chunk] = (logits.gather(-1, self.top[chunk, None])[:, 0] < most).float()
+            lse[chunk] = most + logits.sub_(most[:, None]).exp_().sum(-1).log()
+        return self.negentropy - torch.linalg.vecdot(self.expected, rows) + lse, lse - right, moved
+
+    def _general(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kl, nll, moved = [], [], []
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            base = head_logits(self.model, _rows(self.hidden)[chunk]).float().log_softmax(-1)
+            other = head_logits(self.model, rows[chunk]).float().log_softmax(-1)
+            kl.append(torch.linalg.vecdot(base.exp(), base - other))
+            nll.append(-other.gather(-1, self.labels[chunk, None])[:, 0])
+            moved.append(other.argmax(-1) != self.top[chunk])
+        return torch.cat(kl), torch.cat(nll), torch.cat(moved)
+
+
+class BasePrompts:
+    """What the base says about one batch of retrieval prompts, and what a changed model loses against it."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> None:
+        """`hidden`: the base's normed final state `[B, T, D]`."""
+        self.model, self.prompts = model, prompts
+        self.base, self.exact = answer_scores(model, prompts, hidden)
+
+    def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`retrieval`: log-probability lost on each answer, `[B]`."""
+        return {"retrieval": self.base - answer_scores(self.model, self.prompts, hidden)[0]}
+
+
+def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each answer in nats, and whether greedy decoding gives it exactly: `[B]` each.
+
+    `hidden`: normed final states `[B, T, D]` over the prompts, answers included.
+    """
+    length = hidden.shape[1]
+    rows = torch.cat([hidden[row, length - n - 1 : length - 1] for row, n in enumerate(prompts.answers)])
+    targets = torch.cat([prompts.ids[row, length - n :] for row, n in enumerate(prompts.answers)]).to(rows.device)
+    log_probabilities = head_logits(model, rows).float().log_softmax(-1)
+    right = log_probabilities.gather(-1, targets[:, None])[:, 0].split(prompts.answers)
+    hit = (log_probabilities.argmax(-1) == targets).split(prompts.answers)
+    return torch.stack([part.sum() for part in right]), torch.stack([part.all() for part in hit])
+
+
+def score(values: torch.Tensor, count: int | None = None) -> Score:
+    """Mean of `[N]` sequences or items and its standard error by bootstrap; `count`: what lies behind it."""
+    found = values.double().cpu().numpy()
+    draws = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
+    return Score(mean=float(found.mean()), standard_error=float(found[draws].mean(-1).std()), count=count)
+
+
+def _rows(hidden: torch.Tensor) -> torch.Tensor:
+    """The states that predict a token, `[B·(T-1), D]`."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])

@@ -1,72 +1,62 @@
-"""The sweep: every layer under every replacement, each variant started from the base's own input to that layer."""
+"""The sweep: every layer under every replacement, each variant started from the model's own input to that layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import LayerPlan, LayerSensitivity, Score, Variant
-from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import captured_scores, family_of, replaced
+from layerboost.artifacts import LayerPlan, LayerSensitivity, Variant
+from layerboost.model.surgery import family_of
 from layerboost.runtime import Progress
-from layerboost.sensitivity.metrics import SequenceLosses, score, token_losses
+from layerboost.sensitivity.metrics import BaseText, score
+from layerboost.sensitivity.probe import Damages, Probe, TextProbe
 
-Sinks = dict[tuple[int, int], torch.Tensor]
-
-
-@torch.no_grad()
-def calibrate_sinks(
-    model: PreTrainedModel, batches: list[torch.Tensor], layers: Iterable[int], windows: Iterable[int]
-) -> Sinks:
-    """Sink logits `[H]` for each (layer, window): the mean log-sum-exp of the scores that the window drops.
-
-    One forward pass of the stock model over `batches` of `[B, T]` ids.
-    """
-    with captured_scores(model, list(layers), list(windows)) as found:
-        for batch in batches:
-            model.get_decoder()(input_ids=batch, use_cache=False)
-    return {key: torch.stack(parts).mean(0) for key, parts in found.items()}
+# Read off one layer alone, so no damage of the rest is to be taken away from them.
+LOCAL = ("mse", "cosine")
 
 
 @torch.no_grad()
 def sweep(
-    model: PreTrainedModel,
-    batches: list[torch.Tensor],
+    probes: Sequence[Probe],
     windows: tuple[int, ...],
     done: list[LayerSensitivity],
-    save: Callable[[Score, list[LayerSensitivity]], None],
+    save: Callable[[list[LayerSensitivity]], None],
+    plan: Sequence[LayerPlan] | None = None,
 ) -> None:
-    """Score every layer of a stock model that is not in `done`; `save` gets the base's NLL and all layers so far.
+    """Score every layer of a stock model that is not in `done`; `save` gets all layers so far, after each.
 
-    `batches`: ids `[B, T]`, T longer than every window. Memory: one hidden state a token for the base's stream and one
-    for its output, besides the model.
+    With `plan`, the other layers are as it has them, and a score is what the plan loses with this layer replaced minus
+    what it loses with this layer full. Memory: one hidden state a token for the base's output and for two layers.
+    Under torchrun the layers are dealt out to the ranks; `save` is called on all of them alike.
     """
-    stream = LayerStream(model)
-    count = len(stream.layers)
-    inputs, outputs = map(list, zip(*(stream.forward(batch) for batch in batches), strict=True))
-    base_nll = torch.cat(
-        [token_losses(model, output, batch, [])[0] for output, batch in zip(outputs, batches, strict=True)]
-    )
-    sinks = calibrate_sinks(model, batches, range(len(done), count), windows)
-    layers = list(done)
+    streams = [probe.streams for probe in probes]
+    count = len(streams[0].stream.layers)
+    for each in streams:
+        each.follow(plan or each.kept)
+    layers, rank, world = list(done), *_ranks()
+    pending: list[LayerSensitivity] = []
     # A variant of layer i runs the layers from i up, so early layers take longer.
     passes = [count - index for index in range(count)]
     with Progress("measuring sensitivity", sum(passes), "layer passes") as progress:
         progress.skip(sum(passes[: len(done)]))
         for index in range(count):
+            for each in streams:
+                each.advance(index)
             if index >= len(done):
-                plans = candidates(model, index, windows)
-                losses = _layer_losses(stream, index, plans, sinks, inputs, outputs, batches)
-                variants = [_variant(plan, parts, base_nll) for plan, parts in zip(plans, losses, strict=True)]
-                layers.append(LayerSensitivity(layer=index, variants=variants))
-                save(score(base_nll), layers)
+                if (index - len(done)) % world == rank:
+                    pending.append(_measure(probes, index, windows, plan is not None))
+                if (index - len(done)) % world == world - 1 or index == count - 1:
+                    layers += _gathered(pending, world)
+                    pending = []
+                    save(layers)
                 progress.advance(passes[index])
-            inputs = [stream.layer(index, hidden) for hidden in inputs]
+            for each in streams:
+                del each.inputs[index]
 
 
-def candidates(model: PreTrainedModel, layer: int, windows: tuple[int, ...]) -> list[LayerPlan]:
+def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
     """Every replacement of one layer that its family takes: none; each window, with and without a sink."""
     supports = family_of(model.config).supports
     plans = [LayerPlan(layer=layer, attention="none")] if "none" in supports else []
@@ -75,34 +65,52 @@ def candidates(model: PreTrainedModel, layer: int, windows: tuple[int, ...]) -> 
     return plans
 
 
-def _layer_losses(
-    stream: LayerStream,
-    index: int,
-    plans: list[LayerPlan],
-    sinks: Sinks,
-    inputs: list[torch.Tensor],
-    outputs: list[torch.Tensor],
-    batches: list[torch.Tensor],
-) -> list[list[SequenceLosses]]:
-    losses: list[list[SequenceLosses]] = [[] for _ in plans]
-    for hidden, output, batch in zip(inputs, outputs, batches, strict=True):
-        changed = []
-        for plan in plans:
-            values = sinks[index, plan.window] if plan.sink and plan.window else None
-            with replaced(stream.model, index, plan, values):
-                start = stream.layer(index, hidden)
-            changed.append(stream.finish(index + 1, start))
-        for parts, found in zip(losses, token_losses(stream.model, output, batch, changed)[1], strict=True):
-            parts.append(found)
-    return losses
+def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool) -> LayerSensitivity:
+    kept = probes[0].streams.kept
+    options = candidates(probes[0].streams.stream.model, index, windows)
+    if on_plan:  # what the others lose with this layer full
+        options.append(LayerPlan(layer=index, attention="full"))
+    plans = [[*kept[:index], option, *kept[index + 1 :]] for option in options]
+    found: list[Damages] = [{} for _ in plans]
+    for probe in probes:
+        for damages, new in zip(found, probe.damages(plans), strict=True):
+            damages.update(new)
+    if on_plan:
+        rest = found.pop()
+        found = [{m: v if m in LOCAL else v - rest[m] for m, v in damages.items()} for damages in found]
+    counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
+    variants = []
+    for option, damages in zip(options, found, strict=False):
+        if option.attention == "none":
+            damages["cosine"] = _cosine(probes, index)
+        scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
+        assert option.attention != "full"
+        variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
+    return LayerSensitivity(layer=index, variants=variants)
 
 
-def _variant(plan: LayerPlan, parts: list[SequenceLosses], base_nll: torch.Tensor) -> Variant:
-    assert plan.attention != "full"
-    kl, nll = torch.cat([part.kl for part in parts]), torch.cat([part.nll for part in parts])
-    return Variant(
-        attention=plan.attention,
-        window=plan.window,
-        sink=plan.sink,
-        scores={"kl": score(kl), "nll": score(nll - base_nll)},
-    )
+def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
+    """1 − cosine of the stream before and after the attention, averaged over each sequence (LLM-Drop, section 3)."""
+    parts = []
+    for probe in probes:
+        if isinstance(probe, TextProbe):
+            for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
+                if isinstance(sample, BaseText):
+                    after = hidden + probe.streams.stream.attention_output(index, hidden)
+                    parts.append(1 - torch.cosine_similarity(hidden.float(), after.float(), dim=-1).mean(-1))
+    return torch.cat(parts)
+
+
+def _ranks() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _gathered(pending: list[LayerSensitivity], world: int) -> list[LayerSensitivity]:
+    """The layers that all ranks have measured since the last time, in order."""
+    if world == 1:
+        return pending
+    parts: list[list[LayerSensitivity]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(parts, pending)
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry.layer)

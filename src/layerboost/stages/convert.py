@@ -19,7 +19,7 @@ from layerboost.model.checkpoint import (
 from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
-from layerboost.sensitivity.sweep import calibrate_sinks
+from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
 
 

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import SENSITIVITY, LayerSensitivity, ModelInfo, Score, Sensitivity, read_json, write_json
+from layerboost.artifacts import (
+    SENSITIVITY,
+    LayerSensitivity,
+    ModelInfo,
+    PlanFile,
+    Sensitivity,
+    fingerprint,
+    read_json,
+    read_plan,
+    write_json,
+)
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, model_info, open_base, write_samples
+from layerboost.model.checkpoint import (
+    check_same_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_info,
+    open_base,
+    write_samples,
+)
+from layerboost.model.stream import LayerStream
+from layerboost.model.surgery import check_plan
 from layerboost.recipe import Recipe, model_of
+from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import log, start_runtime
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
 from layerboost.text import Tokens, check_samples, load_tokens
 
@@ -25,6 +49,12 @@ def validate_measure(recipe: Recipe) -> None:
                 found="a window must be at least 1, and one that never drops a token scores 0 by construction",
                 do="choose shorter windows (measure.windows) or longer sequences (text.sequence_tokens)",
             )
+    if recipe.measure.retrieval_prompts and max(recipe.measure.windows) >= recipe.measure.retrieval_tokens:
+        raise ConfigError(
+            "retrieval prompts must be longer than every window",
+            found=f"{recipe.measure.retrieval_tokens} tokens, window {max(recipe.measure.windows)}",
+            do="raise measure.retrieval_tokens, or set measure.retrieval_prompts to 0",
+        )
     check_samples(recipe.text, recipe.measure.tokens)
     if recipe.measure.tokens < 2 * length:
         raise ConfigError(
@@ -36,27 +66,40 @@ def validate_measure(recipe: Recipe) -> None:
 def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     """Measure every layer that the run folder does not hold yet; the file is saved after each layer.
 
-    Raises ConfigError, also when the file there was made from another model, text or settings.
+    Raises ConfigError, also when the file there was made from another model, text, plan or settings.
     """
     validate_measure(recipe)
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
     config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
     write_samples(recipe, run, source, tokenizer, runtime)
-    tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
     info = model_info(source, config, runtime.dtype)
-    if max(recipe.text.sequence_tokens, *recipe.measure.windows) > info.max_context_tokens:
+    plan = _plan(recipe, config, info)
+    tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
+    prompts = load_prompts(recipe, tokenizer, run)
+    longest = max(recipe.text.sequence_tokens, *recipe.measure.windows, *(batch.ids.shape[1] for batch in prompts))
+    if longest > info.max_context_tokens:
         raise ConfigError(
-            "text.sequence_tokens is longer than the model's context",
-            found=f"{recipe.text.sequence_tokens} > {info.max_context_tokens}",
+            "sequences to measure on are longer than the model's context",
+            found=f"{longest} > {info.max_context_tokens}",
+            do="lower text.sequence_tokens, measure.windows or measure.retrieval_tokens",
         )
-    settings = {"windows": list(recipe.measure.windows), "sequence_tokens": recipe.text.sequence_tokens}
+    settings: dict[str, Any] = {
+        "windows": list(recipe.measure.windows),
+        "sequence_tokens": recipe.text.sequence_tokens,
+        "retrieval": fingerprint([batch.ids.tolist() for batch in prompts]) if prompts else None,
+        "plan": plan.hash() if plan else None,
+    }
     found = _resume(run / SENSITIVITY, info, tokens, settings)
     if found is not None and found.complete:
         log.info("%s is complete", run / SENSITIVITY)
         return found
+    model = load_model(source, runtime, recipe.trust_remote_code)
+    batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
+    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
+    probe = TextProbe(LayerStream(model, sinks), batches, prompts)
 
-    def save(base_nll: Score, layers: list[LayerSensitivity]) -> None:
+    def save(layers: list[LayerSensitivity]) -> None:
         nonlocal found
         found = Sensitivity(
             model=info,
@@ -64,16 +107,50 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
             settings=settings,
             sequences=len(tokens.ids),
             tokens=tokens.ids.numel(),
-            base_nll=base_nll,
+            base_nll=probe.base_nll(),
+            base_retrieval=probe.base_retrieval(),
             layers=layers,
         )
-        write_json(run / SENSITIVITY, found)
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_json(run / SENSITIVITY, found)
 
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
-    sweep(model, batches, recipe.measure.windows, found.layers if found else [], save)
+    sweep([probe], recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
     assert found is not None
     return found
+
+
+def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
+    """Retrieval prompts of the recipe, half passkeys and half key-value pairs, filled with calibration text."""
+    settings = recipe.measure
+    if settings.retrieval_prompts == 0:
+        return []
+    half = -(-settings.retrieval_prompts // len(KINDS))
+    wanted = len(KINDS) * half * settings.retrieval_tokens
+    filler = load_tokens(recipe.text, tokenizer, "calibration", wanted, run=run).ids.flatten()
+    per_batch = max(1, settings.batch_sequences * recipe.text.sequence_tokens // settings.retrieval_tokens)
+    batches = []
+    for number, kind in enumerate(KINDS):
+        text = filler[number * half * settings.retrieval_tokens :]
+        prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, half, recipe.seed)
+        batches += prompts.batches(per_batch)
+    return batches
+
+
+def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
+    """The plan whose other layers stay changed while one is measured."""
+    if recipe.measure.plan is None:
+        return None
+    file = Path(recipe.measure.plan).expanduser()
+    plan = read_plan(file)
+    check_plan(config, plan.layers)
+    check_same_model(plan, info, file)
+    if plan.window and plan.window not in recipe.measure.windows:
+        raise ConfigError(
+            "the plan's window is not among those to measure",
+            found=f"window {plan.window}, measure.windows {', '.join(map(str, recipe.measure.windows))}",
+            do="add it to measure.windows",
+        )
+    return plan
 
 
 def _resume(file: Path, info: ModelInfo, tokens: Tokens, settings: dict[str, Any]) -> Sensitivity | None:

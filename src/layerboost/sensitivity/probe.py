@@ -1,0 +1,128 @@
+"""The base's view of a text, and what any plan loses against it at the price of the layers above its first change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from layerboost.artifacts import LayerPlan, Score
+from layerboost.model.stream import LayerStream
+from layerboost.retrieval import Prompts
+from layerboost.sensitivity.metrics import BasePrompts, BaseText, score
+
+# Damage by metric, one value a sequence, prompt or item: `[N]`.
+Damages = dict[str, torch.Tensor]
+
+
+class Probe(Protocol):
+    """Whatever can tell what plans lose; `streams` is where it starts from."""
+
+    streams: Streams
+
+    def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:
+        """What each plan loses against the base."""
+
+    def counts(self) -> dict[str, int]:
+        """Tokens, answers or items behind each metric."""
+
+
+class Streams:
+    """Hidden states of batches before some layers of one plan, `kept`: the base's at first.
+
+    A plan that agrees with `kept` up to a layer can start there. `inputs[layer][batch]`: `[B, T, D]`.
+    """
+
+    def __init__(self, stream: LayerStream, first: list[torch.Tensor]) -> None:
+        self.stream = stream
+        self.kept = [LayerPlan(layer=layer, attention="full") for layer in range(len(stream.layers))]
+        self.inputs = {0: first}
+
+    def advance(self, layer: int) -> None:
+        """Keep the states before `layer + 1`, from those before `layer`."""
+        plan = self.kept[layer]
+        self.inputs[layer + 1] = [self.stream.layer(layer, hidden, plan) for hidden in self.inputs[layer]]
+
+    def follow(self, plan: Sequence[LayerPlan]) -> None:
+        """Keep another plan's states, those before its first change for now."""
+        changed = first_difference(self.kept, plan)
+        self.kept = list(plan)
+        self.inputs = {layer: hidden for layer, hidden in self.inputs.items() if layer <= changed}
+
+    def start(self, plans: Sequence[Sequence[LayerPlan]]) -> int:
+        """The highest kept layer at which all these plans are still as `kept`."""
+        common = min(first_difference(self.kept, plan) for plan in plans)
+        return max(layer for layer in self.inputs if layer <= common)
+
+
+class TextProbe:
+    """Damage to text and to retrieval prompts: `kl`, `nll`, `top1`, `retrieval`, and `mse` where the layer after the
+    first change is kept."""
+
+    @torch.no_grad()
+    def __init__(self, stream: LayerStream, text: Sequence[torch.Tensor], prompts: Sequence[Prompts] = ()) -> None:
+        """`text`: batches of ids `[B, T]`; `prompts`: batches of retrieval prompts."""
+        model, first = stream.model, []
+        self.samples: list[BaseText | BasePrompts] = []
+        sources: list[torch.Tensor | Prompts] = [*text, *prompts]
+        for source in sources:
+            ids = source.ids.to(model.device) if isinstance(source, Prompts) else source
+            start, output = stream.forward(ids)
+            first.append(start)
+            judge = BasePrompts(model, source, output) if isinstance(source, Prompts) else BaseText(model, ids, output)
+            self.samples.append(judge)
+        self.streams = Streams(stream, first)
+
+    @torch.no_grad()
+    def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:
+        """What each plan loses against the base, by sequence and prompt; the first changed layer's norm and projections
+        are computed once for all plans."""
+        stream, start = self.streams.stream, self.streams.start(plans)
+        after = self.streams.inputs.get(start + 1)
+        found: list[list[Damages]] = [[] for _ in plans]
+        for index, (sample, hidden) in enumerate(zip(self.samples, self.streams.inputs[start], strict=True)):
+            with stream.shared(start, hidden):
+                begun = [stream.layer(start, hidden, plan[start]) for plan in plans]
+            for parts, plan in zip(found, plans, strict=True):
+                state = begun.pop(0)
+                parts.append(sample.damages(stream.finish(start + 1, state, plan)))
+                if after is not None and isinstance(sample, BaseText):
+                    parts[-1]["mse"] = relative_error(state, after[index])
+        return [joined(parts) for parts in found]
+
+    def counts(self) -> dict[str, int]:
+        """Tokens or answers behind each metric."""
+        texts = sum(len(sample.labels) for sample in self.samples if isinstance(sample, BaseText))
+        answers = sum(len(sample.prompts.answers) for sample in self.samples if isinstance(sample, BasePrompts))
+        return {"kl": texts, "nll": texts, "top1": texts, "mse": texts, "cosine": texts, "retrieval": answers}
+
+    def base_nll(self) -> Score:
+        """The base's own NLL, nats per token."""
+        found = [s.nll.view(len(s.ids), -1).mean(-1) for s in self.samples if isinstance(s, BaseText)]
+        return score(torch.cat(found), self.counts()["nll"])
+
+    def base_retrieval(self) -> dict[str, Score] | None:
+        """The base's own log-probability of an answer, in nats, and share of exact answers; None without prompts."""
+        found = [sample for sample in self.samples if isinstance(sample, BasePrompts)]
+        if not found:
+            return None
+        values = {"log_probability": [s.base for s in found], "exact": [s.exact.float() for s in found]}
+        return {name: score(torch.cat(parts), self.counts()["retrieval"]) for name, parts in values.items()}
+
+
+def first_difference(one: Sequence[LayerPlan], other: Sequence[LayerPlan]) -> int:
+    """The lowest layer at which two plans differ; the last layer if none does."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((layer for layer, (a, b) in pairs if a != b), len(one) - 1)
+
+
+def relative_error(changed: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Squared error of a layer's output `[B, T, D]`, relative to the base's square, by sequence `[B]`."""
+    return (changed - base).float().square().sum((1, 2)) / base.float().square().sum((1, 2))
+
+
+def joined(parts: Sequence[Damages]) -> Damages:
+    """Damages of several batches as one."""
+    metrics = dict.fromkeys(metric for part in parts for metric in part)
+    return {metric: torch.cat([part[metric] for part in parts if metric in part]) for metric in metrics}

@@ -1,0 +1,53 @@
+"""Losses against their definitions from full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from layerboost.sensitivity.metrics import BaseText, score, token_losses
+
+IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_losses_of_the_model_itself_are_zero_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model(layers=2)
+    hidden = base.model(IDS).last_hidden_state
+    nll, (same,) = token_losses(base, hidden, IDS, [hidden])
+    monkeypatch.setattr("layerboost.sensitivity.metrics.CHUNK_TOKENS", 7)
+    chunked, _ = token_losses(base, hidden, IDS, [])
+    assert same.kl.abs().max() == 0
+    torch.testing.assert_close(chunked, nll)
+    torch.testing.assert_close(same.nll, nll)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@torch.no_grad()
+def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"logits_scaling": 2.0} if family == "granite" else {}
+    base = tiny_model(family, layers=2, **changes)
+    hidden = base.model(IDS).last_hidden_state
+    other = hidden + 0.3 * torch.randn_like(hidden)
+    monkeypatch.setattr("layerboost.sensitivity.metrics.CHUNK_TOKENS", 23)
+    text = BaseText(base, IDS, hidden)
+    assert (text.weight is not None) == (family == "llama")
+    found, (expected,) = text.damages(other), token_losses(base, hidden, IDS, [other])[1]
+    nll = token_losses(base, hidden, IDS, [])[0]
+    torch.testing.assert_close(found["kl"], expected.kl, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["nll"], expected.nll - nll, atol=1e-5, rtol=1e-5)
+    logits, changed = base(IDS).logits, base.lm_head(other)
+    if family == "llama":
+        moved = (logits.argmax(-1) != changed.argmax(-1))[:, :-1].float().mean(-1)
+        torch.testing.assert_close(found["top1"], moved)
+    same = text.damages(hidden)
+    assert all(values.abs().max() < 1e-5 for values in same.values())
+
+
+def test_score() -> None:
+    found = score(torch.arange(100.0), count=7)
+    assert found.mean == 49.5
+    assert found.standard_error == pytest.approx(float(torch.arange(100.0).std() / 10), rel=0.1)
+    assert found.count == 7
+    assert score(torch.arange(100.0)) == found.model_copy(update={"count": None})
