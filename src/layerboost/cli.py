@@ -139,8 +139,10 @@ def _planned(result: Any) -> list[list[str]]:
         for entry in result.layers
     ]
     predicted = result.foretold
-    total = ["all", f"KV {predicted.kv_fraction:.1%}", f"KL {predicted.kl:.3f}", "predicted"] if predicted else []
-    return [head, *body, *([total] if total else [])]
+    if predicted:
+        metric, value = next(iter(predicted.damage.items()), ("damage", 0.0))
+        body.append(["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
+    return [head, *body]
 
 
 def _written(result: Any) -> list[list[str]]:

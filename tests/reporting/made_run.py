@@ -45,10 +45,13 @@ def model_info(name: str = "SmolLM2-135M-Instruct") -> ModelInfo:
         model_type="llama",
         layers=LAYERS,
         hidden_size=576,
+        heads=9,
         kv_heads=3,
         head_dim=64,
         bytes_per_element=4,
         max_context_tokens=8192,
+        vocabulary=49_152,
+        tied_head=True,
         parameters=134_515_008,
         fingerprint="5f0c1d2e3a4b5c6d",
     )
@@ -60,7 +63,13 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
     model = model_info(name)
     write_json(run / "sensitivity.json", sensitivity(model))
     layers = [layer_plan(layer) for layer in range(LAYERS)]
-    predicted = Predicted(kl=0.21, nll=0.19, kv_fraction=0.3, kv_bytes_per_request=14_155_776, context_tokens=1024)
+    predicted = Predicted(
+        damage={"kl": 0.21, "nll": 0.19},
+        kv_fraction=0.3,
+        kv_bytes_per_request=14_155_776,
+        parameter_fraction=0.95,
+        context_tokens=1024,
+    )
     plan = PlanFile(
         model=model,
         method="budget",
