@@ -203,6 +203,7 @@ def fit(work: np.ndarray, times: np.ndarray) -> Rates:
 
 
 def main() -> None:
+    """Measure, fit, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=Path("costs.json"))
@@ -225,10 +226,8 @@ def main() -> None:
         for row in entry["memory"]:
             print(f"{entry['plan']:16} {row}")
         for row in entry["loads"]:
-            ratio = row["held_predicted"] / row["held_bytes"]
-            print(
-                f"{entry['plan']:16} held while decoding {row['requests']} x {row['tokens']}: predicted / real {ratio:.3f}"
-            )
+            what = f"held while decoding {row['requests']} x {row['tokens']}"
+            print(f"{entry['plan']:16} {what}: predicted / real {row['held_predicted'] / row['held_bytes']:.3f}")
     write_json(arguments.out, Costs(machine=machine(), model=info.fingerprint, rates=rates))
     for entry in measured:
         del entry["layers"]
