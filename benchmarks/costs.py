@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -145,7 +146,7 @@ def timed_load(llm: Any, info: ModelInfo, requests: int, tokens: int, first: int
 def measure(model: str, info: ModelInfo, root: Path, contexts: list[int], cache_gib: float) -> list[dict[str, Any]]:
     """One dictionary a plan: `memory` rows, `loads` rows."""
     default = GPU_ENGINE if torch.cuda.is_available() else CPU_ENGINE
-    found = []
+    found, clock = [], time.monotonic()
     for name, layers in plans(info.layers).items():
         folder = root / name.replace(" ", "-").replace(",", "")
         boost(model, layers, folder)
@@ -156,12 +157,14 @@ def measure(model: str, info: ModelInfo, root: Path, contexts: list[int], cache_
                 llm = start(folder, engine, context, cache)
                 memory.append(memory_row(llm, info, layers, engine, cache))
                 if context == contexts[-1] and engine is not default:
-                    for number, (requests, tokens) in enumerate(((1, 32), *LOADS)):
+                    fitting = [load for load in LOADS if load[1] + DECODE_STEPS < context]
+                    for number, (requests, tokens) in enumerate(((1, 32), *fitting)):
                         row = timed_load(llm, info, requests, tokens, number)
                         row["held_bytes"] = row.pop("held_blocks") * block_bytes(info, layers, engine)
                         row["held_predicted"] = requests * resident_bytes(info, layers, tokens + DECODE_STEPS, engine)
                         loads.append(row)
                 del llm
+                print(f"{name}, {context} tokens: {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
         found.append({"plan": name, "layers": layers, "memory": memory, "loads": loads[1:]})
     return found
 

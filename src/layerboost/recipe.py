@@ -69,6 +69,9 @@ class Plan(Section):
     max_retrieval: float | None = Field(None, description="limit on the predicted loss of retrieval, nats per answer")
     window: int | None = Field(None, ge=1, description="one measured window; default: the best for the budget")
     kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes against the base's")
+    kv_padding: bool = Field(
+        True, description="budget: count the full layers that vLLM pads its KV groups with as KV bytes too"
+    )
     decode_fraction: float | None = Field(
         None, gt=0, le=1, description="budget: time of a decoding step against the base's; needs plan.costs"
     )

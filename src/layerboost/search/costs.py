@@ -14,6 +14,7 @@ from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, St
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
+from layerboost.search.memory import padded_full
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -107,13 +108,17 @@ def prefill_work(
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on costs, and the costs they are held to; all depend on the strategies' counts alone."""
+    """Limits on costs, and the costs they are held to; all depend on the strategies' counts alone.
+
+    Costs are sums over layers, but for the padding: vLLM keeps layers of a kind in groups of one size.
+    """
 
     model: ModelInfo
     context_tokens: int
     concurrency: int
     fractions: dict[str, float]
     rates: Rates | None
+    padding: bool = True
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, settings: Plan) -> Budget:
@@ -130,7 +135,8 @@ class Budget:
             DECODE_MS: settings.decode_fraction,
         }
         fractions = {name: fraction for name, fraction in given.items() if fraction is not None}
-        return cls(sensitivity.model, settings.context_tokens, settings.concurrency, fractions, rates)
+        model, context = sensitivity.model, settings.context_tokens
+        return cls(model, context, settings.concurrency, fractions, rates, settings.kv_padding)
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Every cost of a plan, for one request of the budget's context; no layers: what is left without attention."""
@@ -159,10 +165,20 @@ class Budget:
         base = self.base()
         return {name: cost / base[name] for name, cost in self.plan(layers).items()}
 
+    def held(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
+        """The costs that are held to the limits, against the base's: `share` with the padding in the KV bytes."""
+        share = self.share(layers)
+        counts = [sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding")]
+        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(*counts)}
+
+    def padding_share(self, full: int, sliding: int) -> float:
+        """KV bytes of the full layers that vLLM pads with, against the base's KV bytes; 0 where they do not count."""
+        return (padded_full(full, sliding) - full) / self.model.layers if self.padding else 0.0
+
     def met(self, layers: Sequence[LayerPlan]) -> bool:
         """Whether a plan keeps within every limit."""
-        share = self.share(layers)
-        return all(share[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
+        held = self.held(layers)
+        return all(held[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
 
 
 def _held(attention: Strategy, window: int | None, context_tokens: int) -> int:

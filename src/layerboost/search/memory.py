@@ -50,6 +50,12 @@ def groups(full: int, sliding: int) -> Groups:
     return Groups(size, math.ceil(full / size), math.ceil(sliding / size))
 
 
+def padded_full(full: int, sliding: int) -> int:
+    """Full layers that vLLM reserves memory for: as many, or more where their last group is padded."""
+    found = groups(full, sliding)
+    return found.full * found.size
+
+
 def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, engine: Engine) -> int:
     """KV bytes vLLM counts for one request of `context_tokens`, its `--max-model-len`, before it admits it.
 

@@ -140,39 +140,67 @@ def _solve(
 
     `exceed`: what may go beyond its limits, the others being held; then the plan is the one whose greatest excess, as a
     share of the base or of the limit, is least, and that excess stands in place of the damage.
+
+    Variables: a binary one for each choice, one for each pair of counts (full, sliding), because padding depends on
+    both, and the excess.
     """
-    flat = [(layer, choice) for layer, options in enumerate(table) for choice in options]
-    rows, bounds, of_costs = _rows([choice for _, choice in flat], limits, settings)
+    flat = [choice for options in table for choice in options]
+    most = len(table)
+    pairs = (
+        [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)] if limits.padding else []
+    )
+    rows, bounds, of_costs = _limits(flat, pairs, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
     if exceed == "costs":
         bounds = np.where(of_costs, bounds, np.inf)
-    one_each = np.array([[float(layer == row) for layer, _ in flat] + [0.0] for row in range(len(table))])
-    damages = np.array([choice.damage for _, choice in flat])
+    equal, right = _equalities(table, pairs)
+    damages = np.array([choice.damage for choice in flat])
+    others = np.zeros(len(pairs) + 1)
+    if exceed != "nothing":
+        damages, others[-1] = np.zeros(len(flat)), 1.0
     answer = milp(
-        np.append(damages, 0.0) if exceed == "nothing" else np.append(np.zeros(len(flat)), 1.0),
+        np.append(damages, others),
         constraints=[
-            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.hstack([equal, np.zeros((len(equal), 1))]), right, right),
             LinearConstraint(np.hstack([rows, slack[:, None]]), -np.inf, bounds),
         ],
-        integrality=np.append(np.ones(len(flat)), 0),
-        bounds=Bounds(0, np.append(np.ones(len(flat)), np.inf)),
+        integrality=np.append(np.ones(equal.shape[1]), 0),
+        bounds=Bounds(0, np.append(np.ones(equal.shape[1]), np.inf)),
     )
     if answer.x is None:
         return None
-    chosen = [choice for (_, choice), taken in zip(flat, answer.x, strict=False) if taken > 0.5]
-    return float(answer.fun), chosen
+    return float(answer.fun), [choice for choice, taken in zip(flat, answer.x, strict=False) if taken > 0.5]
 
 
-def _rows(flat: list[Choice], limits: Budget, settings: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One row a limit with the share of it that each choice takes; the bounds; whether it is on a cost."""
+def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """One choice a layer, and the pair of counts that the choices make."""
+    flat = [(layer, choice.plan.attention) for layer, options in enumerate(table) for choice in options]
+    rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
+    right = [1.0] * len(table)
+    if pairs:
+        rows.append([0.0] * len(flat) + [1.0] * len(pairs))
+        right.append(1.0)
+        for index, kind in enumerate(("full", "sliding")):
+            rows.append([float(attention == kind) for _, attention in flat] + [-float(pair[index]) for pair in pairs])
+            right.append(0.0)
+    return np.array(rows), np.array(right)
+
+
+def _limits(
+    flat: list[Choice], pairs: list[tuple[int, int]], limits: Budget, settings: Plan
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One row a limit with the share of it that each choice and pair takes; the bounds; whether it is on a cost."""
     base, without = limits.base(), limits.plan([])
     costs = [limits.layer(choice.plan) for choice in flat]
-    rows = [[cost[name] / base[name] for cost in costs] for name in limits.fractions]
-    bounds = [fraction - without[name] / base[name] for name, fraction in limits.fractions.items()]
-    of_costs = [True] * len(rows)
+    rows, bounds, of_costs = [], [], []
+    for name, fraction in limits.fractions.items():
+        padding = [limits.padding_share(*pair) if name == KV_BYTES else 0.0 for pair in pairs]
+        rows.append([cost[name] / base[name] for cost in costs] + padding)
+        bounds.append(fraction - without[name] / base[name])
+        of_costs.append(True)
     for metric, most in metric_limits(settings).items():
         scale = abs(most) or 1.0
-        rows.append([score_in(choice, metric) / scale for choice in flat])
+        rows.append([score_in(choice, metric) / scale for choice in flat] + [0.0] * len(pairs))
         bounds.append(most / scale)
         of_costs.append(False)
     return np.array(rows), np.array(bounds), np.array(of_costs)
@@ -190,7 +218,7 @@ def _nearest(tables: list[list[list[Choice]]], limits: Budget, settings: Plan) -
 
 def _infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: dict[str, float]) -> InfeasibleBudget:
     """The error that names the nearest plan and the limits it would need."""
-    share, wanted, found, do = limits.share(layers), [], [], []
+    share, wanted, found, do = limits.held(layers), [], [], []
     for name, fraction in limits.fractions.items():
         if share[name] > fraction + 1e-9:
             wanted.append(f"the {NAMES[name]} within {fraction:.1%} of the base's")

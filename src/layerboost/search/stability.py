@@ -151,7 +151,8 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     ranks = [rankdata(rows, axis=1) for rows in (a, b)]
     x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    correlations: np.ndarray = np.where(scale > 0, (x * y).sum(1) / np.where(scale > 0, scale, 1), np.nan)
+    with np.errstate(invalid="ignore"):
+        correlations: np.ndarray = np.divide((x * y).sum(1), scale)
     return correlations
 
 
