@@ -122,7 +122,8 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
     known = ~np.isnan(values)
     depths = (np.arange(len(values)) + 0.5) / len(values)
-    return np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
+    found: np.ndarray = np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
+    return found
 
 
 def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:
@@ -152,8 +153,8 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
     with np.errstate(invalid="ignore"):
-        correlations: np.ndarray = np.divide((x * y).sum(1), scale)
-    return correlations
+        found: np.ndarray = (x * y).sum(1) / scale
+    return found
 
 
 def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
