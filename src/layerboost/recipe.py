@@ -54,13 +54,34 @@ class Measure(Section):
 class Plan(Section):
     """How strategies are chosen from the sensitivities."""
 
-    method: Literal["budget", "threshold"] = Field(
-        "budget", description="budget: least damage within kv_fraction; threshold: the paper's tiers by removal score"
+    method: Literal["budget", "threshold", "uniform", "random", "cosine"] = Field(
+        "budget",
+        description="budget: least damage within the budget; threshold: the paper's tiers by removal score; controls: "
+        "uniform or random full layers, the rest sliding; cosine: LLM-Drop",
     )
-    metric: Literal["kl", "nll"] = Field("kl", description="the damage that is kept low: kl or nll")
+    metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
+        "kl", description="the damage that is kept low"
+    )
+    retrieval_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of retrieval in the damage; each metric then counts in units of its mean over the file",
+    )
+    max_kl: float | None = Field(None, description="limit on the predicted KL, nats per token")
+    max_retrieval: float | None = Field(None, description="limit on the predicted loss of retrieval, nats per answer")
     window: int | None = Field(None, ge=1, description="one measured window; default: the best for the budget")
     kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes against the base's")
-    context_tokens: int = Field(1024, ge=1, description="context length at which KV bytes are counted")
+    kv_padding: bool = Field(
+        True, description="budget: count the full layers that vLLM pads its KV groups with as KV bytes too"
+    )
+    decode_fraction: float | None = Field(
+        None, gt=0, le=1, description="budget: time of a decoding step against the base's; needs plan.costs"
+    )
+    parameter_fraction: float | None = Field(None, gt=0, le=1, description="budget: parameters against the base's")
+    context_tokens: int = Field(1024, ge=1, description="context length at which costs are counted")
+    concurrency: int = Field(64, ge=1, description="requests decoding at once at which time is counted")
+    costs: str | None = Field(None, description="costs.json: this machine's rates; see docs/plan.md")
     full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
     none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")
     full_above: float | None = Field(None, description="threshold: full where removal costs more than this")

@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import logging
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -159,6 +160,23 @@ def locked(run: Path) -> Iterator[None]:
 def _auto_device() -> str:
     torch = sys.modules.get("torch")  # stages that compute nothing never load it
     return "none" if torch is None else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    """The processor that models run on here: the GPU's name, or the CPU's with the cores this process may use."""
+    if Path("/proc/driver/nvidia").exists():
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def versions() -> dict[str, str]:

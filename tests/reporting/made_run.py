@@ -24,7 +24,9 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
-from layerboost.recipe import Recipe
+from layerboost.recipe import Plan, Recipe
+from layerboost.search.frontier import Frontier, frontier
+from layerboost.search.stability import Stability, compare_files, compare_metrics
 from layerboost.serving.results import Comparison, Measurement, compare
 
 FILES = {
@@ -32,6 +34,8 @@ FILES = {
     "recipe.yaml": "layerboost run",
     "sensitivity.json": "layerboost measure",
     "plan.yaml": "layerboost plan",
+    "frontier.json": "layerboost plan --frontier",
+    "stability.json": "layerboost measure --compare OTHER",
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
@@ -45,10 +49,13 @@ def model_info(name: str = "SmolLM2-135M-Instruct") -> ModelInfo:
         model_type="llama",
         layers=LAYERS,
         hidden_size=576,
+        heads=9,
         kv_heads=3,
         head_dim=64,
         bytes_per_element=4,
         max_context_tokens=8192,
+        vocabulary=49_152,
+        tied_head=True,
         parameters=134_515_008,
         fingerprint="5f0c1d2e3a4b5c6d",
     )
@@ -60,7 +67,13 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
     model = model_info(name)
     write_json(run / "sensitivity.json", sensitivity(model))
     layers = [layer_plan(layer) for layer in range(LAYERS)]
-    predicted = Predicted(kl=0.21, nll=0.19, kv_fraction=0.3, kv_bytes_per_request=14_155_776, context_tokens=1024)
+    predicted = Predicted(
+        damage={"kl": 0.21, "nll": 0.19},
+        kv_fraction=0.3,
+        kv_bytes_per_request=14_155_776,
+        parameter_fraction=0.95,
+        context_tokens=1024,
+    )
     plan = PlanFile(
         model=model,
         method="budget",
@@ -69,6 +82,14 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
         layers=layers,
     )
     write_plan(run / "plan.yaml", plan)
+    points = frontier(sensitivity(model), Plan())
+    made_from = file_hash(run / "sensitivity.json")
+    write_json(
+        run / "frontier.json",
+        Frontier(model=model, sensitivity=made_from, settings=Plan().model_dump(mode="json"), points=points),
+    )
+    comparisons = [compare_files(sensitivity(model), sensitivity(model), "other"), compare_metrics(sensitivity(model))]
+    write_json(run / "stability.json", Stability(sensitivity=made_from, comparisons=comparisons))
     recipe = Recipe(model=name).model_dump(mode="json")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_json(run / "run.json", history())

@@ -18,6 +18,7 @@ from layerboost.artifacts import Score, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import throughput_figure
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
 from layerboost.reporting.text import number, with_error
 from layerboost.reporting.verdict import certainty
@@ -25,6 +26,7 @@ from layerboost.stages.report import run_report, summary_table
 
 PANELS = {
     "layers": ["plan.yaml", "sensitivity.json"],
+    "search": ["frontier.json", "stability.json"],
     "quality": ["eval/comparison.json"],
     "healing": ["heal/metrics.jsonl"],
     "throughput": ["bench/comparison.json"],
@@ -96,6 +98,20 @@ def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
     assert rows[0] == ["KV bytes", "100.0 %", "30.4 %", "30.4 %"]
     assert rows[1][3] == f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
     assert {len(row) for row in rows} == {4}
+
+
+def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
+    sources = read_sources(run)
+    assert sources.frontier
+    assert sources.plan
+    figure = frontier_figure(sources.frontier, sources.plan, "kl")
+    graph_objects.Figure(figure)
+    curve, plan = figure["data"]
+    assert curve["y"] == sorted(curve["y"], reverse=True)
+    assert (plan["x"], plan["y"]) == ([30.0], [0.21])
+    write_json(run / "sensitivity.json", sensitivity(model_info()).model_copy(update={"text": "another"}))
+    run_report(run)
+    assert "changed after frontier.json was made" in (run / "report.md").read_text()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -3,26 +3,28 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 from tiny import info, layer_plans
 
 from layerboost.artifacts import LayerSensitivity, Score, Sensitivity, Variant
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
-from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
-from layerboost.search.selection import predict, select
+from layerboost.search.choices import choices, predict
+from layerboost.search.costs import Budget
+from layerboost.search.selection import select
 
 
 def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = True) -> Sensitivity:
     draw = random.Random(3)
 
-    def value() -> Score:
-        return Score(mean=draw.random(), standard_error=0.01)
+    def scores(*extra: str) -> dict[str, Score]:
+        return {name: Score(mean=draw.random(), standard_error=0.01) for name in ("kl", "nll", "retrieval", *extra)}
 
     def variants() -> list[Variant]:
-        removed = [Variant(attention="none", scores={"kl": value(), "nll": value()})] if none else []
+        removed = [Variant(attention="none", scores=scores("cosine"))] if none else []
         return removed + [
-            Variant(attention="sliding", window=window, sink=sink, scores={"kl": value(), "nll": value()})
+            Variant(attention="sliding", window=window, sink=sink, scores=scores())
             for window in windows
             for sink in (False, True)
         ]
@@ -33,30 +35,24 @@ def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = 
     )  # fmt: skip
 
 
-def test_kv_bytes() -> None:
-    assert base_kv_bytes(info(), 100) == 4 * 100 * 2 * 2 * 32 * 4
-    assert plan_kv_bytes(info(), layer_plans("fsSn"), 100) == (100 + 16 + 16) * 2 * 2 * 32 * 4
-    assert plan_kv_bytes(info(), layer_plans("ssss"), 10) == base_kv_bytes(info(), 10)
-
-
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("metric", ["kl", "nll"])
 def test_budget_is_the_best_of_all_plans(fraction: float, metric: str) -> None:
     found = sensitivity(windows=(16, 40))
     settings = Plan(kv_fraction=fraction, context_tokens=100, metric=metric)
-    chosen = predict(found, select(found, settings), 100)
+    chosen = predict(found, select(found, settings), settings)
     assert chosen.kv_fraction <= fraction + 1e-9
     best = min(
-        getattr(predict(found, plan, 100), metric)
+        predict(found, plan, settings).damage.get(metric, 0)
         for window in (16, 40)
         for letters in itertools.product("fsSn", repeat=4)
-        if (plan := layer_plans("".join(letters), window)) and predict(found, plan, 100).kv_fraction <= fraction + 1e-9
+        if (plan := layer_plans("".join(letters), window)) and Budget.of(found, settings).met(plan)
     )
-    assert getattr(chosen, metric) == pytest.approx(best)
+    assert chosen.damage.get(metric, 0) == pytest.approx(best)
 
 
 def test_an_infeasible_budget_names_the_nearest() -> None:
-    with pytest.raises(InfeasibleBudget, match=r"nearest holds 16\.0%") as caught:
+    with pytest.raises(InfeasibleBudget, match=r"nearest \(0 full, 4 sliding, 0 none\) has 16\.0%") as caught:
         select(sensitivity(none=False), Plan(kv_fraction=0.1, context_tokens=100))
     assert caught.value.exit_code == 3
 
@@ -76,11 +72,72 @@ def test_threshold_by_counts_and_by_values() -> None:
             assert entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
 
 
+@pytest.mark.parametrize("limits", [{"max_retrieval": 0.9}, {"max_kl": 0.9, "retrieval_weight": 1.0}])
+def test_one_metric_under_a_limit_on_the_other(limits: dict[str, float]) -> None:
+    found = sensitivity()
+    settings = Plan(kv_fraction=0.6, context_tokens=100, parameter_fraction=0.99, **limits)
+    limited = "retrieval" if settings.max_retrieval else "kl"
+    low = "kl" if settings.max_retrieval else "retrieval"
+    chosen = predict(found, select(found, settings), settings)
+    best = min(
+        made.damage[low]
+        for letters in itertools.product("fsSn", repeat=4)
+        if (plan := layer_plans("".join(letters))) and Budget.of(found, settings).met(plan)
+        for made in [predict(found, plan, settings)]
+        if made.damage[limited] <= (settings.max_retrieval or settings.max_kl or 0)
+    )
+    assert chosen.damage[low] == pytest.approx(best)
+    assert chosen.parameter_fraction <= 0.99
+    with pytest.raises(InfeasibleBudget, match=f"a predicted {limited} of at most 0.01"):
+        select(found, settings.model_copy(update={f"max_{limited}": 0.01}))
+
+
+def test_blended_damage_counts_each_metric_in_its_own_mean() -> None:
+    found = sensitivity()
+    mean = {
+        metric: np.mean([variant.scores[metric].mean for entry in found.layers for variant in entry.variants])
+        for metric in ("kl", "retrieval")
+    }
+    for options, entry in zip(choices(found, Plan(retrieval_weight=0.25), 16), found.layers, strict=True):
+        for choice, variant in zip(options[1:], entry.variants, strict=True):
+            blend = (
+                0.75 * variant.scores["kl"].mean / mean["kl"]
+                + 0.25 * variant.scores["retrieval"].mean / mean["retrieval"]
+            )
+            assert choice.damage == pytest.approx(blend)
+
+
+def test_controls_keep_as_many_full_layers_as_the_budget_allows() -> None:
+    found = sensitivity(10)
+    # 16 of 100 tokens in a sliding layer: 4 full and 6 sliding hold 49.6 %.
+    uniform = select(found, Plan(method="uniform", context_tokens=100))
+    assert [entry.layer for entry in uniform if entry.attention == "full"] == [1, 3, 6, 8]
+    for entry, measured in zip(uniform, found.layers, strict=True):
+        plain, sink = measured.variants[1:]
+        assert entry.attention == "full" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+    draws = [select(found, Plan(method="random", context_tokens=100), seed) for seed in range(5)]
+    assert {sum(entry.attention == "full" for entry in plan) for plan in draws} == {4}
+    assert len({tuple(entry.attention for entry in plan) for plan in draws}) > 1
+    assert draws[0] == select(found, Plan(method="random", context_tokens=100), 0)
+    cosine = select(found, Plan(method="cosine", context_tokens=100))
+    order = sorted(range(10), key=lambda layer: found.layers[layer].variants[0].scores["cosine"].mean)
+    assert [entry.layer for entry in cosine if entry.attention == "none"] == sorted(order[:5])
+    tiers = select(found, Plan(method="threshold", context_tokens=100))
+    assert [sum(entry.attention == kind for entry in tiers) for kind in ("full", "sliding", "none")] == [4, 3, 3]
+    with pytest.raises(InfeasibleBudget, match="no plan by uniform keeps the KV cache within 5"):
+        select(found, Plan(method="uniform", context_tokens=100, kv_fraction=0.05))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (Plan(window=17), "window 17 was not measured"),
         (Plan(method="threshold", full_layers=3, none_layers=3), "exceed the layers"),
+        (
+            Plan(metric="benchmark"),
+            "no benchmark\nfound: layer 0, none: kl, nll, retrieval, cosine\ndo: measure benchmark",
+        ),
+        (Plan(decode_fraction=0.5), "needs to know how fast"),
     ],
 )
 def test_settings_that_cannot_be_met(settings: Plan, message: str) -> None:

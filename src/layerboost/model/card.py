@@ -18,6 +18,7 @@ def model_card(plan: PlanFile, healing: str = "") -> str:
         if predicted
         else ""
     )
+    flags = " ".join(plan.serving.flags) if plan.serving and predicted else ""
     return f"""---
 base_model: {plan.model.name}
 library_name: transformers
@@ -44,9 +45,9 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # 
 
 ```console
 pip install "layerboost[serve]"
-vllm serve PATH
+vllm serve PATH{" " * bool(flags)}{flags}
 ```
-
+{_memory(plan) if flags else ""}
 ## The plan
 
 `full`: softmax attention; `sliding`: softmax over the last `window` tokens; `none`: no attention, no KV cache.
@@ -61,3 +62,15 @@ vllm serve PATH
 A token can be looked up beyond the window only through the full layers: test retrieval at your context length before
 serving. Generation needs Transformers' dynamic cache.
 """
+
+
+def _memory(plan: PlanFile) -> str:
+    """What the serving flags gain and cost."""
+    found = plan.serving
+    assert found
+    return (
+        f"\nvLLM reserves the tokens in flight for every sliding layer. With these flags and `--max-model-len "
+        f"{found.context_tokens}` the same memory admits {found.requests_ratio:.2f} times the base's requests, with "
+        f"vLLM's own settings {found.default_requests_ratio:.2f} times; a prompt of that length is then read in "
+        f"{found.prefill_steps} steps, not {found.default_prefill_steps}.\n"
+    )

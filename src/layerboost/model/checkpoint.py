@@ -117,10 +117,13 @@ def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
         model_type=config.model_type,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim,
         bytes_per_element=dtype.itemsize,
         max_context_tokens=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        tied_head=config.tie_word_embeddings,
         parameters=count_parameters(config),
         fingerprint=model_fingerprint(source),
     )

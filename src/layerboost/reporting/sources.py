@@ -22,6 +22,8 @@ from layerboost.artifacts import (
 )
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, load_recipe
+from layerboost.search.frontier import Frontier
+from layerboost.search.stability import Stability
 from layerboost.serving.results import Comparison as BenchComparison
 
 # The order of every table and legend; a model of another name comes after these.
@@ -33,6 +35,8 @@ MADE_BY = {
     "recipe.yaml": "layerboost run",
     "sensitivity.json": "layerboost measure",
     "plan.yaml": "layerboost plan",
+    "frontier.json": "layerboost plan --frontier",
+    "stability.json": "layerboost measure --compare OTHER",
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
@@ -112,6 +116,9 @@ class Sources:
     sensitivity: Sensitivity | None
     plan: PlanFile | None
     plan_is_stale: bool
+    sensitivity_hash: str | None
+    frontier: Frontier | None
+    stability: Stability | None
     metrics: list[MetricLine] | None
     quality: EvalComparison | None
     bench: BenchComparison | None
@@ -133,14 +140,17 @@ def read_sources(run: Path) -> Sources:
             f"{sensitivity.model.name} ({sensitivity.model.fingerprint})",
             do="run `layerboost measure` and `layerboost plan` again for one model",
         )
-    stale = bool(plan and plan.sensitivity and sensitivity and plan.sensitivity != file_hash(run / "sensitivity.json"))
+    found_hash = file_hash(run / "sensitivity.json") if sensitivity else None
     return Sources(
         run=run,
         history=_artifact(run, "run.json", RunFile),
         recipe=load_recipe([run / "recipe.yaml"], {}) if (run / "recipe.yaml").is_file() else None,
         sensitivity=sensitivity,
         plan=plan,
-        plan_is_stale=stale,
+        plan_is_stale=bool(plan and plan.sensitivity and found_hash and plan.sensitivity != found_hash),
+        sensitivity_hash=found_hash,
+        frontier=_artifact(run, "frontier.json", Frontier),
+        stability=_artifact(run, "stability.json", Stability),
         metrics=_read_metrics(run / "heal" / "metrics.jsonl"),
         quality=_artifact(run, "eval/comparison.json", EvalComparison),
         bench=_artifact(run, "bench/comparison.json", BenchComparison),

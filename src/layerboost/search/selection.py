@@ -1,168 +1,263 @@
-"""Selection: from sensitivities to one strategy a layer."""
+"""Selection: from sensitivities to one strategy a layer, by optimization or by the rules it is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from layerboost.artifacts import LayerPlan, LayerSensitivity, Predicted, Sensitivity, Variant
+from layerboost.artifacts import LayerPlan, Sensitivity
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
-from layerboost.search.costs import base_kv_bytes, layer_kv_bytes, plan_kv_bytes
+from layerboost.search.choices import Choice, best_sliding, choices, metric_limits, removal, score_in, windows
+from layerboost.search.costs import DECODE_MS, KV_BYTES, PARAMETERS, Budget
+
+# What a message calls the costs that a budget limits, and the settings that limit them.
+NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
+SETTINGS = {KV_BYTES: "kv_fraction", PARAMETERS: "parameter_fraction", DECODE_MS: "decode_fraction"}
+
+Exceed = Literal["nothing", "damage", "costs"]
 
 
-def select(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
-    """The plan that `settings.method` chooses; raises ConfigError or InfeasibleBudget."""
-    methods: dict[str, Callable[[Sensitivity, Plan], list[LayerPlan]]] = {"budget": budget, "threshold": threshold}
-    return methods[settings.method](sensitivity, settings)
+def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0) -> list[LayerPlan]:
+    """The plan that `settings.method` chooses; `seed` is for `random`. Raises ConfigError or InfeasibleBudget."""
+    methods: dict[str, Callable[[], list[LayerPlan]]] = {
+        "budget": lambda: budget(sensitivity, settings),
+        "threshold": lambda: threshold(sensitivity, settings),
+        "uniform": lambda: spread(sensitivity, settings, None),
+        "random": lambda: spread(sensitivity, settings, seed),
+        "cosine": lambda: least_cosine(sensitivity, settings),
+    }
+    return methods[settings.method]()
 
 
 def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
-    """Least predicted damage for a fraction of the base's KV bytes; each replacement scored with itself.
+    """Least predicted damage within every limit; each replacement scored with itself.
 
     One integer program a window (one binary variable per layer and choice), the best window wins. Raises
     InfeasibleBudget, naming the nearest plan.
     """
-    limit = settings.kv_fraction * base_kv_bytes(sensitivity.model, settings.context_tokens)
-    metric = settings.metric
-    options = [_choices(sensitivity, settings, window) for window in _windows(sensitivity, settings)]
-    solved = [found for choices in options if (found := _solve(sensitivity, settings, choices, limit)) is not None]
+    limits = Budget.of(sensitivity, settings)
+    tables = [choices(sensitivity, settings, window) for window in windows(sensitivity, settings)]
+    solved = [found for table in tables if (found := _solve(table, limits, settings)) is not None]
     if not solved:
-        nearest = min(
-            sum(min(_cost(sensitivity, settings, entry) for entry, _ in layer) for layer in choices)
-            for choices in options
-        )
-        least = nearest / base_kv_bytes(sensitivity.model, settings.context_tokens)
-        raise InfeasibleBudget(
-            f"no plan keeps the KV cache within {settings.kv_fraction:.1%} of the base's",
-            found=f"the nearest holds {least:.1%}",
-            do=f"set plan.kv_fraction to {least:.3f} or more, or measure a shorter window",
-        )
-    return min(solved, key=lambda layers: getattr(predict(sensitivity, layers, settings.context_tokens), metric))
+        nearest = _nearest(tables, limits, settings)
+        scores = {metric: sum(score_in(choice, metric) for choice in nearest) for metric in metric_limits(settings)}
+        raise _infeasible(limits, settings, [choice.plan for choice in nearest], scores)
+    return [choice.plan for choice in min(solved, key=lambda found: found[0])[1]]
 
 
 def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """The paper's three tiers: all layers ranked by the damage of removal alone; full, sliding, none from the top.
 
     The paper gives neither thresholds nor counts: `full_above` and `none_below` cut by value, `full_layers` and
-    `none_layers` by count (default: a third each). A sliding layer has a sink where that measured better.
+    `none_layers` by count. By default a third is removed and as many stay full as the budget allows. A sliding layer
+    has a sink where that measured better.
     """
-    damage = {entry.layer: _damage(settings, _find(entry, "none")) for entry in sensitivity.layers}
+    damage = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
     ranked = sorted(damage, key=lambda layer: damage[layer], reverse=True)
-    third = len(ranked) // 3
+    table = choices(sensitivity, settings, windows(sensitivity, settings)[0])
+
+    def tiers(full: set[int], none: set[int]) -> list[LayerPlan]:
+        return [_tier(options, "full" if layer in full else "none" if layer in none else "sliding")
+                for layer, options in enumerate(table)]  # fmt: skip
+
     if settings.full_above is not None or settings.none_below is not None:
         high = np.inf if settings.full_above is None else settings.full_above
         low = -np.inf if settings.none_below is None else settings.none_below
         full = {layer for layer in ranked if damage[layer] > high}
-        none = {layer for layer in ranked if damage[layer] < low} - full
-    else:
-        full_count = third if settings.full_layers is None else settings.full_layers
-        none_count = third if settings.none_layers is None else settings.none_layers
-        if full_count + none_count > len(ranked):
-            raise ConfigError(
-                "plan.full_layers and plan.none_layers exceed the layers of the model",
-                found=f"{full_count} + {none_count} > {len(ranked)}",
-            )
-        full, none = set(ranked[:full_count]), set(ranked[len(ranked) - none_count :])
-    window = _windows(sensitivity, settings)[0]
-    layers = []
-    for entry in sensitivity.layers:
-        if entry.layer in full:
-            layers.append(LayerPlan(layer=entry.layer, attention="full"))
-        elif entry.layer in none:
-            layers.append(LayerPlan(layer=entry.layer, attention="none"))
-        else:
-            best = min(_sliding(entry, window), key=lambda variant: _damage(settings, variant))
-            layers.append(LayerPlan(layer=entry.layer, attention="sliding", window=window, sink=best.sink))
-    return layers
+        return tiers(full, {layer for layer in ranked if damage[layer] < low} - full)
+    none_count = len(ranked) // 3 if settings.none_layers is None else settings.none_layers
+    none = set(ranked[len(ranked) - none_count :])
+    if settings.full_layers is None:
+        return _most_full(sensitivity, settings, lambda full: tiers(set(ranked[:full]), none), len(ranked) - none_count)
+    if settings.full_layers + none_count > len(ranked):
+        raise ConfigError(
+            "plan.full_layers and plan.none_layers exceed the layers of the model",
+            found=f"{settings.full_layers} + {none_count} > {len(ranked)}",
+        )
+    return tiers(set(ranked[: settings.full_layers]), none)
 
 
-def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], context_tokens: int) -> Predicted:
-    """What the single-layer scores add up to, and the KV cache. The whole plan's damage is larger: scores interact."""
-    chosen = [_find(sensitivity.layers[entry.layer], *_key(entry)) for entry in layers if entry.attention != "full"]
-    held = plan_kv_bytes(sensitivity.model, layers, context_tokens)
-    return Predicted(
-        kl=sum(variant.scores["kl"].mean for variant in chosen),
-        nll=sum(variant.scores["nll"].mean for variant in chosen),
-        kv_fraction=held / base_kv_bytes(sensitivity.model, context_tokens),
-        kv_bytes_per_request=held,
-        context_tokens=context_tokens,
-    )
+def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[LayerPlan]:
+    """A control: as many full layers as the budget allows, evenly spaced or drawn with `seed`, all others sliding.
+
+    The window is the one asked for, or the shortest measured; a sink where that measured better.
+    """
+    table = choices(sensitivity, settings, windows(sensitivity, settings)[0])
+    count = len(table)
+    order = list(range(count))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+
+    def plan(full: int) -> list[LayerPlan]:
+        even = {int((index + 0.5) * count / full) for index in range(full)}
+        kept = even if seed is None else set(order[:full])
+        return [_tier(options, "full" if layer in kept else "sliding") for layer, options in enumerate(table)]
+
+    return _most_full(sensitivity, settings, plan, count)
+
+
+def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
+    """A control, LLM-Drop (arXiv 2406.15786): the attention that turns the stream least is removed, all other is full.
+
+    As few layers are removed as the budget allows.
+    """
+    ranked = sorted(sensitivity.layers, key=lambda entry: removal(entry, "cosine"), reverse=True)
+    order = [entry.layer for entry in ranked]
+
+    def plan(full: int) -> list[LayerPlan]:
+        kept = set(order[:full])
+        return [LayerPlan(layer=layer, attention="full" if layer in kept else "none") for layer in range(len(order))]
+
+    return _most_full(sensitivity, settings, plan, len(order))
+
+
+def _most_full(
+    sensitivity: Sensitivity, settings: Plan, plan: Callable[[int], list[LayerPlan]], most: int
+) -> list[LayerPlan]:
+    """The plan with the most full layers that meets the budget; raises InfeasibleBudget when not even none does."""
+    limits = Budget.of(sensitivity, settings)
+    for full in range(most, -1, -1):
+        found = plan(full)
+        if limits.met(found):
+            return found
+    raise _infeasible(limits, settings, plan(0), {})
+
+
+def _tier(options: list[Choice], attention: str) -> LayerPlan:
+    if attention == "sliding":
+        return best_sliding(options)
+    return LayerPlan(layer=options[0].plan.layer, attention="full" if attention == "full" else "none")
 
 
 def _solve(
-    sensitivity: Sensitivity, settings: Plan, choices: list[list[tuple[LayerPlan, float]]], limit: float
-) -> list[LayerPlan] | None:
-    flat = [(layer, entry, damage) for layer, options in enumerate(choices) for entry, damage in options]
-    damages = np.array([damage for _, _, damage in flat])
-    costs = np.array([float(_cost(sensitivity, settings, entry)) for _, entry, _ in flat])
-    one_each = np.array([[float(layer == row) for layer, _, _ in flat] for row in range(len(choices))])
-    scale = max(limit, 1.0)
+    table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed = "nothing"
+) -> tuple[float, list[Choice]] | None:
+    """The best choices and their damage, or None where no plan is within the limits.
+
+    `exceed`: what may go beyond its limits, the others being held; then the plan is the one whose greatest excess, as a
+    share of the base or of the limit, is least, and that excess stands in place of the damage.
+    """
+    if exceed == "nothing":
+        # Padding needs the larger program; mostly the best plan without has none.
+        found = _program(table, replace(limits, padding=False), settings, exceed)
+        if found is None or limits.met([choice.plan for choice in found[1]]):
+            return found
+    return _program(table, limits, settings, exceed)
+
+
+def _program(
+    table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed
+) -> tuple[float, list[Choice]] | None:
+    """The integer program of `_solve`, by HiGHS.
+
+    Variables: a binary one for each choice, one for each pair of counts (full, sliding), because padding depends on
+    both, and the excess.
+    """
+    flat = [choice for options in table for choice in options]
+    pairs = _pairs(len(table), limits, exceed)
+    rows, bounds, of_costs = _limits(flat, pairs, limits, settings)
+    slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
+    if exceed == "costs":
+        bounds = np.where(of_costs, bounds, np.inf)
+    equal, right = _equalities(table, pairs)
+    damages = np.array([choice.damage for choice in flat])
+    others = np.zeros(len(pairs) + 1)
+    if exceed != "nothing":
+        damages, others[-1] = np.zeros(len(flat)), 1.0
     answer = milp(
-        damages,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / scale, -np.inf, limit / scale)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
+        np.append(damages, others),
+        constraints=[
+            LinearConstraint(np.hstack([equal, np.zeros((len(equal), 1))]), right, right),
+            LinearConstraint(np.hstack([rows, slack[:, None]]), -np.inf, bounds),
+        ],
+        integrality=np.append(np.ones(equal.shape[1]), 0),
+        bounds=Bounds(0, np.append(np.ones(equal.shape[1]), np.inf)),
     )
     if answer.x is None:
         return None
-    return [entry for (_, entry, _), taken in zip(flat, answer.x, strict=True) if taken > 0.5]
+    return float(answer.fun), [choice for choice, taken in zip(flat, answer.x, strict=False) if taken > 0.5]
 
 
-def _choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[tuple[LayerPlan, float]]]:
-    """Per layer: full at no damage, none, and the window with and without a sink."""
-    table = []
-    for entry in sensitivity.layers:
-        options = [(LayerPlan(layer=entry.layer, attention="full"), 0.0)]
-        for variant in entry.variants:
-            if variant.attention == "none" or variant.window == window:
-                plan = LayerPlan(
-                    layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink
-                )
-                options.append((plan, _damage(settings, variant)))
-        table.append(options)
-    return table
+def _pairs(most: int, limits: Budget, exceed: Exceed) -> list[tuple[int, int]]:
+    """The counts of full and sliding layers that padding leaves within the limit on KV bytes; none without padding."""
+    if not limits.padding:
+        return []
+    pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
+    least = 1 / limits.model.layers  # of a full layer; what sliding ones hold is left to the program
+    limit = limits.fractions.get(KV_BYTES, 1.0)
+    fits = [pair for pair in pairs if pair[0] * least + limits.padding_share(*pair) <= limit + 1e-9]
+    return pairs if exceed == "costs" else fits
 
 
-def _cost(sensitivity: Sensitivity, settings: Plan, entry: LayerPlan) -> int:
-    return layer_kv_bytes(sensitivity.model, entry.attention, entry.window, settings.context_tokens)
+def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """One choice a layer, and the pair of counts that the choices make."""
+    flat = [(layer, choice.plan.attention) for layer, options in enumerate(table) for choice in options]
+    rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
+    right = [1.0] * len(table)
+    if pairs:
+        rows.append([0.0] * len(flat) + [1.0] * len(pairs))
+        right.append(1.0)
+        for index, kind in enumerate(("full", "sliding")):
+            rows.append([float(attention == kind) for _, attention in flat] + [-float(pair[index]) for pair in pairs])
+            right.append(0.0)
+    return np.array(rows), np.array(right)
 
 
-def _windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:
-    """The windows to consider: the one asked for, or every measured one, shortest first."""
-    variants = [variant for entry in sensitivity.layers for variant in entry.variants]
-    measured = sorted({variant.window for variant in variants if variant.window})
-    if settings.window is None:
-        return measured
-    if settings.window not in measured:
-        raise ConfigError(
-            f"window {settings.window} was not measured",
-            found=f"measured windows: {', '.join(map(str, measured))}",
-            do="choose one of them, or add it to measure.windows and measure again",
-        )
-    return [settings.window]
+def _limits(
+    flat: list[Choice], pairs: list[tuple[int, int]], limits: Budget, settings: Plan
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One row a limit with the share of it that each choice and pair takes; the bounds; whether it is on a cost."""
+    base, without = limits.base(), limits.plan([])
+    costs = [limits.layer(choice.plan) for choice in flat]
+    rows, bounds, of_costs = [], [], []
+    for name, fraction in limits.fractions.items():
+        padding = [limits.padding_share(*pair) if name == KV_BYTES else 0.0 for pair in pairs]
+        rows.append([cost[name] / base[name] for cost in costs] + padding)
+        bounds.append(fraction - without[name] / base[name])
+        of_costs.append(True)
+    for metric, most in metric_limits(settings).items():
+        scale = abs(most) or 1.0
+        rows.append([score_in(choice, metric) / scale for choice in flat] + [0.0] * len(pairs))
+        bounds.append(most / scale)
+        of_costs.append(False)
+    return np.array(rows), np.array(bounds), np.array(of_costs)
 
 
-def _key(entry: LayerPlan) -> tuple[str, int | None, bool]:
-    return entry.attention, entry.window, entry.sink
+def _nearest(tables: list[list[list[Choice]]], limits: Budget, settings: Plan) -> list[Choice]:
+    """Where no plan is within all limits: the one within the costs that does least too much damage, or else the
+    cheapest."""
+    for exceed in ("damage", "costs"):
+        found = [plan for table in tables if (plan := _solve(table, limits, settings, exceed)) is not None]
+        if found:
+            return min(found, key=lambda plan: plan[0])[1]
+    raise AssertionError("a plan without limits always exists")
 
 
-def _find(entry: LayerSensitivity, attention: str, window: int | None = None, sink: bool = False) -> Variant:
-    for variant in entry.variants:
-        if (variant.attention, variant.window, variant.sink) == (attention, window, sink):
-            return variant
-    raise ConfigError(
-        f"layer {entry.layer} was not measured as {attention}"
-        + (f" with window {window}, sink {sink}" if attention == "sliding" else ""),
-        do="measure again with it in measure.windows",
+def _infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: dict[str, float]) -> InfeasibleBudget:
+    """The error that names the nearest plan and the limits it would need."""
+    share, wanted, found, do = limits.held(layers), [], [], []
+    for name, fraction in limits.fractions.items():
+        if share[name] > fraction + 1e-9:
+            wanted.append(f"the {NAMES[name]} within {fraction:.1%} of the base's")
+            found.append(f"{share[name]:.1%} of the base's {NAMES[name]}")
+            do.append(f"plan.{SETTINGS[name]} to {math.ceil(share[name] * 1000) / 1000:g}")
+    for metric, most in metric_limits(settings).items():
+        if scores and scores[metric] > most + 1e-9:
+            wanted.append(f"a predicted {metric} of at most {most:g}")
+            found.append(f"a predicted {metric} of {scores[metric]:.3g}")
+            do.append(f"plan.max_{metric} to {math.ceil(scores[metric] * 1000) / 1000:g}")
+    counts = ", ".join(
+        f"{sum(entry.attention == kind for entry in layers)} {kind}" for kind in ("full", "sliding", "none")
     )
-
-
-def _sliding(entry: LayerSensitivity, window: int) -> list[Variant]:
-    return [variant for variant in entry.variants if variant.window == window]
-
-
-def _damage(settings: Plan, variant: Variant) -> float:
-    return variant.scores[settings.metric].mean
+    return InfeasibleBudget(
+        f"no plan by {settings.method} keeps " + " and ".join(wanted),
+        found=f"the nearest ({counts}) has " + " and ".join(found),
+        do=f"raise {' and '.join(do)} or more, or measure a shorter window",
+    )

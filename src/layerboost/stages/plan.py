@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from layerboost.artifacts import PLAN, SENSITIVITY, PlanFile, Sensitivity, file_hash, read_json, read_plan, write_plan
-from layerboost.errors import ConfigError
+from layerboost.artifacts import PLAN, SENSITIVITY, PlanFile, file_hash, read_plan, write_json, write_plan
 from layerboost.recipe import Recipe
 from layerboost.runtime import log
-from layerboost.search.selection import predict, select
+from layerboost.search.choices import predict
+from layerboost.search.frontier import FRONTIER, Frontier, frontier
+from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
+from layerboost.search.selection import select
+from layerboost.search.stability import read_sensitivity
+from layerboost.serving.server import runs_on_cpu
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
@@ -17,24 +22,18 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
 
     Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
     """
-    source = run / SENSITIVITY
-    sensitivity = read_json(source, Sensitivity, "layerboost measure")
-    if not sensitivity.complete:
-        raise ConfigError(
-            f"{source} is incomplete",
-            found=f"{len(sensitivity.layers)} of {sensitivity.model.layers} layers",
-            do="run `layerboost measure` again: it goes on where it stopped",
-        )
-    settings = recipe.plan.model_dump(mode="json")
-    target = run / PLAN
+    source, target = run / SENSITIVITY, run / PLAN
+    sensitivity = read_sensitivity(source)
+    settings = _settings(recipe)
     if target.exists():
         there = read_plan(target)
         by_hand = there.sensitivity is None
         if by_hand or (there.sensitivity == file_hash(source) and there.settings == settings):
             log.info("%s is up to date; delete it to choose again", target)
+            _warn(there, recipe.plan.context_tokens)
             return there
         log.info("%s was made from other inputs: choosing again", target)
-    layers = select(sensitivity, recipe.plan)
+    layers = select(sensitivity, recipe.plan, recipe.seed)
     plan = PlanFile(
         model=sensitivity.model,
         method=recipe.plan.method,
@@ -42,7 +41,42 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         sensitivity=file_hash(source),
         layers=layers,
     )
-    predicted = predict(sensitivity, layers, recipe.plan.context_tokens)
+    predicted = predict(sensitivity, layers, recipe.plan)
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
+    engine = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
+    plan.serving = serving(sensitivity.model, layers, recipe.plan.context_tokens, recipe.plan.concurrency, engine)
+    _warn(plan, recipe.plan.context_tokens)
     write_plan(target, plan)
     return plan
+
+
+def run_frontier(recipe: Recipe, run: Path) -> Frontier:
+    """Write `frontier.json`, the plans of every budget; `plan.yaml` is left alone. Raises as `run_plan` does."""
+    source = run / SENSITIVITY
+    sensitivity = read_sensitivity(source)
+    points = frontier(sensitivity, recipe.plan, recipe.seed)
+    found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
+    write_json(run / FRONTIER, found)
+    return found
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What the choice depends on besides the sensitivities."""
+    settings = recipe.plan.model_dump(mode="json")
+    if recipe.plan.method == "random":
+        settings["seed"] = recipe.seed
+    if recipe.plan.costs and Path(recipe.plan.costs).is_file():
+        settings["costs"] = file_hash(Path(recipe.plan.costs))
+    return settings
+
+
+def _warn(plan: PlanFile, context_tokens: int) -> None:
+    """Say what a plan gains nothing by."""
+    if plan.window and plan.window >= context_tokens:
+        log.warning(
+            "a window of %d holds all of the %d tokens of context that this plan is for: its %d sliding layers gain "
+            "nothing over full ones; plan with a shorter window, or set plan.context_tokens to the length you serve",
+            plan.window,
+            context_tokens,
+            plan.count("sliding"),
+        )

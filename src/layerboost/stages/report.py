@@ -9,6 +9,7 @@ from layerboost.artifacts import write_text
 from layerboost.reporting.benchmark import throughput_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel, quality_panel
+from layerboost.reporting.search import search_panel
 from layerboost.reporting.sources import Sources, read_sources
 from layerboost.reporting.verdict import findings, summary, summary_table
 
@@ -28,6 +29,7 @@ def run_report(run: Path) -> dict[str, Any]:
     title, facts = _heading(sources)
     panels = [
         layers_panel(sources),
+        search_panel(sources),
         quality_panel(sources),
         healing_panel(sources),
         throughput_panel(sources.bench),

@@ -1,0 +1,242 @@
+"""The cost model against vLLM on this machine: KV memory of several plans, time of prefill and decoding; writes rates.
+
+    python benchmarks/costs.py MODEL --out costs.json
+
+Every plan is served by the real engine: what vLLM reports of its KV cache stands beside `search/memory.py`, what
+requests hold while they decode beside its residency, and the times of prefill and decoding steps beside the linear
+model of `search/costs.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from layerboost.artifacts import LayerPlan, ModelInfo, write_json
+from layerboost.model.checkpoint import find_model, load_config, load_model, model_info
+from layerboost.model.surgery import apply_plan
+from layerboost.runtime import Runtime, machine
+from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
+from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
+
+DECODE_STEPS = 12
+# Requests, tokens of each.
+LOADS = ((1, 64), (1, 1024), (8, 1000), (32, 120), (32, 400))
+
+
+def plans(layers: int) -> dict[str, list[LayerPlan]]:
+    """Four plans of every kind, by shares of the layers; full layers evenly spaced."""
+    return {
+        "base": _plan(layers, layers, 0, 64),
+        "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64),
+        "all three, 128": _plan(layers, layers // 3, layers // 3, 128),
+        "cheapest": _plan(layers, 0, layers * 2 // 3, 64),
+    }
+
+
+def _plan(layers: int, full: int, none: int, window: int) -> list[LayerPlan]:
+    kept = {int((index + 0.5) * layers / full) for index in range(full)}
+    others = [layer for layer in range(layers) if layer not in kept]
+    removed = {others[int((index + 0.5) * len(others) / none)] for index in range(none)}
+    kinds = [("full" if layer in kept else "none" if layer in removed else "sliding") for layer in range(layers)]
+    return [
+        LayerPlan(layer=layer, attention="sliding", window=window, sink=True)
+        if kind == "sliding"
+        else LayerPlan(layer=layer, attention="full" if kind == "full" else "none")
+        for layer, kind in enumerate(kinds)
+    ]
+
+
+def boost(model: str, layers: list[LayerPlan], folder: Path) -> None:
+    """Save a model with a plan applied; its sinks are zero, which costs the same."""
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(model), runtime)
+    heads = loaded.config.num_attention_heads
+    apply_plan(loaded, layers, {entry.layer: torch.zeros(heads) for entry in layers if entry.sink})
+    loaded.save_pretrained(folder)
+
+
+def start(folder: Path, engine: Engine, context: int, cache_bytes: int) -> Any:
+    """A vLLM engine in this process."""
+    from vllm import LLM
+
+    return LLM(
+        str(folder),
+        dtype="float32" if not torch.cuda.is_available() else "auto",
+        enforce_eager=not torch.cuda.is_available(),
+        skip_tokenizer_init=True,
+        max_model_len=context,
+        max_num_batched_tokens=engine.max_batched_tokens,
+        max_num_seqs=min(128, engine.max_batched_tokens),
+        block_size=engine.block_size,
+        kv_cache_memory_bytes=cache_bytes,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+
+def memory_row(llm: Any, info: ModelInfo, layers: list[LayerPlan], engine: Engine, cache_bytes: int) -> dict[str, Any]:
+    """Blocks and concurrency, as vLLM reports them and as the model has them."""
+    config = llm.llm_engine.vllm_config
+    context = config.model_config.max_model_len
+    blocks = cache_bytes // block_bytes(info, layers, engine)
+    admitted = blocks * block_bytes(info, layers, engine) / admission_bytes(info, layers, context, engine)
+    return {
+        "context_tokens": context,
+        "max_batched_tokens": engine.max_batched_tokens,
+        "block_size": engine.block_size,
+        "blocks": config.cache_config.num_gpu_blocks,
+        "blocks_predicted": blocks,
+        "concurrency": round(config.cache_config.kv_cache_max_concurrency, 3),
+        "concurrency_predicted": round(admitted, 3),
+    }
+
+
+def timed_load(llm: Any, info: ModelInfo, requests: int, tokens: int, first: int) -> dict[str, float]:
+    """Prefill and decoding of so many requests at once; blocks held while decoding."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    draw = np.random.default_rng(first)
+    free = pool.get_num_free_blocks()
+    for index in range(requests):
+        prompt = draw.integers(100, info.vocabulary, tokens).tolist()
+        sampling = SamplingParams(max_tokens=DECODE_STEPS + 1, ignore_eos=True, temperature=0, detokenize=False)
+        engine.add_request(f"{first}-{index}", {"prompt_token_ids": prompt}, sampling)
+    answers: dict[str, int] = {}
+    prefill_s, steps, decode = 0.0, 0, []
+    held = 0
+    while engine.has_unfinished_requests():
+        decoding = len(answers) == requests
+        clock = time.perf_counter()
+        for output in engine.step():
+            answers[output.request_id] = len(output.outputs[0].token_ids)
+        passed = time.perf_counter() - clock
+        if decoding and engine.has_unfinished_requests() and len(set(answers.values())) == 1:
+            decode.append(passed)
+            held = max(held, free - pool.get_num_free_blocks())
+        elif not decoding:
+            prefill_s += passed
+            steps += 1
+    return {
+        "requests": requests,
+        "tokens": tokens,
+        "prefill_ms": 1e3 * prefill_s,
+        "prefill_steps": steps,
+        "decode_ms": 1e3 * statistics.median(decode) if decode else float("nan"),
+        "held_blocks": held,
+    }
+
+
+def measure(model: str, info: ModelInfo, root: Path, contexts: list[int], cache_gib: float) -> list[dict[str, Any]]:
+    """One dictionary a plan: `memory` rows, `loads` rows."""
+    default = GPU_ENGINE if torch.cuda.is_available() else CPU_ENGINE
+    found, clock = [], time.monotonic()
+    for name, layers in plans(info.layers).items():
+        folder = root / name.replace(" ", "-").replace(",", "")
+        boost(model, layers, folder)
+        memory, loads = [], []
+        for context in contexts:
+            for engine in (default, Engine(256, 32, default.batches_in_flight)):
+                cache = int(cache_gib * (1 << 30))
+                llm = start(folder, engine, context, cache)
+                memory.append(memory_row(llm, info, layers, engine, cache))
+                if context == contexts[-1] and engine is not default:
+                    fitting = [load for load in LOADS if load[1] + DECODE_STEPS < context]
+                    for number, (requests, tokens) in enumerate(((1, 32), *fitting)):
+                        row = timed_load(llm, info, requests, tokens, number)
+                        row["held_bytes"] = row.pop("held_blocks") * block_bytes(info, layers, engine)
+                        row["held_predicted"] = requests * resident_bytes(info, layers, tokens + DECODE_STEPS, engine)
+                        loads.append(row)
+                del llm
+                print(f"{name}, {context} tokens: {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
+        found.append({"plan": name, "layers": layers, "memory": memory, "loads": loads[1:]})
+    return found
+
+
+def work_rows(info: ModelInfo, measured: list[dict[str, Any]]) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """Per timed row: its plan, its work `[N, 6]`, its milliseconds `[N]`, what it was."""
+    names, work, times, kinds = [], [], [], []
+    for entry in measured:
+        for row in entry["loads"]:
+            if row["decode_ms"] == row["decode_ms"]:
+                names.append(entry["plan"])
+                work.append(decode_work(info, entry["layers"], row["requests"], row["tokens"] + DECODE_STEPS // 2))
+                times.append(row["decode_ms"])
+                kinds.append(f"decode, {row['requests']} x {row['tokens']}")
+            prompt = prefill_work(info, entry["layers"], row["tokens"], row["tokens"]) * row["requests"]
+            passes = row["prefill_steps"] / row["requests"]
+            prompt[:3] *= passes
+            names.append(entry["plan"])
+            work.append(prompt)
+            times.append(row["prefill_ms"])
+            kinds.append(f"prefill, {row['requests']} x {row['tokens']}")
+    return names, np.array(work), np.array(times), kinds
+
+
+def fit(work: np.ndarray, times: np.ndarray) -> Rates:
+    """Rates that explain the times, least squares of relative errors, none negative."""
+    scale = work.max(0)
+    scale[scale == 0] = 1.0
+    prices = nnls(work / scale / times[:, None], np.ones(len(times)))[0] / scale
+    rates = [1e3 / price if price else None for price in prices[2:]]
+    return Rates(
+        step_ms=prices[0],
+        layer_ms=prices[1],
+        weight_bytes_per_s=rates[0],
+        flops_per_s=rates[1],
+        kv_bytes_per_s=rates[2],
+        attention_flops_per_s=rates[3],
+    )
+
+
+def main() -> None:
+    """Measure, fit, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, default=Path("costs.json"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 2048], help="the last one is timed")
+    parser.add_argument("--cache-gib", type=float, default=1.5)
+    arguments = parser.parse_args()
+    source = find_model(arguments.model)
+    info = model_info(source, load_config(source), torch.float32)
+    with tempfile.TemporaryDirectory() as root:
+        measured = measure(arguments.model, info, Path(root), arguments.contexts, arguments.cache_gib)
+    names, work, times, kinds = work_rows(info, measured)
+    rates = fit(work, times)
+    timing = []
+    for name, row, taken, kind in zip(names, work, times, kinds, strict=True):
+        others = np.array([other != name for other in names])
+        predicted = fit(work[others], times[others]).milliseconds(row)
+        timing.append({"plan": name, "what": kind, "ms": round(float(taken), 2), "predicted_ms": round(predicted, 2)})
+        print(f"{name:16} {kind:20} {taken:10.1f} ms, predicted {predicted:10.1f} ms, {predicted / taken - 1:+.0%}")
+    for entry in measured:
+        for row in entry["memory"]:
+            print(f"{entry['plan']:16} {row}")
+        for row in entry["loads"]:
+            what = f"held while decoding {row['requests']} x {row['tokens']}"
+            print(f"{entry['plan']:16} {what}: predicted / real {row['held_predicted'] / row['held_bytes']:.3f}")
+    write_json(arguments.out, Costs(machine=machine(), model=info.fingerprint, rates=rates))
+    for entry in measured:
+        del entry["layers"]
+    summary = {"machine": machine(), "rates": rates.model_dump(), "timing": timing, "plans": measured}
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

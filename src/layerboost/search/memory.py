@@ -1,0 +1,140 @@
+"""What vLLM makes of a plan's KV cache: groups, blocks, what a request reserves and what it holds.
+
+Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, for layers of one KV size and one window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from layerboost.artifacts import LayerPlan, ModelInfo, Serving
+
+# A request may reserve this much more than it holds while decoding, before smaller batches are advised.
+SPARE = 1.25
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The settings of vLLM that its KV cache depends on; `batches_in_flight` is 2 with asynchronous scheduling."""
+
+    max_batched_tokens: int
+    block_size: int
+    batches_in_flight: int
+
+
+# What `vllm serve` starts with.
+CPU_ENGINE = Engine(max_batched_tokens=2048, block_size=128, batches_in_flight=1)
+GPU_ENGINE = Engine(max_batched_tokens=2048, block_size=16, batches_in_flight=2)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Layers of one kind share a block table, `size` layers a group; the last group of a kind is padded."""
+
+    size: int
+    full: int
+    sliding: int
+
+
+def groups(full: int, sliding: int) -> Groups:
+    """How vLLM groups so many full and sliding layers.
+
+    The smaller count is the group's size, or the larger where it is less than half again as large.
+    """
+    if not full or not sliding:
+        return Groups(full + sliding, int(full > 0), int(sliding > 0))
+    low, high = sorted((full, sliding))
+    size = high if high < 1.5 * low else low
+    return Groups(size, math.ceil(full / size), math.ceil(sliding / size))
+
+
+def padded_full(full: int, sliding: int) -> int:
+    """Full layers that vLLM reserves memory for: as many, or more where their last group is padded."""
+    found = groups(full, sliding)
+    return found.full * found.size
+
+
+def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, engine: Engine) -> int:
+    """KV bytes vLLM counts for one request of `context_tokens`, its `--max-model-len`, before it admits it.
+
+    A sliding layer counts its window, the tokens in flight and a block, because blocks are freed only after a step. The
+    KV memory over this is the "Maximum concurrency" that vLLM reports.
+    """
+    found = _groups(layers)
+    in_flight = engine.max_batched_tokens * engine.batches_in_flight
+    reserved = min(_window(layers) - 1 + in_flight, context_tokens)
+    blocks = found.full * math.ceil(context_tokens / engine.block_size)
+    blocks += found.sliding * (math.ceil(reserved / engine.block_size) + 1)
+    return blocks * block_bytes(model, layers, engine)
+
+
+def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, engine: Engine) -> int:
+    """KV bytes one request holds while it decodes its `context_tokens`-th token, on average over block boundaries."""
+    found = _groups(layers)
+    whole = math.ceil(context_tokens / engine.block_size)
+    blocks = found.full * whole + found.sliding * min(whole, (_window(layers) - 1) / engine.block_size + 1)
+    return round(blocks * block_bytes(model, layers, engine))
+
+
+def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], engine: Engine) -> int:
+    """Bytes of one block of the pool: `block_size` tokens of every layer of a group."""
+    return _groups(layers).size * engine.block_size * model.kv_bytes_per_token
+
+
+def serving(
+    model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, concurrency: int, default: Engine
+) -> Serving:
+    """The flags that make a plan's memory real at `context_tokens`; none where vLLM's own settings do.
+
+    `--max-num-batched-tokens` is the largest power of two with which a request reserves at most a quarter more than it
+    holds, or else the smallest that can hold a step of `concurrency` requests.
+    """
+    engine = _advised(model, layers, context_tokens, concurrency, default)
+    base = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
+
+    def ratio(settings: Engine) -> float:
+        own = admission_bytes(model, layers, context_tokens, settings)
+        return admission_bytes(model, base, context_tokens, settings) / own
+
+    flags = []
+    if engine.max_batched_tokens != default.max_batched_tokens:
+        flags += ["--max-num-batched-tokens", str(engine.max_batched_tokens)]
+    if engine.block_size != default.block_size:
+        flags += ["--block-size", str(engine.block_size)]
+    return Serving(
+        flags=flags,
+        context_tokens=context_tokens,
+        admission_bytes=admission_bytes(model, layers, context_tokens, engine),
+        resident_bytes=resident_bytes(model, layers, context_tokens, engine),
+        requests_ratio=ratio(engine),
+        default_requests_ratio=ratio(default),
+        prefill_steps=math.ceil(context_tokens / engine.max_batched_tokens),
+        default_prefill_steps=math.ceil(context_tokens / default.max_batched_tokens),
+    )
+
+
+def _advised(
+    model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, concurrency: int, default: Engine
+) -> Engine:
+    if not any(entry.attention == "sliding" for entry in layers):
+        return default
+    # Blocks of 32 suit every backend; longer ones round a short window up.
+    engine = replace(default, block_size=min(default.block_size, 32))
+    least = 1 << (min(concurrency, default.max_batched_tokens) - 1).bit_length()
+    while engine.max_batched_tokens > least:
+        held = resident_bytes(model, layers, context_tokens, engine)
+        if admission_bytes(model, layers, context_tokens, engine) <= SPARE * held:
+            break
+        engine = replace(engine, max_batched_tokens=engine.max_batched_tokens // 2)
+    return engine
+
+
+def _groups(layers: Sequence[LayerPlan]) -> Groups:
+    counts = [sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding")]
+    return groups(*counts)
+
+
+def _window(layers: Sequence[LayerPlan]) -> int:
+    return next((entry.window for entry in layers if entry.window), 1)

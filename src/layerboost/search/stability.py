@@ -1,0 +1,172 @@
+"""Whether two measurements rank the layers alike: Spearman's correlation per kind of replacement, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import rankdata
+
+from layerboost.artifacts import SENSITIVITY, Artifact, Sensitivity, Strategy, read_json
+from layerboost.errors import ConfigError
+
+STABILITY = "stability.json"
+DRAWS = 2000
+SEED = 0
+LEAST_LAYERS = 4
+
+Kind = tuple[Strategy, int | None, bool]
+
+
+class Agreement(BaseModel):
+    """Rank correlation over layers of one replacement's scores, and its 95 % bootstrap interval over layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attention: Strategy
+    window: int | None
+    sink: bool
+    metric: str
+    other_metric: str
+    spearman: float
+    low: float
+    high: float
+    layers: int
+
+
+class Comparison(BaseModel):
+    """One file against another, or against itself in other metrics."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    other: str = Field(description="the other file; empty: one metric against another within this file")
+    differs: list[str] = Field([], description="what the other was measured with that this was not")
+    aligned_by: str
+    agreements: list[Agreement]
+
+
+class Stability(Artifact):
+    """`stability.json`: the rank correlations of this run's sensitivities with others."""
+
+    sensitivity: str = Field(description="hash of the sensitivity.json that was compared")
+    comparisons: list[Comparison]
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """A complete sensitivity file, given as such or as its run folder; raises ConfigError."""
+    file = path / SENSITIVITY if path.is_dir() else path
+    found = read_json(file, Sensitivity, "layerboost measure")
+    if not found.complete:
+        raise ConfigError(
+            f"{file} is incomplete",
+            found=f"{len(found.layers)} of {found.model.layers} layers",
+            do="run `layerboost measure` again: it goes on where it stopped",
+        )
+    return found
+
+
+def compare_metrics(sensitivity: Sensitivity) -> Comparison:
+    """Every metric against every other of the same file."""
+    found = []
+    for kind, scores in _scores(sensitivity).items():
+        names = list(scores)
+        for index, metric in enumerate(names):
+            found += [_agreement(kind, metric, other, scores[metric], scores[other]) for other in names[index + 1 :]]
+    return Comparison(other="", aligned_by="layer", agreements=[entry for entry in found if entry])
+
+
+def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Comparison:
+    """Each metric of each replacement that both files have, layer by layer.
+
+    Between models of different depth a layer is compared at its relative depth, the other's scores interpolated. Raises
+    ConfigError when the files share no replacement, such as windows of different lengths.
+    """
+    mine, theirs = _scores(sensitivity), _scores(other)
+    same_depth = sensitivity.model.layers == other.model.layers
+    found = []
+    for kind, scores in mine.items():
+        for metric in scores:
+            if metric not in theirs.get(kind, {}):
+                continue
+            values = theirs[kind][metric]
+            if not same_depth:
+                values = _at_depths(values, sensitivity.model.layers)
+            found.append(_agreement(kind, metric, metric, scores[metric], values))
+    agreements = [entry for entry in found if entry]
+    if not agreements:
+        raise ConfigError(
+            f"{name} shares no replacement and metric with this run, measured in {LEAST_LAYERS} layers or more",
+            found=f"{_described(mine)} here, {_described(theirs)} there",
+            do="measure both with the same measure.windows",
+        )
+    return Comparison(
+        other=name,
+        differs=_differences(sensitivity, other),
+        aligned_by="layer" if same_depth else "relative depth",
+        agreements=agreements,
+    )
+
+
+def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
+    """Per replacement and metric: means `[layers]`, NaN where a layer has none."""
+    table: dict[Kind, dict[str, np.ndarray]] = {}
+    for entry in sensitivity.layers:
+        for variant in entry.variants:
+            kind: Kind = (variant.attention, variant.window, variant.sink)
+            for metric, score in variant.scores.items():
+                empty = np.full(sensitivity.model.layers, np.nan)
+                table.setdefault(kind, {}).setdefault(metric, empty)[entry.layer] = score.mean
+    return table
+
+
+def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
+    known = ~np.isnan(values)
+    depths = (np.arange(len(values)) + 0.5) / len(values)
+    found: np.ndarray = np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
+    return found
+
+
+def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:
+    """None where too few layers have both scores, or all have the same."""
+    both = ~np.isnan(mine) & ~np.isnan(theirs)
+    a, b = mine[both], theirs[both]
+    if len(a) < LEAST_LAYERS or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    draws = np.random.default_rng(SEED).integers(0, len(a), (DRAWS, len(a)))
+    low, high = np.nanpercentile(_spearman(a[draws], b[draws]), [2.5, 97.5])
+    return Agreement(
+        attention=kind[0],
+        window=kind[1],
+        sink=kind[2],
+        metric=metric,
+        other_metric=other,
+        spearman=float(_spearman(a[None], b[None])[0]),
+        low=float(low),
+        high=float(high),
+        layers=len(a),
+    )
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of each row, `[N]` of `[N, layers]`; NaN where a row is constant."""
+    ranks = [rankdata(rows, axis=1) for rows in (a, b)]
+    x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    with np.errstate(invalid="ignore"):
+        found: np.ndarray = (x * y).sum(1) / scale
+    return found
+
+
+def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
+    pairs = {
+        "model": (sensitivity.model.name, other.model.name),
+        "weights": (sensitivity.model.fingerprint, other.model.fingerprint),
+        "text": (sensitivity.text, other.text),
+        **{key: (value, other.settings.get(key)) for key, value in sensitivity.settings.items()},
+    }
+    return [f"{key}: {here} here, {there} there" for key, (here, there) in pairs.items() if here != there]
+
+
+def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
+    kinds: Sequence[str] = [f"{kind[0]} {kind[1] or ''}".strip() for kind in scores if not kind[2]]
+    return ", ".join(kinds)
