@@ -93,7 +93,7 @@ def test_costs_of_another_machine_or_model_are_refused(tmp_path: Path) -> None:
 def test_a_budget_of_decoding_time(tmp_path: Path) -> None:
     from test_selection import sensitivity
 
-    from layerboost.search.selection import select
+    from layerboost.search.methods import select
 
     write_json(tmp_path / "costs.json", Costs(rates=RATES))
     settings = Plan(

@@ -6,7 +6,7 @@ from test_selection import sensitivity
 from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.frontier import frontier
-from layerboost.search.selection import select
+from layerboost.search.methods import select
 
 
 def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:

@@ -12,7 +12,7 @@ from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import choices, predict
 from layerboost.search.costs import Budget
-from layerboost.search.selection import select
+from layerboost.search.methods import select
 
 
 def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = True) -> Sensitivity:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, new_folder, read_plan, write_plan
+from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, Sensitivity, new_folder, read_plan, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import model_card
@@ -196,12 +196,12 @@ def plan_in(folder: Path) -> PlanFile | None:
     return read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
 
 
-def check_same_model(plan: PlanFile, model: ModelInfo, file: Path) -> None:
-    """Raise ConfigError when a plan was made for another model."""
-    if plan.model.fingerprint != model.fingerprint:
+def check_same_model(made: PlanFile | Sensitivity, model: ModelInfo, file: Path) -> None:
+    """Raise ConfigError when what `file` holds was made for another model."""
+    if made.model.fingerprint != model.fingerprint:
         raise ConfigError(
             f"{file} is for another model",
-            found=f"plan: {plan.model.name} ({plan.model.fingerprint}), model: {model.name} ({model.fingerprint})",
+            found=f"there: {made.model.name} ({made.model.fingerprint}), here: {model.name} ({model.fingerprint})",
             do="use the plan's own model, or measure and plan this one",
         )
 

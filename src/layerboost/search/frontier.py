@@ -10,7 +10,8 @@ from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Predicted, Sens
 from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import predict
-from layerboost.search.selection import select
+from layerboost.search.greedy import Measure
+from layerboost.search.methods import select
 
 FRONTIER = "frontier.json"
 STEPS = 40
@@ -40,7 +41,9 @@ class Frontier(Artifact):
     points: list[FrontierPoint]
 
 
-def frontier(sensitivity: Sensitivity, settings: Plan, seed: int = 0) -> list[FrontierPoint]:
+def frontier(
+    sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Measure | None = None
+) -> list[FrontierPoint]:
     """The plan of `settings.method` at each fortieth of the base's KV bytes, other limits as set; each plan once.
 
     Raises InfeasibleBudget when there is none at all.
@@ -49,7 +52,7 @@ def frontier(sensitivity: Sensitivity, settings: Plan, seed: int = 0) -> list[Fr
     for step in range(1, STEPS + 1):
         at = settings.model_copy(update={"kv_fraction": step / STEPS})
         try:
-            layers = select(sensitivity, at, seed)
+            layers = select(sensitivity, at, seed, measure)
         except InfeasibleBudget:
             if step == STEPS:
                 raise

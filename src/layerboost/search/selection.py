@@ -24,18 +24,6 @@ SETTINGS = {KV_BYTES: "kv_fraction", PARAMETERS: "parameter_fraction", DECODE_MS
 Exceed = Literal["nothing", "damage", "costs"]
 
 
-def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0) -> list[LayerPlan]:
-    """The plan that `settings.method` chooses; `seed` is for `random`. Raises ConfigError or InfeasibleBudget."""
-    methods: dict[str, Callable[[], list[LayerPlan]]] = {
-        "budget": lambda: budget(sensitivity, settings),
-        "threshold": lambda: threshold(sensitivity, settings),
-        "uniform": lambda: spread(sensitivity, settings, None),
-        "random": lambda: spread(sensitivity, settings, seed),
-        "cosine": lambda: least_cosine(sensitivity, settings),
-    }
-    return methods[settings.method]()
-
-
 def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """Least predicted damage within every limit; each replacement scored with itself.
 

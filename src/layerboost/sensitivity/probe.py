@@ -39,6 +39,7 @@ class Streams:
         self.kept = [LayerPlan(layer=layer, attention="full") for layer in range(len(stream.layers))]
         self.inputs = {0: first}
 
+    @torch.no_grad()
     def advance(self, layer: int) -> None:
         """Keep the states before `layer + 1`, from those before `layer`."""
         plan = self.kept[layer]

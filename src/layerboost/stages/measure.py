@@ -30,8 +30,8 @@ from layerboost.model.checkpoint import (
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import check_plan
 from layerboost.recipe import Recipe, model_of
-from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import log, start_runtime
+from layerboost.sensitivity.calibration import load_prompts
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
@@ -117,23 +117,6 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     sweep([probe], recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
     assert found is not None
     return found
-
-
-def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
-    """Retrieval prompts of the recipe, half passkeys and half key-value pairs, filled with calibration text."""
-    settings = recipe.measure
-    if settings.retrieval_prompts == 0:
-        return []
-    half = -(-settings.retrieval_prompts // len(KINDS))
-    wanted = len(KINDS) * half * settings.retrieval_tokens
-    filler = load_tokens(recipe.text, tokenizer, "calibration", wanted, run=run).ids.flatten()
-    per_batch = max(1, settings.batch_sequences * recipe.text.sequence_tokens // settings.retrieval_tokens)
-    batches = []
-    for number, kind in enumerate(KINDS):
-        text = filler[number * half * settings.retrieval_tokens :]
-        prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, half, recipe.seed)
-        batches += prompts.batches(per_batch)
-    return batches
 
 
 def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:

@@ -5,15 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PLAN, SENSITIVITY, PlanFile, file_hash, read_plan, write_json, write_plan
+from layerboost.artifacts import (
+    PLAN,
+    SENSITIVITY,
+    PlanFile,
+    Sensitivity,
+    file_hash,
+    fingerprint,
+    read_plan,
+    write_json,
+    write_plan,
+)
+from layerboost.model.checkpoint import (
+    check_same_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_info,
+    open_base,
+)
+from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
-from layerboost.runtime import log
-from layerboost.search.choices import predict
+from layerboost.runtime import log, start_runtime
+from layerboost.search.choices import predict, windows
 from layerboost.search.frontier import FRONTIER, Frontier, frontier
+from layerboost.search.greedy import Measure
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
-from layerboost.search.selection import select
+from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
+from layerboost.sensitivity.calibration import MeasuredPlans, load_prompts
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.serving.server import runs_on_cpu
+from layerboost.text import load_tokens
+
+MEASURED = "measured_plans.jsonl"
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
@@ -33,7 +59,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
             _warn(there, recipe.plan.context_tokens)
             return there
         log.info("%s was made from other inputs: choosing again", target)
-    layers = select(sensitivity, recipe.plan, recipe.seed)
+    layers = select(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     plan = PlanFile(
         model=sensitivity.model,
         method=recipe.plan.method,
@@ -54,10 +80,38 @@ def run_frontier(recipe: Recipe, run: Path) -> Frontier:
     """Write `frontier.json`, the plans of every budget; `plan.yaml` is left alone. Raises as `run_plan` does."""
     source = run / SENSITIVITY
     sensitivity = read_sensitivity(source)
-    points = frontier(sensitivity, recipe.plan, recipe.seed)
+    points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
     write_json(run / FRONTIER, found)
     return found
+
+
+def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | None:
+    """For the methods that measure whole plans: the model on calibration text and the retrieval prompts."""
+    if recipe.plan.method not in MEASURING:
+        return None
+    runtime = start_runtime(recipe)
+    source = open_base(recipe, run, runtime)
+    check_same_model(sensitivity, model_info(source, load_config(source, recipe.trust_remote_code), runtime.dtype), run)
+    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    calibration = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
+    text = load_tokens(recipe.text, tokenizer, "calibration", recipe.plan.search_tokens, run=run)
+    prompts = load_prompts(recipe, tokenizer, run)
+    model = load_model(source, runtime, recipe.trust_remote_code)
+    size = recipe.measure.batch_sequences
+    every = [batch.to(runtime.device) for batch in calibration.batches(size)]
+    sinks = calibrate_sinks(model, every, range(sensitivity.model.layers), windows(sensitivity, recipe.plan))
+    probe = TextProbe(LayerStream(model, sinks), [batch.to(runtime.device) for batch in text.batches(size)], prompts)
+    made_from = fingerprint(
+        sensitivity.model.fingerprint,
+        calibration.fingerprint,
+        text.fingerprint,
+        [batch.ids.tolist() for batch in prompts],
+        windows(sensitivity, recipe.plan),
+    )
+    measured = MeasuredPlans(probe, run / MEASURED, made_from)
+    log.info("%d plans were measured before", len(measured.found))
+    return measured
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Selection that measures whole plans as it goes: single scores do not add up once many layers have changed."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+
+from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.errors import InfeasibleBudget
+from layerboost.recipe import Plan
+from layerboost.runtime import Progress, log
+from layerboost.search.choices import Choice, choices, metric_limits, metric_scales, windows
+from layerboost.search.costs import KV_BYTES, Budget
+from layerboost.search.selection import budget
+
+# What a whole plan loses against the base, by metric.
+Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
+# Beyond a limit of the settings, damage counts this many times as much as the share by which it exceeds.
+PENALTY = 1e3
+# Exchanges tried a round of refinement, most promising first.
+TRIES = 8
+
+
+class Objective:
+    """The damage of whole plans as the settings blend it, limits of the settings as a penalty."""
+
+    def __init__(self, sensitivity: Sensitivity, settings: Plan, measure: Measure) -> None:
+        self.scales, self.limits, self.measure = metric_scales(sensitivity, settings), metric_limits(settings), measure
+
+    def __call__(self, plan: Sequence[LayerPlan]) -> float:
+        """Measured damage of a plan."""
+        if all(entry.attention == "full" for entry in plan):
+            return 0.0
+        found = self.measure(plan)
+        excess = sum(max(0.0, found[metric] / most - 1) for metric, most in self.limits.items() if most)
+        return sum(scale * found[metric] for metric, scale in self.scales.items()) + PENALTY * excess
+
+
+def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
+    """From all layers full, again and again the replacement of least added damage for what it saves, until all limits
+    are met; damage is of the model as changed so far.
+
+    Lazy (Minoux 1978): damage mostly grows as more is changed, so a replacement is measured again only when its last
+    value comes first. The window is the one of the best plan by single scores. Raises InfeasibleBudget.
+    """
+    limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
+    table = _table(sensitivity, settings)
+    plan = [options[0].plan for options in table]
+    damage, round_ = 0.0, 0
+    queue = [
+        (_price(choice.damage, limits, plan, choice), -1, layer, index)
+        for layer, options in enumerate(table)
+        for index, choice in enumerate(options)
+        if index
+    ]
+    heapq.heapify(queue)
+    added: dict[tuple[int, int], float] = {}
+    with Progress("greedy search", 1 - limits.fractions.get(KV_BYTES, 0.0), "of the KV cache") as progress:
+        while not limits.met(plan):
+            if not queue:
+                raise InfeasibleBudget("no greedy replacements meet the budget", do="raise plan.kv_fraction")
+            _, when, layer, index = heapq.heappop(queue)
+            choice = table[layer][index]
+            if (saved := _saved(limits, plan, choice)) <= 0:
+                continue
+            if when == round_:
+                plan = _with(plan, choice.plan)
+                damage += added[layer, index]
+                round_ += 1
+                progress.advance(saved)
+                continue
+            added[layer, index] = objective(_with(plan, choice.plan)) - damage
+            heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))
+    return plan
+
+
+def refine(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
+    """The greedy plan, then exchanges within the limits that lower the measured damage of the whole plan.
+
+    Every single change of one layer is measured once on the plan as it is; what two of them do together is foretold by
+    their sum, and the most promising are measured, best first, until none is left that helps.
+    """
+    limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
+    table, plan = _table(sensitivity, settings), greedy(sensitivity, settings, measure)
+    damage = objective(plan)
+    while True:
+        moves = [choice for options in table for choice in options if choice.plan != plan[choice.plan.layer]]
+        effect = {id(choice): objective(_with(plan, choice.plan)) - damage for choice in moves}
+        steps: list[tuple[float, list[LayerPlan]]] = []
+        for index, first in enumerate(moves):
+            steps.append((effect[id(first)], _with(plan, first.plan)))
+            for second in moves[index + 1 :]:
+                if second.plan.layer != first.plan.layer:
+                    both = _with(_with(plan, first.plan), second.plan)
+                    steps.append((effect[id(first)] + effect[id(second)], both))
+        helpful = sorted((step for step in steps if step[0] < 0 and limits.met(step[1])), key=lambda step: step[0])
+        for _, changed in helpful[:TRIES]:
+            if (found := objective(changed)) < damage:
+                log.info("refine: damage %.4f, was %.4f", found, damage)
+                plan, damage = changed, found
+                break
+        else:
+            return plan
+
+
+def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
+    """The choices at the window of the best plan by single scores, or the shortest where that has none."""
+    measured = windows(sensitivity, settings)
+    if len(measured) > 1:
+        best = next((entry.window for entry in budget(sensitivity, settings) if entry.window), measured[0])
+    else:
+        best = measured[0]
+    return choices(sensitivity, settings, best)
+
+
+def _with(plan: Sequence[LayerPlan], entry: LayerPlan) -> list[LayerPlan]:
+    return [*plan[: entry.layer], entry, *plan[entry.layer + 1 :]]
+
+
+def _saved(limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
+    """What a replacement saves, as a share of the base's cost, summed over the limited costs."""
+    before, after = limits.share(plan), limits.share(_with(plan, choice.plan))
+    return sum(before[name] - after[name] for name in limits.fractions or {KV_BYTES: 1.0})
+
+
+def _price(damage: float, limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
+    """Damage for what is saved; what saves nothing comes last."""
+    saved = _saved(limits, plan, choice)
+    return damage / saved if saved > 0 else float("inf")

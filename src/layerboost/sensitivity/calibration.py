@@ -1,0 +1,79 @@
+"""What damage is measured on: calibration text and retrieval prompts made from it, and plans measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import LayerPlan, fingerprint, write_text
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe
+from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.text import load_tokens
+
+
+def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
+    """Retrieval prompts of the recipe in batches: passkeys and key-value pairs, half each, in calibration text."""
+    settings = recipe.measure
+    if settings.retrieval_prompts == 0:
+        return []
+    each = -(-settings.retrieval_prompts // len(KINDS))
+    wanted = len(KINDS) * each * settings.retrieval_tokens
+    filler = load_tokens(recipe.text, tokenizer, "calibration", wanted, run=run).ids.flatten()
+    per_batch = max(1, settings.batch_sequences * recipe.text.sequence_tokens // settings.retrieval_tokens)
+    batches = []
+    for number, kind in enumerate(KINDS):
+        text = filler[number * each * settings.retrieval_tokens :]
+        prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, each, recipe.seed)
+        batches += prompts.batches(per_batch)
+    return batches
+
+
+class MeasuredPlans:
+    """What whole plans lose, by metric; every measurement is kept in a file, so that a killed search goes on.
+
+    Calling it with a plan measures it, or reads it back.
+    """
+
+    def __init__(self, probe: TextProbe, file: Path, made_from: str) -> None:
+        """`made_from`: fingerprint of all a measurement depends on; measurements of anything else are dropped."""
+        self.probe, self.file, self.made_from = probe, file, made_from
+        self.lines: list[str] = []
+        self.asked: list[Sequence[LayerPlan]] = []
+        self.found: dict[str, Mapping[str, float]] = {}
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                raise ConfigError(f"{file} cannot be read", found=line[:80], do="delete it") from None
+            if entry["made_from"] == made_from:
+                self.lines.append(line)
+                self.found[entry["plan"]] = entry["damage"]
+
+    def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        key = fingerprint([entry.model_dump() for entry in plan])
+        if key not in self.found:
+            self._follow(plan)
+            [damages] = self.probe.damages([plan])
+            self.found[key] = {metric: float(values.mean()) for metric, values in damages.items()}
+            entry = {"made_from": self.made_from, "plan": key, "damage": self.found[key]}
+            self.lines.append(json.dumps(entry))
+            write_text(self.file, "\n".join(self.lines) + "\n")
+        self.asked.append(plan)
+        return self.found[key]
+
+    def _follow(self, plan: Sequence[LayerPlan]) -> None:
+        """Keep the streams of a plan asked for before that is one change away, once the kept one is far."""
+        if _changes(plan, self.probe.streams.kept) > 2:
+            near = next((asked for asked in reversed(self.asked) if _changes(plan, asked) == 1), None)
+            if near is not None:
+                self.probe.streams.follow(near)
+                for layer in range(max(self.probe.streams.inputs), len(near) - 1):
+                    self.probe.streams.advance(layer)
+
+
+def _changes(one: Sequence[LayerPlan], other: Sequence[LayerPlan]) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=True))
