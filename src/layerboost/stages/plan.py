@@ -74,6 +74,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
     plan.serving = _serving(Budget.of(sensitivity, recipe.plan), layers)
     _warn(plan, recipe.plan.context_tokens)
+    _say(plan)
     write_plan(target, plan)
     return plan
 
@@ -136,6 +137,22 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.plan.costs and Path(recipe.plan.costs).is_file():
         settings["costs"] = file_hash(Path(recipe.plan.costs))
     return settings
+
+
+def _say(plan: PlanFile) -> None:
+    """The serving flags, what they gain and what they cost."""
+    found = plan.serving
+    if found and found.flags:
+        log.info(
+            "vLLM admits %.2f times the base's requests of %d tokens with %s (%.2f times without); such a prompt is then "
+            "read in %d steps, not %d",
+            found.requests_ratio,
+            found.context_tokens,
+            " ".join(found.flags),
+            found.default_requests_ratio,
+            found.prefill_steps,
+            found.default_prefill_steps,
+        )
 
 
 def _warn(plan: PlanFile, context_tokens: int) -> None:
