@@ -134,7 +134,8 @@ def timed_decode(llm: Any, info: ModelInfo, requests: int, tokens: int) -> dict[
     free = pool.get_num_free_blocks()
     # Who is read first decodes while the others are read, so answers are as long as that takes.
     name = f"decode-{requests}-{tokens}"
-    names = add_requests(engine, info, name, requests, tokens, requests * tokens + DECODE_STEPS)
+    longest = requests * tokens // DECODE_BATCH + requests + 2 * DECODE_STEPS
+    names = add_requests(engine, info, name, requests, tokens, longest)
     answers: dict[str, int] = {}
     times, held, lengths = [], [], []
     while len(times) < DECODE_STEPS:
