@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,14 @@ from layerboost.runtime import Runtime, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 
-DECODE_STEPS = 12
-# Requests, tokens of each.
-LOADS = ((1, 64), (1, 1024), (8, 1000), (32, 120), (32, 400))
+CONTEXTS = (1024, 2048)
+# Of --max-num-batched-tokens; decoding is timed at one of them.
+BATCHES = (64, 256, 1024)
+DECODE_BATCH = 256
+PROMPT_TOKENS = 1024
+REPEATS, DECODE_STEPS = 3, 12
+# Requests that decode at once, tokens of each.
+LOADS = ((1, 64), (1, 1000), (32, 120), (12, 800))
 
 
 def plans(layers: int) -> dict[str, list[LayerPlan]]:
@@ -106,66 +111,92 @@ def memory_row(llm: Any, info: ModelInfo, layers: list[LayerPlan], engine: Engin
     }
 
 
-def timed_load(llm: Any, info: ModelInfo, requests: int, tokens: int, first: int) -> dict[str, float]:
-    """Prefill and decoding of so many requests at once; blocks held while decoding."""
-    from vllm import SamplingParams
+def timed_prefill(llm: Any, info: ModelInfo) -> float:
+    """Milliseconds to read a prompt: the sum over its steps of the least time of each in a few repeats."""
+    engine = llm.llm_engine
+    best: dict[int, float] = {}
+    for repeat in range(REPEATS + 1):
+        add_requests(engine, info, f"prefill-{repeat}", 1, PROMPT_TOKENS, 1)
+        step = 0
+        while engine.has_unfinished_requests():
+            clock = time.perf_counter()
+            engine.step()
+            if repeat:  # the first is a warm-up
+                best[step] = min(best.get(step, np.inf), time.perf_counter() - clock)
+            step += 1
+    return 1e3 * sum(best.values())
 
+
+def timed_decode(llm: Any, info: ModelInfo, requests: int, tokens: int) -> dict[str, float]:
+    """The least time of a step in which all requests decode, and the blocks they then hold."""
     engine = llm.llm_engine
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    draw = np.random.default_rng(first)
     free = pool.get_num_free_blocks()
-    for index in range(requests):
-        prompt = draw.integers(100, info.vocabulary, tokens).tolist()
-        sampling = SamplingParams(max_tokens=DECODE_STEPS + 1, ignore_eos=True, temperature=0, detokenize=False)
-        engine.add_request(f"{first}-{index}", {"prompt_token_ids": prompt}, sampling)
+    # Who is read first decodes while the others are read, so answers are as long as that takes.
+    name = f"decode-{requests}-{tokens}"
+    longest = requests * tokens // DECODE_BATCH + requests + 2 * DECODE_STEPS
+    names = add_requests(engine, info, name, requests, tokens, longest)
     answers: dict[str, int] = {}
-    prefill_s, steps, decode = 0.0, 0, []
-    held = 0
-    while engine.has_unfinished_requests():
+    times, held, lengths = [], [], []
+    while len(times) < DECODE_STEPS:
         decoding = len(answers) == requests
         clock = time.perf_counter()
         for output in engine.step():
             answers[output.request_id] = len(output.outputs[0].token_ids)
-        passed = time.perf_counter() - clock
-        if decoding and engine.has_unfinished_requests() and len(set(answers.values())) == 1:
-            decode.append(passed)
-            held = max(held, free - pool.get_num_free_blocks())
-        elif not decoding:
-            prefill_s += passed
-            steps += 1
+        if decoding:
+            times.append(time.perf_counter() - clock)
+            held.append(free - pool.get_num_free_blocks())
+            lengths.append(tokens + np.mean(list(answers.values())))
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
     return {
         "requests": requests,
-        "tokens": tokens,
-        "prefill_ms": 1e3 * prefill_s,
-        "prefill_steps": steps,
-        "decode_ms": 1e3 * statistics.median(decode) if decode else float("nan"),
-        "held_blocks": held,
+        "tokens": round(float(np.mean(lengths))),
+        "ms": 1e3 * min(times),
+        "held_blocks": float(np.mean(held)),
     }
 
 
-def measure(model: str, info: ModelInfo, root: Path, contexts: list[int], cache_gib: float) -> list[dict[str, Any]]:
-    """One dictionary a plan: `memory` rows, `loads` rows."""
+def add_requests(engine: Any, info: ModelInfo, name: str, requests: int, tokens: int, answer: int) -> list[str]:
+    """Random prompts of one length; returns the requests' names."""
+    from vllm import SamplingParams
+
+    draw = np.random.default_rng(0)
+    sampling = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0, detokenize=False)
+    names = [f"{name}-{index}" for index in range(requests)]
+    for request in names:
+        prompt = draw.integers(100, info.vocabulary, tokens).tolist()
+        engine.add_request(request, {"prompt_token_ids": prompt}, sampling)
+    return names
+
+
+def measure(model: str, info: ModelInfo, root: Path, cache_gib: float) -> list[dict[str, Any]]:
+    """A dictionary a plan: `memory`, `prefill` and `decode` rows."""
     default = GPU_ENGINE if torch.cuda.is_available() else CPU_ENGINE
+    cache = int(cache_gib * (1 << 30))
+    settings = [(default, CONTEXTS[0]), (default, CONTEXTS[1])]
+    settings += [(replace(default, max_batched_tokens=size, block_size=32), CONTEXTS[1]) for size in BATCHES]
     found, clock = [], time.monotonic()
     for name, layers in plans(info.layers).items():
         folder = root / name.replace(" ", "-").replace(",", "")
         boost(model, layers, folder)
-        memory, loads = [], []
-        for context in contexts:
-            for engine in (default, Engine(256, 32, default.batches_in_flight)):
-                cache = int(cache_gib * (1 << 30))
-                llm = start(folder, engine, context, cache)
-                memory.append(memory_row(llm, info, layers, engine, cache))
-                if context == contexts[-1] and engine is not default:
-                    fitting = [load for load in LOADS if load[1] + DECODE_STEPS < context]
-                    for number, (requests, tokens) in enumerate(((1, 32), *fitting)):
-                        row = timed_load(llm, info, requests, tokens, number)
-                        row["held_bytes"] = row.pop("held_blocks") * block_bytes(info, layers, engine)
-                        row["held_predicted"] = requests * resident_bytes(info, layers, tokens + DECODE_STEPS, engine)
-                        loads.append(row)
-                del llm
-                print(f"{name}, {context} tokens: {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
-        found.append({"plan": name, "layers": layers, "memory": memory, "loads": loads[1:]})
+        entry: dict[str, Any] = {"plan": name, "layers": layers, "memory": [], "prefill": [], "decode": []}
+        for engine, context in settings:
+            llm = start(folder, engine, context, cache)
+            entry["memory"].append(memory_row(llm, info, layers, engine, cache))
+            if engine is not default:
+                size = engine.max_batched_tokens
+                entry["prefill"].append({"max_batched_tokens": size, "ms": timed_prefill(llm, info)})
+            if engine.max_batched_tokens == DECODE_BATCH:
+                for requests, tokens in LOADS:
+                    row = timed_decode(llm, info, requests, tokens)
+                    row["held_bytes"] = row.pop("held_blocks") * block_bytes(info, layers, engine)
+                    row["held_predicted"] = requests * resident_bytes(info, layers, int(row["tokens"]), engine)
+                    entry["decode"].append(row)
+            del llm
+            print(f"{name}, {engine}: {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
+        found.append(entry)
     return found
 
 
@@ -173,19 +204,16 @@ def work_rows(info: ModelInfo, measured: list[dict[str, Any]]) -> tuple[list[str
     """Per timed row: its plan, its work `[N, 6]`, its milliseconds `[N]`, what it was."""
     names, work, times, kinds = [], [], [], []
     for entry in measured:
-        for row in entry["loads"]:
-            if row["decode_ms"] == row["decode_ms"]:
-                names.append(entry["plan"])
-                work.append(decode_work(info, entry["layers"], row["requests"], row["tokens"] + DECODE_STEPS // 2))
-                times.append(row["decode_ms"])
-                kinds.append(f"decode, {row['requests']} x {row['tokens']}")
-            prompt = prefill_work(info, entry["layers"], row["tokens"], row["tokens"]) * row["requests"]
-            passes = row["prefill_steps"] / row["requests"]
-            prompt[:3] *= passes
-            names.append(entry["plan"])
-            work.append(prompt)
-            times.append(row["prefill_ms"])
-            kinds.append(f"prefill, {row['requests']} x {row['tokens']}")
+        for row in entry["prefill"]:
+            size = row["max_batched_tokens"]
+            work.append(prefill_work(info, entry["layers"], PROMPT_TOKENS, size))
+            kinds.append(f"prefill of {PROMPT_TOKENS} by {size}")
+            times.append(row["ms"])
+        for row in entry["decode"]:
+            work.append(decode_work(info, entry["layers"], row["requests"], row["tokens"]))
+            kinds.append(f"decode, {row['requests']} x {row['tokens']}")
+            times.append(row["ms"])
+        names += [entry["plan"]] * (len(times) - len(names))
     return names, np.array(work), np.array(times), kinds
 
 
@@ -210,25 +238,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=Path("costs.json"))
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 2048], help="the last one is timed")
     parser.add_argument("--cache-gib", type=float, default=1.5)
     arguments = parser.parse_args()
     source = find_model(arguments.model)
     info = model_info(source, load_config(source), torch.float32)
     with tempfile.TemporaryDirectory() as root:
-        measured = measure(arguments.model, info, Path(root), arguments.contexts, arguments.cache_gib)
+        measured = measure(arguments.model, info, Path(root), arguments.cache_gib)
     names, work, times, kinds = work_rows(info, measured)
     rates = fit(work, times)
-    timing = []
+    timing, errors = [], []
     for name, row, taken, kind in zip(names, work, times, kinds, strict=True):
         others = np.array([other != name for other in names])
         predicted = fit(work[others], times[others]).milliseconds(row)
+        errors.append(abs(predicted / taken - 1))
         timing.append({"plan": name, "what": kind, "ms": round(float(taken), 2), "predicted_ms": round(predicted, 2)})
         print(f"{name:16} {kind:20} {taken:10.1f} ms, predicted {predicted:10.1f} ms, {predicted / taken - 1:+.0%}")
+    print(f"least squares over plans left out: median error {np.median(errors):.0%}, greatest {max(errors):.0%}")
     for entry in measured:
         for row in entry["memory"]:
             print(f"{entry['plan']:16} {row}")
-        for row in entry["loads"]:
+        for row in entry["decode"]:
             what = f"held while decoding {row['requests']} x {row['tokens']}"
             print(f"{entry['plan']:16} {what}: predicted / real {row['held_predicted'] / row['held_bytes']:.3f}")
     write_json(arguments.out, Costs(machine=machine(), model=info.fingerprint, rates=rates))

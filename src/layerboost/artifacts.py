@@ -162,7 +162,6 @@ class Predicted(BaseModel):
     concurrency: int | None = Field(None, description="requests decoding at once in decode_ms")
     decode_ms: float | None = Field(None, description="of one step; known with plan.costs")
     decode_fraction: float | None = None
-    prefill_ms: float | None = Field(None, description="of one request of context_tokens")
     plan: str = Field(default="", description="hash of the plan it foretells")
 
 
@@ -178,6 +177,8 @@ class Serving(BaseModel):
     default_requests_ratio: float = Field(description="the same with vLLM's own settings")
     prefill_steps: int = Field(description="steps to read a prompt of context_tokens; with vLLM's own settings:")
     default_prefill_steps: int
+    prefill_ms: float | None = Field(None, description="time of these steps, known with plan.costs")
+    default_prefill_ms: float | None = None
 
 
 class PlanFile(Artifact):

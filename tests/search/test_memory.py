@@ -1,1 +1,59 @@
-"""The model of vLLM's KV cache against what vLLM 0.32 itself said; benchmarks/kv_memory.py asks it again."""
+"""The arithmetic of vLLM's KV cache; tests/serving/test_vllm.py and benchmarks/costs.py hold it to vLLM itself."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import info, layer_plans
+
+from layerboost.search.memory import (
+    CPU_ENGINE,
+    GPU_ENGINE,
+    Engine,
+    Groups,
+    admission_bytes,
+    groups,
+    padded_full,
+    resident_bytes,
+    serving,
+)
+
+
+@pytest.mark.parametrize(
+    ("full", "sliding", "expected"),
+    [
+        (8, 22, Groups(8, 1, 3)),  # two slots of padding
+        (10, 10, Groups(10, 1, 1)),
+        (14, 16, Groups(16, 1, 1)),  # nearly equal: the larger count, and two full layers of padding
+        (18, 12, Groups(12, 2, 1)),  # six full layers of padding
+        (0, 12, Groups(12, 0, 1)),
+        (30, 0, Groups(30, 1, 0)),
+    ],
+)
+def test_layers_of_a_kind_are_grouped_by_the_smaller_count(full: int, sliding: int, expected: Groups) -> None:
+    assert groups(full, sliding) == expected
+    assert padded_full(full, sliding) == expected.size * expected.full
+
+
+def test_a_window_reserves_the_tokens_in_flight_and_holds_only_itself() -> None:
+    model, layers = info(8), layer_plans("ffssssss", 64)
+    token = model.kv_bytes_per_token
+    wide, narrow = Engine(2048, 128, 1), Engine(128, 32, 1)
+    # Everything in flight: all of the context and a block more, in each of three groups.
+    assert admission_bytes(model, layers, 2048, wide) == 2 * 128 * token * (16 + 3 * 17)
+    assert admission_bytes(model, layers, 2048, narrow) == 2 * 32 * token * (64 + 3 * (6 + 1))
+    assert admission_bytes(model, layers, 2048, Engine(128, 32, 2)) == 2 * 32 * token * (64 + 3 * (10 + 1))
+    # 63 tokens behind the one that is read span, on average, 63 / 32 block borders.
+    assert resident_bytes(model, layers, 2048, narrow) == 2 * 32 * token * (64 + 3 * (63 / 32 + 1))
+
+
+def test_flags_are_advised_only_where_they_gain() -> None:
+    model = info(8)
+    short = serving(model, layer_plans("ffssssss", 64), 2048, 100, CPU_ENGINE)
+    assert short.flags == ["--max-num-batched-tokens", "128", "--block-size", "32"]
+    assert short.default_requests_ratio < 1 < short.requests_ratio
+    assert (short.prefill_steps, short.default_prefill_steps) == (16, 1)
+    assert short.resident_bytes < short.admission_bytes <= 1.25 * short.resident_bytes
+    assert serving(model, layer_plans("ffssssss", 64), 131_072, 100, GPU_ENGINE).flags == []
+    assert serving(model, layer_plans("ffffffnn"), 2048, 100, CPU_ENGINE).flags == []
+    # A step must hold a token of each request that decodes.
+    assert serving(model, layer_plans("ssssssss", 64), 512, 200, CPU_ENGINE).flags[1] == "256"

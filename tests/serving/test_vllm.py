@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, WINDOW, save_tiny
+from tiny import VOCABULARY, WINDOW, info, layer_plans, save_tiny
 from transformers import AutoModelForCausalLM
-from vllm_offline import KV_CACHE_BYTES
+from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.families import FAMILIES
 from layerboost.recipe import Bench, parse_recipe
+from layerboost.search.memory import Engine, admission_bytes, block_bytes
 from layerboost.serving.server import check_port, cores, running_server
 from layerboost.stages.bench import run_bench
 
@@ -37,6 +38,7 @@ CASES = {
     "olmo2": ("olmo2", "nsSf"),
     "smollm3": ("smollm3", "fnSs"),
     "granite": ("granite", "nfSs"),
+    "padded": ("llama", "ffsfSsS"),
 }
 REFUSED = ("llama", "nn")
 PROMPT_LENGTHS = (3, WINDOW - 1, WINDOW, WINDOW + 1, 40, 150)
@@ -96,9 +98,17 @@ def test_log_probabilities_are_those_of_transformers(served: dict[str, Any], cas
         assert (best - chosen[len(prompt) - 1 :]).max() < 1e-3
 
 
-def test_attention_free_layers_hold_no_cache(served: dict[str, Any]) -> None:
-    bytes_per_token_and_layer = 2 * 2 * 32 * 4
-    assert served["one-left"][1]["kv_cache_tokens"] == KV_CACHE_BYTES // bytes_per_token_and_layer
+@pytest.mark.parametrize("case", CASES)
+def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str) -> None:
+    layers, engine, model = (
+        layer_plans(CASES[case][1]),
+        Engine(BATCHED_TOKENS, BLOCK_SIZE, 1),
+        info(len(CASES[case][1])),
+    )
+    blocks = KV_CACHE_BYTES // block_bytes(model, layers, engine)
+    assert served[case][1]["blocks"] == blocks
+    request = admission_bytes(model, layers, 512, engine)
+    assert served[case][1]["concurrency"] == pytest.approx(blocks * block_bytes(model, layers, engine) / request)
 
 
 def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> None:

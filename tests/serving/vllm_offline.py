@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 KV_CACHE_BYTES = 1 << 25
+BATCHED_TOKENS, BLOCK_SIZE = 64, 32
 
 
 def answers(folder: str, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:
@@ -19,7 +20,8 @@ def answers(folder: str, prompts: list[list[int]], output_tokens: int) -> dict[s
         folder,
         dtype="float32",
         enforce_eager=True,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=BATCHED_TOKENS,
+        block_size=BLOCK_SIZE,
         max_num_seqs=8,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         enable_prefix_caching=False,
@@ -34,7 +36,7 @@ def answers(folder: str, prompts: list[list[int]], output_tokens: int) -> dict[s
         rest = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
         found.append({"tokens": tokens, "logprobs": first + rest})
     cache = llm.llm_engine.vllm_config.cache_config
-    return {"answers": found, "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size}
+    return {"answers": found, "blocks": cache.num_gpu_blocks, "concurrency": cache.kv_cache_max_concurrency}
 
 
 def main() -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from layerboost.artifacts import LayerPlan, LayerSensitivity, Predicted, Sensitivity, Variant
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
-from layerboost.search.costs import KV_BYTES, PARAMETERS, Budget, prefill_work
-
-TYPICAL_BATCHED_TOKENS = 2048
+from layerboost.search.costs import KV_BYTES, PARAMETERS, Budget
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,6 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
     first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
     costs, share = budget.plan(layers), budget.share(layers)
-    prefill = prefill_work(sensitivity.model, layers, settings.context_tokens, TYPICAL_BATCHED_TOKENS)
     return Predicted(
         damage={metric: sum(scores[metric].mean for scores in chosen) for metric in first if metric in metrics},
         kv_fraction=share[KV_BYTES],
@@ -142,7 +139,6 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
         concurrency=settings.concurrency if budget.rates else None,
         decode_ms=costs.get("decode_ms"),
         decode_fraction=share.get("decode_ms"),
-        prefill_ms=budget.rates.milliseconds(prefill) if budget.rates else None,
     )
 
 

@@ -6,7 +6,7 @@ Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from layerboost.artifacts import LayerPlan, ModelInfo, Serving
@@ -84,12 +84,18 @@ def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], engine: Engine) -
 
 
 def serving(
-    model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, concurrency: int, default: Engine
+    model: ModelInfo,
+    layers: Sequence[LayerPlan],
+    context_tokens: int,
+    concurrency: int,
+    default: Engine,
+    prefill_ms: Callable[[int], float] | None = None,
 ) -> Serving:
     """The flags that make a plan's memory real at `context_tokens`; none where vLLM's own settings do.
 
     `--max-num-batched-tokens` is the largest power of two with which a request reserves at most a quarter more than it
-    holds, or else the smallest that can hold a step of `concurrency` requests.
+    holds, or else the smallest that can hold a step of `concurrency` requests. `prefill_ms`: the time to read a prompt
+    of `context_tokens` by so many tokens at once, where it is known.
     """
     engine = _advised(model, layers, context_tokens, concurrency, default)
     base = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
@@ -112,6 +118,8 @@ def serving(
         default_requests_ratio=ratio(default),
         prefill_steps=math.ceil(context_tokens / engine.max_batched_tokens),
         default_prefill_steps=math.ceil(context_tokens / default.max_batched_tokens),
+        prefill_ms=prefill_ms(engine.max_batched_tokens) if prefill_ms else None,
+        default_prefill_ms=prefill_ms(default.max_batched_tokens) if prefill_ms else None,
     )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 from layerboost.artifacts import (
     PLAN,
     SENSITIVITY,
+    LayerPlan,
     PlanFile,
     Sensitivity,
+    Serving,
     file_hash,
     fingerprint,
     read_plan,
@@ -28,6 +30,7 @@ from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import predict, windows
+from layerboost.search.costs import Budget, prefill_work
 from layerboost.search.frontier import FRONTIER, Frontier, frontier
 from layerboost.search.greedy import Measure
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
@@ -69,11 +72,23 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     )
     predicted = predict(sensitivity, layers, recipe.plan)
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
-    engine = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
-    plan.serving = serving(sensitivity.model, layers, recipe.plan.context_tokens, recipe.plan.concurrency, engine)
+    plan.serving = _serving(Budget.of(sensitivity, recipe.plan), layers)
     _warn(plan, recipe.plan.context_tokens)
+    _say(plan)
     write_plan(target, plan)
     return plan
+
+
+def _serving(budget: Budget, layers: list[LayerPlan]) -> Serving:
+    """The flags for vLLM on this machine, with their price where the machine's rates are known."""
+    rates, model, context = budget.rates, budget.model, budget.context_tokens
+
+    def prefill_ms(size: int) -> float:
+        assert rates
+        return rates.milliseconds(prefill_work(model, layers, context, size))
+
+    engine = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
+    return serving(model, layers, context, budget.concurrency, engine, prefill_ms if rates else None)
 
 
 def run_frontier(recipe: Recipe, run: Path) -> Frontier:
@@ -122,6 +137,22 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.plan.costs and Path(recipe.plan.costs).is_file():
         settings["costs"] = file_hash(Path(recipe.plan.costs))
     return settings
+
+
+def _say(plan: PlanFile) -> None:
+    """The serving flags, what they gain and what they cost."""
+    found = plan.serving
+    if found and found.flags:
+        log.info(
+            "vLLM admits %.2f times the base's requests of %d tokens with %s (%.2f times without); such a prompt is "
+            "then read in %d steps, not %d",
+            found.requests_ratio,
+            found.context_tokens,
+            " ".join(found.flags),
+            found.default_requests_ratio,
+            found.prefill_steps,
+            found.default_prefill_steps,
+        )
 
 
 def _warn(plan: PlanFile, context_tokens: int) -> None:
