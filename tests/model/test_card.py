@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny import info, layer_plans
+
+from layerboost.artifacts import PlanFile
+from layerboost.model.card import UNKNOWN, model_card, origin_of
+from layerboost.recipe import Card
+
+PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
+LLAMA = "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
+
+
+def test_a_card_is_ready_for_the_hub() -> None:
+    card = ModelCard(model_card(PLAN, UNKNOWN))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["layerboost", "sliding-window-attention"],
+    }
+    for text in (
+        "| 0 | none |  |  |",
+        "| 2 | sliding | 16 | yes |",
+        "Of 4 layers: 1 full, 2 sliding, 1 none",
+        "trust_remote_code=True",
+        "vllm serve PATH",
+        "name no licence",
+        "## Limits",
+        "Not healed",
+        "--max-num-batched-tokens",
+    ):
+        assert text in card.text
+    without = ModelCard(model_card(PlanFile(model=info(), method="by hand", layers=layer_plans("nfff")), UNKNOWN))
+    assert without.data.tags == ["layerboost"]
+    assert "--max-num-batched-tokens" not in without.text
+
+
+def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(LLAMA)
+    (tmp_path / "LICENSE.txt").touch()
+    (tmp_path / "Notice").touch()
+    (tmp_path / "config.json").touch()
+    origin = origin_of(tmp_path, "meta-llama/Llama-3.2-1B", Card(license="mit", base_model="some/other"))
+    card = ModelCard(model_card(PLAN, origin))
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "llama3.2", "LICENSE")
+    assert "licence applies: llama3.2" in card.text
+    assert {file.name for file in origin.files} == {"LICENSE.txt", "Notice"}
+
+
+@pytest.mark.parametrize("text", [None, "no front matter", "---\nlanguage: en\n---\n", "---\n: [\n---\n"])
+def test_a_base_that_names_no_licence(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert origin_of(tmp_path, "package:some", Card()) == UNKNOWN
+    given = origin_of(tmp_path, str(tmp_path), Card(license="mit", base_model="some/model"))
+    assert (given.base_model, given.licence) == ("some/model", (("license", "mit"),))
