@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from vllm import LLM, SamplingParams
 
 import layerboost  # noqa: F401  (teaches Transformers boosted checkpoints)
 
-PREFILL_PROMPTS, PREFILL_TOKENS = 4, 1024
-DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 16, 32, 64
+PREFILL_PROMPTS, PREFILL_TOKENS = 2, 1024
+DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 8, 32, 32
 KV_CACHE_BYTES = 1 << 29
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     engines = {name: engine(folder) for name, folder in folders.items()}
     for name, llm in engines.items():
         found[name]["perplexity"] = perplexity(llm, text.tolist())
+    print(f"quality: {found}", file=sys.stderr, flush=True)
     rounds = timings(engines, ids.tolist(), asked.rounds)
     for name, times in rounds.items():
         for what, tokens in (
@@ -114,6 +116,7 @@ def timings(engines: dict[str, LLM], ids: list[int], rounds: int) -> dict[str, l
     for turn in range(rounds + 1):
         for name, llm in engines.items():
             times = {"prefill": seconds(llm, prefill, 1), "decode": seconds(llm, decode, DECODE_TOKENS)}
+            print(f"round {turn} of {rounds}, {name}: {times} s", file=sys.stderr, flush=True)
             if turn:
                 found[name].append(times)
     return found
