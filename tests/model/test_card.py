@@ -30,12 +30,10 @@ def test_a_card_is_ready_for_the_hub() -> None:
         "name no licence",
         "## Limits",
         "Not healed",
-        "--max-num-batched-tokens",
     ):
         assert text in card.text
     without = ModelCard(model_card(PlanFile(model=info(), method="by hand", layers=layer_plans("nfff")), UNKNOWN))
     assert without.data.tags == ["layerboost"]
-    assert "--max-num-batched-tokens" not in without.text
 
 
 def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
