@@ -3,8 +3,8 @@
     python benchmarks/sweep.py MODEL_DIR TEXT [--layers 10] [--sequences 4]
 
 Both measure the same variants (none; windows 64, 128, 256, each with and without a sink) of the same layers on the same
-text, layer by layer in turn. The plain way holds the base's log-probabilities of all batches, so it does not pay for the
-base again. Then each runs alone in a process for its peak memory.
+text, layer by layer in turn. The plain way holds the base's log-probabilities of all batches, so it does not pay for
+the base again. Then each runs alone in a process for its peak memory.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 from test_pipeline import layerboost, write_recipe
-from tiny import save_text, save_tiny
+from tiny import layer_plans, save_text, save_tiny
 
+from layerboost.artifacts import read_plan, write_plan
 from layerboost.cli import cli
 from layerboost.runtime import locked
 
@@ -221,6 +222,41 @@ def test_healing_goes_on_with_the_same_settings_only(measured: Path, tmp_path: P
     assert "heal.lr: 0.001 there, 0.5 here" in found.stderr
     subprocess.run(["rm", "-r", str(run / "healed")], check=True)
     assert "unfinished healing" in layerboost("heal", "--run", run, "--no-resume", check=False).stderr
+
+
+def edit_plan(run: Path, letters: str) -> None:
+    plan = read_plan(run / "plan.yaml")
+    write_plan(run / "plan.yaml", plan.model_copy(update={"layers": layer_plans(letters)}))
+
+
+def test_a_compat_export_is_of_the_last_checkpoint_of_this_plan(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    edit_plan(run, "fsnf")
+    before = (run / "converted" / "plan.yaml").read_text()
+    refused = layerboost("convert", "--run", run, "--compat", check=False)
+    assert refused.returncode == 2
+    assert "cannot be written as DeciLMForCausalLM\nfound: sliding layers 1" in refused.stderr
+    assert (run / "converted" / "plan.yaml").read_text() == before
+    edit_plan(run, "ffnf")
+    assert "compat" in layerboost("convert", "--run", run, "--compat").stdout
+    weights = [run / folder / "model.safetensors" for folder in ("converted", "healed", "compat")]
+    assert weights[2].read_bytes() == weights[0].read_bytes()
+    layerboost("heal", "--run", run)
+    layerboost("convert", "--run", run, "--compat")
+    assert weights[2].read_bytes() == weights[1].read_bytes() != weights[0].read_bytes()
+
+
+def test_a_damaged_checkpoint_is_one_message_and_is_made_again(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    weights = run / "converted" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    for command in (["heal", "--run", run], ["evaluate", "--run", run], ["serve", run / "converted"]):
+        found = layerboost(*command, check=False)
+        assert found.returncode == 2
+        assert "model.safetensors is damaged" in found.stderr
+    assert "model.safetensors is damaged" in layerboost("convert", "--run", run).stderr
+    assert weights.read_bytes() == whole
 
 
 def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from layerboost.errors import ConfigError, LayerboostError
 
 # What lies in a run folder, in the order it is made.
-BASE, SENSITIVITY, PLAN, CONVERTED, HEAL, HEALED = (
+BASE, SENSITIVITY, PLAN, CONVERTED, HEAL, HEALED, COMPAT = (
     "base",
     "sensitivity.json",
     "plan.yaml",
     "converted",
     "heal",
     "healed",
+    "compat",
 )
 
 Strategy = Literal["full", "sliding", "none"]

@@ -211,12 +211,24 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else _planned)
 
 
-_stage(
+@cli.command(
     "convert",
-    "Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",
-    ("layerboost convert --run runs/qwen3", "layerboost convert --run runs/qwen3 --json"),
-    lambda result, run: _written(result),
+    cls=Command,
+    help="Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",
+    examples=(
+        "layerboost convert --run runs/qwen3",
+        "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
+    ),
 )
+@click.option(
+    "--compat", is_flag=True, help="Also write healed/ (else converted/) as compat/, which vLLM serves without us."
+)
+@with_recipe
+def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
+    """Run the convert stage."""
+    from layerboost.pipeline import run_stage
+
+    show(run_stage("convert", recipe, run, compat=compat), as_json, _written)
 
 
 @cli.command(

@@ -36,11 +36,11 @@ def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
     return run_frontier(recipe, run) if curve else run_plan(recipe, run)
 
 
-def convert(recipe: Recipe, run: Path) -> Any:
+def convert(recipe: Recipe, run: Path, compat: bool = False) -> Any:
     """Stage 3."""
     from layerboost.stages.convert import run_convert
 
-    return run_convert(recipe, run)
+    return run_convert(recipe, run, compat)
 
 
 def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
@@ -140,6 +140,7 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
         open_base,
         plan_in,
     )
+    from layerboost.model.integrity import check_checkpoint
 
     base = open_base(recipe, run, runtime)
     info = model_info(base, load_config(base, recipe.trust_remote_code), runtime.dtype)
@@ -150,6 +151,7 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
             continue
         check_same_plan(made_from, folder, run / PLAN, command)
         check_same_model(made_from, info, folder)
+        check_checkpoint(folder)
         found[name] = folder
     return found
 

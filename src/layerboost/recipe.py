@@ -144,6 +144,13 @@ class Bench(Section):
     server_args: tuple[str, ...] = Field((), description="further arguments of vllm serve")
 
 
+class Card(Section):
+    """What the model card says of the base where the base itself does not."""
+
+    base_model: str | None = Field(None, description="the base's Hub id, where `model` is a path or a package")
+    license: str | None = Field(None, description="the base's licence as the Hub names it, where its own card does not")
+
+
 class Recipe(Section):
     """Everything a run needs; `layerboost run` saves the resolved recipe in the run folder."""
 
@@ -161,6 +168,7 @@ class Recipe(Section):
     heal: Heal = Heal()
     evaluate: Evaluate = Evaluate()
     bench: Bench = Bench()
+    card: Card = Card()
 
 
 def model_of(recipe: Recipe) -> str:

@@ -1,10 +1,62 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
 from tiny import info, layer_plans
 
 from layerboost.artifacts import PlanFile, Predicted
-from layerboost.model.card import model_card
+from layerboost.model.card import UNKNOWN, model_card, origin_of
+from layerboost.recipe import Card
 from layerboost.search.memory import CPU_ENGINE, serving
+
+PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
+LLAMA = "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
+
+
+def test_a_card_is_ready_for_the_hub() -> None:
+    card = ModelCard(model_card(PLAN, UNKNOWN))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["layerboost", "sliding-window-attention"],
+    }
+    for text in (
+        "| 0 | none |  |  |",
+        "| 2 | sliding | 16 | yes |",
+        "Of 4 layers: 1 full, 2 sliding, 1 none",
+        "trust_remote_code=True",
+        "vllm serve PATH",
+        "name no licence",
+        "## Limits",
+        "Not healed",
+    ):
+        assert text in card.text
+    without = ModelCard(model_card(PlanFile(model=info(), method="by hand", layers=layer_plans("nfff")), UNKNOWN))
+    assert without.data.tags == ["layerboost"]
+
+
+def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(LLAMA)
+    (tmp_path / "LICENSE.txt").touch()
+    (tmp_path / "Notice").touch()
+    (tmp_path / "config.json").touch()
+    origin = origin_of(tmp_path, "meta-llama/Llama-3.2-1B", Card(license="mit", base_model="some/other"))
+    card = ModelCard(model_card(PLAN, origin))
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "llama3.2", "LICENSE")
+    assert "licence applies: llama3.2" in card.text
+    assert {file.name for file in origin.files} == {"LICENSE.txt", "Notice"}
+
+
+@pytest.mark.parametrize("text", [None, "no front matter", "---\nlanguage: en\n---\n", "---\n: [\n---\n"])
+def test_a_base_that_names_no_licence(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert origin_of(tmp_path, "package:some", Card()) == UNKNOWN
+    given = origin_of(tmp_path, str(tmp_path), Card(license="mit", base_model="some/model"))
+    assert (given.base_model, given.licence) == ("some/model", (("license", "mit"),))
 
 
 def test_the_card_names_the_flags_that_make_the_memory_real_unless_the_layers_were_edited() -> None:
@@ -14,8 +66,8 @@ def test_the_card_names_the_flags_that_make_the_memory_real_unless_the_layers_we
     plan.predicted = Predicted(
         damage={}, kv_fraction=0.3, kv_bytes_per_request=1, parameter_fraction=1, context_tokens=2048, plan=plan.hash()
     )
-    card = model_card(plan)
+    card = model_card(plan, UNKNOWN)
     assert "vllm serve PATH --max-num-batched-tokens 128 --block-size 32\n" in card
     assert "`--max-model-len 2048` the same memory admits 3.01 times the base's requests" in card
     edited = plan.model_copy(update={"layers": layer_plans("fsssssss", 64)})
-    assert "vllm serve PATH\n```\n\n## The plan" in model_card(edited)
+    assert "vllm serve PATH\n```\n\n## The plan" in model_card(edited, UNKNOWN)

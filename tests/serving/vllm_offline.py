@@ -12,12 +12,13 @@ KV_CACHE_BYTES = 1 << 25
 BATCHED_TOKENS, BLOCK_SIZE = 64, 32
 
 
-def answers(folder: str, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:
+def answers(folder: str, prompts: list[list[int]], output_tokens: int, trust_remote_code: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     # Fewer tokens a step than the longest prompt has, so that prefill runs in chunks.
     llm = LLM(
         folder,
+        trust_remote_code=trust_remote_code,
         dtype="float32",
         enforce_eager=True,
         max_num_batched_tokens=BATCHED_TOKENS,
@@ -45,7 +46,7 @@ def main() -> None:
     for folder in job["folders"]:
         started = time.monotonic()
         try:
-            done[folder] = answers(folder, job["prompts"], job["output_tokens"])
+            done[folder] = answers(folder, job["prompts"], job["output_tokens"], job["trust_remote_code"])
         except Exception as error:
             done[folder] = f"{type(error).__name__}: {error}"
         print(f"{folder}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ def models(tmp_path: Path) -> dict[str, Path]:
         folder = found[name] = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64}))
-        (folder / "model.safetensors").touch()
+        (folder / "pytorch_model.bin").touch()
     return found
 
 

@@ -1,39 +1,102 @@
-"""The model card of a boosted checkpoint."""
+"""The model card of a boosted checkpoint, and what the base's own card and files say of its licence."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from layerboost.artifacts import PlanFile
+from layerboost.recipe import Card
+
+CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 
-def model_card(plan: PlanFile, healing: str = "") -> str:
+@dataclass(frozen=True)
+class Origin:
+    """What a card tells of the base: its Hub id, its licence in the Hub's keys, and the licence files to pass on."""
+
+    base_model: str | None = None
+    licence: tuple[tuple[str, str], ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+UNKNOWN = Origin()
+
+
+def origin_of(folder: Path, name: str, settings: Card) -> Origin:
+    """What is known of a base that lies in `folder` and was asked for by `name`; nothing is made up.
+
+    Its own card comes before the settings; the Hub id is `name` where that is one.
+    """
+    file = folder / CARD
+    try:
+        data = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+    except Exception:  # a card is free text: a broken one says nothing
+        data = {}
+    licence = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
+    if not licence and settings.license:
+        licence = {"license": settings.license}
+    files = (found for found in sorted(folder.iterdir()) if found.name.upper().startswith(LICENCE_FILES))
+    return Origin(name if _is_hub_id(name) else settings.base_model, tuple(licence.items()), tuple(files))
+
+
+def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:
+    """The card's metadata block for the Hub."""
+    licence: dict[str, Any] = dict(origin.licence)
+    data = ModelCardData(
+        base_model=origin.base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["layerboost", *tags],
+        **licence,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def licence_sentence(origin: Origin) -> str:
+    """What the card says of the licence."""
+    licence = dict(origin.licence)
+    named = licence.get("license_name") or licence.get("license")
+    if named is None:
+        return "The base's own files name no licence: look it up before you share this model."
+    return f"The base's licence applies: {named}."
+
+
+def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
     """`README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
     rows = [
         f"| {entry.layer} | {entry.attention} | {entry.window or ''} | {'yes' if entry.sink else ''} |"
         for entry in plan.layers
     ]
     counts = ", ".join(f"{plan.count(kind)} {kind}" for kind in ("full", "sliding", "none"))
+    name = origin.base_model or Path(plan.model.name).name
     predicted = plan.foretold
     cache = (
-        f"At {predicted.context_tokens} tokens of context its KV cache takes {predicted.kv_fraction:.0%} of the base's."
+        f" At {predicted.context_tokens} tokens of context it holds {predicted.kv_fraction:.0%} of the base's KV cache."
         if predicted
         else ""
     )
     flags = " ".join(plan.serving.flags) if plan.serving and predicted else ""
-    return f"""---
-base_model: {plan.model.name}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [layerboost, sliding-window-attention]
----
+    return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
-# {plan.model.name}, boosted
+# {name}, boosted
 
-Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from
-`{plan.model.name}`; its licence applies. Of {plan.model.layers} layers: {counts}. {cache}
+Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
+Of {plan.model.layers} layers: {counts}.{cache}
+{licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}
 
 ## Load
+
+PATH is this directory or its Hub id.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -74,3 +137,11 @@ def _memory(plan: PlanFile) -> str:
         f"vLLM's own settings {found.default_requests_ratio:.2f} times; a prompt of that length is then read in "
         f"{found.prefill_steps} steps, not {found.default_prefill_steps}.\n"
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()

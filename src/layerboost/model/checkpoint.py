@@ -6,23 +6,27 @@ import ast
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, Sensitivity, new_folder, read_plan, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
-from layerboost.model.card import model_card
+from layerboost.model.card import CARD, LICENCE_FILES, UNKNOWN, Origin, front_matter, licence_sentence, model_card
+from layerboost.model.integrity import check_checkpoint, first_line, read_config
 from layerboost.model.surgery import family_of
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
 from layerboost.text import sample_documents, samples_missing
 
 FUTURE = "from __future__ import annotations"
+# Files that upload, download and resume well.
+MAX_SHARD_SIZE = "5GB"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -58,12 +62,8 @@ def find_model(name: str, run: Path | None = None) -> Source:
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration, checked to be of a supported causal LM; raises ConfigError before any weight is read."""
-    try:
-        config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, **({"gguf_file": source.gguf} if source.gguf else {})
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot read the configuration of {source.name}", found=_first_line(error)) from None
+    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
+    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code, **kwargs)
     family_of(config)
     return config
 
@@ -72,6 +72,8 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
     kwargs: dict[str, Any] = {}
+    if source.gguf is None:
+        check_checkpoint(source.folder)
     if source.gguf:
         from transformers import GgufConfig
 
@@ -90,7 +92,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             **kwargs,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"cannot load {source.name}", found=_first_line(error)) from None
+        raise ConfigError(f"cannot load {source.name}", found=first_line(error)) from None
     wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
     if wrong:
         raise ConfigError(f"weights and configuration of {source.name} disagree", found=json.dumps(wrong))
@@ -103,7 +105,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {source.name}", found=_first_line(error)) from None
+        raise ConfigError(f"cannot load the tokenizer of {source.name}", found=first_line(error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -154,12 +156,14 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
     source = find_model(model_of(recipe), run)
     load_config(source, recipe.trust_remote_code)
     if source.gguf is None:
+        check_checkpoint(source.folder)
         return source
     log.info("unpacking %s to %s", source.gguf, run / BASE)
     model, tokenizer = load_model(source, runtime), load_tokenizer(source)
     with new_folder(run / BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(_base_card(source))
         (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
     return Source(source.name, (run / BASE).absolute())
 
@@ -175,20 +179,30 @@ def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, run
 
 
 def save_boosted(
-    model: PreTrainedModel, tokenizer: Any, plan: PlanFile, target: Path, *, recipe_yaml: str, healing: str = ""
+    model: PreTrainedModel,
+    tokenizer: Any,
+    plan: PlanFile,
+    target: Path,
+    *,
+    recipe_yaml: str,
+    origin: Origin = UNKNOWN,
+    healing: str = "",
 ) -> None:
     """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
 
-    `healing`: a sentence for the card on how it was trained, empty for an untrained model. Atomic: `target` is complete
+    `origin`: what the card tells of the base; `healing`: a sentence on how the model was trained, empty for an
+    untrained one. Atomic: `target` is complete
     or untouched. Raises LayerboostError when the disk is full.
     """
     with new_folder(target) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml)
-        (folder / "README.md").write_text(model_card(plan, healing))
+        (folder / CARD).write_text(model_card(plan, origin, healing))
+        for file in origin.files:
+            shutil.copy(file, folder)
 
 
 def plan_in(folder: Path) -> PlanFile | None:
@@ -243,6 +257,16 @@ def _package_gguf(package: str) -> tuple[Path, str]:
     return found[0].parent, found[0].name
 
 
+def _base_card(source: Source) -> str:
+    """The card of an unpacked GGUF file: the licence that its metadata names."""
+    from gguf import GGUFReader
+
+    assert source.gguf
+    field = GGUFReader(source.folder / source.gguf).get_field("general.license")
+    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
+    return f"{front_matter(origin, ())}\n\nUnpacked from `{source.name}`. {licence_sentence(origin)}\n"
+
+
 def _unpacked(source: Source, run: Path | None) -> Source:
     note = run / BASE / "layerboost_source.txt" if run else None
     if run and note and note.is_file() and note.read_text().splitlines() == [source.name, model_fingerprint(source)]:
@@ -255,15 +279,12 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns += [CARD, *(f"{name}*" for name in LICENCE_FILES)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"no model {name!r}: neither a directory, a GGUF file nor a Hub id that can be reached",
-            found=_first_line(error),
+            found=first_line(error),
             do="check the spelling; offline, give a directory or a .gguf file",
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -25,10 +24,10 @@ from typing import IO
 import psutil
 
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench
 from layerboost.runtime import log
 from layerboost.serving import guard
-from layerboost.serving.plugin import ARCHITECTURE
 
 HOST = "127.0.0.1"
 GIB = 1 << 30
@@ -98,20 +97,6 @@ def check_port(port: int, host: str = HOST) -> None:
             raise ConfigError(f"port {port} cannot be used", found=found, do="choose another port") from None
 
 
-def check_model_dir(folder: Path) -> dict[str, object]:
-    """The plain config of a model directory that vLLM can load; raises ConfigError."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        found = "no config.json in it" if isinstance(error, FileNotFoundError) else str(error)
-        raise ConfigError(f"{folder} is not a model directory", found=found) from None
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ConfigError(f"{folder} has no weights", found="neither *.safetensors nor *.bin")
-    return config
-
-
 def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
     """The command and the added environment that serve a model directory, stock or boosted, until interrupted.
 
@@ -119,7 +104,7 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     the port cannot be used.
     """
     check_vllm()
-    config = check_model_dir(folder)
+    config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
     check_port(port, host="")

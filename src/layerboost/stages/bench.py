@@ -7,6 +7,7 @@ from typing import Any
 
 from layerboost.artifacts import file_hash, fingerprint, read_json, write_json
 from layerboost.errors import ConfigError
+from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log
 from layerboost.serving.benchmark import run_benchmark, warm_up
@@ -14,7 +15,6 @@ from layerboost.serving.results import Comparison, Measurement, compare, metrics
 from layerboost.serving.server import (
     GIB,
     Server,
-    check_model_dir,
     check_port,
     check_vllm,
     cores,
@@ -39,7 +39,7 @@ def validate_bench(recipe: Recipe, run: Path, models: dict[str, Path]) -> None:
         raise ConfigError("nothing to benchmark", do="give at least one model directory")
     wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
     for name, folder in models.items():
-        context = check_model_dir(folder).get("max_position_embeddings")
+        context = check_checkpoint(folder).get("max_position_embeddings")
         if isinstance(context, int) and wanted > context:
             raise ConfigError(
                 f"bench.input_tokens + bench.output_tokens is {wanted}",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerboost.artifacts import CONVERTED, PLAN, read_plan
+from layerboost.artifacts import COMPAT, CONVERTED, HEALED, PLAN, PlanFile, read_plan
+from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
+    Source,
     check_same_model,
+    check_same_plan,
     load_config,
     load_model,
     load_tokenizer,
@@ -16,28 +19,38 @@ from layerboost.model.checkpoint import (
     save_boosted,
     write_samples,
 )
+from layerboost.model.compat import check_compat, export_compat
+from layerboost.model.integrity import is_intact
 from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import log, start_runtime
+from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
 
 
-def run_convert(recipe: Recipe, run: Path) -> Path:
+def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
     """Write RUN/converted; one made from the same plan stays. Raises ConfigError before any weight is changed.
 
-    Sink logits start from one calibration pass of the base over the calibration text.
+    Sink logits start from one calibration pass of the base over the calibration text. `compat`: then write RUN/healed,
+    or RUN/converted where there is none, as RUN/compat, for vLLM without layerboost. Returns what was written last.
     """
     plan = read_plan(run / PLAN)
-    target = run / CONVERTED
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
     config = load_config(source, recipe.trust_remote_code)
     check_plan(config, plan.layers)
     check_same_model(plan, model_info(source, config, runtime.dtype), run / PLAN)
-    if (there := plan_in(target)) and there.hash() == plan.hash():
+    if compat:
+        check_compat(config, plan)
+    _convert(recipe, run, plan, source, runtime)
+    return _export(run) if compat else run / CONVERTED
+
+
+def _convert(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime) -> None:
+    target = run / CONVERTED
+    if (there := plan_in(target)) and there.hash() == plan.hash() and is_intact(target):
         log.info("%s is up to date", target)
-        return target
+        return
     model = load_model(source, runtime, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     sinks = {}
@@ -49,5 +62,15 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
         found = calibrate_sinks(model, batches, with_sink, [plan.window])
         sinks = {layer: found[layer, plan.window] for layer in with_sink}
     apply_plan(model, plan.layers, sinks)
-    save_boosted(model, tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe))
-    return target
+    origin = origin_of(source.folder, source.name, recipe.card)
+    save_boosted(model, tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+
+
+def _export(run: Path) -> Path:
+    healed = plan_in(run / HEALED)
+    if healed:
+        check_same_plan(healed, run / HEALED, run / PLAN, "heal")
+    source = run / (HEALED if healed else CONVERTED)
+    log.info("writing %s as %s", source, run / COMPAT)
+    export_compat(source, run / COMPAT)
+    return run / COMPAT

@@ -15,6 +15,7 @@ from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, LayerPlan, PlanF
 from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
 from layerboost.healing.training import train_stage
+from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
     check_same_model,
     check_same_plan,
@@ -28,6 +29,7 @@ from layerboost.model.checkpoint import (
     write_samples,
 )
 from layerboost.model.families import FAMILIES
+from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.metrics import token_losses
@@ -46,10 +48,11 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
     identity = heal_identity(recipe, plan)
-    if healed_from(run / HEALED) == fingerprint(identity):
+    if healed_from(run / HEALED) == fingerprint(identity) and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
     check_begun(run / HEAL, identity, resume)
+    check_checkpoint(run / CONVERTED)
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
     config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
@@ -70,7 +73,8 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
         f"tokens of LoRA distillation from the base, on {recipe.text.source}."
     )
-    save_boosted(merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), healing=healing)
+    origin = origin_of(source.folder, source.name, recipe.card)
+    save_boosted(merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing)
     write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
 

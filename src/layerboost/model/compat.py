@@ -1,0 +1,116 @@
+"""Full/none plans of Llama-shaped models as `DeciLMForCausalLM`, which vLLM serves without layerboost.
+
+Written against vLLM 0.32's model_executor/models/nemotron_nas.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from layerboost.artifacts import PLAN, PlanFile, new_folder, read_plan
+from layerboost.errors import ConfigError
+from layerboost.model import configuration_decilm
+from layerboost.model.card import CARD
+from layerboost.model.integrity import check_checkpoint, read_config
+from layerboost.model.modeling import skipped_layers
+
+# Families that are Llama but for the settings given here, which vLLM's class reads.
+LLAMA_SHAPED: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}}
+# What only boosted checkpoints, or only the family's own class, understand.
+DROPPED = (
+    "attention_sink_layers",
+    "layer_types",
+    "max_window_layers",
+    "per_layer_config",
+    "sliding_window",
+    "use_sliding_window",
+)
+NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py"}
+CONFIGURATION = "configuration_decilm.py"
+
+
+def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
+    """Raise ConfigError for what `DeciLMForCausalLM` cannot hold; `config` is the base's or a boosted checkpoint's."""
+    found = None
+    sliding = [entry.layer for entry in plan.layers if entry.attention == "sliding"]
+    if config.model_type not in LLAMA_SHAPED:
+        found = f"family {config.model_type}; Llama-shaped are {', '.join(LLAMA_SHAPED)}"
+    elif sliding:
+        found = f"sliding layers {', '.join(map(str, sliding))}"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "sliding_window", None):
+        found = f"a family that slides by itself, window {config.sliding_window}"
+    elif plan.layers[0].attention == "none":
+        found = "no attention in layer 0, with which vLLM's class cannot begin"
+    if found:
+        raise ConfigError(
+            "this plan cannot be written as DeciLMForCausalLM",
+            found=found,
+            do="serve the boosted checkpoint itself with layerboost installed, or plan full and none layers only",
+        )
+
+
+def export_compat(folder: Path, target: Path) -> None:
+    """Write a boosted checkpoint as `target`, a `DeciLMForCausalLM` checkpoint with the same tensors.
+
+    Atomic. Raises ConfigError as `check_checkpoint` and `check_compat` do, LayerboostError when the disk is full.
+    """
+    check_checkpoint(folder)
+    config, plan = read_config(folder, str(folder)), read_plan(folder / PLAN)
+    check_compat(config, plan)
+    with new_folder(target) as new:
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in NOT_COPIED:
+                shutil.copy(file, new)
+        assert configuration_decilm.__file__
+        shutil.copy(configuration_decilm.__file__, new / CONFIGURATION)
+        (new / "config.json").write_text(json.dumps(_decilm(config), indent=2) + "\n")
+        (new / CARD).write_text(_card((folder / CARD).read_text()))
+
+
+def _decilm(config: PreTrainedConfig) -> dict[str, Any]:
+    plain = {key: value for key, value in config.to_dict().items() if key not in DROPPED}
+    skipped = set(skipped_layers(config))
+    group = config.num_attention_heads // config.num_key_value_heads
+    blocks = [
+        {
+            "attention": {
+                "no_op": layer in skipped,
+                "n_heads_in_group": None if layer in skipped else group,
+                "replace_with_linear": False,
+            },
+            "ffn": {"no_op": False, "intermediate_size": config.intermediate_size, "replace_with_linear": False},
+        }
+        for layer in range(config.num_hidden_layers)
+    ]
+    return {
+        **plain,
+        **LLAMA_SHAPED[config.model_type],
+        "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{Path(CONFIGURATION).stem}.DeciLMConfig"},
+        "block_configs": blocks,
+    }
+
+
+def _card(boosted: str) -> str:
+    """The boosted checkpoint's card with another way to load and serve it."""
+    head, _, rest = boosted.partition("## Load")
+    _, plan, tail = rest.partition("## The plan")
+    return head + _SERVE + plan + tail
+
+
+_SERVE = """## Serve
+
+In the form of vLLM's `DeciLMForCausalLM`, so layerboost is not needed; Transformers has no such class and loads the
+checkpoint that this one was exported from. The remote code is the configuration class beside this card.
+
+```console
+vllm serve PATH --trust-remote-code
+```
+
+"""

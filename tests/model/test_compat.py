@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny import boosted, info, layer_plans, tiny_model, tiny_tokenizer
+from transformers import AutoConfig
+
+from layerboost.artifacts import PlanFile
+from layerboost.errors import ConfigError
+from layerboost.model.card import Origin
+from layerboost.model.checkpoint import save_boosted
+from layerboost.model.compat import check_compat, export_compat
+
+
+def plan_of(letters: str) -> PlanFile:
+    return PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
+
+
+def saved(folder: Path, letters: str) -> Path:
+    origin = Origin(base_model="some/model", licence=(("license", "apache-2.0"),))
+    model = boosted(letters, tie_word_embeddings=True)
+    save_boosted(model, tiny_tokenizer(), plan_of(letters), folder, recipe_yaml="schema_version: 1\n", origin=origin)
+    return folder
+
+
+def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
+    folder, target = saved(tmp_path / "converted", "fnfn"), tmp_path / "compat"
+    export_compat(folder, target)
+    plain = json.loads((target / "config.json").read_text())
+    assert plain["architectures"] == ["DeciLMForCausalLM"]
+    assert not {"layer_types", "sliding_window", "per_layer_config", "attention_sink_layers"} & plain.keys()
+    config = AutoConfig.from_pretrained(target, trust_remote_code=True)
+    assert config.model_type == "nemotron-nas"
+    assert [block.attention.no_op for block in config.block_configs] == [False, True, False, True]
+    assert config.block_configs[0].attention.n_heads_in_group == 2
+    assert config.block_configs[1].ffn.intermediate_size == 96
+    assert not hasattr(config.block_configs[0].ffn, "ffn_mult")
+    # vLLM hashes and copies it.
+    assert json.loads(config.to_json_string())["block_configs"] == plain["block_configs"]
+    before, after = (load_file(path / "model.safetensors") for path in (folder, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {"tokenizer.json", "plan.yaml", "configuration_decilm.py"} <= {file.name for file in target.iterdir()}
+    assert not (target / "modeling_layerboost.py").exists()
+    card = ModelCard((target / "README.md").read_text())
+    assert (card.data.base_model, card.data.license) == ("some/model", "apache-2.0")
+    assert "vllm serve PATH --trust-remote-code" in card.text
+    assert "AutoModelForCausalLM" not in card.text
+    assert "| 1 | none |  |  |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("family", "letters", "message"),
+    [
+        ("llama", "fsfS", r"found: sliding layers 1, 3\ndo: "),
+        ("llama", "nfff", "no attention in layer 0"),
+        ("qwen3", "fnff", r"family qwen3; Llama-shaped are llama, qwen2"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(family: str, letters: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_compat(tiny_model(family).config, plan_of(letters))
+    model, tokenizer = boosted(letters, family), tiny_tokenizer()
+    save_boosted(model, tokenizer, plan_of(letters), tmp_path / "in", recipe_yaml="schema_version: 1\n")
+    with pytest.raises(ConfigError, match=message):
+        export_compat(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_qwen2_that_slides_by_itself_is_refused() -> None:
+    config = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0).config
+    with pytest.raises(ConfigError, match="slides by itself, window 16"):
+        check_compat(config, plan_of("fnfff"))

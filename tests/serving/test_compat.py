@@ -1,0 +1,58 @@
+"""Compat exports under vLLM with its plugins off: its log-probabilities against those of the exported checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from offline import differences, vllm_answers
+from tiny import boosted, info, layer_plans, tiny_tokenizer
+from vllm_offline import KV_CACHE_BYTES
+
+from layerboost.artifacts import PlanFile
+from layerboost.model.checkpoint import save_boosted
+from layerboost.model.compat import LLAMA_SHAPED, export_compat
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "fnfn", {"tie_word_embeddings": True}),
+    "biases": ("llama", "fnnf", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
+    "all-full": ("llama", "ff", {}),
+    "qwen2": ("qwen2", "fnf", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]]:
+    """Per case: the boosted checkpoint and what vLLM, without layerboost, makes of its export."""
+    root = tmp_path_factory.mktemp("compat")
+    exports = {}
+    for case, (family, letters, changes) in CASES.items():
+        plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
+        model = boosted(letters, family, **changes)
+        save_boosted(model, tiny_tokenizer(), plan, root / case, recipe_yaml="schema_version: 1\n")
+        export_compat(root / case, root / f"{case}-compat")
+        exports[case] = str(root / f"{case}-compat")
+    found = vllm_answers(list(exports.values()), root, trust_remote_code=True, VLLM_PLUGINS="")
+    return {case: (str(root / case), found[folder]) for case, folder in exports.items()}
+
+
+def test_cases_cover_every_family() -> None:
+    assert {family for family, _, _ in CASES.values()} == LLAMA_SHAPED.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_are_those_of_the_boosted_checkpoint(served: dict[str, Any], case: str) -> None:
+    folder, found = served[case]
+    assert isinstance(found, dict), found
+    apart, short = differences(folder, found)
+    assert apart < 1e-3
+    assert short < 1e-3
+    layers = CASES[case][1].count("f")
+    assert found["kv_cache_tokens"] == pytest.approx(KV_CACHE_BYTES / (layers * 2 * 2 * 32 * 4), rel=0.02)
