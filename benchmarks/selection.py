@@ -1,0 +1,202 @@
+"""Every way to choose a plan, at equal cost, on text and prompts that choosing never saw.
+
+    python benchmarks/selection.py RUN --text BOOKS --text WIKI [--out docs/results/selection]
+
+RUN is a folder in which `layerboost measure` has ended, retrieval prompts included. For KV caches of 25, 35 and 50 % of
+the base's at plan.context_tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out
+text (the held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind
+are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl, so that a run
+that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, write_json, write_text
+from layerboost.errors import LayerboostError
+from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, open_base
+from layerboost.model.stream import LayerStream
+from layerboost.recipe import Plan, Recipe, Text, load_recipe
+from layerboost.retrieval import retrieval_prompts
+from layerboost.runtime import log, start_runtime
+from layerboost.search.choices import choices, predict, windows
+from layerboost.search.methods import MEASURING, select
+from layerboost.search.stability import read_sensitivity
+from layerboost.sensitivity.calibration import MeasuredPlans, load_prompts
+from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.text import load_tokens
+
+FRACTIONS = (0.25, 0.35, 0.5)
+SEEDS = range(5)
+BLEND = {"retrieval_weight": 0.5}
+METHODS: dict[str, dict[str, Any]] = {
+    "budget, KL": {"method": "budget"},
+    "budget, half retrieval": {"method": "budget", **BLEND},
+    "greedy, half retrieval": {"method": "greedy", **BLEND},
+    "refine, half retrieval": {"method": "refine", **BLEND},
+    "paper's tiers": {"method": "threshold"},
+    "LLM-Drop": {"method": "cosine"},
+    "uniform": {"method": "uniform"},
+    **{f"random {seed}": {"method": "random", "seed": seed} for seed in SEEDS},
+}
+TEXT_SEQUENCES, PASSKEYS = 8, {256: 12, 900: 12, 2000: 6}
+RANDOM_PLANS = 30
+
+
+class Judge:
+    """Held-out text and passkeys: what a plan loses on each, by sequence or prompt, kept by plan in a file."""
+
+    def __init__(self, stream: LayerStream, texts: dict[str, torch.Tensor], tokenizer: Any, file: Path) -> None:
+        """`texts`: ids `[N, T]` by name; passkeys are put into the first."""
+        self.probes = {name: TextProbe(stream, list(ids[:TEXT_SEQUENCES].split(2))) for name, ids in texts.items()}
+        filler = next(iter(texts.values())).flatten()
+        for length, count in PASSKEYS.items():
+            prompts = retrieval_prompts(tokenizer, filler, "passkey", length, count, 1234)
+            self.probes[f"passkey {length}"] = TextProbe(stream, [], prompts.batches(2))
+        self.file, self.lines = file, file.read_text().splitlines() if file.is_file() else []
+        self.found = {entry["plan"]: entry["found"] for entry in map(json.loads, self.lines)}
+
+    @torch.no_grad()
+    def __call__(self, plan: Sequence[LayerPlan]) -> dict[str, Any]:
+        key = fingerprint([entry.model_dump() for entry in plan])
+        if key not in self.found:
+            self.found[key] = {name: self._measure(name, plan) for name in self.probes}
+            self.lines.append(json.dumps({"plan": key, "found": self.found[key]}))
+            write_text(self.file, "\n".join(self.lines) + "\n")
+        return self.found[key]
+
+    def _measure(self, name: str, plan: Sequence[LayerPlan]) -> dict[str, Any]:
+        probe = self.probes[name]
+        if not name.startswith("passkey"):
+            [damages] = probe.damages([plan])
+            return {metric: score(damages[metric]).model_dump(exclude={"count"}) for metric in ("kl", "nll")}
+        logs, exact = [], []
+        for sample, hidden in zip(probe.samples, probe.streams.inputs[0], strict=True):
+            assert isinstance(sample, BasePrompts)
+            final = probe.streams.stream.finish(0, hidden, plan)
+            found = answer_scores(sample.model, sample.prompts, final)
+            logs.append(found[0])
+            exact.append(found[1].float())
+        names = {"log_probability": torch.cat(logs), "exact": torch.cat(exact)}
+        return {metric: score(values).model_dump(exclude={"count"}) for metric, values in names.items()}
+
+
+def chosen(sensitivity: Sensitivity, recipe: Recipe, measure: MeasuredPlans) -> list[dict[str, Any]]:
+    """Every method's plan at every budget, or why there is none."""
+    rows = []
+    for fraction in FRACTIONS:
+        for name, given in METHODS.items():
+            changes = {"kv_fraction": fraction, **given}
+            seed = changes.pop("seed", 0)
+            settings = recipe.plan.model_copy(update=changes)
+            row: dict[str, Any] = {"kv_fraction": fraction, "method": name}
+            try:
+                layers = select(sensitivity, settings, seed, measure if settings.method in MEASURING else None)
+            except LayerboostError as error:
+                rows.append(row | {"refused": str(error).splitlines()[0]})
+                continue
+            found = predict(sensitivity, layers, settings)
+            counts = {kind: sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding", "none")}
+            rows.append(row | counts | {"cost": found.kv_fraction, "predicted": found.damage, "layers": layers})
+            log.info("%s at %.0f %%: %s", name, 100 * fraction, counts)
+    return rows
+
+
+def random_plans(sensitivity: Sensitivity, settings: Plan, measure: MeasuredPlans) -> dict[str, Any]:
+    """Rank correlation of the sum of single scores with the measured KL, over random plans of one kind and of all."""
+    table, draw = choices(sensitivity, settings, windows(sensitivity, settings)[0]), random.Random(7)
+    kinds = {"sliding": ("sliding",), "none": ("none",), "both": ("sliding", "none")}
+    found: dict[str, Any] = {}
+    for kind, allowed in kinds.items():
+        pairs = []
+        for _ in range(RANDOM_PLANS):
+            changed = set(draw.sample(range(len(table)), draw.randint(2, len(table) // (3 if kind == "none" else 1))))
+            options = [
+                draw.choice([c for c in layer if c.plan.attention in allowed]) if index in changed else layer[0]
+                for index, layer in enumerate(table)
+            ]
+            single = sum(choice.scores.get("kl", 0.0) for choice in options)
+            pairs.append((single, measure([choice.plan for choice in options])["kl"]))
+        found[kind] = {"spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic), "pairs": pairs}
+        log.info("random plans, %s: rank correlation %.3f", kind, found[kind]["spearman"])
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    texts = list(result["base"]["texts"])
+    head = ["KV", "method", "full / sliding / none", *(f"KL, {t}" for t in texts), *(f"ΔNLL, {t}" for t in texts)]
+    head += [f"passkey {length}" for length in PASSKEYS]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in result["rows"]:
+        start = [f"{row['kv_fraction']:.0%}", row["method"]]
+        if "refused" in row:
+            lines.append(f"| {' | '.join(start)} | {row['refused']} |{' |' * (len(head) - 3)}")
+            continue
+        found = row["measured"]
+        cells = [f"{row['full']} / {row['sliding']} / {row['none']}"]
+        for metric in ("kl", "nll"):
+            cells += [f"{found[t][metric]['mean']:.3f} ± {found[t][metric]['standard_error']:.3f}" for t in texts]
+        for length in PASSKEYS:
+            keys = found[f"passkey {length}"]
+            cells.append(f"{keys['exact']['mean']:.0%}, {keys['log_probability']['mean']:.1f}")
+        lines.append(f"| {' | '.join(start + cells)} |")
+    lines += ["", "| random plans | rank correlation of predicted with measured KL |", "|---|---|"]
+    lines += [f"| {kind} | {found['spearman']:.3f} |" for kind, found in result["random_plans"].items()]
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def main() -> None:
+    """Choose, measure, write the table and its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--text", action="append", required=True, help="held-out text; of the first its held-out split")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/selection"))
+    args = parser.parse_args()
+    recipe = load_recipe([args.run / "recipe.yaml"], {})
+    sensitivity = read_sensitivity(args.run)
+    runtime = start_runtime(recipe)
+    source = open_base(recipe, args.run, runtime)
+    load_config(source, recipe.trust_remote_code)
+    tokenizer, model = load_tokenizer(source, False), load_model(source, runtime, False)
+    every = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=args.run)
+    search = load_tokens(recipe.text, tokenizer, "calibration", recipe.plan.search_tokens, run=args.run)
+    stream = LayerStream(model, calibrate_sinks(model, every.batches(2), range(sensitivity.model.layers),
+                                                windows(sensitivity, recipe.plan)))  # fmt: skip
+    probe = TextProbe(stream, search.batches(2), load_prompts(recipe, tokenizer, args.run))
+    measure = MeasuredPlans(probe, args.run / "measured_plans.jsonl", every.fingerprint + search.fingerprint)
+    texts = {}
+    for index, file in enumerate(args.text):
+        text = Text(source=file, sequence_tokens=512)
+        split = "all" if index else "held_out"
+        wanted = max(TEXT_SEQUENCES * 512, 0 if index else max(n * c for n, c in PASSKEYS.items()))
+        texts[Path(file).name] = load_tokens(text, tokenizer, split, wanted).ids
+    judge = Judge(stream, texts, tokenizer, args.run / "selection.jsonl")
+    rows = chosen(sensitivity, recipe, measure)
+    base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
+    result = {"base": {"texts": list(texts), "measured": judge(base)}}
+    for row in rows:
+        if "layers" in row:
+            row["measured"] = judge(row["layers"])
+            row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
+            log.info("%s at %.0f %%: %s", row["method"], 100 * row["kv_fraction"], row["measured"])
+    result |= {"rows": rows, "random_plans": random_plans(sensitivity, recipe.plan, measure)}
+    write_json(args.out.with_suffix(".json"), result)
+    print(table(result))
+    print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))
+
+
+if __name__ == "__main__":
+    main()
