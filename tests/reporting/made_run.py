@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -61,6 +62,19 @@ def model_info(name: str = "SmolLM2-135M-Instruct") -> ModelInfo:
     )
 
 
+@cache
+def search_files() -> tuple[Frontier, Stability]:
+    """frontier.json and stability.json of the made sensitivities."""
+    model, settings = model_info(), Plan(kv_padding=False)
+    measured = sensitivity(model)
+    points = frontier(measured, settings)
+    comparisons = [compare_files(measured, measured, "other"), compare_metrics(measured)]
+    return (
+        Frontier(model=model, sensitivity="", settings=settings.model_dump(mode="json"), points=points),
+        Stability(sensitivity="", comparisons=comparisons),
+    )
+
+
 def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
     """Every file of a finished run; returns the folder."""
     run.mkdir(parents=True)
@@ -82,14 +96,10 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
         layers=layers,
     )
     write_plan(run / "plan.yaml", plan)
-    points = frontier(sensitivity(model), Plan())
+    searched, stability = search_files()
     made_from = file_hash(run / "sensitivity.json")
-    write_json(
-        run / "frontier.json",
-        Frontier(model=model, sensitivity=made_from, settings=Plan().model_dump(mode="json"), points=points),
-    )
-    comparisons = [compare_files(sensitivity(model), sensitivity(model), "other"), compare_metrics(sensitivity(model))]
-    write_json(run / "stability.json", Stability(sensitivity=made_from, comparisons=comparisons))
+    write_json(run / "frontier.json", searched.model_copy(update={"sensitivity": made_from}))
+    write_json(run / "stability.json", stability.model_copy(update={"sensitivity": made_from}))
     recipe = Recipe(model=name).model_dump(mode="json")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_json(run / "run.json", history())

@@ -304,7 +304,8 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path: Path) -> None:
         timeout=120,
     )
     charts = re.split(r'id="chart-', answer.stdout.split("<script", 1)[0])[1:]
-    assert [chart.split('"', 1)[0] for chart in charts] == ["sensitivity", "heal-attention", "heal-lora", "throughput"]
+    names = ["sensitivity", "frontier", "heal-attention", "heal-lora", "throughput"]
+    assert [chart.split('"', 1)[0] for chart in charts] == names
     for chart in charts:
         assert 'class="main-svg"' in chart
         assert re.search(r'<path class="(point|js-line)"', chart)
