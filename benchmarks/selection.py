@@ -4,9 +4,9 @@
 
 RUN is a folder in which `layerboost measure` has ended, retrieval prompts included. For KV caches of 25, 35 and 50 % of
 the base's at plan.context_tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out
-text (the held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind
-are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl, so that a run
-that was killed goes on.
+text (the held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each
+kind are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl, so that a
+run that was killed goes on.
 """
 
 from __future__ import annotations
