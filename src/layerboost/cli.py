@@ -299,8 +299,22 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        found = {name: ", ".join(family.supports) for name, family in FAMILIES.items()}
-        show(found, as_json, lambda families: [["family", "supports"], *map(list, families.items())])
+        kinds = ("none", "sliding", "sink")
+        found = {
+            name: {kind: kind in family.supports for kind in kinds} | {"vllm": family.vllm}
+            for name, family in FAMILIES.items()
+        }
+        show(
+            found,
+            as_json,
+            lambda families: [
+                ["family", *kinds, "vLLM"],
+                *(
+                    [name, *("yes" if row[kind] else "no" for kind in kinds), row["vllm"] or "not served"]
+                    for name, row in families.items()
+                ),
+            ],
+        )
         return
     from layerboost.recipe import RECIPES
 

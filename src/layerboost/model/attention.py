@@ -18,16 +18,20 @@ def sliding_attention_reference(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Softmax over the last `window` keys, itself included, written the plain way: O(T²) time and memory.
 
     query `[B, H, Tq, D]`, key and value `[B, Hkv, Tk, D]` with Tk ≥ Tq, the queries being the last Tq positions;
     `sinks` `[H]`: one logit per head added to the softmax's denominator (gpt-oss); `mask` bool `[B, 1, Tq, Tk]`, True
-    where a key may be seen. Returns `[B, H, Tq, D]`; a query that sees nothing gets a row without meaning.
+    where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). Returns `[B, H, Tq, D]`; a query
+    that sees nothing gets a row without meaning.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     visible = window_mask(query.shape[2], key.shape[2], window, query.device)
     if mask is not None:
         visible = visible & mask
@@ -46,6 +50,7 @@ def sliding_attention(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The same as `sliding_attention_reference` in O(T·window) time and memory.
 
@@ -62,7 +67,9 @@ def sliding_attention(
         visible = window_mask(queries, keys, window, query.device)
         visible = visible if mask is None else visible & mask
         # [B, 1, Tq, Tk] -> [B, 1, 1, Tq, Tk]: one block
-        return _attend(_grouped(query, key), key[:, :, None, None], value[:, :, None, None], visible, sinks, scaling)
+        return _attend(
+            _grouped(query, key), key[:, :, None, None], value[:, :, None, None], visible, sinks, scaling, softcap
+        )
 
     blocks = -(-keys // window)
     front, end = keys - queries, blocks * window - keys
@@ -82,12 +89,12 @@ def sliding_attention(
         mask = mask.expand(-1, -1, queries, -1)
         rows = (start + row - front).clamp(0, queries - 1)
         visible = visible & mask[:, 0, rows, (start + column).clamp(0, keys - 1)][:, None, None]
-    out = _attend(query, key, value, visible, sinks, scaling)
+    out = _attend(query, key, value, visible, sinks, scaling, softcap)
     return out[:, :, front : front + queries]
 
 
 def dropped_logsumexp(
-    query: torch.Tensor, key: torch.Tensor, window: int, scaling: float | None = None
+    query: torch.Tensor, key: torch.Tensor, window: int, scaling: float | None = None, softcap: float | None = None
 ) -> torch.Tensor:
     """Mean per head of the log-sum-exp of the scores a window drops, over queries that drop any: `[H]`.
 
@@ -98,6 +105,8 @@ def dropped_logsumexp(
     length = query.shape[2]
     grouped = _grouped(query, key)[:, :, :, 0]
     scores = grouped @ key[:, :, None].transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     position = torch.arange(length, device=query.device)
     dropped = position[None, :] <= position[:, None] - window
     lse = scores.masked_fill(~dropped, -torch.inf).logsumexp(-1)[..., window:]
@@ -123,6 +132,7 @@ def _attend(
     visible: torch.Tensor,
     sinks: torch.Tensor | None,
     scaling: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Softmax attention inside blocks.
 
@@ -130,6 +140,8 @@ def _attend(
     `[B, Hkv, G, N, Tq, Tk]`. Returns `[B, H, N·Tq, D]`.
     """
     scores = (query * scaling) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if visible.dim() == 4:
         visible = visible[:, :, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)

@@ -72,15 +72,17 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
     kwargs: dict[str, Any] = {}
+    if implementation := family_of(config).attn_implementation:
+        kwargs["attn_implementation"] = implementation
     if source.gguf:
         from transformers import GgufConfig
 
-        kwargs = {
+        kwargs |= {
             "gguf_file": source.gguf,
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
-        kwargs = {"config": config}
+        kwargs["config"] = config
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
