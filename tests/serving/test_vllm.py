@@ -82,9 +82,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_cases_cover_every_family_that_vllm_serves() -> None:
-    assert {family for family, _ in CASES.values()} == {
-        name for name, family in FAMILIES.items() if family.vllm
-    }
+    assert {family for family, _ in CASES.values()} == {name for name, family in FAMILIES.items() if family.vllm}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -47,7 +47,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
     @cached_property
     def _from_config_kwargs(self) -> dict[str, Any]:
         # The decoder is built as the base; windows are given with each layer's `Attention`.
-        return super()._from_config_kwargs | {"config": base_config(self.config)}
+        return {**super()._from_config_kwargs, "config": base_config(self.config)}
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # The first step after the stock decoder is built, on the meta device and before weights are named.
