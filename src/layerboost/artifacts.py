@@ -58,6 +58,8 @@ class ModelInfo(BaseModel):
     max_context_tokens: int
     parameters: int
     fingerprint: str
+    sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
+    sliding_window: int | None = Field(default=None, description="their window")
 
     @property
     def kv_bytes_per_token(self) -> int:

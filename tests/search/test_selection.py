@@ -86,3 +86,11 @@ def test_threshold_by_counts_and_by_values() -> None:
 def test_settings_that_cannot_be_met(settings: Plan, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select(sensitivity(), settings)
+
+
+def test_kv_bytes_of_a_base_with_sliding_layers() -> None:
+    model = info().model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
+    token = model.kv_bytes_per_token
+    assert base_kv_bytes(model, 100) == (16 + 100 + 16 + 100) * token
+    assert plan_kv_bytes(model, layer_plans("fsnf"), 100) == (16 + 16 + 0 + 100) * token
+    assert base_kv_bytes(model, 10) == 4 * 10 * token

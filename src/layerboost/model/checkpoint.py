@@ -17,7 +17,8 @@ from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, new_folder, re
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import model_card
-from layerboost.model.surgery import family_of
+from layerboost.model.modeling import base_layer_types
+from layerboost.model.surgery import family_of, native_window
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
 from layerboost.text import sample_documents, samples_missing
@@ -125,6 +126,8 @@ def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
         max_context_tokens=config.max_position_embeddings,
         parameters=count_parameters(config),
         fingerprint=model_fingerprint(source),
+        sliding_layers=[index for index, kind in enumerate(base_layer_types(config)) if kind == "sliding_attention"],
+        sliding_window=native_window(config),
     )
 
 

@@ -47,6 +47,17 @@ def native_window(config: PreTrainedConfig) -> int | None:
     return config.sliding_window if "sliding_attention" in base_layer_types(config) else None
 
 
+def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
+    """Raise ConfigError for windows that no plan can have beside the layers that slide in the base."""
+    native = native_window(config)
+    if native is not None and set(windows) - {native}:
+        raise ConfigError(
+            f"layers of this {config.model_type} model slide already, and a config has one window",
+            found=f"windows {', '.join(map(str, windows))}; the base's is {native}",
+            do=f"set measure.windows to [{native}]",
+        )
+
+
 def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     """Raise ConfigError for a plan that this model cannot take."""
     family = family_of(config)

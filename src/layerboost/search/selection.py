@@ -127,7 +127,7 @@ def _choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list
 
 
 def _cost(sensitivity: Sensitivity, settings: Plan, entry: LayerPlan) -> int:
-    return layer_kv_bytes(sensitivity.model, entry.attention, entry.window, settings.context_tokens)
+    return layer_kv_bytes(sensitivity.model, entry, settings.context_tokens)
 
 
 def _windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:

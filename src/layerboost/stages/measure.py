@@ -8,6 +8,7 @@ from typing import Any
 from layerboost.artifacts import SENSITIVITY, LayerSensitivity, ModelInfo, Score, Sensitivity, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, model_info, open_base, write_samples
+from layerboost.model.surgery import check_windows
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.sweep import sweep
@@ -42,6 +43,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
     config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
+    check_windows(config, recipe.measure.windows)
     write_samples(recipe, run, source, tokenizer, runtime)
     tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
     info = model_info(source, config, runtime.dtype)
