@@ -8,7 +8,7 @@ from layerboost.artifacts import LayerPlan, ModelInfo
 
 
 def layer_kv_bytes(model: ModelInfo, entry: LayerPlan, context_tokens: int) -> int:
-    """Bytes one layer holds for one request of `context_tokens`: all of it, its window (the base's own too), or nothing."""
+    """Bytes one layer holds for one request: all of `context_tokens`, its window or the base's, or nothing."""
     if entry.attention == "none":
         return 0
     window = model.sliding_window if entry.layer in model.sliding_layers else entry.window
