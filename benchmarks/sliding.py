@@ -84,6 +84,7 @@ def operation_times(rounds: int) -> list[dict[str, Any]]:
 
 
 def peak_mib() -> float:
+    """Peak RSS of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -127,6 +128,7 @@ def alone(**job: Any) -> dict[str, Any]:
 
 
 def prefill(folder: str, rounds: int) -> list[dict[str, Any]]:
+    """Base and boosted at each length, in pairs."""
     rows = []
     for tokens in PREFILLS:
         pairs = [
@@ -159,6 +161,7 @@ def summary(times: list[dict[str, Any]], memory: list[dict[str, Any]]) -> dict[s
 
 
 def main() -> None:
+    """Measure, and print what was found as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of a model; without it, the operation alone is measured")
     parser.add_argument("--only-model", action="store_true", help="leave the operation out")

@@ -12,6 +12,7 @@ from tiny import SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
@@ -150,3 +151,20 @@ def test_gradients(family: str, letters: str) -> None:
         assert parameter.grad is not None, name
         if not name.endswith("sinks"):
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliding_layers_ask_for_no_square_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a layer that runs the stock attention no `[B, 1, T, T]` mask is made, padding or not."""
+    slides = [kind == "sliding_attention" for kind in base_layer_types(tiny_model(family).config)]
+    model = boosted("".join("n" if native else "s" for native in slides), family)
+    seen = []
+    forward = modeling.sliding_attention_forward
+
+    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(mask.shape))
+        return forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, modeling.SLIDING, spy)
+    run(model)
+    assert seen == [(2, 1, 1, LENGTH)] * slides.count(False)

@@ -142,7 +142,7 @@ def apply_config(model: PreTrainedModel) -> None:
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
     skipped = set(skipped_layers(config))
-    changed = False
+    stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:
             make_attention_free(layer, index, family)
@@ -150,20 +150,29 @@ def apply_config(model: PreTrainedModel) -> None:
             sink = index in config.attention_sink_layers
             make_sliding(getattr(layer, family.attention), config.sliding_window, sink)
         else:
-            continue
-        changed = True
-    if changed:
-        prepare = functools.partial(_prepare_forward, config, skipped)
+            stock += 1
+    if stock < config.num_hidden_layers:
+        prepare = functools.partial(_prepare_forward, config, skipped, stock == 0)
         model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 def _prepare_forward(
-    config: PreTrainedConfig, skipped: set[int], decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    config: PreTrainedConfig,
+    skipped: set[int],
+    no_stock_attention: bool,
+    decoder: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a decoder's forward pass the cache of the boosted config, with counting layers where attention was removed.
 
     The decoder's own config is the base's.
     """
+    mask = kwargs.get("attention_mask")
+    if no_stock_attention and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # Sliding layers need to know of padding alone. Transformers takes four dimensions for a finished mask and
+        # does not make its own `[B, 1, T, T]`.
+        kwargs["attention_mask"] = mask[:, None, None, :].bool()
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = config.use_cache
     past = kwargs.get("past_key_values")
