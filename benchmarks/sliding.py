@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from layerboost.artifacts import LayerPlan
 from layerboost.model.attention import sliding_attention, window_mask
@@ -95,6 +97,15 @@ def measure_memory(form: str, tokens: int) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss / 2**20
     call()
     return {"form": form, "tokens": tokens, "peak_mib": round(max(peak_mib() - before, 0), 1)}
+
+
+def measure_mask(tokens: int) -> dict[str, Any]:
+    """What Transformers' own mask of a sliding layer costs, which boosted models do without."""
+    config = LlamaConfig(sliding_window=WINDOW, attn_implementation="sdpa")
+    nothing, mask = torch.empty(1, tokens, 0), torch.ones(1, tokens, dtype=torch.long)
+    before, started = psutil.Process().memory_info().rss / 2**20, time.perf_counter()
+    create_sliding_window_causal_mask(config, nothing, mask, None)
+    return {"tokens": tokens, "seconds": time.perf_counter() - started, "peak_mib": round(peak_mib() - before, 1)}
 
 
 def measure_prefill(folder: str, boosted: bool, tokens: int) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.alone:
         job = json.loads(options.alone)
-        measure = {"memory": measure_memory, "prefill": measure_prefill}[job.pop("kind")]
+        measure: Any = {"memory": measure_memory, "mask": measure_mask, "prefill": measure_prefill}[job.pop("kind")]
         print(json.dumps(measure(**job)))
         return
     result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "window": WINDOW}
@@ -178,6 +189,7 @@ def main() -> None:
         times = operation_times(options.rounds)
         memory = [alone(kind="memory", form=form, tokens=tokens) for tokens in LENGTHS for form in FORMS]
         result |= {"summary": summary(times, memory), "operation": times, "memory": memory}
+        result["transformers_mask"] = [alone(kind="mask", tokens=tokens) for tokens in LENGTHS]
     if options.model:
         result["prefill"] = prefill(options.model, options.rounds)
     print(json.dumps(result, indent=1))

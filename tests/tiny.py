@@ -24,7 +24,12 @@ VOCABULARY, WINDOW, HEADS = 200, 16, 4
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
-    "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+    },
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
