@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model, tiny_tokenizer
+from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
+from layerboost.model.checkpoint import find_model, model_info
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
-from layerboost.model.surgery import apply_plan, attention_of, captured_scores, check_plan, replaced
+from layerboost.model.surgery import apply_plan, attention_of, captured_scores, check_plan, check_windows, replaced
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 
@@ -144,6 +146,20 @@ def test_one_window_and_the_bases_own(family: str) -> None:
         plan(full, "s", WINDOW // 2)
     plan(full, "s", WINDOW)
     plan(full, "S", WINDOW // 2)  # no layer keeps the base's window
+
+
+def test_windows_that_no_plan_can_have_are_not_measured() -> None:
+    check_windows(tiny_model().config, [8, 16])
+    gemma = tiny_model("gemma3_text").config
+    check_windows(gemma, [WINDOW])
+    with pytest.raises(ConfigError, match=rf"slide already[\s\S]*windows 8, {WINDOW}; the base's is {WINDOW}"):
+        check_windows(gemma, [8, WINDOW])
+
+
+def test_files_record_which_layers_slide_in_the_base(tmp_path: Path) -> None:
+    source = find_model(str(save_tiny(tmp_path, "gemma3_text")))
+    info = model_info(source, tiny_model("gemma3_text", 4).config, torch.float32)
+    assert (info.sliding_layers, info.sliding_window) == ([0, 1, 3], WINDOW)
 
 
 def test_unsupported_models_are_named() -> None:

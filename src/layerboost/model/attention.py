@@ -37,9 +37,8 @@ def sliding_attention_reference(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _capped(query @ key.transpose(-1, -2) * scaling, softcap)
     visible = window_mask(query.shape[2], key.shape[2], window, query.device)
     if mask is not None:
         visible = visible & mask
@@ -205,8 +204,7 @@ def sliding_attention_flex(
         return seen if mask is None else seen & mask[b, 0, q if mask.shape[2] > 1 else 0, k]
 
     def capped(score: Any, *_: Any) -> Any:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        return _capped(score, softcap)
 
     compiled = query.is_cuda
     blocks = create_block_mask(
@@ -288,9 +286,7 @@ def dropped_logsumexp(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
     grouped = _grouped(query, key)[:, :, :, 0]
-    scores = grouped @ key[:, :, None].transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = _capped(grouped @ key[:, :, None].transpose(-1, -2) * scaling, softcap)
     position = torch.arange(length, device=query.device)
     dropped = position[None, :] <= position[:, None] - window
     lse = scores.masked_fill(~dropped, -torch.inf).logsumexp(-1)[..., window:]
@@ -302,6 +298,10 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> t
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
     return (column <= row) & (column > row - window)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -323,9 +323,7 @@ def _attend(
     query `[B, Hkv, G, N, Tq, D]`, key and value `[B, Hkv, 1, N, Tk, D]`, visible broadcastable to
     `[B, Hkv, G, N, Tq, Tk]`. Returns `[B, H, N·Tq, D]`.
     """
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = _capped((query * scaling) @ key.transpose(-1, -2), softcap)
     if visible.dim() == 4:
         visible = visible[:, :, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
