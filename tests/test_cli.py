@@ -55,7 +55,8 @@ def test_every_help_ends_with_two_examples(name: str) -> None:
 
 
 def test_ls() -> None:
-    assert "llama" in json.loads(layerboost("ls", "families", "--json").stdout)
+    families = json.loads(layerboost("ls", "families", "--json").stdout)
+    assert families["llama"] == {"none": True, "sliding": True, "sink": True, "vllm": "Llama classes"}
     assert {"demo", "qwen3-4b", "smollm2-135m"} <= set(json.loads(layerboost("ls", "recipes", "--json").stdout))
 
 

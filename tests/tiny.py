@@ -14,9 +14,29 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerboost.artifacts import LayerPlan, ModelInfo
+from layerboost.model.families import FAMILIES
+from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import apply_plan
 
 VOCABULARY, WINDOW, HEADS = 200, 16, 4
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+# What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+    },
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
+    "olmo3": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}},
+    "cohere2": {"logit_scale": 0.5},
+}
+SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2")
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
@@ -28,6 +48,14 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "n": {"attention": "none"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
+
+
+def fitted(letters: str, model_type: str) -> str:
+    """A plan's letters for a family: where its tiny base slides already, f in place of s and S."""
+    model = tiny_model(model_type, len(letters))
+    types = base_layer_types(model.config)
+    pairs = zip(letters, types, strict=True)
+    return "".join("f" if letter in "sS" and slides == "sliding_attention" else letter for letter, slides in pairs)
 
 
 def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> PreTrainedModel:
@@ -48,8 +76,14 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
         "pad_token_id": 1,
         "initializer_range": 0.2,
     }
-    config = transformers.CONFIG_MAPPING[model_type](**(settings | changes))
-    return AutoModelForCausalLM.from_config(config).eval()
+    if model_type in SLIDING_BASES:
+        settings["sliding_window"] = WINDOW
+    if model_type == "ministral":
+        settings["layer_types"] = [("full_attention", "sliding_attention")[i % 2] for i in range(layers)]
+    settings |= FAMILY_SETTINGS.get(model_type, {}) | changes
+    config = transformers.CONFIG_MAPPING[model_type](**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=FAMILIES[model_type].attn_implementation)
+    return model.eval()
 
 
 def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **changes: Any) -> PreTrainedModel:

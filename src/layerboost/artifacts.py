@@ -62,6 +62,8 @@ class ModelInfo(BaseModel):
     tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
     fingerprint: str
+    sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
+    sliding_window: int | None = Field(default=None, description="their window")
 
     @property
     def attention_parameters(self) -> int:

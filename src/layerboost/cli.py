@@ -17,6 +17,7 @@ import click
 
 from layerboost import __version__
 from layerboost.errors import LayerboostError
+from layerboost.tables import measured_rows, planned_rows, reported_rows, summarized_rows, written_rows
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
@@ -115,53 +116,6 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
         show(run_stage(name, recipe, run), as_json, lambda result: rows(result, run))
 
 
-def _measured(result: Any) -> list[list[str]]:
-    head = ["layer", *(_variant_name(variant) for variant in result.layers[0].variants)]
-    body = [
-        [
-            str(entry.layer),
-            *(f"{v.scores['kl'].mean:.4f} ± {v.scores['kl'].standard_error:.4f}" for v in entry.variants),
-        ]
-        for entry in result.layers
-    ]
-    return [head, *body]
-
-
-def _variant_name(variant: Any) -> str:
-    name = variant.attention + (f" {variant.window}" if variant.window else "")
-    return f"KL, {name}" + (" + sink" if variant.sink else "")
-
-
-def _planned(result: Any) -> list[list[str]]:
-    head = ["layer", "attention", "window", "sink"]
-    body = [
-        [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
-        for entry in result.layers
-    ]
-    predicted = result.foretold
-    if predicted:
-        metric, value = next(iter(predicted.damage.items()), ("damage", 0.0))
-        body.append(["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
-    return [head, *body]
-
-
-def _written(result: Any) -> list[list[str]]:
-    return [["written"], [str(result)]]
-
-
-def _summarized(run: Path) -> list[list[str]]:
-    """What the run folder says so far: cost, throughput and quality of base, converted and healed."""
-    from layerboost.reporting.sources import read_sources
-    from layerboost.reporting.verdict import summary, summary_table
-
-    return summary_table(summary(read_sources(run)))
-
-
-def _reported(run: Path) -> list[list[str]]:
-    rows = _summarized(run)
-    return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
-
-
 @cli.command(
     "measure",
     cls=Command,
@@ -184,7 +138,7 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
     from layerboost.pipeline import run_stage
     from layerboost.reporting.search import stability_rows
 
-    show(run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else _measured)
+    show(run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else measured_rows)
 
 
 @cli.command(
@@ -208,7 +162,7 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     if diff:
         show(plan_difference(*diff), as_json, difference_table)
         return
-    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else _planned)
+    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else planned_rows)
 
 
 @cli.command(
@@ -228,7 +182,7 @@ def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
     """Run the convert stage."""
     from layerboost.pipeline import run_stage
 
-    show(run_stage("convert", recipe, run, compat=compat), as_json, _written)
+    show(run_stage("convert", recipe, run, compat=compat), as_json, written_rows)
 
 
 @cli.command(
@@ -246,7 +200,7 @@ def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
     """Run the heal stage."""
     from layerboost.pipeline import run_stage
 
-    show(run_stage("heal", recipe, run, resume=resume), as_json, _written)
+    show(run_stage("heal", recipe, run, resume=resume), as_json, written_rows)
 
 
 _stage(
@@ -256,7 +210,7 @@ _stage(
         "layerboost evaluate --run runs/qwen3",
         "layerboost evaluate --run runs/qwen3 --set evaluate.tasks=[piqa,mmlu] --set evaluate.bench_data=data/bench",
     ),
-    lambda result, run: _summarized(run),
+    lambda result, run: summarized_rows(run),
 )
 _stage(
     "bench",
@@ -265,13 +219,13 @@ _stage(
         "layerboost bench --run runs/qwen3",
         "layerboost bench --run runs/qwen3 --set bench.concurrency=[16,64] --set bench.repeats=3",
     ),
-    lambda result, run: _summarized(run),
+    lambda result, run: summarized_rows(run),
 )
 _stage(
     "report",
     "Write report.html and report.md from the files of the run folder.",
     ("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json"),
-    lambda result, run: _reported(run),
+    lambda result, run: reported_rows(run),
 )
 
 
@@ -286,7 +240,7 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Run every stage."""
     from layerboost.pipeline import run_all
 
-    show(run_all(recipe, run), as_json, lambda _: _reported(run))
+    show(run_all(recipe, run), as_json, lambda _: reported_rows(run))
 
 
 @cli.command(
@@ -344,8 +298,22 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        found = {name: ", ".join(family.supports) for name, family in FAMILIES.items()}
-        show(found, as_json, lambda families: [["family", "supports"], *map(list, families.items())])
+        kinds = ("none", "sliding", "sink")
+        found = {
+            name: {kind: kind in family.supports for kind in kinds} | {"vllm": family.vllm}
+            for name, family in FAMILIES.items()
+        }
+        show(
+            found,
+            as_json,
+            lambda families: [
+                ["family", *kinds, "vLLM"],
+                *(
+                    [name, *("yes" if row[kind] else "no" for kind in kinds), row["vllm"] or "not served"]
+                    for name, row in families.items()
+                ),
+            ],
+        )
         return
     from layerboost.recipe import RECIPES
 

@@ -1,70 +1,166 @@
+"""The forms of sliding attention against the naive reference, on a named grid: values, gradients, memory."""
+
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from layerboost.model.attention import sliding_attention, sliding_attention_reference
+from layerboost.model import attention
+from layerboost.model.attention import (
+    sliding_attention,
+    sliding_attention_blocked,
+    sliding_attention_flash,
+    sliding_attention_flex,
+    sliding_attention_reference,
+)
 
-LENGTHS = [(50, 50), (16, 16), (64, 64), (33, 40), (1, 30), (20, 27), (5, 90)]
+SIZE = 8
+# batch, query heads, key heads, queries, keys: the queries are the last positions.
+SHAPES = {
+    "one-head": (1, 1, 1, 50, 50),
+    "heads": (2, 4, 4, 40, 40),
+    "grouped": (2, 6, 2, 64, 64),
+    "one-key-head": (2, 4, 1, 33, 33),
+    "long": (1, 4, 2, 300, 300),
+    "one-query": (2, 4, 2, 1, 30),
+    "second-chunk": (2, 4, 2, 33, 40),
+    "late-chunk": (2, 4, 2, 70, 170),
+}
+WINDOWS = {"window-1": 1, "window-7": 7, "window-16": 16, "window-100": 100, "window-beyond-text": 400}
+MASKS = ("no-padding", "left-padding", "packed")
+EXTRAS = {"plain": (False, None), "sink": (True, None), "softcap": (False, 1.5), "sink-softcap": (True, 1.5)}
+GRID = {"-".join(names): names for names in itertools.product(SHAPES, WINDOWS, MASKS, EXTRAS)}
+Case = tuple[list[torch.Tensor], dict[str, Any], torch.Tensor]
 
 
-def inputs(queries: int, keys: int, groups: int = 2) -> tuple[torch.Tensor, ...]:
+def make_case(names: tuple[str, str, str, str], device: str = "cpu") -> Case:
+    """Tensors that want gradients, the other arguments, and which queries see anything, `[B, Tq]`."""
+    shape, window, padding, extra = names
+    batch, heads, key_heads, queries, keys = SHAPES[shape]
+    sink, softcap = EXTRAS[extra]
     torch.manual_seed(0)
-    return torch.randn(2, 2 * groups, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    tensors = [
+        torch.randn(batch, heads, queries, SIZE, device=device) * 2,
+        torch.randn(batch, key_heads, keys, SIZE, device=device) * 2,
+        torch.randn(batch, key_heads, keys, SIZE, device=device),
+    ]
+    tensors += [torch.randn(heads, device=device)] if sink else []
+    mask = None
+    sees = torch.ones(batch, queries, dtype=torch.bool, device=device)
+    if padding == "left-padding":
+        mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool, device=device)
+        mask[-1, :, :, :9] = False
+        sees[-1] = torch.arange(keys - queries, keys, device=device) >= 9
+    elif padding == "packed":  # documents of 20 tokens do not see each other
+        document = torch.arange(keys, device=device) // 20
+        mask = (document[keys - queries :, None] == document[None, :]).expand(batch, 1, -1, -1)
+    arguments = {"window": WINDOWS[window], "mask": mask, "scaling": 0.3, "softcap": softcap}
+    return [tensor.requires_grad_() for tensor in tensors], arguments, sees
 
 
-@pytest.mark.parametrize("window", [1, 4, 7, 16, 200])
-@pytest.mark.parametrize(("queries", "keys"), LENGTHS)
-@pytest.mark.parametrize("sink", [False, True])
-def test_sliding_equals_reference(window: int, queries: int, keys: int, sink: bool) -> None:
-    query, key, value = inputs(queries, keys)
-    sinks = torch.randn(4) if sink else None
-    fast = sliding_attention(query, key, value, window, sinks)
-    torch.testing.assert_close(
-        fast, sliding_attention_reference(query, key, value, window, sinks), atol=1e-5, rtol=1e-4
+def outcome(function: Callable[..., torch.Tensor], case: Case) -> list[torch.Tensor]:
+    """Output and gradients of a loss over the queries that see anything."""
+    tensors, arguments, sees = case
+    sinks = tensors[3] if len(tensors) > 3 else None
+    out = function(*tensors[:3], sinks=sinks, **arguments)
+    out = out * sees[:, None, :, None]
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+def check(function: Callable[..., torch.Tensor], case: Case) -> None:
+    names = ("out", "query", "key", "value", "sinks")
+    for name, fast, slow in zip(
+        names, outcome(function, case), outcome(sliding_attention_reference, case), strict=False
+    ):
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def trimmed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A form called past `sliding_attention`, which cuts keys that no query sees."""
+
+    def call(query: Any, key: Any, value: Any, window: int, mask: Any, **arguments: Any) -> torch.Tensor:
+        keys = min(key.shape[2], query.shape[2] + window - 1)
+        mask = None if mask is None else mask[..., -keys:]
+        return function(query, key[:, :, -keys:], value[:, :, -keys:], window, mask=mask, **arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_sliding_attention(name: str) -> None:
+    check(sliding_attention, make_case(GRID[name]))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_plain_blocks(name: str) -> None:
+    check(trimmed(sliding_attention_blocked), make_case(GRID[name]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in GRID if "long" in name or "late-chunk" in name])
+def test_cuda(name: str) -> None:
+    """FlexAttention where there are blocks to skip, compiled."""
+    check(sliding_attention, make_case(GRID[name], "cuda"))
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if "long" in name or "late-chunk" in name])
+def test_values_of_flex(name: str) -> None:
+    """Unfused, as far as it goes without a GPU: no gradients."""
+    tensors, arguments, sees = make_case(GRID[name])
+    query, key, value, *sinks = (tensor.detach() for tensor in tensors)
+    found, expected = (
+        function(query, key, value, sinks=sinks[0] if sinks else None, **arguments)
+        for function in (trimmed(sliding_attention_flex), sliding_attention_reference)
     )
+    seen = sees[:, None, :, None]
+    torch.testing.assert_close(found * seen, expected * seen, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("window", "sink"), itertools.product([4, 16], [False, True]))
-def test_left_padding(window: int, sink: bool) -> None:
-    query, key, value = inputs(40, 40)
-    mask = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 1, 40, 40).clone()
-    mask[1, :, :, :9] = False
-    sinks = torch.randn(4) if sink else None
-    fast = sliding_attention(query, key, value, window, sinks, mask)
-    slow = sliding_attention_reference(query, key, value, window, sinks, mask)
-    torch.testing.assert_close(fast[0], slow[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(fast[1, :, 9:], slow[1, :, 9:], atol=1e-5, rtol=1e-4)
-    assert fast.isfinite().all()
+def test_each_device_has_its_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for form in (sliding_attention_flash, sliding_attention_blocked):
+
+        def spy(*args: Any, form: Any = form) -> torch.Tensor:
+            called.append(form.__name__)
+            return form(*args)
+
+        monkeypatch.setattr(attention, form.__name__, spy)
+    x = torch.randn(1, 2, 40, SIZE)
+    sliding_attention(x, x, x, 8)
+    sliding_attention(x, x, x, 8, softcap=2.0)
+    assert called == ["sliding_attention_flash", "sliding_attention_blocked"]
 
 
-def test_packed_documents_do_not_see_each_other() -> None:
-    query, key, value = inputs(48, 48)
-    document = torch.arange(48) // 20
-    mask = (document[:, None] == document[None, :])[None, None].expand(2, 1, 48, 48)
-    fast = sliding_attention(query, key, value, 8, None, mask)
-    torch.testing.assert_close(
-        fast, sliding_attention_reference(query, key, value, 8, None, mask), atol=1e-5, rtol=1e-4
-    )
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_gradients(groups: int) -> None:
-    tensors = [x.requires_grad_() for x in inputs(40, 40, groups)]
-    sinks = torch.randn(2 * groups, requires_grad=True)
-    found = []
-    for function in (sliding_attention, sliding_attention_reference):
-        function(*tensors, 8, sinks).square().sum().backward()
-        found.append([x.grad.clone() for x in (*tensors, sinks)])
-        for x in (*tensors, sinks):
-            x.grad = None
-    for fast, slow in zip(*found, strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    tensors, arguments, _ = make_case(("grouped", "window-16", "no-padding", "sink"))
+    case = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    found = sliding_attention(*case[:3], sinks=case[3], **arguments)
+    found.sum().backward()
+    assert found.dtype == dtype
+    assert [x.grad.dtype for x in case] == [dtype] * 4
+    expected = sliding_attention_reference(*tensors[:3], sinks=tensors[3], **arguments)
+    torch.testing.assert_close(found.float(), expected, atol=5e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
 def test_a_window_as_long_as_the_text_is_full_attention() -> None:
-    query, key, value = inputs(40, 40)
+    query, key, value = (torch.randn(2, heads, 40, SIZE) for heads in (4, 2, 2))
     full = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(sliding_attention(query, key, value, 40), full, atol=1e-5, rtol=1e-4)
+
+
+def test_memory_is_linear_in_the_text() -> None:
+    """Bytes the operation allocates, forward and backward, as PyTorch's profiler counts them."""
+
+    def bytes_per_token(tokens: int) -> float:
+        query, key, value = (torch.randn(1, heads, tokens, 32, requires_grad=True) for heads in (4, 2, 2))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            sliding_attention(query, key, value, 64).sum().backward()
+        return sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) / tokens
+
+    assert bytes_per_token(8192) < 1.1 * bytes_per_token(2048)

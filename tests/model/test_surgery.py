@@ -1,4 +1,4 @@
-"""Every family under every kind of plan: identity, reference, cache, save and load, gradients."""
+"""Surgery apart from the grid of test_families.py: reversible, refused, odd caches, what is removed."""
 
 from __future__ import annotations
 
@@ -7,89 +7,79 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import HEADS, boosted, layer_plans, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
-from layerboost.model.attention import sliding_attention_reference
+from layerboost.model.checkpoint import find_model, model_info
 from layerboost.model.families import FAMILIES
-from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import apply_plan, replaced
+from layerboost.model.modeling import base_layer_types, decoder_layers
+from layerboost.model.surgery import apply_plan, check_plan, check_windows, replaced
 
-PLANS = ["sssss", "SSSSS", "nfsSf", "fsSnn", "nnnnn", "nnfsn"]
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(IDS)
-MASK[1, :9] = 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_full_is_bit_identical(family: str) -> None:
+def test_replaced_is_reversible_and_equals_surgery(family: str) -> None:
     base = tiny_model(family)
-    expected = base(IDS, attention_mask=MASK).logits
-    assert torch.equal(apply_plan(base, layer_plans("fffff"))(IDS, attention_mask=MASK).logits, expected)
+    before = base(IDS).logits
+    for letter, index in (("n", 0), ("n", 1), ("s", 2), ("S", 3), ("S", 4)):
+        letters = fitted("".join(letter if layer == index else "f" for layer in range(5)), family)
+        plan = layer_plans(letters)[index]
+        sinks = torch.randn(HEADS) if plan.sink else None
+        with replaced(base, index, plan, sinks):
+            inside = base(IDS, use_cache=False).logits
+        assert torch.equal(inside, before) == (letters == "fffff")
+        surgery = apply_plan(copy.deepcopy(base), layer_plans(letters), {} if sinks is None else {index: sinks})
+        assert torch.equal(inside, surgery(IDS, use_cache=False).logits)
+        assert torch.equal(base(IDS).logits, before)
+        assert "sinks" not in dict(decoder_layers(base)[index].named_parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_window_as_long_as_the_text_changes_nothing(family: str) -> None:
-    base = tiny_model(family)
-    expected = base(IDS, attention_mask=MASK).logits[MASK.bool()]
-    found = apply_plan(copy.deepcopy(base), layer_plans("sssss", 60))(IDS, attention_mask=MASK).logits[MASK.bool()]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@pytest.mark.parametrize("letters", ["fffff", "nfnff"])
+def test_bases_in_which_every_layer_slides(family: str, letters: str) -> None:
+    """As the first Mistral and Phi-3 mini: layers keep the base's window, in the forward pass and in the cache."""
+    base = tiny_model(family, sliding_window=WINDOW)
+    assert (base(IDS).logits - tiny_model(family, sliding_window=None)(IDS).logits).abs().max() > 0.1
+    for letter, layer in zip(letters, decoder_layers(base), strict=True):
+        if letter == "n":
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    expected = base(IDS).logits
+    model = apply_plan(base, layer_plans(letters))
+    out = model(IDS)
+    assert torch.equal(out.logits, expected)
+    held = [0 if layer.keys is None else layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert held == [0 if letter == "n" else WINDOW - 1 for letter in letters]
 
 
-@pytest.mark.parametrize("letters", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_with_cache_equals_forward_without(family: str, letters: str) -> None:
-    model = boosted(letters, family)
-    out = model.generate(
-        IDS[:, :30], attention_mask=MASK[:, :30], max_new_tokens=25, min_new_tokens=25, do_sample=False,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    mask = torch.cat([MASK[:, :30], torch.ones(2, 25, dtype=torch.long)], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 29:-1]
+@pytest.mark.parametrize("letters", ["nnnnn", "nnfsn", "nnSnn"])
+def test_few_layers_with_attention(letters: str) -> None:
+    model = boosted(letters)
+    out = model.generate(IDS, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    whole = model(out.sequences, use_cache=False).logits[:, 59:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("letters", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chunked_prefill_and_what_the_cache_holds(family: str, letters: str) -> None:
-    model = boosted(letters, family)
-    first = model(IDS[:, :33], attention_mask=MASK[:, :33], use_cache=True)
-    second = model(IDS[:, 33:], attention_mask=MASK, past_key_values=first.past_key_values, use_cache=True)
-    whole = model(IDS, attention_mask=MASK, use_cache=False).logits
-    found = torch.cat([first.logits, second.logits], 1)
-    torch.testing.assert_close(found[MASK.bool()], whole[MASK.bool()], atol=1e-3, rtol=1e-3)
-    for letter, layer in zip(letters, second.past_key_values.layers, strict=True):
-        held = 0 if layer.keys is None else layer.keys.shape[2]
-        assert held == {"f": 60, "s": 15, "S": 15, "n": 0}[letter]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("letters", ["fffff", "nfsSn"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_save_and_load_is_bit_identical(family: str, letters: str, tied: bool, tmp_path: Path) -> None:
-    model = boosted(letters, family, tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "LayerBoostForCausalLM"
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_reach_every_parameter(family: str) -> None:
-    model = boosted("nfsSn", family)
-    model(IDS, labels=IDS).loss.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sliding_layers_equal_the_reference(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = boosted("sSfSs", family)
-    found = model(IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
-    monkeypatch.setattr("layerboost.model.modeling.sliding_attention", sliding_attention_reference)
-    causal = model(IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
-    torch.testing.assert_close(found, causal, atol=1e-3, rtol=1e-3)
+def test_a_conversation_through_a_chat_template() -> None:
+    """Turn after turn on one cache, past the window: the logits of the whole text read at once."""
+    model, tokenizer = boosted("nSfsn"), tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role == 'user' and 'w3 ' or '' }}{{ m.content }}"
+        "{{ m.role == 'user' and ' w4 ' or ' ' }}{% endfor %}"
+    )
+    messages, past = [], None
+    for turn in range(3):
+        messages.append({"role": "user", "content": " ".join(f"w{10 * turn + word + 6}" for word in range(9))})
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=past, max_new_tokens=7, min_new_tokens=7,
+            do_sample=False, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        whole = model(out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+        torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+        past = out.past_key_values
+        messages.append({"role": "assistant", "content": tokenizer.decode(out.sequences[0, ids.shape[1] :])})
+    assert ids.shape[1] > 2 * WINDOW
 
 
 def test_removed_attention_leaves_no_weights() -> None:
@@ -98,25 +88,24 @@ def test_removed_attention_leaves_no_weights() -> None:
     assert names["model.layers.2.self_attn.sinks"].shape == (HEADS,)
 
 
-def test_replaced_is_reversible_and_equals_surgery() -> None:
-    base = tiny_model()
-    before = base(IDS).logits
-    for letter, index in (("n", 0), ("s", 2), ("S", 4)):
-        letters = "".join(letter if layer == index else "f" for layer in range(5))
-        plan = layer_plans(letters)[index]
-        sinks = torch.randn(HEADS) if plan.sink else None
-        with replaced(base, index, plan, sinks):
-            inside = base(IDS, use_cache=False).logits
-        surgery = apply_plan(copy.deepcopy(base), layer_plans(letters), {} if sinks is None else {index: sinks})
-        assert torch.equal(inside, surgery(IDS, use_cache=False).logits)
-        assert torch.equal(base(IDS).logits, before)
-        assert "sinks" not in dict(decoder_layers(base)[index].named_parameters())
+def test_norms_that_serve_the_mlp_too_stay() -> None:
+    assert "model.layers.0.input_layernorm.weight" in boosted("nffff", "cohere2").state_dict()
+    gemma = boosted("nffff", "gemma3_text").state_dict()
+    assert not any(name.startswith("model.layers.0.") and "attention" in name for name in gemma)
+    assert "model.layers.0.pre_feedforward_layernorm.weight" in gemma
 
 
-def test_static_cache_is_refused_by_name() -> None:
-    model = boosted("nffff")
+def test_use_cache_can_be_switched_off_after_loading() -> None:
+    model = boosted("nSffs")
+    assert model(IDS).past_key_values is not None
+    model.config.use_cache = False
+    assert model(IDS).past_key_values is None
+
+
+@pytest.mark.parametrize("letters", ["nffff", "sffff"])
+def test_static_cache_is_refused_by_name(letters: str) -> None:
     with pytest.raises(ValueError, match="StaticCache"):
-        model.generate(IDS[:1, :8], max_new_tokens=2, cache_implementation="static")
+        boosted(letters).generate(IDS[:1, :8], max_new_tokens=2, cache_implementation="static")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +117,46 @@ def test_plans_that_do_not_fit(letters: str, window: int, message: str) -> None:
         apply_plan(tiny_model(), layer_plans(letters, window))
 
 
-def test_unsupported_families_are_named() -> None:
+@pytest.mark.parametrize("family", SLIDING_BASES)
+def test_one_window_and_the_bases_own(family: str) -> None:
+    config = tiny_model(family).config
+    slides = [kind == "sliding_attention" for kind in base_layer_types(config)]
+    first, full = slides.index(True), slides.index(False)
+
+    def plan(layer: int, letter: str, window: int) -> None:
+        letters = "".join("n" if letter == "S" and s else "f" for s in slides)
+        check_plan(config, layer_plans(letters[:layer] + letter + letters[layer + 1 :], window))
+
+    with pytest.raises(ConfigError, match=rf"layer {first} already slides in {family}, with a window of {WINDOW}"):
+        plan(first, "s", WINDOW)
+    with pytest.raises(
+        ConfigError, match=rf"layer {full}: a config has one window, and layer {first} keeps the base's"
+    ):
+        plan(full, "s", WINDOW // 2)
+    plan(full, "s", WINDOW)
+    plan(full, "S", WINDOW // 2)  # no layer keeps the base's window
+
+
+def test_windows_that_no_plan_can_have_are_not_measured() -> None:
+    check_windows(tiny_model().config, [8, 16])
+    gemma = tiny_model("gemma3_text").config
+    check_windows(gemma, [WINDOW])
+    with pytest.raises(ConfigError, match=rf"slide already[\s\S]*windows 8, {WINDOW}; the base's is {WINDOW}"):
+        check_windows(gemma, [8, WINDOW])
+
+
+def test_files_record_which_layers_slide_in_the_base(tmp_path: Path) -> None:
+    source = find_model(str(save_tiny(tmp_path, "gemma3_text")))
+    info = model_info(source, tiny_model("gemma3_text", 4).config, torch.float32)
+    assert (info.sliding_layers, info.sliding_window) == ([0, 1, 3], WINDOW)
+
+
+def test_unsupported_models_are_named() -> None:
     model = tiny_model()
     model.config.model_type = "mamba"
     with pytest.raises(ConfigError, match=r"mamba[\s\S]*llama"):
+        apply_plan(model, layer_plans("fffff"))
+    model = tiny_model("gemma3_text")
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(ConfigError, match="bidirectional"):
         apply_plan(model, layer_plans("fffff"))

@@ -103,3 +103,11 @@ def test_a_budget_of_decoding_time(tmp_path: Path) -> None:
     layers: list[LayerPlan] = select(found, settings)
     assert 0.5 < Budget.of(found, settings).share(layers)["decode_ms"] <= 0.8
     assert any(entry.attention != "full" for entry in layers)
+
+
+def test_kv_bytes_of_a_base_with_sliding_layers() -> None:
+    model = info().model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
+    token = model.kv_bytes_per_token
+    assert base_kv_bytes(model, 100) == (16 + 100 + 16 + 100) * token
+    assert plan_kv_bytes(model, layer_plans("fsnf"), 100) == (16 + 16 + 0 + 100) * token
+    assert base_kv_bytes(model, 10) == 4 * 10 * token

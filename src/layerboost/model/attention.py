@@ -6,8 +6,16 @@ Travels inside every boosted checkpoint, so it imports nothing of layerboost. Fu
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch.nn import functional as F
+
+# Queries in a block of the CPU kernel: enough rows for its matrix products, few keys beyond the window.
+FLASH_BLOCK = 64
+FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def sliding_attention_reference(
@@ -18,16 +26,19 @@ def sliding_attention_reference(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Softmax over the last `window` keys, itself included, written the plain way: O(T²) time and memory.
 
     query `[B, H, Tq, D]`, key and value `[B, Hkv, Tk, D]` with Tk ≥ Tq, the queries being the last Tq positions;
     `sinks` `[H]`: one logit per head added to the softmax's denominator (gpt-oss); `mask` bool `[B, 1, Tq, Tk]`, True
-    where a key may be seen. Returns `[B, H, Tq, D]`; a query that sees nothing gets a row without meaning.
+    where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). Returns `[B, H, Tq, D]`; a query
+    that sees nothing gets a row without meaning.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _capped(query @ key.transpose(-1, -2) * scaling, softcap)
     visible = window_mask(query.shape[2], key.shape[2], window, query.device)
     if mask is not None:
         visible = visible & mask
@@ -46,23 +57,201 @@ def sliding_attention(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """The same as `sliding_attention_reference` in O(T·window) time and memory.
+    """The same as `sliding_attention_reference` in O(T·window) time and memory, in the form that suits the device.
+
+    CPU: PyTorch's flash kernel over blocks. CUDA: FlexAttention. Elsewhere, and where the CPU's kernel cannot soft-cap:
+    plain tensor operations over blocks. Sinks are exact in each.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys = min(key.shape[2], query.shape[2] + window - 1)
+    key, value = key[:, :, -keys:], value[:, :, -keys:]
+    mask = None if mask is None else mask[..., -keys:]
+    if query.is_cpu and softcap is None:
+        return sliding_attention_flash(query, key, value, window, sinks, mask, scaling)
+    if query.is_cuda and keys > 2 * window:
+        return sliding_attention_flex(query, key, value, window, sinks, mask, scaling, softcap)
+    return sliding_attention_blocked(query, key, value, window, sinks, mask, scaling, softcap)
+
+
+def sliding_attention_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """As `sliding_attention`, by PyTorch's CPU flash kernel, which never holds scores; Tk ≤ Tq + window - 1.
+
+    A block of queries reads the `block + window - 1` keys it sees as a view that overlaps the next block's. The first
+    queries, for which there are fewer keys than a window, are a block of their own.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    head = min(queries, window - 1 - (keys - queries))
+    parts = []
+    if head > 0:
+        seen = keys - queries + head
+        visible = window_mask(head, seen, window, query.device)[None, None]
+        if mask is not None:
+            visible = visible & mask[:, :, :head, :seen]
+        first_key, first_value = (x[:, None, :, :seen].repeat_interleave(groups, dim=2) for x in (key, value))
+        parts.append(_flash_blocks(query[:, :, :head], first_key, first_value, visible, sinks, scaling))
+    if head < queries:
+        rest = queries - head
+        block = min(FLASH_BLOCK, rest)
+        blocks, span = -(-rest // block), block + window - 1
+        end = blocks * block - rest
+        row, column = torch.arange(block, device=query.device)[:, None], torch.arange(span, device=query.device)
+        visible = ((column >= row) & (column < row + window))[None, None]
+        if mask is not None:
+            start = torch.arange(blocks, device=query.device)[:, None, None] * block
+            rows, columns = (head + start + row).clamp(max=queries - 1), (start + column).clamp(max=keys - 1)
+            visible = visible & mask.expand(-1, -1, queries, -1)[:, 0, rows, columns]
+        key, value = (F.pad(x, (0, 0, 0, end)).unfold(2, span, block).permute(0, 2, 1, 4, 3) for x in (key, value))
+        query = F.pad(query[:, :, head:], (0, 0, 0, end))
+        parts.append(_flash_blocks(query, key, value, visible, sinks, scaling)[:, :, :rest])
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _flash_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention inside N blocks of n queries: query `[B, H, N·n, D]`, key and value `[B, N, Hkv, S, D]`, visible
+    `[B or 1, N or 1, n, S]`. Returns `[B, H, N·n, D]`.
+
+    Blocks become the kernel's batch; the heads that share keys become rows of one block, so that no key is repeated.
+    """
+    batch, blocks, heads, _, size = key.shape
+    groups, rows = query.shape[1] // heads, query.shape[2] // blocks
+    query = query.unflatten(2, (blocks, rows)).unflatten(1, (heads, groups)).permute(0, 3, 1, 2, 4, 5)
+    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+    bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)[:, :, None]
+    bias = bias.expand(batch, blocks, -1, -1, -1).flatten(0, 1)
+    if sinks is not None:
+        sinks = sinks.float().view(heads, groups, 1).expand(-1, -1, rows).flatten(1)
+    out: torch.Tensor = _FlashWithSinks.apply(
+        query.reshape(batch * blocks, heads, groups * rows, size), key.flatten(0, 1), value.flatten(0, 1),
+        bias, sinks, scaling,
+    )  # fmt: skip
+    out = out.view(batch, blocks, heads, groups, rows, size).permute(0, 2, 3, 1, 4, 5)
+    return out.reshape(batch, heads * groups, blocks * rows, size)
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """PyTorch's CPU flash attention with a logit per head, or none, in the softmax's denominator.
+
+    With the sink added to the log-sum-exp, the kernel's own backward pass gives the exact gradients: it makes the
+    probabilities from the scores and the log-sum-exp, and takes grad · out for their weighted mean.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Query `[B, H, n, D]`, key and value `[B, H, S, D]`, bias `[B, 1, n, S]`, sinks `[H, n]`."""
+        out, lse = FLASH_CPU(query, key, value, attn_mask=bias, scale=scaling)
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks)
+            out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
+        ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
+        ctx.scaling = scaling
+        result: torch.Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Gradients of query, key, value and sinks."""
+        query, key, value, bias, sinks, out, lse = ctx.saved_tensors
+        grads = FLASH_CPU_BACKWARD(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=ctx.scaling)
+        by_sinks = None
+        if sinks is not None:
+            by_sinks = -((sinks - lse).exp() * (grad * out).sum(-1)).sum(0)
+        return *grads, None, by_sinks, None
+
+
+def sliding_attention_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As `sliding_attention`, by FlexAttention with a block mask: compiled on CUDA, unfused elsewhere."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    offset = key.shape[2] - query.shape[2]
+
+    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+        seen = (k <= q + offset) & (k > q + offset - window)
+        return seen if mask is None else seen & mask[b, 0, q if mask.shape[2] > 1 else 0, k]
+
+    def capped(score: Any, *_: Any) -> Any:
+        return _capped(score, softcap)
+
+    compiled = query.is_cuda
+    blocks = create_block_mask(
+        visible, query.shape[0] if mask is not None else None, None, query.shape[2], key.shape[2], query.device,
+        _compile=compiled,
+    )  # fmt: skip
+    attend: Any = _compiled(flex_attention) if compiled else flex_attention
+    out, extra = attend(
+        query, key, value, score_mod=None if softcap is None else capped, block_mask=blocks, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    if sinks is not None:
+        # Softmax with a sink is softmax times sigmoid(lse - sink).
+        out = out * torch.sigmoid(extra.lse - sinks[:, None])[..., None].to(out.dtype)
+    result: torch.Tensor = out
+    return result
+
+
+@functools.cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)
+
+
+def sliding_attention_blocked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As `sliding_attention`, in plain tensor operations; Tk ≤ Tq + window - 1.
 
     Queries are cut into blocks of `window`; a block sees its own keys and the block before. The sink enters exactly
     through the log-sum-exp: softmax with a sink is softmax times sigmoid(lse - sink).
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries = query.shape[2]
-    keys = min(key.shape[2], queries + window - 1)
-    key, value = key[:, :, -keys:], value[:, :, -keys:]
-    if mask is not None:
-        mask = mask[..., -keys:]
+    keys = key.shape[2]
     if keys <= 2 * window:
         visible = window_mask(queries, keys, window, query.device)
         visible = visible if mask is None else visible & mask
         # [B, 1, Tq, Tk] -> [B, 1, 1, Tq, Tk]: one block
-        return _attend(_grouped(query, key), key[:, :, None, None], value[:, :, None, None], visible, sinks, scaling)
+        return _attend(
+            _grouped(query, key), key[:, :, None, None], value[:, :, None, None], visible, sinks, scaling, softcap
+        )
 
     blocks = -(-keys // window)
     front, end = keys - queries, blocks * window - keys
@@ -82,7 +271,7 @@ def sliding_attention(
         mask = mask.expand(-1, -1, queries, -1)
         rows = (start + row - front).clamp(0, queries - 1)
         visible = visible & mask[:, 0, rows, (start + column).clamp(0, keys - 1)][:, None, None]
-    out = _attend(query, key, value, visible, sinks, scaling)
+    out = _attend(query, key, value, visible, sinks, scaling, softcap)
     return out[:, :, front : front + queries]
 
 
@@ -91,6 +280,10 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> t
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
     return (column <= row) & (column > row - window)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -105,13 +298,14 @@ def _attend(
     visible: torch.Tensor,
     sinks: torch.Tensor | None,
     scaling: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Softmax attention inside blocks.
 
     query `[B, Hkv, G, N, Tq, D]`, key and value `[B, Hkv, 1, N, Tk, D]`, visible broadcastable to
     `[B, Hkv, G, N, Tq, Tk]`. Returns `[B, H, N·Tq, D]`.
     """
-    scores = (query * scaling) @ key.transpose(-1, -2)
+    scores = _capped((query * scaling) @ key.transpose(-1, -2), softcap)
     if visible.dim() == 4:
         visible = visible[:, :, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)

@@ -19,7 +19,8 @@ from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import CARD, LICENCE_FILES, UNKNOWN, Origin, front_matter, licence_sentence, model_card
 from layerboost.model.integrity import check_checkpoint, first_line, read_config
-from layerboost.model.surgery import family_of
+from layerboost.model.modeling import base_layer_types
+from layerboost.model.surgery import family_of, native_window
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
 from layerboost.text import sample_documents, samples_missing
@@ -74,15 +75,17 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     kwargs: dict[str, Any] = {}
     if source.gguf is None:
         check_checkpoint(source.folder)
+    if implementation := family_of(config).attn_implementation:
+        kwargs["attn_implementation"] = implementation
     if source.gguf:
         from transformers import GgufConfig
 
-        kwargs = {
+        kwargs |= {
             "gguf_file": source.gguf,
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
-        kwargs = {"config": config}
+        kwargs["config"] = config
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -128,6 +131,8 @@ def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
         tied_head=config.tie_word_embeddings,
         parameters=count_parameters(config),
         fingerprint=model_fingerprint(source),
+        sliding_layers=[index for index, kind in enumerate(base_layer_types(config)) if kind == "sliding_attention"],
+        sliding_window=native_window(config),
     )
 
 

@@ -8,30 +8,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+TRANSFORMERS_BACKEND = "Transformers backend"
+
 
 @dataclass(frozen=True)
 class Family:
     """How one `model_type` is built.
 
     `attention_norms` are the norms of a decoder layer that serve attention alone and go with it; `config_flags` are
-    settings its config class needs before it keeps a `sliding_window`.
+    settings its config class needs before it keeps a `sliding_window`; `attn_implementation` is the stock backend to
+    load it with where the default one leaves something out; `vllm` says which classes serve it, empty if none does.
     """
 
     model_type: str
     attention: str = "self_attn"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     config_flags: tuple[tuple[str, Any], ...] = ()
-    supports: tuple[str, ...] = ("none", "sliding", "sink", "vllm")
+    attn_implementation: str | None = None
+    supports: tuple[str, ...] = ("none", "sliding", "sink")
+    vllm: str = TRANSFORMERS_BACKEND
 
+
+AROUND = ("input_layernorm", "post_attention_layernorm")
+AFTER = ("post_attention_layernorm",)
+SLIDING_FLAG = (("use_sliding_window", True),)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("qwen2", config_flags=(("use_sliding_window", True),)),
-        Family("qwen3", config_flags=(("use_sliding_window", True),)),
-        Family("smollm3", config_flags=(("use_sliding_window", True),)),
+        Family("llama", vllm="Llama classes"),
+        Family("qwen2", config_flags=SLIDING_FLAG),
+        Family("qwen3", config_flags=SLIDING_FLAG),
+        # Transformers loads a Mistral with `layer_types`, which a boosted one has, as a Ministral.
+        Family("mistral"),
+        Family("ministral"),
+        Family("phi3"),
+        # The stock SDPA path drops the soft-cap of the scores.
+        Family("gemma2", attention_norms=AROUND, attn_implementation="eager"),
+        Family("gemma3_text", attention_norms=AROUND),
+        Family("olmo2", attention_norms=AFTER),
+        Family("olmo3", attention_norms=AFTER),
+        Family("smollm3", config_flags=SLIDING_FLAG),
         Family("granite"),
-        Family("olmo2", attention_norms=("post_attention_layernorm",)),
+        # Attention and MLP run side by side behind one norm, which the MLP still needs.
+        Family("cohere2", attention_norms=()),
     )
 }

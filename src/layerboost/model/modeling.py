@@ -7,6 +7,7 @@ Travels inside every boosted checkpoint together with families.py and attention.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -105,39 +106,85 @@ def add_sinks(attention: Any) -> None:
     attention.sinks = nn.Parameter(torch.zeros(config.num_attention_heads, dtype=weight.dtype, device=weight.device))
 
 
+def base_layer_types(config: PreTrainedConfig) -> list[str]:
+    """Per layer of a stock or a boosted config: `full_attention`, or `sliding_attention` where the base itself slides.
+
+    Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide.
+    """
+    full = ["full_attention"] * config.num_hidden_layers
+    if hasattr(config, "attention_sink_layers"):  # boosted
+        return list(getattr(config, "base_layer_types", full))
+    if hasattr(type(config), "layer_types"):
+        return list(config.layer_types)
+    slides = hasattr(type(config), "sliding_window") and config.sliding_window is not None
+    return ["sliding_attention"] * config.num_hidden_layers if slides else full
+
+
+def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config from which to build the base of a boosted config.
+
+    Families tie more than the window to `layer_types`, Gemma 3 and OLMo 3 the rotary embedding, Cohere 2 whether there
+    is one: a layer that slides only by the plan must be built as the full layer it was.
+    """
+    base = copy.copy(config)
+    base.per_layer_config = None
+    base.layer_types = base_layer_types(config)
+    if "sliding_attention" not in base.layer_types:
+        # Without layer types of its own, a family's window is every layer's; with them, a mask is built for it even
+        # where no layer slides, and one that drops nothing is free.
+        base.sliding_window = config.max_position_embeddings if hasattr(type(config), "layer_types") else None
+    return base
+
+
 def apply_config(model: PreTrainedModel) -> None:
-    """Give every layer of a freshly built stock model the strategy that its config records."""
+    """Give every layer of a stock model, built as the base, the strategy that `model.config` records."""
     config = model.config
     family = FAMILIES[config.model_type]
-    layers = decoder_layers(model)
+    types = base_layer_types(config)
     skipped = set(skipped_layers(config))
-    for index, layer in enumerate(layers):
+    stock = 0
+    for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:
             make_attention_free(layer, index, family)
-        elif config.layer_types[index] == "sliding_attention":
+        elif config.layer_types[index] != types[index]:
             sink = index in config.attention_sink_layers
             make_sliding(getattr(layer, family.attention), config.sliding_window, sink)
-    decoder = model.get_decoder()
-    if hasattr(decoder, "has_sliding_layers"):  # Qwen's decoders note it when they are built
-        decoder.has_sliding_layers = "sliding_attention" in config.layer_types
-    if skipped:
-        decoder.register_forward_pre_hook(_fit_cache, with_kwargs=True)
+        else:
+            stock += 1
+    if stock < config.num_hidden_layers:
+        prepare = functools.partial(_prepare_forward, config, skipped, stock == 0)
+        model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
 
 
-def _fit_cache(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the cache of a decoder's forward pass its counting layers where attention was removed."""
+def _prepare_forward(
+    config: PreTrainedConfig,
+    skipped: set[int],
+    no_stock_attention: bool,
+    decoder: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a decoder's forward pass the cache of the boosted config, with counting layers where attention was removed.
+
+    The decoder's own config is the base's.
+    """
+    mask = kwargs.get("attention_mask")
+    if no_stock_attention and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # Sliding layers need to know of padding alone. Transformers takes four dimensions for a finished mask and
+        # does not make its own `[B, 1, T, T]`.
+        kwargs["attention_mask"] = mask[:, None, None, :].bool()
+    if kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = config.use_cache
     past = kwargs.get("past_key_values")
-    use_cache = kwargs.get("use_cache")
-    if past is None and (decoder.config.use_cache if use_cache is None else use_cache):
-        past = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
     if past is None:
-        return args, kwargs
+        if not kwargs["use_cache"] or (decoder.training and decoder.gradient_checkpointing):
+            return args, kwargs
+        past = kwargs["past_key_values"] = DynamicCache(config=config)
     if not isinstance(past, DynamicCache):
         raise ValueError(
-            f"a model with attention-free layers works with DynamicCache, not {type(past).__name__}; "
-            "leave cache_implementation unset"
+            f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
-    for index in skipped_layers(decoder.config):
+    for index in skipped:
         while len(past.layers) <= index:
             past.layers.append(DynamicLayer())
         if not isinstance(past.layers[index], AttentionFreeCacheLayer):
@@ -153,6 +200,7 @@ def sliding_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface for a sliding layer. Returns `[B, T, H, D]`; attention dropout is left out.
@@ -160,7 +208,8 @@ def sliding_attention_forward(
     The window is applied here, so any mask will do that holds causality and padding.
     """
     mask = _boolean_mask(attention_mask, key.shape[2])
-    out = sliding_attention(query, key, value, module.layerboost_window, getattr(module, "sinks", None), mask, scaling)
+    sinks = getattr(module, "sinks", None)
+    out = sliding_attention(query, key, value, module.layerboost_window, sinks, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -184,13 +233,19 @@ _BOOSTED: dict[type, Any] = {}
 
 
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class with one more step: after building, every layer takes the strategy of the config."""
+    """The stock class, built as the base; then every layer takes the strategy of the config."""
     if stock.__name__ == "LayerBoostForCausalLM":
         return stock
     if stock not in _BOOSTED:
 
         def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            stock.__init__(self, config, *args, **kwargs)
+            implementation = FAMILIES[config.model_type].attn_implementation
+            if implementation and config._attn_implementation in (None, "sdpa"):
+                config._attn_implementation = implementation
+            base = base_config(config)
+            stock.__init__(self, base, *args, **kwargs)
+            config._attn_implementation_internal = base._attn_implementation
+            self.config = config
             apply_config(self)
 
         # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.

@@ -121,11 +121,15 @@ class LayerStream:
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling."""
+    """Logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft-cap."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
     config = model.config
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):  # Cohere 2 multiplies
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
     return logits
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, Family
-from layerboost.model.modeling import apply_config, boosted_class, decoder_layers, make_sliding
+from layerboost.model.modeling import apply_config, base_layer_types, boosted_class, decoder_layers, make_sliding
 
 CAPTURE = "layerboost_capture"
 
@@ -24,6 +24,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The table's row for a model; raises ConfigError when its family is not supported."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ConfigError("models with bidirectional attention are not supported", found=config.model_type)
     if config.model_type not in FAMILIES:
         raise ConfigError(
             "this model family is not supported",
@@ -39,6 +41,22 @@ def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
     return found
 
 
+def native_window(config: PreTrainedConfig) -> int | None:
+    """The window of the layers that slide in the base; None where none does."""
+    return config.sliding_window if "sliding_attention" in base_layer_types(config) else None
+
+
+def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
+    """Raise ConfigError for windows that no plan can have beside the layers that slide in the base."""
+    native = native_window(config)
+    if native is not None and set(windows) - {native}:
+        raise ConfigError(
+            f"layers of this {config.model_type} model slide already, and a config has one window",
+            found=f"windows {', '.join(map(str, windows))}; the base's is {native}",
+            do=f"set measure.windows to [{native}]",
+        )
+
+
 def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     """Raise ConfigError for a plan that this model cannot take."""
     family = family_of(config)
@@ -47,31 +65,55 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             "the plan is for another model",
             found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
         )
+    types, native = base_layer_types(config), native_window(config)
+    kept = [e.layer for e in layers if e.attention == "full" and types[e.layer] == "sliding_attention"]
     for entry in layers:
-        if entry.window is not None and entry.window > config.max_position_embeddings:
+        if entry.attention != "full" and entry.attention not in family.supports:
+            raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
+        if entry.window is None:
+            continue
+        if entry.window > config.max_position_embeddings:
             raise ConfigError(
                 f"layer {entry.layer}: the window is longer than the model's context",
                 found=f"window {entry.window}, context {config.max_position_embeddings}",
             )
-        if entry.attention != "full" and entry.attention not in family.supports:
-            raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
+        if types[entry.layer] == "sliding_attention":
+            raise ConfigError(
+                f"layer {entry.layer} already slides in {family.model_type}, with a window of {native}",
+                found=f"a plan that gives it a window of {entry.window}",
+                do="leave it as it is (`full`), or make it `none`",
+            )
+        if kept and entry.window != native:
+            raise ConfigError(
+                f"layer {entry.layer}: a config has one window, and layer {kept[0]} keeps the base's, {native}",
+                found=f"window {entry.window}",
+                do=f"give sliding layers a window of {native}",
+            )
 
 
-def boost_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
-    """Write a plan into a config in Hugging Face's own words: `layer_types`, `sliding_window`, `per_layer_config`."""
+def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
+    """A stock config with a plan in Hugging Face's own words: `layer_types`, `sliding_window`, `per_layer_config`.
+
+    Two keys are ours: `attention_sink_layers`, and `base_layer_types` where layers slide in the base already. Raises
+    ConfigError.
+    """
     check_plan(config, layers)
+    types = base_layer_types(config)
+    config = copy.deepcopy(config)
     window = next((entry.window for entry in layers if entry.window), None)
     if window is not None:
         for flag, value in family_of(config).config_flags:
             setattr(config, flag, value)
         config.sliding_window = window
-    sliding = [entry.attention == "sliding" for entry in layers]
-    config.layer_types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    if "sliding_attention" in types:
+        config.base_layer_types = types
+    config.layer_types = ["sliding_attention" if entry.window else types[entry.layer] for entry in layers]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     none = [entry.layer for entry in layers if entry.attention == "none"]
     config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
     config.architectures = ["LayerBoostForCausalLM"]
     config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
+    return config
 
 
 def apply_plan(
@@ -81,7 +123,8 @@ def apply_plan(
 
     `sinks`: per layer with a sink, its logits `[H]`; zeros where missing. Raises ConfigError.
     """
-    boost_config(model.config, layers)
+    # The decoder keeps the base's config: what it derives from it (masks, rotary embeddings) stays the base's.
+    model.config = boosted_config(model.config, layers)
     model.__class__ = boosted_class(type(model))
     apply_config(model)
     for layer, values in (sinks or {}).items():

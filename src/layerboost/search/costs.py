@@ -14,7 +14,7 @@ from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, St
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
-from layerboost.search.memory import padded_full
+from layerboost.search.memory import as_served, padded_full
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -27,12 +27,14 @@ def layer_kv_bytes(model: ModelInfo, attention: Strategy, window: int | None, co
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
     """Bytes a whole plan holds for one request of `context_tokens`."""
-    return sum(layer_kv_bytes(model, entry.attention, entry.window, context_tokens) for entry in layers)
+    held = (layer_kv_bytes(model, e.attention, e.window, context_tokens) for e in as_served(model, layers))
+    return sum(held)
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
     """Bytes the base holds for one request of `context_tokens`."""
-    return model.layers * layer_kv_bytes(model, "full", None, context_tokens)
+    full = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
+    return plan_kv_bytes(model, full, context_tokens)
 
 
 class Rates(BaseModel):
@@ -100,7 +102,7 @@ def prefill_work(
     body, head = _body_parameters(model), model.hidden_size * model.vocabulary
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
-    pairs = sum(_pairs(entry.attention, entry.window, prompt_tokens) for entry in layers)
+    pairs = sum(_pairs(entry.attention, entry.window, prompt_tokens) for entry in as_served(model, layers))
     flops = 2 * (weights * prompt_tokens + head * passes)
     read = passes * (weights + head) * model.bytes_per_element
     return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
@@ -136,7 +138,9 @@ class Budget:
         }
         fractions = {name: fraction for name, fraction in given.items() if fraction is not None}
         model, context = sensitivity.model, settings.context_tokens
-        return cls(model, context, settings.concurrency, fractions, rates, settings.kv_padding)
+        # Where layers slide in the base, counts of what the plan says are not counts of what vLLM groups.
+        padding = settings.kv_padding and not model.sliding_layers
+        return cls(model, context, settings.concurrency, fractions, rates, padding)
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Every cost of a plan, for one request of the budget's context; no layers: what is left without attention."""

@@ -56,12 +56,24 @@ def padded_full(full: int, sliding: int) -> int:
     return found.full * found.size
 
 
+def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layers as they run: those that a plan leaves full slide where they do in the base."""
+    window = model.sliding_window
+    return [
+        LayerPlan(layer=entry.layer, attention="sliding", window=window)
+        if entry.attention == "full" and entry.layer in model.sliding_layers
+        else entry
+        for entry in layers
+    ]
+
+
 def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, engine: Engine) -> int:
     """KV bytes vLLM counts for one request of `context_tokens`, its `--max-model-len`, before it admits it.
 
     A sliding layer counts its window, the tokens in flight and a block, because blocks are freed only after a step. The
     KV memory over this is the "Maximum concurrency" that vLLM reports.
     """
+    layers = as_served(model, layers)
     found = _groups(layers)
     in_flight = engine.max_batched_tokens * engine.batches_in_flight
     reserved = min(_window(layers) - 1 + in_flight, context_tokens)
@@ -72,6 +84,7 @@ def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_token
 
 def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, engine: Engine) -> int:
     """KV bytes one request holds while it decodes its `context_tokens`-th token, on average over block boundaries."""
+    layers = as_served(model, layers)
     found = _groups(layers)
     whole = math.ceil(context_tokens / engine.block_size)
     blocks = found.full * whole + found.sliding * min(whole, (_window(layers) - 1) / engine.block_size + 1)
@@ -80,6 +93,7 @@ def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens
 
 def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], engine: Engine) -> int:
     """Bytes of one block of the pool: `block_size` tokens of every layer of a group."""
+    layers = as_served(model, layers)
     return _groups(layers).size * engine.block_size * model.kv_bytes_per_token
 
 

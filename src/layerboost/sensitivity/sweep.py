@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan, LayerSensitivity, Variant
+from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import family_of
 from layerboost.runtime import Progress
 from layerboost.sensitivity.metrics import BaseText, score
@@ -57,9 +58,14 @@ def sweep(
 
 
 def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
-    """Every replacement of one layer that its family takes: none; each window, with and without a sink."""
+    """Every replacement of one layer that its family takes: none; each window, with and without a sink.
+
+    A layer that slides in the base already can only be removed.
+    """
     supports = family_of(model.config).supports
     plans = [LayerPlan(layer=layer, attention="none")] if "none" in supports else []
+    if base_layer_types(model.config)[layer] == "sliding_attention":
+        return plans
     sinks = (False, True) if "sink" in supports else (False,)
     plans += [LayerPlan(layer=layer, attention="sliding", window=w, sink=sink) for w in windows for sink in sinks]
     return plans

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,7 +19,7 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.utils import maybe_prefix
 
 from layerboost.model.families import FAMILIES
-from layerboost.model.modeling import add_sinks, decoder_layers, make_attention_free, skipped_layers
+from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
 from layerboost.serving.vllm_llama import BoostedLlama, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
@@ -36,6 +37,17 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         if vllm_config.model_config.hf_config.model_type == "llama":
             return BoostedLlama(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        scaling = getattr(self.config, "logits_scaling", None)
+        if scaling and self.pp_group.is_last_rank:  # Granite divides; vLLM's backend knows `logit_scale` alone
+            self.logits_processor.scale = 1 / scaling
+
+    @cached_property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        # The decoder is built as the base; windows are given with each layer's `Attention`.
+        return {**super()._from_config_kwargs, "config": base_config(self.config)}
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # The first step after the stock decoder is built, on the meta device and before weights are named.

@@ -28,7 +28,7 @@ from layerboost.model.checkpoint import (
     write_samples,
 )
 from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import check_plan
+from layerboost.model.surgery import check_plan, check_windows
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.calibration import load_prompts
@@ -72,6 +72,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     source = open_base(recipe, run, runtime)
     config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
+    check_windows(config, recipe.measure.windows)
     write_samples(recipe, run, source, tokenizer, runtime)
     info = model_info(source, config, runtime.dtype)
     plan = _plan(recipe, config, info)

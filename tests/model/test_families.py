@@ -1,0 +1,170 @@
+"""The grid: every family under every kind of plan; identity, reference, cache, save and load, gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from layerboost.model import modeling
+from layerboost.model.attention import sliding_attention_reference, window_mask
+from layerboost.model.families import FAMILIES
+from layerboost.model.modeling import base_layer_types, decoder_layers
+from layerboost.model.stream import head_logits
+from layerboost.model.surgery import apply_plan
+
+PLANS = {
+    "all-full": "fffff",
+    "all-sliding": "sSsSS",
+    "mixed": "SfnsS",
+    "layer-0-none": "nfSsf",
+    "last-none": "fsSfn",
+}
+LENGTH = 60
+IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[1, :9] = 0
+SEEN = MASK.bool()
+POSITIONS = (MASK.cumsum(1) - 1).clamp(min=0)
+LABELS = IDS.clone()
+LABELS[1, :10] = -100  # what the last padding token would predict, too
+
+grid = pytest.mark.parametrize(
+    ("family", "letters"),
+    [
+        pytest.param(family, fitted(letters, family), id=f"{family}-{plan}")
+        for family in FAMILIES
+        for plan, letters in PLANS.items()
+    ],
+)
+
+
+def run(model: PreTrainedModel, **kwargs: Any) -> Any:
+    return model(IDS, attention_mask=MASK, position_ids=POSITIONS, use_cache=False, **kwargs)
+
+
+def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
+    """A stock model in which, by its weights, the attention of `none` layers adds nothing."""
+    for letter, layer in zip(letters, decoder_layers(model), strict=True):
+        if letter == "n":
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    return model
+
+
+def naive_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
+) -> Any:
+    """The O(T²) strategy under an explicit mask."""
+    causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]
+    out = sliding_attention_reference(
+        query, key, value, WINDOW, module.sinks, causal, kwargs["scaling"], kwargs.get("softcap")
+    )
+    return out.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("naive", naive_attention)
+
+
+def reference(family: str, letters: str, like: PreTrainedModel) -> PreTrainedModel:
+    """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
+    model = silenced(tiny_model(family, len(letters)), letters)
+    for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
+        if letter in "sS":
+            layer.self_attn.config = copy.copy(layer.self_attn.config)
+            layer.self_attn.config._attn_implementation = "naive"
+            layer.self_attn.sinks = other.self_attn.sinks.detach() if letter == "S" else None
+    return model
+
+
+@grid
+def test_identity(family: str, letters: str) -> None:
+    """All full: the base bit for bit. A window as long as the text is full attention; no attention adds nothing."""
+    changes = {"sliding_window": LENGTH} if family in SLIDING_BASES else {}
+    base = silenced(tiny_model(family, **changes), letters)
+    expected = run(base).logits[SEEN]
+    hidden = base.get_decoder()(IDS, attention_mask=MASK, position_ids=POSITIONS).last_hidden_state
+    torch.testing.assert_close(head_logits(base, hidden)[SEEN], expected)
+    found = run(apply_plan(base, layer_plans(letters.lower(), LENGTH))).logits[SEEN]
+    if letters == "fffff":
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@grid
+def test_reference(family: str, letters: str) -> None:
+    model = boosted(letters, family)
+    found = run(model).logits[SEEN]
+    torch.testing.assert_close(found, run(reference(family, letters, model)).logits[SEEN], atol=1e-4, rtol=1e-3)
+    if letters != "fffff":
+        base = run(tiny_model(family)).logits[SEEN]
+        assert (found - base).abs().max() > 0.1  # the plan does change the model
+
+
+@grid
+def test_cache(family: str, letters: str) -> None:
+    """Batches with left padding, in one prefill and in chunks, well past the window; each layer holds what it may."""
+    model, prompt, new = boosted(letters, family), 30, 25
+    types = base_layer_types(tiny_model(family).config)
+    for chunk in (None, 13):
+        out = model.generate(
+            IDS[:, :prompt], attention_mask=MASK[:, :prompt], max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, prefill_chunk_size=chunk,
+        )  # fmt: skip
+        mask = torch.cat([MASK[:, :prompt], torch.ones(2, new, dtype=torch.long)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        whole = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(torch.stack(out.logits, 1), whole[:, prompt - 1 : -1], atol=1e-3, rtol=1e-3)
+        for letter, kind, layer in zip(letters, types, out.past_key_values.layers, strict=True):
+            held = 0 if layer.keys is None else layer.keys.shape[2]
+            full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
+            assert held == {"f": full, "s": WINDOW - 1, "S": WINDOW - 1, "n": 0}[letter]
+
+
+@grid
+def test_save_and_load(family: str, letters: str, tmp_path: Path) -> None:
+    for tied in (False, True):
+        model = boosted(letters, family, tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(loaded).__name__ == "LayerBoostForCausalLM"
+        # Transformers' name for a Mistral with `layer_types` is Ministral.
+        there, here = ({**each.config.to_diff_dict(), "model_type": None} for each in (loaded, model))
+        assert there == here
+        assert torch.equal(run(loaded).logits, run(model).logits)
+
+
+@grid
+def test_gradients(family: str, letters: str) -> None:
+    """Every parameter has a gradient, and it is the reference's."""
+    model = boosted(letters, family)
+    stock = reference(family, letters, model)
+    for each in (model, stock):
+        run(each, labels=LABELS).loss.backward()
+    expected = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if not name.endswith("sinks"):
+            assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliding_layers_ask_for_no_square_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a layer that runs the stock attention no `[B, 1, T, T]` mask is made, padding or not."""
+    slides = [kind == "sliding_attention" for kind in base_layer_types(tiny_model(family).config)]
+    model = boosted("".join("n" if native else "s" for native in slides), family)
+    seen = []
+    forward = modeling.sliding_attention_forward
+
+    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(mask.shape))
+        return forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, modeling.SLIDING, spy)
+    run(model)
+    assert seen == [(2, 1, 1, LENGTH)] * slides.count(False)
