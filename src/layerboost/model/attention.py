@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 # Queries in a block of the CPU kernel: enough rows for its matrix products, few keys beyond the window.
 FLASH_BLOCK = 64
+FLASH_CHUNK = 2048
 FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -86,22 +87,56 @@ def sliding_attention_flash(
 ) -> torch.Tensor:
     """As `sliding_attention`, by PyTorch's CPU flash kernel, which never holds scores; Tk ≤ Tq + window - 1.
 
+    Long texts go in chunks, so that what is copied for the kernel stays in cache and is allocated once.
+    """
+    queries, offset = query.shape[2], key.shape[2] - query.shape[2]
+    chunk = max(FLASH_CHUNK, window)
+    sizes = [min(chunk, queries - start) for start in range(0, queries, chunk)]
+    key_sizes = [offset + sizes[0], *sizes[1:]]
+    keys, values = key.split(key_sizes, dim=2), value.split(key_sizes, dim=2)
+    parts = []
+    for index, rows in enumerate(query.split(sizes, dim=2)):
+        start, seen = index * chunk, [keys[index], values[index]]
+        if index:  # the window reaches into the chunk before
+            seen = [
+                torch.cat([before[index - 1][:, :, before[index - 1].shape[2] - window + 1 :], here], dim=2)
+                for before, here in zip((keys, values), seen, strict=True)
+            ]
+        masked = mask
+        if masked is not None:
+            masked = masked[:, :, start : start + rows.shape[2]] if masked.shape[2] > 1 else masked
+            end = offset + start + rows.shape[2]
+            masked = masked[..., end - seen[0].shape[2] : end]
+        parts += _flash_chunk(rows, seen[0], seen[1], window, sinks, masked, scaling)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _flash_chunk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> list[torch.Tensor]:
+    """Sliding attention in one or two parts along the queries.
+
     A block of queries reads the `block + window - 1` keys it sees as a view that overlaps the next block's. The first
     queries, for which there are fewer keys than a window, are a block of their own.
     """
     queries, keys = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
-    head = min(queries, window - 1 - (keys - queries))
+    head = max(min(queries, window - 1 - (keys - queries)), 0)
     parts = []
-    if head > 0:
+    if head:
         seen = keys - queries + head
         visible = window_mask(head, seen, window, query.device)[None, None]
         if mask is not None:
             visible = visible & mask[:, :, :head, :seen]
         first_key, first_value = (x[:, None, :, :seen].repeat_interleave(groups, dim=2) for x in (key, value))
         parts.append(_flash_blocks(query[:, :, :head], first_key, first_value, visible, sinks, scaling))
-    if head < queries:
-        rest = queries - head
+    if rest := queries - head:
         block = min(FLASH_BLOCK, rest)
         blocks, span = -(-rest // block), block + window - 1
         end = blocks * block - rest
@@ -111,10 +146,12 @@ def sliding_attention_flash(
             start = torch.arange(blocks, device=query.device)[:, None, None] * block
             rows, columns = (head + start + row).clamp(max=queries - 1), (start + column).clamp(max=keys - 1)
             visible = visible & mask.expand(-1, -1, queries, -1)[:, 0, rows, columns]
-        key, value = (F.pad(x, (0, 0, 0, end)).unfold(2, span, block).permute(0, 2, 1, 4, 3) for x in (key, value))
-        query = F.pad(query[:, :, head:], (0, 0, 0, end))
+        query = query[:, :, head:]
+        if end:
+            query, key, value = (F.pad(x, (0, 0, 0, end)) for x in (query, key, value))
+        key, value = (x.unfold(2, span, block).permute(0, 2, 1, 4, 3) for x in (key, value))
         parts.append(_flash_blocks(query, key, value, visible, sinks, scaling)[:, :, :rest])
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    return parts
 
 
 def _flash_blocks(
