@@ -72,8 +72,6 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
     kwargs: dict[str, Any] = {}
-    if source.gguf is None:
-        check_checkpoint(source.folder)
     if source.gguf:
         from transformers import GgufConfig
 
@@ -82,6 +80,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
+        check_checkpoint(source.folder)
         kwargs = {"config": config}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
