@@ -224,8 +224,9 @@ def _text_info(work: _Work) -> dict[str, Any] | None:
 
 
 def _items(task: BenchTask) -> dict[str, Any]:
-    """Where a task's items are from and, in a subset of a group, which they are."""
-    return {"origin": task.origin, "split": task.split, "fingerprint": task.data, **task.subset}
+    """Where a task's items are from and, in a subset, which they are."""
+    where = {"origin": task.origin, "split": task.split, "fingerprint": task.data}
+    return where | ({"samples": task.samples} if task.samples else {})
 
 
 def _text_file(model: str) -> str:
