@@ -16,9 +16,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tiny_bench import SUBJECTS, rows, tiny_model, tiny_tokenizer, write_bench, write_jsonl
 
 from layerboost.errors import ConfigError
+from layerboost.evaluation.comparison import compare_tasks
 from layerboost.evaluation.items import BENCHMARKS
-from layerboost.evaluation.quality import compare_task
 from layerboost.evaluation.tasks import (
+    item_margins,
     item_scores,
     load_bench,
     load_validation,
@@ -115,8 +116,15 @@ def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: A
     assert task_value(task, found) == scores[f"{task.metric},none"]
     answers = [sample["filtered_resps"] for sample in expected["samples"]["stock"]]
     assert [[tuple(pair) for pair in sample["filtered_resps"]] for sample in found["samples"][name]] == answers
-    error = compare_task(task, {"base": found}, "base")["models"]["base"]["standard_error"]
+    compared, _ = compare_tasks([task], {name: {"base": found}}, "base", [])
+    error = compared[name]["models"]["base"]["standard_error"]
     assert error == pytest.approx(scores[f"{task.metric}_stderr,none"])
+    margins, right = item_margins(task, found), item_scores(task, found)
+    assert margins.keys() == right.keys()
+    assert {item: float(margin > 0) for item, margin in margins.items() if margin} == {
+        item: value for item, value in right.items() if margins[item]
+    }
+    assert any(margins.values())
 
 
 def test_mmlu_is_lm_evals_group_and_its_subset_is_fixed(bench: Path, tokenizer: Any) -> None:

@@ -23,6 +23,8 @@ CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
 # What papers report; every other task is read by its accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
+# More of them are no faster on a CPU.
+MOST_ITEMS_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ def load_validation(names: Sequence[str], bench_data: str | None, limit: int | N
         return [_load_task(_manager(name, True), name, bench_data, limit, validation=True) for name in names]
 
 
-def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]) -> str:
+def run_task(
+    task: BenchTask, model: Any, tokenizer: Any, batch_size: int | str, advance: Callable[[float], None]
+) -> str:
     """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
 
-    `advance` is called with the items done since the last call.
+    `batch_size`: items in one forward pass, or `auto`. `advance` is called with the items done since the last call.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
 
@@ -85,7 +88,7 @@ def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advan
             advance(task.items / requests)
 
     with quiet():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = _language_model(model, tokenizer, batch_size)
         lm.set_cache_hook(Counter())
         # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
         manager = TaskManager(include_defaults=False)
@@ -100,6 +103,23 @@ def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advan
     return json.dumps(result, default=handle_non_serializable, ensure_ascii=False)
 
 
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+    """lm-eval's wrapper of a model. Its search for a batch size runs into a GPU's limit; on a CPU memory is counted."""
+    import psutil
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapper(HFLM):
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            if self.device.type != "cpu" or not requests:
+                return int(super()._detect_batch_size(requests, pos))
+            _, context, answer = requests[pos]
+            # Logits and their log-softmax in float32, in half of the memory that is free.
+            each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
+            return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
+
+    return Wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
 def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
     """The headline metric of every item, by (task, item number in the file)."""
     kept = _filter(task, result)
@@ -109,6 +129,31 @@ def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
         for sample in result["samples"][leaf]
         if sample["filter"] == kept
     }
+
+
+def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
+    """Log-probability of the right answer less that of the best wrong one, by (task, item).
+
+    Empty for a task in which an item has no single right choice.
+    Above 0 where the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
+    still moves where a model is near chance.
+    """
+    kept, margins = _filter(task, result), {}
+    for name, leaf in task.leaves.items():
+        if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.multiple_target:
+            return {}
+        for sample in result["samples"][name]:
+            if sample["filter"] != kept:
+                continue
+            choices = leaf.doc_to_choice(sample["doc"])
+            # lm-eval reads the right choice from doc_to_text where every choice has its own context, as in WinoGrande.
+            right = (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(sample["doc"])
+            right = choices.index(right) if isinstance(right, str) else right
+            found = [float(pair[0]) for pair in sample["filtered_resps"][: len(choices)]]
+            if task.metric == "acc_norm":
+                found = [score / len(choice) for score, choice in zip(found, choices, strict=True)]
+            margins[name, sample["doc_id"]] = found[right] - max(found[:right] + found[right + 1 :])
+    return margins
 
 
 def task_value(task: BenchTask, result: dict[str, Any]) -> float:
