@@ -51,13 +51,17 @@ def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
 
 
 def evaluate(recipe: Recipe, run: Path) -> Any:
-    """Stage 5: base, converted and healed, whichever the run folder holds."""
-    from layerboost.evaluation.quality import check_gate
+    """Stage 5: base, converted and healed, whichever the run folder holds, and the recipe's further checkpoints."""
+    from layerboost.evaluation.gate import check_gate
     from layerboost.stages.evaluate import run_evaluate
 
     runtime = start_runtime(recipe)
-    comparison = run_evaluate(recipe, run, checkpoints(recipe, run, runtime), runtime)
-    check_gate(comparison, recipe.evaluate)
+    found = checkpoints(recipe, run, runtime)
+    further = {name: Path(folder) for name, folder in recipe.evaluate.checkpoints.items()}
+    if twice := found.keys() & further.keys():
+        raise ConfigError("evaluate.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
+    comparison = run_evaluate(recipe, run, found | further, runtime)
+    check_gate(comparison)
     return comparison
 
 
@@ -192,7 +196,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if recipe.text.source != "self":
         load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens)
-    validate_evaluate(recipe, tokenizer, run)
+    validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
     if wanted > config.max_position_embeddings:
         raise ConfigError(

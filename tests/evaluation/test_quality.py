@@ -1,18 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from tiny_bench import tiny_model
 
 from layerboost.evaluation.quality import (
-    average_tasks,
     base_losses,
     changed_losses,
     hidden_states,
-    mean_and_error,
-    paired_difference,
 )
 
 
@@ -45,38 +40,3 @@ def test_the_same_model_loses_nothing(batches: list[torch.Tensor]) -> None:
     found = changed_losses(base, hidden, tiny_model(), batches, lambda tokens: None)
     assert not found.kl.any()
     assert torch.equal(found.nll, base_losses(base, batches, hidden).nll)
-
-
-def test_mean_and_error() -> None:
-    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == {
-        "mean": 3.0,
-        "standard_error": pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4)),
-    }
-    assert mean_and_error([2.0]) == {"mean": 2.0, "standard_error": 0.0}
-
-
-def test_differences_are_paired_over_items_in_any_order() -> None:
-    base = {("t", 0): 1.0, ("t", 1): 0.0, ("t", 2): 1.0, ("u", 0): 1.0}
-    changed = {("u", 0): 0.0, ("t", 2): 1.0, ("t", 1): 1.0, ("t", 0): 0.0}
-    differences = torch.tensor([-1.0, 1.0, 0.0, -1.0])
-    found = paired_difference(base, changed)
-    assert found["mean"] == pytest.approx(float(differences.mean()))
-    assert found["standard_error"] == pytest.approx(float(differences.std()) / 2)
-
-
-def test_the_average_weighs_tasks_alike() -> None:
-    def task(value: float, error: float, difference: float) -> dict[str, object]:
-        return {
-            "metric": "acc",
-            "items": 10,
-            "models": {"base": {"value": value, "standard_error": error}},
-            "difference": {"healed": {"mean": difference, "standard_error": error}},
-        }
-
-    assert average_tasks({"a": task(0.5, 0.03, -0.1), "b": task(0.7, 0.04, 0.3)}) == {
-        "metric": "mean over tasks",
-        "items": 20,
-        "models": {"base": {"value": pytest.approx(0.6), "standard_error": pytest.approx(0.025)}},
-        "difference": {"healed": {"mean": pytest.approx(0.1), "standard_error": pytest.approx(0.025)}},
-    }
-    assert average_tasks({}) is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,9 +16,18 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tiny_bench import SUBJECTS, rows, tiny_model, tiny_tokenizer, write_bench, write_jsonl
 
 from layerboost.errors import ConfigError
+from layerboost.evaluation.comparison import compare_tasks
 from layerboost.evaluation.items import BENCHMARKS
-from layerboost.evaluation.quality import compare_task
-from layerboost.evaluation.tasks import item_scores, load_bench, quiet, run_task, spread, task_value
+from layerboost.evaluation.tasks import (
+    item_margins,
+    item_scores,
+    load_bench,
+    load_validation,
+    quiet,
+    run_task,
+    spread,
+    task_value,
+)
 from layerboost.recipe import Evaluate
 
 YAML = {
@@ -25,6 +35,7 @@ YAML = {
     "winogrande": "winogrande/default.yaml",
     "arc_easy": "arc/arc_easy.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
     "mmlu_anatomy": "mmlu/default/mmlu_anatomy.yaml",
 }
 
@@ -68,6 +79,7 @@ def test_all_benchmarks_resolve_from_local_files_alone(bench: Path) -> None:
         "arc_challenge": "acc_norm",
         "mmlu": "acc",
         "hellaswag": "acc_norm",
+        "openbookqa": "acc_norm",
     }
     assert {task.name: task.items for task in tasks} == dict.fromkeys(BENCHMARKS, 12) | {"mmlu": 2 * len(SUBJECTS)}
     assert {task.name: task.split for task in tasks} == {name: each.split for name, each in BENCHMARKS.items()}
@@ -93,7 +105,7 @@ def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: A
         expected = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
             tasks=[stock],
-            limit=7,
+            samples={"stock": [0, 1, 3, 5, 6, 8, 10]} if name != "mmlu_anatomy" else None,
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
         )
     [task] = load_bench(settings(bench, name, limit=7))
@@ -104,20 +116,28 @@ def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: A
     assert task_value(task, found) == scores[f"{task.metric},none"]
     answers = [sample["filtered_resps"] for sample in expected["samples"]["stock"]]
     assert [[tuple(pair) for pair in sample["filtered_resps"]] for sample in found["samples"][name]] == answers
-    error = compare_task(task, {"base": found}, "base")["models"]["base"]["standard_error"]
+    compared, _ = compare_tasks([task], {name: {"base": found}}, "base", [])
+    error = compared[name]["models"]["base"]["standard_error"]
     assert error == pytest.approx(scores[f"{task.metric}_stderr,none"])
+    margins, right = item_margins(task, found), item_scores(task, found)
+    assert margins.keys() == right.keys()
+    assert {item: float(margin > 0) for item, margin in margins.items() if margin} == {
+        item: value for item, value in right.items() if margins[item]
+    }
+    assert any(margins.values())
 
 
 def test_mmlu_is_lm_evals_group_and_its_subset_is_fixed(bench: Path, tokenizer: Any) -> None:
     [task] = load_bench(settings(bench, "mmlu", limit=70))
     [again] = load_bench(settings(bench, "mmlu", limit=70))
-    assert task.subset == again.subset
+    assert task.samples
+    assert task.samples == again.samples
     assert task.data == again.data
     done: list[float] = []
     found = json.loads(run_task(task, tiny_model(), tokenizer, 16, done.append))
     assert sum(done) == pytest.approx(task.items) == 70
     scores = item_scores(task, found)
-    assert {(leaf, item) for leaf, items in task.subset["samples"].items() for item in items} == set(scores)
+    assert {(leaf, item) for leaf, items in task.samples.items() for item in items} == set(scores)
     assert task_value(task, found) == pytest.approx(fmean(scores.values()))
     assert set(found["groups"]) >= {"mmlu", "mmlu_stem", "mmlu_humanities"}
 
@@ -130,6 +150,54 @@ def test_spread_is_proportional_with_one_item_a_task_at_least() -> None:
     assert spread({"a": 10}, 4) == {"a": [0, 2, 5, 7]}
     for ids in spread(sizes, 97).values():
         assert len(set(ids)) == len(ids)
+
+
+def test_layers_are_chosen_on_validation_items_alone(bench: Path, tokenizer: Any, tmp_path: Path) -> None:
+    names = ["arc_easy", "arc_challenge", "mmlu", "openbookqa"]
+    for name in names:
+        shutil.copy(bench / f"{name}.jsonl", tmp_path)
+        unseen = [row | {"question": "unseen", "question_stem": "unseen"} for row in rows(name, 3 - (name == "mmlu"))]
+        write_jsonl(tmp_path / f"{name}_validation.jsonl", unseen)
+    tasks = load_validation(names, str(tmp_path), None)
+    assert [(task.name, task.split, task.items) for task in tasks[:2]] == [
+        (name, "validation", 3) for name in names[:2]
+    ]
+    assert [task.metric for task in tasks] == ["acc_norm", "acc_norm", "acc", "acc_norm"]
+    for task in tasks:
+        prompts = [leaf.doc_to_text(doc) for leaf in task.leaves.values() for doc in leaf.eval_docs]
+        assert all("unseen" in prompt for prompt in prompts)
+        assert len(prompts) == task.items
+    assert load_validation(["mmlu"], str(tmp_path), 60)[0].items == 60
+    assert run(load_validation(["mmlu_anatomy"], str(tmp_path), 1)[0], tiny_model(), tokenizer)["results"]
+    # The same process scores on the test items afterwards.
+    assert load_bench(settings(tmp_path, "arc_easy"))[0].split == "test"
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande", "hellaswag"])
+def test_layers_are_not_chosen_on_the_items_a_score_is_reported_on(name: str, bench: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot be chosen on task {name}(.|\n)*reported on its validation items"):
+        load_validation([name], str(bench), None)
+
+
+def test_validation_items_that_are_not_there_are_named(bench: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no items of task arc_easy(.|\n)*add arc_easy_validation\.jsonl"):
+        load_validation(["arc_easy"], str(bench), None)
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_the_hubs_validation_items_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def items(*_: Any, name: str, **__: Any) -> dict[str, Any]:
+        task = "mmlu" if name == "anatomy" else "arc_easy"
+        splits = {"train": 1, "test": 2, "validation": 3, "dev": 1}
+        return {split: datasets.Dataset.from_list(rows(task, 4)[:count]) for split, count in splits.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", items)
+    found = load_validation(["arc_easy", "mmlu_anatomy"], None, None)
+    assert [(task.split, task.items) for task in found] == [("validation", 3), ("validation", 3)]
+    [scored] = load_bench(Evaluate(tasks=("arc_easy",)))
+    assert (scored.split, scored.items) == ("test", 2)
+    with pytest.raises(ConfigError, match="cannot be chosen on task lambada_openai"):
+        load_validation(["lambada_openai"], None, None)
 
 
 def test_unknown_tasks_name_their_neighbours(bench: Path) -> None:

@@ -61,7 +61,7 @@ def rows(task: str, count: int) -> list[dict[str, Any]]:
     return [
         {
             "id": f"{task}{n}",
-            "question": phrase(n),
+            "question_stem" if task == "openbookqa" else "question": phrase(n),
             "choices": {"text": [phrase(n + k, k + 2) for k in range(4)], "label": list("ABCD" if n % 2 else "1234")},
             "answerKey": ("ABCD" if n % 2 else "1234")[n % 4],
         }
@@ -76,7 +76,7 @@ def write_jsonl(file: Path, lines: list[Any]) -> None:
 
 def write_bench(folder: Path) -> Path:
     """12 items of every task, 2 of every MMLU subject."""
-    for task in ("piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag"):
+    for task in ("piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "openbookqa"):
         write_jsonl(folder / f"{task}.jsonl", rows(task, 12))
     write_jsonl(folder / "mmlu.jsonl", rows("mmlu", 2))
     return folder

@@ -189,6 +189,11 @@ def _score(mean: float, standard_error: float) -> dict[str, float]:
     return {"mean": mean, "standard_error": standard_error}
 
 
+def change(mean: float, error: float) -> dict[str, float]:
+    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "at_least": mean - 1.64 * error}
+    return _score(mean, error) | bounds | {"detectable": 2.8 * error}
+
+
 def quality() -> dict[str, object]:
     tasks = {
         "piqa": (1838, 0.674, 0.611, 0.668),
@@ -198,42 +203,90 @@ def quality() -> dict[str, object]:
     }
     average = tuple(sum(values[model] for values in tasks.values()) / 4 for model in (1, 2, 3))
     return {
-        "schema_version": 1,
-        "settings": {"batch_size": 8},
+        "schema_version": 2,
+        "settings": {"limit": None},
         "models": {"base": "5f0c1d2e3a4b5c6d", "converted": "77aa88bb99cc00dd", "healed": "12ab34cd56ef7890"},
+        "selection": [],
         "text": {"source": "package:notes (held-out)", "tokens": 32_768, "fingerprint": "ffeeddccbbaa9988"},
         "perplexity": {
-            "base": {"perplexity": 14.457, "nll": _score(2.6712, 0.0391), "kl": _score(0.0, 0.0)},
+            "base": {"perplexity": 14.457, "nll": _score(2.6712, 0.0391), "kl": change(0.0, 0.0)},
             "converted": {
                 "perplexity": 18.912,
                 "nll": _score(2.9398, 0.0420),
-                "nll_difference": _score(0.2686, 0.0093),
-                "kl": _score(0.3012, 0.0081),
+                "nll_difference": change(0.2686, 0.0093),
+                "kl": change(0.3012, 0.0081),
             },
             "healed": {
                 "perplexity": 14.913,
                 "nll": _score(2.7022, 0.0394),
-                "nll_difference": _score(0.0310, 0.0027),
-                "kl": _score(0.0641, 0.0019),
+                "nll_difference": change(0.0310, 0.0027),
+                "kl": change(0.0641, 0.0019),
             },
         },
         "tasks": {name: _task(*values) for name, values in tasks.items()},
-        "average": {**_task(6653, *average), "metric": "mean over tasks"},
+        "average": {**_task(6653, *average), "metric": "mean over tasks", "tasks": list(tasks), "margin": None},
+        "positions": positions(),
+        "retrieval": {"groups": [_retrieval("key_value", 256, 0.25), _retrieval("passkey", 2048, 1.0)], "able": None},
+        "gate": {
+            "model": "healed",
+            "checks": [
+                {"what": "KL to the base", "found": 0.0641, "low": 0.06, "high": 0.068, "at_most": 0.1, "passed": True}
+            ],
+        },
     }
 
 
 def _task(items: int, base: float, converted: float, healed: float) -> dict[str, object]:
     values = {"base": base, "converted": converted, "healed": healed}
+    changes = {name: value - base for name, value in values.items() if name != "base"}
     return {
         "metric": "acc_norm",
         "items": items,
+        "selection": False,
         "models": {
             name: {"value": value, "standard_error": math.sqrt(value * (1 - value) / items)}
             for name, value in values.items()
         },
-        "difference": {
-            name: _score(value - base, 0.6 / math.sqrt(items)) for name, value in values.items() if name != "base"
+        "difference": {name: change(lost, 0.6 / math.sqrt(items)) for name, lost in changes.items()},
+        "margin": {
+            "unit": "nats per character",
+            "models": {name: _score(value - 0.5, 0.01) for name, value in values.items()},
+            "difference": {name: change(lost, 0.2 / math.sqrt(items)) for name, lost in changes.items()},
         },
+    }
+
+
+def positions() -> dict[str, object]:
+    base = [3.4, 3.0, 2.8, 2.7]
+    lost = {"converted": [0.01, 0.2, 0.35, 0.4], "healed": [0.01, 0.03, 0.05, 0.06]}
+    models = {"base": base, **{name: [a + b for a, b in zip(base, more, strict=True)] for name, more in lost.items()}}
+    return {
+        "edges": [0, 128, 256, 512, 1024],
+        "sequences": 16,
+        "models": {name: [_score(value, 0.05) for value in values] for name, values in models.items()},
+        "difference": {name: [change(value, 0.005) for value in values] for name, values in lost.items()},
+    }
+
+
+def _retrieval(kind: str, length: int, base: float) -> dict[str, object]:
+    values = {"base": base, "converted": base / 4, "healed": base / 2}
+    nats = {"base": -0.55, "converted": -7.6, "healed": -3.1}
+    depths = [
+        {"from": part / 4, "to": (part + 1) / 4, "prompts": 4, "exact": values, "log_probability": nats}
+        for part in range(4)
+    ]
+    return {
+        "kind": kind,
+        "length_tokens": length,
+        "prompts": 16,
+        "able": base >= 0.5,
+        "models": {name: {"value": value, "standard_error": 0.1} for name, value in values.items()},
+        "difference": {name: change(value - base, 0.1) for name, value in values.items() if name != "base"},
+        "log_probability": {name: _score(value, 0.6) for name, value in nats.items()},
+        "log_probability_difference": {
+            name: change(value + 0.55, 0.7) for name, value in nats.items() if name != "base"
+        },
+        "depths": depths,
     }
 
 

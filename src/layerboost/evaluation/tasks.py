@@ -6,9 +6,9 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
 # What papers report; every other task is read by its accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
+# More of them are no faster on a CPU.
+MOST_ITEMS_CPU = 16
 
 
 @dataclass(frozen=True)
 class BenchTask:
     """One task ready to run.
 
-    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `subset`: lm-eval's `limit` or `samples` argument;
-    `items`: number of items evaluated; `data`: fingerprint of exactly those; `origin`, `split`: where they are from.
+    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `items`: number of items evaluated; `data`:
+    fingerprint of exactly those; `origin`, `split`: where they are from; `samples`: lm-eval's argument, the numbers of
+    the items of each leaf, None for all.
     """
 
     name: str
@@ -41,7 +44,7 @@ class BenchTask:
     data: str
     origin: str
     split: str
-    subset: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[int]] | None = None
 
 
 def load_bench(settings: Evaluate) -> list[BenchTask]:
@@ -53,16 +56,27 @@ def load_bench(settings: Evaluate) -> list[BenchTask]:
         return []
     log.info("loading tasks: %s", ", ".join(settings.tasks))
     with quiet():
-        return [_load_task(_manager(name), name, settings) for name in settings.tasks]
+        return [_load_task(_manager(name), name, settings.bench_data, settings.limit) for name in settings.tasks]
 
 
-def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]) -> str:
+def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
+    """Tasks on their validation items, with lm-eval's prompts and metrics, to choose layers by.
+
+    `bench_data`, `limit`: as in the recipe. Raises ConfigError as `load_bench` does, and for a task whose validation
+    items are those its score is reported on (piqa, winogrande, hellaswag) or that has none.
+    """
+    with quiet():
+        return [_load_task(_manager(name, True), name, bench_data, limit, validation=True) for name in names]
+
+
+def run_task(
+    task: BenchTask, model: Any, tokenizer: Any, batch_size: int | str, advance: Callable[[float], None]
+) -> str:
     """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
 
-    `advance` is called with the items done since the last call.
+    `batch_size`: items in one forward pass, or `auto`. `advance` is called with the items done since the last call.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
 
@@ -74,14 +88,36 @@ def run_task(task: BenchTask, model: Any, tokenizer: Any, batch_size: int, advan
             advance(task.items / requests)
 
     with quiet():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = _language_model(model, tokenizer, batch_size)
         lm.set_cache_hook(Counter())
         # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
         manager = TaskManager(include_defaults=False)
         result = lm_eval.simple_evaluate(
-            lm, tasks=[task.task], batch_size=batch_size, log_samples=True, task_manager=manager, **task.subset
+            lm,
+            tasks=[task.task],
+            batch_size=batch_size,
+            log_samples=True,
+            task_manager=manager,
+            samples=task.samples,
         )
     return json.dumps(result, default=handle_non_serializable, ensure_ascii=False)
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+    """lm-eval's wrapper of a model. Its search for a batch size runs into a GPU's limit; on a CPU memory is counted."""
+    import psutil
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapper(HFLM):
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            if self.device.type != "cpu" or not requests:
+                return int(super()._detect_batch_size(requests, pos))
+            _, context, answer = requests[pos]
+            # Logits and their log-softmax in float32, in half of the memory that is free.
+            each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
+            return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
+
+    return Wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
@@ -95,6 +131,31 @@ def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
     }
 
 
+def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
+    """Log-probability of the right answer less that of the best wrong one, by (task, item).
+
+    Empty for a task in which an item has no single right choice.
+    Above 0 where the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
+    still moves where a model is near chance.
+    """
+    kept, margins = _filter(task, result), {}
+    for name, leaf in task.leaves.items():
+        if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.multiple_target:
+            return {}
+        for sample in result["samples"][name]:
+            if sample["filter"] != kept:
+                continue
+            choices = leaf.doc_to_choice(sample["doc"])
+            # lm-eval reads the right choice from doc_to_text where every choice has its own context, as in WinoGrande.
+            right = (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(sample["doc"])
+            right = choices.index(right) if isinstance(right, str) else right
+            found = [float(pair[0]) for pair in sample["filtered_resps"][: len(choices)]]
+            if task.metric == "acc_norm":
+                found = [score / len(choice) for score, choice in zip(found, choices, strict=True)]
+            margins[name, sample["doc_id"]] = found[right] - max(found[:right] + found[right + 1 :])
+    return margins
+
+
 def task_value(task: BenchTask, result: dict[str, Any]) -> float:
     """The headline metric as lm-eval reports it."""
     return float(result["results"][task.name][f"{task.metric},{_filter(task, result)}"])
@@ -103,7 +164,7 @@ def task_value(task: BenchTask, result: dict[str, Any]) -> float:
 def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
     """A fixed subset of `limit` items over the tasks of a group: shares by size, at least one a task, evenly spaced.
 
-    Shares follow Sainte-Laguë's rule. With fewer than one item a task, one a task is taken.
+    A single task is a group of one. Shares follow Sainte-Laguë's rule; with fewer than one item a task, each gives one.
     """
     counts = dict.fromkeys(sizes, 1)
 
@@ -153,13 +214,16 @@ def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
     return hidden_bar
 
 
-def _manager(name: str) -> Any:
+def _manager(name: str, validation: bool = False) -> Any:
     """lm-eval's index of tasks; only the folders of known tasks where that is enough, since the whole takes seconds."""
     from lm_eval.tasks import TaskManager
 
     folders = sorted({_yaml_folder(name) for name in BENCHMARKS})
     manager = TaskManager(include_defaults=False, include_path=folders)
-    return manager if name in manager.all_tasks else _all_tasks()
+    if name in manager.all_tasks:
+        return manager
+    # The entries of an index that are turned to validation items must not be used for scores.
+    return TaskManager() if validation else _all_tasks()
 
 
 @cache
@@ -186,55 +250,79 @@ def _check_name(manager: Any, name: str) -> None:
         raise ConfigError("unknown lm-eval task", found=name, do=do)
 
 
-def _redirect(manager: Any, name: str, bench_data: str) -> Items:
+def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
+    """Raise ConfigError for a task without validation items apart from those that its score is reported on."""
+    if not mmlu and not (config.get("test_split") and config.get("validation_split")):
+        only = config.get("validation_split") or config.get("test_split")
+        raise ConfigError(
+            f"layers cannot be chosen on task {name}",
+            found=f"its score is reported on its {only} items" if only else "a group of tasks",
+            do="name tasks with both validation and test items, such as arc_easy, arc_challenge, mmlu, openbookqa",
+        )
+
+
+def _parts(manager: Any, name: str, mmlu: bool) -> list[Any]:
+    """The entries of lm-eval's index behind a name: all of MMLU's subjects, or one task."""
+    if not mmlu:
+        return [manager.task_index[name]]
+    folder = _yaml_folder("mmlu")
+    entries = [entry for entry in manager.task_index.values() if entry.yaml_path and "dataset_name" in entry.cfg]
+    return [entry for entry in entries if entry.yaml_path.parent == folder]
+
+
+def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: bool) -> Items:
     """Point one task of lm-eval's index, or all of MMLU's, at items on this disk. Raises ConfigError."""
-    index, mmlu = manager.task_index, _yaml_folder("mmlu")
-    benchmark = name if name in BENCHMARKS else "mmlu"
-    if benchmark == "mmlu" and index[name].yaml_path.parent != mmlu:
+    benchmark = "mmlu" if mmlu else name
+    if benchmark not in BENCHMARKS:
         raise ConfigError(
             f"no local items for task {name}",
             found=f"evaluate.bench_data serves {', '.join(BENCHMARKS)} and the parts of mmlu",
             do="drop the task, or unset evaluate.bench_data to load every task from the Hub",
         )
-    items = read_items(bench_data, benchmark)
-    if items.split != BENCHMARKS[benchmark].split:
+    items = read_items(bench_data, benchmark, validation)
+    if not validation and items.split != BENCHMARKS[benchmark].split:
         log.warning("%s: no %s items, so its %s items are used", name, BENCHMARKS[benchmark].split, items.split)
-    if benchmark != "mmlu":
-        _use_rows(index[name], items, items.rows)
-        return items
-    for entry in index.values():
-        if entry.yaml_path and entry.yaml_path.parent == mmlu and "dataset_name" in entry.cfg:
-            subject = entry.cfg["dataset_name"]
-            _use_rows(entry, items, [row for row in items.rows if row["subject"] == subject])
+    for entry in _parts(manager, name, mmlu):
+        _use_rows(entry, items, [row for row in items.rows if not mmlu or row["subject"] == entry.cfg["dataset_name"]])
     return items
 
 
 def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
     """Let one entry of lm-eval's index yield these rows instead of a Hub data set. Nothing else of it changes."""
     import datasets
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     def local_items(**_: Any) -> dict[str, Any]:
         if not rows:
             raise ConfigError(f"no items of task {entry.name} in {items.origin}", do="add them, or drop the task")
         return {items.split: datasets.Dataset.from_list(rows)}
 
-    entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | {
-        "custom_dataset": local_items,
-        "dataset_path": items.origin,
-        # lm-eval prefers test to validation, and reads the training split even for 0-shot.
-        "test_split": "test" if items.split == "test" else None,
-        "validation_split": "validation" if items.split == "validation" else None,
-        "training_split": None,
-        "fewshot_split": None,
-    }
+    where = {"custom_dataset": local_items, "dataset_path": items.origin}
+    # lm-eval reads the training split even for 0-shot.
+    _use_split(entry, items.split, **where, training_split=None, fewshot_split=None)
+
+
+def _use_split(entry: Any, split: str, **changes: Any) -> None:
+    """Let one entry be scored on its test or validation split; lm-eval prefers test where it is named."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    splits = {f"{name}_split": name if name == split else None for name in ("test", "validation")}
+    entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | splits | changes
     # What else lm-eval would read the configuration from.
     entry.yaml_path = None
 
 
-def _load_task(manager: Any, name: str, settings: Evaluate) -> BenchTask:
+def _load_task(
+    manager: Any, name: str, bench_data: str | None, limit: int | None, validation: bool = False
+) -> BenchTask:
     _check_name(manager, name)
-    items = _redirect(manager, name, settings.bench_data) if settings.bench_data else None
+    entry = manager.task_index[name]
+    mmlu = entry.yaml_path.parent == _yaml_folder("mmlu")
+    if validation:
+        _check_validation(entry.cfg, name, mmlu)
+    items = _redirect(manager, name, bench_data, validation, mmlu) if bench_data else None
+    if validation and not items:
+        for part in _parts(manager, name, mmlu):
+            _use_split(part, "validation")
     try:
         loaded = manager.load([name])
     except (OSError, ValueError) as error:
@@ -247,12 +335,9 @@ def _load_task(manager: Any, name: str, settings: Evaluate) -> BenchTask:
     leaves: dict[str, Any] = loaded["tasks"]
     is_group = name in loaded["groups"]
     sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
-    subset: dict[str, Any] = {}
-    if settings.limit is not None:
-        subset = {"samples": spread(sizes, settings.limit)} if is_group else {"limit": settings.limit}
-    chosen = subset.get("samples", {})
+    samples = None if limit is None else spread(sizes, limit)
     docs = [
-        [leaf, *(doc for _, doc in task.doc_iterator(limit=subset.get("limit"), samples=chosen.get(leaf)))]
+        [leaf, *(doc for _, doc in task.doc_iterator(samples=samples[leaf] if samples else None))]
         for leaf, task in leaves.items()
     ]
     first = next(iter(leaves.values()))
@@ -265,7 +350,7 @@ def _load_task(manager: Any, name: str, settings: Evaluate) -> BenchTask:
         data=fingerprint(docs),
         origin=items.origin if items else str(first.config.dataset_path),
         split=items.split if items else str(first.config.test_split or first.config.validation_split),
-        subset=subset,
+        samples=samples,
     )
 
 

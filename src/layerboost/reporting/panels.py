@@ -6,11 +6,11 @@ import shlex
 
 import yaml
 
-from layerboost.artifacts import Score, Sensitivity, StageRecord
+from layerboost.artifacts import Sensitivity, StageRecord
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.page import Chart, Panel, Table
-from layerboost.reporting.sources import MADE_BY, EvalComparison, MetricLine, Sources, Task, absent, model_order
-from layerboost.reporting.text import ABSENT, duration, number, points, strategy, with_error, with_sign
+from layerboost.reporting.sources import MADE_BY, MetricLine, Sources, absent, model_order
+from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
 
 STAGES = {"attention": "Stage 1: attention distillation", "lora": "Stage 2: LoRA distillation"}
 
@@ -63,82 +63,6 @@ def _sensitivity_table(sensitivity: Sensitivity) -> Table:
             )
     header = ["layer", "replaced by", "KL, nats per token", "NLL − base, nats per token"]
     return Table("Every sensitivity", header, rows, text_columns=(0, 1), folded=True)
-
-
-def quality_panel(sources: Sources) -> Panel:
-    """Perplexity, KL and tasks of base, converted and healed."""
-    quality = sources.quality
-    files = ["eval/comparison.json"]
-    if quality is None:
-        return Panel("quality", "Quality", files, [absent("eval/comparison.json")])
-    warnings, made_from = [], sources.plan or sources.sensitivity
-    if made_from and quality.models.get("base", made_from.model.fingerprint) != made_from.model.fingerprint:
-        warnings.append(f"the base evaluated here is not the model of this run's other files, {made_from.model.name}")
-    notes, tables = ["Errors are one standard error; differences are paired, over the same tokens or items."], []
-    if quality.perplexity:
-        if quality.text:
-            notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
-        tables.append(_perplexity_table(quality))
-    if quality.tasks:
-        tables.append(_task_table(quality))
-    return Panel("quality", "Quality", files, warnings=warnings, notes=notes, tables=tables)
-
-
-def _perplexity_table(quality: EvalComparison) -> Table:
-    rows = []
-    for name in model_order(quality.perplexity):
-        found = quality.perplexity[name]
-        kl = with_error(found.kl) if found.kl and name != "base" else ABSENT
-        difference = nll_difference(quality, name) or ABSENT
-        rows.append([name, number(found.perplexity, 4), with_error(found.nll), difference, kl])
-    header = [
-        "model",
-        "perplexity",
-        "NLL, nats per token",
-        "NLL − base, nats per token",
-        "KL(base ‖ model), nats per token",
-    ]
-    return Table("Held-out text", header, rows)
-
-
-def nll_difference(quality: EvalComparison, name: str) -> str | None:
-    """NLL of a model less the base's, with its paired error where the file has one; None for the base or without it."""
-    base, found = quality.perplexity.get("base"), quality.perplexity[name]
-    if name == "base" or base is None:
-        return None
-    if found.nll_difference:
-        return with_error(found.nll_difference, signed=True)
-    return with_sign(found.nll.mean - base.nll.mean)
-
-
-def _task_table(quality: EvalComparison) -> Table:
-    entries = dict(quality.tasks)
-    if quality.average:
-        entries["average"] = quality.average
-    models = model_order({name for task in entries.values() for name in task.models})
-    changed = model_order({name for task in entries.values() for name in task.difference if name != "base"})
-    rows = []
-    for name, task in entries.items():
-        cells = [name, task.metric or ABSENT, f"{task.items:,}" if task.items else ABSENT]
-        cells += [_task_value(task, model) for model in models]
-        cells += [points(task.difference[model], unit="") if model in task.difference else ABSENT for model in changed]
-        rows.append(cells)
-    header = [
-        "task",
-        "metric",
-        "items",
-        *(f"{model}, %" for model in models),
-        *(f"{model} − base, points" for model in changed),
-    ]
-    return Table("Tasks", header, rows, text_columns=(0, 1))
-
-
-def _task_value(task: Task, model: str) -> str:
-    if model not in task.models:
-        return ABSENT
-    found = task.models[model]
-    error = Score(mean=100 * found.value, standard_error=100 * found.standard_error)
-    return with_error(error) if found.standard_error > 0 else number(error.mean)
 
 
 def healing_panel(sources: Sources) -> Panel:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from layerboost.artifacts import (
-    Artifact,
     PlanFile,
     Record,
     RunFile,
-    Score,
     Sensitivity,
     file_hash,
     read_json,
@@ -22,6 +20,7 @@ from layerboost.artifacts import (
 )
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, load_recipe
+from layerboost.reporting.comparison import EvalComparison, Part
 from layerboost.search.frontier import Frontier
 from layerboost.search.stability import Stability
 from layerboost.serving.results import Comparison as BenchComparison
@@ -41,56 +40,6 @@ MADE_BY = {
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
 }
-
-
-class Part(BaseModel):
-    """A piece of a comparison; keys the report does not show are left alone."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-
-class TextInfo(Part):
-    """The held-out text of the perplexity."""
-
-    source: str
-    tokens: int
-    fingerprint: str
-
-
-class Perplexity(Part):
-    """One model on the held-out text, nats per token. `nll_difference`: from the base, paired by sequence."""
-
-    perplexity: float
-    nll: Score
-    nll_difference: Score | None = None
-    kl: Score | None = None
-
-
-class TaskValue(Part):
-    """One model on one task, in the task's own metric."""
-
-    value: float
-    standard_error: float
-
-
-class Task(Part):
-    """One task: each model's value, and its paired difference from the base."""
-
-    metric: str = ""
-    items: int = 0
-    models: dict[str, TaskValue]
-    difference: dict[str, Score] = {}
-
-
-class EvalComparison(Artifact):
-    """`eval/comparison.json`."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-    models: dict[str, str] = Field(default={}, description="fingerprint of each model")
-    text: TextInfo | None = None
-    perplexity: dict[str, Perplexity] = Field(default={})
-    tasks: dict[str, Task] = Field(default={})
-    average: Task | None = None
 
 
 class MetricLine(Part):

@@ -40,15 +40,25 @@ def with_error(score: Score, signed: bool = False) -> str:
     return minus(f"+{text}" if signed and mean > 0 else text)
 
 
+def interval(mean: float, low: float, high: float, signed: bool = False) -> str:
+    """A mean with its 95 % interval in brackets, to the interval's second digit: −0.6 (−2.1 to +0.8)."""
+    if not all(map(math.isfinite, (mean, low, high))):
+        return "not finite"
+    half = (high - low) / 2
+    places = max(0, 1 - math.floor(math.log10(half))) if half > 1e-6 else 4
+
+    def written(value: float) -> str:
+        text = f"{value:,.{places}f}"
+        if float(text.replace(",", "")) == 0:
+            return text.removeprefix("-")
+        return minus(f"+{text}" if signed and value > 0 else text)
+
+    return f"{written(mean)} ({written(low)} to {written(high)})"
+
+
 def percent(fraction: float, digits: int = 1) -> str:
     """A fraction as a percentage: 0.4231 is 42.3 %."""
     return minus(f"{100 * fraction:.{digits}f} %")
-
-
-def points(score: Score, unit: str = " points") -> str:
-    """A difference of two fractions, in percentage points, signed."""
-    scaled = Score(mean=100 * score.mean, standard_error=100 * score.standard_error)
-    return f"{with_error(scaled, signed=True)}{unit}"
 
 
 def size(count: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerboost.artifacts import Score
 from layerboost.reporting.benchmark import Ratio, bench_ratio
+from layerboost.reporting.comparison import Change, EvalComparison
 from layerboost.reporting.page import Finding
-from layerboost.reporting.panels import nll_difference
-from layerboost.reporting.sources import MODELS, EvalComparison, Sources, absent, model_order
-from layerboost.reporting.text import ABSENT, number, percent, points, size, with_error
+from layerboost.reporting.quality import nll_difference
+from layerboost.reporting.sources import MODELS, Sources, absent, model_order
+from layerboost.reporting.text import ABSENT, interval, number, percent, size
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 
 
@@ -152,9 +152,7 @@ def _quality_finding(sources: Sources) -> Finding:
     if quality.average:
         names, last = _ends(quality.average.models)
         values = [f"{name} {percent(quality.average.models[name].value)}" for name in names]
-        sentences.append(
-            f"Average accuracy of {len(quality.tasks)} tasks: {' → '.join(values)}{_average(quality, last)}."
-        )
+        sentences.append(f"Average accuracy of {_headline(quality)}: {' → '.join(values)}{_average(quality, last)}.")
         value = percent(quality.average.models[last].value)
         if "base" in quality.average.models and last != "base":
             change = quality.average.models[last].value - quality.average.models["base"].value
@@ -168,7 +166,27 @@ def _quality_finding(sources: Sources) -> Finding:
         value = value or f"perplexity {number(quality.perplexity[last].perplexity, 4)}"
     else:
         sentences.append("Perplexity: not measured.")
-    return Finding(value, " ".join(sentences), files)
+    return Finding(value, " ".join([_gate(quality), *sentences]), files)
+
+
+def _gate(quality: EvalComparison) -> str:
+    gate = quality.gate
+    if gate is None:
+        return "No quality gate was set."
+    unknown = sum(check.passed is None for check in gate.checks)
+    rest = f", {unknown} not judged" if unknown else ""
+    if gate.missed:
+        missed = ", ".join(f"{check.what} {number(check.found or 0.0)}" for check in gate.missed)
+        return (
+            f"Quality gate: missed by {gate.model} in {len(gate.missed)} of {len(gate.checks)} checks{rest} ({missed})."
+        )
+    return f"Quality gate: passed by {gate.model} in {len(gate.checks) - unknown} of {len(gate.checks)} checks{rest}."
+
+
+def _headline(quality: EvalComparison) -> str:
+    chosen = sum(task.selection for task in quality.tasks.values())
+    rest = f" (without {chosen} that layers were chosen on)" if chosen else ""
+    return f"{len(quality.tasks) - chosen} tasks{rest}"
 
 
 def _ends(models: dict[str, Any]) -> tuple[list[str], str]:
@@ -180,26 +198,24 @@ def _average(quality: EvalComparison, name: str) -> str:
     found = quality.average.difference.get(name) if quality.average else None
     if found is None or name == "base":
         return ""
-    return f" ({name} − base: {points(found)}, {certainty(found)})"
+    points = interval(100 * found.mean, 100 * found.low, 100 * found.high, signed=True)
+    return f" ({name} − base: {points} points; {certainty(found)})"
 
 
 def _losses(quality: EvalComparison, name: str) -> str:
-    found, difference = quality.perplexity[name], nll_difference(quality, name)
-    if name == "base":
+    difference = nll_difference(quality, name)
+    if difference is None:
         return ""
-    parts = []
-    if difference:
-        sure = certainty(found.nll_difference) if found.nll_difference else "no paired error recorded"
-        parts.append(f"{name} − base: {difference} nats per token, {sure}")
-    if found.kl:
-        parts.append(f"KL {with_error(found.kl)}")
-    return f" ({'; '.join(parts)})" if parts else ""
+    kl = quality.perplexity[name].kl
+    return f" ({name} − base: {difference} nats per token; KL {interval(kl.mean, kl.low, kl.high)})"
 
 
-def certainty(difference: Score) -> str:
-    """What a paired difference and its standard error allow to be said."""
-    if difference.standard_error <= 0:
-        return "no standard error, so nothing can be said"
-    if abs(difference.mean) <= 2 * difference.standard_error:
-        return "within two standard errors of zero, no difference shown"
-    return "beyond two standard errors of zero"
+def certainty(change: Change) -> str:
+    """What a paired difference of accuracies and its interval allow to be said."""
+    if change.high < 0:
+        seen = "a loss beyond the 95 % interval"
+    elif change.low > 0:
+        seen = "a gain beyond the 95 % interval"
+    else:
+        seen = f"no difference shown, of which these items show {number(100 * change.detectable, 2)} points or more"
+    return f"{seen}; no worse than 1 point: {'yes' if change.no_worse else 'not shown'}"

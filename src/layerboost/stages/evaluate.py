@@ -1,4 +1,4 @@
-"""Evaluate: base and changed models on held-out text and on lm-eval's tasks, compared item by item."""
+"""Evaluate: base and changed models on held-out text, lm-eval's tasks and long contexts, compared item by item."""
 
 from __future__ import annotations
 
@@ -6,42 +6,66 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import write_json
+from layerboost.artifacts import SENSITIVITY, Sensitivity, fingerprint, read_json, write_json
 from layerboost.errors import ConfigError
-from layerboost.evaluation.quality import (
-    average_tasks,
-    base_losses,
-    changed_losses,
-    compare_task,
-    hidden_states,
-    mean_and_error,
+from layerboost.evaluation.comparison import compare_tasks
+from layerboost.evaluation.gate import gate_checks, validate_gate
+from layerboost.evaluation.long_context import (
+    BATCH_TOKENS,
+    compare_positions,
+    compare_retrieval,
+    position_edges,
+    position_losses,
+    retrieval_answers,
 )
+from layerboost.evaluation.quality import base_losses, changed_losses, compare_text, hidden_states
 from layerboost.evaluation.results import Facts, Results
 from layerboost.evaluation.tasks import BenchTask, load_bench, run_task, task_value
-from layerboost.model.checkpoint import Source, find_model, load_model, load_tokenizer, model_fingerprint
+from layerboost.model.checkpoint import (
+    Source,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
 from layerboost.recipe import Recipe
+from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
 from layerboost.text import SAMPLES, Tokens, load_tokens
 
 BASE = "base"
 
 
-def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path) -> None:
+def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
     """Read everything but the models that `run_evaluate` reads, so that a mistake shows before hours of compute.
 
-    Raises ConfigError. Text that the model has yet to write (source `self`) is not looked for.
+    `context_tokens`: the longest text the model takes. Raises ConfigError. Text that the model has yet to write (source
+    `self`) is not looked for.
     """
+    _check_settings(recipe, context_tokens)
     load_bench(recipe.evaluate)
     if recipe.evaluate.perplexity_text or recipe.text.source != "self" or (run / SAMPLES).is_file():
-        _load_text(recipe, tokenizer, run)
+        _load_texts(recipe, tokenizer, run)
+
+
+def _check_settings(recipe: Recipe, context_tokens: int) -> None:
+    validate_gate(recipe.evaluate)
+    longest = max(recipe.evaluate.position_tokens, *recipe.evaluate.retrieval_tokens, 0)
+    if longest > context_tokens:
+        raise ConfigError(
+            "evaluate.position_tokens and evaluate.retrieval_tokens must lie within the model's context",
+            found=f"{longest:,} tokens, a context of {context_tokens:,}",
+        )
 
 
 def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime: Runtime) -> dict[str, Any]:
@@ -55,6 +79,14 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
     names = [BASE, *(name for name in models if name != BASE)]
     sources = {name: find_model(str(models[name]), run) for name in names}
     tokenizer = load_tokenizer(sources[BASE], recipe.trust_remote_code)
+    configs = {name: load_config(source, recipe.trust_remote_code) for name, source in sources.items()}
+    for name, config in configs.items():
+        if config.vocab_size != configs[BASE].vocab_size:
+            raise ConfigError(
+                f"{name} cannot be compared with the base: another vocabulary",
+                found=f"{config.vocab_size:,} tokens, {configs[BASE].vocab_size:,} of the base",
+            )
+    _check_settings(recipe, configs[BASE].max_position_embeddings)
     work = _Work(
         recipe=recipe,
         runtime=runtime,
@@ -62,14 +94,24 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
         fingerprints={name: model_fingerprint(source) for name, source in sources.items()},
         tokenizer=tokenizer,
         tasks=load_bench(recipe.evaluate),
-        text=_load_text(recipe, tokenizer, run),
+        texts=_load_texts(recipe, tokenizer, run),
     )
-    results = Results(run / "eval", _wanted(work))
-    _fill(work, results)
-    comparison = _compare(work, results)
+    jobs = {name: _jobs(work, name) for name in names}
+    results = Results(run / "eval", {job.file: job.facts for found in jobs.values() for job in found})
+    _fill(work, jobs, results)
+    comparison = _compare(work, results, _selection(run))
     write_json(run / "eval" / "comparison.json", comparison)
     log.info("wrote %s", run / "eval" / "comparison.json")
     return comparison
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The held-out text, long pieces of it, and retrieval prompts in it; None or empty if not wanted."""
+
+    text: Tokens | None
+    long: Tokens | None
+    prompts: list[Prompts]
 
 
 @dataclass(frozen=True)
@@ -82,107 +124,165 @@ class _Work:
     fingerprints: dict[str, str]
     tokenizer: Any
     tasks: list[BenchTask]
-    text: Tokens | None
+    texts: _Texts
 
     @property
     def dtype(self) -> str:
         return str(self.runtime.dtype).removeprefix("torch.")
 
+    @cached_property
+    def batches(self) -> list[torch.Tensor]:
+        """The held-out text in batches."""
+        assert self.texts.text is not None
+        return self.texts.text.batches(max(1, BATCH_TOKENS // self.recipe.text.sequence_tokens))
 
-def _load_text(recipe: Recipe, tokenizer: Any, run: Path) -> Tokens | None:
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The base, loaded when it is first needed."""
+        return load_model(self.sources[BASE], self.runtime, self.recipe.trust_remote_code)
+
+    @cached_property
+    def base_hidden(self) -> list[torch.Tensor]:
+        """The base's hidden states over the held-out text."""
+        with _progress("held-out text: base", self.batches) as progress:
+            return hidden_states(self.base, self.batches, progress.advance)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One result file: what it must have been made from, and how it is made from the loaded model."""
+
+    file: str
+    facts: Facts
+    make: Callable[[PreTrainedModel], str]
+
+
+def _load_texts(recipe: Recipe, tokenizer: Any, run: Path) -> _Texts:
     settings = recipe.evaluate
-    if settings.perplexity_tokens == 0:
-        return None
-    # A standard error over sequences needs two of them.
-    tokens = max(settings.perplexity_tokens, 2 * recipe.text.sequence_tokens)
-    if settings.perplexity_text:
-        text = recipe.text.model_copy(update={"source": settings.perplexity_text})
-        return load_tokens(text, tokenizer, "all", tokens, run=run)
-    return load_tokens(recipe.text, tokenizer, "held_out", tokens, run=run)
+
+    def load(tokens: int, length: int) -> Tokens:
+        text = recipe.text.model_copy(update={"sequence_tokens": length})
+        if settings.perplexity_text:
+            text = text.model_copy(update={"source": settings.perplexity_text})
+        return load_tokens(text, tokenizer, "all" if settings.perplexity_text else "held_out", tokens, run=run)
+
+    length, long = recipe.text.sequence_tokens, settings.position_tokens
+    prompts = []
+    for size in settings.retrieval_tokens:
+        filler = load(settings.retrieval_prompts * size, size).ids.flatten()
+        prompts += [
+            retrieval_prompts(tokenizer, filler, kind, size, settings.retrieval_prompts, recipe.seed) for kind in KINDS
+        ]
+    return _Texts(
+        # A standard error over sequences needs two of them.
+        text=load(max(settings.perplexity_tokens, 2 * length), length) if settings.perplexity_tokens else None,
+        long=load(settings.position_sequences * long, long) if long else None,
+        prompts=prompts,
+    )
 
 
-def _wanted(work: _Work) -> dict[str, Facts]:
-    """Every result file by name, with what it must have been made from."""
-    prints, wanted = work.fingerprints, {}
-    for name, model in prints.items():
-        if work.text:
-            about: Facts = {"model": model, "base": prints[BASE], "text": work.text.fingerprint, "dtype": work.dtype}
-            wanted[_text_file(name)] = about
-        for task in work.tasks:
-            wanted[_task_file(name, task)] = {
-                "model": model,
-                "limit": work.recipe.evaluate.limit,
-                "data": task.data,
-                "dtype": work.dtype,
-                "lm_eval": importlib.metadata.version("lm-eval"),
-            }
-    return wanted
+def _selection(run: Path) -> list[str]:
+    """The tasks that layers were chosen on."""
+    file = run / SENSITIVITY
+    found = read_json(file, Sensitivity, "layerboost measure").settings.get("tasks") if file.is_file() else None
+    return list(found or [])
 
 
-def _fill(work: _Work, results: Results) -> None:
+def _jobs(work: _Work, name: str) -> list[_Job]:
+    """Every result file of one model."""
+    texts = work.texts
+    made_from: Facts = {"model": work.fingerprints[name], "dtype": work.dtype}
+    jobs = []
+    if texts.text:
+        facts = {**made_from, "base": work.fingerprints[BASE], "text": texts.text.fingerprint}
+        jobs.append(_Job(_text_file(name), facts, lambda model: _text_losses(work, name, model)))
+    if texts.long:
+        facts = {**made_from, "text": texts.long.fingerprint}
+        jobs.append(_Job(_positions_file(name), facts, lambda model: _position_result(work, name, model)))
+    if texts.prompts:
+        facts = {**made_from, "prompts": fingerprint([prompts.ids.tolist() for prompts in texts.prompts])}
+        jobs.append(_Job(_retrieval_file(name), facts, lambda model: _retrieval_result(work, name, model)))
+    for task in work.tasks:
+        facts = {
+            **made_from,
+            "limit": work.recipe.evaluate.limit,
+            "data": task.data,
+            "lm_eval": importlib.metadata.version("lm-eval"),
+        }
+        jobs.append(_Job(_task_file(name, task), facts, partial(_task_result, work, name, task)))
+    return jobs
+
+
+def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None:
     """Make every result file that is missing, each model loaded once."""
-    batch_size, trust = work.recipe.evaluate.batch_size, work.recipe.trust_remote_code
-    texts = [name for name in work.sources if work.text and results.missing(_text_file(name))]
-    todo = {name: [task for task in work.tasks if results.missing(_task_file(name, task))] for name in work.sources}
-    batches = work.text.batches(batch_size) if work.text else []
-    base: PreTrainedModel | None = None
-    hidden: list[torch.Tensor] = []
-    if texts or todo[BASE]:
-        base = load_model(work.sources[BASE], work.runtime, trust)
-    if base is not None and texts:
-        with Progress("held-out text: base", sum(batch.numel() for batch in batches), "tokens") as progress:
-            hidden = hidden_states(base, batches, progress.advance)
     for name, source in work.sources.items():
-        if name not in texts and not todo[name]:
+        missing = [job for job in jobs[name] if results.missing(job.file)]
+        if not missing:
             log.info("%s: results are there already", name)
             continue
-        model = base if name == BASE else load_model(source, work.runtime, trust)
-        assert model is not None
-        if name in texts:
-            assert base is not None
-            results.save(_text_file(name), _text_losses(name, model, base, hidden, batches))
-        for task in todo[name]:
-            results.save(_task_file(name, task), _task_result(name, model, work.tokenizer, task, batch_size))
+        model = work.base if name == BASE else load_model(source, work.runtime, work.recipe.trust_remote_code)
+        for job in missing:
+            results.save(job.file, job.make(model))
         del model  # before the next one is loaded
 
 
-def _text_losses(
-    name: str,
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    hidden: list[torch.Tensor],
-    batches: list[torch.Tensor],
-) -> str:
+def _progress(description: str, batches: list[torch.Tensor]) -> Progress:
+    return Progress(description, sum(batch.numel() for batch in batches), "tokens")
+
+
+def _text_losses(work: _Work, name: str, model: PreTrainedModel) -> str:
     """KL and NLL of every sequence, as JSON."""
     if name == BASE:
-        losses = base_losses(base, batches, hidden)
+        losses = base_losses(model, work.batches, work.base_hidden)
     else:
-        with Progress(f"held-out text: {name}", sum(batch.numel() for batch in batches), "tokens") as progress:
-            losses = changed_losses(base, hidden, model, batches, progress.advance)
+        hidden = work.base_hidden
+        with _progress(f"held-out text: {name}", work.batches) as progress:
+            losses = changed_losses(work.base, hidden, model, work.batches, progress.advance)
     nll = float(losses.nll.mean())
     log.info("%s: perplexity %.3f, KL %.4f", name, math.exp(nll), float(losses.kl.mean()))
     return json.dumps({"schema_version": 1, "nll": losses.nll.tolist(), "kl": losses.kl.tolist()}, indent=1)
 
 
-def _task_result(name: str, model: PreTrainedModel, tokenizer: Any, task: BenchTask, batch_size: int) -> str:
+def _position_result(work: _Work, name: str, model: PreTrainedModel) -> str:
+    """NLL of every long sequence in every bucket of positions, as JSON."""
+    assert work.texts.long is not None
+    ids = work.texts.long.ids
+    with _progress(f"long text: {name}", [ids]) as progress:
+        nll = position_losses(model, ids, progress.advance)
+    return json.dumps({"schema_version": 1, "edges": position_edges(ids.shape[1]), "nll": nll}, indent=1)
+
+
+def _retrieval_result(work: _Work, name: str, model: PreTrainedModel) -> str:
+    """What became of every retrieval prompt, as JSON."""
+    prompts = work.texts.prompts
+    with _progress(f"retrieval: {name}", [part.ids for part in prompts]) as progress:
+        answers = retrieval_answers(model, prompts, progress.advance)
+    right = sum(answer["exact"] for answer in answers)
+    log.info("%s: %d of %d retrieval prompts answered", name, right, len(answers))
+    return json.dumps({"schema_version": 1, "answers": answers}, indent=1)
+
+
+def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel) -> str:
     started = time.monotonic()
     with Progress(f"{task.name}: {name}", task.items, "items") as progress:
-        result = run_task(task, model, tokenizer, batch_size, progress.advance)
+        result = run_task(task, model, work.tokenizer, work.recipe.evaluate.batch_size, progress.advance)
     value, seconds = task_value(task, json.loads(result)), time.monotonic() - started
     log.info("%s: %s %s %.4f (%d items, %.1f s)", name, task.name, task.metric, value, task.items, seconds)
     return result
 
 
-def _compare(work: _Work, results: Results) -> dict[str, Any]:
+def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, Any]:
     """The content of comparison.json, from the result files alone."""
-    settings, names = work.recipe.evaluate, list(work.sources)
-    tasks = {
-        task.name: compare_task(task, {name: results.read(_task_file(name, task)) for name in names}, BASE)
-        for task in work.tasks
-    }
-    losses = {name: results.read(_text_file(name)) for name in names} if work.text else {}
-    return {
-        "schema_version": 1,
+    settings, names, texts = work.recipe.evaluate, list(work.sources), work.texts
+
+    def read(file: Callable[[str], str]) -> dict[str, dict[str, Any]]:
+        return {name: results.read(file(name)) for name in names}
+
+    found = {task.name: read(partial(_task_file, task=task)) for task in work.tasks}
+    tasks, average = compare_tasks(work.tasks, found, BASE, selection)
+    answers = {name: result["answers"] for name, result in read(_retrieval_file).items()} if texts.prompts else {}
+    comparison = {
+        "schema_version": 2,
         "settings": {
             "tasks": list(settings.tasks),
             "limit": settings.limit,
@@ -192,40 +292,34 @@ def _compare(work: _Work, results: Results) -> dict[str, Any]:
             "lm_eval": importlib.metadata.version("lm-eval"),
         },
         "models": work.fingerprints,
+        "selection": selection,
         "text": _text_info(work),
-        "perplexity": {name: _perplexity(found, losses[BASE]) for name, found in losses.items()},
+        "perplexity": compare_text(read(_text_file), BASE) if texts.text else {},
         "tasks": tasks,
-        "average": average_tasks(tasks),
+        "average": average,
+        "positions": compare_positions(read(_positions_file), BASE) if texts.long else None,
+        "retrieval": compare_retrieval(answers, BASE) if answers else None,
     }
-
-
-def _perplexity(losses: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    nll = mean_and_error(losses["nll"])
-    paired = [own - other for own, other in zip(losses["nll"], base["nll"], strict=True)]
-    return {
-        "perplexity": math.exp(nll["mean"]),
-        "nll": nll,
-        "nll_difference": mean_and_error(paired),
-        "kl": mean_and_error(losses["kl"]),
-    }
+    return comparison | {"gate": gate_checks(comparison, settings)}
 
 
 def _text_info(work: _Work) -> dict[str, Any] | None:
-    if work.text is None:
+    if work.texts.text is None:
         return None
     source = work.recipe.evaluate.perplexity_text or f"{work.recipe.text.source} (held-out split)"
-    sequences, length = work.text.ids.shape
+    sequences, length = work.texts.text.ids.shape
     return {
         "source": source,
         "tokens": sequences * length,
         "sequence_tokens": length,
-        "fingerprint": work.text.fingerprint,
+        "fingerprint": work.texts.text.fingerprint,
     }
 
 
 def _items(task: BenchTask) -> dict[str, Any]:
-    """Where a task's items are from and, in a subset of a group, which they are."""
-    return {"origin": task.origin, "split": task.split, "fingerprint": task.data, **task.subset}
+    """Where a task's items are from and, in a subset, which they are."""
+    where = {"origin": task.origin, "split": task.split, "fingerprint": task.data}
+    return where | ({"samples": task.samples} if task.samples else {})
 
 
 def _text_file(model: str) -> str:
@@ -234,3 +328,11 @@ def _text_file(model: str) -> str:
 
 def _task_file(model: str, task: BenchTask) -> str:
     return f"{model}.{task.name}.json"
+
+
+def _positions_file(model: str) -> str:
+    return f"{model}.positions.json"
+
+
+def _retrieval_file(model: str) -> str:
+    return f"{model}.retrieval.json"

@@ -7,8 +7,10 @@ from typing import Any
 
 from layerboost.artifacts import write_text
 from layerboost.reporting.benchmark import throughput_panel
+from layerboost.reporting.long_context import long_context_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
-from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel, quality_panel
+from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
+from layerboost.reporting.quality import quality_panel
 from layerboost.reporting.search import search_panel
 from layerboost.reporting.sources import Sources, read_sources
 from layerboost.reporting.verdict import findings, summary, summary_table
@@ -31,6 +33,7 @@ def run_report(run: Path) -> dict[str, Any]:
         layers_panel(sources),
         search_panel(sources),
         quality_panel(sources),
+        long_context_panel(sources),
         healing_panel(sources),
         throughput_panel(sources.bench),
         provenance_panel(sources),

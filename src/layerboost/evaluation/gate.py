@@ -1,0 +1,84 @@
+"""The quality gate: what the boosted model lost on held-out data against what the recipe allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerboost.errors import ConfigError, GateMissed
+from layerboost.recipe import Evaluate
+
+
+def validate_gate(settings: Evaluate) -> None:
+    """Raise ConfigError for a threshold on something that the recipe does not measure."""
+    needs = {
+        "max_kl": (settings.max_kl, settings.perplexity_tokens, "perplexity_tokens"),
+        "max_average_drop": (settings.max_average_drop, settings.tasks, "tasks"),
+        "max_task_drop": (settings.max_task_drop, settings.tasks, "tasks"),
+        "max_retrieval_drop": (settings.max_retrieval_drop, settings.retrieval_tokens, "retrieval_tokens"),
+    }
+    for gate, (threshold, measured, key) in needs.items():
+        if threshold is not None and not measured:
+            raise ConfigError(f"evaluate.{gate} is set, but nothing is measured for it", do=f"set evaluate.{key}")
+
+
+def gate_checks(comparison: Mapping[str, Any], settings: Evaluate) -> dict[str, Any] | None:
+    """The model judged and each threshold of the recipe against what was found; None without either.
+
+    Judged is the healed model, else the converted one, else the last. A check compares the mean; `low` and `high` are
+    the 95 % interval that tells whether the sample could have seen the loss. `passed` is None where nothing could be
+    judged: the base cannot do the task, or every task chose layers.
+    """
+    changed = [name for name in comparison["models"] if name != "base"]
+    if not changed:
+        return None
+    model = next((name for name in ("healed", "converted") if name in changed), changed[-1])
+    checks = []
+    if settings.max_kl is not None:
+        kl = comparison["perplexity"][model]["kl"]
+        checks.append(_check("KL to the base", kl["mean"], settings.max_kl, kl["low"], kl["high"]))
+    if settings.max_average_drop is not None:
+        average = comparison["average"]
+        checks.append(_drop("average accuracy, drop", average, model, settings.max_average_drop))
+    if settings.max_task_drop is not None:
+        checks += [
+            _drop(f"{name}, drop", task, model, settings.max_task_drop)
+            for name, task in comparison["tasks"].items()
+            if not task["selection"]
+        ]
+    if settings.max_retrieval_drop is not None:
+        retrieval = comparison["retrieval"]
+        able = retrieval["able"] or None
+        checks.append(_drop("retrieval, drop of exact match", able, model, settings.max_retrieval_drop))
+    return {"model": model, "checks": checks} if checks else None
+
+
+def check_gate(comparison: Mapping[str, Any]) -> None:
+    """Raise GateMissed, with a table of every check, when one of them was missed."""
+    gate = comparison["gate"]
+    if gate is None or all(check["passed"] is not False for check in gate["checks"]):
+        return
+    rows = [("check", "found", "95 % interval", "at most", "")]
+    for check in gate["checks"]:
+        verdict = {True: "passed", False: "MISSED", None: "not judged"}[check["passed"]]
+        found = "–" if check["found"] is None else f"{check['found']:.4f}"
+        interval = "–" if check["found"] is None else f"{check['low']:.4f} to {check['high']:.4f}"
+        rows.append((check["what"], found, interval, f"{check['at_most']:g}", verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    raise GateMissed(
+        f"the quality gate was missed by {gate['model']}",
+        found="\n  " + "\n  ".join(lines),
+        do="heal longer or plan a larger budget",
+    )
+
+
+def _drop(what: str, part: Mapping[str, Any] | None, model: str, at_most: float) -> dict[str, Any]:
+    if part is None:
+        return {"what": what, "found": None, "low": None, "high": None, "at_most": at_most, "passed": None}
+    change = part["difference"][model]
+    return _check(what, -change["mean"], at_most, -change["high"], -change["low"])
+
+
+def _check(what: str, found: float, at_most: float, low: float, high: float) -> dict[str, Any]:
+    return {"what": what, "found": found, "low": low, "high": high, "at_most": at_most, "passed": found <= at_most}

@@ -1,0 +1,155 @@
+"""`eval/comparison.json` as the report reads it; keys the report does not show are left alone."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from layerboost.artifacts import Artifact, Score
+
+# "No worse than" is claimed or not at this difference of two fractions.
+ONE_POINT = 0.01
+
+
+class Part(BaseModel):
+    """A piece of a file that the report reads."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class Change(Part):
+    """A paired difference from the base with its 95 % interval.
+
+    `at_least`: the bound it exceeds with 95 % probability; `detectable`: the smallest one that such a sample shows four
+    times in five.
+    """
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    at_least: float
+    detectable: float
+
+    @property
+    def no_worse(self) -> bool:
+        """Whether a loss of one point is ruled out."""
+        return self.at_least > -ONE_POINT
+
+
+class TextInfo(Part):
+    """The held-out text of the perplexity."""
+
+    source: str
+    tokens: int
+    fingerprint: str
+
+
+class Perplexity(Part):
+    """One model on the held-out text, nats per token. `nll_difference`: from the base, paired by sequence."""
+
+    perplexity: float
+    nll: Score
+    kl: Change
+    nll_difference: Change | None = None
+
+
+class TaskValue(Part):
+    """One model on one task, in the task's own metric."""
+
+    value: float
+    standard_error: float
+
+
+class Margin(Part):
+    """The log-probability of the right answer less that of the best wrong one."""
+
+    unit: str
+    models: dict[str, Score]
+    difference: dict[str, Change]
+
+
+class Task(Part):
+    """One task: each model's value, and its paired difference from the base. `selection`: layers were chosen on it."""
+
+    metric: str
+    items: int
+    selection: bool = False
+    models: dict[str, TaskValue]
+    difference: dict[str, Change]
+    margin: Margin | None = None
+
+
+class Positions(Part):
+    """NLL by position in long texts, nats per token: one entry a bucket between two `edges`, by model."""
+
+    edges: list[int]
+    sequences: int
+    models: dict[str, list[Score]]
+    difference: dict[str, list[Change]]
+
+
+class Depth(Part):
+    """A part of the prompts' depths: means by model."""
+
+    low: float = Field(alias="from")
+    high: float = Field(alias="to")
+    prompts: int
+    exact: dict[str, float]
+    log_probability: dict[str, float]
+
+
+class RetrievalGroup(Part):
+    """The retrieval prompts of one kind and length. `able`: the base answers at least half of them."""
+
+    kind: str
+    length_tokens: int
+    prompts: int
+    able: bool
+    models: dict[str, TaskValue]
+    difference: dict[str, Change]
+    log_probability: dict[str, Score]
+    log_probability_difference: dict[str, Change]
+    depths: list[Depth]
+
+
+class Retrieval(Part):
+    """Every retrieval prompt of every model."""
+
+    groups: list[RetrievalGroup]
+
+
+class Check(Part):
+    """One threshold of the quality gate; `passed` is None where nothing could be judged."""
+
+    what: str
+    found: float | None
+    low: float | None
+    high: float | None
+    at_most: float
+    passed: bool | None
+
+
+class Gate(Part):
+    """The quality gate of one model."""
+
+    model: str
+    checks: list[Check]
+
+    @property
+    def missed(self) -> list[Check]:
+        return [check for check in self.checks if check.passed is False]
+
+
+class EvalComparison(Artifact):
+    """`eval/comparison.json`."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    schema_version: int = 2
+    models: dict[str, str] = Field(description="fingerprint of each model")
+    text: TextInfo | None = None
+    perplexity: dict[str, Perplexity]
+    tasks: dict[str, Task]
+    average: Task | None = None
+    positions: Positions | None = None
+    retrieval: Retrieval | None = None
+    gate: Gate | None = None

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from layerboost.errors import ConfigError, GateMissed
+from layerboost.evaluation.gate import check_gate, gate_checks, validate_gate
+from layerboost.recipe import Evaluate
+
+
+def change(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.02}
+
+
+def task(mean: float, selection: bool = False) -> dict[str, Any]:
+    return {"selection": selection, "difference": {"healed": change(mean), "other": change(-0.5)}}
+
+
+def comparison(**changes: Any) -> dict[str, Any]:
+    values = {
+        "models": {"base": "a", "healed": "b", "other": "c"},
+        "perplexity": {"healed": {"kl": change(0.08)}, "other": {"kl": change(3.0)}},
+        "tasks": {"piqa": task(-0.01), "arc_easy": task(-0.2, selection=True), "winogrande": task(0.03)},
+        "average": task(0.01),
+        "retrieval": {"able": task(-0.25)},
+    }
+    return values | changes
+
+
+def verdicts(settings: Evaluate, **changes: Any) -> dict[str, Any]:
+    found = gate_checks(comparison(**changes), settings)
+    assert found is not None
+    assert found["model"] == "healed"
+    return {check["what"]: check["passed"] for check in found["checks"]}
+
+
+def test_no_threshold_is_no_gate() -> None:
+    assert gate_checks(comparison(), Evaluate()) is None
+    check_gate({"gate": None})
+
+
+def test_every_threshold_is_checked_and_selection_tasks_are_left_out() -> None:
+    loose = Evaluate(max_kl=0.1, max_average_drop=0.0, max_task_drop=0.01, max_retrieval_drop=0.3)
+    assert verdicts(loose) == {
+        "KL to the base": True,
+        "average accuracy, drop": True,
+        "piqa, drop": True,
+        "winogrande, drop": True,
+        "retrieval, drop of exact match": True,
+    }
+    strict = Evaluate(max_kl=0.01, max_average_drop=0.0, max_task_drop=0.005, max_retrieval_drop=0.2)
+    assert verdicts(strict) == {
+        "KL to the base": False,
+        "average accuracy, drop": True,
+        "piqa, drop": False,
+        "winogrande, drop": True,
+        "retrieval, drop of exact match": False,
+    }
+
+
+def test_a_missed_gate_says_everything_in_a_table() -> None:
+    values = comparison()
+    gate = gate_checks(values, Evaluate(max_kl=0.01, max_task_drop=0.05))
+    with pytest.raises(GateMissed) as missed:
+        check_gate(values | {"gate": gate})
+    assert missed.value.exit_code == 4
+    lines = [line.split("  ") for line in str(missed.value).splitlines()]
+    table = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert ["KL to the base", "0.0800", "0.0700 to 0.1000", "0.01", "MISSED"] in table
+    assert ["piqa, drop", "0.0100", "-0.0100 to 0.0200", "0.05", "passed"] in table
+
+
+def test_what_cannot_be_judged_is_said_and_does_not_fail() -> None:
+    settings = Evaluate(max_average_drop=0.0, max_retrieval_drop=0.0)
+    unknown = comparison(average=None, retrieval={"able": None})
+    gate = gate_checks(unknown, settings)
+    assert gate is not None
+    assert [check["passed"] for check in gate["checks"]] == [None, None]
+    check_gate(unknown | {"gate": gate})
+
+
+def test_a_threshold_on_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_retrieval_drop is set(.|\n)*evaluate\.retrieval_tokens"):
+        validate_gate(Evaluate(max_retrieval_drop=0.1))
+    with pytest.raises(ConfigError, match="max_kl"):
+        validate_gate(Evaluate(max_kl=0.1, perplexity_tokens=0))
+    validate_gate(Evaluate(max_kl=0.1, max_retrieval_drop=0.1, retrieval_tokens=(256,)))
