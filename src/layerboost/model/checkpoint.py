@@ -73,13 +73,8 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
     kwargs: dict[str, Any] = {}
-<<<<<<< HEAD
-    if source.gguf is None:
-        check_checkpoint(source.folder)
     if implementation := family_of(config).attn_implementation:
         kwargs["attn_implementation"] = implementation
-=======
->>>>>>> checkpoint
     if source.gguf:
         from transformers import GgufConfig
 
@@ -88,12 +83,8 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
-<<<<<<< HEAD
-        kwargs["config"] = config
-=======
         check_checkpoint(source.folder)
-        kwargs = {"config": config}
->>>>>>> checkpoint
+        kwargs["config"] = config
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
