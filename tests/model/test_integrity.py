@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import boosted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from tiny import boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
-from layerboost.artifacts import PlanFile
+from layerboost.artifacts import PLAN, PlanFile, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
 from layerboost.model.checkpoint import find_model, load_model, save_boosted
+from layerboost.model.families import FAMILIES
 from layerboost.model.integrity import INDEX, check_checkpoint, is_intact
 from layerboost.runtime import Runtime
 
@@ -74,11 +75,15 @@ def test_shards_and_plan_and_config_that_agree(whole: Path) -> None:
     assert torch.equal(load_model(find_model(str(whole)), RUNTIME)(ids).logits, boosted(LETTERS)(ids).logits)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2"])
-@pytest.mark.parametrize("letters", ["", "nfSs", "ffff"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("letters", ["", "nfSsf", "fffff"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_we_write_is_intact(model_type: str, letters: str, tied: bool, tmp_path: Path) -> None:
-    assert is_intact(save_tiny(tmp_path, model_type, letters, tie_word_embeddings=tied))
+    letters = fitted(letters, model_type) if letters else ""
+    folder = save_tiny(tmp_path, model_type, letters, layers=5, tie_word_embeddings=tied)
+    if letters:
+        write_plan(folder / PLAN, PlanFile(model=info(5), method="by hand", layers=layer_plans(letters)))
+    check_checkpoint(folder)
 
 
 SINKS, UP = "model.layers.2.self_attn.sinks", "model.layers.1.mlp.up_proj.weight"

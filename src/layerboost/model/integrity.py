@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from layerboost.artifacts import PLAN, PlanFile, read_plan
 from layerboost.errors import ConfigError
-from layerboost.model.modeling import skipped_layers
+from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
 
 ARCHITECTURE = "LayerBoostForCausalLM"
@@ -142,14 +142,15 @@ def _check_plan(folder: Path, config: PreTrainedConfig, plan: PlanFile) -> None:
 def _recorded(config: PreTrainedConfig) -> list[str]:
     """Per layer, the strategy that a boosted checkpoint's config records."""
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
-    return [
-        _words("none", None, layer in sinks)
-        if layer in skipped
-        else _words("sliding", config.sliding_window, layer in sinks)
-        if kind == "sliding_attention"
-        else _words("full", None, layer in sinks)
-        for layer, kind in enumerate(config.layer_types)
-    ]
+    found = []
+    for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
+        if layer in skipped:
+            found.append(_words("none", None, layer in sinks))
+        elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
+            found.append(_words("sliding", config.sliding_window, layer in sinks))
+        else:
+            found.append(_words("full", None, layer in sinks))
+    return found
 
 
 def _words(attention: str, window: int | None, sink: bool) -> str:
