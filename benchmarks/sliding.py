@@ -12,25 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig
-from transformers.masking_utils import create_sliding_window_causal_mask
 
-from layerboost.artifacts import LayerPlan
 from layerboost.model.attention import sliding_attention, window_mask
-from layerboost.model.checkpoint import find_model, load_model
-from layerboost.model.surgery import apply_plan
-from layerboost.runtime import Runtime
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PREFILLS = (4096, 8192)
@@ -66,9 +59,9 @@ def measure_operation(form: str, tokens: int, backward: bool) -> dict[str, Any]:
     """CPU microseconds a token and peak memory of one form."""
     make(form, 512, True)()  # what the libraries take once
     call = make(form, tokens, backward)
-    before = rss_mib()
+    before = start_peak()
     times = [timed(call)]
-    peak = max(peak_mib() - before, 0)
+    peak = peak_mib() - before
     while sum(times) < CALLS_S:
         times.append(timed(call))
     return {"us_per_token": statistics.median(times[1:] or times) / tokens * 1e6, "peak_mib": peak}
@@ -76,15 +69,23 @@ def measure_operation(form: str, tokens: int, backward: bool) -> dict[str, Any]:
 
 def measure_mask(tokens: int) -> dict[str, Any]:
     """What Transformers' own mask of a sliding layer costs, which boosted models do without."""
+    from transformers import LlamaConfig
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
     config = LlamaConfig(sliding_window=WINDOW, attn_implementation="sdpa")
     nothing, mask = torch.empty(1, tokens, 0), torch.ones(1, tokens, dtype=torch.long)
-    before = rss_mib()
+    before = start_peak()
     seconds = timed(lambda: create_sliding_window_causal_mask(config, nothing, mask, None))
     return {"tokens": tokens, "seconds": round(seconds, 3), "peak_mib": round(peak_mib() - before)}
 
 
 def measure_prefill(folder: str, boosted: bool, tokens: int) -> dict[str, Any]:
     """CPU seconds and peak RSS of reading one prompt into a cache."""
+    from layerboost.artifacts import LayerPlan
+    from layerboost.model.checkpoint import find_model, load_model
+    from layerboost.model.surgery import apply_plan
+    from layerboost.runtime import Runtime
+
     model = load_model(find_model(folder), Runtime(torch.device("cpu"), torch.float32))
     layers = model.config.num_hidden_layers
     if boosted:
@@ -110,14 +111,16 @@ def timed(call: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def rss_mib() -> float:
-    """What this process holds now."""
-    return float(psutil.Process().memory_info().rss) / 2**20
+def start_peak() -> float:
+    """What this process holds now, in MiB; `peak_mib` counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib()
 
 
 def peak_mib() -> float:
-    """The most this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most this process has held, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def alone(kind: str, **job: Any) -> dict[str, Any]:

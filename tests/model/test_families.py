@@ -126,6 +126,13 @@ def test_cache(family: str, letters: str) -> None:
             assert held == {"f": full, "s": WINDOW - 1, "S": WINDOW - 1, "n": 0}[letter]
 
 
+def test_the_cache_of_a_prompt_frees_what_the_window_drops() -> None:
+    for layer in boosted("sSn")(IDS).past_key_values.layers[:2]:
+        for held in (layer.keys, layer.values):
+            assert held.untyped_storage().nbytes() == held.nbytes == held.shape.numel() * 4
+            assert held.shape[2] == WINDOW - 1
+
+
 @grid
 def test_save_and_load(family: str, letters: str, tmp_path: Path) -> None:
     for tied in (False, True):

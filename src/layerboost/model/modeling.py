@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -65,6 +65,23 @@ class AttentionFreeCacheLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None: ...
 
     def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
+class SlidingCacheLayer(DynamicSlidingWindowLayer):
+    """The cache of a sliding layer. Transformers' keeps a view, and with it a whole prompt, until the next token."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Transformers': adds to the cache and returns what the new queries may see."""
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        found: tuple[torch.Tensor, torch.Tensor] = seen
+        return found
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -164,7 +181,7 @@ def _prepare_forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a decoder's forward pass the cache of the boosted config, with counting layers where attention was removed.
+    """Give a decoder's forward pass the cache of the boosted config, with our layers where it slides or only counts.
 
     The decoder's own config is the base's.
     """
@@ -184,6 +201,9 @@ def _prepare_forward(
         raise ValueError(
             f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
+    for index, layer in enumerate(past.layers):
+        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+            past.layers[index] = SlidingCacheLayer(layer.sliding_window)
     for index in skipped:
         while len(past.layers) <= index:
             past.layers.append(DynamicLayer())
