@@ -47,7 +47,7 @@ def changed(plan: list[LayerPlan]) -> PreTrainedModel:
 
 def test_drops_are_lm_evals_own(bench: Path) -> None:
     tokenizer, tasks = tiny_tokenizer(), load_choices(NAMES, str(bench), 60)
-    probe = TaskProbe(LayerStream(tiny_model(), SINKS), tokenizer, tasks, 8)
+    probe = TaskProbe(LayerStream(tiny_model(), SINKS), tokenizer, tasks, 400)
     base = lm_evals(tasks, tiny_model(), tokenizer)
     assert fmean(score.mean for score in probe.base_tasks().values()) == pytest.approx(base, abs=1e-12)
     found: list[LayerSensitivity] = []
@@ -70,7 +70,7 @@ def test_drops_are_lm_evals_own(bench: Path) -> None:
 
 def test_choices_that_share_an_input_are_computed_once(bench: Path) -> None:
     tasks = load_choices(["mmlu_anatomy"], str(bench), None)
-    probe = TaskProbe(LayerStream(tiny_model()), tiny_tokenizer(), tasks, 8)
+    probe = TaskProbe(LayerStream(tiny_model()), tiny_tokenizer(), tasks, 400)
     assert sum(len(batch.numbers) for batch in probe.batches) == 4 * tasks[0].items
     assert sum(len(batch.ids) for batch in probe.batches) == tasks[0].items
 

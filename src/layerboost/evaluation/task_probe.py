@@ -61,13 +61,13 @@ class TaskProbe:
     """Damage `benchmark`: accuracy lost on each item, so weighted that the mean over items is the mean over tasks."""
 
     @torch.no_grad()
-    def __init__(self, stream: LayerStream, tokenizer: Any, tasks: Sequence[BenchTask], batch_size: int) -> None:
-        """`tasks`: as from `load_choices`; `batch_size`: inputs in one forward pass."""
+    def __init__(self, stream: LayerStream, tokenizer: Any, tasks: Sequence[BenchTask], batch_tokens: int) -> None:
+        """`tasks`: as from `load_choices`; `batch_tokens`: most tokens in one forward pass, padding included."""
         self.tasks = tasks
         with quiet():
             self.items, instances = _items(tasks)
             requests = _tokenized(instances, stream.model, tokenizer)
-        self.batches = _batches(requests, batch_size, stream.model.device)
+        self.batches = _batches(requests, batch_tokens, stream.model.device)
         found = [stream.forward(batch.ids) for batch in self.batches]
         self.streams = Streams(stream, [first for first, _ in found])
         likelihoods: dict[int, Likelihood] = {}
@@ -157,15 +157,16 @@ def _tokenized(instances: list[Any], model: Any, tokenizer: Any) -> list[Request
     return [(tuple((context + answer)[-most:][:-1]), answer) for context, answer in lm.requests]
 
 
-def _batches(requests: Sequence[Request], batch_size: int, device: torch.device) -> list[Batch]:
+def _batches(requests: Sequence[Request], batch_tokens: int, device: torch.device) -> list[Batch]:
     """The inputs, each once, the longest first."""
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (tokens, _) in enumerate(requests):
         asked.setdefault(tokens, []).append(number)
     inputs = sorted(asked, key=lambda tokens: (-len(tokens), tokens))
     batches = []
-    for start in range(0, len(inputs), batch_size):
-        part = inputs[start : start + batch_size]
+    while inputs:
+        size = max(1, batch_tokens // len(inputs[0]))
+        part, inputs = inputs[:size], inputs[size:]
         ids = torch.tensor([[*tokens, *[0] * (len(part[0]) - len(tokens))] for tokens in part], device=device)
         where: list[tuple[int, int]] = []
         numbers, places, targets = [], [], []

@@ -107,7 +107,8 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     text = TextProbe(stream, batches, inputs.prompts)
     probes: list[Probe] = [text]
     if inputs.tasks:
-        probes.append(tasks := TaskProbe(stream, tokenizer, inputs.tasks, recipe.evaluate.batch_size))
+        batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
+        probes.append(tasks := TaskProbe(stream, tokenizer, inputs.tasks, batch_tokens))
 
     def save(layers: list[LayerSensitivity]) -> None:
         nonlocal found
