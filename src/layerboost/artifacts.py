@@ -128,6 +128,7 @@ class Sensitivity(Artifact):
     base_retrieval: dict[str, Score] | None = Field(
         None, description="the base's log_probability of an answer, in nats, and its share of exact answers"
     )
+    base_tasks: dict[str, Score] | None = Field(None, description="the base's score on each task of `benchmark`")
     layers: list[LayerSensitivity] = []
 
     @property

@@ -59,9 +59,11 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         text: str | None,
         trust_remote_code: bool,
         as_json: bool,
+        on_plan: Path | None = None,
         **rest: Any,
     ) -> None:
         given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
+        given["measure.plan"] = str(on_plan) if on_plan else None
         recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 
@@ -91,7 +93,10 @@ def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dic
 def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
     """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
     from layerboost.pipeline import plain
+    from layerboost.runtime import is_main_process
 
+    if not is_main_process():
+        return
     if as_json:
         click.echo(json.dumps(plain(result), indent=1, default=str))
         return
@@ -119,7 +124,7 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
 @cli.command(
     "measure",
     cls=Command,
-    help="Measure how much each layer's attention matters: KL to the base and change in NLL when it is replaced.",
+    help="Measure how much each layer's attention matters: what the model loses when it is replaced.",
     examples=(
         "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
         "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
@@ -131,6 +136,13 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
     type=click.Path(path_type=Path),
     metavar="OTHER",
     help="Compare what RUN holds with another sensitivity.json or run folder, by rank correlation.",
+)
+@click.option(
+    "--plan",
+    "on_plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure each layer of the model as this plan.yaml changes it, to see whether the ranking holds.",
 )
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
@@ -329,7 +341,8 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("layerboost")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    # Of several ranks under torchrun, one speaks.
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:

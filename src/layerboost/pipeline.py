@@ -12,7 +12,7 @@ from typing import Any
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Recipe, model_of, recipe_yaml
-from layerboost.runtime import Runtime, locked, log, recorded, start_runtime
+from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
@@ -108,6 +108,9 @@ def run_all(recipe: Recipe, run: Path) -> Any:
 @contextmanager
 def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
     """Save the resolved recipe as RUN/recipe.yaml, where running again repeats the run; take refused settings back."""
+    if not is_main_process():
+        yield
+        return
     file = run / RECIPE
     before = file.read_text() if file.is_file() else None
     write_text(file, recipe_yaml(recipe))
@@ -186,8 +189,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
     from layerboost.serving.server import check_port, check_vllm
     from layerboost.stages.evaluate import validate_evaluate
-    from layerboost.stages.measure import validate_measure
-    from layerboost.text import load_tokens
+    from layerboost.stages.measure import load_inputs, validate_measure
 
     validate_measure(recipe)
     runtime = start_runtime(recipe)
@@ -195,7 +197,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if recipe.text.source != "self":
-        load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens)
+        load_inputs(recipe, tokenizer, run)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
     if wanted > config.max_position_embeddings:

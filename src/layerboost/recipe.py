@@ -45,9 +45,20 @@ class Measure(Section):
 
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
+    skip_tokens: int = Field(
+        0, ge=0, description="calibration tokens to leave out before them: another part of the text"
+    )
+    traffic: str | None = Field(
+        None,
+        description="JSONL of prompt and answer, messages, or text: measure on its answers instead; docs/measure.md",
+    )
     batch_sequences: int = Field(4, ge=1, description="sequences in one forward pass")
     retrieval_prompts: int = Field(16, ge=0, description="passkey and key-value prompts, half each; 0 leaves them out")
     retrieval_tokens: int = Field(1024, ge=128, description="length of a retrieval prompt")
+    tasks: tuple[str, ...] = Field(
+        (), description="tasks whose validation items give the benchmark metric, such as arc_easy, mmlu, openbookqa"
+    )
+    task_items: int | None = Field(200, ge=1, description="items of each task; null: all")
     plan: str | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
 
 

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerboost.artifacts import PlanFile, Score, Sensitivity, Variant
+    from layerboost.artifacts import PlanFile, Sensitivity, Variant
 
 Rows = list[list[str]]
 
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
-    """The KL of every layer under every replacement."""
-    names = list(dict.fromkeys(_name(variant) for entry in sensitivity.layers for variant in entry.variants))
-    body = []
-    for entry in sensitivity.layers:
-        found = {_name(variant): _with_error(variant.scores["kl"]) for variant in entry.variants}
-        body.append([str(entry.layer), *(found.get(name, "") for name in names)])
-    return [["layer", *names], *body]
+    """By layer, the metrics that plans are made by, one a line; the file has all of them with their standard errors."""
+    variants = [{_name(variant): variant.scores for variant in entry.variants} for entry in sensitivity.layers]
+    names = list(dict.fromkeys(name for layer in variants for name in layer))
+    measured = {metric for layer in variants for scores in layer.values() for metric in scores}
+    metrics = [metric for metric in ("kl", "retrieval", "benchmark") if metric in measured]
+
+    def row(name: str, cells: list[list[float]]) -> list[str]:
+        return [name, "\n".join(metrics), *("\n".join(f"{value:.3g}" for value in cell) for cell in cells)]
+
+    body = [
+        row(str(entry.layer), [[layer[name][m].mean for m in metrics] if name in layer else [] for name in names])
+        for entry, layer in zip(sensitivity.layers, variants, strict=True)
+    ]
+    errors = [
+        [median(layer[name][metric].standard_error for layer in variants if name in layer) for metric in metrics]
+        for name in names
+    ]
+    return [["layer", "metric", *names], *body, row("median ±", errors)]
 
 
 def planned_rows(plan: PlanFile) -> Rows:
@@ -54,8 +66,4 @@ def reported_rows(run: Path) -> Rows:
 
 def _name(variant: Variant) -> str:
     name = variant.attention + (f" {variant.window}" if variant.window else "")
-    return f"KL, {name}" + (" + sink" if variant.sink else "")
-
-
-def _with_error(score: Score) -> str:
-    return f"{score.mean:.4f} ± {score.standard_error:.4f}"
+    return name + (" + sink" if variant.sink else "")

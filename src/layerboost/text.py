@@ -33,6 +33,11 @@ class Tokens:
     ids: torch.Tensor
     fingerprint: str
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.ids.numel()
+
     def batches(self, sequences: int) -> list[torch.Tensor]:
         """`ids` cut into batches `[B, T]` of at most `sequences` rows."""
         return list(self.ids.split(sequences))

@@ -18,18 +18,23 @@ from layerboost.text import load_tokens
 def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
     """Retrieval prompts of the recipe in batches: passkeys and key-value pairs, half each, in calibration text."""
     settings = recipe.measure
-    if settings.retrieval_prompts == 0:
+    wanted, skipped = filler_tokens(recipe), settings.skip_tokens
+    if wanted == 0:
         return []
-    each = -(-settings.retrieval_prompts // len(KINDS))
-    wanted = len(KINDS) * each * settings.retrieval_tokens
-    filler = load_tokens(recipe.text, tokenizer, "calibration", wanted, run=run).ids.flatten()
+    filler = load_tokens(recipe.text, tokenizer, "calibration", skipped + wanted, run=run).ids.flatten()[skipped:]
     per_batch = max(1, settings.batch_sequences * recipe.text.sequence_tokens // settings.retrieval_tokens)
     batches = []
-    for number, kind in enumerate(KINDS):
-        text = filler[number * each * settings.retrieval_tokens :]
-        prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, each, recipe.seed)
+    for text, kind in zip(filler[:wanted].chunk(len(KINDS)), KINDS, strict=True):
+        count = len(text) // settings.retrieval_tokens
+        prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, count, recipe.seed)
         batches += prompts.batches(per_batch)
     return batches
+
+
+def filler_tokens(recipe: Recipe) -> int:
+    """Tokens of calibration text that the retrieval prompts take, as many prompts of each kind."""
+    each = -(-recipe.measure.retrieval_prompts // len(KINDS))
+    return len(KINDS) * each * recipe.measure.retrieval_tokens
 
 
 class MeasuredPlans:

@@ -69,13 +69,18 @@ class BaseText:
     Heads with a bias, a scale or a soft-cap, and half precision, go through `token_losses`.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        """`ids` `[B, T]`, `hidden`: the base's normed final state `[B, T, D]`."""
-        self.model, self.ids, self.hidden = model, ids, hidden
-        self.labels = ids[:, 1:].reshape(-1)
+    def __init__(
+        self, model: PreTrainedModel, ids: torch.Tensor, hidden: torch.Tensor, scored: torch.Tensor | None = None
+    ) -> None:
+        """`ids` `[B, T]`, `hidden`: the base's normed final state `[B, T, D]`; `scored` `[B, T]`: the tokens whose
+        prediction counts, None for all."""
+        self.model = model
+        self.scored = torch.ones_like(ids[:, 1:], dtype=torch.bool) if scored is None else scored[:, 1:]
+        self.lengths = self.scored.sum(1).tolist()
+        self.labels = ids[:, 1:][self.scored]
         weight = head_matrix(model)
         self.weight = weight if weight is not None and weight.dtype == torch.float32 else None
-        rows = _rows(hidden)
+        rows = self.rows(hidden)
         nll, top, expected, negentropy = [], [], [], []
         for chunk, target in zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True):
             logits = head_logits(model, chunk).float().log_softmax(-1)
@@ -86,15 +91,25 @@ class BaseText:
                 negentropy.append(torch.linalg.vecdot(probabilities, logits))
                 expected.append(probabilities @ self.weight)
         self.nll, self.top = torch.cat(nll), torch.cat(top)
-        if self.weight is not None:
+        if self.weight is None:
+            self.base_rows = rows
+        else:
             self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
+
+    def rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Of states `[B, T, D]`, those that predict the N scored tokens: `[N, D]`."""
+        return states[:, :-1][self.scored]
+
+    def by_sequence(self, values: torch.Tensor) -> torch.Tensor:
+        """Means `[B]` of the N scored tokens' values `[N]`."""
+        return torch.stack([part.mean() for part in values.split(self.lengths)])
 
     def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """`kl`, `nll` and `top1` of a changed model's normed final state `[B, T, D]`: sequence means `[B]`."""
-        rows = _rows(hidden)
+        rows = self.rows(hidden)
         kl, nll, moved = self._general(rows) if self.weight is None else self._fast(rows, self.weight)
         parts = {"kl": kl, "nll": nll - self.nll, "top1": moved.float()}
-        return {metric: values.view(len(self.ids), -1).mean(-1) for metric, values in parts.items()}
+        return {metric: self.by_sequence(values) for metric, values in parts.items()}
 
     def _fast(self, rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         lse, right, moved = (torch.empty_like(self.nll) for _ in range(3))
@@ -112,7 +127,7 @@ class BaseText:
         kl, nll, moved = [], [], []
         for start in range(0, len(rows), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            base = head_logits(self.model, _rows(self.hidden)[chunk]).float().log_softmax(-1)
+            base = head_logits(self.model, self.base_rows[chunk]).float().log_softmax(-1)
             other = head_logits(self.model, rows[chunk]).float().log_softmax(-1)
             kl.append(torch.linalg.vecdot(base.exp(), base - other))
             nll.append(-other.gather(-1, self.labels[chunk, None])[:, 0])
@@ -152,8 +167,3 @@ def score(values: torch.Tensor, count: int | None = None) -> Score:
     found = values.double().cpu().numpy()
     draws = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
     return Score(mean=float(found.mean()), standard_error=float(found[draws].mean(-1).std()), count=count)
-
-
-def _rows(hidden: torch.Tensor) -> torch.Tensor:
-    """The states that predict a token, `[B·(T-1), D]`."""
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from layerboost.artifacts import LayerPlan, Score
 from layerboost.model.stream import LayerStream
 from layerboost.retrieval import Prompts
 from layerboost.sensitivity.metrics import BasePrompts, BaseText, score
+from layerboost.traffic import Traffic
 
 # Damage by metric, one value a sequence, prompt or item: `[N]`.
 Damages = dict[str, torch.Tensor]
@@ -56,40 +57,53 @@ class Streams:
         common = min(first_difference(self.kept, plan) for plan in plans)
         return max(layer for layer in self.inputs if layer <= common)
 
+    def runs(self, plans: Sequence[Sequence[LayerPlan]]) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """Each batch under each plan: their numbers, the output of layer `start(plans)`, the normed final state.
+
+        That layer's norm and projections are computed once for all plans.
+        """
+        start = self.start(plans)
+        for batch, hidden in enumerate(self.inputs[start]):
+            with self.stream.shared(start, hidden):
+                begun = [self.stream.layer(start, hidden, plan[start]) for plan in plans]
+            for number, plan in enumerate(plans):
+                state = begun.pop(0)
+                yield batch, number, state, self.stream.finish(start + 1, state, plan)
+
 
 class TextProbe:
     """Damage to text and to retrieval prompts: `kl`, `nll`, `top1`, `retrieval`, and `mse` where the layer after the
     first change is kept."""
 
     @torch.no_grad()
-    def __init__(self, stream: LayerStream, text: Sequence[torch.Tensor], prompts: Sequence[Prompts] = ()) -> None:
-        """`text`: batches of ids `[B, T]`; `prompts`: batches of retrieval prompts."""
+    def __init__(
+        self, stream: LayerStream, text: Sequence[torch.Tensor | Traffic], prompts: Sequence[Prompts] = ()
+    ) -> None:
+        """`text`: batches of ids `[B, T]` or of traffic; `prompts`: batches of retrieval prompts."""
         model, first = stream.model, []
         self.samples: list[BaseText | BasePrompts] = []
-        sources: list[torch.Tensor | Prompts] = [*text, *prompts]
+        sources: list[torch.Tensor | Traffic | Prompts] = [*text, *prompts]
         for source in sources:
-            ids = source.ids.to(model.device) if isinstance(source, Prompts) else source
+            ids = source if isinstance(source, torch.Tensor) else source.ids.to(model.device)
             start, output = stream.forward(ids)
             first.append(start)
-            judge = BasePrompts(model, source, output) if isinstance(source, Prompts) else BaseText(model, ids, output)
-            self.samples.append(judge)
+            if isinstance(source, Prompts):
+                self.samples.append(BasePrompts(model, source, output))
+            else:
+                scored = source.scored if isinstance(source, Traffic) else None
+                self.samples.append(BaseText(model, ids, output, scored))
         self.streams = Streams(stream, first)
 
     @torch.no_grad()
     def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:
-        """What each plan loses against the base, by sequence and prompt; the first changed layer's norm and projections
-        are computed once for all plans."""
-        stream, start = self.streams.stream, self.streams.start(plans)
-        after = self.streams.inputs.get(start + 1)
+        """What each plan loses against the base, by sequence and prompt."""
+        after = self.streams.inputs.get(self.streams.start(plans) + 1)
         found: list[list[Damages]] = [[] for _ in plans]
-        for index, (sample, hidden) in enumerate(zip(self.samples, self.streams.inputs[start], strict=True)):
-            with stream.shared(start, hidden):
-                begun = [stream.layer(start, hidden, plan[start]) for plan in plans]
-            for parts, plan in zip(found, plans, strict=True):
-                state = begun.pop(0)
-                parts.append(sample.damages(stream.finish(start + 1, state, plan)))
-                if after is not None and isinstance(sample, BaseText):
-                    parts[-1]["mse"] = relative_error(state, after[index])
+        for batch, number, state, final in self.streams.runs(plans):
+            sample = self.samples[batch]
+            found[number].append(sample.damages(final))
+            if after is not None and isinstance(sample, BaseText):
+                found[number][-1]["mse"] = relative_error(sample, state, after[batch])
         return [joined(parts) for parts in found]
 
     def counts(self) -> dict[str, int]:
@@ -100,7 +114,7 @@ class TextProbe:
 
     def base_nll(self) -> Score:
         """The base's own NLL, nats per token."""
-        found = [s.nll.view(len(s.ids), -1).mean(-1) for s in self.samples if isinstance(s, BaseText)]
+        found = [s.by_sequence(s.nll) for s in self.samples if isinstance(s, BaseText)]
         return score(torch.cat(found), self.counts()["nll"])
 
     def base_retrieval(self) -> dict[str, Score] | None:
@@ -118,9 +132,11 @@ def first_difference(one: Sequence[LayerPlan], other: Sequence[LayerPlan]) -> in
     return next((layer for layer, (a, b) in pairs if a != b), len(one) - 1)
 
 
-def relative_error(changed: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def relative_error(text: BaseText, changed: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Squared error of a layer's output `[B, T, D]`, relative to the base's square, by sequence `[B]`."""
-    return (changed - base).float().square().sum((1, 2)) / base.float().square().sum((1, 2))
+    rows = text.rows(base).float()
+    error = (text.rows(changed).float() - rows).square().sum(-1)
+    return text.by_sequence(error) / text.by_sequence(rows.square().sum(-1))
 
 
 def joined(parts: Sequence[Damages]) -> Damages:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from layerboost.errors import ConfigError
 from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.traffic import Traffic
 
 Sinks = dict[tuple[int, int], torch.Tensor]
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -19,30 +22,50 @@ QUERIES, ROUNDS = 1024, 10
 
 @torch.no_grad()
 def calibrate_sinks(
-    model: PreTrainedModel, batches: list[torch.Tensor], layers: Iterable[int], windows: Iterable[int]
+    model: PreTrainedModel, batches: Sequence[torch.Tensor | Traffic], layers: Iterable[int], windows: Iterable[int]
 ) -> Sinks:
     """Sink logits `[H]` for each (layer, window), from one pass of the stock model over `batches` of ids `[B, T]`.
 
+    Raises ConfigError where no sequence is longer than a window.
+
     With g = sigmoid(lse − s), the share a sink s leaves to the window's keys of log-sum-exp lse, a head's output is g
     times its output without a sink. The sinks are the least squares fit of that to full attention, on what all heads
-    together add to the stream, over some 1,024 queries spread evenly over the text.
+    together add to the stream, over some 1,024 queries spread evenly over the sequences longer than the window.
     """
     windows = list(windows)
-    per_sequence = max(8, QUERIES // sum(len(batch) for batch in batches))
+    sequences = [(each, [each.shape[1]] * len(each)) if isinstance(each, torch.Tensor) else (each.ids, each.lengths)
+                 for each in batches]  # fmt: skip
+    every = [length for _, lengths in sequences for length in lengths]
+    if max(every) <= max(windows, default=0):
+        raise ConfigError(
+            f"no sequence is longer than the window of {max(windows)}",
+            found=f"at most {max(every)} tokens",
+            do="choose shorter windows, or measure on longer text",
+        )
+    per_sequence = {window: max(8, QUERIES // sum(length > window for length in every)) for window in windows}
     fits: dict[tuple[int, int], list[Terms]] = {}
 
     def see(
-        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softcap: float | None
+        lengths: list[int],
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
     ) -> None:
         projection: Any = attention_of(model, layer).o_proj
         for window in windows:
-            for row in range(len(query)):
-                outputs = head_outputs(query[row], key[row], value[row], window, scaling, softcap, per_sequence)
-                fits.setdefault((layer, window), []).append(terms(*outputs, projection.weight.float()))
+            for row, length in enumerate(lengths):
+                if length > window:
+                    q, k, v = (each[row, :, :length] for each in (query, key, value))
+                    outputs = head_outputs(q, k, v, window, scaling, softcap, per_sequence[window])
+                    fits.setdefault((layer, window), []).append(terms(*outputs, projection.weight.float()))
 
-    with captured_attention(model, list(layers), see):
-        for batch in batches:
-            model.get_decoder()(input_ids=batch, use_cache=False)
+    layers = list(layers)
+    for ids, lengths in sequences:
+        with captured_attention(model, layers, partial(see, lengths)):
+            model.get_decoder()(input_ids=ids, use_cache=False)
     return {key: fit([torch.cat(parts) for parts in zip(*found, strict=True)]) for key, found in fits.items()}
 
 

@@ -103,7 +103,8 @@ def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
             for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
                     after = hidden + probe.streams.stream.attention_output(index, hidden)
-                    parts.append(1 - torch.cosine_similarity(hidden.float(), after.float(), dim=-1).mean(-1))
+                    before, with_it = sample.rows(hidden).float(), sample.rows(after).float()
+                    parts.append(1 - sample.by_sequence(torch.cosine_similarity(before, with_it, dim=-1)))
     return torch.cat(parts)
 
 

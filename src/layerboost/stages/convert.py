@@ -25,7 +25,7 @@ from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.sensitivity.sinks import calibrate_sinks
-from layerboost.text import load_tokens
+from layerboost.traffic import load_calibration
 
 
 def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
@@ -57,8 +57,8 @@ def _convert(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime:
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
         write_samples(recipe, run, source, tokenizer, runtime)
-        tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
-        batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
+        calibration = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
+        batches = [batch.to(runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
         found = calibrate_sinks(model, batches, with_sink, [plan.window])
         sinks = {layer: found[layer, plan.window] for layer in with_sink}
     apply_plan(model, plan.layers, sinks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from layerboost.artifacts import (
     write_json,
 )
 from layerboost.errors import ConfigError
+from layerboost.evaluation.task_probe import TaskProbe, load_choices
+from layerboost.evaluation.tasks import BenchTask
 from layerboost.model.checkpoint import (
     check_same_model,
     load_config,
@@ -30,12 +32,23 @@ from layerboost.model.checkpoint import (
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import check_plan, check_windows
 from layerboost.recipe import Recipe, model_of
-from layerboost.runtime import log, start_runtime
-from layerboost.sensitivity.calibration import load_prompts
-from layerboost.sensitivity.probe import TextProbe
+from layerboost.retrieval import Prompts
+from layerboost.runtime import is_main_process, log, main_process_first, start_runtime
+from layerboost.sensitivity.calibration import filler_tokens, load_prompts
+from layerboost.sensitivity.probe import Probe, TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
-from layerboost.text import Tokens, check_samples, load_tokens
+from layerboost.text import Tokens, check_samples
+from layerboost.traffic import Traffic, load_calibration
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What layers are measured on: text or traffic, retrieval prompts, tasks."""
+
+    text: Tokens | Traffic
+    prompts: list[Prompts]
+    tasks: list[BenchTask]
 
 
 def validate_measure(recipe: Recipe) -> None:
@@ -55,7 +68,9 @@ def validate_measure(recipe: Recipe) -> None:
             found=f"{recipe.measure.retrieval_tokens} tokens, window {max(recipe.measure.windows)}",
             do="raise measure.retrieval_tokens, or set measure.retrieval_prompts to 0",
         )
-    check_samples(recipe.text, recipe.measure.tokens)
+    filler = filler_tokens(recipe)
+    own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
+    check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text))
     if recipe.measure.tokens < 2 * length:
         raise ConfigError(
             "measure.tokens must hold two sequences, or there is no standard error",
@@ -66,58 +81,92 @@ def validate_measure(recipe: Recipe) -> None:
 def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     """Measure every layer that the run folder does not hold yet; the file is saved after each layer.
 
-    Raises ConfigError, also when the file there was made from another model, text, plan or settings.
+    Raises ConfigError, also when the file there was made from another model, text, plan, tasks or settings.
     """
     validate_measure(recipe)
     runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
-    config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
-    check_windows(config, recipe.measure.windows)
-    write_samples(recipe, run, source, tokenizer, runtime)
+    with main_process_first():  # which unpacks and samples
+        source = open_base(recipe, run, runtime)
+        config, remote = load_config(source, recipe.trust_remote_code), recipe.trust_remote_code
+        check_windows(config, recipe.measure.windows)
+        tokenizer = load_tokenizer(source, remote)
+        write_samples(recipe, run, source, tokenizer, runtime)
     info = model_info(source, config, runtime.dtype)
     plan = _plan(recipe, config, info)
-    tokens = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
-    prompts = load_prompts(recipe, tokenizer, run)
-    longest = max(recipe.text.sequence_tokens, *recipe.measure.windows, *(batch.ids.shape[1] for batch in prompts))
+    inputs = load_inputs(recipe, tokenizer, run)
+    _check_context(recipe, inputs, info)
+    settings = _settings(recipe, inputs, plan)
+    found = _resume(run / SENSITIVITY, info, inputs.text, settings)
+    if found is not None and found.complete:
+        log.info("%s is complete", run / SENSITIVITY)
+        return found
+    model = load_model(source, runtime, remote)
+    batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
+    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
+    stream = LayerStream(model, sinks)
+    text = TextProbe(stream, batches, inputs.prompts)
+    probes: list[Probe] = [text]
+    if inputs.tasks:
+        batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
+        probes.append(tasks := TaskProbe(stream, tokenizer, inputs.tasks, batch_tokens))
+
+    def save(layers: list[LayerSensitivity]) -> None:
+        nonlocal found
+        found = Sensitivity(
+            model=info,
+            text=inputs.text.fingerprint,
+            settings=settings,
+            sequences=len(inputs.text.ids),
+            tokens=inputs.text.tokens,
+            base_nll=text.base_nll(),
+            base_retrieval=text.base_retrieval(),
+            base_tasks=tasks.base_tasks() if inputs.tasks else None,
+            layers=layers,
+        )
+        if is_main_process():
+            write_json(run / SENSITIVITY, found)
+
+    sweep(probes, recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
+    assert found is not None
+    return found
+
+
+def load_inputs(recipe: Recipe, tokenizer: Any, run: Path) -> Inputs:
+    """Everything to measure on, read and checked; raises ConfigError."""
+    settings = recipe.measure
+    tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
+    return Inputs(
+        load_calibration(recipe, tokenizer, settings.tokens, run), load_prompts(recipe, tokenizer, run), tasks
+    )
+
+
+def _check_context(recipe: Recipe, inputs: Inputs, info: ModelInfo) -> None:
+    text, window = inputs.text, max(recipe.measure.windows)
+    if isinstance(text, Traffic) and max(text.lengths) <= window:
+        raise ConfigError(
+            f"a window of {window} cannot be measured on this traffic",
+            found=f"its longest row has {max(text.lengths)} tokens (cut at text.sequence_tokens), none is ever dropped",
+            do="choose shorter windows (measure.windows); such a window would gain nothing there either",
+        )
+    longest = max(text.ids.shape[1], *(batch.ids.shape[1] for batch in inputs.prompts), window)
     if longest > info.max_context_tokens:
         raise ConfigError(
             "sequences to measure on are longer than the model's context",
             found=f"{longest} > {info.max_context_tokens}",
             do="lower text.sequence_tokens, measure.windows or measure.retrieval_tokens",
         )
-    settings: dict[str, Any] = {
+
+
+def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None) -> dict[str, Any]:
+    """What the scores depend on besides the model and the text."""
+    return {
         "windows": list(recipe.measure.windows),
         "sequence_tokens": recipe.text.sequence_tokens,
-        "retrieval": fingerprint([batch.ids.tolist() for batch in prompts]) if prompts else None,
+        "retrieval": fingerprint([batch.ids.tolist() for batch in inputs.prompts]) if inputs.prompts else None,
+        "tasks": [task.name for task in inputs.tasks] or None,
+        "items": fingerprint([task.data for task in inputs.tasks]) if inputs.tasks else None,
         "plan": plan.hash() if plan else None,
     }
-    found = _resume(run / SENSITIVITY, info, tokens, settings)
-    if found is not None and found.complete:
-        log.info("%s is complete", run / SENSITIVITY)
-        return found
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    batches = [batch.to(runtime.device) for batch in tokens.batches(recipe.measure.batch_sequences)]
-    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
-    probe = TextProbe(LayerStream(model, sinks), batches, prompts)
-
-    def save(layers: list[LayerSensitivity]) -> None:
-        nonlocal found
-        found = Sensitivity(
-            model=info,
-            text=tokens.fingerprint,
-            settings=settings,
-            sequences=len(tokens.ids),
-            tokens=tokens.ids.numel(),
-            base_nll=probe.base_nll(),
-            base_retrieval=probe.base_retrieval(),
-            layers=layers,
-        )
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(run / SENSITIVITY, found)
-
-    sweep([probe], recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
-    assert found is not None
-    return found
 
 
 def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
@@ -137,12 +186,12 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
     return plan
 
 
-def _resume(file: Path, info: ModelInfo, tokens: Tokens, settings: dict[str, Any]) -> Sensitivity | None:
+def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:
     """What an earlier run left, if it is of the same model, text and settings; raises ConfigError if it is not."""
     if not file.exists():
         return None
     found = read_json(file, Sensitivity, "layerboost measure")
-    here = {"model": info.fingerprint, "text": tokens.fingerprint, **settings}
+    here = {"model": info.fingerprint, "text": text.fingerprint, **settings}
     there = {"model": found.model.fingerprint, "text": found.text, **found.settings}
     changed = [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     if changed:

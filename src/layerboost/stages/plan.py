@@ -18,6 +18,7 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
+from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import (
     check_same_model,
     load_config,
@@ -52,7 +53,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
     """
     source, target = run / SENSITIVITY, run / PLAN
-    sensitivity = read_sensitivity(source)
+    sensitivity = _of_the_base(source)
     settings = _settings(recipe)
     if target.exists():
         there = read_plan(target)
@@ -94,7 +95,7 @@ def _serving(budget: Budget, layers: list[LayerPlan]) -> Serving:
 def run_frontier(recipe: Recipe, run: Path) -> Frontier:
     """Write `frontier.json`, the plans of every budget; `plan.yaml` is left alone. Raises as `run_plan` does."""
     source = run / SENSITIVITY
-    sensitivity = read_sensitivity(source)
+    sensitivity = _of_the_base(source)
     points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
     write_json(run / FRONTIER, found)
@@ -127,6 +128,18 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
     measured = MeasuredPlans(probe, run / MEASURED, made_from)
     log.info("%d plans were measured before", len(measured.found))
     return measured
+
+
+def _of_the_base(source: Path) -> Sensitivity:
+    """The file's sensitivities; raises ConfigError for those of a changed model, whose sum is no damage of a plan."""
+    found = read_sensitivity(source)
+    if found.settings.get("plan"):
+        raise ConfigError(
+            f"{source} was measured on a changed model (measure --plan): plans are made from the base's sensitivities",
+            found=f"plan {found.settings['plan']}",
+            do="measure without --plan in another --run folder, and compare the two with measure --compare",
+        )
+    return found
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import layer_plans, save_text, tiny_model, tiny_tokenizer
+
+from layerboost.errors import ConfigError
+from layerboost.model.stream import LayerStream
+from layerboost.model.surgery import replaced
+from layerboost.recipe import Recipe
+from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.traffic import Traffic, load_calibration, load_traffic
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }}{{ ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
+)
+
+
+def write(file: Path, *rows: Any) -> Path:
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def words(first: int, count: int) -> str:
+    return " ".join(f"w{first + index}" for index in range(count))
+
+
+def shown(traffic: Traffic, row: int) -> tuple[list[int], list[int]]:
+    """Ids of a row and those that are scored."""
+    ids = traffic.ids[row, : traffic.lengths[row]]
+    return ids.tolist(), ids[traffic.scored[row, : traffic.lengths[row]]].tolist()
+
+
+def test_answers_are_scored_and_of_text_every_token(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chat = [("user", "w20"), ("assistant", "w21 w22"), ("user", "w23"), ("assistant", "w24"), ("user", "w25")]
+    file = write(
+        tmp_path / "t.jsonl",
+        {"prompt": words(10, 4), "answer": words(30, 2)},
+        "",
+        {"messages": [{"role": role, "content": content} for role, content in chat], "id": 7},
+        {"text": words(40, 14), "source": "x"},
+    )
+    found = load_traffic(file, tokenizer, 64, 10_000)
+    assert found.lengths == [14, 12, 6]
+    assert shown(found, 0) == (list(range(40, 54)),) * 2
+    assert shown(found, 1) == ([3, 20, 1, 4, 21, 22, 1, 3, 23, 1, 4, 24], [21, 22, 24])
+    assert shown(found, 2) == ([10, 11, 12, 13, 30, 31], [30, 31])
+    first, second = found.batches(2)
+    assert (first.ids.shape[1], second.ids.shape[1]) == (14, 6)
+    assert found.tokens == 14 + 12 + 6
+
+
+def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": words(10, 3 + index), "answer": words(50 + index, 3)} for index in range(6)]
+    file = write(tmp_path / "t.jsonl", *rows)
+    assert load_traffic(file, tiny_tokenizer(), 64, 10_000).lengths == [11, 10, 9, 8, 7, 6]
+    assert load_traffic(file, tiny_tokenizer(), 64, 13).lengths == [7, 6]
+    assert load_traffic(file, tiny_tokenizer(), 64, 10, skip=13).lengths == [9, 8]
+    assert load_traffic(file, tiny_tokenizer(), 7, 10_000).lengths == [7, 7, 7, 6]
+    with caplog.at_level("WARNING"):
+        cut = load_traffic(file, tiny_tokenizer(), 5, 10_000)
+    assert "4 rows" in caplog.text
+    assert [shown(cut, row)[1] for row in (0, 1)] == [[50, 51], [51]]
+
+
+BAD = {
+    "no file": ([], "cannot read the traffic"),
+    "no JSON": (["{"], "line 1 of .* is not JSON"),
+    "no mapping": (["[1]"], "line 1 of .* is no row of traffic"),
+    "an empty answer": ([{"prompt": "w3", "answer": ""}], "no row of traffic(.|\n)*fields prompt, answer"),
+    "no template": ([{"messages": []}], "without a chat template"),
+    "one row": ([{"text": "w3 w4 w5"}], "must hold two rows(.|\n)*found: 1 in"),
+    "one token a row": ([{"text": "w3"}] * 3, "must hold two rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_traffic_is_one_message(name: str, tmp_path: Path) -> None:
+    rows, message = BAD[name]
+    file = write(tmp_path / "t.jsonl", *rows) if rows else tmp_path / "none.jsonl"
+    with pytest.raises(ConfigError, match=message):
+        load_traffic(file, tiny_tokenizer(), 64, 1000)
+
+
+def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ConfigError, match="cannot render line 1"):
+        load_traffic(write(tmp_path / "a.jsonl", {"messages": [{"role": "assistant"}]}), tokenizer, 64, 1000)
+    tokenizer.chat_template = "{{ messages | length }} " + TEMPLATE
+    chat = {"messages": [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8"}]}
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        load_traffic(write(tmp_path / "b.jsonl", chat), tokenizer, 64, 1000)
+
+
+def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:
+    settings = {"source": str(save_text(tmp_path / "text.jsonl", 120_000)), "sequence_tokens": 48}
+
+    def ids(**measure: int) -> torch.Tensor:
+        recipe = Recipe.model_validate({"text": settings, "measure": measure})
+        return load_calibration(recipe, tiny_tokenizer(), recipe.measure.tokens, None).ids
+
+    whole = ids(tokens=480)
+    assert torch.equal(ids(tokens=240, skip_tokens=240), whole[5:])
+    assert torch.equal(ids(tokens=192, skip_tokens=241), whole[6:])
+
+
+@torch.no_grad()
+def test_scores_of_padded_rows_are_those_of_each_row_alone(tmp_path: Path) -> None:
+    """Damage on the answers from full logits of one row at a time; sinks do not see the padding either."""
+    file = write(tmp_path / "t.jsonl", *[
+        {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": words(3 + 20 * index, 4 + 5 * index)}
+        for index in range(4)
+    ])  # fmt: skip
+    traffic, base = load_traffic(file, tiny_tokenizer(), 64, 10_000), tiny_model(layers=2)
+    rows = [traffic.ids[row : row + 1, :length] for row, length in enumerate(traffic.lengths)]
+    sinks = calibrate_sinks(base, traffic.batches(3), range(2), [8])
+    alone = calibrate_sinks(base, rows, range(2), [8])
+    for key, values in sinks.items():
+        torch.testing.assert_close(values, alone[key])
+    probe = TextProbe(LayerStream(base, sinks), traffic.batches(3))
+    plan = layer_plans("Sf", 8)
+    probe.streams.advance(0)
+    (found,) = probe.damages([plan])
+    assert probe.counts()["kl"] == int(traffic.scored.sum())
+    for row, ids in enumerate(rows):
+        scored = traffic.scored[row, 1 : ids.shape[1]]
+        before = base(ids, output_hidden_states=True)
+        with replaced(base, 0, plan[0], sinks[0, 8]):
+            after = base(ids, output_hidden_states=True)
+        p, q = (out.logits.log_softmax(-1)[0, :-1][scored] for out in (before, after))
+        labels = ids[0, 1:][scored][:, None]
+        assert float(found["kl"][row]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
+        assert float(found["nll"][row]) == pytest.approx(float((p - q).gather(-1, labels).mean()), abs=1e-5)
+        x, y = (out.hidden_states[1][0, :-1][scored] for out in (before, after))
+        error = (x - y).square().sum() / x.square().sum()
+        assert float(found["mse"][row]) == pytest.approx(float(error), rel=1e-4)
