@@ -12,7 +12,7 @@ from typing import Any
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Recipe, model_of, recipe_yaml
-from layerboost.runtime import Runtime, locked, log, recorded, start_runtime
+from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
@@ -108,6 +108,9 @@ def run_all(recipe: Recipe, run: Path) -> Any:
 @contextmanager
 def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
     """Save the resolved recipe as RUN/recipe.yaml, where running again repeats the run; take refused settings back."""
+    if not is_main_process():
+        yield
+        return
     file = run / RECIPE
     before = file.read_text() if file.is_file() else None
     write_text(file, recipe_yaml(recipe))

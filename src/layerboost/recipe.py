@@ -94,20 +94,30 @@ class Heal(Section):
     """Attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1; cosine to zero")
+    attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
-    lr: float = Field(1e-3, gt=0, description="peak LoRA learning rate; cosine to zero")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="of both rates, after a warm-up")
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="names of the linear layers that get an adapter",
+        description="what stage 2 adapts: attention's in changed layers, the rest from the first of these up",
     )
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
+    ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
+    hidden_weight: float = Field(
+        0.0, ge=0, description="weight of the layers' normalised MSE to the base beside the KL"
+    )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
-    gradient_accumulation: int = Field(1, ge=1, description="batches a step")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
+    activation_checkpointing: bool = Field(False, description="less memory for a third more time")
+    validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="experiment trackers besides heal/metrics.jsonl"
+    )
 
 
 class Evaluate(Section):

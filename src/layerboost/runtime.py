@@ -55,10 +55,37 @@ def start_runtime(recipe: Recipe) -> Runtime:
         dtype, reason = "bfloat16", "default on CUDA"
     else:
         dtype, reason = "float32", "half precision is far slower on most CPUs"
+    where = torch.device(device)
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        where = PartialState(cpu=device == "cpu").device
     log.info("device %s; dtype %s (%s); seed %d", device, dtype, reason, recipe.seed)
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    return Runtime(torch.device(device), getattr(torch, dtype))
+    return Runtime(where, getattr(torch, dtype))
+
+
+def world_size() -> int:
+    """Number of processes that torchrun or accelerate started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files; the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the block on the main process, then on the others, which find what it wrote."""
+    if world_size() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield
 
 
 class Progress:
@@ -79,7 +106,7 @@ class Progress:
             TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.console.is_terminal or not is_main_process(),
         )
         self.task = self.bar.add_task(description, total=total, rate="")
 
@@ -102,7 +129,7 @@ class Progress:
         per_second = (self.done - self.skipped) / max(now - self.started, 1e-9)
         rate = f"{per_second:,.1f} {self.unit}/s"
         self.bar.update(self.task, completed=self.done, rate=rate)
-        if not self.console.is_terminal and (now - self.printed > 30 or self.done >= self.total):
+        if not self.console.is_terminal and is_main_process() and (now - self.printed > 30 or self.done >= self.total):
             self.printed = now
             left_s = (self.total - self.done) / max(per_second, 1e-9)
             line = f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left_s:,.0f} s left"
@@ -123,7 +150,7 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
         status, error = "failed", f"{type(failure).__name__}: {failure}"
         raise
     finally:
-        if run.is_dir():
+        if run.is_dir() and is_main_process():
             file = run / "run.json"
             history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
             record = {
@@ -147,6 +174,9 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
 def locked(run: Path) -> Iterator[None]:
     """Keep a second command out of a run folder; the lock ends with the process. Raises ConfigError."""
     run.mkdir(parents=True, exist_ok=True)
+    if not is_main_process():
+        yield
+        return
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
