@@ -1,30 +1,30 @@
-"""Healing against the plain way: tokens/s, peak memory and losses, from one interleaved run.
+"""Healing against the plain way: tokens/s, peak memory and losses, interleaved step by step.
 
     python benchmarks/heal.py --model DIR --text FILE
 
-Plain: two whole models, logits of all tokens, LoRA on every linear layer, plain Trainer. Each arm is a process
-of its own; both train on the same ids in the same order, with the same optimizer, rates and sinks. The plan: 8 full
-layers spread evenly and 22 of 30 sliding with a window of 64 and sinks. The lowest layer slides, so the two models share
-no layer and nothing is saved there: a plan whose first change is higher gains more. Prints the ratios, then JSON.
+Plain: two whole models, logits of all tokens, LoRA on every linear layer, plain Trainer. Each arm is a process of its
+own and they take turns at every step; both train on the same ids in the same order, with the same optimizer, rates and
+sinks. The plan: 8 full layers spread evenly and the others sliding, with a window of 64 and sinks. The lowest layer
+slides, so the two models share no layer and nothing is saved there: a plan whose first change is higher gains more.
+Prints the ratios, then JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from layerboost.artifacts import CONVERTED, PLAN, LayerPlan, PlanFile, read_plan, write_plan
 from layerboost.healing.distillers import LogitDistiller
@@ -40,6 +40,7 @@ from layerboost.runtime import start_runtime
 from layerboost.text import load_tokens
 
 WINDOW, FULL_LAYERS, STEP_TOKENS = 64, 8, 1024
+ARMS = ("plain", "layerboost")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,11 +50,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model directory, a GGUF file or package:NAME")
     parser.add_argument("--text", required=True, help="a text file, a folder or package:NAME")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="tokens in a sequence")
-    parser.add_argument(
-        "--steps", type=int, default=5, help=f"steps of {STEP_TOKENS} tokens an arm; the first is not timed"
-    )
-    parser.add_argument("--rounds", type=int, default=2, help="times each arm is run")
-    parser.add_argument("--arm", choices=["plain", "layerboost"], help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=6, help=f"steps of {STEP_TOKENS} tokens; the first is not timed")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     recipe = load_recipe(
@@ -63,18 +61,10 @@ def main() -> None:
         print(json.dumps(run_arm(given.arm, recipe, given.run, given.steps)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder)
-        prepare(recipe, run)
-        found: dict[str, list[dict[str, Any]]] = {}
-        for turn in range(given.rounds):
-            for length in given.lengths:
-                for arm in ("plain", "layerboost") if turn % 2 == 0 else ("layerboost", "plain"):
-                    result = in_process(given, arm, length, run)
-                    print(f"{arm}, T = {length}: {result['tokens_per_s']:.1f} tokens/s", file=sys.stderr)
-                    found.setdefault(f"{arm} {length}", []).append(result)
+        prepare(recipe, Path(folder))
         limit = matmul_gflops()
-        flops = 3 * 2 * matmul_parameters(load_model(find_model(given.model, run), start_runtime(recipe)))
-    print_results(found, given.lengths, limit, flops)
+        found = {length: take_turns(given, length, Path(folder)) for length in given.lengths}
+    print_results(found, limit, count_flops(given.model, recipe))
 
 
 def prepare(recipe: Recipe, run: Path) -> None:
@@ -95,54 +85,70 @@ def prepare(recipe: Recipe, run: Path) -> None:
     run_stage("convert", recipe, run)
 
 
-def in_process(given: argparse.Namespace, arm: str, length: int, run: Path) -> dict[str, Any]:
-    """One arm in a process of its own, so that its peak memory is its own."""
+def take_turns(given: argparse.Namespace, length: int, run: Path) -> dict[str, dict[str, Any]]:
+    """Both arms, each in a process of its own, one step of one after one step of the other."""
     command = [sys.executable, __file__, "--model", given.model, "--text", given.text, "--lengths", str(length)]
-    command += ["--steps", str(given.steps), "--arm", arm, "--run", str(run)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    command += ["--steps", str(given.steps), "--run", str(run), "--arm"]
+    arms = {arm: Popen([*command, arm], stdin=PIPE, stdout=PIPE, text=True, bufsize=1) for arm in ARMS}
+    for process in arms.values():
+        line_of(process)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    results = {}
+    for step in range(given.steps):
+        for arm in ARMS if step % 2 == 0 else reversed(ARMS):
+            start = time.perf_counter()
+            print("go", file=arms[arm].stdin)
+            results[arm] = line_of(arms[arm])
+            seconds[arm].append(time.perf_counter() - start)
+            print(f"T = {length}, step {step + 1}, {arm}: {seconds[arm][-1]:.2f} s", file=sys.stderr)
+    return {arm: {**json.loads(results[arm]), "step_s": seconds[arm][1:]} for arm in ARMS}
+
+
+def line_of(process: Popen[str]) -> str:
+    """The next line an arm prints."""
+    assert process.stdout
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"an arm ended with exit code {process.wait()}")
+    return line
+
+
+def wait_for_turn(module: torch.nn.Module, *_: Any) -> None:
+    """Before each step: tell the parent that the last one is done, and wait for its word."""
+    if torch.is_grad_enabled():
+        print("ready", flush=True)
+        sys.stdin.readline()
 
 
 def run_arm(arm: str, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
-    """Train for `steps` steps; tokens/s after the first step, peak resident memory, the loss of each step."""
+    """Train for `steps` steps; peak resident memory and the loss of each step."""
     runtime = start_runtime(recipe)
     source = find_model(str(recipe.model), run)
     length = recipe.text.sequence_tokens
     settings = Heal(batch_sequences=STEP_TOKENS // length, save_steps=10**6, validation_steps=10**6)
-    tokenizer = load_tokenizer(source)
-    ids = load_tokens(recipe.text, tokenizer, "train", steps * STEP_TOKENS).ids
+    ids = load_tokens(recipe.text, load_tokenizer(source), "train", steps * STEP_TOKENS).ids
     teacher = load_model(source, runtime)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        train = train_plainly if arm == "plain" else train_cheaply
-        seconds, losses = train(teacher, run, ids, settings, Path(folder))
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    timed = [later - sooner for sooner, later in itertools.pairwise(seconds)]
-    return {
-        "tokens_per_s": STEP_TOKENS / statistics.median(timed),
-        "step_s": timed,
-        "peak_rss_mib": round(peak_mib),
-        "losses": losses,
-    }
+        losses = (train_plainly if arm == "plain" else train_cheaply)(teacher, run, ids, settings, Path(folder))
+    return {"losses": losses, "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
 
-def train_cheaply(
-    teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path
-) -> tuple[list[float], list[float]]:
-    """Stage 2 as `layerboost heal` runs it: when each step ended, and its loss."""
+def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:
+    """Stage 2 as `layerboost heal` runs it; the loss of each step."""
     plan = read_plan(run / CONVERTED / PLAN)
     names = adapted_layers(teacher, plan.layers, settings.lora_targets)["lora"]
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     with_adapters(student, names, settings.lora_rank)
     train_only(student, names)
     distiller = LogitDistiller(student, teacher, plan.layers)
+    distiller.register_forward_pre_hook(wait_for_turn)
     no_validation = {"validation_kl": 0.0}
     train_stage(
         "lora", distiller, ids, ids.numel(), settings.lr, settings, folder, seed=0, validate=lambda: no_validation
     )
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return [row["seconds"] for row in rows], [row["loss"] for row in rows]
+    return [row["loss"] for row in rows]
 
 
 class PlainDistiller(torch.nn.Module):
@@ -162,23 +168,8 @@ class PlainDistiller(torch.nn.Module):
         return {"loss": distillation_loss_reference(hidden, target, *heads, weights)}
 
 
-class Clock(TrainerCallback):
-    """When each step ended, and its loss."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.seconds.append(time.monotonic())
-            self.losses.append(float(logs["loss"]))
-
-
-def train_plainly(
-    teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path
-) -> tuple[list[float], list[float]]:
-    """The plain way: when each step ended, and its loss."""
+def train_plainly(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:
+    """The plain way; the loss of each step."""
     student = load_model(find_model(str(run / CONVERTED)), start_runtime(Recipe()))
     rank = settings.lora_rank
     get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ALL_LINEAR)))
@@ -199,21 +190,19 @@ def train_plainly(
         learning_rate=settings.lr, logging_steps=1, save_strategy="no", remove_unused_columns=False,
         disable_tqdm=True, report_to=[], use_cpu=True,
     )  # fmt: skip
-    clock = Clock()
-    trainer = Trainer(
-        model=PlainDistiller(student, teacher),
-        args=arguments,
-        train_dataset=[{"input_ids": row} for row in ids],
-        optimizers=(optimizer, None),
-        callbacks=[clock],
-    )
+    distiller = PlainDistiller(student, teacher)
+    distiller.register_forward_pre_hook(wait_for_turn)
+    data = [{"input_ids": row} for row in ids]
+    trainer = Trainer(model=distiller, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return clock.seconds, clock.losses
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def matmul_parameters(model: PreTrainedModel) -> int:
-    """Weights that every token is multiplied with: all linear layers, the head included."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+def count_flops(model: str, recipe: Recipe) -> int:
+    """Matrix products a token in both arms: forward of the teacher, forward and backward of the student's stream."""
+    loaded = load_model(find_model(model), start_runtime(recipe))
+    return 3 * 2 * sum(module.weight.numel() for module in loaded.modules() if isinstance(module, torch.nn.Linear))
 
 
 def matmul_gflops() -> float:
@@ -228,21 +217,23 @@ def matmul_gflops() -> float:
     return 2 * size**3 / min(times) / 1e9
 
 
-def print_results(found: dict[str, list[dict[str, Any]]], lengths: list[int], limit: float, flops: int) -> None:
+def print_results(found: dict[int, dict[str, dict[str, Any]]], limit: float, flops: int) -> None:
     """The ratios, one line a length, then everything as one line of JSON."""
     summary: dict[str, Any] = {"matmul_gflop_per_s": round(limit, 1), "matmul_gflop_per_token": flops / 1e9}
-    for length in lengths:
-        plain, ours = found[f"plain {length}"], found[f"layerboost {length}"]
-        speeds = [o["tokens_per_s"] / p["tokens_per_s"] for o, p in zip(ours, plain, strict=True)]
-        memory = max(o["peak_rss_mib"] for o in ours) / max(p["peak_rss_mib"] for p in plain)
-        shares = [statistics.mean(r["tokens_per_s"] for r in arm) * flops / limit / 1e9 for arm in (plain, ours)]
+    for length, arms in found.items():
+        plain, ours = (arms[arm] for arm in ARMS)
+        ratios = sorted(p / o for p, o in zip(plain["step_s"], ours["step_s"], strict=True))
+        memory = ours["peak_rss_mib"] / plain["peak_rss_mib"]
+        for arm in (plain, ours):
+            arm["tokens_per_s"] = STEP_TOKENS / statistics.median(arm["step_s"])
+            arm["share_of_matmul_limit"] = arm["tokens_per_s"] * flops / limit / 1e9
         print(
-            f"T = {length}: {statistics.mean(speeds):.2f} times the plain way's speed ({min(speeds):.2f} to "
-            f"{max(speeds):.2f}), {memory:.0%} of its memory; {shares[1]:.0%} of the matmul limit, not {shares[0]:.0%}"
+            f"T = {length}: {statistics.median(ratios):.2f} times the plain way's speed ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}), {memory:.0%} of its memory; {ours['tokens_per_s']:.0f} tokens/s, "
+            f"{ours['share_of_matmul_limit']:.0%} of the matmul limit (plain: {plain['share_of_matmul_limit']:.0%})"
         )
-        summary[f"speed_ratio_{length}"], summary[f"memory_ratio_{length}"] = speeds, memory
-        summary[f"matmul_share_{length}"] = {"plain": shares[0], "layerboost": shares[1]}
-    print(json.dumps(summary | {"arms": found}))
+        summary[f"T={length}"] = {"speed_ratio": ratios, "memory_ratio": memory, "arms": arms}
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":
