@@ -197,7 +197,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    if recipe.text.source != "self":
+    if "self" not in recipe.text.sources:
         load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     wanted = recipe.bench.input_tokens + recipe.bench.output_tokens

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import boosted, layer_plans, tiny_model
 
+from layerboost.healing import distillers
 from layerboost.healing.distillers import (
     AttentionDistiller,
     LogitDistiller,
@@ -57,14 +58,16 @@ def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in cheap.student.model.layers[:2].parameters())
 
 
-def test_checkpointing_changes_nothing_but_memory() -> None:
+def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
-    for checkpointing in (False, True):
+    monkeypatch.setattr(distillers, "KEPT_WIDTH", 20)
+    for checkpointing in ("none", "selective", "full"):
         cheap = made("fSns", checkpointing=checkpointing)
         cheap(IDS)["loss"].backward()
         gradients.append({name: p.grad for name, p in cheap.named_parameters() if p.requires_grad})
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value)
+        torch.testing.assert_close(gradients[2][name], value)
 
 
 def test_further_terms_of_the_loss() -> None:

@@ -86,7 +86,7 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
     with pytest.raises(ConfigError, match="unfinished healing"):
         run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
-    smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": True}
+    smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}
     assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
 
 

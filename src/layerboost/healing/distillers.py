@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
@@ -17,6 +22,9 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of
+
+Checkpointing = Literal["none", "selective", "full"]
+KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
 
 
 def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
@@ -170,7 +178,7 @@ class LogitDistiller(Distiller):
         layers: list[LayerPlan],
         end: int | None = None,
         loss: LogitLoss | None = None,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__(student, teacher, layers, end)
         self.first = self.changed[0].layer if self.changed else 0
@@ -228,8 +236,9 @@ class LogitDistiller(Distiller):
         hidden = lesson.start
         for index, arguments in lesson.arguments.items():
             layer = decoder_layers(self.student)[index]
-            if self.checkpointing and torch.is_grad_enabled():
-                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, **arguments))
+            if self.checkpointing != "none" and torch.is_grad_enabled():
+                kept = _matrix_products if self.checkpointing == "selective" else noop_context_fn
+                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=kept, **arguments))
             else:
                 hidden = _tensor(layer(hidden, **arguments))
             yield index, hidden
@@ -239,6 +248,22 @@ class LogitDistiller(Distiller):
         """The lowest layer of the student whose output is not finite; None if there is none."""
         outputs = self.layer_outputs(self.teach(input_ids))
         return next((layer for layer, hidden in outputs if not hidden.isfinite().all()), None)
+
+
+def _matrix_products() -> Any:
+    """What selective checkpointing keeps: attention of full layers and the products that take time, not LoRA's thin
+    ones; what is cheap to compute again (norms, activations, windows) is most of the memory.
+    """
+    return create_selective_checkpoint_contexts(_worth_keeping)
+
+
+def _worth_keeping(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    name = operator.name()
+    product = (
+        name in ("aten::mm", "aten::addmm") and args[-2].shape[-1] >= KEPT_WIDTH and args[-1].shape[-1] >= KEPT_WIDTH
+    )
+    keep = product or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -175,7 +175,8 @@ def _clean_end(folder: Path, settings: Heal) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
             raise
         lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
-        checkpointing = "" if settings.activation_checkpointing else ", or set heal.activation_checkpointing: true"
+        full = settings.activation_checkpointing == "full"
+        checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
         raise LayerboostError(
             "not enough memory to heal",
             found=(text.splitlines() or [type(error).__name__])[0],

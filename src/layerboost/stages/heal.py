@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, LogitDistiller, LogitLoss
+from layerboost.healing.recall import with_recall
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.healing.training import batch_of_process, check_report_to, train_stage
 from layerboost.model.card import origin_of
@@ -75,7 +76,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         merged = peft_model.merge_and_unload().requires_grad_(False).eval()
         healing = (
             f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-            f"tokens of LoRA distillation from the base, on {recipe.text.source}."
+            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
         )
         origin = origin_of(source.folder, source.name, recipe.card)
         save_boosted(
@@ -114,7 +115,8 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
         )
 
     def ids(split: Split, count: int, seed: int = 0) -> torch.Tensor:
-        return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed).ids
+        found = load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed).ids
+        return with_recall(found, tokenizer, recipe.heal.retrieval_share, seed) if split == "train" else found
 
     return Lessons(
         ids={name: ids("train", tokens[name], recipe.seed + i) for i, name in enumerate(STAGES) if tokens[name]},
