@@ -111,10 +111,9 @@ class Heal(Section):
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="of both rates, after a warm-up")
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
-    lora_targets: tuple[str, ...] = Field(
-        ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-        description="what stage 2 adapts: attention's in changed layers, the rest from the first of these up",
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="linear layers that stage 2 adapts; default: v and o of changed layers, MLPs from the first up",
     )
     retrieval_share: float = Field(
         0.0, ge=0, le=1, description="share of the sequences that state facts and ask for them further on"

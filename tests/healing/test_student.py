@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import boosted, layer_plans, save_tiny, tiny_model
+from tiny import boosted, fitted, layer_plans, save_tiny, tiny_model
 
 from layerboost.errors import ConfigError
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.model.families import FAMILIES
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,11 +42,30 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_go_where_they_can_matter() -> None:
-    found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), ("v_proj", "o_proj", *MLP))
+    found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), None)
     attention = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in (1, 4) for name in "qkvo"}
     assert found["attention"] == attention | {f"model.layers.2.mlp.{name}" for name in MLP}
     lora = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in (1, 4) for name in "vo"}
     assert found["lora"] == lora | {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2, 3, 4) for name in MLP}
+
+
+def test_named_targets_take_the_place_of_the_default() -> None:
+    found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), ("q_proj", "up_proj"))["lora"]
+    assert found == {
+        *(f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 4)),
+        *(f"model.layers.{layer}.mlp.up_proj" for layer in (1, 2, 3, 4)),
+    }
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_has_something_to_adapt(model_type: str) -> None:
+    letters = fitted("ffsss", model_type)
+    found = adapted_layers(tiny_model(model_type, layers=5), layer_plans(letters), None)
+    slides = {index for index, letter in enumerate(letters) if letter == "s"}
+    assert {int(name.split(".")[2]) for name in found["lora"] if "o_proj" in name} == slides
+    assert {int(name.split(".")[2]) for name in found["lora"] if "down_proj" in name} == set(range(min(slides), 5))
+    values = [name for name in found["lora"] if name.endswith(("v_proj", "qkv_proj"))]
+    assert len(values) == len(slides)
 
 
 def test_targets_that_do_not_exist_are_named_with_those_that_do() -> None:

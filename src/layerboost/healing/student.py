@@ -17,6 +17,8 @@ from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import apply_plan
 
+VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
+
 
 def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[LayerPlan]) -> PreTrainedModel:
     """The boosted model in `checkpoint`, holding only what differs from `teacher`: equal weights are the same tensors.
@@ -46,13 +48,13 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
 
 
 def adapted_layers(
-    model: PreTrainedModel, layers: list[LayerPlan], targets: tuple[str, ...]
+    model: PreTrainedModel, layers: list[LayerPlan], targets: tuple[str, ...] | None
 ) -> dict[str, frozenset[str]]:
     """Names of the linear layers of a stock model that get an adapter in each stage, `attention` and `lora`.
 
     Stage 1: all of what it teaches, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
-    where they can matter, in attention of sliding layers and elsewhere from the first changed layer up; below it
-    student and base are one. Raises ConfigError for targets that do not exist, naming those that do.
+    (None: v, o and the MLPs) where they can matter, in attention of sliding layers and elsewhere from the first changed
+    layer up; below it student and base are one. Raises ConfigError for targets that do not exist, naming those that do.
     """
     kinds = {entry.layer: entry.attention for entry in layers if entry.attention != "full"}
     first = min(kinds, default=0)
@@ -70,9 +72,10 @@ def adapted_layers(
             continue
         if (kind == "sliding" and in_attention) or (kind == "none" and not in_attention):
             stage1.add(full_name)
-        if parts[-1] in targets and (kind == "sliding" if in_attention else layer >= first):
+        wanted = parts[-1] in (targets or VALUES) or (targets is None and not in_attention)
+        if wanted and (kind == "sliding" if in_attention else layer >= first):
             stage2.add(full_name)
-    if unknown := set(targets) - known:
+    if unknown := set(targets or ()) - known:
         raise ConfigError(
             f"heal.lora_targets names layers that do not exist: {', '.join(sorted(unknown))}",
             found=f"this model has {', '.join(sorted(known))}",
