@@ -20,7 +20,7 @@ def settings(source: Path, **changes: object) -> Text:
 
 def test_splits_share_no_document_and_do_not_depend_on_the_seed(tmp_path: Path) -> None:
     text = settings(save_text(tmp_path / "t.jsonl"))
-    assert len(set(read_documents(text))) == 100
+    assert len(set(read_documents(text.name, text.column))) == 100
     calibration = load_tokens(text, TOKENIZER, "calibration", 320)
     assert calibration.ids.shape == (10, 32)
     assert torch.equal(load_tokens(text, TOKENIZER, "calibration", 320, seed=5).ids, calibration.ids)
@@ -54,13 +54,13 @@ def test_formats(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"body": "w3"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"body": ["w4"]}), tmp_path / "b.parquet")
-    assert sorted(read_documents(settings(tmp_path, column="body"))) == ["w3", "w4"]
+    assert sorted(read_documents(str(tmp_path), "body")) == ["w3", "w4"]
     (tmp_path / "c.jsonl").write_text('{"body": null}\n')
-    assert sorted(read_documents(settings(tmp_path, column="body"))) == ["w3", "w4"]
+    assert sorted(read_documents(str(tmp_path), "body")) == ["w3", "w4"]
     with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
-        list(read_documents(settings(tmp_path / "a.jsonl.gz")))
+        list(read_documents(str(tmp_path / "a.jsonl.gz"), "text"))
     with pytest.raises(ConfigError, match=r"no column 'text'[\s\S]*body"):
-        list(read_documents(settings(tmp_path / "b.parquet")))
+        list(read_documents(str(tmp_path / "b.parquet"), "text"))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_bad_text(content: str, message: str, tmp_path: Path) -> None:
 
 def test_sources_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="package no-such-package is not installed"):
-        list(read_documents(Text(source="package:no-such-package")))
+        list(read_documents("package:no-such-package", "text"))
     with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
-        list(read_documents(Text(source="nobody/nothing")))
+        list(read_documents("nobody/nothing", "text"))
 
 
 def test_the_models_own_samples(tmp_path: Path) -> None:
@@ -95,3 +95,38 @@ def test_the_models_own_samples(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sampled from another model"):
         samples_missing(text, tmp_path, {"model": "other"})
     assert load_tokens(text, TOKENIZER, "train", 64, run=tmp_path).ids.shape == (4, 16)
+
+
+def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
+    for name, word in (("one", "w3"), ("other", "w4")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{" ".join([word] * 50)}"}}\n' * 400)
+    one, other = (str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
+    text = Text.model_validate({"source": {one: 3, other: 1}, "sequence_tokens": 32})
+    ids = load_tokens(text, TOKENIZER, "train", 4000).ids
+    share = (ids == 3).sum() / ((ids == 3) | (ids == 4)).sum()
+    assert float(share) == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(ConfigError, match="train text is too short") as caught:
+        load_tokens(text, TOKENIZER, "train", 40_000)
+    assert f"train split of {one}" in str(caught.value)
+    for wrong in ({one: 0}, {}):
+        with pytest.raises(ValueError, match="source"):
+            Text.model_validate({"source": wrong})
+
+
+def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Bytes:
+        eos_token_id = 0
+
+        def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": list(words.encode())}
+
+    (tmp_path / "t.txt").write_text("слово " * 400)
+    with caplog.at_level("WARNING"):
+        load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    assert "11.0 tokens per word" in caplog.text
+    caplog.clear()
+    (tmp_path / "t.txt").write_text("言葉" * 400)  # no spaces: three bytes a sign are not shredded more than most
+    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    (tmp_path / "t.txt").write_text("of a word or two " * 400)
+    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    assert not caplog.text

@@ -177,15 +177,19 @@ class Estimate:
     disk_needed_gib: float
     disk_free_gib: float
     calibration_tokens: int
+    healing_tokens_per_s: float
+    healing_hours: float
     vllm: str
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
     """Recipe, model, text, tasks, vLLM, port, memory and disk, without loading a weight.
 
-    Memory is that of healing, the hungriest stage: base and student, the adapters with their optimizer left out. Raises
-    ConfigError for what cannot work and LayerboostError when memory or disk will not do.
+    Memory is that of healing, the hungriest stage, the adapters with their optimizer left out; speed is worked out from
+    this machine's matrix product. Raises ConfigError for what cannot work and LayerboostError when memory or disk will
+    not do.
     """
+    from layerboost.healing.estimate import estimate_healing
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
     from layerboost.serving.server import check_port, check_vllm
     from layerboost.stages.evaluate import validate_evaluate
@@ -196,7 +200,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    if recipe.text.source != "self":
+    if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
@@ -211,17 +215,21 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
     already = sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
+    plan = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
+    healing = estimate_healing(recipe, config, info, runtime, plan)
     estimate = Estimate(
         model=source.name,
         family=info.model_type,
         layers=info.layers,
         parameters=info.parameters,
         device=str(runtime.device),
-        memory_needed_gib=round(2 * weights_gib, 2),
+        memory_needed_gib=healing.memory_gib,
         memory_free_gib=round(_free_memory_gib(), 2),
         disk_needed_gib=round(max(copies - already, 0) * weights_gib, 2),
         disk_free_gib=round(shutil.disk_usage(_existing(run)).free / GIB, 2),
         calibration_tokens=recipe.measure.tokens,
+        healing_tokens_per_s=healing.tokens_per_s,
+        healing_hours=healing.hours,
         vllm=vllm,
     )
     for kind in ("memory", "disk"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerboost.errors import ConfigError
 
@@ -31,13 +31,24 @@ class Section(BaseModel):
 class Text(Section):
     """Where calibration, healing and held-out text come from; splits share no document, or no piece of a long one."""
 
-    source: str = Field(
+    source: str | Annotated[dict[str, PositiveFloat], Field(min_length=1)] = Field(
         "self",
-        description="a Hub data set, a .txt/.jsonl/.parquet file, a folder, package:NAME, or self: the model's samples",
+        description="a Hub data set, a .txt/.jsonl/.parquet file, a folder, package:NAME, or self: its samples; "
+        "several with weights: {NAME: 0.7, NAME: 0.3}",
     )
     column: str = Field("text", description="the text column of a data set or JSONL file")
     sequence_tokens: int = Field(512, ge=16, description="tokens in one packed sequence")
     self_samples: int = Field(64, ge=4, description="sequences to sample when source is self")
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Each source with its share of the tokens, whatever they add up to."""
+        return {self.source: 1.0} if isinstance(self.source, str) else dict(self.source)
+
+    @property
+    def name(self) -> str:
+        """The sources as a person reads them."""
+        return " + ".join(self.sources)
 
 
 class Measure(Section):
@@ -105,20 +116,34 @@ class Heal(Section):
     """Attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1; cosine to zero")
+    attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
-    lr: float = Field(1e-3, gt=0, description="peak LoRA learning rate; cosine to zero")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="of both rates, after a warm-up")
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
-    lora_targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-        description="names of the linear layers that get an adapter",
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="linear layers that stage 2 adapts; default: v and o of changed layers, MLPs from the first up",
+    )
+    retrieval_share: float = Field(
+        0.0, ge=0, le=1, description="share of the sequences that state facts and ask for them further on"
     )
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
+    ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
+    hidden_weight: float = Field(
+        0.0, ge=0, description="weight of the layers' normalised MSE to the base beside the KL"
+    )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
-    gradient_accumulation: int = Field(1, ge=1, description="batches a step")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "selective", description="kept for the backward pass: all, matrix products, or only the layers' inputs"
+    )
+    validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="experiment trackers besides heal/metrics.jsonl"
+    )
 
 
 class Evaluate(Section):

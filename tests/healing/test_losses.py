@@ -3,17 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerboost.healing.losses import distillation_loss, distillation_loss_reference, normalized_mse
+from layerboost.healing import losses
+from layerboost.healing.losses import NO_LABEL, distillation_loss, distillation_loss_reference, normalized_mse
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_chunked_distillation_equals_the_plain_way(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.5)])
+def test_chunked_distillation_equals_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, ce_weight: float
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 50 * 70)  # chunks of 70 tokens, a short last one
     torch.manual_seed(0)
     heads = [torch.nn.Linear(16, 50, bias=False).requires_grad_(False) for _ in range(2)]
     student, teacher = torch.randn(3, 200, 16, requires_grad=True), torch.randn(3, 200, 16)
+    weights, labels = torch.rand(3, 200) * (torch.rand(3, 200) > 0.3), torch.randint(0, 50, (3, 200))
+    labels[:, ::7] = NO_LABEL
     found = []
     for function in (distillation_loss, distillation_loss_reference):
-        loss = function(student, teacher, heads[0], heads[1], temperature)
+        loss = function(
+            student, teacher, heads[0], heads[1], weights, temperature=temperature, labels=labels, ce_weight=ce_weight
+        )
         (3 * loss).backward()
         found.append((loss.detach(), student.grad))
         student.grad = None
@@ -22,6 +30,14 @@ def test_chunked_distillation_equals_the_plain_way(temperature: float) -> None:
 
 
 def test_normalized_mse() -> None:
-    target = torch.randn(2, 5, 8) * 7
-    assert normalized_mse(target, target) == 0
-    assert normalized_mse(torch.zeros_like(target), target) == pytest.approx(1)
+    target = torch.randn(2, 5, 8) * torch.tensor([1.0, 70.0])[:, None, None]
+    weights = torch.full((2, 5), 0.1)
+    assert normalized_mse(target, target, weights, target) == 0
+    assert float(normalized_mse(torch.zeros_like(target), target, weights, target)) == pytest.approx(1)
+
+
+def test_what_does_not_count_does_not_matter() -> None:
+    output, target = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25, 0, 0]])
+    short = normalized_mse(output[:, :4], target[:, :4], weights[:, :4], target[:, :4])
+    torch.testing.assert_close(normalized_mse(output, target, weights, target), short)

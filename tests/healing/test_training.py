@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,30 +14,54 @@ import torch
 from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
 
-from layerboost.errors import LayerboostError
-from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
-from layerboost.healing.training import newest_checkpoint, read_metrics, train_stage
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
+from layerboost.healing.metrics import read_metrics
+from layerboost.healing.training import (
+    Validate,
+    batch_of_process,
+    check_report_to,
+    newest_checkpoint,
+    train_stage,
+    weighted_rows,
+)
 from layerboost.recipe import Heal
 
 IDS = torch.randint(3, 200, (8, 24), generator=torch.Generator().manual_seed(1)).repeat(8, 1)
-SETTINGS = Heal(batch_sequences=4, save_steps=3, sink_lr=0.05)
+SETTINGS = Heal(batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
+TOKENS = IDS.numel()
 
 
 def distiller() -> LogitDistiller:
     student = boosted("fSns", window=8)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("mlp" in name or name.endswith("sinks"))
-    return LogitDistiller(student, tiny_model(layers=4))
+    return LogitDistiller(student, tiny_model(layers=4).requires_grad_(False), layer_plans("fSns", 8))
+
+
+def validation(made: Distiller) -> Validate:
+    """A validation on other ids than those of training."""
+    held = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(2))
+
+    def validate() -> dict[str, float]:
+        with torch.no_grad():
+            return {"validation_kl": made(held)["loss"].item()}
+
+    return validate
+
+
+def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
+    train_stage(name, made, IDS, tokens, lr, SETTINGS, folder, seed=0, validate=validation(made))
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:
     made = distiller()
     before = copy.deepcopy(made.student.state_dict())
-    train_stage("lora", made, IDS, 3e-3, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": 1.0})
+    train(tmp_path, made, lr=3e-3)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert [row["step"] for row in rows if "validation_kl" in row] == [0, 16]
+    assert [row["step"] for row in rows if "validation_kl" in row] == [0, 4, 8, 12, 16]
     assert rows[-1]["tokens"] == 16 * 4 * 24
     changed = [name for name, value in made.student.state_dict().items() if not torch.equal(value, before[name])]
     assert changed
@@ -46,14 +70,77 @@ def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: P
 
 
 def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
-    student, teacher = boosted("fSns", window=8), tiny_model(layers=4)
+    student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
     for name, parameter in student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
         parameter.requires_grad_((layer in (1, 3) and "self_attn" in name) or (layer == 2 and "mlp" in name))
     made = AttentionDistiller(student, teacher, layer_plans("fSns", 8))
-    start = made(IDS[:8])["loss"].item()
-    train_stage("attention", made, IDS, 3e-3, SETTINGS, tmp_path, seed=0)
-    assert made(IDS[:8])["loss"].item() < 0.8 * start
+    start = made.layer_losses(IDS[:8])
+    train(tmp_path, made, "attention", lr=3e-3)
+    end = made.layer_losses(IDS[:8])
+    assert start.keys() == {1, 2, 3}
+    assert all(end[layer] < start[layer] for layer in start), (start, end)
+    assert sum(end.values()) < 0.8 * sum(start.values())
+
+
+def test_the_exact_count_of_tokens_is_trained_on() -> None:
+    ids = torch.arange(5 * 10).view(5, 10)
+    rows = weighted_rows(ids, 43, per_step=4, batches=2)
+    assert len(rows) == 8
+    weights = torch.stack([row["weights"] for row in rows])
+    assert torch.equal(weights[:4], torch.full((4, 10), 2 / 40))
+    assert torch.equal(weights[4, :3], torch.full((3,), 2 / 3))
+    assert weights[4, 3:].sum() == weights[5:].sum() == 0
+    assert torch.equal(torch.stack([row["input_ids"] for row in rows])[:5], ids)
+
+
+def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
+    ends = []
+    for name, tail in (("one", 5), ("other", 7)):
+        ids = IDS[:6].clone()
+        ids[5, 3:] = tail
+        made = distiller()
+        (tmp_path / name).mkdir()
+        train_stage("lora", made, ids, 5 * 24 + 3, 1e-2, SETTINGS, tmp_path / name, seed=0, validate=validation(made))
+        ends.append(made.state_dict())
+        assert read_metrics(tmp_path / name / "metrics.jsonl")[-1]["tokens"] == 123
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
+def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
+    ends = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        made = distiller()
+        settings = SETTINGS.model_copy(update={"batch_sequences": batch, "gradient_accumulation": accumulation})
+        folder = tmp_path / str(batch)
+        folder.mkdir()
+        train_stage("lora", made, IDS[:10], 230, 1e-3, settings, folder, seed=0, validate=validation(made))
+        ends.append(([row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row], made))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    for name, value in ends[0][1].state_dict().items():
+        torch.testing.assert_close(ends[1][1].state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert batch_of_process(Heal(batch_sequences=3, gradient_accumulation=4)) == (3, 2)
+    assert batch_of_process(Heal(batch_sequences=4, gradient_accumulation=3)) == (2, 3)
+    with pytest.raises(ConfigError, match="among 2 processes"):
+        batch_of_process(Heal(batch_sequences=3, gradient_accumulation=1))
+
+
+def test_the_best_step_is_kept(tmp_path: Path) -> None:
+    made, seen = distiller(), []
+
+    def validate() -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in made.state_dict().items()})
+        return {"validation_kl": [5.0, 3.0, 4.0, float("nan"), 3.5][len(seen) - 1]}
+
+    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=validate)
+    assert len(seen) == 5
+    assert all(torch.equal(value, seen[1][name]) for name, value in made.state_dict().items())
+    kept = load_file(tmp_path / "lora.safetensors")
+    assert all(torch.equal(value, seen[1][name]) for name, value in kept.items())
 
 
 RUN = """
@@ -62,30 +149,55 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_training as t
 torch.set_num_threads(1)
-t.train_stage("lora", t.distiller(), t.IDS, 1e-2, t.SETTINGS, Path(sys.argv[1]), seed=0)
+t.train(Path(sys.argv[1]), t.distiller())
 """
 
 
-def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def started(folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    script = RUN.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    return subprocess.Popen([sys.executable, "-c", script, str(folder)], stderr=log.open("a"))
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "kills", [(5, 10), pytest.param((2, 4, 7, 11, 14), marks=pytest.mark.slow)], ids=["twice", "five times"]
+)
+def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, ...]) -> None:
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     whole.mkdir()
     killed.mkdir()
-    train_stage("lora", distiller(), IDS, 1e-2, SETTINGS, whole, seed=0)
-    script = RUN.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    metrics = killed / "metrics.jsonl"
-    for step in (5, 10):
-        process = subprocess.Popen([sys.executable, "-c", script, str(killed)], stderr=(tmp_path / "log").open("a"))
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not any(row["step"] >= step for row in read_metrics(metrics)):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+    train(whole, distiller())
+    for step in kills:
+        process = started(killed, log)
+        wait_for_step(killed, step, process, log)
+        process.kill()
         process.wait()
-    train_stage("lora", distiller(), IDS, 1e-2, SETTINGS, killed, seed=0)
+    train(killed, distiller())
     expected, found = load_file(whole / "lora.safetensors"), load_file(killed / "lora.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (whole, killed)]
-    assert losses[0] == losses[1]
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
+    timeless = [[{key: value for key, value in row.items() if key != "seconds"} for row in run] for run in rows]
+    assert timeless[0] == timeless[1]
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
+    process = started(tmp_path, tmp_path / "log")
+    wait_for_step(tmp_path, 1, process, tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    found = newest_checkpoint(tmp_path / "checkpoints" / "lora")
+    assert found is not None
+    assert found.name == f"checkpoint-{last}"
+    assert last < 16
 
 
 def test_half_written_checkpoints_are_dropped(tmp_path: Path) -> None:
@@ -99,12 +211,53 @@ def test_half_written_checkpoints_are_dropped(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-9").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["attention", "lora"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_path: Path, stage: str) -> None:
     made = distiller()
-    with torch.no_grad():
-        made.student.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(LayerboostError, match="nan at step 1"):
-        train_stage("lora", made, IDS, 1e-2, SETTINGS, tmp_path, seed=0)
+    if stage == "attention":
+        made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
+    broken = made.student.model.layers[2].mlp.down_proj
+
+    def break_it(*_: object) -> None:
+        if made.training_steps == 4:
+            with torch.no_grad():
+                broken.weight.fill_(float("nan"))
+        made.training_steps += 1
+
+    made.training_steps = 0
+    made.register_forward_pre_hook(lambda *_: break_it() if torch.is_grad_enabled() else None)
+    with pytest.raises(LayerboostError, match=f"loss is nan at step 5 of the {stage} stage, first in layer 2"):
+        train(tmp_path, made, stage)
+    found = newest_checkpoint(tmp_path / "checkpoints" / stage)
+    assert found is not None
+    assert found.name == "checkpoint-3"
+    assert all(value.isfinite().all() for value in load_file(found / "model.safetensors").values())
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
+    made = distiller()
+    made.register_forward_pre_hook(lambda *_: torch.empty(1 << 60) if torch.is_grad_enabled() else None)
+    with pytest.raises(LayerboostError, match="not enough memory to heal") as caught:
+        train(tmp_path, made)
+    assert "lower heal.batch_sequences" in str(caught.value)
+    assert "activation_checkpointing" in str(caught.value)
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LayerboostError, match="cannot write") as caught:
+        train(tmp_path, distiller())
+    assert "No space left" in str(caught.value)
+    assert newest_checkpoint(tmp_path / "checkpoints" / "lora") is None
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        check_report_to(("wandb",))
 
 
 def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
-from layerboost.healing.losses import distillation_loss, normalized_mse
+from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of
 
+Checkpointing = Literal["none", "selective", "full"]
+KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
+
+
+def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
+    """Position of each token in its own document, `[B, T]`: after the end-of-text token `end` they begin at 0 again.
+
+    Transformers reads packed documents off such positions and masks attention between them.
+    """
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if end is None:
+        return index
+    starts = torch.zeros_like(ids)
+    starts[:, 1:] = torch.where(ids[:, :-1] == end, index[:, 1:], 0)
+    return index - starts.cummax(-1).values
+
+
+def next_tokens(ids: torch.Tensor, end: int | None) -> torch.Tensor:
+    """The label of each token, `[B, T]`: the next one of its document, NO_LABEL at the end."""
+    labels = torch.full_like(ids, NO_LABEL)
+    labels[:, :-1] = ids[:, 1:]
+    return labels if end is None else labels.masked_fill(ids == end, NO_LABEL)
+
 
 class Distiller(nn.Module):
-    """A student that learns from a frozen teacher.
+    """A student that learns from a frozen teacher; `end` is the token that ends a document.
 
     Its state is what is trained and nothing else, so a checkpoint holds the adapters and the sinks.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, temperature: float = 1.0) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, layers: list[LayerPlan], end: int | None = None
+    ) -> None:
         super().__init__()
         self.student = student
         # In a tuple the teacher is no submodule: not trained, not saved, not wrapped by DDP.
-        self._teacher = (teacher.requires_grad_(False).eval(),)
-        self.temperature = temperature
+        self._teacher = (teacher.eval(),)
+        self.changed = [entry for entry in layers if entry.attention != "full"]
+        self.end = end
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -48,25 +81,38 @@ class Distiller(nn.Module):
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])  # the frozen rest is not missing
 
+    def weights_or_mean(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """`weights` `[B, T]`; where none are given, all tokens weigh the same and the loss is their mean."""
+        return torch.full(ids.shape, 1 / ids.numel(), device=ids.device) if weights is None else weights
+
+    def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's normed output `[B, T, D]` on ids `[B, T]`, documents apart."""
+        output: torch.Tensor = (
+            self.teacher.get_decoder()(input_ids=ids, position_ids=positions_of(ids, self.end), use_cache=False)
+        ).last_hidden_state
+        return output
+
 
 class AttentionDistiller(Distiller):
     """Stage 1: each changed layer learns from the base's own activations; no gradient crosses a layer.
 
     A sliding layer's attention sees what the base's attention saw and learns its output. A layer without attention has
-    only its MLP: it sees what the base's layer saw and learns the layer's output.
+    only its MLP: it sees what the base's layer saw and learns what the layer added to the stream. One forward pass of
+    the base serves all layers.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, layers: list[LayerPlan]) -> None:
-        super().__init__(student, teacher)
-        self.changed = [entry for entry in layers if entry.attention != "full"]
+    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`."""
+        return {"loss": torch.stack(list(self.layer_losses(input_ids, weights).values())).sum()}
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sum over the changed layers of the normalised MSE, for ids `[B, T]`."""
+    def layer_losses(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+        """The normalised MSE of each changed layer."""
+        weights = self.weights_or_mean(input_ids, weights)
         seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
 
         def record(layer: int) -> Any:
             def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                seen[layer] = (args, kwargs, output[0] if isinstance(output, tuple) else output)
+                seen[layer] = (args, kwargs, _tensor(output))
 
             return hook
 
@@ -74,36 +120,157 @@ class AttentionDistiller(Distiller):
         hooks = [module.register_forward_hook(record(i), with_kwargs=True) for i, module in modules.items()]
         try:
             with torch.no_grad():
-                self.teacher.get_decoder()(input_ids=input_ids, use_cache=False)
+                self.run_teacher(input_ids)
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = []
+        losses = {}
         for entry in self.changed:
-            args, kwargs, target = seen[entry.layer]
-            output = self._module(self.student, entry)(*args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
-            losses.append(normalized_mse(output, target))
-        return {"loss": torch.stack(losses).sum()}
+            args, kwargs, target = seen.pop(entry.layer)
+            output = _tensor(self._module(self.student, entry)(*args, **kwargs))
+            added = target if entry.attention == "sliding" else target - _hidden(args, kwargs)
+            losses[entry.layer] = normalized_mse(output, target, weights, size=added)
+        return losses
+
+    @torch.no_grad()
+    def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:
+        """The lowest layer whose loss is not finite; None if there is none."""
+        losses = self.layer_losses(input_ids, weights)
+        return next((layer for layer, loss in losses.items() if not loss.isfinite()), None)
 
     @staticmethod
     def _module(model: PreTrainedModel, entry: LayerPlan) -> nn.Module:
         return attention_of(model, entry.layer) if entry.attention == "sliding" else decoder_layers(model)[entry.layer]
 
 
-class LogitDistiller(Distiller):
-    """Stage 2: the whole student learns the teacher's distribution over the next token."""
+@dataclass(frozen=True)
+class LogitLoss:
+    """Weights and settings of stage 2's terms: KL with its temperature, cross entropy, hidden states."""
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """KL(teacher ‖ student) per token for ids `[B, T]`."""
-        with torch.no_grad():
-            target = self.teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = self.student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+    hidden_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, the
+    arguments of each layer from there up, and these layers' outputs if the loss wants them.
+    """
+
+    start: torch.Tensor
+    arguments: dict[int, dict[str, Any]]
+    output: torch.Tensor
+    states: dict[int, torch.Tensor]
+
+
+class LogitDistiller(Distiller):
+    """Stage 2: the whole student learns the teacher's distribution over the next token.
+
+    Below the first changed layer the two are one: those layers run once, in the teacher, and get no gradient. The
+    student's layers take their masks and rotary embeddings from the teacher's.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        layers: list[LayerPlan],
+        end: int | None = None,
+        loss: LogitLoss | None = None,
+        checkpointing: Checkpointing = "none",
+    ) -> None:
+        super().__init__(student, teacher, layers, end)
+        self.first = self.changed[0].layer if self.changed else 0
+        self.loss, self.checkpointing = loss or LogitLoss(), checkpointing
+
+    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The weighted sum of the terms for ids and token weights `[B, T]`: `{"loss": …}`."""
+        weights = self.weights_or_mean(input_ids, weights)
+        lesson = self.teach(input_ids)
+        extra = weights.new_zeros(())
+        hidden = lesson.start
+        for layer, hidden in self.layer_outputs(lesson):
+            if self.loss.hidden_weight:
+                extra = extra + normalized_mse(hidden, lesson.states[layer], weights, size=lesson.states[layer])
         loss = distillation_loss(
-            hidden,
-            target,
+            self.student.get_decoder().norm(hidden),
+            lesson.output,
             lambda rows: head_logits(self.student, rows),
             lambda rows: head_logits(self.teacher, rows),
-            self.temperature,
+            weights,
+            temperature=self.loss.temperature,
+            labels=next_tokens(input_ids, self.end),
+            ce_weight=self.loss.ce_weight,
         )
-        return {"loss": loss}
+        return {"loss": loss + self.loss.hidden_weight * extra / max(1, len(lesson.states))}
+
+    @torch.no_grad()
+    def teach(self, ids: torch.Tensor) -> Lesson:
+        """Run the teacher on ids `[B, T]`."""
+        layers = decoder_layers(self.teacher)
+        arguments: dict[int, dict[str, Any]] = {}
+        states: dict[int, torch.Tensor] = {}
+
+        def record(index: int) -> Any:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                if index == self.first:
+                    start.append(_hidden(args, kwargs))
+                if self.loss.hidden_weight:
+                    states[index] = _tensor(output)
+
+            return hook
+
+        start: list[torch.Tensor] = []
+        hooks = [layers[i].register_forward_hook(record(i), with_kwargs=True) for i in range(self.first, len(layers))]
+        try:
+            output = self.run_teacher(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Lesson(start[0], arguments, output, states)
+
+    def layer_outputs(self, lesson: Lesson) -> Iterator[tuple[int, torch.Tensor]]:
+        """The outputs `[B, T, D]` of the student's layers from the first changed one up, one after the other."""
+        hidden = lesson.start
+        for index, arguments in lesson.arguments.items():
+            layer = decoder_layers(self.student)[index]
+            if self.checkpointing != "none" and torch.is_grad_enabled():
+                kept = _matrix_products if self.checkpointing == "selective" else noop_context_fn
+                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=kept, **arguments))
+            else:
+                hidden = _tensor(layer(hidden, **arguments))
+            yield index, hidden
+
+    @torch.no_grad()
+    def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:
+        """The lowest layer of the student whose output is not finite; None if there is none."""
+        outputs = self.layer_outputs(self.teach(input_ids))
+        return next((layer for layer, hidden in outputs if not hidden.isfinite().all()), None)
+
+
+def _matrix_products() -> Any:
+    """What selective checkpointing keeps: attention of full layers and the products that take time, not LoRA's thin
+    ones; what is cheap to compute again (norms, activations, windows) is most of the memory.
+    """
+    return create_selective_checkpoint_contexts(_worth_keeping)
+
+
+def _worth_keeping(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    name = operator.name()
+    product = (
+        name in ("aten::mm", "aten::addmm") and args[-2].shape[-1] >= KEPT_WIDTH and args[-1].shape[-1] >= KEPT_WIDTH
+    )
+    keep = product or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return found

@@ -1,43 +1,51 @@
-"""One healing stage under `transformers.Trainer`: optimizer groups, durable checkpoints, metrics, progress."""
+"""One healing stage under `transformers.Trainer`: exact token counts, durable checkpoints, the best step kept."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import math
 import shutil
-import time
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from layerboost.artifacts import write_text
-from layerboost.errors import LayerboostError
+from layerboost.artifacts import disk_error
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import Distiller
+from layerboost.healing.metrics import Metrics
 from layerboost.recipe import Heal
-from layerboost.runtime import Progress
+from layerboost.runtime import Progress, is_main_process, main_process_first, world_size
 
 DONE = "complete"
+Validate = Callable[[], dict[str, float]]
 
 
 def train_stage(
     name: str,
     distiller: Distiller,
     ids: torch.Tensor,
+    tokens: int,
     lr: float,
     settings: Heal,
     folder: Path,
     *,
     seed: int,
-    validate: Callable[[], dict[str, float]] | None = None,
+    validate: Validate,
 ) -> None:
-    """Train one stage on ids `[N, T]` in their order; its end state is kept in `folder/NAME.safetensors`.
+    """Train one stage on the first `tokens` tokens of ids `[N, T]`, in order; leaves `distiller` at its best step.
 
-    Resumes from the newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only loaded. Each
-    logged step is a line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite.
+    The best is the step with the lowest `validation_kl` of `validate()`, the start included; `folder/NAME.safetensors`
+    keeps it. Resumes from the newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only
+    loaded. Each logged step is a line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite,
+    memory does not suffice or nothing can be written, KeyboardInterrupt after a SIGTERM.
     """
     result = folder / f"{name}.safetensors"
     if result.is_file():
@@ -45,49 +53,73 @@ def train_stage(
         return
     checkpoints = folder / "checkpoints" / name
     resume = newest_checkpoint(checkpoints)
-    metrics = Metrics(name, folder / "metrics.jsonl", after_step=int(resume.name.split("-")[1]) if resume else 0)
+    step = int(resume.name.split("-")[1]) if resume else 0
+    metrics = Metrics(name, folder / "metrics.jsonl", after_step=step, writes=is_main_process())
+    batch, accumulation = batch_of_process(settings)
     per_step = settings.batch_sequences * settings.gradient_accumulation
-    steps = max(1, len(ids) // per_step)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_sequences,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        train_sampling_strategy="sequential",
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        max_grad_norm=1.0,
-        logging_steps=1,  # a loss that is not finite shows before the step is saved
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        disable_tqdm=True,
-        report_to=[],
-        seed=seed,
-        use_cpu=next(distiller.parameters()).device.type == "cpu",
-    )
-    tokens_per_step = per_step * ids.shape[1]
+    rows = weighted_rows(ids, tokens, per_step, per_step // batch)
+    guard = _Guard(folder / f"{name}.best.safetensors", distiller, metrics, tokens, per_step * ids.shape[1])
+    guard.validate, guard.every, guard.fresh = validate, settings.validation_steps, resume is None
     trainer = _Trainer(
         model=distiller,
-        args=arguments,
-        train_dataset=[{"input_ids": row} for row in ids],
-        optimizers=(_optimizer(distiller, lr, settings.sink_lr), None),
-        callbacks=[_Reporter(metrics, steps, tokens_per_step, resume is None, validate)],
+        args=_arguments(checkpoints, distiller, lr, settings, len(rows) // per_step, batch, accumulation, seed),
+        train_dataset=rows,
+        callbacks=[guard],
     )
-    trainer.remove_callback(
-        next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
-    )
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    save_state(distiller, result)
+    trainer.stage, trainer.sink_lr = name, settings.sink_lr
+    printer = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
+    trainer.remove_callback(printer)
+    with _clean_end(folder, settings), guard.until_sigterm():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if guard.stopping:
+        raise KeyboardInterrupt
+    guard.keep_best(result)
 
 
-def save_state(distiller: Distiller, file: Path) -> None:
-    """Write the trainable parameters, atomically."""
+def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -> list[dict[str, torch.Tensor]]:
+    """The first `tokens` tokens of ids `[N, T]` as rows of full steps, each with the weights of its tokens, `[T]`.
+
+    The weights of a step sum to `batches`, the number of batches its loss is the mean of: the loss is then the mean
+    over the tokens that count, however the step is cut. Rows without a token that counts fill the last step.
+    """
+    length = ids.shape[1]
+    counted = torch.arange(len(ids) * length).view_as(ids) < tokens
+    missing = -len(ids) % per_step
+    ids = torch.cat([ids, ids[:1].expand(missing, -1)])
+    counted = torch.cat([counted, counted.new_zeros(missing, length)]).float()
+    steps = counted.view(-1, per_step, length)
+    weights = (steps * (batches / steps.sum((1, 2), keepdim=True))).view_as(counted)
+    return [{"input_ids": row, "weights": weight} for row, weight in zip(ids, weights, strict=True)]
+
+
+def batch_of_process(settings: Heal) -> tuple[int, int]:
+    """Sequences a batch and batches a step of one process, so that a step is the same on any number of processes.
+
+    Raises ConfigError when a step cannot be shared out evenly.
+    """
+    batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
+    if accumulation % processes == 0:
+        return batch, accumulation // processes
+    if batch % processes == 0:
+        return batch // processes, accumulation
+    raise ConfigError(
+        f"a step cannot be shared out among {processes} processes",
+        found=f"heal.batch_sequences {batch}, heal.gradient_accumulation {accumulation}",
+        do=f"make one of them a multiple of {processes}",
+    )
+
+
+def check_report_to(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for an experiment tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"heal.report_to names {name}, which is not installed", do=f"pip install {name}")
+
+
+def save_state(distiller: Distiller, file: Path, facts: dict[str, str] | None = None) -> None:
+    """Write the trainable parameters, atomically, with `facts` in the file's metadata."""
     temporary = file.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in distiller.state_dict().items()}, temporary)
+    save_file({name: value.contiguous() for name, value in distiller.state_dict().items()}, temporary, facts)
     temporary.replace(file)
 
 
@@ -95,50 +127,85 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; those that a kill cut short are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in [path for path in found if not (path / DONE).is_file()]:
-        shutil.rmtree(path)
-    complete = [path for path in found if path.is_dir()]
+        shutil.rmtree(path, ignore_errors=not is_main_process())
+    complete = [path for path in found if (path / DONE).is_file()]
     return complete[-1] if complete else None
 
 
-class Metrics:
-    """Appends to `metrics.jsonl`; what a killed run logged after its last checkpoint is cut off first."""
+def _arguments(
+    folder: Path, distiller: Distiller, lr: float, settings: Heal, steps: int, batch: int, accumulation: int, seed: int
+) -> TrainingArguments:
+    weight = next(distiller.student.parameters())
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        learning_rate=lr,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=max(1, steps // 20),
+        max_grad_norm=1.0,
+        logging_steps=1,  # a loss that is not finite shows before the step is saved
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=list(settings.report_to),
+        seed=seed,
+        use_cpu=weight.device.type == "cpu",
+        bf16=weight.device.type == "cuda" and weight.dtype == torch.bfloat16,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
 
-    def __init__(self, stage: str, file: Path, after_step: int) -> None:
-        self.stage, self.file = stage, file
-        rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= after_step]
-        own = [row["seconds"] for row in rows if row["stage"] == stage]
-        self.started = time.monotonic() - (own[-1] if own else 0.0)
-        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One line: stage, step, tokens of this stage so far, the values, seconds of this stage so far."""
-        seconds = round(time.monotonic() - self.started, 2)
-        row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a kill cut short is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _optimizer(distiller: Distiller, lr: float, sink_lr: float) -> torch.optim.AdamW:
-    trained = [(name, p) for name, p in distiller.named_parameters() if p.requires_grad]
-    adapters = [p for name, p in trained if not name.endswith(".sinks")]
-    sinks = [p for name, p in trained if name.endswith(".sinks")]
-    groups = [{"params": adapters, "lr": lr}, {"params": sinks, "lr": sink_lr}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+@contextmanager
+def _clean_end(folder: Path, settings: Heal) -> Iterator[None]:
+    """Say what to do when memory or the disk ends a run; its last complete checkpoint stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise disk_error(folder, OSError(str(error))) from error
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if "PytorchStreamWriter" in text:
+            raise disk_error(folder, OSError(text.splitlines()[0])) from error
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
+            raise
+        lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
+        full = settings.activation_checkpointing == "full"
+        checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
+        raise LayerboostError(
+            "not enough memory to heal",
+            found=(text.splitlines() or [type(error).__name__])[0],
+            do=f"lower {lower} (raise heal.gradient_accumulation to keep the step){checkpointing}",
+        ) from error
 
 
 class _Trainer(Trainer):
-    """A Trainer whose checkpoints say when they are complete."""
+    """A Trainer with a learning rate of the sinks' own, whose checkpoints say when they are complete."""
+
+    stage, sink_lr = "", 0.0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if getattr(self, "optimizer", None) is None:
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            adapters = [p for name, p in trained if not name.endswith(".sinks")]
+            sinks = [p for name, p in trained if name.endswith(".sinks")]
+            groups = [{"params": adapters, "lr": self.args.learning_rate}, {"params": sinks, "lr": self.sink_lr}]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        made: torch.optim.Optimizer = self.optimizer
+        return made
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            layer = self.model.first_bad_layer(**self._prepare_inputs(inputs))
+            where = "" if layer is None else f", first in layer {layer}"
+            raise not_finite(self.stage, f"loss is {float(loss)}", self.state.global_step + 1, where)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -146,43 +213,96 @@ class _Trainer(Trainer):
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / DONE).touch()
 
 
-class _Reporter(TrainerCallback):
-    """Progress on stderr, lines in metrics.jsonl, a stop at a loss that is not finite, validation at both ends."""
+def not_finite(stage: str, what: str, step: int, where: str = "") -> LayerboostError:
+    """The error for a loss or gradient that is not finite."""
+    return LayerboostError(
+        f"the {what} at step {step} of the {stage} stage{where}",
+        do="lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step",
+    )
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        steps: int,
-        tokens_per_step: int,
-        fresh: bool,
-        validate: Callable[[], dict[str, float]] | None,
-    ) -> None:
-        self.metrics, self.tokens_per_step, self.fresh, self.validate = metrics, tokens_per_step, fresh, validate
-        self.progress = Progress(f"healing, {metrics.stage} stage", steps * tokens_per_step, "tokens")
+
+class _Guard(TrainerCallback):
+    """Progress, metrics, validation and the best step, a stop before a bad step is saved, a checkpoint at SIGTERM."""
+
+    validate: Validate
+    every = 1
+    fresh = True
+
+    def __init__(self, file: Path, distiller: Distiller, metrics: Metrics, tokens: int, tokens_per_step: int) -> None:
+        self.file, self.distiller, self.metrics = file, distiller, metrics
+        self.tokens, self.tokens_per_step = tokens, tokens_per_step
+        self.stopping, self.best = False, math.inf
+        self.progress = Progress(f"healing, {metrics.stage} stage", tokens, "tokens")
+
+    @contextmanager
+    def until_sigterm(self) -> Iterator[None]:
+        """Inside the block, SIGTERM ends training after the step at hand, with a checkpoint."""
+
+        def stop(*_: Any) -> None:
+            self.stopping = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.progress.__exit__()
+
+    def seen(self, step: int) -> int:
+        """Tokens trained on after `step` steps."""
+        return min(self.tokens, step * self.tokens_per_step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.__enter__()
-        self.progress.skip(state.global_step * self.tokens_per_step)
-        if self.validate and self.fresh:
-            self.metrics.write(0, 0, self.validate())
+        self.progress.skip(self.seen(state.global_step))
+        if self.fresh:
+            self.judge(0)
+        else:
+            with safe_open(self.file, "pt") as kept:
+                self.best = float(kept.metadata()["validation_kl"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.advance(self.tokens_per_step)
+        self.progress.advance(self.seen(state.global_step) - self.seen(state.global_step - 1))
+        if _any_process(self.stopping, next(self.distiller.parameters()).device):
+            self.stopping = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            self.progress.__exit__()
-            raise LayerboostError(
-                f"the loss of the {self.metrics.stage} stage is {loss} at step {state.global_step}",
-                do="delete heal/ and lower the learning rate; no checkpoint holds this step",
-            )
-        values = {"loss": loss, "lr": float(logs["learning_rate"])}
-        self.metrics.write(state.global_step, state.global_step * self.tokens_per_step, values)
+        loss, norm, step = float(logs["loss"]), float(logs["grad_norm"]), state.global_step
+        if not math.isfinite(norm):
+            raise not_finite(self.metrics.stage, f"norm of the gradient is {norm}", step)
+        self.metrics.write(step, self.seen(step), {"loss": loss, "lr": float(logs["learning_rate"])})
+        if step % self.every == 0 or step == state.max_steps:
+            self.judge(step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.__exit__()
-        if self.validate:
-            self.metrics.write(state.global_step, state.global_step * self.tokens_per_step, self.validate())
+    def judge(self, step: int) -> None:
+        """Validate, and keep the trained parameters if no earlier step was better."""
+        values = self.validate()
+        self.metrics.write(step, self.seen(step), values)
+        if values["validation_kl"] < self.best:
+            self.best = values["validation_kl"]
+            if is_main_process():
+                save_state(self.distiller, self.file, {"step": str(step), "validation_kl": repr(self.best)})
+
+    def keep_best(self, result: Path) -> None:
+        """Load the best step and move it to `result`. Raises LayerboostError when no step could be validated."""
+        if not self.file.is_file():
+            raise LayerboostError(f"no step of the {self.metrics.stage} stage has a finite validation KL")
+        self.distiller.load_state_dict(load_file(self.file))
+        with main_process_first():  # nobody moves the file before all have read it
+            pass
+        if is_main_process():
+            self.file.replace(result)
+
+
+def _any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(found)
+    return bool(found)

@@ -174,7 +174,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
 
 def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
     """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder."""
-    if recipe.text.source != "self":
+    if "self" not in recipe.text.sources:
         return
     made_from = {"model": model_fingerprint(source), "seed": recipe.seed, "text": recipe.text.model_dump(mode="json")}
     if samples_missing(recipe.text, run, made_from):

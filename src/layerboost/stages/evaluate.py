@@ -54,7 +54,7 @@ def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path, context_tokens:
     """
     _check_settings(recipe, context_tokens)
     load_bench(recipe.evaluate)
-    if recipe.evaluate.perplexity_text or recipe.text.source != "self" or (run / SAMPLES).is_file():
+    if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, tokenizer, run)
 
 
@@ -306,7 +306,7 @@ def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, A
 def _text_info(work: _Work) -> dict[str, Any] | None:
     if work.texts.text is None:
         return None
-    source = work.recipe.evaluate.perplexity_text or f"{work.recipe.text.source} (held-out split)"
+    source = work.recipe.evaluate.perplexity_text or f"{work.recipe.text.name} (held-out split)"
     sequences, length = work.texts.text.ids.shape
     return {
         "source": source,

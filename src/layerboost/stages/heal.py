@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, LayerPlan, PlanFile, fingerprint, read_plan, write_json
+from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
-from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
-from layerboost.healing.training import train_stage
+from layerboost.healing.distillers import AttentionDistiller, LogitDistiller, LogitLoss
+from layerboost.healing.recall import with_recall
+from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.healing.training import batch_of_process, check_report_to, train_stage
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
     check_same_model,
     check_same_plan,
-    find_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -28,10 +28,9 @@ from layerboost.model.checkpoint import (
     save_boosted,
     write_samples,
 )
-from layerboost.model.families import FAMILIES
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import log, start_runtime
+from layerboost.runtime import is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.metrics import token_losses
 from layerboost.text import Split, load_tokens
 
@@ -42,8 +41,8 @@ IDENTITY = "heal.json"
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     """Train RUN/converted against the base and write RUN/healed; goes on from the last checkpoint in RUN/heal.
 
-    Raises ConfigError before anything is trained, also when RUN/heal was begun with other settings, or when it holds
-    work and `resume` is False.
+    Under torchrun every process trains and the first one writes. Raises ConfigError before anything is trained, also
+    when RUN/heal was begun with other settings, or when it holds work and `resume` is False.
     """
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
@@ -53,77 +52,86 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         return run / HEALED
     check_begun(run / HEAL, identity, resume)
     check_checkpoint(run / CONVERTED)
+    check_report_to(recipe.heal.report_to)
+    batch_of_process(recipe.heal)
     runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
-    config, tokenizer = load_config(source, recipe.trust_remote_code), load_tokenizer(source, recipe.trust_remote_code)
+    with main_process_first():
+        source = open_base(recipe, run, runtime)
+        tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+        write_samples(recipe, run, source, tokenizer, runtime)
+    config = load_config(source, recipe.trust_remote_code)
     check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
-    write_samples(recipe, run, source, tokenizer, runtime)
     lessons = load_lessons(recipe, run, plan, tokenizer)
-    student = load_model(find_model(str(run / CONVERTED)), runtime)
-    check_targets(student, recipe.heal.lora_targets)
-    write_json(run / HEAL / IDENTITY, identity)
-    torch.manual_seed(recipe.seed)
-    rank = recipe.heal.lora_rank
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(recipe.heal.lora_targets))
-    adapted = get_peft_model(student, adapters)
     teacher = load_model(source, runtime, recipe.trust_remote_code)
-    train(recipe, run / HEAL, plan, teacher, adapted.get_base_model(), lessons)
-    merged = adapted.merge_and_unload().requires_grad_(False).eval()
-    healing = (
-        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-        f"tokens of LoRA distillation from the base, on {recipe.text.source}."
-    )
-    origin = origin_of(source.folder, source.name, recipe.card)
-    save_boosted(merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing)
-    write_json(run / HEALED / IDENTITY, identity)
+    adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
+    student = shared_student(teacher, run / CONVERTED, plan.layers)
+    if is_main_process():
+        write_json(run / HEAL / IDENTITY, identity)
+    torch.manual_seed(recipe.seed)
+    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages))
+    peft_model = with_adapters(student, names, recipe.heal.lora_rank)
+    train(recipe, run / HEAL, plan, teacher, student, adapted, lessons, tokenizer.eos_token_id)
+    if is_main_process():
+        # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
+        merged = peft_model.merge_and_unload().requires_grad_(False).eval()
+        healing = (
+            f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+        )
+        origin = origin_of(source.folder, source.name, recipe.card)
+        save_boosted(
+            merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
+        )
+        write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
+
+
+STAGES = ("attention", "lora")
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """What is trained on, `[N, T]` for each stage (no rows: the stage is left out), and what is validated on."""
+    """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`."""
 
-    attention: torch.Tensor
-    lora: torch.Tensor
+    ids: dict[str, torch.Tensor]
+    tokens: dict[str, int]
     validation: torch.Tensor
+
+    @property
+    def stages(self) -> list[str]:
+        return [stage for stage in STAGES if self.tokens[stage]]
 
 
 def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Lessons:
     """All text of the run, so that too little of it shows before anything is trained. Raises ConfigError."""
-    length = recipe.text.sequence_tokens
-
-    def ids(split: Split, tokens: int, seed: int = 0) -> torch.Tensor:
-        if not tokens:
-            return torch.empty(0, length, dtype=torch.long)
-        return load_tokens(recipe.text, tokenizer, split, tokens, run=run, seed=seed).ids
-
-    changed = plan.count("full") < plan.model.layers
-    lessons = Lessons(
-        attention=ids("train", recipe.heal.attention_tokens if changed else 0, recipe.seed),
-        lora=ids("train", recipe.heal.tokens, recipe.seed + 1),
-        validation=ids("calibration", VALIDATION_SEQUENCES * length),
-    )
-    if not len(lessons.attention) and not len(lessons.lora):
+    changed = plan.model.layers - plan.count("full")
+    tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
+    if not any(tokens.values()):
         raise ConfigError(
             "there is nothing to train",
             found=f"heal.attention_tokens {recipe.heal.attention_tokens}, heal.tokens {recipe.heal.tokens}, "
-            f"{plan.model.layers - plan.count('full')} changed layers",
+            f"{changed} changed layers",
             do="give one of the two stages some tokens",
         )
-    batch = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
-    for name, rows in (("attention_tokens", lessons.attention), ("tokens", lessons.lora)):
-        if 0 < len(rows) < batch:
-            raise ConfigError(
-                f"heal.{name} is less than one step",
-                found=f"{len(rows)} sequences of {length} tokens; a step takes {batch}",
-                do="raise it, or lower heal.batch_sequences or heal.gradient_accumulation",
-            )
-    return lessons
+
+    def ids(split: Split, count: int, seed: int = 0) -> torch.Tensor:
+        found = load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed).ids
+        return with_recall(found, tokenizer, recipe.heal.retrieval_share, seed) if split == "train" else found
+
+    return Lessons(
+        ids={name: ids("train", tokens[name], recipe.seed + i) for i, name in enumerate(STAGES) if tokens[name]},
+        tokens=tokens,
+        validation=ids("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens),
+    )
 
 
 def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
-    """Everything the healed weights depend on, in plain JSON."""
-    settings = recipe.heal.model_dump(mode="json", exclude={"save_steps"})
+    """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
+    free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation"}
+    settings = recipe.heal.model_dump(mode="json", exclude=free)
+    settings["batch_sequences × gradient_accumulation"] = (
+        recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
+    )
     text = recipe.text.model_dump(mode="json")
     return {"schema_version": 1, "plan": plan.hash(), "seed": recipe.seed, "heal": settings, "text": text}
 
@@ -132,17 +140,6 @@ def healed_from(folder: Path) -> str | None:
     """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
     file = folder / IDENTITY
     return fingerprint(json.loads(file.read_text())) if file.is_file() else None
-
-
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Raise ConfigError for LoRA targets that the model does not have."""
-    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    unknown = set(targets) - linear
-    if unknown:
-        raise ConfigError(
-            f"heal.lora_targets names layers that do not exist: {', '.join(sorted(unknown))}",
-            found=f"this model has {', '.join(sorted(linear))}",
-        )
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -170,52 +167,52 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
 
 
 def train(
-    recipe: Recipe, folder: Path, plan: PlanFile, teacher: PreTrainedModel, student: PreTrainedModel, lessons: Lessons
+    recipe: Recipe,
+    folder: Path,
+    plan: PlanFile,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    adapted: dict[str, frozenset[str]],
+    lessons: Lessons,
+    end: int | None,
 ) -> None:
-    """Both stages, each kept in `folder` when it ends."""
-    settings, seed = recipe.heal, recipe.seed
-    if len(lessons.attention):
-        train_changed_layers(student, plan.layers)
-        first = AttentionDistiller(student, teacher, plan.layers)
-        train_stage("attention", first, lessons.attention, settings.attention_lr, settings, folder, seed=seed)
-    if len(lessons.lora):
-        train_everything(student)
-        second = LogitDistiller(student, teacher, settings.temperature)
-        held = lessons.validation.to(teacher.device)
-
-        def validate() -> dict[str, float]:
-            return validation(teacher, student, held)
-
-        train_stage("lora", second, lessons.lora, settings.lr, settings, folder, seed=seed, validate=validate)
-
-
-def train_changed_layers(student: PreTrainedModel, layers: list[LayerPlan]) -> None:
-    """Stage 1 trains the adapters of what it teaches: a sliding layer's attention, an attention-free layer's MLP."""
-    sliding = {entry.layer for entry in layers if entry.attention == "sliding"}
-    none = {entry.layer for entry in layers if entry.attention == "none"}
-    attention = FAMILIES[student.config.model_type].attention
-    for name, parameter in student.named_parameters():
-        parts = name.split(".")
-        layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
-        learns = (layer in sliding and attention in parts) or layer in none
-        parameter.requires_grad_(learns and ("lora_" in name or parts[-1] == "sinks"))
-
-
-def train_everything(student: PreTrainedModel) -> None:
-    """Stage 2 trains every adapter and every sink."""
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.endswith(".sinks"))
-
-
-@torch.no_grad()
-def validation(teacher: PreTrainedModel, student: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """KL to the base and NLL of the student on ids `[N, T]` that are not trained on."""
-    kl, nll = [], []
-    for batch in ids.split(2):
-        target, hidden = (
-            model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state for model in (teacher, student)
+    """Both stages, each kept in `folder` when it ends. `end`: the token that ends a document."""
+    settings = recipe.heal
+    loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
+    whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
+    distillers = {"attention": AttentionDistiller(student, teacher, plan.layers, end), "lora": whole}
+    rates = {"attention": settings.attention_lr, "lora": settings.lr}
+    validation = Validation(whole, lessons.validation.to(teacher.device), settings.batch_sequences)
+    for stage in lessons.stages:
+        train_only(student, adapted[stage])
+        train_stage(
+            stage,
+            distillers[stage],
+            lessons.ids[stage],
+            lessons.tokens[stage],
+            rates[stage],
+            settings,
+            folder,
+            seed=recipe.seed,
+            validate=validation,
         )
-        _, (losses,) = token_losses(teacher, target, batch, [hidden], student)
-        kl.append(losses.kl)
-        nll.append(losses.nll)
-    return {"validation_kl": float(torch.cat(kl).mean()), "validation_nll": float(torch.cat(nll).mean())}
+
+
+class Validation:
+    """KL to the base and NLL of the student on ids `[N, T]` that are not trained on; the base runs over them once."""
+
+    def __init__(self, distiller: LogitDistiller, ids: torch.Tensor, batch_sequences: int) -> None:
+        self.distiller = distiller
+        self.lessons = [(batch, distiller.teach(batch)) for batch in ids.split(batch_sequences)]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """`validation_kl` and `validation_nll`, in nats per token."""
+        teacher, student = self.distiller.teacher, self.distiller.student
+        found = []
+        for ids, lesson in self.lessons:
+            *_, (_, hidden) = self.distiller.layer_outputs(lesson)
+            _, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+            found.append(losses)
+        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}

@@ -1,0 +1,87 @@
+"""How long healing will take and how much memory it will hold, before any weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from layerboost.artifacts import LayerPlan, ModelInfo
+from layerboost.healing.losses import CHUNK_ELEMENTS
+from layerboost.recipe import Recipe
+from layerboost.runtime import Runtime, world_size
+
+GIB = 1 << 30
+# Of the device's matrix product; the rest goes to softmax, norms and LoRA's thin products.
+EFFICIENCY = 0.7
+LOGIT_COPIES = 6
+
+
+@dataclass(frozen=True)
+class HealingEstimate:
+    """Expected of both stages together; memory is one process's."""
+
+    tokens_per_s: float
+    hours: float
+    memory_gib: float
+
+
+def estimate_healing(
+    recipe: Recipe, config: PreTrainedConfig, info: ModelInfo, runtime: Runtime, plan: list[LayerPlan] | None
+) -> HealingEstimate:
+    """Arithmetic from the model's sizes and this machine's matrix product, measured here in a moment.
+
+    `plan`: its lowest changed layer decides what base and student share; without one nothing is.
+    """
+    layers = info.layers
+    first = next((entry.layer for entry in plan or [] if entry.attention != "full"), 0)
+    changed = layers - first
+    head = info.hidden_size * config.vocab_size
+    body = info.parameters - head * (1 if config.tie_word_embeddings else 2)
+    passes = {"none": 2, "selective": 2, "full": 3}[recipe.heal.activation_checkpointing]
+    lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)
+    attention_flops = 2 * body * (1 + changed / layers)
+    rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
+    seconds = (recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops) / rate
+    batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
+    held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
+    logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
+    weights = info.parameters * info.bytes_per_element
+    return HealingEstimate(
+        tokens_per_s=round(rate / lora_flops, 1),
+        hours=round(seconds / 3600, 2),
+        memory_gib=round((weights + held + logits) / GIB, 2),
+    )
+
+
+def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
+    """Numbers a layer keeps for the backward pass, a token: its input; its matrix products; everything."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, keys = config.num_attention_heads * head_dim, 2 * config.num_key_value_heads * head_dim
+    products = 2 * hidden + query + keys + 2 * inner
+    kept = {
+        "full": hidden,
+        "selective": hidden + products,
+        # Norms, rotary embeddings, the activation and its product, adapters, and the windows' scores.
+        "none": hidden
+        + products
+        + 8 * hidden
+        + 2 * inner
+        + 6 * max(recipe.measure.windows) * config.num_attention_heads,
+    }
+    return int(kept[recipe.heal.activation_checkpointing])
+
+
+def matmul_flops_per_s(runtime: Runtime, size: int) -> float:
+    """Floating-point operations a second of this device's matrix product at a model's width, best of five."""
+    left = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
+    right = torch.ones(size, 1024, device=runtime.device, dtype=runtime.dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * left.numel() * 1024 / best

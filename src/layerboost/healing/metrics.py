@@ -1,0 +1,41 @@
+"""`heal/metrics.jsonl`: one JSON object a logged step, kept in step with the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import write_text
+
+
+class Metrics:
+    """Appends to `metrics.jsonl`; what a killed run logged after its last checkpoint is cut off first."""
+
+    def __init__(self, stage: str, file: Path, after_step: int, writes: bool = True) -> None:
+        self.stage, self.file, self.writes = stage, file, writes
+        rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= after_step]
+        own = [row["seconds"] for row in rows if row["stage"] == stage]
+        self.started = time.monotonic() - (own[-1] if own else 0.0)
+        if writes:
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """One line: stage, step, tokens of this stage so far, the values, seconds of this stage so far."""
+        seconds = round(time.monotonic() - self.started, 2)
+        row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
+        if self.writes:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

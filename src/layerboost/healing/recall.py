@@ -1,0 +1,55 @@
+"""Training sequences that state facts and ask for them further on: what a window forgets, text alone hardly teaches.
+
+The wording is not that of the retrieval tests in `layerboost.retrieval`, nor are the things asked for.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+# What is stated, and how it is asked for: the answer follows.
+TEMPLATES = (
+    ("\n{name}'s locker opens with {value}.\n", "\nTo open {name}'s locker one enters {value}.\n"),
+    ("\nPlease note: the phone extension of {name} is {value}.\n", "\n{name} can be reached at extension {value}.\n"),
+    ("\nOrder {value} was placed by {name}.\n", "\nThe order that {name} placed has the number {value}.\n"),
+    ("\n{name} lives in room {value}.\n", "\nIf you look for {name}, go to room {value}.\n"),
+)
+NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jonas", "Karen", "Lewis")
+TOKENS_A_FACT, MOST_FACTS = 128, len(NAMES)
+
+
+def with_recall(ids: torch.Tensor, tokenizer: Any, share: float, seed: int) -> torch.Tensor:
+    """Ids `[N, T]` of which `share`, spread evenly, have facts put in and asked for later; T stays, text gives way.
+
+    One fact for 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
+    sequence become one. Sequences too short for a fact stay as they are.
+    """
+    found = ids.clone()
+    for row in range(len(ids)):
+        if int((row + 1) * share) > int(row * share):
+            found[row] = torch.tensor(_recall(ids[row].tolist(), tokenizer, random.Random(f"{seed} {row}")))
+    return found
+
+
+def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
+    body = [token for token in text if token != tokenizer.eos_token_id]
+    facts = []
+    for name in draw.sample(NAMES, min(MOST_FACTS, max(1, len(text) // TOKENS_A_FACT))):
+        statement, question = draw.choice(TEMPLATES)
+        value = draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 ** (digits + 1))
+        parts = (part.format(name=name, value=value) for part in (statement, question))
+        facts.append([tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts])
+    room = len(text) - sum(len(part) for fact in facts for part in fact)
+    if room < len(text) // 2 or room > len(body):
+        return text
+    places = []
+    for statement, question in facts:
+        stated = draw.randrange(room // 2)
+        places += [(stated, statement), (draw.randint(stated + 1, room), question)]
+    body = body[:room]
+    for place, part in sorted(places, key=lambda found: found[0], reverse=True):
+        body[place:place] = part
+    return body

@@ -1,0 +1,98 @@
+"""The student: the converted model on the base's own weights, its adapters, and what each stage trains of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from layerboost.artifacts import LayerPlan
+from layerboost.errors import ConfigError
+from layerboost.model.families import FAMILIES
+from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import apply_plan
+
+VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
+
+
+def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[LayerPlan]) -> PreTrainedModel:
+    """The boosted model in `checkpoint`, holding only what differs from `teacher`: equal weights are the same tensors.
+
+    Frozen. Raises ConfigError when the checkpoint's weights are not those of the plan.
+    """
+    teacher.requires_grad_(False)
+    student = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
+    apply_plan(student, layers)
+    student.requires_grad_(False)
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    missing = {name for name in parameters if name.endswith(".sinks")}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                shape = tensors.get_slice(name).get_shape()
+                if name not in parameters or list(parameters[name].shape) != shape:
+                    raise ConfigError(f"{checkpoint} does not hold the weights of its plan", found=name)
+                missing.discard(name)
+                value = tensors.get_tensor(name).to(parameters[name])
+                if not torch.equal(value, parameters[name]):
+                    owner, _, attribute = name.rpartition(".")
+                    setattr(student.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+    if missing:
+        raise ConfigError(f"{checkpoint} does not hold the weights of its plan", found=f"no {min(missing)}")
+    return student
+
+
+def adapted_layers(
+    model: PreTrainedModel, layers: list[LayerPlan], targets: tuple[str, ...] | None
+) -> dict[str, frozenset[str]]:
+    """Names of the linear layers of a stock model that get an adapter in each stage, `attention` and `lora`.
+
+    Stage 1: all of what it teaches, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
+    (None: v, o and the MLPs) where they can matter, in attention of sliding layers and elsewhere from the first changed
+    layer up; below it student and base are one. Raises ConfigError for targets that do not exist, naming those that do.
+    """
+    kinds = {entry.layer: entry.attention for entry in layers if entry.attention != "full"}
+    first = min(kinds, default=0)
+    attention = FAMILIES[model.config.model_type].attention
+    prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    stage1, stage2, known = set(), set(), set()
+    for name, module in decoder_layers(model).named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        index, *parts = name.split(".")
+        layer, in_attention, full_name = int(index), attention in parts, f"{prefix}.{name}"
+        known.add(parts[-1])
+        kind = kinds.get(layer, "full")
+        if in_attention and kind == "none":
+            continue
+        if (kind == "sliding" and in_attention) or (kind == "none" and not in_attention):
+            stage1.add(full_name)
+        wanted = parts[-1] in (targets or VALUES) or (targets is None and not in_attention)
+        if wanted and (kind == "sliding" if in_attention else layer >= first):
+            stage2.add(full_name)
+    if unknown := set(targets or ()) - known:
+        raise ConfigError(
+            f"heal.lora_targets names layers that do not exist: {', '.join(sorted(unknown))}",
+            found=f"this model has {', '.join(sorted(known))}",
+        )
+    return {"attention": frozenset(stage1), "lora": frozenset(stage2)}
+
+
+def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) -> PeftModel:
+    """LoRA on the named linear layers, alpha twice the rank; sinks become float32, in which they are trained."""
+    for name, parameter in list(student.named_parameters()):
+        if name.endswith(".sinks"):
+            parameter.data = parameter.data.float()
+    return get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
+
+
+def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:
+    """Leave a gradient to the adapters of the named layers and to every sink, and to nothing else."""
+    for name, parameter in student.named_parameters():
+        adapted = "lora_" in name and name.partition(".lora_")[0] in names
+        parameter.requires_grad_(adapted or name.endswith(".sinks"))

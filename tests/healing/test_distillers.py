@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import boosted, fitted, layer_plans, tiny_model
+
+from layerboost.healing import distillers
+from layerboost.healing.distillers import (
+    AttentionDistiller,
+    LogitDistiller,
+    LogitLoss,
+    next_tokens,
+    positions_of,
+)
+from layerboost.healing.losses import distillation_loss_reference
+from layerboost.model.families import FAMILIES
+from layerboost.model.stream import head_logits
+
+END = 1
+IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def made(letters: str, model_type: str = "llama", **options: object) -> LogitDistiller:
+    letters = fitted(letters, model_type)
+    student = boosted(letters, model_type).requires_grad_(False)
+    first = min(letters.index(letter) for letter in letters if letter != "f")
+    for name, parameter in student.named_parameters():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+        parameter.requires_grad_(layer >= first and ("mlp" in name or name.endswith("sinks")))
+    teacher = tiny_model(model_type, len(letters)).requires_grad_(False)
+    return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("letters", ["ffSns", "SnfsS"])
+def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) -> None:
+    cheap = made(letters, model_type)
+    weights = torch.rand(IDS.shape)
+    hidden, target = (model.get_decoder()(input_ids=IDS).last_hidden_state for model in (cheap.student, cheap.teacher))
+    models = cheap.student, cheap.teacher
+    heads = [lambda rows, model=model: head_logits(model, rows) for model in models]
+    torch.testing.assert_close(heads[0](hidden), cheap.student(IDS).logits)
+    plain = distillation_loss_reference(hidden, target, heads[0], heads[1], weights)
+    found = cheap(IDS, weights)["loss"]
+    torch.testing.assert_close(found, plain)
+    trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(plain, trained)
+    for gradient, other in zip(torch.autograd.grad(found, trained), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
+def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
+    cheap, calls = made("ffSns"), []
+    for model in (cheap.student, cheap.teacher):
+        for index, layer in enumerate(model.model.layers):
+            layer.register_forward_hook(lambda *_, at=(model is cheap.student, index): calls.append(at))
+    cheap(IDS)["loss"].backward()
+    assert calls == [(False, 0), (False, 1), (False, 2), (False, 3), (False, 4), (True, 2), (True, 3), (True, 4)]
+    assert all(parameter.grad is None for parameter in cheap.teacher.parameters())
+    assert all(parameter.grad is None for parameter in cheap.student.model.layers[:2].parameters())
+
+
+def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    monkeypatch.setattr(distillers, "KEPT_WIDTH", 20)
+    for checkpointing in ("none", "selective", "full"):
+        cheap = made("fSns", checkpointing=checkpointing)
+        cheap(IDS)["loss"].backward()
+        gradients.append({name: p.grad for name, p in cheap.named_parameters() if p.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value)
+        torch.testing.assert_close(gradients[2][name], value)
+
+
+def test_further_terms_of_the_loss() -> None:
+    plain = made("fSns")(IDS)["loss"]
+    logits = made("fSns").student(IDS).logits
+    entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
+    with_entropy = made("fSns", loss=LogitLoss(ce_weight=0.5))(IDS)["loss"]
+    torch.testing.assert_close(with_entropy, plain + 0.5 * entropy / IDS.numel(), rtol=1e-4, atol=1e-4)
+    assert made("fSns", loss=LogitLoss(hidden_weight=0.5))(IDS)["loss"] > plain + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["S", "s", "n", "f"])
+def test_documents_of_a_packed_sequence_do_not_see_each_other(kind: str) -> None:
+    packed = torch.cat([IDS[:1, :17], torch.tensor([[END]]), IDS[1:, :22]], 1)
+    alone = made(f"fS{kind}")
+    whole = alone.teach(packed)
+    parts = [alone.teach(packed[:, :18]), alone.teach(packed[:, 18:])]
+    torch.testing.assert_close(whole.output, torch.cat([part.output for part in parts], 1), rtol=1e-4, atol=1e-4)
+    ends = [list(alone.layer_outputs(lesson))[-1][1] for lesson in (whole, *parts)]
+    torch.testing.assert_close(ends[0], torch.cat(ends[1:], 1), rtol=1e-4, atol=1e-4)
+
+
+def test_positions_and_labels_keep_to_their_document() -> None:
+    ids = torch.tensor([[5, 6, END, 7, 8, 9], [END, 5, 5, 5, END, 6]])
+    assert positions_of(ids, END).tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 0]]
+    assert positions_of(ids, None).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert next_tokens(ids, END).tolist() == [[6, END, -100, 8, 9, -100], [-100, 5, 5, END, -100, -100]]
+
+
+def test_attention_distillation_crosses_no_layer_and_runs_the_base_once() -> None:
+    letters = "fSns"
+    student = boosted(letters, window=8)
+    made = AttentionDistiller(student, tiny_model(layers=4).requires_grad_(False), layer_plans(letters, 8), END)
+    calls: list[int] = []
+    made.teacher.register_forward_hook(lambda *_: calls.append(0))
+    made.teacher.model.register_forward_hook(lambda *_: calls.append(1))
+    made.layer_losses(IDS)[3].backward()
+    assert calls == [1]
+    touched = {name.split(".")[2] for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert touched == {"3"}

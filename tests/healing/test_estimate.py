@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import info, layer_plans, tiny_model
+
+from layerboost.healing import estimate
+from layerboost.healing.estimate import estimate_healing, matmul_flops_per_s
+from layerboost.recipe import Recipe, parse_recipe
+from layerboost.runtime import Runtime
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+
+
+def recipe(**heal: object) -> Recipe:
+    return parse_recipe({"heal": {"tokens": 1_000_000, "attention_tokens": 0, **heal}}, "the test")
+
+
+def test_the_estimate_follows_the_plan_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "matmul_flops_per_s", lambda *_: 1e9)
+    config = tiny_model(layers=4).config
+    facts = info(4).model_copy(update={"parameters": 1_000_000})
+
+    def found(letters: str = "ssss", **heal: object) -> estimate.HealingEstimate:
+        return estimate_healing(recipe(**heal), config, facts, RUNTIME, layer_plans(letters))
+
+    body, head = 1_000_000 - 2 * 64 * 200, 64 * 200
+    assert found().tokens_per_s == pytest.approx(0.7e9 / (2 * 3 * (body + head)), rel=1e-2)
+    assert found().hours == pytest.approx(1e6 / found().tokens_per_s / 3600, abs=0.02)
+    assert found("fffs").tokens_per_s > 1.5 * found().tokens_per_s
+    by_kind = [found(batch_sequences=64, activation_checkpointing=kind) for kind in ("none", "selective", "full")]
+    assert by_kind[0].memory_gib > by_kind[1].memory_gib > by_kind[2].memory_gib
+    assert by_kind[0].tokens_per_s == by_kind[1].tokens_per_s > by_kind[2].tokens_per_s
+
+
+def test_the_matrix_product_is_measured() -> None:
+    assert matmul_flops_per_s(RUNTIME, 256) > 1e8

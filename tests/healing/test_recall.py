@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import re
+
+import torch
+from tiny import tiny_tokenizer
+
+from layerboost import retrieval
+from layerboost.healing.recall import NAMES, TEMPLATES, with_recall
+
+
+class Letters:
+    """One token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in words]}
+
+
+IDS = torch.full((20, 3000), ord("x"))
+IDS[:, 500] = 0
+
+
+def test_facts_are_stated_before_they_are_asked_for() -> None:
+    found = with_recall(IDS, Letters(), 0.25, seed=3)
+    changed = [row for row in range(20) if not torch.equal(found[row], IDS[row])]
+    assert changed == [3, 7, 11, 15, 19]
+    assert found.shape == IDS.shape
+    for row in changed:
+        text = "".join(map(chr, found[row].tolist()))
+        values = re.findall(r"\d+", text)
+        assert len(values) >= 4
+        assert all(values.count(value) == 2 for value in values)
+        for value in set(values):
+            first, second = (match.start() for match in re.finditer(value, text))
+            before, after = text[max(0, first - 60) : first + 60], text[second - 60 : second + 60]
+            assert any(name in before and name in after for name in NAMES)
+    assert torch.equal(found, with_recall(IDS, Letters(), 0.25, seed=3))
+    assert not torch.equal(found, with_recall(IDS, Letters(), 0.25, seed=4))
+
+
+def test_no_share_and_short_sequences_change_nothing() -> None:
+    assert torch.equal(with_recall(IDS, Letters(), 0, seed=0), IDS)
+    assert torch.equal(with_recall(IDS[:, :60], Letters(), 1, seed=0), IDS[:, :60])
+    assert with_recall(IDS, tiny_tokenizer(), 1, seed=0).shape == IDS.shape
+
+
+def test_the_wording_is_not_that_of_the_retrieval_tests() -> None:
+    tested = " ".join((*retrieval.PASSKEY, *retrieval.KEY_VALUE, *retrieval.KEYS)).lower()
+    for statement, question in TEMPLATES:
+        for words in (statement, question):
+            kept = [
+                word for word in re.findall(r"[a-z]{5,}", words.format(name="", value="").lower()) if word in tested
+            ]
+            assert not kept

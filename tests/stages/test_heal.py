@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import layer_plans, save_text, save_tiny
+from transformers import AutoModelForCausalLM
+
+from layerboost.artifacts import HEALED, PLAN, PlanFile, write_plan
+from layerboost.errors import ConfigError
+from layerboost.healing.metrics import read_metrics
+from layerboost.model.checkpoint import find_model, load_config, model_info
+from layerboost.pipeline import run_stage
+from layerboost.recipe import Recipe, parse_recipe
+
+
+def recipe_of(folder: Path, **heal: Any) -> Recipe:
+    settings = {"attention_tokens": 300, "tokens": 500, "batch_sequences": 2, "lr": 3e-3, "save_steps": 2}
+    values = {
+        "model": str(folder / "model"),
+        "text": {"source": str(folder / "text.jsonl"), "sequence_tokens": 48},
+        "measure": {"windows": [8], "tokens": 192},
+        "heal": {**settings, "validation_steps": 2, **heal},
+    }
+    return parse_recipe(values, "the test")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder up to the convert stage, model and text beside it."""
+    folder = tmp_path_factory.mktemp("heal")
+    save_tiny(folder / "model", layers=4)
+    save_text(folder / "text.jsonl")
+    source = find_model(str(folder / "model"))
+    (folder / "run").mkdir()
+    info = model_info(source, load_config(source), torch.float32)
+    write_plan(folder / "run" / PLAN, PlanFile(model=info, method="test", layers=layer_plans("fSns", 8)))
+    run_stage("convert", recipe_of(folder), folder / "run")
+    return folder
+
+
+def copy_of(converted: Path, target: Path) -> Path:
+    shutil.copytree(converted / "run", target)
+    return target
+
+
+def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path) -> None:
+    run = copy_of(converted, tmp_path / "run")
+    healed = run_stage("heal", recipe_of(converted), run)
+    rows = read_metrics(run / "heal" / "metrics.jsonl")
+    tokens = {row["stage"]: row["tokens"] for row in rows}
+    assert tokens == {"attention": 300, "lora": 500}
+    validated = [row["validation_kl"] for row in rows if row["stage"] == "lora" and "validation_kl" in row]
+    assert min(validated) < validated[0]
+    model = AutoModelForCausalLM.from_pretrained(healed)
+    assert "LoRA distillation" in (healed / "README.md").read_text()
+    states = load_file(run / "converted" / "model.safetensors")
+    names = {name for name, value in model.state_dict().items() if not torch.equal(value, states[name])}
+    # Layer 0 is below the first change; stage 1 taught q and k of the sliding layers and the MLP of layer 2.
+    assert names == {
+        *(f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (1, 3) for name in "qkvo"),
+        *(f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in (1, 2, 3) for name in ("gate", "up", "down")),
+        "model.layers.1.self_attn.sinks",
+    }
+    before = (healed / "model.safetensors").stat().st_mtime_ns
+    run_stage("heal", recipe_of(converted), run)
+    assert (healed / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
+    converted: Path, tmp_path: Path
+) -> None:
+    run = copy_of(converted, tmp_path / "run")
+    run_stage("heal", recipe_of(converted, attention_tokens=0), run)
+    shutil.rmtree(run / HEALED)
+    with pytest.raises(ConfigError, match="begun with other settings") as caught:
+        run_stage("heal", recipe_of(converted, attention_tokens=0, lr=1e-4, lora_rank=4), run)
+    assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
+    with pytest.raises(ConfigError, match="unfinished healing"):
+        run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
+    smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}
+    assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("heal", "message"),
+    [
+        ({"tokens": 0, "attention_tokens": 0}, "nothing to train"),
+        ({"tokens": 10**7}, "train text is too short"),
+        ({"lora_targets": ("q_prog",)}, "q_prog"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    converted: Path, tmp_path: Path, heal: dict[str, Any], message: str
+) -> None:
+    run = copy_of(converted, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        run_stage("heal", recipe_of(converted, **heal), run)
+    assert not (run / "heal").exists()
+    assert not (run / HEALED).exists()
+
+
+def test_negative_budgets_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"heal\.tokens"):
+        parse_recipe({"heal": {"tokens": -5}}, "the test")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int) -> None:
+    recipe = recipe_of(converted, gradient_accumulation=accumulation, lr=1e-3)
+    alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
+    run_stage("heal", recipe, alone)
+    shutil.copy(alone / "recipe.yaml", together / "recipe.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "--", "layerboost.cli", "heal", "--run", str(together)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [read_metrics(run / "heal" / "metrics.jsonl") for run in (alone, together)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for key in ("loss", "validation_kl"):
+        values = [[row[key] for row in run if key in row] for run in rows]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    ours, theirs = (load_file(run / HEALED / "model.safetensors") for run in (alone, together))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-3)
+    history = json.loads((together / "run.json").read_text())["stages"]
+    assert [entry["stage"] for entry in history] == ["convert", "heal"]
