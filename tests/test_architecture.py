@@ -19,6 +19,7 @@ FLOORS = [
     {"evaluation", "reporting"},
     {"stages"},
     {"pipeline"},
+    {"compare"},
     {"cli"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))
