@@ -20,6 +20,7 @@ FLOORS = [
     {"evaluation", "reporting"},
     {"stages"},
     {"pipeline", "tables"},
+    {"compare"},
     {"cli"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -256,6 +256,23 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 
 
 @cli.command(
+    "compare",
+    cls=Command,
+    help="Ours, the paper's tiers, LLM-Drop and controls at equal cost, before and after healing, with intervals.",
+    examples=(
+        "layerboost compare --run runs/qwen3",
+        "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
+    ),
+)
+@with_recipe
+def compare_command(recipe: Recipe, run: Path, as_json: bool) -> None:
+    """Compare plans."""
+    from layerboost.compare import run_compare
+
+    show(run_compare(recipe, run), as_json, lambda _: [["written"], [str(run / "compare" / "comparison.md")]])
+
+
+@cli.command(
     "check",
     cls=Command,
     help="Look for everything that could go wrong before hours of compute: recipe, model, data, memory, disk.",

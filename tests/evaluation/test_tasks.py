@@ -228,6 +228,6 @@ def test_nothing_but_our_own_progress_is_shown(
     monkeypatch.delenv("LAYERBOOST_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
     [task] = load_bench(settings(bench, "piqa", limit=3))
-    run(task, tiny_model(), tokenizer)
+    run_task(task, tiny_model(), tokenizer, "auto", lambda items: None)
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")

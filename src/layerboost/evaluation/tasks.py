@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -192,6 +193,8 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     bars_off = datasets.are_progress_bars_disabled()
     with ExitStack() as restored:
+        # Its search for a batch size prints; standard output is for results.
+        restored.enter_context(redirect_stdout(io.StringIO()))
         for logger, level in zip(loggers, levels, strict=True):
             restored.callback(logger.setLevel, level)
             logger.setLevel(logging.ERROR)

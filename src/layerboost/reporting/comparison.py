@@ -31,9 +31,11 @@ class Change(Part):
     detectable: float
 
     @property
-    def no_worse(self) -> bool:
-        """Whether a loss of one point is ruled out."""
-        return self.at_least > -ONE_POINT
+    def no_worse(self) -> str:
+        """Whether a loss of more than one point is ruled out: yes, no (it is shown), or not shown."""
+        if self.at_least > -ONE_POINT:
+            return "yes"
+        return "no" if self.high < -ONE_POINT else "not shown"
 
 
 class TextInfo(Part):

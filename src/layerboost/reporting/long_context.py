@@ -114,7 +114,8 @@ def retrieval_figure(retrieval: Retrieval) -> dict[str, Any]:
                 }
             )
     figure: dict[str, Any] = {"data": traces, "layout": layout("prompt, tokens", "exact match, %")}
-    figure["layout"]["xaxis"] |= {"type": "category"}
+    lengths = [f"{length:,}" for length in sorted({group.length_tokens for group in retrieval.groups})]
+    figure["layout"]["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": lengths}
     figure["layout"]["yaxis"] |= {"range": [-4, 104]}
     return figure
 

@@ -108,8 +108,9 @@ def _entries(quality: EvalComparison) -> dict[str, Task]:
 def _task_notes(quality: EvalComparison) -> list[str]:
     notes = [
         "«No worse» says whether a loss of one point is ruled out with 95 % probability; «not shown» proves no loss. "
-        "The smallest difference is what so many items show four times in five. The margin is the log-probability of "
-        "the right answer less that of the best wrong one: it still moves where accuracy is near chance."
+        "The smallest detectable difference is what so many items show four times in five. The margin is the "
+        "log-probability of the right answer less that of the best wrong one: it still moves where accuracy is near "
+        "chance."
     ]
     chosen = [name for name, task in quality.tasks.items() if task.selection]
     if chosen:
@@ -160,7 +161,7 @@ def _difference_table(quality: EvalComparison) -> Table:
                     name + (" *" if task.selection else ""),
                     model,
                     _points(change),
-                    "yes" if change.no_worse else "not shown",
+                    change.no_worse,
                     number(100 * change.detectable, 2),
                     _margin(task, model),
                 ]
@@ -168,10 +169,10 @@ def _difference_table(quality: EvalComparison) -> Table:
     header = [
         "task",
         "model",
-        "difference from the base, points",
+        "difference, points",
         "no worse than 1 point",
-        "smallest difference seen, points",
-        "margin − base",
+        "detectable, points",
+        "margin − base, nats",
     ]
     return Table("Differences from the base", header, rows, text_columns=(0, 1, 3))
 
@@ -184,7 +185,8 @@ def _margin(task: Task, model: str) -> str:
     if task.margin is None:
         return ABSENT
     change = task.margin.difference[model]
-    return f"{interval(change.mean, change.low, change.high, signed=True)} {task.margin.unit}"
+    per = " a character" if task.margin.unit == "nats per character" else ""
+    return interval(change.mean, change.low, change.high, signed=True) + per
 
 
 def _gate_table(gate: Gate) -> Table:

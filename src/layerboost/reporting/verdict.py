@@ -218,4 +218,4 @@ def certainty(change: Change) -> str:
         seen = "a gain beyond the 95 % interval"
     else:
         seen = f"no difference shown, of which these items show {number(100 * change.detectable, 2)} points or more"
-    return f"{seen}; no worse than 1 point: {'yes' if change.no_worse else 'not shown'}"
+    return f"{seen}; no worse than 1 point: {change.no_worse}"

@@ -1,0 +1,162 @@
+"""compare: plans at equal cost side by side, each before and after healing with the same tokens → RUN/compare."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import (
+    CONVERTED,
+    HEALED,
+    PLAN,
+    SENSITIVITY,
+    LayerPlan,
+    PlanFile,
+    Sensitivity,
+    read_json,
+    read_plan,
+    write_json,
+    write_plan,
+    write_text,
+)
+from layerboost.errors import ConfigError, InfeasibleBudget
+from layerboost.evaluation.comparison import average_against
+from layerboost.evaluation.statistics import difference
+from layerboost.evaluation.tasks import load_bench
+from layerboost.model.checkpoint import open_base
+from layerboost.pipeline import run_stage
+from layerboost.recipe import Recipe
+from layerboost.reporting.compared import compared_page
+from layerboost.reporting.comparison import EvalComparison
+from layerboost.runtime import locked, log, recorded, start_runtime
+from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
+from layerboost.stages.evaluate import run_evaluate
+from layerboost.text import SAMPLES, SAMPLES_FROM
+
+FOLDER, OURS = "compare", "ours"
+ALL_SLIDING = {"all_sliding": False, "all_sliding_sink": True}
+
+
+def rows(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What each row changes in the recipe; all spend the same tokens of healing, at the same cost."""
+    tokens = recipe.heal.attention_tokens + recipe.heal.tokens
+    return {
+        OURS: {},
+        "ours_without_attention_distillation": {"heal.attention_tokens": 0, "heal.tokens": tokens},
+        "paper_tiers": {"plan.method": "threshold"},
+        "llm_drop": {"plan.method": "cosine"},
+        "uniform": {"plan.method": "uniform"},
+        "random": {"plan.method": "random"},
+        **{name: {} for name in ALL_SLIDING},
+    }
+
+
+def run_compare(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """Plan, convert and heal every row in a run folder of its own, evaluate all of them together, and write the table.
+
+    What an earlier call finished is kept. Writes RUN/compare/comparison.json, comparison.md and comparison.html, and
+    returns the first. Raises ConfigError without RUN/sensitivity.json, and what the stages raise; a row whose method
+    has no plan within the budget is left out and named.
+    """
+    with locked(run), recorded(run, "compare", recipe):
+        return _compare(recipe, run)
+
+
+def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
+    measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
+    runtime = start_runtime(recipe)
+    base = open_base(recipe, run, runtime)
+    models, left_out = {"base": base.folder}, {}
+    _prepare(run, run / FOLDER)  # the evaluation reads it too
+    for row, changes in rows(recipe).items():
+        folder, settings = run / FOLDER / row, _row_recipe(recipe, base.folder, changes)
+        log.info("compare: %s", row)
+        _prepare(run, folder)
+        if row in ALL_SLIDING and not (folder / PLAN).is_file():
+            write_plan(folder / PLAN, all_sliding(measured, recipe, ALL_SLIDING[row]))
+        try:
+            run_stage("plan", settings, folder)
+        except InfeasibleBudget as error:
+            left_out[row] = error.wrong
+            log.warning("%s is left out: %s", row, error)
+            continue
+        for stage in ("convert", "heal"):
+            run_stage(stage, settings, folder)
+        models |= {f"{row}-{name}": folder / name for name in (CONVERTED, HEALED)}
+    if f"{OURS}-{HEALED}" not in models:
+        raise ConfigError("the recipe's own plan is infeasible, so there is nothing to compare with", do="see above")
+    found = run_evaluate(recipe, run / FOLDER, models, runtime)
+    compared = {
+        "schema_version": 1,
+        "context_tokens": recipe.plan.context_tokens,
+        "healing_tokens": recipe.heal.attention_tokens + recipe.heal.tokens,
+        "left_out": left_out,
+        "rows": [_row(row, measured, recipe, run / FOLDER, found) for row in rows(recipe) if row not in left_out],
+        "evaluation": "eval/comparison.json",
+    }
+    write_json(run / FOLDER / "comparison.json", compared)
+    html, markdown = compared_page(compared, EvalComparison.model_validate(found))
+    write_text(run / FOLDER / "comparison.html", html)
+    write_text(run / FOLDER / "comparison.md", markdown)
+    return compared
+
+
+def all_sliding(measured: Sensitivity, recipe: Recipe, sink: bool) -> PlanFile:
+    """Every layer sliding, with the longest window that the budget allows."""
+    window = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
+    layers = [
+        LayerPlan(layer=layer, attention="sliding", window=window, sink=sink) for layer in range(measured.model.layers)
+    ]
+    return PlanFile(model=measured.model, method="all sliding", layers=layers)
+
+
+def _row_recipe(recipe: Recipe, base: Path, changes: Mapping[str, Any]) -> Recipe:
+    values = recipe.model_dump(mode="json") | {"model": str(base)}
+    for dotted, value in changes.items():
+        section, key = dotted.split(".")
+        values[section] = values[section] | {key: value}
+    return Recipe.model_validate(values)
+
+
+def _prepare(run: Path, folder: Path) -> None:
+    """What a folder takes over from the run: its sensitivities, and the model's own samples if there are any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SENSITIVITY, SAMPLES, SAMPLES_FROM):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+
+
+def _row(row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """One row: what the plan is and costs, and what ours leads it by after healing."""
+    plan, context = read_plan(folder / row / PLAN), recipe.plan.context_tokens
+    return {
+        "name": row,
+        "layers": {kind: plan.count(kind) for kind in ("full", "sliding", "none")},
+        "window": plan.window,
+        "sinks": sum(entry.sink for entry in plan.layers),
+        "kv_fraction": plan_kv_bytes(measured.model, plan.layers, context) / base_kv_bytes(measured.model, context),
+        "lead": None if row == OURS else _lead(row, recipe, folder / "eval", found),
+    }
+
+
+def _lead(row: str, recipe: Recipe, results: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Ours healed less this row healed, paired over the same tokens and items: `kl` (below 0 is better), `average`."""
+    pair = {name: f"{name}-{HEALED}" for name in (OURS, row)}
+
+    def read(name: str, what: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((results / f"{pair[name]}.{what}.json").read_text())
+        return values
+
+    lead: dict[str, Any] = {"kl": None, "average": None}
+    if found["perplexity"]:
+        kl = [read(name, "text")["kl"] for name in (OURS, row)]
+        lead["kl"] = difference([own - other for own, other in zip(*kl, strict=True)])
+    if found["average"]:
+        tasks = [task for task in load_bench(recipe.evaluate) if task.name in found["average"]["tasks"]]
+        lead["average"] = average_against(
+            {task.name: (task, read(row, task.name), read(OURS, task.name)) for task in tasks}
+        )
+    return lead
