@@ -1,0 +1,182 @@
+"""What healing gives back: every arm healed and evaluated by the command line, then docs/results/healing.{md,json}.
+
+    python benchmarks/healing_results.py --model DIR --text FOLDER --wikitext FILE --bench-data FOLDER --work FOLDER
+
+Resumable: each arm is a run folder in --work, and the same command goes on. --arms takes names of ARMS, so that a
+machine can do some of them; the page holds those that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_json, write_plan, write_text
+
+# Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
+COST_8, COST_4 = (8 + 22 * 64 / 1024) / 30, (4 + 26 * 64 / 1024) / 30
+PLANS: dict[str, dict[str, Any]] = {
+    "8 full": {"plan.kv_fraction": COST_8},
+    "4 full": {"plan.kv_fraction": COST_4},
+    "8 full, at random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
+    "8 full, no sinks": {"plan.kv_fraction": COST_8},
+}
+STAGE_1 = 0.1  # of an arm's tokens
+
+
+def arm(tokens: int, plan: str = "8 full", **heal: Any) -> dict[str, Any]:
+    """The plan and the heal settings of an arm."""
+    first = round(tokens * STAGE_1)
+    return {"plan": plan, "set": {"heal.attention_tokens": first, "heal.tokens": tokens - first, **heal}}
+
+
+ALL = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+ARMS: dict[str, dict[str, Any]] = {
+    "20k": arm(20_000),
+    "50k": arm(50_000),
+    "50k-seed1": arm(50_000, seed=1),
+    "50k-seed2": arm(50_000, seed=2),
+    "200k": arm(200_000),
+    "50k-4full": arm(50_000, "4 full"),
+    "50k-without-stage-1": arm(50_000, **{"heal.attention_tokens": 0, "heal.tokens": 50_000}),
+    "50k-without-stage-2": arm(50_000, **{"heal.attention_tokens": 50_000, "heal.tokens": 0}),
+    "50k-without-sinks": arm(50_000, "8 full, no sinks"),
+    "50k-random-plan": arm(50_000, "8 full, at random"),
+    "50k-lora-vo": arm(50_000, **{"heal.lora_targets": "[v_proj, o_proj]"}),
+    "50k-lora-all": arm(50_000, **{"heal.lora_targets": ALL}),
+    "50k-without-retrieval": arm(50_000, **{"heal.retrieval_share": 0}),
+    "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 1000}),
+    "1M": arm(1_000_000),
+}
+SHARED = {"text.sequence_tokens": 512, "plan.window": 64, "plan.kv_padding": "false", "heal.retrieval_share": 0.1}
+
+SETTINGS: list[str] = []  # --set of the command line, last and so strongest
+
+
+def main() -> None:
+    """Heal what is missing, evaluate all that is there, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True, help="training, calibration and held-out text: a file or a folder")
+    parser.add_argument("--wikitext", required=True, help="a second text, never trained on")
+    parser.add_argument("--bench-data", required=True, help="tasks' items, as evaluate.bench_data")
+    parser.add_argument("--work", type=Path, required=True, help="run folders; kept")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "1M"])
+    parser.add_argument("--set", action="append", default=[], help="further settings of every command, KEY=VALUE")
+    parser.add_argument("--page", type=Path, default=Path("docs/results/healing"), help="without suffix")
+    given = parser.parse_args()
+    SETTINGS.extend(item for value in given.set for item in ("--set", value))
+    plans = {name: prepare(name, given) for name in dict.fromkeys(ARMS[name]["plan"] for name in given.arms)}
+    for name in given.arms:
+        heal(name, plans[ARMS[name]["plan"]], given)
+    write_page(given, evaluate(plans, given))
+
+
+def layerboost(command: str, run: Path, *arguments: str) -> None:
+    """One command on a run folder; ends the script if it fails."""
+    subprocess.run(
+        [sys.executable, "-m", "layerboost.cli", command, "--run", str(run), *arguments, *SETTINGS], check=True
+    )
+
+
+def settings(values: dict[str, Any]) -> list[str]:
+    """As arguments of a command."""
+    return [item for key, value in values.items() for item in ("--set", f"{key}={value}")]
+
+
+def prepare(plan: str, given: argparse.Namespace) -> Path:
+    """The run folder of a plan up to the converted model; the sensitivities are measured once."""
+    run = given.work / "plans" / plan.replace(", ", "-").replace(" ", "-")
+    measured = given.work / "measured"
+    if not (run / CONVERTED / PLAN).is_file():
+        common = [given.model, "--text", given.text, *settings(SHARED)]
+        layerboost("measure", measured, *common, "--set", "measure.windows=[64]")
+        run.mkdir(parents=True, exist_ok=True)
+        for file in ("sensitivity.json", "recipe.yaml"):
+            shutil.copy(measured / file, run / file)
+        layerboost("plan", run, *settings(PLANS[plan]))
+        if "no sinks" in plan:
+            made = read_plan(run / PLAN)
+            layers = [entry.model_copy(update={"sink": False}) for entry in made.layers]
+            write_plan(run / PLAN, made.model_copy(update={"layers": layers}))
+        layerboost("convert", run)
+    return run
+
+
+def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
+    """Heal one arm in a run folder of its own."""
+    run = given.work / "arms" / name
+    if (run / HEALED / PLAN).is_file():
+        return
+    if not (run / PLAN).is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plan / "recipe.yaml", run / "recipe.yaml")
+        (run / CONVERTED).symlink_to((plan / CONVERTED).absolute(), target_is_directory=True)
+        shutil.copy(plan / PLAN, run / PLAN)
+    layerboost("heal", run, *settings(ARMS[name]["set"]))
+
+
+def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
+    """Both texts, retrieval and tasks of the base, every plan unhealed and every healed arm."""
+    healed = {name: given.work / "arms" / name / HEALED for name in ARMS}
+    models = {path.name + "-unhealed": path / CONVERTED for path in plans.values()}
+    models |= {name: path for name, path in healed.items() if (path / PLAN).is_file()}
+    listed = "{" + ", ".join(f"{name}: {path.absolute()}" for name, path in models.items()) + "}"
+    books = {"evaluate.bench_data": given.bench_data, "evaluate.retrieval_tokens": "[256, 900, 2000]"}
+    wikitext = {"evaluate.tasks": "[]", "evaluate.perplexity_text": given.wikitext}
+    found = {}
+    for text, values in (("books", books), ("wikitext", wikitext)):
+        run = given.work / "evaluation" / text
+        common = settings({"evaluate.limit": 200, "evaluate.checkpoints": listed, **values})
+        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED), *common)
+        found[text] = json.loads((run / "eval" / "comparison.json").read_text())
+    return found
+
+
+def write_page(given: argparse.Namespace, found: dict[str, Any]) -> None:
+    """One line a model, and everything beside it as JSON."""
+    books, wikitext = found["books"], found["wikitext"]
+    groups = [g for g in (books["retrieval"] or {"groups": []})["groups"] if g["kind"] == "passkey"]
+    head = ["model", "KL, books", "NLL − base, books", "KL, WikiText-2", "NLL − base, WikiText-2"]
+    head += [*(f"passkey at {g['length_tokens']:,}" for g in groups), *books["tasks"]]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for model in books["models"]:
+        cells = [model]
+        for text in (books, wikitext):
+            losses = text["perplexity"][model]
+            cells += [spread(losses["kl"], ""), spread(losses.get("nll_difference"), "+")]
+        cells += [f"{g['models'][model]['value']:.0%}" for g in groups]
+        cells += [f"{task['models'][model]['value']:.1%}" for task in books["tasks"].values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = PAGE.format(table="\n".join(lines), arms=" ".join(given.arms))
+    write_text(given.page.with_suffix(".md"), text)
+    write_json(given.page.with_suffix(".json"), {"schema_version": 1, "arms": ARMS, "plans": PLANS, **found})
+
+
+def spread(value: dict[str, Any] | None, sign: str) -> str:
+    """A mean with its standard error."""
+    return "" if value is None else f"{value['mean']:{sign}.4f} ± {value['standard_error']:.4f}"
+
+
+PAGE = """# What healing gives back
+
+Made by this command, which goes on where it stopped; the arms' settings stand in it and in the JSON beside this page.
+
+```console
+$ python benchmarks/healing_results.py --model MODEL --text TEXT --wikitext FILE --bench-data FOLDER --work FOLDER \\
+    --arms {arms}
+```
+
+Nats per token; ± is the standard error over sequences, differences are paired. Tasks: 200 items each, 0-shot.
+
+{table}
+"""
+
+
+if __name__ == "__main__":
+    main()
