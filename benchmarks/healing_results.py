@@ -127,13 +127,13 @@ def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any
     models = {path.name + "-unhealed": path / CONVERTED for path in plans.values()}
     models |= {name: path for name, path in healed.items() if (path / PLAN).is_file()}
     listed = "{" + ", ".join(f"{name}: {path.absolute()}" for name, path in models.items()) + "}"
-    books = {"evaluate.bench_data": given.bench_data, "evaluate.retrieval_tokens": "[256, 900, 2000]"}
+    books = {"evaluate.retrieval_tokens": "[256, 900, 2000]"}
     wikitext = {"evaluate.tasks": "[]", "evaluate.perplexity_text": given.wikitext}
     found = {}
     for text, values in (("books", books), ("wikitext", wikitext)):
         run = given.work / "evaluation" / text
-        common = settings({"evaluate.limit": 200, "evaluate.checkpoints": listed, **values})
-        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED), *common)
+        common = {"evaluate.limit": 200, "evaluate.bench_data": given.bench_data, "evaluate.checkpoints": listed}
+        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED | common | values))
         found[text] = json.loads((run / "eval" / "comparison.json").read_text())
     return found
 
