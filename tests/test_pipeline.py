@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import save_text, save_tiny
 from tiny_bench import rows, write_jsonl
 
@@ -155,14 +158,27 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     assert read_plan(file).count("full") < 4
 
 
-def test_a_missed_gate_exits_with_4_and_keeps_the_results(tmp_path: Path) -> None:
+def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
     for stage in ("measure", "plan", "convert", "evaluate"):
         layerboost(stage, "--config", recipe, "--run", run)
     kl = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]["converted"]["kl"]["mean"]
-    assert layerboost("evaluate", "--run", run, "--set", f"evaluate.max_kl={2 * kl}").returncode == 0
-    found = layerboost("evaluate", "--run", run, "--set", f"evaluate.max_kl={kl / 2}", check=False)
+    gate = ["--set", f"evaluate.max_kl={1.2 * kl}", "--set", "evaluate.max_task_drop=1"]
+    assert layerboost("evaluate", "--run", run, *gate).returncode == 0
+    weights = run / "converted" / "model.safetensors"
+    damaged = {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(damaged, weights, metadata={"format": "pt"})
+    refused = layerboost("evaluate", "--run", run, *gate, check=False)
+    assert refused.returncode == 2
+    assert "converted.text.json" in refused.stderr
+    for file in (run / "eval").glob("converted.*"):
+        file.unlink()
+    found = layerboost("evaluate", "--run", run, *gate, check=False)
     assert found.returncode == 4
-    assert "the quality gate was missed" in found.stderr
-    assert (run / "eval" / "comparison.json").is_file()
+    assert "the quality gate was missed by converted" in found.stderr
+    assert re.search(r"KL to the base +\d+\.\d{4} .* MISSED\n +piqa, drop .* passed", found.stderr)
+    checks = json.loads((run / "eval" / "comparison.json").read_text())["gate"]["checks"]
+    assert [check["passed"] for check in checks] == [False, True]
+    layerboost("report", "--run", run)
+    assert "Quality gate: missed by converted in 1 of 2 checks" in (run / "report.md").read_text()

@@ -25,7 +25,7 @@ from layerboost.artifacts import (
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluation.comparison import average_against
 from layerboost.evaluation.statistics import difference
-from layerboost.evaluation.tasks import load_bench
+from layerboost.evaluation.tasks import BenchTask, load_bench
 from layerboost.model.checkpoint import open_base
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe
@@ -75,7 +75,8 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
         folder, settings = run / FOLDER / row, _row_recipe(recipe, base.folder, changes)
         log.info("compare: %s", row)
         _prepare(run, folder)
-        if row in ALL_SLIDING and not (folder / PLAN).is_file():
+        if row in ALL_SLIDING:
+            # Without a hash of sensitivities it counts as written by hand, and the plan stage leaves it alone.
             write_plan(folder / PLAN, all_sliding(measured, recipe, ALL_SLIDING[row]))
         try:
             run_stage("plan", settings, folder)
@@ -89,12 +90,15 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
     if f"{OURS}-{HEALED}" not in models:
         raise ConfigError("the recipe's own plan is infeasible, so there is nothing to compare with", do="see above")
     found = run_evaluate(recipe, run / FOLDER, models, runtime)
+    tasks = load_bench(recipe.evaluate)
     compared = {
         "schema_version": 1,
         "context_tokens": recipe.plan.context_tokens,
         "healing_tokens": recipe.heal.attention_tokens + recipe.heal.tokens,
         "left_out": left_out,
-        "rows": [_row(row, measured, recipe, run / FOLDER, found) for row in rows(recipe) if row not in left_out],
+        "rows": [
+            _row(row, measured, recipe, run / FOLDER, found, tasks) for row in rows(recipe) if row not in left_out
+        ],
         "evaluation": "eval/comparison.json",
     }
     write_json(run / FOLDER / "comparison.json", compared)
@@ -129,7 +133,9 @@ def _prepare(run: Path, folder: Path) -> None:
             shutil.copyfile(run / name, folder / name)
 
 
-def _row(row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: dict[str, Any], tasks: list[BenchTask]
+) -> dict[str, Any]:
     """One row: what the plan is and costs, and what ours leads it by after healing."""
     plan, context = read_plan(folder / row / PLAN), recipe.plan.context_tokens
     return {
@@ -138,11 +144,11 @@ def _row(row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: d
         "window": plan.window,
         "sinks": sum(entry.sink for entry in plan.layers),
         "kv_fraction": plan_kv_bytes(measured.model, plan.layers, context) / base_kv_bytes(measured.model, context),
-        "lead": None if row == OURS else _lead(row, recipe, folder / "eval", found),
+        "lead": None if row == OURS else _lead(row, folder / "eval", found, tasks),
     }
 
 
-def _lead(row: str, recipe: Recipe, results: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _lead(row: str, results: Path, found: dict[str, Any], tasks: list[BenchTask]) -> dict[str, Any]:
     """Ours healed less this row healed, paired over the same tokens and items: `kl` (below 0 is better), `average`."""
     pair = {name: f"{name}-{HEALED}" for name in (OURS, row)}
 
@@ -155,8 +161,6 @@ def _lead(row: str, recipe: Recipe, results: Path, found: dict[str, Any]) -> dic
         kl = [read(name, "text")["kl"] for name in (OURS, row)]
         lead["kl"] = difference([own - other for own, other in zip(*kl, strict=True)])
     if found["average"]:
-        tasks = [task for task in load_bench(recipe.evaluate) if task.name in found["average"]["tasks"]]
-        lead["average"] = average_against(
-            {task.name: (task, read(row, task.name), read(OURS, task.name)) for task in tasks}
-        )
+        headline = [task for task in tasks if task.name in found["average"]["tasks"]]
+        lead["average"] = average_against([(task, read(row, task.name), read(OURS, task.name)) for task in headline])
     return lead

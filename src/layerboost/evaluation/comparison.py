@@ -94,8 +94,8 @@ def _average(tasks: Mapping[str, dict[str, Any]], differences: Mapping[str, dict
     }
 
 
-def average_against(results: Mapping[str, tuple[BenchTask, Result, Result]]) -> dict[str, float]:
+def average_against(results: list[tuple[BenchTask, Result, Result]]) -> dict[str, float]:
     """The mean over tasks of second model less first, paired by item, with its interval."""
     return average_difference(
-        [paired(item_scores(task, first), item_scores(task, second)) for task, first, second in results.values()]
+        [paired(item_scores(task, first), item_scores(task, second)) for task, first, second in results]
     )
