@@ -129,7 +129,8 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
 def test_the_models_own_text(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
-    layerboost("measure", "--config", recipe, "--run", run, "--text", "self", "--set", "text.self_samples=60")
+    own = ("--text", "self", "--set", "text.self_samples=60", "--set", "measure.retrieval_prompts=0")
+    layerboost("measure", "--config", recipe, "--run", run, *own)
     assert len((run / "self_samples.jsonl").read_text().splitlines()) == 60
     assert yaml.safe_load((run / "recipe.yaml").read_text())["text"]["source"] == "self"
     layerboost("plan", "--run", run)
