@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,10 @@ def alone(kind: str, **job: Any) -> dict[str, Any]:
     return found
 
 
-def operation(rounds: int) -> list[dict[str, Any]]:
+def operation(lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Every length and direction, the forms in turns."""
     rows = []
-    for tokens in LENGTHS:
+    for tokens in lengths:
         for direction, backward in DIRECTIONS.items():
             found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
             for _ in range(rounds):
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--model", help="directory of a model for the prefill")
     parser.add_argument("--parts", nargs="+", default=["operation", "mask", "prefill"])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="texts of the operation, in tokens")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -200,8 +201,10 @@ def main() -> None:
         return
     result: dict[str, Any] = {"torch": torch.__version__, "threads": 1, "rounds": options.rounds, "window": WINDOW}
     if "operation" in options.parts:
-        rows = operation(options.rounds)
-        result |= {"summary": summary(rows), "operation": rows}
+        rows = operation(options.lengths, options.rounds)
+        result["operation"] = rows
+        if tuple(options.lengths) == LENGTHS:
+            result["summary"] = summary(rows)
     if "mask" in options.parts:
         result["mask"] = [alone("mask", tokens=tokens) for tokens in LENGTHS]
     if "prefill" in options.parts and options.model:
