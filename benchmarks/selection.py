@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from scipy.stats import spearmanr
 
 from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, write_json, write_text
 from layerboost.errors import LayerboostError
-from layerboost.model.checkpoint import load_config, load_model, load_tokenizer, open_base
+from layerboost.model.checkpoint import load_tokenizer, open_base
 from layerboost.model.stream import LayerStream
 from layerboost.recipe import Plan, Recipe, Text, load_recipe
 from layerboost.retrieval import retrieval_prompts
@@ -31,10 +33,9 @@ from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import choices, predict, windows
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
-from layerboost.sensitivity.calibration import MeasuredPlans, load_prompts
+from layerboost.sensitivity.calibration import MeasuredPlans, open_measured
 from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
 from layerboost.sensitivity.probe import TextProbe
-from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
 
 FRACTIONS = (0.25, 0.35, 0.5)
@@ -52,6 +53,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TEXT_SEQUENCES, PASSKEYS = 8, {256: 12, 900: 12, 2000: 6}
 RANDOM_PLANS = 30
+INTRODUCTION = """# Selection
+
+Plans at equal KV bytes per request, no training. KL and ΔNLL in nats per token on text that choosing never saw, ± one
+standard error over sequences; passkeys: exact answers, and the answer's log-probability in nats.
+
+Model: {model}. Made by
+
+```console
+$ {command}
+```
+
+"""
 
 
 class Judge:
@@ -168,15 +181,8 @@ def main() -> None:
     recipe = load_recipe([args.run / "recipe.yaml"], {})
     sensitivity = read_sensitivity(args.run)
     runtime = start_runtime(recipe)
-    source = open_base(recipe, args.run, runtime)
-    load_config(source, recipe.trust_remote_code)
-    tokenizer, model = load_tokenizer(source, False), load_model(source, runtime, False)
-    every = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=args.run)
-    search = load_tokens(recipe.text, tokenizer, "calibration", recipe.plan.search_tokens, run=args.run)
-    stream = LayerStream(model, calibrate_sinks(model, every.batches(2), range(sensitivity.model.layers),
-                                                windows(sensitivity, recipe.plan)))  # fmt: skip
-    probe = TextProbe(stream, search.batches(2), load_prompts(recipe, tokenizer, args.run))
-    measure = MeasuredPlans(probe, args.run / "measured_plans.jsonl", every.fingerprint + search.fingerprint)
+    measure = open_measured(recipe, args.run, sensitivity, windows(sensitivity, recipe.plan), runtime)
+    tokenizer, stream = load_tokenizer(open_base(recipe, args.run, runtime), False), measure.probe.streams.stream
     texts = {}
     for index, file in enumerate(args.text):
         text = Text(source=file, sequence_tokens=512)
@@ -194,6 +200,8 @@ def main() -> None:
             log.info("%s at %.0f %%: %s", row["method"], 100 * row["kv_fraction"], row["measured"])
     result |= {"rows": rows, "random_plans": random_plans(sensitivity, recipe.plan, measure)}
     write_json(args.out.with_suffix(".json"), result)
+    page = INTRODUCTION.format(command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name)
+    write_text(args.out.with_suffix(".md"), page + table(result))
     print(table(result))
     print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))
 

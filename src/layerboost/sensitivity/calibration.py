@@ -7,12 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import LayerPlan, fingerprint, write_text
+from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, write_text
 from layerboost.errors import ConfigError
+from layerboost.model.checkpoint import (
+    check_same_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_info,
+    open_base,
+)
+from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
+from layerboost.runtime import Runtime, log
 from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
+from layerboost.traffic import load_calibration
+
+MEASURED = "measured_plans.jsonl"
 
 
 def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
@@ -35,6 +49,33 @@ def filler_tokens(recipe: Recipe) -> int:
     """Tokens of calibration text that the retrieval prompts take, as many prompts of each kind."""
     each = -(-recipe.measure.retrieval_prompts // len(KINDS))
     return len(KINDS) * each * recipe.measure.retrieval_tokens
+
+
+def open_measured(
+    recipe: Recipe, run: Path, sensitivity: Sensitivity, windows: Sequence[int], runtime: Runtime
+) -> MeasuredPlans:
+    """The base on calibration text and retrieval prompts, to measure plans with these windows; keeps them in the run
+    folder.
+
+    Sinks are those of `measure`; the text is its first `plan.search_tokens` tokens. Raises ConfigError.
+    """
+    source = open_base(recipe, run, runtime)
+    check_same_model(sensitivity, model_info(source, load_config(source, recipe.trust_remote_code), runtime.dtype), run)
+    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    every = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
+    text = load_calibration(recipe, tokenizer, recipe.plan.search_tokens, run)
+    prompts = load_prompts(recipe, tokenizer, run)
+    model = load_model(source, runtime, recipe.trust_remote_code)
+    size, device = recipe.measure.batch_sequences, runtime.device
+    sinks = calibrate_sinks(
+        model, [part.to(device) for part in every.batches(size)], range(len(sensitivity.layers)), windows
+    )
+    probe = TextProbe(LayerStream(model, sinks), [part.to(device) for part in text.batches(size)], prompts)
+    asked = [batch.ids.tolist() for batch in prompts]
+    made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, list(windows))
+    measured = MeasuredPlans(probe, run / MEASURED, made_from)
+    log.info("%d plans were measured before", len(measured.found))
+    return measured
 
 
 class MeasuredPlans:

@@ -13,21 +13,11 @@ from layerboost.artifacts import (
     Sensitivity,
     Serving,
     file_hash,
-    fingerprint,
     read_plan,
     write_json,
     write_plan,
 )
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import (
-    check_same_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_base,
-)
-from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import predict, windows
@@ -37,13 +27,8 @@ from layerboost.search.greedy import Measure
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
-from layerboost.sensitivity.calibration import MeasuredPlans, load_prompts
-from layerboost.sensitivity.probe import TextProbe
-from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.sensitivity.calibration import open_measured
 from layerboost.serving.server import runs_on_cpu
-from layerboost.text import load_tokens
-
-MEASURED = "measured_plans.jsonl"
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
@@ -103,31 +88,10 @@ def run_frontier(recipe: Recipe, run: Path) -> Frontier:
 
 
 def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | None:
-    """For the methods that measure whole plans: the model on calibration text and the retrieval prompts."""
+    """For the methods that measure whole plans."""
     if recipe.plan.method not in MEASURING:
         return None
-    runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
-    check_same_model(sensitivity, model_info(source, load_config(source, recipe.trust_remote_code), runtime.dtype), run)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    calibration = load_tokens(recipe.text, tokenizer, "calibration", recipe.measure.tokens, run=run)
-    text = load_tokens(recipe.text, tokenizer, "calibration", recipe.plan.search_tokens, run=run)
-    prompts = load_prompts(recipe, tokenizer, run)
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    size = recipe.measure.batch_sequences
-    every = [batch.to(runtime.device) for batch in calibration.batches(size)]
-    sinks = calibrate_sinks(model, every, range(sensitivity.model.layers), windows(sensitivity, recipe.plan))
-    probe = TextProbe(LayerStream(model, sinks), [batch.to(runtime.device) for batch in text.batches(size)], prompts)
-    made_from = fingerprint(
-        sensitivity.model.fingerprint,
-        calibration.fingerprint,
-        text.fingerprint,
-        [batch.ids.tolist() for batch in prompts],
-        windows(sensitivity, recipe.plan),
-    )
-    measured = MeasuredPlans(probe, run / MEASURED, made_from)
-    log.info("%d plans were measured before", len(measured.found))
-    return measured
+    return open_measured(recipe, run, sensitivity, windows(sensitivity, recipe.plan), start_runtime(recipe))
 
 
 def _of_the_base(source: Path) -> Sensitivity:

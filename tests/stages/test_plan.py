@@ -1,0 +1,40 @@
+"""The plan stage where it measures whole plans: each measurement kept, exchanges never for the worse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from test_pipeline import layerboost, write_recipe
+from tiny import save_tiny
+
+from layerboost.artifacts import PLAN, LayerPlan, fingerprint, read_plan
+from layerboost.sensitivity.calibration import MEASURED
+
+
+def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: Path) -> None:
+    write_recipe(tmp_path, save_tiny(tmp_path / "model"))
+    run = tmp_path / "run"
+    layerboost("measure", "--config", tmp_path / "recipe.yaml", "--run", run)
+
+    def plan(method: str) -> list[LayerPlan]:
+        layerboost("plan", "--run", run, "--set", f"plan.method={method}", "--set", "plan.kv_fraction=0.6")
+        return read_plan(run / PLAN).layers
+
+    greedy = plan("greedy")
+    lines = (run / MEASURED).read_text().splitlines()
+    refined = plan("refine")
+    after = (run / MEASURED).read_text().splitlines()
+    assert after[: len(lines)] == lines
+    found = {entry["plan"]: entry["damage"]["kl"] for entry in map(json.loads, after)}
+    damages = [found[fingerprint([entry.model_dump() for entry in layers])] for layers in (greedy, refined)]
+    assert damages[1] <= damages[0]
+    # All of it was measured: a second search asks the model for nothing.
+    (run / PLAN).unlink()
+    assert plan("refine") == refined
+    assert (run / MEASURED).read_text().splitlines() == after
+    # A killed search goes on from the plans it has measured.
+    (run / MEASURED).write_text("\n".join(after[:3]) + "\n")
+    (run / PLAN).unlink()
+    assert plan("refine") == refined
+    assert (run / MEASURED).read_text().splitlines()[:3] == after[:3]
