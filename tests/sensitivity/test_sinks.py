@@ -16,7 +16,7 @@ def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
     query = torch.randn(4, 40, 16, generator=draw) * 3
     key, value = torch.randn(2, 40, 16, generator=draw), torch.randn(2, 40, 16, generator=draw)
     project = torch.randn(24, 64, generator=draw)
-    outputs = head_outputs(query, key, value, 8, 0.25)
+    outputs = head_outputs(query[None], key[None], value[None], 8, 0.25)
     sinks = fit(list(terms(*outputs, project)))
 
     def added(window: int, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
 
 
 def test_softcapped_scores_are_fitted_as_the_model_sees_them() -> None:
-    query, key, value = torch.randn(2, 30, 8), torch.randn(1, 30, 8), torch.randn(1, 30, 8)
+    query, key, value = torch.randn(3, 2, 30, 8), torch.randn(3, 1, 30, 8), torch.randn(3, 1, 30, 8)
     plain, capped = head_outputs(query, key, value, 8, 1.0)[2], head_outputs(query, key, value, 8, 1.0, softcap=1e4)[2]
     torch.testing.assert_close(plain, capped, atol=1e-3, rtol=1e-3)
     assert head_outputs(query, key, value, 8, 1.0, softcap=0.5)[2].max() <= 0.5 + torch.log(torch.tensor(8.0))

@@ -55,10 +55,11 @@ def calibrate_sinks(
         softcap: float | None,
     ) -> None:
         projection: Any = attention_of(model, layer).o_proj
-        for window in windows:
-            for row, length in enumerate(lengths):
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            q, k, v = (each[rows, :, :length] for each in (query, key, value))
+            for window in windows:
                 if length > window:
-                    q, k, v = (each[row, :, :length] for each in (query, key, value))
                     outputs = head_outputs(q, k, v, window, scaling, softcap, per_sequence[window])
                     fits.setdefault((layer, window), []).append(terms(*outputs, projection.weight.float()))
 
@@ -78,18 +79,18 @@ def head_outputs(
     softcap: float | None = None,
     queries: int = QUERIES,
 ) -> Terms:
-    """Attention of one sequence with and without the window: query `[H, T, D]`, key and value `[Hkv, T, D]`.
+    """Attention with and without the window: query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`.
 
-    Returns, for N of the T queries, full and windowed output `[N, H, D]`, the window's log-sum-exp `[N, H]`, and the
-    mean log-sum-exp of the dropped scores `[1, H]`.
+    Returns, for some `queries` of the T queries of each sequence, N in all, full and windowed output `[N, H, D]`, the
+    window's log-sum-exp `[N, H]`, and the mean log-sum-exp of the dropped scores `[B, H]`.
     """
-    heads, length, _ = query.shape
-    groups = heads // len(key)
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    heads, length = query.shape[1:3]
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     position = torch.arange(length, device=query.device)
     # From the last one down, so that queries that drop something are among them.
     rows = position.flip(0)[:: max(1, length // queries)].flip(0)
-    scores = (query[:, rows] @ key.transpose(-1, -2) * scaling).float()
+    scores = (query[:, :, rows] @ key.transpose(-1, -2) * scaling).float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     causal = position <= rows[:, None]
@@ -97,8 +98,9 @@ def head_outputs(
     full = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ value.float()
     inside = scores.masked_fill(~causal | dropped, -torch.inf)
     windowed = inside.softmax(-1) @ value.float()
-    outside = scores.masked_fill(~dropped, -torch.inf).logsumexp(-1)[:, rows >= window].mean(-1)
-    return full.transpose(0, 1), windowed.transpose(0, 1), inside.logsumexp(-1).T, outside[None]
+    outside = scores.masked_fill(~dropped, -torch.inf).logsumexp(-1)[..., rows >= window].mean(-1)
+    full, windowed, lse = (each.transpose(1, 2).flatten(0, 1) for each in (full, windowed, inside.logsumexp(-1)))
+    return full, windowed, lse, outside
 
 
 def terms(
