@@ -143,3 +143,17 @@ def test_controls_keep_as_many_full_layers_as_the_budget_allows() -> None:
 def test_settings_that_cannot_be_met(settings: Plan, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select(sensitivity(), settings)
+
+
+@pytest.mark.parametrize("method", ["budget", "threshold", "uniform", "random"])
+def test_layers_that_slide_in_the_base_are_never_given_a_window(method: str) -> None:
+    found = sensitivity(6)
+    native = found.model.model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
+    layers = [
+        entry.model_copy(update={"variants": entry.variants[:1]}) if entry.layer in (0, 2) else entry
+        for entry in found.layers
+    ]
+    found = found.model_copy(update={"model": native, "layers": layers})
+    plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100))
+    assert all(plan[layer].window is None for layer in (0, 2))
+    assert Budget.of(found, Plan(kv_fraction=0.7, context_tokens=100)).met(plan)

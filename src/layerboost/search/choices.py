@@ -64,11 +64,9 @@ def score_in(choice: Choice, metric: str) -> float:
 
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
-    """The window with or without a sink, whichever does less damage; raises ConfigError where it was not measured."""
+    """The window with or without a sink, whichever does less damage; full where the layer slides in the base already."""
     sliding = [choice for choice in options if choice.plan.attention == "sliding"]
-    if not sliding:
-        raise ConfigError(f"layer {options[0].plan.layer} was not measured as sliding", do="measure again")
-    return min(sliding, key=lambda choice: choice.damage).plan
+    return min(sliding, key=lambda choice: choice.damage).plan if sliding else options[0].plan
 
 
 def removal(entry: LayerSensitivity, metric: str) -> float:
