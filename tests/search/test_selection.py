@@ -157,3 +157,15 @@ def test_layers_that_slide_in_the_base_are_never_given_a_window(method: str) -> 
     plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100))
     assert all(plan[layer].window is None for layer in (0, 2))
     assert Budget.of(found, Plan(kv_fraction=0.7, context_tokens=100)).met(plan)
+
+
+@pytest.mark.parametrize("method", ["budget", "threshold"])
+def test_where_every_layer_slides_in_the_base_some_are_removed(method: str) -> None:
+    found = sensitivity(6)
+    native = found.model.model_copy(update={"sliding_layers": list(range(6)), "sliding_window": 64})
+    layers = [entry.model_copy(update={"variants": entry.variants[:1]}) for entry in found.layers]
+    found = found.model_copy(update={"model": native, "layers": layers})
+    plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100, none_layers=2))
+    assert {entry.attention for entry in plan} == {"full", "none"}
+    with pytest.raises(InfeasibleBudget):
+        select(found, Plan(method="uniform", kv_fraction=0.7, context_tokens=100))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import HEADS, tiny_model
 
 from layerboost.model.attention import sliding_attention_reference
+from layerboost.model.families import FAMILIES
 from layerboost.sensitivity.sinks import calibrate_sinks, fit, head_outputs, terms
 
 IDS = torch.randint(3, 200, (3, 48), generator=torch.Generator().manual_seed(1))
@@ -44,8 +46,9 @@ def test_softcapped_scores_are_fitted_as_the_model_sees_them() -> None:
     assert head_outputs(query, key, value, 8, 1.0, softcap=0.5)[2].max() <= 0.5 + torch.log(torch.tensor(8.0))
 
 
-def test_one_pass_gives_every_layer_and_window_and_leaves_the_model_as_it_was() -> None:
-    base = tiny_model(layers=3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_gives_every_layer_and_window_and_leaves_the_model_as_it_was(family: str) -> None:
+    base = tiny_model(family, layers=3)
     before = base(IDS).logits
     found = calibrate_sinks(base, list(IDS.split(2)), [0, 2], [8, 16])
     assert set(found) == {(0, 8), (0, 16), (2, 8), (2, 16)}

@@ -17,7 +17,7 @@ from layerboost.sensitivity.sweep import candidates, sweep
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
-FAMILIES = ["llama", "olmo2", "granite"]
+FAMILIES = ["llama", "olmo2", "granite", "phi3"]
 
 
 def swept(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from offline import differences, vllm_answers
 from tiny import boosted, info, layer_plans, tiny_tokenizer
-from vllm_offline import KV_CACHE_BYTES
+from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.artifacts import PlanFile
 from layerboost.model.checkpoint import save_boosted
@@ -55,4 +55,4 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(served: dict[str,
     assert apart < 1e-3
     assert short < 1e-3
     layers = CASES[case][1].count("f")
-    assert found["kv_cache_tokens"] == pytest.approx(KV_CACHE_BYTES / (layers * 2 * 2 * 32 * 4), rel=0.02)
+    assert found["blocks"] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(KV_CACHE_BYTES, rel=0.02)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from offline import differences, vllm_answers
-from tiny import info, layer_plans, save_tiny
+from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.families import FAMILIES
+from layerboost.model.modeling import base_layer_types
+from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench, parse_recipe
 from layerboost.search.memory import Engine, admission_bytes, block_bytes
 from layerboost.serving.server import check_port, running_server
@@ -73,10 +75,11 @@ def test_log_probabilities_are_those_of_transformers(served: dict[str, Any], cas
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str) -> None:
-    layers, engine, model = (
-        layer_plans(CASES[case][1]),
-        Engine(BATCHED_TOKENS, BLOCK_SIZE, 1),
-        info(len(CASES[case][1])),
+    family, letters = CASES[case]
+    layers, engine, base = layer_plans(letters), Engine(BATCHED_TOKENS, BLOCK_SIZE, 1), tiny_model(family, len(letters))
+    slides = [index for index, kind in enumerate(base_layer_types(base.config)) if kind == "sliding_attention"]
+    model = info(len(letters)).model_copy(
+        update={"sliding_layers": slides, "sliding_window": native_window(base.config)}
     )
     blocks = KV_CACHE_BYTES // block_bytes(model, layers, engine)
     assert served[case][1]["blocks"] == blocks

@@ -16,13 +16,17 @@ class Metrics:
     def __init__(self, stage: str, file: Path, after_step: int, writes: bool = True) -> None:
         self.stage, self.file, self.writes = stage, file, writes
         rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= after_step]
-        own = [row["seconds"] for row in rows if row["stage"] == stage]
-        self.started = time.monotonic() - (own[-1] if own else 0.0)
+        own = [row for row in rows if row["stage"] == stage]
+        self.started = time.monotonic() - (own[-1]["seconds"] if own else 0.0)
+        # A run that was killed before its first checkpoint or after its last validates there again.
+        self.validated = {row["step"] for row in own if "validation_kl" in row}
         if writes:
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
         """One line: stage, step, tokens of this stage so far, the values, seconds of this stage so far."""
+        if "validation_kl" in values and step in self.validated:
+            return
         seconds = round(time.monotonic() - self.started, 2)
         row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
         if self.writes:

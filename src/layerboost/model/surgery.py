@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -176,9 +177,12 @@ def captured_attention(model: PreTrainedModel, layers: Sequence[int], see: Calla
     """
     modules: dict[int, Any] = {layer: attention_of(model, layer) for layer in layers}
     configs = {layer: module.config for layer, module in modules.items()}
-    stock = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    implementation = model.config._attn_implementation
 
     def capture(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        # Each family has an eager attention of its own, beside its attention class.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         scaling = kw.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         see(module.layer_idx, query, key, value, scaling, kw.get("softcap"))

@@ -39,6 +39,8 @@ def windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:
     """The windows to consider: the one asked for, or every measured one, shortest first; raises ConfigError."""
     variants = [variant for entry in sensitivity.layers for variant in entry.variants]
     measured = sorted({variant.window for variant in variants if variant.window})
+    if not measured and sensitivity.model.sliding_window:  # every layer slides in the base: none or as it is
+        return [sensitivity.model.sliding_window]
     if settings.window is None:
         return measured
     if settings.window not in measured:

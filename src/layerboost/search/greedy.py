@@ -6,12 +6,11 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 
 from layerboost.artifacts import LayerPlan, Sensitivity
-from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.runtime import Progress, log
 from layerboost.search.choices import Choice, choices, metric_limits, metric_scales, windows
 from layerboost.search.costs import KV_BYTES, Budget
-from layerboost.search.selection import budget
+from layerboost.search.selection import budget, infeasible
 
 # What a whole plan loses against the base, by metric.
 Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
@@ -32,7 +31,7 @@ class Objective:
         if all(entry.attention == "full" for entry in plan):
             return 0.0
         found = self.measure(plan)
-        excess = sum(max(0.0, found[metric] / most - 1) for metric, most in self.limits.items() if most)
+        excess = sum(max(0.0, (found[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
         return sum(scale * found[metric] for metric, scale in self.scales.items()) + PENALTY * excess
 
 
@@ -58,7 +57,7 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     with Progress("greedy search", 1 - limits.fractions.get(KV_BYTES, 0.0), "of the KV cache") as progress:
         while not limits.met(plan):
             if not queue:
-                raise InfeasibleBudget("no greedy replacements meet the budget", do="raise plan.kv_fraction")
+                raise infeasible(limits, settings, plan, {})
             _, when, layer, index = heapq.heappop(queue)
             choice = table[layer][index]
             if (saved := _saved(limits, plan, choice)) <= 0:

@@ -115,7 +115,7 @@ def serving(
     base = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
 
     def ratio(settings: Engine) -> float:
-        own = admission_bytes(model, layers, context_tokens, settings)
+        own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache
         return admission_bytes(model, base, context_tokens, settings) / own
 
     flags = []

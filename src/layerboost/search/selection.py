@@ -36,7 +36,7 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     if not solved:
         nearest = _nearest(tables, limits, settings)
         scores = {metric: sum(score_in(choice, metric) for choice in nearest) for metric in metric_limits(settings)}
-        raise _infeasible(limits, settings, [choice.plan for choice in nearest], scores)
+        raise infeasible(limits, settings, [choice.plan for choice in nearest], scores)
     return [choice.plan for choice in min(solved, key=lambda found: found[0])[1]]
 
 
@@ -115,7 +115,7 @@ def _most_full(
         found = plan(full)
         if limits.met(found):
             return found
-    raise _infeasible(limits, settings, plan(0), {})
+    raise infeasible(limits, settings, plan(0), {})
 
 
 def _tier(options: list[Choice], attention: str) -> LayerPlan:
@@ -228,7 +228,7 @@ def _nearest(tables: list[list[list[Choice]]], limits: Budget, settings: Plan) -
     raise AssertionError("a plan without limits always exists")
 
 
-def _infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: dict[str, float]) -> InfeasibleBudget:
+def infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: dict[str, float]) -> InfeasibleBudget:
     """The error that names the nearest plan and the limits it would need."""
     share, wanted, found, do = limits.held(layers), [], [], []
     for name, fraction in limits.fractions.items():

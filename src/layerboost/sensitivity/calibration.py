@@ -71,8 +71,9 @@ def open_measured(
         model, [part.to(device) for part in every.batches(size)], range(len(sensitivity.layers)), windows
     )
     probe = TextProbe(LayerStream(model, sinks), [part.to(device) for part in text.batches(size)], prompts)
-    asked = [batch.ids.tolist() for batch in prompts]
-    made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, list(windows))
+    asked = [row for batch in prompts for row in batch.ids.tolist()]
+    dtype = str(runtime.dtype)
+    made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)
     measured = MeasuredPlans(probe, run / MEASURED, made_from)
     log.info("%d plans were measured before", len(measured.found))
     return measured
@@ -85,7 +86,7 @@ class MeasuredPlans:
     """
 
     def __init__(self, probe: TextProbe, file: Path, made_from: str) -> None:
-        """`made_from`: fingerprint of all a measurement depends on; measurements of anything else are dropped."""
+        """`made_from`: fingerprint of all a measurement depends on besides the plan; others' lines stay in the file."""
         self.probe, self.file, self.made_from = probe, file, made_from
         self.lines: list[str] = []
         self.asked: list[Sequence[LayerPlan]] = []
@@ -95,8 +96,8 @@ class MeasuredPlans:
                 entry = json.loads(line)
             except ValueError:
                 raise ConfigError(f"{file} cannot be read", found=line[:80], do="delete it") from None
+            self.lines.append(line)
             if entry["made_from"] == made_from:
-                self.lines.append(line)
                 self.found[entry["plan"]] = entry["damage"]
 
     def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
@@ -104,7 +105,8 @@ class MeasuredPlans:
         if key not in self.found:
             self._follow(plan)
             [damages] = self.probe.damages([plan])
-            self.found[key] = {metric: float(values.mean()) for metric, values in damages.items()}
+            # `mse` is of one layer, not of a plan.
+            self.found[key] = {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
             entry = {"made_from": self.made_from, "plan": key, "damage": self.found[key]}
             self.lines.append(json.dumps(entry))
             write_text(self.file, "\n".join(self.lines) + "\n")

@@ -14,9 +14,6 @@ from layerboost.runtime import Progress
 from layerboost.sensitivity.metrics import BaseText, score
 from layerboost.sensitivity.probe import Damages, Probe, TextProbe
 
-# Read off one layer alone, so no damage of the rest is to be taken away from them.
-LOCAL = ("mse", "cosine")
-
 
 @torch.no_grad()
 def sweep(
@@ -83,7 +80,9 @@ def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_p
             damages.update(new)
     if on_plan:
         rest = found.pop()
-        found = [{m: v if m in LOCAL else v - rest[m] for m, v in damages.items()} for damages in found]
+        for damages in found:  # against the plan's own layer here, not against the full one
+            damages.pop("mse", None)
+        found = [{m: v - rest[m] for m, v in damages.items()} for damages in found]
     counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
     variants = []
     for option, damages in zip(options, found, strict=False):

@@ -33,7 +33,7 @@ from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import check_plan, check_windows
 from layerboost.recipe import Recipe, model_of
 from layerboost.retrieval import Prompts
-from layerboost.runtime import is_main_process, log, main_process_first, start_runtime
+from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.calibration import filler_tokens, load_prompts
 from layerboost.sensitivity.probe import Probe, TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
@@ -95,7 +95,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     plan = _plan(recipe, config, info)
     inputs = load_inputs(recipe, tokenizer, run)
     _check_context(recipe, inputs, info)
-    settings = _settings(recipe, inputs, plan)
+    settings = _settings(recipe, inputs, plan, runtime)
     found = _resume(run / SENSITIVITY, info, inputs.text, settings)
     if found is not None and found.complete:
         log.info("%s is complete", run / SENSITIVITY)
@@ -157,12 +157,14 @@ def _check_context(recipe: Recipe, inputs: Inputs, info: ModelInfo) -> None:
         )
 
 
-def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None) -> dict[str, Any]:
+def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Runtime) -> dict[str, Any]:
     """What the scores depend on besides the model and the text."""
+    rows = [row for batch in inputs.prompts for row in batch.ids.tolist()]
     return {
+        "dtype": str(runtime.dtype).removeprefix("torch."),
         "windows": list(recipe.measure.windows),
         "sequence_tokens": recipe.text.sequence_tokens,
-        "retrieval": fingerprint([batch.ids.tolist() for batch in inputs.prompts]) if inputs.prompts else None,
+        "retrieval": fingerprint(rows) if rows else None,
         "tasks": [task.name for task in inputs.tasks] or None,
         "items": fingerprint([task.data for task in inputs.tasks]) if inputs.tasks else None,
         "plan": plan.hash() if plan else None,

@@ -20,7 +20,7 @@ from layerboost.artifacts import (
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 from layerboost.runtime import log, start_runtime
-from layerboost.search.choices import predict, windows
+from layerboost.search.choices import metric_limits, predict, windows
 from layerboost.search.costs import Budget, prefill_work
 from layerboost.search.frontier import FRONTIER, Frontier, frontier
 from layerboost.search.greedy import Measure
@@ -91,7 +91,18 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
     """For the methods that measure whole plans."""
     if recipe.plan.method not in MEASURING:
         return None
-    return open_measured(recipe, run, sensitivity, windows(sensitivity, recipe.plan), start_runtime(recipe))
+    settings = recipe.plan
+    asked = {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
+    known = {"kl", "nll", "top1"} | ({"retrieval"} if recipe.measure.retrieval_prompts else set())
+    if asked - known:
+        raise ConfigError(
+            f"plan.method {settings.method} cannot measure plans by {', '.join(sorted(asked - known))}",
+            found=f"measured on whole plans: {', '.join(sorted(known))}",
+            do="choose among them (plan.metric), set measure.retrieval_prompts, or plan.method=budget",
+        )
+    measured = {variant.window for entry in sensitivity.layers for variant in entry.variants}
+    wanted = [window for window in windows(sensitivity, settings) if window in measured]
+    return open_measured(recipe, run, sensitivity, wanted, start_runtime(recipe))
 
 
 def _of_the_base(source: Path) -> Sensitivity:
