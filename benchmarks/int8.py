@@ -136,7 +136,7 @@ def seconds(llm: LLM, prompts: list[dict[str, list[int]]], output_tokens: int) -
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """The table, as it stands in docs/int8.md."""
+    """The table, as it stands in docs/serve.md."""
     print("| | weights, MiB | perplexity | KL | prefill, tokens/s | ratio | decode, tokens/s | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for name, row in found.items():

@@ -70,7 +70,9 @@ $ {command}
 class Judge:
     """Held-out text and passkeys: what a plan loses on each, by sequence or prompt, kept by plan in a file."""
 
-    def __init__(self, stream: LayerStream, texts: dict[str, torch.Tensor], tokenizer: Any, file: Path) -> None:
+    def __init__(
+        self, stream: LayerStream, texts: dict[str, torch.Tensor], tokenizer: Any, file: Path, made_from: str
+    ) -> None:
         """`texts`: ids `[N, T]` by name; passkeys are put into the first."""
         self.probes = {name: TextProbe(stream, list(ids[:TEXT_SEQUENCES].split(2))) for name, ids in texts.items()}
         filler = next(iter(texts.values())).flatten()
@@ -78,14 +80,18 @@ class Judge:
             prompts = retrieval_prompts(tokenizer, filler, "passkey", length, count, 1234)
             self.probes[f"passkey {length}"] = TextProbe(stream, [], prompts.batches(2))
         self.file, self.lines = file, file.read_text().splitlines() if file.is_file() else []
-        self.found = {entry["plan"]: entry["found"] for entry in map(json.loads, self.lines)}
+        about = [ids[:TEXT_SEQUENCES].tolist() for ids in texts.values()]
+        self.made_from = fingerprint(list(texts), about, PASSKEYS, made_from)
+        kept = [entry for entry in map(json.loads, self.lines) if entry["made_from"] == self.made_from]
+        self.found = {entry["plan"]: entry["found"] for entry in kept}
 
     @torch.no_grad()
     def __call__(self, plan: Sequence[LayerPlan]) -> dict[str, Any]:
         key = fingerprint([entry.model_dump() for entry in plan])
         if key not in self.found:
             self.found[key] = {name: self._measure(name, plan) for name in self.probes}
-            self.lines.append(json.dumps({"plan": key, "found": self.found[key]}))
+            entry = {"made_from": self.made_from, "plan": key, "found": self.found[key]}
+            self.lines.append(json.dumps(entry))
             write_text(self.file, "\n".join(self.lines) + "\n")
         return self.found[key]
 
@@ -189,7 +195,7 @@ def main() -> None:
         split = "all" if index else "held_out"
         wanted = max(TEXT_SEQUENCES * 512, 0 if index else max(n * c for n, c in PASSKEYS.items()))
         texts[Path(file).name] = load_tokens(text, tokenizer, split, wanted).ids
-    judge = Judge(stream, texts, tokenizer, args.run / "selection.jsonl")
+    judge = Judge(stream, texts, tokenizer, args.run / "selection.jsonl", measure.made_from)
     rows = chosen(sensitivity, recipe, measure)
     base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
     result = {"base": {"texts": list(texts), "measured": judge(base)}}

@@ -127,7 +127,11 @@ def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: in
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
+                # A model's own generation settings would sharpen its text.
+                temperature=1.0,
                 top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
                 max_new_tokens=text.sequence_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import BASE, PLAN, ModelInfo, PlanFile, Sensitivity, new_folder, read_plan, write_plan
+from layerboost.artifacts import (
+    BASE,
+    PLAN,
+    ModelInfo,
+    PlanFile,
+    Sensitivity,
+    disk_error,
+    new_folder,
+    read_plan,
+    write_plan,
+)
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import CARD, LICENCE_FILES, UNKNOWN, Origin, front_matter, licence_sentence, model_card
@@ -195,11 +206,13 @@ def save_boosted(
     """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
 
     `origin`: what the card tells of the base; `healing`: a sentence on how the model was trained, empty for an
-    untrained one. Atomic: `target` is complete
-    or untouched. Raises LayerboostError when the disk is full.
+    untrained one. Atomic: `target` is complete or untouched. Raises LayerboostError when the disk is full.
     """
     with new_folder(target) as folder:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        try:
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise disk_error(target, OSError(str(error))) from error
         tokenizer.save_pretrained(folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)
