@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import LayerPlan, LayerSensitivity, Variant
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import family_of
-from layerboost.runtime import Progress
+from layerboost.runtime import Progress, rank, world_size
 from layerboost.sensitivity.metrics import BaseText, score
 from layerboost.sensitivity.probe import Damages, Probe, TextProbe
 
@@ -33,7 +33,7 @@ def sweep(
     count = len(streams[0].stream.layers)
     for each in streams:
         each.follow(plan or each.kept)
-    layers, rank, world = list(done), *_ranks()
+    layers, own, world = list(done), rank(), world_size()
     pending: list[LayerSensitivity] = []
     # A variant of layer i runs the layers from i up, so early layers take longer.
     passes = [count - index for index in range(count)]
@@ -43,7 +43,7 @@ def sweep(
             for each in streams:
                 each.advance(index)
             if index >= len(done):
-                if (index - len(done)) % world == rank:
+                if (index - len(done)) % world == own:
                     pending.append(_measure(probes, index, windows, plan is not None))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
@@ -105,12 +105,6 @@ def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
                     before, with_it = sample.rows(hidden).float(), sample.rows(after).float()
                     parts.append(1 - sample.by_sequence(torch.cosine_similarity(before, with_it, dim=-1)))
     return torch.cat(parts)
-
-
-def _ranks() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _gathered(pending: list[LayerSensitivity], world: int) -> list[LayerSensitivity]:
