@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.runtime import Progress, log
 from layerboost.search.choices import Choice, choices, metric_limits, metric_scales, windows
@@ -16,8 +18,8 @@ from layerboost.search.selection import budget, infeasible
 Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
 # Beyond a limit of the settings, damage counts this many times as much as the share by which it exceeds.
 PENALTY = 1e3
-# Exchanges tried a round of refinement, most promising first.
-TRIES = 8
+# A round of refinement measures so many changes of each kind (saving, costing, neither), and so many exchanges.
+MOVES, TRIES = 8, 8
 
 
 class Objective:
@@ -74,16 +76,21 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
 
 
 def refine(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
-    """The greedy plan, then exchanges within the limits that lower the measured damage of the whole plan.
+    """The greedy plan or that of single scores, whichever measures better, then exchanges within the limits that lower
+    the measured damage of the whole plan.
 
-    Every single change of one layer is measured once on the plan as it is; what two of them do together is foretold by
-    their sum, and the most promising are measured, best first, until none is left that helps.
+    Each round measures the single changes that look best by single scores, on the plan as it is; what two of them do
+    together is foretold by their sum, and the most promising are measured, best first, until none is left that helps.
     """
     limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
-    table, plan = _table(sensitivity, settings), greedy(sensitivity, settings, measure)
+    table = _table(sensitivity, settings)
+    starts = [greedy(sensitivity, settings, measure)]
+    with suppress(InfeasibleBudget):  # a limit of a metric may hold as measured and not by single scores
+        starts.append(budget(sensitivity, settings))
+    plan = min(starts, key=objective)
     damage = objective(plan)
     while True:
-        moves = [choice for options in table for choice in options if choice.plan != plan[choice.plan.layer]]
+        moves = _moves(table, plan, limits)
         effect = {id(choice): objective(_with(plan, choice.plan)) - damage for choice in moves}
         steps: list[tuple[float, list[LayerPlan]]] = []
         for index, first in enumerate(moves):
@@ -100,6 +107,18 @@ def refine(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
                 break
         else:
             return plan
+
+
+def _moves(table: list[list[Choice]], plan: list[LayerPlan], limits: Budget) -> list[Choice]:
+    """The changes of one layer most promising by single scores: that save, that cost, and that do neither."""
+    kinds: dict[int, list[tuple[float, Choice]]] = {}
+    for options, entry in zip(table, plan, strict=True):
+        now = next(choice for choice in options if choice.plan == entry)
+        for choice in options:
+            if choice is not now:
+                saved = _saved(limits, plan, choice)
+                kinds.setdefault((saved > 0) - (saved < 0), []).append((choice.damage - now.damage, choice))
+    return [choice for moves in kinds.values() for _, choice in sorted(moves, key=lambda move: move[0])[:MOVES]]
 
 
 def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
