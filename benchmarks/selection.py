@@ -16,7 +16,7 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,16 @@ from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import load_tokenizer, open_base
 from layerboost.model.stream import LayerStream
 from layerboost.recipe import Plan, Recipe, Text, load_recipe
-from layerboost.retrieval import retrieval_prompts
+from layerboost.retrieval import Prompts, retrieval_prompts
 from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import choices, predict, windows
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
-from layerboost.sensitivity.calibration import MeasuredPlans, open_measured
+from layerboost.sensitivity.calibration import KeptByPlan, MeasuredPlans, open_measured
 from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.text import load_tokens
 
-FRACTIONS = (0.25, 0.35, 0.5)
 SEEDS = range(5)
 BLEND = {"retrieval_weight": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,7 +50,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
     **{f"random {seed}": {"method": "random", "seed": seed} for seed in SEEDS},
 }
-TEXT_SEQUENCES, PASSKEYS = 8, {256: 12, 900: 12, 2000: 6}
+OURS = ("budget, KL", "budget, half retrieval", "refine, half retrieval")
+# Budgets: share of the base's KV bytes at a context. The last is that of 22 layers sliding at 64 and 8 full.
+BUDGETS: list[tuple[float, int, Iterable[str]]] = [
+    (0.25, 1024, METHODS),
+    (0.35, 1024, METHODS),
+    (0.5, 1024, METHODS),
+    ((8 + 22 * 64 / 512) / 30, 512, OURS),
+]
+TEXT_SEQUENCES, SEQUENCE_TOKENS, PASSKEYS = 8, 512, {256: 12, 900: 12, 2000: 4}
 RANDOM_PLANS = 30
 INTRODUCTION = """# Selection
 
@@ -71,33 +78,23 @@ class Judge:
     """Held-out text and passkeys: what a plan loses on each, by sequence or prompt, kept by plan in a file."""
 
     def __init__(
-        self, stream: LayerStream, texts: dict[str, torch.Tensor], tokenizer: Any, file: Path, made_from: str
+        self, stream: LayerStream, texts: dict[str, torch.Tensor], prompts: dict[str, Prompts], file: Path, model: str
     ) -> None:
-        """`texts`: ids `[N, T]` by name; passkeys are put into the first."""
-        self.probes = {name: TextProbe(stream, list(ids[:TEXT_SEQUENCES].split(2))) for name, ids in texts.items()}
-        filler = next(iter(texts.values())).flatten()
-        for length, count in PASSKEYS.items():
-            prompts = retrieval_prompts(tokenizer, filler, "passkey", length, count, 1234)
-            self.probes[f"passkey {length}"] = TextProbe(stream, [], prompts.batches(2))
-        self.file, self.lines = file, file.read_text().splitlines() if file.is_file() else []
-        about = [ids[:TEXT_SEQUENCES].tolist() for ids in texts.values()]
-        self.made_from = fingerprint(list(texts), about, PASSKEYS, made_from)
-        kept = [entry for entry in map(json.loads, self.lines) if entry["made_from"] == self.made_from]
-        self.found = {entry["plan"]: entry["found"] for entry in kept}
+        """`texts`: ids `[N, T]` by name; `model`: fingerprint of the model and its sinks."""
+        self.probes = {name: TextProbe(stream, list(ids.split(2))) for name, ids in texts.items()}
+        self.probes |= {name: TextProbe(stream, [], asked.batches(2)) for name, asked in prompts.items()}
+        about = {name: ids.tolist() for name, ids in texts.items()}
+        about |= {name: asked.ids.tolist() for name, asked in prompts.items()}
+        self.kept = KeptByPlan(file, fingerprint(about, model))
 
     @torch.no_grad()
     def __call__(self, plan: Sequence[LayerPlan]) -> dict[str, Any]:
-        key = fingerprint([entry.model_dump() for entry in plan])
-        if key not in self.found:
-            self.found[key] = {name: self._measure(name, plan) for name in self.probes}
-            entry = {"made_from": self.made_from, "plan": key, "found": self.found[key]}
-            self.lines.append(json.dumps(entry))
-            write_text(self.file, "\n".join(self.lines) + "\n")
-        return self.found[key]
+        found: dict[str, Any] = self.kept(plan, lambda: {name: self._measure(name, plan) for name in self.probes})
+        return found
 
     def _measure(self, name: str, plan: Sequence[LayerPlan]) -> dict[str, Any]:
         probe = self.probes[name]
-        if not name.startswith("passkey"):
+        if not isinstance(probe.samples[0], BasePrompts):
             [damages] = probe.damages([plan])
             return {metric: score(damages[metric]).model_dump(exclude={"count"}) for metric in ("kl", "nll")}
         logs, exact = [], []
@@ -111,28 +108,24 @@ class Judge:
         return {metric: score(values).model_dump(exclude={"count"}) for metric, values in names.items()}
 
 
-def chosen(sensitivity: Sensitivity, recipe: Recipe, measure: MeasuredPlans) -> list[dict[str, Any]]:
-    """Every method's plan at every budget, or why there is none."""
-    rows = []
-    for fraction in FRACTIONS:
-        for name, given in METHODS.items():
-            changes = {"kv_fraction": fraction, **given}
-            seed = changes.pop("seed", 0)
-            settings = recipe.plan.model_copy(update=changes)
-            row: dict[str, Any] = {"kv_fraction": fraction, "method": name}
-            try:
-                layers = select(sensitivity, settings, seed, measure if settings.method in MEASURING else None)
-            except LayerboostError as error:
-                rows.append(row | {"refused": str(error).splitlines()[0]})
-                continue
-            found = predict(sensitivity, layers, settings)
-            counts = {kind: sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding", "none")}
-            rows.append(row | counts | {"cost": found.kv_fraction, "predicted": found.damage, "layers": layers})
-            log.info("%s at %.0f %%: %s", name, 100 * fraction, counts)
-    return rows
+def chosen(
+    sensitivity: Sensitivity, recipe: Recipe, measure: MeasuredPlans, fraction: float, context: int, name: str
+) -> dict[str, Any]:
+    """One method's plan at one budget, or why there is none."""
+    changes = {"kv_fraction": fraction, "context_tokens": context, **METHODS[name]}
+    seed = changes.pop("seed", 0)
+    settings = recipe.plan.model_copy(update=changes)
+    row: dict[str, Any] = {"kv_fraction": fraction, "context_tokens": context, "method": name}
+    try:
+        layers = select(sensitivity, settings, seed, measure if settings.method in MEASURING else None)
+    except LayerboostError as error:
+        return row | {"refused": str(error).splitlines()[0]}
+    found = predict(sensitivity, layers, settings)
+    counts = {kind: sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding", "none")}
+    return row | counts | {"cost": found.kv_fraction, "predicted": found.damage, "layers": layers}
 
 
-def random_plans(sensitivity: Sensitivity, settings: Plan, measure: MeasuredPlans) -> dict[str, Any]:
+def random_plans(sensitivity: Sensitivity, settings: Plan, text: str, judge: Judge) -> dict[str, Any]:
     """Rank correlation of the sum of single scores with the measured KL, over random plans of one kind and of all."""
     table, draw = choices(sensitivity, settings, windows(sensitivity, settings)[0]), random.Random(7)
     kinds = {"sliding": ("sliding",), "none": ("none",), "both": ("sliding", "none")}
@@ -146,7 +139,7 @@ def random_plans(sensitivity: Sensitivity, settings: Plan, measure: MeasuredPlan
                 for index, layer in enumerate(table)
             ]
             single = sum(choice.scores.get("kl", 0.0) for choice in options)
-            pairs.append((single, measure([choice.plan for choice in options])["kl"]))
+            pairs.append((single, judge([choice.plan for choice in options])[text]["kl"]["mean"]))
         found[kind] = {"spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic), "pairs": pairs}
         log.info("random plans, %s: rank correlation %.3f", kind, found[kind]["spearman"])
     return found
@@ -158,13 +151,14 @@ def table(result: dict[str, Any]) -> str:
     head = ["KV", "method", "full / sliding / none", *(f"KL, {t}" for t in texts), *(f"ΔNLL, {t}" for t in texts)]
     head += [f"passkey {length}" for length in PASSKEYS]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in result["rows"]:
-        start = [f"{row['kv_fraction']:.0%}", row["method"]]
+    rows = [{"kv_fraction": 1.0, "context_tokens": 1024, "method": "base", "measured": result["base"]["measured"]}]
+    for row in rows + result["rows"]:
+        start = [f"{row['kv_fraction']:.1%} at {row['context_tokens']:,}", row["method"]]
         if "refused" in row:
             lines.append(f"| {' | '.join(start)} | {row['refused']} |{' |' * (len(head) - 3)}")
             continue
         found = row["measured"]
-        cells = [f"{row['full']} / {row['sliding']} / {row['none']}"]
+        cells = [" / ".join(str(row[kind]) for kind in ("full", "sliding", "none")) if "full" in row else "all full"]
         for metric in ("kl", "nll"):
             cells += [f"{found[t][metric]['mean']:.3f} ± {found[t][metric]['standard_error']:.3f}" for t in texts]
         for length in PASSKEYS:
@@ -189,22 +183,34 @@ def main() -> None:
     runtime = start_runtime(recipe)
     measure = open_measured(recipe, args.run, sensitivity, windows(sensitivity, recipe.plan), runtime)
     tokenizer, stream = load_tokenizer(open_base(recipe, args.run, runtime), False), measure.probe.streams.stream
-    texts = {}
+    texts, fillers = {}, []
     for index, file in enumerate(args.text):
-        text = Text(source=file, sequence_tokens=512)
-        split = "all" if index else "held_out"
-        wanted = max(TEXT_SEQUENCES * 512, 0 if index else max(n * c for n, c in PASSKEYS.items()))
-        texts[Path(file).name] = load_tokens(text, tokenizer, split, wanted).ids
-    judge = Judge(stream, texts, tokenizer, args.run / "selection.jsonl", measure.made_from)
-    rows = chosen(sensitivity, recipe, measure)
+        text = Text(source=file, sequence_tokens=SEQUENCE_TOKENS)
+        filling = 0 if index else sum(length * count for length, count in PASSKEYS.items())
+        ids = load_tokens(
+            text, tokenizer, "all" if index else "held_out", TEXT_SEQUENCES * SEQUENCE_TOKENS + filling
+        ).ids
+        texts[Path(file).name] = ids[:TEXT_SEQUENCES]
+        fillers.append(ids[TEXT_SEQUENCES:].flatten())
+    prompts, filler = {}, fillers[0]
+    for length, count in PASSKEYS.items():
+        asked = retrieval_prompts(tokenizer, filler[: length * count], "passkey", length, count, 1234)
+        prompts[f"passkey {length}"], filler = asked, filler[length * count :]
+    kept, first = args.run / "selection.jsonl", next(iter(texts))
+    judge = Judge(stream, texts, prompts, kept, measure.kept.made_from)
+    quick = Judge(stream, {first: texts[first][: TEXT_SEQUENCES // 2]}, {}, kept, measure.kept.made_from)
+
     base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
-    result = {"base": {"texts": list(texts), "measured": judge(base)}}
-    for row in rows:
-        if "layers" in row:
-            row["measured"] = judge(row["layers"])
-            row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
-            log.info("%s at %.0f %%: %s", row["method"], 100 * row["kv_fraction"], row["measured"])
-    result |= {"rows": rows, "random_plans": random_plans(sensitivity, recipe.plan, measure)}
+    result: dict[str, Any] = {"base": {"texts": list(texts), "measured": judge(base)}, "rows": []}
+    for fraction, context, names in BUDGETS:
+        for name in names:
+            row = chosen(sensitivity, recipe, measure, fraction, context, name)
+            if "layers" in row:
+                row["measured"] = judge(row["layers"])
+                row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
+            log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
+            result["rows"].append(row)
+    result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
     write_json(args.out.with_suffix(".json"), result)
     page = INTRODUCTION.format(command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name)
     write_text(args.out.with_suffix(".md"), page + table(result))

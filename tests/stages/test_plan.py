@@ -26,7 +26,7 @@ def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: P
     refined = plan("refine")
     after = (run / MEASURED).read_text().splitlines()
     assert after[: len(lines)] == lines
-    found = {entry["plan"]: entry["damage"]["kl"] for entry in map(json.loads, after)}
+    found = {entry["plan"]: entry["found"]["kl"] for entry in map(json.loads, after)}
     damages = [found[fingerprint([entry.model_dump() for entry in layers])] for layers in (greedy, refined)]
     assert damages[1] <= damages[0]
     # All of it was measured: a second search asks the model for nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,21 @@ def open_measured(
     asked = [row for batch in prompts for row in batch.ids.tolist()]
     dtype = str(runtime.dtype)
     made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)
-    measured = MeasuredPlans(probe, run / MEASURED, made_from)
-    log.info("%d plans were measured before", len(measured.found))
-    return measured
+    kept = KeptByPlan(run / MEASURED, made_from)
+    log.info("%d plans were measured before", len(kept.found))
+    return MeasuredPlans(probe, kept)
 
 
-class MeasuredPlans:
-    """What whole plans lose, by metric; every measurement is kept in a file, so that a killed search goes on.
+class KeptByPlan:
+    """What was found about plans, a line each in a file, so that a killed search goes on.
 
-    Calling it with a plan measures it, or reads it back.
+    `made_from`: fingerprint of all a finding depends on besides the plan; others' lines stay in the file.
     """
 
-    def __init__(self, probe: TextProbe, file: Path, made_from: str) -> None:
-        """`made_from`: fingerprint of all a measurement depends on besides the plan; others' lines stay in the file."""
-        self.probe, self.file, self.made_from = probe, file, made_from
+    def __init__(self, file: Path, made_from: str) -> None:
+        self.file, self.made_from = file, made_from
         self.lines: list[str] = []
-        self.asked: list[Sequence[LayerPlan]] = []
-        self.found: dict[str, Mapping[str, float]] = {}
+        self.found: dict[str, Any] = {}
         for line in file.read_text().splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
@@ -98,20 +96,35 @@ class MeasuredPlans:
                 raise ConfigError(f"{file} cannot be read", found=line[:80], do="delete it") from None
             self.lines.append(line)
             if entry["made_from"] == made_from:
-                self.found[entry["plan"]] = entry["damage"]
+                self.found[entry["plan"]] = entry["found"]
 
-    def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+    def __call__(self, plan: Sequence[LayerPlan], find: Callable[[], Any]) -> Any:
+        """What was found about this plan, or is found now and kept."""
         key = fingerprint([entry.model_dump() for entry in plan])
         if key not in self.found:
-            self._follow(plan)
-            [damages] = self.probe.damages([plan])
-            # `mse` is of one layer, not of a plan.
-            self.found[key] = {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
-            entry = {"made_from": self.made_from, "plan": key, "damage": self.found[key]}
-            self.lines.append(json.dumps(entry))
+            self.found[key] = find()
+            self.lines.append(json.dumps({"made_from": self.made_from, "plan": key, "found": self.found[key]}))
             write_text(self.file, "\n".join(self.lines) + "\n")
-        self.asked.append(plan)
         return self.found[key]
+
+
+class MeasuredPlans:
+    """What whole plans lose, by metric. Calling it with a plan measures it, or reads it back."""
+
+    def __init__(self, probe: TextProbe, kept: KeptByPlan) -> None:
+        self.probe, self.kept = probe, kept
+        self.asked: list[Sequence[LayerPlan]] = []
+
+    def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        found: Mapping[str, float] = self.kept(plan, lambda: self._measure(plan))
+        self.asked.append(plan)
+        return found
+
+    def _measure(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        self._follow(plan)
+        [damages] = self.probe.damages([plan])
+        # `mse` is of one layer, not of a plan.
+        return {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
 
     def _follow(self, plan: Sequence[LayerPlan]) -> None:
         """Keep the streams of a plan asked for before that is one change away, once the kept one is far."""
