@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, opening_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
@@ -53,3 +53,11 @@ def test_too_little_text_or_room_is_refused() -> None:
         retrieval_prompts(byte_tokenizer(), FILLER, "passkey", 600, 9, seed=0)
     with pytest.raises(ConfigError, match="too short to hold"):
         retrieval_prompts(byte_tokenizer(), FILLER, "key_value", 100, 1, seed=0)
+
+
+def test_prompts_open_as_the_tokenizer_opens_a_text() -> None:
+    filler = torch.full((1000,), 5)
+    prompts = retrieval_prompts(opening_tokenizer(), filler, "passkey", 250, 4, seed=0)
+    assert prompts.ids.shape == (4, 250)
+    assert prompts.ids[:, 0].eq(0).all()
+    assert prompts.ids[:, 1:].ne(0).all()

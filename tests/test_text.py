@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_text, tiny_model, tiny_tokenizer
+from tiny import opening_tokenizer, save_text, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.text import SAMPLES, load_tokens, read_documents, sample_documents, samples_missing
+from layerboost.text import SAMPLES, load_tokens, opening_ids, read_documents, sample_documents, samples_missing
 
 TOKENIZER = tiny_tokenizer()
 
@@ -45,6 +45,21 @@ def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
     ids = load_tokens(settings(tmp_path / "a.txt"), TOKENIZER, "all", 2000).ids
     assert (ids == TOKENIZER.eos_token_id).sum() > 0
     assert set(ids.unique().tolist()) <= {1, 2, 3, 4, 5}  # a piece may cut a word in two
+
+
+def test_documents_and_sequences_open_as_the_tokenizer_opens_a_text(tmp_path: Path) -> None:
+    opening = opening_tokenizer()
+    text = settings(save_text(tmp_path / "t.jsonl"))
+    plain, opened = (load_tokens(text, tokenizer, "all", 3200).ids for tokenizer in (TOKENIZER, opening))
+    assert opening_ids(TOKENIZER) == []
+    assert opening_ids(opening) == [0]
+    assert opened.shape == plain.shape
+    assert opened[:, 0].eq(0).all()
+    stream, ends = opened.flatten(), opened.flatten().eq(TOKENIZER.eos_token_id).nonzero().flatten()
+    assert stream[ends[:-1] + 1].eq(0).all()
+    # Nothing of the text is lost or said twice.
+    words = stream[stream != 0]
+    assert torch.equal(words, plain.flatten()[: len(words)])
 
 
 def test_formats(tmp_path: Path) -> None:
@@ -115,7 +130,7 @@ def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
 
 def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Bytes:
-        eos_token_id = 0
+        eos_token_id, bos_token_id = 0, None
 
         def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
             return {"input_ids": list(words.encode())}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from layerboost.errors import ConfigError
+from layerboost.text import opening_ids
 
 Kind = Literal["passkey", "key_value"]
 KINDS: tuple[Kind, ...] = ("passkey", "key_value")
@@ -78,6 +79,9 @@ def _prompt(tokenizer: Any, text: list[int], kind: Kind, depth: float, draw: ran
         found: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
         return found
 
+    opening = opening_ids(tokenizer)
+    if text[: len(opening)] != opening:
+        text = (opening + text)[: len(text)]
     keys = draw.sample(KEYS, PAIRS if kind == "key_value" else 1)
     values = [str(value) for value in draw.sample(range(10 ** (DIGITS - 1), 10**DIGITS), len(keys))]
     fact, question = KEY_VALUE if kind == "key_value" else PASSKEY
@@ -98,5 +102,6 @@ def _prompt(tokenizer: Any, text: list[int], kind: Kind, depth: float, draw: ran
     )
     body = text[:room]
     for place, which in places:
-        body[place:place] = facts[which]
+        after = max(place, len(opening))
+        body[after:after] = facts[which]
     return body + prompt + answer, len(answer)

@@ -50,7 +50,8 @@ class Tokens:
 def load_tokens(
     text: Text, tokenizer: Any, split: Split, tokens: int, *, run: Path | None = None, seed: int = 0
 ) -> Tokens:
-    """At least `tokens` tokens of a split, packed into full sequences; one more sequence at most.
+    """At least `tokens` tokens of a split, packed into full sequences; one more sequence at most. Documents, and
+    sequences that begin within one, open as the tokenizer opens a text.
 
     `run`: where samples of the model lie if the source is `self`; `seed` orders the train split. Raises ConfigError for
     a source that cannot be read or holds too little text.
@@ -62,9 +63,10 @@ def load_tokens(
         documents[source] = _select(read_documents(source, text.column, run), split)
         if split == "train":
             documents[source] = _shuffled(documents[source], seed)
-    stream: list[int] = []
+    opening = opening_ids(tokenizer)
+    rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
-    while len(stream) < needed * length:
+    while len(rows) <= needed:
         # The source that lags most behind its share is next: the order depends on nothing but text and seed.
         source = min(taken, key=lambda name: taken[name] / text.sources[name])
         document = next(documents[source], None)
@@ -77,10 +79,29 @@ def load_tokens(
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
         if not taken[source]:
             _warn_if_shredded(document, len(ids), source)
-        stream += [*ids, tokenizer.eos_token_id]
+        _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
         taken[source] += len(ids) + 1
-    ids = torch.tensor(stream[: needed * length]).view(needed, length)
-    return Tokens(ids, fingerprint(ids.tolist()))
+    return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: the begin-of-text token of Llama 3 or Gemma, nothing for Qwen.
+
+    Such models are lost without it: their heads park attention there.
+    """
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and tokenizer("a")["input_ids"][:1] == [start] else []
+
+
+def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:
+    """Append a document to the last row and further ones; it begins with `opening`, and so does each row."""
+    while document:
+        row = rows[-1]
+        room = length - len(row) - len(opening)
+        row += (opening + document)[: length - len(row)]
+        document = document[max(room, 0) :]
+        if len(row) == length:
+            rows.append([])
 
 
 def _warn_if_shredded(document: str, tokens: int, source: str) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import torch
-from tiny import tiny_tokenizer
+from tiny import opening_tokenizer, tiny_tokenizer
 
 from layerboost import retrieval
 from layerboost.healing.recall import NAMES, TEMPLATES, with_recall
@@ -12,7 +12,7 @@ from layerboost.healing.recall import NAMES, TEMPLATES, with_recall
 class Letters:
     """One token a letter."""
 
-    eos_token_id = 0
+    eos_token_id, bos_token_id = 0, None
 
     def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in words]}
@@ -38,6 +38,15 @@ def test_facts_are_stated_before_they_are_asked_for() -> None:
             assert any(name in before and name in after for name in NAMES)
     assert torch.equal(found, with_recall(IDS, Letters(), 0.25, seed=3))
     assert not torch.equal(found, with_recall(IDS, Letters(), 0.25, seed=4))
+
+
+def test_a_sequence_keeps_its_opening_and_has_no_other() -> None:
+    ids = torch.full((1, 1000), 5)
+    ids[0, [0, 300, 301]] = torch.tensor([0, 1, 0])
+    [row] = with_recall(ids, opening_tokenizer(), 1, seed=0)
+    assert row[0] == 0
+    assert row[1:].ne(0).all()
+    assert not torch.equal(row, ids[0])
 
 
 def test_no_share_and_short_sequences_change_nothing() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from layerboost.text import opening_ids
+
 # What is stated, and how it is asked for: the answer follows.
 TEMPLATES = (
     ("\n{name}'s locker opens with {value}.\n", "\nTo open {name}'s locker one enters {value}.\n"),
@@ -35,14 +37,15 @@ def with_recall(ids: torch.Tensor, tokenizer: Any, share: float, seed: int) -> t
 
 
 def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
-    body = [token for token in text if token != tokenizer.eos_token_id]
+    opening = opening_ids(tokenizer)
+    body = [token for token in text if token not in (tokenizer.eos_token_id, *opening)]
     facts = []
     for name in draw.sample(NAMES, min(MOST_FACTS, max(1, len(text) // TOKENS_A_FACT))):
         statement, question = draw.choice(TEMPLATES)
         value = draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 ** (digits + 1))
         parts = (part.format(name=name, value=value) for part in (statement, question))
         facts.append([tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts])
-    room = len(text) - sum(len(part) for fact in facts for part in fact)
+    room = len(text) - len(opening) - sum(len(part) for fact in facts for part in fact)
     if room < len(text) // 2 or room > len(body):
         return text
     places = []
@@ -52,4 +55,4 @@ def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
     body = body[:room]
     for place, part in sorted(places, key=lambda found: found[0], reverse=True):
         body[place:place] = part
-    return body
+    return opening + body
