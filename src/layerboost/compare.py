@@ -33,6 +33,7 @@ from layerboost.reporting.compared import compared_page
 from layerboost.reporting.comparison import EvalComparison
 from layerboost.runtime import locked, log, recorded, start_runtime
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
+from layerboost.sensitivity.calibration import MEASURED
 from layerboost.stages.evaluate import run_evaluate
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
@@ -126,10 +127,11 @@ def _row_recipe(recipe: Recipe, base: Path, changes: Mapping[str, Any]) -> Recip
 
 
 def _prepare(run: Path, folder: Path) -> None:
-    """What a folder takes over from the run: its sensitivities, and the model's own samples if there are any."""
+    """What a folder takes over from the run: its sensitivities, plans measured before and the model's own samples."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SENSITIVITY, SAMPLES, SAMPLES_FROM):
-        if (run / name).is_file():
+    for name in (SENSITIVITY, MEASURED, SAMPLES, SAMPLES_FROM):
+        # A search that was killed has measured more than the run.
+        if (run / name).is_file() and not (name == MEASURED and (folder / name).is_file()):
             shutil.copyfile(run / name, folder / name)
 
 
