@@ -68,6 +68,7 @@ standard error over sequences; passkeys: exact answers, and the answer's log-pro
 Model: {model}. Made by
 
 ```console
+$ {measured}
 $ {command}
 ```
 
@@ -212,7 +213,11 @@ def main() -> None:
             result["rows"].append(row)
     result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
     write_json(args.out.with_suffix(".json"), result)
-    page = INTRODUCTION.format(command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name)
+    stages = json.loads((args.run / "run.json").read_text())["stages"]
+    measured = next(entry["argv"] for entry in reversed(stages) if entry["stage"] == "measure")
+    page = INTRODUCTION.format(
+        measured=shlex.join(measured), command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name
+    )
     write_text(args.out.with_suffix(".md"), page + table(result))
     print(table(result))
     print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import opening_tokenizer, save_text, tiny_model, tiny_tokenizer
+from tiny import opening_tokenizer, save_text, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.text import SAMPLES, load_tokens, opening_ids, read_documents, sample_documents, samples_missing
+from layerboost.text import load_tokens, opening_ids, read_documents
 
 TOKENIZER = tiny_tokenizer()
 
@@ -93,23 +93,6 @@ def test_sources_that_are_not_there() -> None:
         list(read_documents("package:no-such-package", "text"))
     with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
         list(read_documents("nobody/nothing", "text"))
-
-
-def test_the_models_own_samples(tmp_path: Path) -> None:
-    text = Text(source="self", sequence_tokens=16, self_samples=24)
-    made_from = {"model": "tiny"}
-    assert samples_missing(text, tmp_path, made_from)
-    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, 0, made_from)
-    whole = (tmp_path / SAMPLES).read_text()
-    assert len(whole.splitlines()) == 24
-    assert not samples_missing(text, tmp_path, made_from)
-    (tmp_path / SAMPLES).write_text("".join(line + "\n" for line in whole.splitlines()[:16]))
-    assert samples_missing(text, tmp_path, made_from)
-    sample_documents(tiny_model(layers=2), TOKENIZER, text, tmp_path, 0, made_from)
-    assert (tmp_path / SAMPLES).read_text() == whole
-    with pytest.raises(ConfigError, match="sampled from another model"):
-        samples_missing(text, tmp_path, {"model": "other"})
-    assert load_tokens(text, TOKENIZER, "train", 64, run=tmp_path).ids.shape == (4, 16)
 
 
 def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:

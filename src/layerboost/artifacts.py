@@ -61,14 +61,10 @@ class ModelInfo(BaseModel):
     vocabulary: int
     tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
+    attention_parameters: int = Field(description="of one layer: what a layer without attention does not have")
     fingerprint: str
     sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
     sliding_window: int | None = Field(default=None, description="their window")
-
-    @property
-    def attention_parameters(self) -> int:
-        """Weights of one layer's projections and its norm: what a layer without attention does not have."""
-        return self.hidden_size * (2 * self.head_dim * (self.heads + self.kv_heads) + 1)
 
     @property
     def kv_bytes_per_token(self) -> int:

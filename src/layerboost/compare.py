@@ -38,6 +38,9 @@ from layerboost.stages.evaluate import run_evaluate
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
 FOLDER, OURS = "compare", "ours"
+CONTROLS = {"paper_tiers": "threshold", "llm_drop": "cosine", "uniform": "uniform", "random": "random"}
+# Limits on damage are ours alone: the controls know none.
+NO_LIMITS = {"plan.max_kl": None, "plan.max_retrieval": None}
 ALL_SLIDING = {"all_sliding": False, "all_sliding_sink": True}
 
 
@@ -47,10 +50,7 @@ def rows(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {
         OURS: {},
         "ours_without_attention_distillation": {"heal.attention_tokens": 0, "heal.tokens": tokens},
-        "paper_tiers": {"plan.method": "threshold"},
-        "llm_drop": {"plan.method": "cosine"},
-        "uniform": {"plan.method": "uniform"},
-        "random": {"plan.method": "random"},
+        **{row: {"plan.method": method, **NO_LIMITS} for row, method in CONTROLS.items()},
         **{name: {} for name in ALL_SLIDING},
     }
 

@@ -69,7 +69,7 @@ class Measure(Section):
     tasks: tuple[str, ...] = Field(
         (), description="tasks whose validation items give the benchmark metric, such as arc_easy, mmlu, openbookqa"
     )
-    task_items: int | None = Field(200, ge=1, description="items of each task; null: all")
+    task_items: int | None = Field(200, ge=2, description="items of each task; null: all")
     plan: str | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
 
 

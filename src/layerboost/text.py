@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,9 @@ TEXT_SUFFIXES = (".txt", ".md", ".raw")
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
+SAMPLES_AT_ONCE = 64
+# So many samples of a model, from a seed.
+Generate = Callable[[int, int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -130,34 +133,19 @@ def read_documents(source: str, column: str, run: Path | None = None) -> Iterato
     return _hub(source, column)
 
 
-def sample_documents(model: Any, tokenizer: Any, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
+def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
     """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; goes on where a killed run stopped.
 
-    Plain ancestral sampling at temperature 1 from the begin-of-text token. `made_from` is kept beside the samples.
+    `generate(count, seed)` gives so many samples, `made_from` is kept beside them.
     """
     write_text(run / SAMPLES_FROM, json.dumps(made_from))
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     lines = (run / SAMPLES).read_text().splitlines() if (run / SAMPLES).is_file() else []
     with Progress("sampling text from the model", text.self_samples, "samples") as progress:
         progress.skip(len(lines))
         while len(lines) < text.self_samples:
-            torch.manual_seed(seed * 1_000_003 + len(lines))
-            count = min(16, text.self_samples - len(lines))
-            prompt = torch.full((count, 1), start, device=model.device)
-            out = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                # A model's own generation settings would sharpen its text.
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=text.sequence_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            decoded = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
-            lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in decoded]
+            count = min(SAMPLES_AT_ONCE, text.self_samples - len(lines))
+            samples = generate(count, seed * 1_000_003 + len(lines))
+            lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in samples]
             write_text(run / SAMPLES, "\n".join(lines) + "\n")
             progress.advance(count)
 

@@ -53,7 +53,8 @@ def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
     """A stock model in which, by its weights, the attention of `none` layers adds nothing."""
     for letter, layer in zip(letters, decoder_layers(model), strict=True):
         if letter == "n":
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            for parameter in layer.self_attn.o_proj.parameters():
+                torch.nn.init.zeros_(parameter)
     return model
 
 

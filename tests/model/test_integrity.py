@@ -124,6 +124,18 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_config(f, per_layer_config={"7": {"skip": ["attention"]}}),
         "cannot read the configuration",
     ),
+    "architectures edited": (
+        lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),
+        r"no longer names LayerBoostForCausalLM\nfound: architectures \['LlamaForCausalLM'\]",
+    ),
+    "layer types removed": (lambda f: edit_config(f, layer_types=None), "cannot read the configuration"),
+    "sinks of nonsense": (lambda f: edit_config(f, attention_sink_layers=2), "cannot read the configuration"),
+    "base layer types too short": (
+        lambda f: edit_config(f, base_layer_types=["full_attention"]),
+        "cannot read the con",
+    ),
+    "window of nonsense": (lambda f: edit_config(f, sliding_window="16"), "sliding_window '16', where 1 to 512 tokens"),
+    "window of nothing": (lambda f: edit_config(f, sliding_window=0), "sliding_window 0, where 1 to 512 tokens"),
     "config of nonsense": (lambda f: edit_config(f, num_attention_heads="many"), "cannot read the configuration"),
     "plan edited": (
         lambda f: replace(f, "attention: sliding, window: 16, sink: true", "attention: none"),

@@ -58,6 +58,7 @@ def model_info(name: str = "SmolLM2-135M-Instruct") -> ModelInfo:
         vocabulary=49_152,
         tied_head=True,
         parameters=134_515_008,
+        attention_parameters=885_312,
         fingerprint="5f0c1d2e3a4b5c6d",
     )
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_selection import sensitivity
 from tiny import info, layer_plans, tiny_model
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import count_parameters
+from layerboost.model.families import FAMILIES
+from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
 from layerboost.search.costs import (
@@ -35,16 +39,28 @@ def test_kv_bytes() -> None:
     assert plan_kv_bytes(info(), layer_plans("ssss"), 10) == base_kv_bytes(info(), 10)
 
 
-def test_parameters_are_those_of_the_model_without_the_removed_attention() -> None:
-    model = tiny_model(layers=4)
-    facts = info().model_copy(update={"parameters": count_parameters(model.config)})
-    removed = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.startswith(("model.layers.1.self_attn", "model.layers.1.input_layernorm"))
-    )
-    assert removed == facts.attention_parameters
-    assert budget(facts).plan(layer_plans("fnsf"))["parameters"] == facts.parameters - removed
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_parameters_are_those_of_the_model_without_the_removed_attention(model_type: str) -> None:
+    model = tiny_model(model_type, layers=6)
+    parameters, attention = count_parameters(model.config)
+    facts = info(6).model_copy(update={"parameters": parameters, "attention_parameters": attention})
+    assert parameters == sum(parameter.numel() for parameter in model.parameters())
+    letters = "fnffnf"
+    apply_plan(model, layer_plans(letters))
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert budget(facts).plan(layer_plans(letters))["parameters"] == left < parameters
+
+
+def test_the_facts_of_a_tiny_llama_are_right() -> None:
+    assert count_parameters(tiny_model(layers=4).config)[1] == info().attention_parameters
+
+
+@pytest.mark.parametrize("rates", [{}, {"weight_bytes_per_s": -5.0}, {"step_ms": -1.0}])
+def test_rates_that_cannot_be(rates: dict[str, float], tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"schema_version": 1, "rates": rates}))
+    with pytest.raises(ConfigError, match="decoding takes no time" if not rates else "greater than"):
+        Budget.of(sensitivity(4), Plan(costs=str(file), decode_fraction=0.5))
 
 
 def test_decode_time_is_the_sum_of_its_parts() -> None:

@@ -9,11 +9,12 @@ import pytest
 from test_selection import sensitivity
 
 from layerboost.artifacts import LayerPlan, Sensitivity
-from layerboost.errors import InfeasibleBudget
+from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import choices, variant_of
 from layerboost.search.costs import Budget
 from layerboost.search.greedy import greedy, refine
+from layerboost.search.methods import select
 from layerboost.search.selection import budget
 
 LAYERS = 6
@@ -80,6 +81,22 @@ def test_a_limit_on_one_metric_holds_while_the_other_is_kept_low() -> None:
         return Interacting(0.0)(plan) | {"retrieval": lost}
 
     assert measure(refine(MADE, settings, measure))["retrieval"] == 0
+
+
+@pytest.mark.parametrize("method", ["greedy", "refine"])
+def test_a_limit_that_the_plan_found_does_not_keep_is_infeasible(method: str) -> None:
+    # By single scores the limit can be kept; as measured it cannot.
+    settings = SETTINGS.model_copy(update={"method": method, "max_kl": 8.0})
+    with pytest.raises(InfeasibleBudget, match=r"a measured kl of at most 8[\s\S]*raise plan\.max_kl to"):
+        select(MADE, settings, 0, Interacting(50.0))
+    plan = select(MADE, settings, 0, Interacting(0.0))
+    assert Interacting(0.0)(plan)["kl"] <= 8.0
+
+
+def test_the_controls_know_no_limit_on_damage() -> None:
+    for method in ("threshold", "uniform", "random", "cosine"):
+        with pytest.raises(ConfigError, match=r"keeps to no limit on damage\nfound: plan\.max_kl 0\.5"):
+            select(MADE, SETTINGS.model_copy(update={"method": method, "max_kl": 0.5}))
 
 
 def test_a_budget_that_nothing_meets_is_infeasible() -> None:

@@ -30,11 +30,10 @@ from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import CARD, LICENCE_FILES, UNKNOWN, Origin, front_matter, licence_sentence, model_card
 from layerboost.model.integrity import check_checkpoint, first_line, read_config
-from layerboost.model.modeling import base_layer_types
+from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
-from layerboost.text import sample_documents, samples_missing
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.
@@ -127,6 +126,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> ModelInfo:
     """What plans and sensitivities record about a model."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters, attention_parameters = count_parameters(config)
     return ModelInfo(
         name=source.name,
         model_type=config.model_type,
@@ -139,17 +139,23 @@ def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
         max_context_tokens=config.max_position_embeddings,
         vocabulary=config.vocab_size,
         tied_head=config.tie_word_embeddings,
-        parameters=count_parameters(config),
+        parameters=parameters,
+        attention_parameters=attention_parameters,
         fingerprint=model_fingerprint(source),
         sliding_layers=[index for index, kind in enumerate(base_layer_types(config)) if kind == "sliding_attention"],
         sliding_window=native_window(config),
     )
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a model of this configuration, tied ones once; no memory is taken."""
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """Parameters of a model of this configuration, tied ones once, and those that one layer's attention takes with it
+    when it is removed; no memory is taken.
+    """
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    make_attention_free(decoder_layers(model)[0], 0, family_of(config))
+    return whole, whole - sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_fingerprint(source: Source) -> str:
@@ -181,16 +187,6 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
         (folder / CARD).write_text(_base_card(source))
         (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
     return Source(source.name, (run / BASE).absolute())
-
-
-def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
-    """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder."""
-    if "self" not in recipe.text.sources:
-        return
-    made_from = {"model": model_fingerprint(source), "seed": recipe.seed, "text": recipe.text.model_dump(mode="json")}
-    if samples_missing(recipe.text, run, made_from):
-        model = load_model(source, runtime, recipe.trust_remote_code)
-        sample_documents(model, tokenizer, recipe.text, run, recipe.seed, made_from)
 
 
 def save_boosted(

@@ -32,10 +32,17 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     shapes = tensor_shapes(folder)
     if ARCHITECTURE in (plain.get("architectures") or []):
         config = read_config(folder, str(folder))
+        recorded = _recorded(folder, config)
         if (folder / PLAN).is_file():
-            _check_plan(folder, config, read_plan(folder / PLAN))
+            _check_plan(folder, recorded, read_plan(folder / PLAN))
         if shapes:
             _check_tensors(folder, config, shapes)
+    elif "attention_sink_layers" in plain:
+        raise ConfigError(
+            f"{folder / 'config.json'} is of a boosted checkpoint and no longer names {ARCHITECTURE}",
+            found=f"architectures {plain.get('architectures')}",
+            do="make the checkpoint again; its own files are not for editing",
+        )
     return plain
 
 
@@ -121,9 +128,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [], {}
 
 
-def _check_plan(folder: Path, config: PreTrainedConfig, plan: PlanFile) -> None:
+def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
     planned = [_words(entry.attention, entry.window, entry.sink) for entry in plan.layers]
-    recorded = _recorded(config)
     differing = [
         f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json"
         for layer, (ours, theirs) in enumerate(zip(planned, recorded, strict=False))
@@ -139,8 +145,24 @@ def _check_plan(folder: Path, config: PreTrainedConfig, plan: PlanFile) -> None:
         )
 
 
-def _recorded(config: PreTrainedConfig) -> list[str]:
-    """Per layer, the strategy that a boosted checkpoint's config records."""
+def _recorded(folder: Path, config: PreTrainedConfig) -> list[str]:
+    """Per layer, the strategy that a boosted checkpoint's config records; raises ConfigError where it is nonsense."""
+    try:
+        found = _strategies(config)
+        window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+        slides = any(words.startswith("sliding") for words in found)
+    except Exception as error:  # as in read_config
+        raise ConfigError(f"cannot read the configuration of {folder}", found=first_line(error)) from None
+    if slides and not (type(window) is int and 1 <= window <= context):
+        raise ConfigError(
+            f"cannot read the configuration of {folder}",
+            found=f"sliding_window {window!r}, where 1 to {context:,} tokens make sense",
+            do="make the checkpoint again; its own files are not for editing",
+        )
+    return found
+
+
+def _strategies(config: PreTrainedConfig) -> list[str]:
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):

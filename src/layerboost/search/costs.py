@@ -45,12 +45,12 @@ class Rates(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    step_ms: float = Field(0.0, description="of every forward pass: scheduler, sampler, launches")
-    layer_ms: float = Field(0.0, description="of every layer with attention in a pass")
-    weight_bytes_per_s: float | None = Field(None, description="reading of weights, once a pass")
-    flops_per_s: float | None = Field(None, description="matrix products with weights")
-    kv_bytes_per_s: float | None = Field(None, description="reading of the KV cache while decoding")
-    attention_flops_per_s: float | None = Field(None, description="attention during prefill")
+    step_ms: float = Field(0.0, ge=0, description="of every forward pass: scheduler, sampler, launches")
+    layer_ms: float = Field(0.0, ge=0, description="of every layer with attention in a pass")
+    weight_bytes_per_s: float | None = Field(None, gt=0, description="reading of weights, once a pass")
+    flops_per_s: float | None = Field(None, gt=0, description="matrix products with weights")
+    kv_bytes_per_s: float | None = Field(None, gt=0, description="reading of the KV cache while decoding")
+    attention_flops_per_s: float | None = Field(None, gt=0, description="attention during prefill")
 
     def milliseconds(self, work: np.ndarray) -> float:
         """The time of `work`, a row of `decode_work` or `prefill_work`."""
@@ -140,7 +140,13 @@ class Budget:
         model, context = sensitivity.model, settings.context_tokens
         # Where layers slide in the base, counts of what the plan says are not counts of what vLLM groups.
         padding = settings.kv_padding and not model.sliding_layers
-        return cls(model, context, settings.concurrency, fractions, rates, padding)
+        limits = cls(model, context, settings.concurrency, fractions, rates, padding)
+        if rates is not None and not limits.base()[DECODE_MS]:
+            raise ConfigError(
+                f"by the rates in {settings.costs} decoding takes no time",
+                do="write down at least one of step_ms, layer_ms, weight_bytes_per_s, flops_per_s and kv_bytes_per_s",
+            )
+        return limits
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Every cost of a plan, for one request of the budget's context; no layers: what is left without attention."""

@@ -125,7 +125,9 @@ def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
     """The choices at the window of the best plan by single scores, or the shortest where that has none."""
     measured = windows(sensitivity, settings)
     if len(measured) > 1:
-        best = next((entry.window for entry in budget(sensitivity, settings) if entry.window), measured[0])
+        # Limits on damage hold for what is measured, not for sums of single scores.
+        costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
+        best = next((entry.window for entry in budget(sensitivity, costs_alone) if entry.window), measured[0])
     else:
         best = measured[0]
     return choices(sensitivity, settings, best)

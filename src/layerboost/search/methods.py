@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
+from layerboost.search.choices import metric_limits
+from layerboost.search.costs import Budget
 from layerboost.search.greedy import Measure, greedy, refine
-from layerboost.search.selection import budget, least_cosine, spread, threshold
+from layerboost.search.selection import budget, infeasible, least_cosine, spread, threshold
 
 # Methods that measure whole plans on the model.
 MEASURING = ("greedy", "refine")
@@ -20,12 +23,29 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
     """
     if settings.method in MEASURING:
         assert measure is not None
-        return (greedy if settings.method == "greedy" else refine)(sensitivity, settings, measure)
-    methods: dict[str, Callable[[], list[LayerPlan]]] = {
-        "budget": lambda: budget(sensitivity, settings),
+        return _measured(sensitivity, settings, measure)
+    if settings.method == "budget":
+        return budget(sensitivity, settings)
+    if unheard := metric_limits(settings):
+        raise ConfigError(
+            f"plan.method {settings.method} keeps to no limit on damage",
+            found=", ".join(f"plan.max_{metric} {most:g}" for metric, most in unheard.items()),
+            do="leave the limit out, or use budget, greedy or refine",
+        )
+    controls: dict[str, Callable[[], list[LayerPlan]]] = {
         "threshold": lambda: threshold(sensitivity, settings),
         "uniform": lambda: spread(sensitivity, settings, None),
         "random": lambda: spread(sensitivity, settings, seed),
         "cosine": lambda: least_cosine(sensitivity, settings),
     }
-    return methods[settings.method]()
+    return controls[settings.method]()
+
+
+def _measured(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
+    """A plan by the methods that measure; the search only leans towards limits on damage, so they are looked at."""
+    plan = (greedy if settings.method == "greedy" else refine)(sensitivity, settings, measure)
+    limits = metric_limits(settings)
+    found = measure(plan) if any(entry.attention != "full" for entry in plan) else dict.fromkeys(limits, 0.0)
+    if any(found[metric] > most + 1e-9 for metric, most in limits.items()):
+        raise infeasible(Budget.of(sensitivity, settings), settings, plan, found, "measured")
+    return plan

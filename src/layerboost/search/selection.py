@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -228,8 +228,10 @@ def _nearest(tables: list[list[list[Choice]]], limits: Budget, settings: Plan) -
     raise AssertionError("a plan without limits always exists")
 
 
-def infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: dict[str, float]) -> InfeasibleBudget:
-    """The error that names the nearest plan and the limits it would need."""
+def infeasible(
+    limits: Budget, settings: Plan, layers: list[LayerPlan], scores: Mapping[str, float], how: str = "predicted"
+) -> InfeasibleBudget:
+    """The error that names the nearest plan and the limits it would need; `scores` are `how` they were found."""
     share, wanted, found, do = limits.held(layers), [], [], []
     for name, fraction in limits.fractions.items():
         if share[name] > fraction + 1e-9:
@@ -238,8 +240,8 @@ def infeasible(limits: Budget, settings: Plan, layers: list[LayerPlan], scores: 
             do.append(f"plan.{SETTINGS[name]} to {math.ceil(share[name] * 1000) / 1000:g}")
     for metric, most in metric_limits(settings).items():
         if scores and scores[metric] > most + 1e-9:
-            wanted.append(f"a predicted {metric} of at most {most:g}")
-            found.append(f"a predicted {metric} of {scores[metric]:.3g}")
+            wanted.append(f"a {how} {metric} of at most {most:g}")
+            found.append(f"a {how} {metric} of {scores[metric]:.3g}")
             do.append(f"plan.max_{metric} to {math.ceil(scores[metric] * 1000) / 1000:g}")
     counts = ", ".join(
         f"{sum(entry.attention == kind for entry in layers)} {kind}" for kind in ("full", "sliding", "none")

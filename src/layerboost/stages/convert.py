@@ -17,7 +17,6 @@ from layerboost.model.checkpoint import (
     open_base,
     plan_in,
     save_boosted,
-    write_samples,
 )
 from layerboost.model.compat import check_compat, export_compat
 from layerboost.model.integrity import is_intact
@@ -25,6 +24,7 @@ from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.serving.samples import write_samples
 from layerboost.traffic import load_calibration
 
 

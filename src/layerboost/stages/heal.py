@@ -26,12 +26,12 @@ from layerboost.model.checkpoint import (
     model_info,
     open_base,
     save_boosted,
-    write_samples,
 )
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.metrics import token_losses
+from layerboost.serving.samples import write_samples
 from layerboost.text import Split, load_tokens
 
 VALIDATION_SEQUENCES = 8

@@ -27,7 +27,6 @@ from layerboost.model.checkpoint import (
     load_tokenizer,
     model_info,
     open_base,
-    write_samples,
 )
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import check_plan, check_windows
@@ -38,6 +37,7 @@ from layerboost.sensitivity.calibration import filler_tokens, load_prompts
 from layerboost.sensitivity.probe import Probe, TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
+from layerboost.serving.samples import write_samples
 from layerboost.text import Tokens, check_samples
 from layerboost.traffic import Traffic, load_calibration
 

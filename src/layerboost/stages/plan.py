@@ -45,7 +45,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         by_hand = there.sensitivity is None
         if by_hand or (there.sensitivity == file_hash(source) and there.settings == settings):
             log.info("%s is up to date; delete it to choose again", target)
-            _warn(there, recipe.plan.context_tokens)
+            _warn(there.window, recipe.plan.context_tokens)
             return there
         log.info("%s was made from other inputs: choosing again", target)
     layers = select(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
@@ -59,7 +59,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     predicted = predict(sensitivity, layers, recipe.plan)
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
     plan.serving = _serving(Budget.of(sensitivity, recipe.plan), layers)
-    _warn(plan, recipe.plan.context_tokens)
+    _warn(plan.window, recipe.plan.context_tokens)
     _say(plan)
     write_plan(target, plan)
     return plan
@@ -82,6 +82,8 @@ def run_frontier(recipe: Recipe, run: Path) -> Frontier:
     source = run / SENSITIVITY
     sensitivity = _of_the_base(source)
     points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
+    for window in sorted({point.window for point in points if point.window}):
+        _warn(window, recipe.plan.context_tokens)
     found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
     write_json(run / FRONTIER, found)
     return found
@@ -143,13 +145,12 @@ def _say(plan: PlanFile) -> None:
         )
 
 
-def _warn(plan: PlanFile, context_tokens: int) -> None:
-    """Say what a plan gains nothing by."""
-    if plan.window and plan.window >= context_tokens:
+def _warn(window: int | None, context_tokens: int) -> None:
+    """Say of a window that gains nothing."""
+    if window and window >= context_tokens:
         log.warning(
-            "a window of %d holds all of the %d tokens of context that this plan is for: its %d sliding layers gain "
+            "a window of %d holds all of the %d tokens of context that this plan is for: its sliding layers gain "
             "nothing over full ones; plan with a shorter window, or set plan.context_tokens to the length you serve",
-            plan.window,
+            window,
             context_tokens,
-            plan.count("sliding"),
         )
