@@ -10,35 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tiny import VOCABULARY, WINDOW
 from transformers import AutoModelForCausalLM
 
 from layerboost.serving.server import cores
 
-PROMPT_LENGTHS = (3, WINDOW - 1, WINDOW, WINDOW + 1, 40, 150)
+# From within the window to many times its length, around the borders of windows (16) and blocks (32).
+PROMPT_LENGTHS = (3, 7, WINDOW - 1, WINDOW, WINDOW + 1, 24, 31, 32, 33, 40, 47, 48, 50, 63, 64, 65, 80, 97, 129, 150)
+# More prompts begin alike, so that with prefix caching their sequences share blocks.
+SHARED_TOKENS = 100
+TAILS = (1, 2, 5, 13, 16, 17, 28, 29, 40, 60, 61, 75)
 OUTPUT_TOKENS = 24
 
 
 def prompts() -> list[list[int]]:
+    """32 prompts of random tokens."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    alone = [tokens(length) for length in PROMPT_LENGTHS]
+    shared = tokens(SHARED_TOKENS)
+    return alone + [shared + tokens(length) for length in TAILS]
 
 
-def vllm_answers(
-    folders: list[str], scratch: Path, *, trust_remote_code: bool = False, **environment: str
-) -> dict[str, Any]:
-    """Per folder what vLLM makes of it, or its error. One process for all, importing vLLM being slow."""
-    job = {
-        "folders": folders,
-        "prompts": prompts(),
-        "output_tokens": OUTPUT_TOKENS,
-        "trust_remote_code": trust_remote_code,
-    }
-    environment |= {
+def vllm_answers(engines: dict[str, dict[str, Any]], scratch: Path, **environment: str) -> dict[str, Any]:
+    """By name what vLLM makes of each engine's `model` with its options, or its error.
+
+    One process for all, importing vLLM being slow.
+    """
+    job = {"engines": engines, "prompts": prompts(), "output_tokens": OUTPUT_TOKENS}
+    environment = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores())),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
-    }
+    } | environment
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("vllm_offline.py")), str(scratch / "answers.json")],
         input=json.dumps(job),
@@ -52,17 +60,27 @@ def vllm_answers(
     return answers
 
 
-def differences(folder: str, found: dict[str, Any]) -> tuple[float, float]:
-    """Of vLLM's answers, by the log-probabilities of Transformers' model in `folder`: the most that one differs, and
-    the most by which a chosen token falls short of the best."""
+def check_same_model(folder: Path | str, found: Any, *, most: float = 1e-3, adapter: Path | None = None) -> None:
+    """Assert that no log-probability in vLLM's answers is further than `most` from that of Transformers' model in
+    `folder`, and that no chosen token is worse by more than the best one."""
+    assert isinstance(found, dict), found
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    cached = [answer["cached_tokens"] for answer in found["answers"][len(prompts()) :]]
+    assert not cached or sum(cached) > len(cached), "nothing came from the prefix cache"
+    known: dict[tuple[int, ...], torch.Tensor] = {}
     apart, short = [], []
-    for prompt, answer in zip(prompts(), found["answers"], strict=True):
+    for prompt, answer in zip(prompts() * found["passes"], found["answers"], strict=True):
         tokens = prompt + answer["tokens"]
-        with torch.no_grad():
-            expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        chosen = expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        apart.append((chosen - torch.tensor(answer["logprobs"])).abs().max())
-        best = expected[len(prompt) - 1 : -1].max(-1).values
-        short.append((best - chosen[len(prompt) - 1 :]).max())
-    return float(max(apart)), float(max(short))
+        if (key := tuple(tokens)) not in known:
+            with torch.no_grad():
+                known[key] = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        chosen = known[key].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        given = torch.tensor(answer["logprobs"])
+        apart.append(float((chosen[-len(given) :] - given).abs().max()))
+        # Greedy: what vLLM chose is the best token, or a tie with it.
+        answered = slice(len(prompt) - 1, None)
+        short.append(float((known[key][answered].max(-1).values - chosen[answered]).max()))
+    assert max(apart) < most, apart
+    assert max(short) < most, short

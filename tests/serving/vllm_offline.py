@@ -12,44 +12,75 @@ KV_CACHE_BYTES = 1 << 25
 BATCHED_TOKENS, BLOCK_SIZE = 64, 32
 
 
-def answers(folder: str, prompts: list[list[int]], output_tokens: int, trust_remote_code: bool) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+def answers(prompts: list[list[int]], output_tokens: int, adapter: str | None, **options: Any) -> dict[str, Any]:
+    """Of one engine. With prefix caching the prompts are asked twice, and the second pass finds them in the cache."""
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
-    # Fewer tokens a step than the longest prompt has, so that prefill runs in chunks.
-    llm = LLM(
-        folder,
-        trust_remote_code=trust_remote_code,
-        dtype="float32",
-        enforce_eager=True,
-        max_num_batched_tokens=BATCHED_TOKENS,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
+    # Fewer tokens a step than the longer prompts have, so that prefill runs in chunks.
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "block_size": BLOCK_SIZE,
+        "max_num_seqs": len(prompts),
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "enable_lora": adapter is not None,
+    }
+    llm = LLM(**settings | options)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    # vLLM fails at a prompt's own log-probabilities under an adapter, of stock models too.
+    found = ask(llm, prompts, output_tokens, lora, prompt_logprobs=lora is None)
+    passes = 1
+    if llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+        # The first pass read no cache where it was asked for the prompt's own log-probabilities.
+        found += ask(llm, prompts, output_tokens, lora, prompt_logprobs=False)
+        passes = 2
+    cache = llm.llm_engine.vllm_config.cache_config
+    return {
+        "answers": found,
+        "passes": passes,
+        "blocks": cache.num_gpu_blocks,
+        "concurrency": cache.kv_cache_max_concurrency,
+    }
+
+
+def ask(llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, prompt_logprobs: bool) -> list[Any]:
+    """Tokens of each greedy answer, log-probabilities of its tokens and of the prompt's before them if asked for."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=output_tokens,
+        logprobs=0,
+        prompt_logprobs=0 if prompt_logprobs else None,
+        ignore_eos=True,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=output_tokens, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     found = []
-    for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for output in llm.generate(requests, sampling, use_tqdm=False, lora_request=lora):
         prompt, completion = output.prompt_token_ids, output.outputs[0]
         tokens = list(completion.token_ids)
-        first = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
-        rest = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-        found.append({"tokens": tokens, "logprobs": first + rest})
-    cache = llm.llm_engine.vllm_config.cache_config
-    return {"answers": found, "blocks": cache.num_gpu_blocks, "concurrency": cache.kv_cache_max_concurrency}
+        entries = [*zip((output.prompt_logprobs or [])[1:], prompt[1:], strict=prompt_logprobs)]
+        entries += zip(completion.logprobs, tokens, strict=True)
+        logprobs = [entry[token].logprob for entry, token in entries]
+        found.append({"tokens": tokens, "logprobs": logprobs, "cached_tokens": output.num_cached_tokens})
+    return found
 
 
 def main() -> None:
+    """Answers by the engine's name into the file named on the command line."""
     job = json.loads(sys.stdin.read())
     done: dict[str, Any] = {}
-    for folder in job["folders"]:
+    for name, options in job["engines"].items():
         started = time.monotonic()
         try:
-            done[folder] = answers(folder, job["prompts"], job["output_tokens"], job["trust_remote_code"])
+            done[name] = answers(job["prompts"], job["output_tokens"], **{"adapter": None} | options)
         except Exception as error:
-            done[folder] = f"{type(error).__name__}: {error}"
-        print(f"{folder}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+            done[name] = f"{type(error).__name__}: {error}"
+        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     Path(sys.argv[1]).write_text(json.dumps(done))
 
 
