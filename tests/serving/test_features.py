@@ -54,7 +54,7 @@ def served(folders: dict[str, Path], adapters: dict[str, Path], tmp_path_factory
         for feature, options in FEATURES.items()
         for name, folder in folders.items()
     }
-    # Dynamo traces the model, and Inductor compiles nothing, which would take minutes.
+    # With this, vLLM has Dynamo trace the model and Inductor compile nothing.
     return vllm_answers(engines, tmp_path_factory.mktemp("served"), VLLM_CPU_CI_ENV="1")
 
 
