@@ -11,7 +11,7 @@ from typing import Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
-from layerboost.recipe import Recipe, model_of, recipe_yaml
+from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
 
 GIB = 1 << 30
@@ -57,22 +57,20 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
 
     runtime = start_runtime(recipe)
     found = checkpoints(recipe, run, runtime)
-    further = {name: Path(folder) for name, folder in recipe.evaluate.checkpoints.items()}
-    if twice := found.keys() & further.keys():
-        raise ConfigError("evaluate.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
-    comparison = run_evaluate(recipe, run, found | further, runtime)
+    others = further(recipe.evaluate.checkpoints, found, "evaluate")
+    comparison = run_evaluate(recipe, run, found | others, runtime)
     check_gate(comparison)
     return comparison
 
 
-def bench(recipe: Recipe, run: Path) -> Any:
-    """Stage 6: base against the last boosted checkpoint; converted and healed are equally fast."""
+def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
+    """Stage 6: base against the last boosted checkpoint, converted and healed being equally fast, and further ones."""
     from layerboost.stages.bench import run_bench
 
     found = checkpoints(recipe, run, start_runtime(recipe))
     if "healed" in found:
         del found["converted"]
-    return run_bench(recipe, run, found)
+    return run_bench(recipe, run, found | further(recipe.bench.checkpoints, found, "bench"), decode_sweep)
 
 
 def report(recipe: Recipe, run: Path) -> Any:
@@ -163,6 +161,13 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
     return found
 
 
+def further(given: dict[str, str], own: dict[str, Path], section: str) -> dict[str, Path]:
+    """The recipe's further checkpoints; raises ConfigError for a name that the run's own models have."""
+    if twice := own.keys() & given.keys():
+        raise ConfigError(f"{section}.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
+    return {name: Path(folder) for name, folder in given.items()}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What `check` found: the model, and what the run will need against what there is."""
@@ -191,7 +196,6 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     """
     from layerboost.healing.estimate import estimate_healing
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
-    from layerboost.serving.server import check_port, check_vllm
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
 
@@ -203,14 +207,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
-    wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
-    if wanted > config.max_position_embeddings:
-        raise ConfigError(
-            f"bench.input_tokens + bench.output_tokens is {wanted}",
-            found=f"a context of {config.max_position_embeddings}",
-        )
-    vllm = check_vllm()
-    check_port(recipe.bench.port)
+    vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
@@ -241,6 +238,23 @@ def check(recipe: Recipe, run: Path) -> Estimate:
                 do="free some, or use a smaller model",
             )
     return estimate
+
+
+def _check_bench(bench: Bench, context_tokens: int) -> str:
+    """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
+    from layerboost.serving.server import check_port, check_vllm
+
+    wanted = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
+    if wanted > context_tokens:
+        raise ConfigError(
+            f"a request of the benchmark is {wanted} tokens long",
+            found=f"a context of {context_tokens}",
+            do="lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
+        )
+    if bench.engine == "transformers":
+        return "not needed"
+    check_port(bench.port)
+    return check_vllm()
 
 
 def plain(result: Any) -> Any:
