@@ -17,7 +17,15 @@ import click
 
 from layerboost import __version__
 from layerboost.errors import LayerboostError
-from layerboost.tables import measured_rows, planned_rows, reported_rows, summarized_rows, written_rows
+from layerboost.tables import (
+    decoded_rows,
+    measured_rows,
+    planned_rows,
+    reported_rows,
+    summarized_rows,
+    supported_rows,
+    written_rows,
+)
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
@@ -60,10 +68,11 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         trust_remote_code: bool,
         as_json: bool,
         on_plan: Path | None = None,
+        engine: str | None = None,
         **rest: Any,
     ) -> None:
         given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given["measure.plan"] = str(on_plan) if on_plan else None
+        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
         recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 
@@ -224,15 +233,29 @@ _stage(
     ),
     lambda result, run: summarized_rows(run),
 )
-_stage(
+
+
+@cli.command(
     "bench",
-    "Serve base and boosted with vLLM in turn and measure throughput and latency.",
-    (
-        "layerboost bench --run runs/qwen3",
+    cls=Command,
+    help="Serve base and boosted with vLLM in turn and measure throughput and latency.",
+    examples=(
         "layerboost bench --run runs/qwen3 --set bench.concurrency=[16,64] --set bench.repeats=3",
+        "layerboost bench --run runs/qwen3 --decode-sweep",
+        "layerboost bench Qwen/Qwen3-4B --set bench.checkpoints='{a: plan-a/healed, b: plan-b/healed}'",
     ),
-    lambda result, run: summarized_rows(run),
 )
+@click.option("--decode-sweep", is_flag=True, help="Latency and memory against the length of the answers instead.")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: bench.engine, which is vllm.")
+@with_recipe
+def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
+    """Run the bench stage."""
+    from layerboost.pipeline import run_stage
+
+    found = run_stage("bench", recipe, run, decode_sweep=decode_sweep)
+    show(found, as_json, decoded_rows if decode_sweep else lambda _: summarized_rows(run))
+
+
 _stage(
     "report",
     "Write report.html and report.md from the files of the run folder.",
@@ -332,17 +355,7 @@ def ls(what: str, as_json: bool) -> None:
             name: {kind: kind in family.supports for kind in kinds} | {"vllm": family.vllm}
             for name, family in FAMILIES.items()
         }
-        show(
-            found,
-            as_json,
-            lambda families: [
-                ["family", *kinds, "vLLM"],
-                *(
-                    [name, *("yes" if row[kind] else "no" for kind in kinds), row["vllm"] or "not served"]
-                    for name, row in families.items()
-                ),
-            ],
-        )
+        show(found, as_json, supported_rows)
         return
     from layerboost.recipe import RECIPES
 

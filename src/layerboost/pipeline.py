@@ -57,22 +57,20 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
 
     runtime = start_runtime(recipe)
     found = checkpoints(recipe, run, runtime)
-    further = {name: Path(folder) for name, folder in recipe.evaluate.checkpoints.items()}
-    if twice := found.keys() & further.keys():
-        raise ConfigError("evaluate.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
-    comparison = run_evaluate(recipe, run, found | further, runtime)
+    others = further(recipe.evaluate.checkpoints, found, "evaluate")
+    comparison = run_evaluate(recipe, run, found | others, runtime)
     check_gate(comparison)
     return comparison
 
 
-def bench(recipe: Recipe, run: Path) -> Any:
-    """Stage 6: base against the last boosted checkpoint; converted and healed are equally fast."""
+def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
+    """Stage 6: base against the last boosted checkpoint, converted and healed being equally fast, and further ones."""
     from layerboost.stages.bench import run_bench
 
     found = checkpoints(recipe, run, start_runtime(recipe))
     if "healed" in found:
         del found["converted"]
-    return run_bench(recipe, run, found)
+    return run_bench(recipe, run, found | further(recipe.bench.checkpoints, found, "bench"), decode_sweep)
 
 
 def report(recipe: Recipe, run: Path) -> Any:
@@ -163,6 +161,13 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
     return found
 
 
+def further(given: dict[str, str], own: dict[str, Path], section: str) -> dict[str, Path]:
+    """The recipe's further checkpoints; raises ConfigError for a name that the run's own models have."""
+    if twice := own.keys() & given.keys():
+        raise ConfigError(f"{section}.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
+    return {name: Path(folder) for name, folder in given.items()}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What `check` found: the model, and what the run will need against what there is."""
@@ -203,14 +208,17 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
-    wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
+    bench = recipe.bench
+    wanted = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
     if wanted > config.max_position_embeddings:
         raise ConfigError(
-            f"bench.input_tokens + bench.output_tokens is {wanted}",
+            f"a request of the benchmark is {wanted} tokens long",
             found=f"a context of {config.max_position_embeddings}",
+            do="lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
         )
-    vllm = check_vllm()
-    check_port(recipe.bench.port)
+    vllm = check_vllm() if bench.engine == "vllm" else "not needed"
+    if bench.engine == "vllm":
+        check_port(bench.port)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked

@@ -22,6 +22,10 @@ RECIPES = next(
 )
 
 
+# Names of further models, and their directories.
+Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str]
+
+
 class Section(BaseModel):
     """Settings of one stage."""
 
@@ -157,7 +161,7 @@ class Evaluate(Section):
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="items in one forward pass; auto: what memory holds"
     )
-    checkpoints: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(
+    checkpoints: Checkpoints = Field(
         {}, description="further models to evaluate beside base, converted and healed: a name and a directory each"
     )
     bench_data: str | None = Field(
@@ -190,16 +194,36 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted under a real server."""
 
+    engine: Literal["vllm", "transformers"] = Field(
+        "vllm", description="transformers: one batch after the other, for machines without vLLM"
+    )
+    checkpoints: Checkpoints = Field(
+        {}, description="further models to bench beside base and healed: a name and a directory each"
+    )
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="requests in flight")
-    requests: int = Field(400, ge=1, description="requests at each concurrency")
-    input_tokens: int = Field(1024, ge=1, description="length of a prompt")
+    requests_per_concurrency: PositiveFloat = Field(
+        4, description="requests sent at each concurrency, as a multiple of it"
+    )
+    shared_prefix_tokens: int = Field(
+        0, ge=0, description="what all prompts begin with, in the prefix cache before the clock starts"
+    )
+    input_tokens: int = Field(1024, ge=1, description="length of a prompt, beyond a shared prefix")
     output_tokens: int = Field(128, ge=1, description="length of an answer")
     repeats: int = Field(1, ge=1, description="interleaved rounds over the models")
+    decode_batch: int = Field(16, ge=1, description="bench --decode-sweep: requests that decode at once")
+    decode_lengths: tuple[PositiveInt, ...] = Field(
+        (256, 512, 1024, 2048), min_length=1, description="bench --decode-sweep: lengths of the answers"
+    )
     port: int = Field(8321, ge=1, le=65_535, description="port of the servers, one at a time")
     kv_cache_gib: float = Field(2.0, gt=0, description="CPU: memory for the KV cache")
-    max_batched_tokens: int | None = Field(None, ge=1, description="vLLM's --max-num-batched-tokens")
     startup_timeout_s: int = Field(600, ge=1, description="patience with a server that starts")
-    server_args: tuple[str, ...] = Field((), description="further arguments of vllm serve")
+    server_args: tuple[str, ...] = Field(
+        (), description="further arguments of vllm serve, for all models; they win over the plan's serving flags"
+    )
+
+    def requests(self, concurrency: int) -> int:
+        """Requests sent at a concurrency."""
+        return max(1, round(self.requests_per_concurrency * concurrency))
 
 
 class Card(Section):

@@ -64,6 +64,40 @@ def reported_rows(run: Path) -> Rows:
     return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
 
 
+def decoded_rows(sweep: dict[str, Any]) -> Rows:
+    """A decode sweep: per length and model the latency of an answer with its ratio to the reference, and memory."""
+    memory = {"kv_used_gib": "KV cache used, GiB", "peak_rss_gib": "peak RSS, GiB", "gpu_memory_gib": "GPU, GiB"}
+    known = [key for key in memory if any(key in found for at in sweep["results"] for found in at["models"].values())]
+    head = ["tokens", "model", "latency, s", f"of {sweep['reference']}'s", "TPOT, ms", *(memory[key] for key in known)]
+
+    def mean(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
+        return f"{found[key]['mean'] * scale:.3g}" if key in found else ""
+
+    body = [
+        [
+            str(at["output_tokens"]),
+            name,
+            mean(found, "latency_ms_median", 1e-3),
+            mean(at["ratios"].get(name, {}), "latency_ms_median"),
+            mean(found, "tpot_ms_median"),
+            *(mean(found, key) for key in known),
+        ]
+        for at in sweep["results"]
+        for name, found in at["models"].items()
+    ]
+    return [head, *body]
+
+
+def supported_rows(families: dict[str, dict[str, Any]]) -> Rows:
+    """What each family supports."""
+    kinds = [key for key in next(iter(families.values())) if key != "vllm"]
+    body = [
+        [name, *("yes" if row[kind] else "no" for kind in kinds), row["vllm"] or "not served"]
+        for name, row in families.items()
+    ]
+    return [["family", *kinds, "vLLM"], *body]
+
+
 def _name(variant: Variant) -> str:
     name = variant.attention + (f" {variant.window}" if variant.window else "")
     return name + (" + sink" if variant.sink else "")

@@ -3,73 +3,146 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.serving.server import HOST, Server, last_words, vllm_command
+from layerboost.serving.server import GIB, HOST, Server, guarded, last_words, stop_guarded, vllm_command
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_TIMEOUT_S = 600
+POLL_S = 1.0
+# A server that is dying takes its requests with it some seconds before it is gone.
+DYING_S = 5.0
 
 
-def bench_command(folder: Path, bench: Bench, concurrency: int, seed: int, result: Path) -> list[str]:
-    """The command that sends `bench.requests` random prompts, at most `concurrency` at a time, and writes `result`."""
+@dataclass(frozen=True)
+class Load:
+    """What is sent to a model: `requests` random prompts, at most `concurrency` at a time."""
+
+    concurrency: int
+    requests: int
+    shared_prefix_tokens: int
+    input_tokens: int
+    output_tokens: int
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens of all requests."""
+        return self.requests * self.output_tokens
+
+
+def bench_command(folder: Path, port: int, load: Load, result: Path) -> list[str]:
+    """The command that sends `load` and writes `result`."""
     model = str(folder.absolute())
-    return [
+    argv = [
         *vllm_command(),
-        *("bench", "serve", "--backend", "openai", "--host", HOST, "--port", str(bench.port)),
+        *("bench", "serve", "--backend", "openai", "--host", HOST, "--port", str(port)),
         *("--model", model, "--tokenizer", model, "--dataset-name", "random"),
-        *("--random-input-len", str(bench.input_tokens), "--random-output-len", str(bench.output_tokens)),
-        *("--num-prompts", str(bench.requests), "--max-concurrency", str(concurrency)),
-        *("--seed", str(seed), "--temperature", "0", "--ignore-eos", "--disable-tqdm"),
+        *("--random-input-len", str(load.input_tokens), "--random-output-len", str(load.output_tokens)),
+        *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
+        *("--seed", str(load.seed), "--temperature", "0", "--ignore-eos", "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"),
         *("--save-result", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]
+    if load.shared_prefix_tokens:
+        # The warm-up is the first request: it leaves the prefix in the server's cache before the clock starts.
+        argv += ["--random-prefix-len", str(load.shared_prefix_tokens), "--num-warmups", "1"]
+    return argv
 
 
-def run_benchmark(server: Server, bench: Bench, concurrency: int, seed: int, log_file: Path) -> dict[str, Any]:
-    """One run of `vllm bench serve`; returns its JSON untouched. Its output goes to `log_file`.
+def run_benchmark(
+    server: Server, load: Load, log_file: Path, advance: Callable[[float], None]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """One run of `vllm bench serve`: its JSON untouched, and what the server says of itself meanwhile.
 
-    Raises LayerboostError when the server dies, the load generator fails, or any request fails.
+    Its output goes to `log_file`; `advance` is told of output tokens as they come. Raises LayerboostError when the
+    server dies, the load generator fails, or any request fails.
     """
     with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
         result = Path(scratch) / "result.json"
-        command = bench_command(server.folder, bench, concurrency, seed, result)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        command = bench_command(server.folder, int(server.url.rsplit(":", 1)[1]), load, result)
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        server.reset_peaks()
+        before = server.counters()
         with log_file.open("wb") as output:
-            ended = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
+            generator = guarded(command, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}, output)
+            try:
+                usage_peak = _watch(server, generator, load, before["generation_tokens"], advance)
+            finally:
+                stop_guarded(generator)
         server.check_alive()
-        if ended.returncode != 0 or not result.is_file():
+        if not result.is_file():
             raise LayerboostError(
-                f"vllm bench serve failed at concurrency {concurrency} on {server.name}",
+                f"vllm bench serve failed at concurrency {load.concurrency} on {server.name}",
                 found=last_words(log_file),
                 do=f"read {log_file}",
             )
         measured: dict[str, Any] = json.loads(result.read_text())
-    if measured["completed"] != bench.requests:
+    if measured["completed"] != load.requests:
+        server.check_alive(DYING_S)
         raise LayerboostError(
-            f"{bench.requests - measured['completed']} of {bench.requests} requests failed on {server.name}",
+            f"{load.requests - measured['completed']} of {load.requests} requests failed on {server.name}",
             found=last_words(server.log_file),
             do=f"read {server.log_file} and {log_file}",
         )
-    return measured
+    return measured, _told(server, load, before, usage_peak)
+
+
+def _watch(
+    server: Server,
+    generator: subprocess.Popen[bytes],
+    load: Load,
+    tokens_before: float,
+    advance: Callable[[float], None],
+) -> float:
+    """Wait for the load generator; returns the greatest share of the KV cache that was seen in use."""
+    usage_peak, told = 0.0, 0.0
+    while True:
+        try:
+            generator.wait(POLL_S)
+            break
+        except subprocess.TimeoutExpired:
+            server.check_alive()
+        try:
+            now = server.counters()
+        except LayerboostError:  # busy; it is asked again
+            continue
+        usage_peak = max(usage_peak, now["kv_cache_usage_perc"])
+        done = min(now["generation_tokens"] - tokens_before, load.tokens)
+        advance(done - told)
+        told = done
+    advance(load.tokens - told)
+    return usage_peak
+
+
+def _told(server: Server, load: Load, before: dict[str, float], usage_peak: float) -> dict[str, float]:
+    """Memory and KV cache of one run."""
+    after = server.counters()
+    counted = {name: after[name] - before[name] for name in before}
+    metrics = {
+        **server.peaks(),
+        "kv_usage_peak": round(usage_peak, 4),
+        "preemptions": counted["num_preemptions"],
+    }
+    if load.shared_prefix_tokens:
+        metrics["prefix_hit_share"] = counted["prefix_cache_hits"] / max(counted["prefix_cache_queries"], 1)
+    cache = server.kv_cache()
+    if cache is not None:
+        metrics |= {"kv_cache_tokens": cache.tokens, "kv_max_concurrency": cache.max_concurrency}
+        if cache.bytes:
+            metrics["kv_used_gib"] = round(usage_peak * cache.bytes / GIB, 4)
+    return metrics
 
 
 def warm_up(server: Server, bench: Bench) -> None:

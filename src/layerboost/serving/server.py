@@ -23,6 +23,7 @@ from typing import IO
 
 import psutil
 
+from layerboost.artifacts import PLAN, read_plan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench
@@ -36,6 +37,19 @@ REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
 PLUGIN_GROUP = "vllm.general_plugins"
+# Requests that `vllm serve` lets decode at once: half as many on a CPU as on most GPUs.
+DEFAULT_SEQS = (128, 256)
+# Of the server's metrics: what a benchmark reads, its progress first.
+COUNTERS = (
+    "generation_tokens",
+    "kv_cache_usage_perc",
+    "num_preemptions",
+    "prefix_cache_hits",
+    "prefix_cache_queries",
+    "num_requests_running",
+    "num_requests_waiting",
+)
+METRICS_TIMEOUT_S = 30
 
 
 def check_vllm() -> str:
@@ -100,36 +114,64 @@ def check_port(port: int, host: str = HOST) -> None:
 def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
     """The command and the added environment that serve a model directory, stock or boosted, until interrupted.
 
-    `extra` are further arguments of `vllm serve`; they win over ours. Raises ConfigError when vLLM, the directory or
-    the port cannot be used.
+    With the serving flags of the checkpoint's plan. `extra` are further arguments of `vllm serve`; they win over the
+    plan's and ours. Raises ConfigError when vLLM, the directory or the port cannot be used.
     """
     check_vllm()
     config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
     check_port(port, host="")
+    flags = with_flags(extra, advised_flags(folder))
     argv = [*vllm_command(), "serve", str(folder.absolute()), "--port", str(port)]
-    return [*argv, *_device_arguments(extra), *extra], _environment()
+    return [*argv, *_device_arguments(flags), *flags], _environment()
 
 
 def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]]:
     """The command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
+    flags = bench.server_args
     argv = [*vllm_command(), "serve", str(folder.absolute()), "--host", HOST, "--port", str(bench.port)]
     # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
     # refuse to start.
-    argv += _unless_given(bench.server_args, "--max-model-len", "auto")
-    # Requests share no prefixes, and a warm-up must not make the first of them free.
-    argv.append("--no-enable-prefix-caching")
-    if bench.max_batched_tokens is not None:
-        argv += ["--max-num-batched-tokens", str(bench.max_batched_tokens)]
+    argv += _unless_given(flags, "--max-model-len", "auto")
+    if not bench.shared_prefix_tokens:
+        # Requests share no prefixes, and a warm-up must not make the first of them free.
+        argv.append("--no-enable-prefix-caching")
+    seqs = _decoding_at_once(bench)
+    if seqs > DEFAULT_SEQS[not runs_on_cpu()]:
+        argv += _unless_given(flags, "--max-num-seqs", str(seqs))
     if runs_on_cpu():
-        argv += _unless_given(bench.server_args, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
+        argv += _unless_given(flags, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
     environment = {
         **_environment(),
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return [*argv, *_device_arguments(bench.server_args), *bench.server_args], environment
+    return [*argv, *_device_arguments(flags), *flags], environment
+
+
+def advised_flags(folder: Path) -> tuple[str, ...]:
+    """The serving flags of the plan in a checkpoint; none for a stock model, or where the layers have been edited."""
+    if not (folder / PLAN).is_file():
+        return ()
+    plan = read_plan(folder / PLAN)
+    return tuple(plan.serving.flags) if plan.serving and plan.foretold else ()
+
+
+def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, ...]:
+    """The `advised` flags that `given` does not name, each with its value, and what is given."""
+    pairs = zip(advised[::2], advised[1::2], strict=True)
+    return (*(part for flag, value in pairs for part in _unless_given(given, flag, value)), *given)
+
+
+def _decoding_at_once(bench: Bench) -> int:
+    """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
+    wanted = max(*bench.concurrency, bench.decode_batch)
+    given = re.search(r"--max-num-batched-tokens[ =](\d+)\b", " ".join(bench.server_args))
+    if given and int(given[1]) < wanted:
+        log.warning("at most %s of %d requests decode at once: %s", given[1], wanted, given[0])
+        return int(given[1])
+    return wanted
 
 
 def vllm_command() -> list[str]:
@@ -147,7 +189,8 @@ def _device_arguments(given: tuple[str, ...]) -> list[str]:
 
 
 def _unless_given(given: tuple[str, ...], flag: str, value: str) -> list[str]:
-    return [] if any(argument.split("=")[0] == flag for argument in given) else [flag, value]
+    named = {argument.split("=")[0].replace("_", "-") for argument in given}
+    return [] if flag in named else [flag, value]
 
 
 def _environment() -> dict[str, str]:
@@ -165,6 +208,7 @@ class KvCache:
     tokens: int
     max_concurrency: float
     context_tokens: int
+    bytes: int | None
 
 
 class Server:
@@ -172,51 +216,79 @@ class Server:
 
     def __init__(self, name: str, folder: Path, url: str, log_file: Path, process: subprocess.Popen[bytes]) -> None:
         self.name, self.folder, self.url, self.log_file, self.process = name, folder, url, log_file, process
-        self.peak_rss_bytes = 0
+        self._peak_rss_bytes = self._peak_gpu_bytes = 0
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="layerboost-rss", daemon=True)
         self._watcher.start()
 
     def kv_cache(self) -> KvCache | None:
         """The KV cache's size as vLLM logged it; None when it logged none."""
+        text = self.log_file.read_text(errors="replace")
         found = re.findall(
-            r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x",
-            self.log_file.read_text(errors="replace"),
+            r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", text
         )
         if not found:
             return None
         tokens, context, concurrency = found[-1]
-        return KvCache(int(tokens.replace(",", "")), float(concurrency), int(context.replace(",", "")))
+        given = re.search(r"--kv-cache-memory-bytes[ =](\d+)\b", text)
+        free = re.search(r"Available KV cache memory: ([\d.]+) GiB", text)
+        size = int(given[1]) if given else int(float(free[1]) * GIB) if free else None
+        return KvCache(int(tokens.replace(",", "")), float(concurrency), int(context.replace(",", "")), size)
 
-    def check_alive(self) -> None:
-        """Raise LayerboostError, with what the log says, when the server has died."""
-        if self.process.poll() is not None:
+    def counters(self) -> dict[str, float]:
+        """COUNTERS as the server's /metrics has them now, summed over its engines, the usage being the greatest.
+
+        Raises LayerboostError when it does not answer.
+        """
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
+                text = answer.read().decode()
+        except OSError as error:
+            self.check_alive()
+            raise LayerboostError(
+                f"vLLM does not tell its metrics while serving {self.name}",
+                found=str(error),
+                do=f"read {self.log_file}",
+            ) from error
+        values: dict[str, list[float]] = {name: [] for name in COUNTERS}
+        for name, value in re.findall(rf"^vllm:({'|'.join(COUNTERS)})(?:_total)?\{{[^}}]*\}} (\S+)$", text, re.M):
+            values[name].append(float(value))
+        return {name: max(found, default=0.0) if "perc" in name else sum(found) for name, found in values.items()}
+
+    def check_alive(self, patience_s: float = 0.0) -> None:
+        """Raise LayerboostError, with what the log says, when the server has died or dies within `patience_s`."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience_s)
             raise LayerboostError(
                 f"vLLM died while serving {self.name}", found=last_words(self.log_file), do=f"read {self.log_file}"
             )
 
+    def reset_peaks(self) -> None:
+        """Forget what was the most memory so far."""
+        self._peak_rss_bytes = self._peak_gpu_bytes = 0
+
+    def peaks(self) -> dict[str, float]:
+        """The most memory since the last reset, sampled: of its processes, and in use on the GPUs."""
+        found = {"peak_rss_gib": round(self._peak_rss_bytes / GIB, 3)}
+        return found | ({"gpu_memory_gib": round(self._peak_gpu_bytes / GIB, 3)} if self._peak_gpu_bytes else {})
+
     def stop(self) -> None:
         """End the server and everything it started."""
         self._stopped.set()
-        assert self.process.stdin
-        self.process.stdin.close()
-        try:
-            self.process.wait(guard.GRACE_S + 15)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, 9)
-            self.process.wait()
+        stop_guarded(self.process)
         self._watcher.join()
 
     def _watch(self) -> None:
-        root = psutil.Process(self.process.pid)
+        root, on_cpu = psutil.Process(self.process.pid), runs_on_cpu()
         while not self._stopped.wait(POLL_S):
             total = 0
             with suppress(psutil.Error):
                 for process in root.children(recursive=True):
                     with suppress(psutil.Error):
                         total += process.memory_info().rss
-            self.peak_rss_bytes = max(self.peak_rss_bytes, total)
+            self._peak_rss_bytes = max(self._peak_rss_bytes, total)
+            if not on_cpu:
+                self._peak_gpu_bytes = max(self._peak_gpu_bytes, _gpu_bytes())
 
 
 @contextmanager
@@ -224,8 +296,10 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
     """`vllm serve` of a model directory, answering requests inside the block and gone after it, however it ends.
 
     Should this process be killed outright, the guard around the server ends it. Its output goes to `log_file`. Raises
-    ConfigError when the port is taken, LayerboostError when the server dies or does not answer in time.
+    ConfigError when the port is taken or the directory holds no model, LayerboostError when the server dies or does not
+    answer in time.
     """
+    check_checkpoint(folder)
     check_port(bench.port)
     argv, environment = serve_command(folder, bench)
     log.info("starting vLLM with %s; its log is %s", name, log_file)
@@ -235,7 +309,7 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
             f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode()
         )
         output.flush()
-        server = Server(name, folder, f"http://{HOST}:{bench.port}", log_file, _start(argv, environment, output))
+        server = Server(name, folder, f"http://{HOST}:{bench.port}", log_file, guarded(argv, environment, output))
     try:
         _wait_until_healthy(server, bench.startup_timeout_s)
         yield server
@@ -243,7 +317,8 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
         server.stop()
 
 
-def _start(argv: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def guarded(argv: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a command that ends with this process, whatever ends it; `stop_guarded` ends it before."""
     return subprocess.Popen(
         [sys.executable, guard.__file__, *argv],
         env={key: value for key, value in os.environ.items() if key != OVERRIDING} | environment,
@@ -252,6 +327,25 @@ def _start(argv: list[str], environment: dict[str, str], output: IO[bytes]) -> s
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def stop_guarded(process: subprocess.Popen[bytes]) -> None:
+    """End a guarded command and everything it started."""
+    assert process.stdin
+    process.stdin.close()
+    try:
+        process.wait(guard.GRACE_S + 15)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+def _gpu_bytes() -> int:
+    """Memory in use on all GPUs, whoever uses it."""
+    import torch
+
+    return sum(torch.cuda.device_memory_used(index) for index in range(torch.cuda.device_count()))
 
 
 def _wait_until_healthy(server: Server, timeout_s: int) -> None:

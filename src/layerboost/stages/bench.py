@@ -2,128 +2,227 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import file_hash, fingerprint, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import check_checkpoint
-from layerboost.recipe import Recipe
+from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log
-from layerboost.serving.benchmark import run_benchmark, warm_up
-from layerboost.serving.results import Comparison, Measurement, compare, metrics_of
+from layerboost.serving.benchmark import Load, run_benchmark, warm_up
+from layerboost.serving.generation import run_generation
+from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
 from layerboost.serving.server import (
-    GIB,
-    Server,
+    advised_flags,
     check_port,
     check_vllm,
     cores,
     running_server,
     runs_on_cpu,
+    with_flags,
 )
 
 FOLDER = "bench"
+COMPARISON, DECODE_SWEEP = "comparison.json", "decode_sweep.json"
 BASE = "base"
 # What may differ between two calls without changing what one measurement means.
-FREE_SETTINGS = {"port", "startup_timeout_s", "repeats", "concurrency"}
+FREE_SETTINGS = {"port", "startup_timeout_s", "repeats", "concurrency", "decode_lengths"}
+# What means nothing in the other kind of benchmark.
+OF_LOAD = {"concurrency", "requests_per_concurrency", "shared_prefix_tokens", "input_tokens", "output_tokens"}
+OF_SWEEP = {"decode_batch", "decode_lengths"}
+OF_VLLM = {"port", "startup_timeout_s", "kv_cache_gib", "server_args"}
+# A prompt of a decode sweep: next to nothing, so that the length is that of the answer.
+SWEEP_INPUT_TOKENS = 16
+# One run: what was sent, where its log goes, whom to tell of tokens; gives the raw result and its further metrics.
+Run = Callable[[Load, Path, Callable[[float], None]], tuple[dict[str, Any], dict[str, float], int | None]]
 
 
-def validate_bench(recipe: Recipe, run: Path, models: dict[str, Path]) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What one call measures, and where it writes."""
+
+    recipe: Recipe
+    run: Path
+    models: dict[str, Path]
+    decode_sweep: bool
+
+    @property
+    def bench(self) -> Bench:
+        return self.recipe.bench
+
+    @property
+    def file(self) -> Path:
+        return self.run / FOLDER / (DECODE_SWEEP if self.decode_sweep else COMPARISON)
+
+    @property
+    def points(self) -> list[Point]:
+        if self.decode_sweep:
+            return [(self.bench.decode_batch, length) for length in dict.fromkeys(self.bench.decode_lengths)]
+        return [(concurrency, None) for concurrency in dict.fromkeys(self.bench.concurrency)]
+
+    def load(self, point: Point) -> Load:
+        """The same prompts for every model, others at another concurrency or length."""
+        concurrency, length = point
+        bench, seed = self.bench, self.recipe.seed + concurrency
+        if length:
+            return Load(concurrency, concurrency, 0, SWEEP_INPUT_TOKENS, length, seed + length)
+        lengths = (bench.shared_prefix_tokens, bench.input_tokens, bench.output_tokens)
+        return Load(concurrency, bench.requests(concurrency), *lengths, seed)
+
+    def stem(self, name: str, point: Point, repeat: int) -> str:
+        return f"{name}-{f'decode{point[1]}' if point[1] else f'c{point[0]}'}-r{repeat}"
+
+
+def validate_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> None:
     """Find out in a moment what would otherwise fail after minutes; raises ConfigError.
 
-    Checks that vLLM is there, the port free, every model directory whole, its context long enough, and that results in
-    the run folder are of the same settings and models.
+    Checks that the engine is there, the port free, every model directory whole, its context long enough, and that
+    results in the run folder are of the same settings and models.
     """
-    check_vllm()
-    if not models:
-        raise ConfigError("nothing to benchmark", do="give at least one model directory")
-    wanted = recipe.bench.input_tokens + recipe.bench.output_tokens
-    for name, folder in models.items():
-        context = check_checkpoint(folder).get("max_position_embeddings")
-        if isinstance(context, int) and wanted > context:
-            raise ConfigError(
-                f"bench.input_tokens + bench.output_tokens is {wanted}",
-                found=f"{name} has a context of {context} tokens",
-                do="lower one of them",
-            )
-    check_port(recipe.bench.port)
-    _opened(recipe, run, models)
+    _opened(_checked(recipe, run, models, decode_sweep))
 
 
-def run_bench(recipe: Recipe, run: Path, models: dict[str, Path]) -> dict[str, Any]:
+def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:
     """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; returns the comparison.
 
     In each round every model gets a fresh server, warmed up. vLLM's JSON goes to
-    `{model}-c{concurrency}-r{repeat}.json`, ours to `comparison.json`. A run that was killed goes on where it stopped.
-    Raises ConfigError as `validate_bench` does, LayerboostError when a server or a request fails.
+    `{model}-c{concurrency}-r{repeat}.json`, ours to `comparison.json`. With `decode_sweep` it is lengths instead of
+    concurrencies, and `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on
+    where it stopped. Raises ConfigError as `validate_bench` does, LayerboostError when a server or a request fails.
     """
-    validate_bench(recipe, run, models)
-    comparison = _opened(recipe, run, models)
-    bench, file = recipe.bench, run / FOLDER / "comparison.json"
+    job = _checked(recipe, run, models, decode_sweep)
+    comparison = _opened(job)
     done = {entry.key for entry in comparison.measurements}
     planned = [
-        (repeat, name, [size for size in dict.fromkeys(bench.concurrency) if (name, size, repeat) not in done])
-        for repeat in range(bench.repeats)
+        (repeat, name, [point for point in job.points if (name, point, repeat) not in done])
+        for repeat in range(job.bench.repeats)
         for name in models
     ]
-    missing = sum(len(sizes) for _, _, sizes in planned)
+    missing = sum(len(points) for _, _, points in planned)
     log.info("bench: %d measurements to make, %d are there", missing, len(done))
     comparison.complete = missing == 0
-    with Progress("bench", max(missing, 1), "runs") as progress:
-        for repeat, name, sizes in planned:
-            if not sizes:
+    tokens = sum(job.load(point).tokens for _, _, points in planned for point in points)
+    with Progress("bench", max(tokens, 1), "output tokens") as progress:
+        for repeat, name, points in planned:
+            if not points:
                 continue
-            log_file = run / FOLDER / "logs" / f"{name}-r{repeat}.log"
-            with running_server(name, models[name], bench, log_file) as server:
-                warm_up(server, bench)
-                for size in sizes:
-                    comparison.measurements.append(_measure(recipe, run, server, size, repeat))
+            with _engine(job, name, repeat) as measured:
+                for point in points:
+                    comparison.measurements.append(_measure(job, measured, name, point, repeat, progress))
                     missing -= 1
                     comparison.complete = missing == 0
                     comparison.results = compare(comparison.measurements, comparison.reference)
-                    write_json(file, comparison)
-                    progress.advance(1)
-    write_json(file, comparison)
+                    write_json(job.file, comparison)
+    write_json(job.file, comparison)
     _log_ratios(comparison)
     return comparison.model_dump(mode="json")
 
 
-def _measure(recipe: Recipe, run: Path, server: Server, concurrency: int, repeat: int) -> Measurement:
-    bench, name = recipe.bench, server.name
-    # The same prompts for every model of a round, others at another concurrency.
-    seed = recipe.seed + concurrency
-    stem = f"{name}-c{concurrency}-r{repeat}"
-    log.info("measuring %s at concurrency %d, round %d of %d", name, concurrency, repeat + 1, bench.repeats)
-    server.peak_rss_bytes = 0
-    measured = run_benchmark(server, bench, concurrency, seed, run / FOLDER / "logs" / f"{stem}.log")
-    metrics = {**metrics_of(measured), "peak_rss_gib": round(server.peak_rss_bytes / GIB, 3)}
-    cache = server.kv_cache()
-    if cache is not None:
-        metrics |= {"kv_cache_tokens": cache.tokens, "kv_max_concurrency": cache.max_concurrency}
-    write_json(run / FOLDER / f"{stem}.json", measured)
+@contextmanager
+def _engine(job: Job, name: str, repeat: int) -> Iterator[Run]:
+    """What answers the loads of one model in one round."""
+    folder = job.models[name]
+    if job.bench.engine == "transformers":
+
+        def generated(load: Load, log_file: Path, advance: Callable[[float], None]) -> Any:
+            raw = run_generation(name, folder, job.recipe, load, log_file)
+            advance(load.tokens)
+            return raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw}, None
+
+        yield generated
+        return
+    kind = "-decode" if job.decode_sweep else ""
+    with running_server(name, folder, job.bench, job.run / FOLDER / "logs" / f"{name}{kind}-r{repeat}.log") as server:
+        warm_up(server, job.bench)
+        cache = server.kv_cache()
+
+        def served(load: Load, log_file: Path, advance: Callable[[float], None]) -> Any:
+            return *run_benchmark(server, load, log_file, advance), cache.context_tokens if cache else None
+
+        yield served
+
+
+def _measure(job: Job, measured: Run, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
+    load, stem = job.load(point), job.stem(name, point, repeat)
+    log.info(
+        "measuring %s at concurrency %d, %d tokens out, round %d of %d",
+        name,
+        load.concurrency,
+        load.output_tokens,
+        repeat + 1,
+        job.bench.repeats,
+    )
+    raw, further, context_tokens = measured(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
+    write_json(job.run / FOLDER / f"{stem}.json", raw)
     return Measurement(
         model=name,
-        concurrency=concurrency,
+        concurrency=point[0],
+        output_tokens=point[1],
         repeat=repeat,
         file=f"{stem}.json",
-        seed=seed,
-        metrics=metrics,
-        kv_context_tokens=cache.context_tokens if cache else None,
+        seed=load.seed,
+        metrics={**metrics_of(raw), **further},
+        kv_context_tokens=context_tokens,
     )
 
 
-def _opened(recipe: Recipe, run: Path, models: dict[str, Path]) -> Comparison:
+def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool) -> Job:
+    """The job with the flags that every server gets; raises ConfigError."""
+    if not models:
+        raise ConfigError("nothing to benchmark", do="give at least one model directory")
+    bench = recipe.bench
+    for name, folder in models.items():
+        context = check_checkpoint(folder).get("max_position_embeddings")
+        job = Job(recipe, run, models, decode_sweep)
+        loads = map(job.load, job.points)
+        wanted = max(load.shared_prefix_tokens + load.input_tokens + load.output_tokens for load in loads)
+        if isinstance(context, int) and wanted > context:
+            raise ConfigError(
+                f"a request of the benchmark is {wanted} tokens long",
+                found=f"{name} has a context of {context} tokens",
+                do="lower bench.decode_lengths"
+                if decode_sweep
+                else "lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
+            )
+    if bench.engine == "vllm":
+        check_vllm()
+        check_port(bench.port)
+        bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
+    return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
+
+
+def _flags(models: dict[str, Path]) -> tuple[str, ...]:
+    """The serving flags that the models' plans advise, one set for all of them, the base included: else a ratio would
+    compare settings too. Raises ConfigError when plans differ."""
+    advised = {name: flags for name, folder in models.items() if (flags := advised_flags(folder))}
+    if len(set(advised.values())) > 1:
+        raise ConfigError(
+            "the plans of the models advise different serving flags, and all must be served alike",
+            found="; ".join(f"{name}: {' '.join(flags)}" for name, flags in advised.items()),
+            do="choose for all of them: bench.server_args",
+        )
+    return next(iter(advised.values()), ())
+
+
+def _opened(job: Job) -> Comparison:
     """The comparison so far, or an empty one; raises ConfigError when it is of something else."""
+    engine, bench = job.bench.engine, job.bench
+    of_other = (OF_LOAD if job.decode_sweep else OF_SWEEP) | (OF_VLLM if engine == "transformers" else set())
+    version = check_vllm() if engine == "vllm" else importlib.metadata.version("transformers")
     new = Comparison(
-        settings={**recipe.bench.model_dump(mode="json"), "seed": recipe.seed},
-        environment={"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator", "cores": len(cores())},
-        models={name: file_hash(folder / "config.json") for name, folder in models.items()},
-        reference=BASE if BASE in models else next(iter(models)),
+        settings={**bench.model_dump(mode="json", exclude={"checkpoints", *of_other}), "seed": job.recipe.seed},
+        environment={engine: version, "device": "cpu" if runs_on_cpu() else "accelerator", "cores": len(cores())},
+        models={name: file_hash(folder / "config.json") for name, folder in job.models.items()},
+        reference=BASE if BASE in job.models else next(iter(job.models)),
     )
-    file = run / FOLDER / "comparison.json"
-    if not file.exists():
+    if not job.file.exists():
         return new
-    old = read_json(file, Comparison, "layerboost bench")
+    old = read_json(job.file, Comparison, "layerboost bench")
     if fingerprint(_identity(old)) != fingerprint(_identity(new)):
         before, now = _identity(old), _identity(new)
         changed = [
@@ -132,12 +231,12 @@ def _opened(recipe: Recipe, run: Path, models: dict[str, Path]) -> Comparison:
             if before.get(key) != now.get(key)
         ]
         raise ConfigError(
-            f"{file} holds results of other settings or models",
+            f"{job.file} holds results of other settings or models",
             found="; ".join(changed),
-            do=f"use another --run folder, or delete {file.parent}",
+            do=f"use another --run folder, or delete {job.file.parent}",
         )
     # A result whose file is gone is made again.
-    new.measurements = [entry for entry in old.measurements if (file.parent / entry.file).is_file()]
+    new.measurements = [entry for entry in old.measurements if (job.file.parent / entry.file).is_file()]
     new.results = compare(new.measurements, new.reference)
     return new
 
@@ -153,8 +252,9 @@ def _log_ratios(comparison: Comparison) -> None:
         for name, ratios in result.ratios.items():
             speed, cache = ratios["output_tokens_per_s"], ratios.get("kv_cache_tokens")
             log.info(
-                "concurrency %d: %s gives %.2f times %s's output tokens/s (%.2f to %.2f over the rounds)%s",
+                "concurrency %d%s: %s gives %.2f times %s's output tokens/s (%.2f to %.2f over the rounds)%s",
                 result.concurrency,
+                f", {result.output_tokens} tokens out" if result.output_tokens else "",
                 name,
                 speed.mean,
                 comparison.reference,
