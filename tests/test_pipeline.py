@@ -71,7 +71,7 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
         },
         "bench": {
             "concurrency": [2],
-            "requests": 4,
+            "requests_per_concurrency": 2,
             "input_tokens": 24,
             "output_tokens": 8,
             "kv_cache_gib": 1,

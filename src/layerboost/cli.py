@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layerboost import __version__
+from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
-from layerboost.tables import (
-    decoded_rows,
-    measured_rows,
-    planned_rows,
-    reported_rows,
-    summarized_rows,
-    supported_rows,
-    written_rows,
-)
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
@@ -159,7 +150,9 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
     from layerboost.pipeline import run_stage
     from layerboost.reporting.search import stability_rows
 
-    show(run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else measured_rows)
+    show(
+        run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else tables.measured_rows
+    )
 
 
 @cli.command(
@@ -183,7 +176,7 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     if diff:
         show(plan_difference(*diff), as_json, difference_table)
         return
-    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else planned_rows)
+    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else tables.planned_rows)
 
 
 @cli.command(
@@ -203,7 +196,7 @@ def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
     """Run the convert stage."""
     from layerboost.pipeline import run_stage
 
-    show(run_stage("convert", recipe, run, compat=compat), as_json, written_rows)
+    show(run_stage("convert", recipe, run, compat=compat), as_json, tables.written_rows)
 
 
 @cli.command(
@@ -221,7 +214,7 @@ def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
     """Run the heal stage."""
     from layerboost.pipeline import run_stage
 
-    show(run_stage("heal", recipe, run, resume=resume), as_json, written_rows)
+    show(run_stage("heal", recipe, run, resume=resume), as_json, tables.written_rows)
 
 
 _stage(
@@ -231,7 +224,7 @@ _stage(
         "layerboost evaluate --run runs/qwen3",
         "layerboost evaluate --run runs/qwen3 --set evaluate.tasks=[piqa,mmlu] --set evaluate.bench_data=data/bench",
     ),
-    lambda result, run: summarized_rows(run),
+    lambda result, run: tables.summarized_rows(run),
 )
 
 
@@ -253,14 +246,14 @@ def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     from layerboost.pipeline import run_stage
 
     found = run_stage("bench", recipe, run, decode_sweep=decode_sweep)
-    show(found, as_json, decoded_rows if decode_sweep else lambda _: summarized_rows(run))
+    show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
 _stage(
     "report",
     "Write report.html and report.md from the files of the run folder.",
     ("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json"),
-    lambda result, run: reported_rows(run),
+    lambda result, run: tables.reported_rows(run),
 )
 
 
@@ -275,7 +268,7 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Run every stage."""
     from layerboost.pipeline import run_all
 
-    show(run_all(recipe, run), as_json, lambda _: reported_rows(run))
+    show(run_all(recipe, run), as_json, lambda _: tables.reported_rows(run))
 
 
 @cli.command(
@@ -355,7 +348,7 @@ def ls(what: str, as_json: bool) -> None:
             name: {kind: kind in family.supports for kind in kinds} | {"vllm": family.vllm}
             for name, family in FAMILIES.items()
         }
-        show(found, as_json, supported_rows)
+        show(found, as_json, tables.supported_rows)
         return
     from layerboost.recipe import RECIPES
 

@@ -304,7 +304,7 @@ def bench() -> Comparison:
         for concurrency, speed in curve.items()
     ]
     return Comparison(
-        settings={"requests": 400, "input_tokens": 1024, "output_tokens": 128},
+        settings={"requests_per_concurrency": 4, "input_tokens": 1024, "output_tokens": 128},
         environment={"vllm": "0.32.0", "device": "cpu", "cores": 2},
         models={"base": "1111222233334444", "converted": "5555666677778888", "healed": "5555666677778888"},
         reference="base",

@@ -92,7 +92,13 @@ def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> Non
 
 
 def small_bench(port: int, **changes: Any) -> dict[str, Any]:
-    small = {"concurrency": [1], "requests": 2, "input_tokens": 48, "output_tokens": 8, "kv_cache_gib": 0.25}
+    small = {
+        "concurrency": [1],
+        "requests_per_concurrency": 2,
+        "input_tokens": 48,
+        "output_tokens": 8,
+        "kv_cache_gib": 0.25,
+    }
     return {"bench": {**small, "port": port, "startup_timeout_s": 300, **changes}}
 
 

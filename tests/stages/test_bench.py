@@ -12,7 +12,7 @@ from layerboost.artifacts import read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.serving.results import Comparison, Measurement
-from layerboost.stages.bench import _opened, run_bench, validate_bench
+from layerboost.stages.bench import _checked, _opened, run_bench, validate_bench
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -33,13 +33,13 @@ def recipe(**changes: Any) -> Recipe:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = {"concurrency": [1, 2], "requests": 2, "input_tokens": 32, "output_tokens": 8, "port": port}
+    small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "port": port}
     return parse_recipe({"bench": {**small, **changes}}, "test")
 
 
 def finish(run: Path, asked: Recipe, models: dict[str, Path]) -> Comparison:
     """Write what a finished run leaves behind."""
-    comparison = _opened(asked, run, models)
+    comparison = _opened(_checked(asked, run, models, False))
     for name in models:
         for concurrency in asked.bench.concurrency:
             file = f"{name}-c{concurrency}-r0.json"
@@ -72,14 +72,14 @@ def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]
 def test_a_lost_result_is_measured_again(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     (tmp_path / "bench" / "base-c2-r0.json").unlink()
-    left = _opened(recipe(), tmp_path, models)
-    assert [entry.key for entry in left.measurements] == [("base", 1, 0), ("healed", 1, 0), ("healed", 2, 0)]
+    left = _opened(_checked(recipe(), tmp_path, models, False))
+    assert [entry.file for entry in left.measurements] == ["base-c1-r0.json", "healed-c1-r0.json", "healed-c2-r0.json"]
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
-    with pytest.raises(ConfigError, match=r"bench\.requests was 2, is 3") as raised:
-        validate_bench(recipe(requests=3), tmp_path, models)
+    with pytest.raises(ConfigError, match=r"bench\.requests_per_concurrency was 1\.0, is 3\.0") as raised:
+        validate_bench(recipe(requests_per_concurrency=3), tmp_path, models)
     assert "--run" in str(raised.value)
     assert str(tmp_path / "bench") in str(raised.value)
 

@@ -56,9 +56,9 @@ def throughput_panel(bench: Comparison | None) -> Panel:
         "One `vllm bench serve` a model, concurrency and round; values are means over the rounds, with the least and "
         f"the greatest in brackets; ratios are of the same round. Server: {where}."
     ]
-    if {"requests", "input_tokens", "output_tokens"} <= settings.keys():
+    if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
         notes.append(
-            f"{settings['requests']} requests a run, {settings['input_tokens']} tokens in, {settings['output_tokens']} "
+            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['input_tokens']} tokens in, {settings['output_tokens']} "
             "tokens out each."
         )
     chart = Chart("chart-throughput", "Output tokens per second", throughput_figure(bench))

@@ -1,4 +1,4 @@
-"""`bench/comparison.json`, `bench/decode_sweep.json`: what was measured of each model, boosted against base by round."""
+"""`bench/comparison.json`, `bench/decode_sweep.json`: what was measured of each model, and ratios by round."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class AtConcurrency(BaseModel):
 class Comparison(Artifact):
     """Both files: rewritten after each measurement, `complete` once the recipe's last one is in.
 
-    In `comparison.json` a result is of a concurrency; in `decode_sweep.json` it is of a length, `output_tokens`, and the
-    concurrency is always `bench.decode_batch`.
+    In `comparison.json` a result is of a concurrency; in `decode_sweep.json` it is of a length, `output_tokens`, and
+    the concurrency is always `bench.decode_batch`.
     """
 
     settings: dict[str, Any]
