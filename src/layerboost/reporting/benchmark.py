@@ -58,8 +58,8 @@ def throughput_panel(bench: Comparison | None) -> Panel:
     ]
     if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
         notes.append(
-            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['input_tokens']} tokens in, {settings['output_tokens']} "
-            "tokens out each."
+            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['input_tokens']} tokens "
+            f"in, {settings['output_tokens']} tokens out each."
         )
     chart = Chart("chart-throughput", "Output tokens per second", throughput_figure(bench))
     tables = [_speed_table(bench), _latency_table(bench)]
