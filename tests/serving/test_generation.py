@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCABULARY, boosted, save_tiny
+
+from layerboost.errors import LayerboostError
+from layerboost.recipe import parse_recipe
+from layerboost.serving.benchmark import Load
+from layerboost.serving.generation import answer, measure, prompts, run_generation
+from layerboost.serving.results import FROM_VLLM, metrics_of
+
+
+def load(**changes: int) -> Load:
+    settings = {"concurrency": 2, "requests": 5, "shared_prefix_tokens": 0, "input_tokens": 20, "output_tokens": 6}
+    return Load(**{**settings, "seed": 3, **changes})
+
+
+@pytest.mark.parametrize("letters", ["ffff", "nSsf", "nSnS"])
+def test_a_prefix_in_the_cache_changes_no_answer(letters: str) -> None:
+    model = boosted(letters)
+    asked = load(shared_prefix_tokens=24)
+    batch = prompts(asked, VOCABULARY)[:2]
+    plain, times = answer(model, batch, 0, 6)
+    cached, _ = answer(model, batch, 24, 6)
+    assert torch.equal(plain, cached)
+    assert plain.shape == (2, 6)
+    assert len(times) == 6
+    assert times == sorted(times)
+
+
+def test_prompts_share_the_prefix_and_nothing_else() -> None:
+    drawn = prompts(load(shared_prefix_tokens=8), VOCABULARY)
+    assert drawn.shape == (5, 28)
+    assert (drawn[:, :8] == drawn[0, :8]).all()
+    assert len({tuple(row) for row in drawn[:, 8:].tolist()}) == 5
+    assert torch.equal(drawn, prompts(load(shared_prefix_tokens=8), VOCABULARY))
+    assert not torch.equal(drawn, prompts(load(shared_prefix_tokens=8, seed=4), VOCABULARY))
+
+
+def test_throughput_is_tokens_over_time() -> None:
+    found = measure(boosted("nSsf"), load())
+    assert found["completed"] == 5
+    assert found["output_throughput"] * found["duration"] == pytest.approx(30)
+    assert found["request_throughput"] * found["duration"] == pytest.approx(5)
+    latency = found["median_ttft_ms"] + 5 * found["median_tpot_ms"]
+    assert latency == pytest.approx(found["median_e2el_ms"], rel=0.5)
+    assert set(metrics_of(found)) == set(FROM_VLLM)
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", "nSsf")
+    recipe = parse_recipe({"device": "cpu"}, "test")
+    found = run_generation("it", folder, recipe, load(), tmp_path / "run.log")
+    assert found["completed"] == 5
+    assert found["peak_rss_gib"] > 0.1
+    (folder / "config.json").unlink()
+    with pytest.raises(LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*not a model directory"):
+        run_generation("it", folder, recipe, load(), tmp_path / "run.log")
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log"] == ["model"]

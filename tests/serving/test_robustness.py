@@ -1,0 +1,173 @@
+"""Real servers killed, terminated or robbed of their model under load: a clear end, and what was measured is kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny import save_tiny
+
+from layerboost.artifacts import read_json
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.recipe import Recipe, parse_recipe
+from layerboost.serving.results import Comparison
+from layerboost.serving.server import check_port
+from layerboost.stages.bench import run_bench
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+PATIENCE_S = 300
+# A moment of load, then seconds of it.
+LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 4, "input_tokens": 32, "output_tokens": 400}
+
+
+def settings(port: int) -> dict[str, Any]:
+    return {**LOADS, "kv_cache_gib": 0.25, "port": port, "startup_timeout_s": PATIENCE_S}
+
+
+def kept(run: Path) -> Comparison:
+    return read_json(run / "bench" / "comparison.json", Comparison, "layerboost bench")
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+
+
+@contextmanager
+def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def kill_server(port: int) -> None:
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(port) in command and "serve" in command and "bench" not in command and "guard.py" not in str(command):
+            process.kill()
+
+
+def zombies() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_server_and_a_deleted_model_leave_what_was_measured(
+    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
+) -> None:
+    models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
+    recipe: Recipe = parse_recipe({"bench": settings(free_port)}, "test")
+    run, results = tmp_path / "run", tmp_path / "run" / "bench"
+
+    def kill() -> None:
+        wait_for(results / "base-c1-r0.json")
+        kill_server(free_port)
+
+    with meanwhile(kill), pytest.raises(LayerboostError, match="vLLM died while serving base") as raised:
+        run_bench(recipe, run, models)
+    assert raised.value.exit_code == 1
+    assert survivors(2) == []
+    assert zombies() == []
+    assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json"]
+    assert not kept(run).complete
+    before = (results / "base-c1-r0.json").read_text()
+
+    def rob() -> None:
+        wait_for(results / "base-c8-r0.json")
+        shutil.rmtree(models["healed"])
+
+    # Once more: what was lost is measured, what was kept is not. In a moment of the load the other model goes.
+    with meanwhile(rob), pytest.raises(LayerboostError, match="healed"):
+        run_bench(recipe, run, models)
+    assert survivors(2) == []
+    assert [entry.file for entry in kept(run).measurements][:2] == ["base-c1-r0.json", "base-c8-r0.json"]
+    assert (results / "base-c1-r0.json").read_text() == before
+    with pytest.raises(ConfigError, match="healed is not a model directory"):
+        run_bench(recipe, run, models)
+    check_port(free_port)
+
+
+def test_a_terminated_benchmark_takes_everything_with_it(
+    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
+) -> None:
+    base, run = save_tiny(tmp_path / "base"), tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"bench": settings(free_port)}))
+    command = [
+        sys.executable,
+        "-m",
+        "layerboost.cli",
+        "bench",
+        base,
+        "--run",
+        run,
+        "--config",
+        tmp_path / "recipe.yaml",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(run / "bench" / "base-c1-r0.json")
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert told.rstrip().endswith("interrupted; run the same command again to go on")
+    assert survivors(2) == []
+    assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json"]
+    assert json.loads((run / "run.json").read_text())["stages"][-1]["status"] == "interrupted"
+
+
+def test_a_terminated_server_ends_under_load(
+    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
+) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", "nSnf")
+    serve = [sys.executable, "-m", "layerboost.cli", "serve", folder, "--port", str(free_port)]
+    sized = ["--", "--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "512"]
+    ended: list[int] = []
+
+    def ask() -> None:
+        body = {"model": str(folder), "prompt": [3, 4, 5], "max_tokens": 500, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{free_port}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with suppress(OSError), urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            ended.append(answer.status)
+
+    with (
+        (tmp_path / "log").open("wb") as output,
+        subprocess.Popen([*serve, *sized], stdout=output, stderr=output, env=os.environ) as process,
+    ):
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{free_port}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        for thread in threads:
+            thread.join(30)
+    assert survivors(10) == [], (tmp_path / "log").read_text()[-3000:]
+    check_port(free_port)
+    assert len(ended) < 16
