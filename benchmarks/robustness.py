@@ -3,7 +3,7 @@
     python benchmarks/robustness.py runs/smollm2/healed
 
 Prints whether every other request got every token it asked for, what the server says once all are gone (requests,
-KV cache), and its resident memory as the requests went by; then JSON. Exit code 1 when something was lost, or memory grew.
+KV cache), and its resident memory as the requests went by; then JSON. Exit code 1 when one was lost or memory grew.
 """
 
 from __future__ import annotations

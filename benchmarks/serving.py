@@ -1,0 +1,324 @@
+"""Throughput of models under vLLM in three workloads, each beside its roofline; KV capacity beside its arithmetic.
+
+    python benchmarks/serving.py --run runs/serving --out docs/results/serving base=MODEL mild=runs/a/healed ...
+
+`layerboost bench` once a workload, the first model being the reference: every concurrency once, the highest `--repeats`
+times. The same command goes on where it stopped. The roofline takes the bytes a second and FLOP/s of this machine,
+measured first, and the bytes and FLOPs that a model's plan needs. Writes OUT.json and OUT.md, and prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
+from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
+from layerboost.recipe import Bench, Recipe
+from layerboost.runtime import machine, versions
+from layerboost.search.costs import decode_work, prefill_work
+from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
+from layerboost.serving.results import Comparison, Spread
+from layerboost.serving.server import GIB, runs_on_cpu
+from layerboost.stages.bench import BASE, run_bench
+
+WORKLOADS: dict[str, dict[str, int]] = {
+    "chat": {"input_tokens": 128, "output_tokens": 256},
+    "shared": {"shared_prefix_tokens": 2048, "input_tokens": 128, "output_tokens": 128},
+    "memory": {"input_tokens": 1024, "output_tokens": 128},
+}
+TITLES = {"chat": "chat", "shared": "shared context", "memory": "memory-bound"}
+# KV memory beyond what the reference holds at the highest concurrency, so that nothing is preempted.
+ROOM = 1.25
+VECTOR, MATRIX, ROUNDS = 8192, 2048, 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reads and multiplies in a second at its best."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the arithmetic needs of one."""
+
+    info: ModelInfo
+    layers: list[LayerPlan]
+
+
+def described(folder: Path) -> Model:
+    """A checkpoint's plan, or every layer full."""
+    plan = plan_in(folder)
+    if plan is not None:
+        return Model(plan.model, plan.layers)
+    source = Source(folder.name, folder)
+    info = model_info(source, load_config(source), torch.float32 if runs_on_cpu() else torch.bfloat16)
+    return Model(info, [LayerPlan(layer=layer, attention="full") for layer in range(info.layers)])
+
+
+def measured_rates(file: Path) -> Rates:
+    """Bytes and FLOPs a second of a matrix times a vector and of two matrices, measured once a run folder."""
+    if file.is_file():
+        return Rates(**json.loads(file.read_text()))
+    device = "cpu" if runs_on_cpu() else "cuda"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tall, vector = (
+        torch.randn(VECTOR, VECTOR, device=device, dtype=dtype),
+        torch.randn(VECTOR, device=device, dtype=dtype),
+    )
+    square = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    rates = Rates(
+        bytes_per_s=tall.numel() * tall.element_size() / seconds(lambda: tall @ vector),
+        flops_per_s=2 * MATRIX**3 / seconds(lambda: square @ square),
+    )
+    write_json(file, asdict(rates))
+    return rates
+
+
+def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Engine, rates: Rates) -> float:
+    """Output tokens a second if nothing took time but this machine's reading and multiplying, all requests in step.
+
+    Products with weights take the longer of the two, the KV cache its reading, prefill its FLOPs. As many requests
+    decode at once as the KV memory holds.
+    """
+    known = bench.shared_prefix_tokens
+    prompt = known + bench.input_tokens
+    held = resident_bytes(model.info, model.layers, prompt + bench.output_tokens, engine)
+    held -= resident_bytes(model.info, model.layers, known, engine) if known else 0
+    at_once = max(1, min(concurrency, int(bench.kv_cache_gib * GIB) // max(held, 1)))
+    _, _, weights, flops, cache, _ = decode_work(model.info, model.layers, at_once, prompt + bench.output_tokens // 2)
+    step_s = max(weights / rates.bytes_per_s, flops / rates.flops_per_s) + cache / rates.bytes_per_s
+    read = prefill_work(model.info, model.layers, prompt, prompt)
+    if known:
+        read -= prefill_work(model.info, model.layers, known, known)
+    prefill_s = (read[3] + read[5]) / rates.flops_per_s
+    return bench.output_tokens / (prefill_s + bench.output_tokens * step_s / at_once)
+
+
+def benches(asked: argparse.Namespace, reference: Model) -> dict[str, Bench]:
+    """The settings of each workload."""
+    found = {}
+    for name in asked.workloads:
+        lengths = {key: max(1, tokens // asked.shorter) for key, tokens in WORKLOADS[name].items()}
+        top = max(asked.concurrency)
+        longest = lengths["input_tokens"] + lengths["output_tokens"]
+        holds = asked.base_requests if name == "memory" else ROOM * top
+        held = holds * resident_bytes(reference.info, reference.layers, longest, CPU_ENGINE)
+        if prefix := lengths.get("shared_prefix_tokens"):
+            held += ROOM * resident_bytes(reference.info, reference.layers, prefix, CPU_ENGINE)
+        found[name] = Bench(
+            **lengths,
+            concurrency=(top,) if name == "memory" else tuple(asked.concurrency),
+            requests_per_concurrency=asked.requests_per_concurrency,
+            repeats=1 if name == "memory" else asked.repeats,
+            kv_cache_gib=held / GIB,
+            port=asked.port,
+            server_args=tuple(shlex.split(asked.server_args)),
+        )
+    return found
+
+
+def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
+    """Every concurrency once, then the highest until it has its repeats."""
+    run_bench(Recipe(bench=bench.model_copy(update={"repeats": 1})), run, folders)
+    last = bench.model_copy(update={"concurrency": (max(bench.concurrency),)})
+    return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
+
+
+def used_engine(comparison: Comparison) -> Engine:
+    """The settings that the KV arithmetic depends on, as the servers had them."""
+    default, given = (CPU_ENGINE if runs_on_cpu() else GPU_ENGINE), comparison.settings["server_args"]
+    pairs = dict(pairwise(given))
+    return Engine(
+        int(pairs.get("--max-num-batched-tokens", default.max_batched_tokens)),
+        int(pairs.get("--block-size", default.block_size)),
+        default.batches_in_flight,
+    )
+
+
+def speed_rows(
+    workload: str, bench: Bench, comparison: Comparison, models: dict[str, Model], rates: Rates
+) -> list[dict[str, Any]]:
+    """A row a concurrency and model."""
+    engine, rows = used_engine(comparison), []
+    for at in comparison.results:
+        ideals = {
+            name: ideal_tokens_per_s(model, bench, at.concurrency, engine, rates) for name, model in models.items()
+        }
+        for name in models:
+            found = at.models[name]
+            ratio = at.ratios.get(name, {}).get("output_tokens_per_s")
+            rows.append(
+                {
+                    "workload": workload,
+                    "concurrency": at.concurrency,
+                    "model": name,
+                    "metrics": {key: spread.model_dump() for key, spread in found.items()},
+                    "ratio": ratio.model_dump() if ratio else None,
+                    "ideal_tokens_per_s": ideals[name],
+                    "ideal_ratio": ideals[name] / ideals[comparison.reference],
+                    "share_of_ideal": found["output_tokens_per_s"].mean / ideals[name],
+                }
+            )
+    return rows
+
+
+def capacity_rows(
+    workload: str, bench: Bench, comparison: Comparison, models: dict[str, Model]
+) -> list[dict[str, Any]]:
+    """Requests of the longest context that vLLM says fit, and as many by the arithmetic."""
+    engine, rows = used_engine(comparison), []
+    for name, model in models.items():
+        entry = next(entry for entry in comparison.measurements if entry.model == name)
+        context = entry.kv_context_tokens
+        if context is None or not runs_on_cpu():
+            continue
+        block = block_bytes(model.info, model.layers, engine)
+        pool = int(bench.kv_cache_gib * GIB) // block * block
+        predicted = pool / admission_bytes(model.info, model.layers, context, engine)
+        reported = entry.metrics["kv_max_concurrency"]
+        rows.append(
+            {
+                "workload": workload,
+                "model": name,
+                "context_tokens": context,
+                "requests": reported,
+                "requests_predicted": predicted,
+                "off": predicted / reported - 1,
+            }
+        )
+    return rows
+
+
+def spread(found: dict[str, float] | None, digits: int = 3) -> str:
+    """A mean with its least and greatest, where there were several rounds."""
+    if found is None:
+        return "1"
+    value = Spread(**found)
+    mean, low, high = (
+        f"{part:.{digits}g}" if part < 1000 else f"{part:,.0f}" for part in (value.mean, value.min, value.max)
+    )
+    return mean if value.min == value.max else f"{mean} ({low} to {high})"
+
+
+def page(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Serving",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{result['machine']}; vLLM {result['vllm']}. Measured: {result['rates']['bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{result['rates']['flops_per_s'] / 1e9:.0f} GFLOP/s. Ratios are of the same round, with the least and the "
+        "greatest; `ideal` is the roofline's ratio, `share` what is reached of a model's own roofline.",
+        "",
+    ]
+    columns = {
+        "ttft_ms_median": "TTFT, ms",
+        "ttft_ms_p99": "p99",
+        "tpot_ms_median": "TPOT, ms",
+        "itl_ms_p99": "ITL p99, ms",
+        "kv_usage_peak": "KV used",
+        "preemptions": "preempted",
+        "peak_rss_gib": "RSS, GiB",
+    }
+    for workload, settings in result["workloads"].items():
+        lengths = f"{settings['input_tokens']} in, {settings['output_tokens']} out"
+        if settings["shared_prefix_tokens"]:
+            lengths = f"a prefix of {settings['shared_prefix_tokens']} in the cache, {lengths}"
+        served = " ".join(settings["server_args"]) or "vLLM's own settings"
+        lines += [
+            f"## {TITLES[workload].capitalize()}: {lengths}",
+            "",
+            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['kv_cache_gib']:.2f} GiB "
+            f"of KV cache; all models with {served}.",
+            "",
+            "| in flight | model | output tokens/s | ratio | ideal | share | " + " | ".join(columns.values()) + " |",
+            "|" + "---|" * (6 + len(columns)),
+        ]
+        for row in result["speed"]:
+            if row["workload"] == workload:
+                cells = [spread(row["metrics"].get(key)) if key in row["metrics"] else "" for key in columns]
+                speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), spread(row["ratio"])
+                ideal, share = f"{row['ideal_ratio']:.2f}", f"{row['share_of_ideal']:.0%}"
+                cells = [str(row["concurrency"]), row["model"], speed, ratio, ideal, share, *cells]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## KV capacity: requests of the longest context that fit", ""]
+    lines += ["| workload | model | context | vLLM | arithmetic | off |", "|---|---|---|---|---|---|"]
+    for row in result["capacity"]:
+        cells = [TITLES[row["workload"]], row["model"], f"{row['context_tokens']:,}"]
+        cells += [f"{row['requests']:.2f}", f"{row['requests_predicted']:.2f}", f"{row['off']:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is missing, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--run", type=Path, required=True, help="results are kept there; the same folder goes on")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[50, 100, 200])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the highest concurrency, but for memory")
+    parser.add_argument("--requests-per-concurrency", type=float, default=1.0)
+    parser.add_argument("--base-requests", type=int, default=60, help="memory: requests that the reference holds")
+    parser.add_argument("--shorter", type=int, default=1, help="divide every length by this, for a trial")
+    parser.add_argument("--server-args", default="", help="for all models; needed where plans advise different flags")
+    parser.add_argument("--port", type=int, default=8341)
+    asked = parser.parse_args()
+    folders = {name: Path(folder) for name, folder in (model.split("=", 1) for model in asked.models)}
+    if next(iter(folders)) != BASE and BASE in folders:
+        parser.error(f"{BASE} is the reference: name it first")
+    models = {name: described(folder) for name, folder in folders.items()}
+    rates = measured_rates(asked.run / "rates.json")
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": versions(),
+        "rates": asdict(rates),
+        "workloads": {},
+        "speed": [],
+        "capacity": [],
+    }
+    for workload, bench in benches(asked, next(iter(models.values()))).items():
+        started = time.monotonic()
+        comparison = measure(bench, asked.run / workload, folders)
+        print(f"{workload}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        result["vllm"] = comparison.environment["vllm"]
+        result["workloads"][workload] = comparison.settings
+        result["speed"] += speed_rows(workload, bench, comparison, models, rates)
+        result["capacity"] += capacity_rows(workload, bench, comparison, models)
+    write_json(asked.out.with_suffix(".json"), result)
+    write_text(asked.out.with_suffix(".md"), page(result))
+    print(page(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
