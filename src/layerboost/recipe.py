@@ -202,7 +202,7 @@ class Bench(Section):
     )
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="requests in flight")
     requests_per_concurrency: PositiveFloat = Field(
-        4, description="requests sent at each concurrency, as a multiple of it"
+        4.0, description="requests sent at each concurrency, as a multiple of it"
     )
     shared_prefix_tokens: int = Field(
         0, ge=0, description="what all prompts begin with, in the prefix cache before the clock starts"
