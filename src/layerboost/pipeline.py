@@ -11,7 +11,7 @@ from typing import Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
-from layerboost.recipe import Recipe, model_of, recipe_yaml
+from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
 
 GIB = 1 << 30
@@ -196,7 +196,6 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     """
     from layerboost.healing.estimate import estimate_healing
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
-    from layerboost.serving.server import check_port, check_vllm
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
 
@@ -208,17 +207,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
-    bench = recipe.bench
-    wanted = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
-    if wanted > config.max_position_embeddings:
-        raise ConfigError(
-            f"a request of the benchmark is {wanted} tokens long",
-            found=f"a context of {config.max_position_embeddings}",
-            do="lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
-        )
-    vllm = check_vllm() if bench.engine == "vllm" else "not needed"
-    if bench.engine == "vllm":
-        check_port(bench.port)
+    vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
@@ -249,6 +238,23 @@ def check(recipe: Recipe, run: Path) -> Estimate:
                 do="free some, or use a smaller model",
             )
     return estimate
+
+
+def _check_bench(bench: Bench, context_tokens: int) -> str:
+    """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
+    from layerboost.serving.server import check_port, check_vllm
+
+    wanted = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
+    if wanted > context_tokens:
+        raise ConfigError(
+            f"a request of the benchmark is {wanted} tokens long",
+            found=f"a context of {context_tokens}",
+            do="lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
+        )
+    if bench.engine == "transformers":
+        return "not needed"
+    check_port(bench.port)
+    return check_vllm()
 
 
 def plain(result: Any) -> Any:
