@@ -57,6 +57,8 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     assert found["completed"] == 5
     assert found["peak_rss_gib"] > 0.1
     (folder / "config.json").unlink()
-    with pytest.raises(LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"):
+    with pytest.raises(
+        LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"
+    ):
         run_generation("it", folder, recipe, load(), tmp_path / "run.log")
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log"] == ["model"]

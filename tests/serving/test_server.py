@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny
@@ -16,7 +18,15 @@ from tiny import save_tiny
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.serving import guard
-from layerboost.serving.server import check_port, check_vllm, last_words, running_server, serve_argv
+from layerboost.serving.server import (
+    check_port,
+    check_vllm,
+    last_words,
+    running_server,
+    serve_argv,
+    serve_command,
+    with_flags,
+)
 
 # A command that starts a child which does not listen to SIGTERM, as a hanging worker would.
 COMMAND = """
@@ -91,6 +101,27 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
     assert environment["HF_HUB_OFFLINE"] == "1"
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def flags(**changes: Any) -> dict[str, str]:
+        argv = serve_command(tmp_path, Bench(**{"kv_cache_gib": 0.5, **changes}))[0]
+        return dict(pairwise(argv))
+
+    assert flags()["--max-num-seqs"] == "200"
+    assert "--max-num-seqs" not in flags(concurrency=[64])
+    assert "--no-enable-prefix-caching" in flags()
+    assert "--no-enable-prefix-caching" not in flags(shared_prefix_tokens=64)
+    few = flags(server_args=["--max-num-batched-tokens", "160"])
+    assert few["--max-num-seqs"] == "160"
+    assert "at most 160 of 200 requests decode at once" in caplog.text
+
+
+def test_given_flags_win_over_advised_ones() -> None:
+    advised = ("--max-num-batched-tokens", "256", "--block-size", "32")
+    assert with_flags((), advised) == advised
+    assert with_flags(("--block_size=16", "-O0"), advised) == (*advised[:2], "--block_size=16", "-O0")
 
 
 def test_last_words_are_the_root_cause_first(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import info, layer_plans, save_tiny
 
-from layerboost.artifacts import read_json, write_json
+from layerboost.artifacts import PLAN, PlanFile, Predicted, read_json, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
+from layerboost.search.memory import CPU_ENGINE, serving
 from layerboost.serving.results import Comparison, Measurement
 from layerboost.stages.bench import _checked, _opened, run_bench, validate_bench
+from layerboost.tables import decoded_rows
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture
@@ -58,6 +62,7 @@ def finish(run: Path, asked: Recipe, models: dict[str, Path]) -> Comparison:
     return comparison
 
 
+@needs_vllm
 def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     # Another port, and one concurrency fewer, change nothing about what was measured: it stays.
@@ -69,6 +74,7 @@ def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]
     assert read_json(tmp_path / "bench" / "comparison.json", Comparison, "bench").complete
 
 
+@needs_vllm
 def test_a_lost_result_is_measured_again(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     (tmp_path / "bench" / "base-c2-r0.json").unlink()
@@ -76,6 +82,7 @@ def test_a_lost_result_is_measured_again(tmp_path: Path, models: dict[str, Path]
     assert [entry.file for entry in left.measurements] == ["base-c1-r0.json", "healed-c1-r0.json", "healed-c2-r0.json"]
 
 
+@needs_vllm
 def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     with pytest.raises(ConfigError, match=r"bench\.requests_per_concurrency was 1\.0, is 3\.0") as raised:
@@ -84,6 +91,7 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str,
     assert str(tmp_path / "bench") in str(raised.value)
 
 
+@needs_vllm
 def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     (models["healed"] / "config.json").write_text(json.dumps({"model_type": "llama", "sliding_window": 8}))
@@ -91,12 +99,14 @@ def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, 
         run_bench(recipe(), tmp_path, models)
 
 
+@needs_vllm
 def test_requests_must_fit_the_context(tmp_path: Path, models: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="base has a context of 64 tokens"):
         validate_bench(recipe(input_tokens=57), tmp_path, models)
     validate_bench(recipe(input_tokens=56), tmp_path, models)
 
 
+@needs_vllm
 def test_a_taken_port_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -106,9 +116,80 @@ def test_a_taken_port_is_refused(tmp_path: Path, models: dict[str, Path]) -> Non
             validate_bench(asked, tmp_path, models)
 
 
+@needs_vllm
 def test_a_truncated_comparison_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     file = tmp_path / "bench" / "comparison.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(ConfigError, match="not a valid Comparison"):
         validate_bench(recipe(), tmp_path, models)
+
+
+def advise(folder: Path, *flags: str) -> None:
+    """Put a plan with serving flags beside a stand-in of a model."""
+    plan = PlanFile(model=info(2), method="budget", layers=layer_plans("sf"))
+    found = serving(plan.model, plan.layers, 512, 4, CPU_ENGINE)
+    plan.serving = found.model_copy(update={"flags": list(flags)})
+    plan.predicted = Predicted(
+        damage={}, kv_fraction=1, kv_bytes_per_request=1, parameter_fraction=1, context_tokens=1, plan=plan.hash()
+    )
+    write_plan(folder / PLAN, plan)
+
+
+@needs_vllm
+def test_every_model_is_served_with_the_flags_of_the_plan(tmp_path: Path, models: dict[str, Path]) -> None:
+    advise(models["healed"], "--max-num-batched-tokens", "64", "--block-size", "32")
+    asked = recipe(server_args=["--block-size=16"])
+    job = _checked(asked, tmp_path, models, False)
+    assert job.bench.server_args == ("--max-num-batched-tokens", "64", "--block-size=16")
+    assert _opened(job).settings["server_args"] == list(job.bench.server_args)
+    # Another checkpoint that wants others: there is no ratio to the base that is fair to both.
+    other = models | {"other": tmp_path / "other"}
+    shutil.copytree(models["healed"], other["other"])
+    assert _checked(asked, tmp_path, other, False).bench == job.bench
+    advise(other["other"], "--max-num-batched-tokens", "128")
+    with pytest.raises(ConfigError, match=r"healed: --max-num-batched-tokens 64 .*other: --max-num-batched-tokens 128"):
+        validate_bench(asked, tmp_path, other)
+
+
+@needs_vllm
+def test_flags_of_an_edited_plan_are_not_used(tmp_path: Path, models: dict[str, Path]) -> None:
+    advise(models["healed"], "--block-size", "32")
+    file = models["healed"] / PLAN
+    file.write_text(file.read_text().replace("layer: 1, attention: full", "layer: 1, attention: none"))
+    assert _checked(recipe(), tmp_path, models, False).bench.server_args == ()
+
+
+def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
+    models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
+    asked = recipe(engine="transformers", decode_batch=2, decode_lengths=[4, 8])
+    found = run_bench(asked, tmp_path, models)
+    assert found["complete"]
+    assert [at["concurrency"] for at in found["results"]] == [1, 2]
+    assert found["results"][1]["ratios"]["healed"]["output_tokens_per_s"]["mean"] > 0
+    assert json.loads((tmp_path / "bench" / "base-c2-r0.json").read_text())["total_output_tokens"] == 16
+    assert found["settings"]["engine"] == "transformers"
+    assert run_bench(asked, tmp_path, models) == found
+    with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
+        validate_bench(recipe(engine="transformers", output_tokens=9), tmp_path, models)
+
+    # A decode sweep lies beside it, with a result a length; another length is added to it.
+    sweep = run_bench(asked, tmp_path, models, decode_sweep=True)
+    assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 8)]
+    long, short = (at["models"]["base"]["latency_ms_median"]["mean"] for at in reversed(sweep["results"]))
+    assert long > short
+    head, *rows = decoded_rows(sweep)
+    assert [row[:2] for row in rows] == [["4", "base"], ["4", "healed"], ["8", "base"], ["8", "healed"]]
+    assert {len(row) for row in rows} == {len(head)}
+    before = (tmp_path / "bench" / "base-decode4-r0.json").read_text()
+    longer = recipe(engine="transformers", decode_batch=2, decode_lengths=[4, 12])
+    assert [at["output_tokens"] for at in run_bench(longer, tmp_path, models, True)["results"]] == [4, 8, 12]
+    assert (tmp_path / "bench" / "base-decode4-r0.json").read_text() == before
+    assert read_json(tmp_path / "bench" / "comparison.json", Comparison, "bench").model_dump(mode="json") == found
+
+
+@needs_vllm
+def test_engines_are_not_mixed(tmp_path: Path, models: dict[str, Path]) -> None:
+    finish(tmp_path, recipe(), models)
+    with pytest.raises(ConfigError, match=r"bench\.engine was 'vllm', is 'transformers'"):
+        validate_bench(recipe(engine="transformers"), tmp_path, models)
