@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import save_tiny
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.serving import guard
 from layerboost.serving.server import (
+    _gpu_bytes,
     check_port,
     check_vllm,
     last_words,
@@ -116,6 +118,13 @@ def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest
     few = flags(server_args=["--max-num-batched-tokens", "160"])
     assert few["--max-num-seqs"] == "160"
     assert "at most 160 of 200 requests decode at once" in caplog.text
+
+
+@pytest.mark.gpu
+def test_gpu_memory_in_use() -> None:
+    before = _gpu_bytes()
+    held = torch.zeros(1 << 28, device="cuda")
+    assert _gpu_bytes() - before >= held.numel()
 
 
 def test_given_flags_win_over_advised_ones() -> None:

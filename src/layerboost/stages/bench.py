@@ -33,7 +33,7 @@ BASE = "base"
 # What may differ between two calls without changing what one measurement means.
 FREE_SETTINGS = {"port", "startup_timeout_s", "repeats", "concurrency", "decode_lengths"}
 # What means nothing in the other kind of benchmark.
-OF_LOAD = {"concurrency", "requests_per_concurrency", "shared_prefix_tokens", "input_tokens", "output_tokens"}
+OF_LOAD = {"concurrency", "requests_per_concurrency", "output_tokens"}
 OF_SWEEP = {"decode_batch", "decode_lengths"}
 OF_VLLM = {"port", "startup_timeout_s", "kv_cache_gib", "server_args"}
 # A prompt of a decode sweep: next to nothing, so that the length is that of the answer.
@@ -67,12 +67,15 @@ class Job:
 
     def load(self, point: Point) -> Load:
         """The same prompts for every model, others at another concurrency or length."""
-        concurrency, length = point
-        bench, seed = self.bench, self.recipe.seed + concurrency
-        if length:
-            return Load(concurrency, concurrency, 0, SWEEP_INPUT_TOKENS, length, seed + length)
-        lengths = (bench.shared_prefix_tokens, bench.input_tokens, bench.output_tokens)
-        return Load(concurrency, bench.requests(concurrency), *lengths, seed)
+        (concurrency, length), bench = point, self.bench
+        return Load(
+            concurrency=concurrency,
+            requests=concurrency if length else bench.requests(concurrency),
+            shared_prefix_tokens=bench.shared_prefix_tokens,
+            input_tokens=bench.input_tokens,
+            output_tokens=length or bench.output_tokens,
+            seed=self.recipe.seed + concurrency + (length or 0),
+        )
 
     def stem(self, name: str, point: Point, repeat: int) -> str:
         return f"{name}-{f'decode{point[1]}' if point[1] else f'c{point[0]}'}-r{repeat}"
@@ -176,18 +179,18 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
     if not models:
         raise ConfigError("nothing to benchmark", do="give at least one model directory")
     bench = recipe.bench
+    if decode_sweep:
+        bench = bench.model_copy(update={"shared_prefix_tokens": 0, "input_tokens": SWEEP_INPUT_TOKENS})
+    longest = max(bench.decode_lengths) if decode_sweep else bench.output_tokens
+    wanted = bench.shared_prefix_tokens + bench.input_tokens + longest
     for name, folder in models.items():
         context = check_checkpoint(folder).get("max_position_embeddings")
-        job = Job(recipe, run, models, decode_sweep)
-        loads = map(job.load, job.points)
-        wanted = max(load.shared_prefix_tokens + load.input_tokens + load.output_tokens for load in loads)
         if isinstance(context, int) and wanted > context:
+            keys = "bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens"
             raise ConfigError(
                 f"a request of the benchmark is {wanted} tokens long",
                 found=f"{name} has a context of {context} tokens",
-                do="lower bench.decode_lengths"
-                if decode_sweep
-                else "lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
+                do=f"lower {'bench.decode_lengths' if decode_sweep else keys}",
             )
     if bench.engine == "vllm":
         check_vllm()
