@@ -162,30 +162,41 @@ def test_flags_of_an_edited_plan_are_not_used(tmp_path: Path, models: dict[str, 
 
 def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
     models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
-    asked = recipe(engine="transformers", decode_batch=2, decode_lengths=[4, 8])
+    asked = recipe(engine="transformers", concurrency=[2])
     found = run_bench(asked, tmp_path, models)
     assert found["complete"]
-    assert [at["concurrency"] for at in found["results"]] == [1, 2]
-    assert found["results"][1]["ratios"]["healed"]["output_tokens_per_s"]["mean"] > 0
+    (at,) = found["results"]
+    assert at["ratios"]["healed"]["output_tokens_per_s"]["mean"] > 0
     assert json.loads((tmp_path / "bench" / "base-c2-r0.json").read_text())["total_output_tokens"] == 16
     assert found["settings"]["engine"] == "transformers"
     assert run_bench(asked, tmp_path, models) == found
     with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
         validate_bench(recipe(engine="transformers", output_tokens=9), tmp_path, models)
 
-    # A decode sweep lies beside it, with a result a length; another length is added to it.
-    sweep = run_bench(asked, tmp_path, models, decode_sweep=True)
-    assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 8)]
-    long, short = (at["models"]["base"]["latency_ms_median"]["mean"] for at in reversed(sweep["results"]))
+
+def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
+    models = {"base": save_tiny(tmp_path / "base")}
+    settings = {"engine": "transformers", "decode_batch": 2}
+    sweep = run_bench(recipe(**settings, decode_lengths=[4, 32]), tmp_path, models, decode_sweep=True)
+    assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 32)]
+    short, long = (at["models"]["base"]["latency_ms_median"]["mean"] for at in sweep["results"])
     assert long > short
     head, *rows = decoded_rows(sweep)
-    assert [row[:2] for row in rows] == [["4", "base"], ["4", "healed"], ["8", "base"], ["8", "healed"]]
+    assert [row[:2] for row in rows] == [["4", "base"], ["32", "base"]]
     assert {len(row) for row in rows} == {len(head)}
+
+    # Another length is added to it, and what was measured stays.
     before = (tmp_path / "bench" / "base-decode4-r0.json").read_text()
-    longer = recipe(engine="transformers", decode_batch=2, decode_lengths=[4, 12])
-    assert [at["output_tokens"] for at in run_bench(longer, tmp_path, models, True)["results"]] == [4, 8, 12]
+    longer = run_bench(recipe(**settings, decode_lengths=[4, 12]), tmp_path, models, decode_sweep=True)
+    assert [at["output_tokens"] for at in longer["results"]] == [4, 12, 32]
     assert (tmp_path / "bench" / "base-decode4-r0.json").read_text() == before
-    assert read_json(tmp_path / "bench" / "comparison.json", Comparison, "bench").model_dump(mode="json") == found
+    assert sorted(file.name for file in (tmp_path / "bench").iterdir()) == [
+        "base-decode12-r0.json",
+        "base-decode32-r0.json",
+        "base-decode4-r0.json",
+        "decode_sweep.json",
+        "logs",
+    ]
 
 
 @needs_vllm
