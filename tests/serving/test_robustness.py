@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 PATIENCE_S = 300
 # A moment of load, then seconds of it.
-LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 4, "input_tokens": 32, "output_tokens": 400}
+LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 2, "input_tokens": 32, "output_tokens": 300}
 
 
 def settings(port: int) -> dict[str, Any]:
@@ -45,11 +46,15 @@ def kept(run: Path) -> Comparison:
     return read_json(run / "bench" / "comparison.json", Comparison, "layerboost bench")
 
 
-def wait_for(file: Path) -> None:
+def wait_for_load(file: Path, port: int) -> None:
+    """Until a file is there and the server answers several requests at once."""
     deadline = time.monotonic() + PATIENCE_S
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", answer.read().decode(), re.M)
+            if running and float(running[1]) > 1 and file.exists():
+                return
 
 
 @contextmanager
@@ -79,7 +84,7 @@ def test_a_killed_server_and_a_deleted_model_leave_what_was_measured(
     run, results = tmp_path / "run", tmp_path / "run" / "bench"
 
     def kill() -> None:
-        wait_for(results / "base-c1-r0.json")
+        wait_for_load(results / "base-c1-r0.json", free_port)
         kill_server(free_port)
 
     with meanwhile(kill), pytest.raises(LayerboostError, match="vLLM died while serving base") as raised:
@@ -92,17 +97,15 @@ def test_a_killed_server_and_a_deleted_model_leave_what_was_measured(
     before = (results / "base-c1-r0.json").read_text()
 
     def rob() -> None:
-        wait_for(results / "base-c8-r0.json")
+        wait_for_load(results / "base-c1-r0.json", free_port)
         shutil.rmtree(models["healed"])
 
-    # Once more: what was lost is measured, what was kept is not. In a moment of the load the other model goes.
-    with meanwhile(rob), pytest.raises(LayerboostError, match="healed"):
+    # Once more: what was lost is measured, what was kept is not. Meanwhile the other model's directory goes.
+    with meanwhile(rob), pytest.raises(ConfigError, match="healed is not a model directory"):
         run_bench(recipe, run, models)
     assert survivors(2) == []
-    assert [entry.file for entry in kept(run).measurements][:2] == ["base-c1-r0.json", "base-c8-r0.json"]
+    assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json", "base-c8-r0.json"]
     assert (results / "base-c1-r0.json").read_text() == before
-    with pytest.raises(ConfigError, match="healed is not a model directory"):
-        run_bench(recipe, run, models)
     check_port(free_port)
 
 
@@ -123,7 +126,7 @@ def test_a_terminated_benchmark_takes_everything_with_it(
         tmp_path / "recipe.yaml",
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(run / "bench" / "base-c1-r0.json")
+        wait_for_load(run / "bench" / "base-c1-r0.json", free_port)
         process.send_signal(signal.SIGTERM)
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 130
