@@ -37,8 +37,8 @@ REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
 PLUGIN_GROUP = "vllm.general_plugins"
-# Requests that `vllm serve` lets decode at once: half as many on a CPU as on most GPUs.
-DEFAULT_SEQS = (128, 256)
+# Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
+CPU_SEQS, GPU_SEQS = 128, 256
 # Of the server's metrics: what a benchmark reads, its progress first.
 COUNTERS = (
     "generation_tokens",
@@ -138,7 +138,7 @@ def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]
         # Requests share no prefixes, and a warm-up must not make the first of them free.
         argv.append("--no-enable-prefix-caching")
     seqs = _decoding_at_once(bench)
-    if seqs > DEFAULT_SEQS[not runs_on_cpu()]:
+    if seqs > (CPU_SEQS if runs_on_cpu() else GPU_SEQS):
         argv += _unless_given(flags, "--max-num-seqs", str(seqs))
     if runs_on_cpu():
         argv += _unless_given(flags, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
@@ -342,10 +342,12 @@ def stop_guarded(process: subprocess.Popen[bytes]) -> None:
 
 
 def _gpu_bytes() -> int:
-    """Memory in use on all GPUs, whoever uses it."""
-    import torch
-
-    return sum(torch.cuda.device_memory_used(index) for index in range(torch.cuda.device_count()))
+    """Memory in use on all NVIDIA GPUs, whoever uses it; 0 where none can be asked."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError):
+        used = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return sum(int(line) << 20 for line in used.splitlines())
+    return 0
 
 
 def _wait_until_healthy(server: Server, timeout_s: int) -> None:

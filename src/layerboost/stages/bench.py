@@ -38,8 +38,8 @@ OF_SWEEP = {"decode_batch", "decode_lengths"}
 OF_VLLM = {"port", "startup_timeout_s", "kv_cache_gib", "server_args"}
 # A prompt of a decode sweep: next to nothing, so that the length is that of the answer.
 SWEEP_INPUT_TOKENS = 16
-# One run: what was sent, where its log goes, whom to tell of tokens; gives the raw result and its further metrics.
-Run = Callable[[Load, Path, Callable[[float], None]], tuple[dict[str, Any], dict[str, float], int | None]]
+# Answers a load, with a file for its log and whom to tell of tokens: the raw result, further metrics, vLLM's context.
+Answering = Callable[[Load, Path, Callable[[float], None]], tuple[dict[str, Any], dict[str, float], int | None]]
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
         for repeat, name, points in planned:
             if not points:
                 continue
-            with _engine(job, name, repeat) as measured:
+            with _engine(job, name, repeat) as answered:
                 for point in points:
-                    comparison.measurements.append(_measure(job, measured, name, point, repeat, progress))
+                    comparison.measurements.append(_measure(job, answered, name, point, repeat, progress))
                     missing -= 1
                     comparison.complete = missing == 0
                     comparison.results = compare(comparison.measurements, comparison.reference)
@@ -127,7 +127,7 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
 
 
 @contextmanager
-def _engine(job: Job, name: str, repeat: int) -> Iterator[Run]:
+def _engine(job: Job, name: str, repeat: int) -> Iterator[Answering]:
     """What answers the loads of one model in one round."""
     folder = job.models[name]
     if job.bench.engine == "transformers":
@@ -150,7 +150,7 @@ def _engine(job: Job, name: str, repeat: int) -> Iterator[Run]:
         yield served
 
 
-def _measure(job: Job, measured: Run, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
+def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
     load, stem = job.load(point), job.stem(name, point, repeat)
     log.info(
         "measuring %s at concurrency %d, %d tokens out, round %d of %d",
@@ -160,7 +160,7 @@ def _measure(job: Job, measured: Run, name: str, point: Point, repeat: int, prog
         repeat + 1,
         job.bench.repeats,
     )
-    raw, further, context_tokens = measured(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
+    raw, further, context_tokens = answered(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
     write_json(job.run / FOLDER / f"{stem}.json", raw)
     return Measurement(
         model=name,
