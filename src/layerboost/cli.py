@@ -249,12 +249,19 @@ def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
-_stage(
+@cli.command(
     "report",
-    "Write report.html and report.md from the files of the run folder.",
-    ("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json"),
-    lambda result, run: tables.reported_rows(run),
+    cls=Command,
+    help="Write report.html and report.md from the files of the run folder.",
+    examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"),
 )
+@click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
+@with_recipe
+def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
+    """Run the report stage."""
+    from layerboost.pipeline import run_stage
+
+    show(run_stage("report", recipe, run, png=png), as_json, lambda _: tables.reported_rows(run))
 
 
 @cli.command(

@@ -39,6 +39,7 @@ MADE_BY = {
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
+    "bench/decode_sweep.json": "layerboost bench --decode-sweep",
 }
 
 
@@ -71,6 +72,7 @@ class Sources:
     metrics: list[MetricLine] | None
     quality: EvalComparison | None
     bench: BenchComparison | None
+    sweep: BenchComparison | None
 
 
 def read_sources(run: Path) -> Sources:
@@ -103,6 +105,7 @@ def read_sources(run: Path) -> Sources:
         metrics=_read_metrics(run / "heal" / "metrics.jsonl"),
         quality=_artifact(run, "eval/comparison.json", EvalComparison),
         bench=_artifact(run, "bench/comparison.json", BenchComparison),
+        sweep=_artifact(run, "bench/decode_sweep.json", BenchComparison),
     )
 
 
