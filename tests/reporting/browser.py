@@ -54,6 +54,13 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    async def until(self, expression: str) -> None:
+        """Wait until an expression is true in the page."""
+        deadline = time.monotonic() + 120
+        while not await self.value(expression):
+            assert time.monotonic() < deadline, expression
+            await asyncio.sleep(0.02)
+
     async def point_at(self, selector: str) -> None:
         """Move the mouse to the middle of an element, scrolled into view."""
         await self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")

@@ -160,7 +160,8 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> dict[str, Any
             "x": [spread.mean for _, spread in found],
             "y": [value] * len(found),
             "text": [str(concurrency) for concurrency, _ in found],
-            "textposition": "top center",
+            # In turn above and below: near a machine's limit the points of two concurrencies lie close.
+            "textposition": [("top center", "bottom center")[index % 2] for index in range(len(found))],
             "textfont": {"size": 11, "color": "var(--soft)"},
             "error_x": _bars([spread for _, spread in found], color),
             "line": {"color": color, "width": 1, "dash": "dot"},

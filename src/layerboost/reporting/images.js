@@ -2,6 +2,7 @@
 (async () => {
   const images = {};
   for (const element of document.querySelectorAll(".plot")) {
+    while (!element.querySelector(".main-svg")) await new Promise((drawn) => setTimeout(drawn, 20));
     const layout = { ...element.layout, paper_bgcolor: "#ffffff", margin: { l: 12, r: 20, t: 64, b: 12 },
                      title: { text: element.getAttribute("aria-label"), x: 0.01, y: 0.98, yanchor: "top" } };
     const figure = { data: element.data, layout };
