@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import subprocess
 import time
@@ -75,12 +74,6 @@ class Tab:
         """Processor time of the page's main thread so far, which a busy machine does not stretch."""
         found = await self.call("Performance.getMetrics")
         return float({entry["name"]: entry["value"] for entry in found["metrics"]}["TaskDuration"])
-
-    async def screenshot(self, file: Path, height: int) -> None:
-        """The first `height` pixels of the page as a PNG."""
-        clip = {"x": 0, "y": 0, "width": await self.value("innerWidth"), "height": height, "scale": 1}
-        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        file.write_bytes(base64.b64decode(found["data"]))
 
     @property
     def complaints(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from made_run import FILES, change, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
 
-from layerboost.artifacts import Score, read_plan, write_json, write_plan
+from layerboost.artifacts import Score, file_hash, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
 from layerboost.reporting.comparison import Change
@@ -91,6 +91,7 @@ def test_a_finished_run_fills_every_panel(run: Path) -> None:
     assert "base itself answers fewer than half of key-value at 256 tokens" in page.text["long-context"]
     assert [f"layer {layer}: " in page.text["layers"] for layer in range(31)] == [True] * 30 + [False]
     assert "model: SmolLM2-135M-Instruct" in page.text["provenance"]
+    assert "4 h 09 min in all, every attempt counted: measure 13 min 32 s, plan 1.3 s" in page.text["provenance"]
 
 
 def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
@@ -386,6 +387,16 @@ def test_decoding_draws_the_memory_that_the_model_needs(run: Path) -> None:
     file.write_text(file.read_text().replace("kv_used_gib", "other").replace('"complete": true', '"complete": false'))
     assert charts()[1].figure["layout"]["yaxis"]["title"]["text"] == "peak RSS, GiB"
     assert "layerboost bench --decode-sweep continues it" in report_text(run, "decode")
+
+
+def test_a_model_that_changed_after_its_benchmark_is_pointed_out(run: Path) -> None:
+    config = run / "healed" / "config.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    assert "healed changed after the benchmark" in report_text(run, "throughput")
+    file = run / "bench" / "comparison.json"
+    file.write_text(file.read_text().replace("5555666677778888", file_hash(config)))
+    assert "changed after the benchmark" not in report_text(run, "throughput")
 
 
 def report_text(run: Path, panel: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from layerboost.reporting.comparison import EvalComparison
 from layerboost.reporting.figures import layout, model_color
 from layerboost.reporting.page import Chart, Panel, Table
-from layerboost.reporting.sources import MADE_BY, absent, model_order
+from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, percent
 from layerboost.serving.results import AtConcurrency, Comparison, Spread
 
@@ -59,8 +59,9 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
     return None
 
 
-def throughput_panel(bench: Comparison | None, quality: EvalComparison | None) -> Panel:
+def throughput_panel(sources: Sources) -> Panel:
     """Output tokens per second against concurrency, what accuracy goes with them, and latencies."""
+    bench, quality = sources.bench, sources.quality
     files = [FILE, "eval/comparison.json"]
     if bench is None:
         return Panel("throughput", "Throughput", files, [absent(FILE)])
@@ -87,10 +88,11 @@ def throughput_panel(bench: Comparison | None, quality: EvalComparison | None) -
         )
     elif quality:
         missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
+    warnings = unfinished(bench, FILE)
+    if changed := sources.changed_since_bench:
+        warnings.append(f"{', '.join(changed)} changed after the benchmark: delete bench/ and run `layerboost bench`")
     tables = [_speed_table(bench), _latency_table(bench)]
-    return Panel(
-        "throughput", "Throughput", files, missing, unfinished(bench, FILE), notes=notes, charts=charts, tables=tables
-    )
+    return Panel("throughput", "Throughput", files, missing, warnings, notes=notes, charts=charts, tables=tables)
 
 
 def environment(bench: Comparison) -> str:

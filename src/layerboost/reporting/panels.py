@@ -134,14 +134,15 @@ def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
 
 
 def provenance_panel(sources: Sources) -> Panel:
-    """What ran, when, where, on what, and with which settings."""
-    missing = []
+    """What ran, when, where, on what, for how long, and with which settings."""
+    missing, notes = [], []
     tables = []
     if sources.history is None or not sources.history.stages:
         missing.append(absent("run.json"))
     else:
         stages = sources.history.stages
         tables += [_stage_table(stages), _version_table(stages)]
+        notes.append(_cost(stages))
     prints = _fingerprints(sources)
     if prints:
         tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
@@ -154,7 +155,17 @@ def provenance_panel(sources: Sources) -> Panel:
     else:
         text = yaml.safe_dump(sources.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         listing = ("Recipe", text)
-    return Panel("provenance", "Provenance", ["run.json", "recipe.yaml"], missing, tables=tables, listing=listing)
+    files = ["run.json", "recipe.yaml"]
+    return Panel("provenance", "Cost and provenance", files, missing, notes=notes, tables=tables, listing=listing)
+
+
+def _cost(stages: list[StageRecord]) -> str:
+    """Time by stage, attempts that failed or were interrupted included."""
+    seconds: dict[str, float] = {}
+    for record in stages:
+        seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+    each = ", ".join(f"{stage} {duration(taken)}" for stage, taken in seconds.items())
+    return f"{duration(sum(seconds.values()))} in all, every attempt counted: {each}."
 
 
 def _stage_table(stages: list[StageRecord]) -> Table:

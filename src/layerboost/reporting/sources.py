@@ -74,6 +74,13 @@ class Sources:
     bench: BenchComparison | None
     sweep: BenchComparison | None
 
+    @property
+    def changed_since_bench(self) -> list[str]:
+        """Benchmarked models whose directory in the run folder is no longer what was benchmarked."""
+        hashes = self.bench.models if self.bench else {}
+        configs = {name: self.run / name / "config.json" for name in hashes}
+        return [name for name, file in configs.items() if file.is_file() and file_hash(file) != hashes[name]]
+
 
 def read_sources(run: Path) -> Sources:
     """Read the files of `run`.

@@ -42,7 +42,7 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
         quality_panel(sources),
         long_context_panel(sources),
         healing_panel(sources),
-        throughput_panel(sources.bench, sources.quality),
+        throughput_panel(sources),
         decode_panel(sources.sweep),
         provenance_panel(sources),
     ]
