@@ -63,7 +63,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         **rest: Any,
     ) -> None:
         given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
+        given |= {"measure.plan": on_plan and str(on_plan), "bench.engine": engine}
         recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 
@@ -77,9 +77,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return functools.reduce(lambda done, decorator: decorator(done), reversed(decorators), command)
 
 
 def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
@@ -189,7 +187,7 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     ),
 )
 @click.option(
-    "--compat", is_flag=True, help="Also write healed/ (else converted/) as compat/, which vLLM serves without us."
+    "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, which vLLM serves without us."
 )
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
@@ -367,10 +365,8 @@ def main() -> None:
     """The console script: runs a command and turns every failure into one message and the right exit code."""
     if not os.environ.get("LAYERBOOST_DEBUG"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("layerboost")
-    logger.handlers = [handler]
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
     # Of several ranks under torchrun, one speaks.
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.

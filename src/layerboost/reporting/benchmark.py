@@ -75,8 +75,8 @@ def throughput_panel(sources: Sources) -> Panel:
     settings = bench.settings
     if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
         notes.append(
-            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['input_tokens']:,} tokens "
-            f"in, {settings['output_tokens']:,} tokens out each."
+            f"{settings['requests_per_concurrency']:g} requests for each in flight, "
+            f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
         )
     charts = [Chart("chart-throughput", "Output tokens per second", throughput_figure(bench))]
     if quality and (figure := accuracy_figure(bench, quality)):
