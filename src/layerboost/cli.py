@@ -63,7 +63,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         **rest: Any,
     ) -> None:
         given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given |= {"measure.plan": on_plan and str(on_plan), "bench.engine": engine}
+        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
         recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 
