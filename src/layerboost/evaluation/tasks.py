@@ -247,8 +247,8 @@ def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: 
         raise ConfigError(
             f"no local items for task {name}",
             found=f"evaluate.bench_data serves {', '.join(BENCHMARKS)} and the parts of mmlu",
-            do="drop the task, unset evaluate.bench_data to load every task from the Hub, or name a task file (.yaml) of "
-            "your own items",
+            do="drop the task, unset evaluate.bench_data to load every task from the Hub, or write its items as a task "
+            "file (.yaml)",
         )
     items = read_items(bench_data, benchmark, validation)
     if not validation and items.split != BENCHMARKS[benchmark].split:
