@@ -14,6 +14,7 @@ import aiohttp
 
 from layerboost.reporting.images import browser_command, find_browser
 
+PATIENCE_S = 300  # with a busy machine
 # What a page must not do: fail, complain, or be refused something.
 COMPLAINTS = {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Network.loadingFailed"}
 
@@ -29,7 +30,7 @@ class Tab:
         self.sent += 1
         await self.socket.send_json({"id": self.sent, "method": method, "params": params})
         while True:
-            message = await self.socket.receive_json(timeout=120)
+            message = await self.socket.receive_json(timeout=PATIENCE_S)
             if message.get("id") == self.sent:
                 assert "error" not in message, message
                 return dict(message["result"])
@@ -44,7 +45,7 @@ class Tab:
         await self.call("Emulation.setDeviceMetricsOverride", **size)
         await self.call("Page.navigate", url=file.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(await self.socket.receive_json(timeout=120))
+            self.events.append(await self.socket.receive_json(timeout=PATIENCE_S))
         await self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     async def value(self, expression: str) -> Any:
@@ -55,7 +56,7 @@ class Tab:
 
     async def until(self, expression: str) -> None:
         """Wait until an expression is true in the page."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not await self.value(expression):
             assert time.monotonic() < deadline, expression
             await asyncio.sleep(0.02)
@@ -102,7 +103,7 @@ def in_browser(work: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:
 
 
 async def _visited(port_file: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (port_file.is_file() and port_file.read_text().count("\n")):
         assert time.monotonic() < deadline, "the browser did not start"
         await asyncio.sleep(0.1)
