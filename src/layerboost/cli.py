@@ -77,9 +77,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return functools.reduce(lambda done, decorator: decorator(done), reversed(decorators), command)
 
 
 def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
@@ -189,7 +187,7 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     ),
 )
 @click.option(
-    "--compat", is_flag=True, help="Also write healed/ (else converted/) as compat/, which vLLM serves without us."
+    "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, which vLLM serves without us."
 )
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
@@ -249,12 +247,19 @@ def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
-_stage(
+@cli.command(
     "report",
-    "Write report.html and report.md from the files of the run folder.",
-    ("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json"),
-    lambda result, run: tables.reported_rows(run),
+    cls=Command,
+    help="Write report.html and report.md from the files of the run folder.",
+    examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"),
 )
+@click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
+@with_recipe
+def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
+    """Run the report stage."""
+    from layerboost.pipeline import run_stage
+
+    show(run_stage("report", recipe, run, png=png), as_json, lambda _: tables.reported_rows(run))
 
 
 @cli.command(
@@ -360,10 +365,8 @@ def main() -> None:
     """The console script: runs a command and turns every failure into one message and the right exit code."""
     if not os.environ.get("LAYERBOOST_DEBUG"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("layerboost")
-    logger.handlers = [handler]
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
     # Of several ranks under torchrun, one speaks.
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.

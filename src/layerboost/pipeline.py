@@ -73,11 +73,11 @@ def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
     return run_bench(recipe, run, found | further(recipe.bench.checkpoints, found, "bench"), decode_sweep)
 
 
-def report(recipe: Recipe, run: Path) -> Any:
-    """Stage 7."""
+def report(recipe: Recipe, run: Path, png: bool = False) -> Any:
+    """Stage 7; with `png` the charts also as PNG files."""
     from layerboost.stages.report import run_report
 
-    return run_report(run)
+    return run_report(run, png)
 
 
 STAGES: dict[str, Callable[..., Any]] = {

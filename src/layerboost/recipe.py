@@ -155,7 +155,7 @@ class Evaluate(Section):
 
     tasks: tuple[str, ...] = Field(
         ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu", "hellaswag"),
-        description="tasks by lm-eval's names, 0-shot",
+        description="tasks by lm-eval's names, 0-shot, or YAML files in its format",
     )
     limit: int | None = Field(None, ge=1, description="items a task, evenly spaced; default: all")
     batch_size: PositiveInt | Literal["auto"] = Field(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,12 +20,12 @@ from tiny_bench import SUBJECTS, rows, tiny_model, tiny_tokenizer, write_bench, 
 from layerboost.errors import ConfigError
 from layerboost.evaluation.comparison import compare_tasks
 from layerboost.evaluation.items import BENCHMARKS
+from layerboost.evaluation.quiet import quiet
 from layerboost.evaluation.tasks import (
     item_margins,
     item_scores,
     load_bench,
     load_validation,
-    quiet,
     run_task,
     spread,
     task_value,
@@ -125,6 +127,66 @@ def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: A
         item: value for item, value in right.items() if margins[item]
     }
     assert any(margins.values())
+
+
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: ITEMS}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_choice: "{{[sol1, sol2]}}"
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_a_users_own_task_gives_what_the_lm_eval_command_gives(bench: Path, tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(OWN_TASK.replace("ITEMS", str(bench / "piqa.jsonl")))
+    model = tiny_model()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
+    output = ["--output_path", str(tmp_path / "stock"), "--log_samples", "--device", "cpu", "--batch_size", "16"]
+    subprocess.run([*command, "--tasks", str(file), *output], check=True, capture_output=True, cwd=tmp_path)
+    [results] = (tmp_path / "stock").rglob("results_*.json")
+    [samples] = (tmp_path / "stock").rglob("samples_own_*.jsonl")
+    stock = json.loads(results.read_text())["results"]["own"]
+    [task] = load_bench(settings(bench, str(file)))
+    found = run(task, model, tokenizer)
+    assert {key: value for key, value in found["results"]["own"].items() if key.startswith("acc")} == {
+        key: value for key, value in stock.items() if key.startswith("acc")
+    }
+    logged = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, samples.read_text().splitlines())}
+    ours = {sample["doc_id"]: sample["filtered_resps"] for sample in found["samples"]["own"]}
+    assert {item: [[float(pair[0]), pair[1] == "True"] for pair in pairs] for item, pairs in logged.items()} == ours
+    assert (task.metric, task.items, len(item_margins(task, found))) == ("acc", 12, 12)
+    file.write_text(file.read_text().replace("Question", "Q"))
+    assert load_bench(settings(bench, str(file)))[0].data != task.data
+
+
+def test_a_broken_task_file_is_one_message(bench: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    with pytest.raises(ConfigError, match=r"no task file .*own\.yaml"):
+        load_bench(settings(bench, str(file)))
+    whole = OWN_TASK.replace("ITEMS", str(bench / "piqa.jsonl"))
+    for text, message in (
+        ("task: [", "ParserError"),
+        ("dataset_path: json", "its key `task` must be a name"),
+        (whole.replace("task: own", "task: a/b"), "its key `task` must be a name"),
+        (whole.replace("piqa.jsonl", "gone.jsonl"), "gone.jsonl"),
+        (whole.replace("aggregation: mean", "aggregation: perplexity"), "no score for each item"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_bench(settings(bench, str(file)))
+    file.write_text(whole.replace("task: own", "task: piqa"))
+    with pytest.raises(ConfigError, match=r"two tasks of one name\n.*piqa"):
+        load_bench(settings(bench, "piqa", str(file)))
 
 
 def test_mmlu_is_lm_evals_group_and_its_subset_is_fixed(bench: Path, tokenizer: Any) -> None:

@@ -40,6 +40,7 @@ FILES = {
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
+    "bench/decode_sweep.json": "layerboost bench --decode-sweep",
 }
 LAYERS = 30
 
@@ -108,6 +109,7 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
     (run / "heal" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics()))
     write_json(run / "eval" / "comparison.json", quality())
     write_json(run / "bench" / "comparison.json", bench())
+    write_json(run / "bench" / "decode_sweep.json", decode_sweep())
     return run
 
 
@@ -145,7 +147,9 @@ def _variant(chance: random.Random, kl: float, attention: str, window: int | Non
     error = kl * chance.uniform(0.05, 0.4)
     nll = Score(mean=kl * chance.uniform(-0.2, 1.1), standard_error=1.2 * error)
     values = {"attention": attention, "window": window, "sink": sink}
-    return Variant.model_validate({**values, "scores": {"kl": Score(mean=kl, standard_error=error), "nll": nll}})
+    retrieval = Score(mean=40 * kl * chance.uniform(-0.1, 1.0), standard_error=20 * error)
+    scores = {"kl": Score(mean=kl, standard_error=error), "nll": nll, "retrieval": retrieval}
+    return Variant.model_validate({**values, "scores": scores})
 
 
 def metrics() -> list[dict[str, object]]:
@@ -334,4 +338,36 @@ def _measurement(model: str, concurrency: int, repeat: int, speed: float) -> Mea
         file=f"{model}-c{concurrency}-r{repeat}.json",
         seed=concurrency,
         metrics=metrics,
+    )
+
+
+def decode_sweep() -> Comparison:
+    chance = random.Random(4)
+    measurements = [
+        Measurement(
+            model=model,
+            concurrency=16,
+            output_tokens=length,
+            repeat=repeat,
+            file=f"decode-{model}-{length}-r{repeat}.json",
+            seed=length,
+            metrics={
+                "latency_ms_median": length * (40 + slope * length) * chance.uniform(0.98, 1.02),
+                "tpot_ms_median": 40 + slope * length,
+                "kv_used_gib": gib * length / 1024,
+                "peak_rss_gib": 3.4,
+            },
+        )
+        for repeat in range(2)
+        for model, slope, gib in (("base", 0.03, 0.7), ("healed", 0.012, 0.25))
+        for length in (256, 512, 1024, 2048)
+    ]
+    return Comparison(
+        settings={"decode_batch": 16},
+        environment={"vllm": "0.32.0", "device": "cpu", "cores": 2},
+        models={"base": "1111222233334444", "healed": "5555666677778888"},
+        reference="base",
+        complete=True,
+        measurements=measurements,
+        results=compare(measurements, "base"),
     )

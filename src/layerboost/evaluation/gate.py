@@ -77,7 +77,7 @@ def _drop(what: str, part: Mapping[str, Any] | None, model: str, at_most: float)
     if part is None:
         return {"what": what, "found": None, "low": None, "high": None, "at_most": at_most, "passed": None}
     change = part["difference"][model]
-    return _check(what, -change["mean"], at_most, -change["high"], -change["low"])
+    return _check(what, 0.0 - change["mean"], at_most, 0.0 - change["high"], 0.0 - change["low"])  # never -0.0
 
 
 def _check(what: str, found: float, at_most: float, low: float, high: float) -> dict[str, Any]:

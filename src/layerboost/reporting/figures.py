@@ -8,6 +8,12 @@ from layerboost.artifacts import PlanFile, Sensitivity, Variant
 from layerboost.reporting.sources import MODELS, MetricLine
 from layerboost.reporting.text import strategy, with_error
 
+# The metrics that plans are made by: title and axis of their charts.
+SENSITIVITIES = {
+    "kl": ("Sensitivity of each layer", "KL, nats per token"),
+    "retrieval": ("Sensitivity in retrieval", "nats lost on an answer"),
+    "benchmark": ("Sensitivity in tasks", "accuracy lost"),
+}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "hexagon")
 SHADES = ("var(--sliding)", "var(--sliding-2)", "var(--sliding-3)")
 
@@ -37,10 +43,10 @@ def layout(x_title: str, y_title: str) -> dict[str, Any]:
     }
 
 
-def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None) -> dict[str, Any]:
-    """KL of each layer under each replacement, log axis, bars of one standard error; the plan's choices ringed.
+def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: str = "kl") -> dict[str, Any]:
+    """One metric of each layer under each replacement, bars of one standard error; the plan's choices ringed.
 
-    With a plan, windows it does not use start hidden: a click on the legend shows them.
+    KL has a log axis. With a plan, windows it does not use start hidden: a click on the legend shows them.
     """
     kinds = variant_kinds(sensitivity)
     windows = sorted({kind[1] for kind in kinds if kind[1]})
@@ -59,7 +65,7 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None) -> dict[
             (entry.layer, variant)
             for entry in sensitivity.layers
             for variant in entry.variants
-            if _kind(variant) == kind
+            if _kind(variant) == kind and metric in variant.scores
         ]
         traces.append(
             {
@@ -67,10 +73,13 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None) -> dict[
                 "mode": "markers",
                 "name": strategy(*kind),
                 "x": [layer + offset for layer, _ in found],
-                "y": [_positive(variant.scores["kl"].mean) for _, variant in found],
+                "y": [
+                    variant.scores[metric].mean if metric != "kl" else _positive(variant.scores["kl"].mean)
+                    for _, variant in found
+                ],
                 "error_y": {
                     "type": "data",
-                    "array": [variant.scores["kl"].standard_error for _, variant in found],
+                    "array": [variant.scores[metric].standard_error for _, variant in found],
                     "color": color,
                     "thickness": 1.2,
                     "width": 0,
@@ -81,8 +90,11 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None) -> dict[
                 "visible": "legendonly" if kind in hidden else True,
             }
         )
-    figure: dict[str, Any] = {"data": traces, "layout": layout("layer", "KL, nats per token")}
-    figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
+    figure: dict[str, Any] = {"data": traces, "layout": layout("layer", SENSITIVITIES[metric][1])}
+    if metric == "kl":
+        figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
+    else:
+        figure["layout"]["yaxis"] |= {"zeroline": True, "zerolinecolor": "var(--soft)"}
     figure["layout"]["xaxis"] |= {"range": [-0.7, sensitivity.model.layers - 0.3]}
     if plan and plan.count("full") < len(plan.layers):
         traces.append(_chosen(traces, kinds, plan))

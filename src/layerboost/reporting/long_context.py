@@ -44,7 +44,7 @@ def long_context_panel(sources: Sources) -> Panel:
         notes += _unable(quality.retrieval)
         charts.append(Chart("chart-retrieval", "Retrieval by length", retrieval_figure(quality.retrieval)))
         tables += [_retrieval_table(quality.retrieval), _depth_table(quality.retrieval)]
-    return Panel(*panel, missing, [], None, notes, charts, tables)
+    return Panel(*panel, missing, notes=notes, charts=charts, tables=tables)
 
 
 def position_figure(positions: Positions) -> dict[str, Any]:

@@ -12,21 +12,32 @@
     return value;
   };
 
-  const draw = () => {
-    const style = getComputedStyle(root);
-    for (const [name, figure] of Object.entries(figures)) {
-      const element = document.getElementById(name);
-      const { data, layout } = resolve(figure, style);
-      // The paper's width is not known yet; this one fits A4 and Letter.
-      if (root.classList.contains("printing")) layout.width = 650;
-      Plotly.react(element, data, layout, { displayModeBar: false });
-    }
+  const draw = (name) => {
+    const { data, layout } = resolve(figures[name], getComputedStyle(root));
+    // The paper's width is not known yet; this one fits A4 and Letter.
+    if (root.classList.contains("printing")) layout.width = 650;
+    Plotly.react(document.getElementById(name), data, layout, { displayModeBar: false });
   };
+  const drawAll = () => Object.keys(figures).forEach(draw);
 
-  draw();
-  const observer = new ResizeObserver((entries) => entries.forEach((entry) => Plotly.Plots.resize(entry.target)));
-  Object.keys(figures).forEach((name) => observer.observe(document.getElementById(name)));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("beforeprint", () => { root.classList.add("printing"); draw(); });
-  addEventListener("afterprint", () => { root.classList.remove("printing"); draw(); });
+  const observer = new ResizeObserver((entries) => {
+    for (const { target, contentRect } of entries) {
+      if (Math.abs(target._fullLayout.width - contentRect.width) > 1) Plotly.Plots.resize(target);
+    }
+  });
+
+  // The page can be read before its charts stand: they are drawn one after the other, from the top.
+  const waiting = Object.keys(figures);
+  const drawNext = () => {
+    const name = waiting.shift();
+    if (!name) return;
+    draw(name);
+    observer.observe(document.getElementById(name));
+    setTimeout(drawNext);
+  };
+  setTimeout(drawNext);
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  addEventListener("beforeprint", () => { root.classList.add("printing"); drawAll(); });
+  addEventListener("afterprint", () => { root.classList.remove("printing"); drawAll(); });
 })();

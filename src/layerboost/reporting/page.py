@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -38,7 +39,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """One section: where its numbers come from, what is missing, and what it shows, in this order."""
+    """One section: where its numbers come from, what is missing, and what it shows, in this order.
+
+    `layers`: lines that a layer of `plan` shows when it is pointed at.
+    """
 
     name: str
     title: str
@@ -46,6 +50,7 @@ class Panel:
     missing: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     plan: PlanFile | None = None
+    layers: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -98,8 +103,8 @@ def html_page(page: Page) -> str:
     )
 
 
-def markdown_page(page: Page) -> str:
-    """The page's text and tables as Markdown."""
+def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
+    """The page's text and tables as Markdown; `images`: files to show in place of charts, by the chart's name."""
     parts = [f"# {_plain(page.title)}", _plain(page.facts)]
     parts.append("\n".join(_markdown_finding(finding) for finding in page.findings))
     for panel in page.panels:
@@ -108,6 +113,9 @@ def markdown_page(page: Page) -> str:
         if panel.plan:
             parts.append(_markdown_layers(panel.plan))
         parts += [_plain(note) for note in panel.notes]
+        for chart in panel.charts:
+            if image := (images or {}).get(chart.name.removeprefix("chart-")):
+                parts.append(f"![{chart.title}]({image})")
         for table in panel.tables:
             parts += [f"### {table.title}", _markdown_table(table)]
         if panel.listing:
@@ -143,7 +151,7 @@ def _html_panel(panel: Panel) -> str:
     parts += [f'<p class="missing">{_inline(line)}</p>\n' for line in panel.missing]
     parts += [f'<p class="warning">{_inline(line)}</p>\n' for line in panel.warnings]
     if panel.plan:
-        parts.append(_html_layers(panel.plan))
+        parts.append(_html_layers(panel.plan, panel.layers))
     parts += [f"<p>{_inline(note)}</p>\n" for note in panel.notes]
     if panel.charts:
         charts = "".join(
@@ -162,15 +170,16 @@ def _html_panel(panel: Panel) -> str:
     return "".join(parts) + "</section>\n"
 
 
-def _html_layers(plan: PlanFile) -> str:
-    """The layer map: a cell a layer, then what the colours mean and how many layers have each."""
+def _html_layers(plan: PlanFile, lines: dict[int, list[str]]) -> str:
+    """The layer map: a cell a layer, what the colours mean, how many layers have each; `lines` of a layer on hover."""
     cells = []
     for entry in plan.layers:
         label = f"{entry.window}{'•' if entry.sink else ''}" if entry.attention == "sliding" else entry.attention
         name = strategy(entry.attention, entry.window, entry.sink)
         cells.append(
-            f'<li class="{entry.attention}" title="layer {entry.layer}: {name}">'
-            f"<b>{entry.layer}</b><span>{label}</span></li>"
+            f'<li class="{entry.attention}" tabindex="0"><b>{entry.layer}</b><span>{label}</span>'
+            f'<div class="values"><strong>layer {entry.layer}: {name}</strong>'
+            f"{''.join(f'<span>{escape(line)}</span>' for line in lines.get(entry.layer, []))}</div></li>"
         )
     keys: dict[Strategy, str] = {
         "full": "full attention",

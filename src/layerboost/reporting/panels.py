@@ -7,7 +7,7 @@ import shlex
 import yaml
 
 from layerboost.artifacts import Sensitivity, StageRecord
-from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import MADE_BY, MetricLine, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
@@ -39,29 +39,59 @@ def layers_panel(sources: Sources) -> Panel:
         if hidden:
             notes.append(f"{hidden} of {len(variants)} values are zero or below, off the log axis; the table has them.")
         if variants:
-            charts.append(
-                Chart("chart-sensitivity", "Sensitivity of each layer", sensitivity_figure(sensitivity, plan))
-            )
+            for metric in _metrics(sensitivity):
+                name = "chart-sensitivity" + (f"-{metric}" if metric != "kl" else "")
+                title = SENSITIVITIES[metric][0]
+                charts.append(Chart(name, title, sensitivity_figure(sensitivity, plan, metric)))
             tables.append(_sensitivity_table(sensitivity))
     if sources.plan_is_stale:
         warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
-    return Panel("layers", "Layers", ["plan.yaml", "sensitivity.json"], missing, warnings, plan, notes, charts, tables)
+    files = ["plan.yaml", "sensitivity.json"]
+    lines = _layer_lines(sensitivity) if sensitivity else {}
+    return Panel("layers", "Layers", files, missing, warnings, plan, lines, notes, charts, tables)
+
+
+def _metrics(sensitivity: Sensitivity) -> list[str]:
+    """Those of SENSITIVITIES that were measured."""
+    found = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
+    return [metric for metric in SENSITIVITIES if metric in found]
+
+
+def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
+    """By layer, a line a replacement: what it alone does to each metric."""
+    metrics = _metrics(sensitivity)
+    return {
+        entry.layer: [
+            f"{strategy(variant.attention, variant.window, variant.sink)}: "
+            + ", ".join(
+                f"{'KL' if metric == 'kl' else metric} {with_error(variant.scores[metric], signed=metric != 'kl')}"
+                for metric in metrics
+                if metric in variant.scores
+            )
+            for variant in entry.variants
+        ]
+        for entry in sensitivity.layers
+    }
 
 
 def _sensitivity_table(sensitivity: Sensitivity) -> Table:
-    rows = []
-    for entry in sensitivity.layers:
-        for variant in entry.variants:
-            name = strategy(variant.attention, variant.window, variant.sink)
-            rows.append(
-                [
-                    str(entry.layer),
-                    name,
-                    with_error(variant.scores["kl"]),
-                    with_error(variant.scores["nll"], signed=True),
-                ]
-            )
+    further = [metric for metric in _metrics(sensitivity) if metric != "kl"]
+    rows = [
+        [
+            str(entry.layer),
+            strategy(variant.attention, variant.window, variant.sink),
+            with_error(variant.scores["kl"]),
+            with_error(variant.scores["nll"], signed=True),
+            *(
+                with_error(variant.scores[metric], signed=True) if metric in variant.scores else ABSENT
+                for metric in further
+            ),
+        ]
+        for entry in sensitivity.layers
+        for variant in entry.variants
+    ]
     header = ["layer", "replaced by", "KL, nats per token", "NLL − base, nats per token"]
+    header += [f"{metric}: {SENSITIVITIES[metric][1]}" for metric in further]
     return Table("Every sensitivity", header, rows, text_columns=(0, 1), folded=True)
 
 
@@ -104,14 +134,15 @@ def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
 
 
 def provenance_panel(sources: Sources) -> Panel:
-    """What ran, when, where, on what, and with which settings."""
-    missing = []
+    """What ran, when, where, on what, for how long, and with which settings."""
+    missing, notes = [], []
     tables = []
     if sources.history is None or not sources.history.stages:
         missing.append(absent("run.json"))
     else:
         stages = sources.history.stages
         tables += [_stage_table(stages), _version_table(stages)]
+        notes.append(_cost(stages))
     prints = _fingerprints(sources)
     if prints:
         tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
@@ -124,7 +155,17 @@ def provenance_panel(sources: Sources) -> Panel:
     else:
         text = yaml.safe_dump(sources.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         listing = ("Recipe", text)
-    return Panel("provenance", "Provenance", ["run.json", "recipe.yaml"], missing, tables=tables, listing=listing)
+    files = ["run.json", "recipe.yaml"]
+    return Panel("provenance", "Cost and provenance", files, missing, notes=notes, tables=tables, listing=listing)
+
+
+def _cost(stages: list[StageRecord]) -> str:
+    """Time by stage, attempts that failed or were interrupted included."""
+    seconds: dict[str, float] = {}
+    for record in stages:
+        seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+    each = ", ".join(f"{stage} {duration(taken)}" for stage, taken in seconds.items())
+    return f"{duration(sum(seconds.values()))} in all, every attempt counted: {each}."
 
 
 def _stage_table(stages: list[StageRecord]) -> Table:

@@ -41,7 +41,7 @@ def quality_panel(sources: Sources) -> Panel:
         if any(task.difference for task in quality.tasks.values()):
             charts.append(Chart("chart-tasks", "Difference from the base by task", task_figure(quality)))
             tables.append(_difference_table(quality))
-    return Panel("quality", "Quality", [FILE], [], warnings, None, notes, charts, tables)
+    return Panel("quality", "Quality", [FILE], [], warnings, notes=notes, charts=charts, tables=tables)
 
 
 def task_figure(quality: EvalComparison) -> dict[str, Any]:

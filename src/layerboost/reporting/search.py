@@ -39,9 +39,8 @@ def search_panel(sources: Sources) -> Panel:
             warnings.append("sensitivity.json changed after stability.json was made: compare again")
     if sources.frontier and sources.sensitivity_hash not in (None, sources.frontier.sensitivity):
         warnings.append("sensitivity.json changed after frontier.json was made: run `layerboost plan --frontier` again")
-    return Panel(
-        "search", "Search", ["frontier.json", "stability.json"], missing, warnings, None, notes, charts, tables
-    )
+    files = ["frontier.json", "stability.json"]
+    return Panel("search", "Search", files, missing, warnings, notes=notes, charts=charts, tables=tables)
 
 
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ MADE_BY = {
     "heal/metrics.jsonl": "layerboost heal",
     "eval/comparison.json": "layerboost evaluate",
     "bench/comparison.json": "layerboost bench",
+    "bench/decode_sweep.json": "layerboost bench --decode-sweep",
 }
 
 
@@ -71,6 +72,14 @@ class Sources:
     metrics: list[MetricLine] | None
     quality: EvalComparison | None
     bench: BenchComparison | None
+    sweep: BenchComparison | None
+
+    @property
+    def changed_since_bench(self) -> list[str]:
+        """Benchmarked models whose directory in the run folder is no longer what was benchmarked."""
+        hashes = self.bench.models if self.bench else {}
+        configs = {name: self.run / name / "config.json" for name in hashes}
+        return [name for name, file in configs.items() if file.is_file() and file_hash(file) != hashes[name]]
 
 
 def read_sources(run: Path) -> Sources:
@@ -103,6 +112,7 @@ def read_sources(run: Path) -> Sources:
         metrics=_read_metrics(run / "heal" / "metrics.jsonl"),
         quality=_artifact(run, "eval/comparison.json", EvalComparison),
         bench=_artifact(run, "bench/comparison.json", BenchComparison),
+        sweep=_artifact(run, "bench/decode_sweep.json", BenchComparison),
     )
 
 

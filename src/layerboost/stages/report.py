@@ -7,6 +7,8 @@ from typing import Any
 
 from layerboost.artifacts import write_text
 from layerboost.reporting.benchmark import throughput_panel
+from layerboost.reporting.decode import decode_panel
+from layerboost.reporting.images import write_images
 from layerboost.reporting.long_context import long_context_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
@@ -18,8 +20,13 @@ from layerboost.reporting.verdict import findings, summary, summary_table
 __all__ = ["run_report", "summary_table"]
 
 
-def run_report(run: Path) -> dict[str, Any]:
+FIGURES = "figures"
+
+
+def run_report(run: Path, png: bool = False) -> dict[str, Any]:
     """Write `report.html` (one file, works offline) and `report.md` into the run folder.
+
+    With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; that takes a Chromium.
 
     A file that is not there yet leaves its panel saying which command makes it. Returns a summary: `kv_fraction` (of
     the base's KV bytes, None without a plan), `throughput_ratio` (mean, low, high, concurrency and model, or None),
@@ -35,12 +42,15 @@ def run_report(run: Path) -> dict[str, Any]:
         quality_panel(sources),
         long_context_panel(sources),
         healing_panel(sources),
-        throughput_panel(sources.bench),
+        throughput_panel(sources),
+        decode_panel(sources.sweep),
         provenance_panel(sources),
     ]
     page = Page(title, facts, findings(sources), panels)
-    write_text(run / "report.html", html_page(page))
-    write_text(run / "report.md", markdown_page(page))
+    html = html_page(page)
+    images = {file.stem: f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
+    write_text(run / "report.html", html)
+    write_text(run / "report.md", markdown_page(page, images))
     return {**summary(sources), "report": run / "report.html"}
 
 

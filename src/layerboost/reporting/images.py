@@ -1,0 +1,72 @@
+"""The report's charts as PNG files, drawn by the Chromium of this machine from the page itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from html import unescape
+from pathlib import Path
+
+from layerboost.artifacts import new_folder
+from layerboost.errors import ConfigError, LayerboostError
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# Patience with a browser, in seconds, and how long it may let the page's own clock run, in milliseconds.
+TIMEOUT_S, PAGE_CLOCK_MS = 300, 60_000
+
+
+def find_browser() -> str:
+    """The path of a Chromium or Chrome; raises ConfigError where there is none."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        do = "install chromium, or copy the run folder to a machine that has it and run `layerboost report --png` there"
+        raise ConfigError("PNG figures are drawn by a browser, and none is installed", found=", ".join(BROWSERS), do=do)
+    return found
+
+
+def browser_command(browser: str, profile: Path) -> list[str]:
+    """A headless browser that asks nobody anything; `profile` is an empty folder of its own."""
+    command = [browser, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
+    # Its sandbox refuses to run as root, as in most containers; the page is our own and loads nothing.
+    return [*command, "--no-sandbox"] if os.geteuid() == 0 else command
+
+
+def write_images(html: str, folder: Path) -> list[Path]:
+    """Write each chart of a page made by `html_page` as `folder`/NAME.png, replacing the folder.
+
+    Raises ConfigError without a browser and LayerboostError when it fails.
+    """
+    images = _draw(html, find_browser())
+    with new_folder(folder) as new:
+        for name, data in images.items():
+            (new / f"{name.removeprefix('chart-')}.png").write_bytes(data)
+    return sorted(folder.iterdir())
+
+
+def _draw(html: str, browser: str) -> dict[str, bytes]:
+    script = Path(__file__).with_name("images.js").read_text()
+    # Plotly paints a chart on its way to PNG as an image of its own making.
+    page = html.replace("img-src data:", "img-src data: blob:", 1).replace(
+        "</body>", f"<script>{script}</script></body>"
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        file = Path(work) / "page.html"
+        file.write_text(page)
+        command = browser_command(browser, Path(work) / "profile")
+        command += [f"--virtual-time-budget={PAGE_CLOCK_MS}", "--dump-dom", file.as_uri()]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise LayerboostError(f"{browser} could not draw the figures", found=str(error).splitlines()[0]) from None
+    found = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
+    if not found:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise LayerboostError(f"{browser} could not draw the figures", found=said)
+    images: dict[str, str] = json.loads(unescape(found[1]))
+    return {name: base64.b64decode(url.partition(",")[2]) for name, url in images.items()}
