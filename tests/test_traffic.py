@@ -125,7 +125,7 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(tmp_path: Path) -> No
     sinks = calibrate_sinks(base, traffic.batches(3), range(2), [8])
     alone = calibrate_sinks(base, rows, range(2), [8])
     for key, values in sinks.items():
-        torch.testing.assert_close(values, alone[key], atol=0.26, rtol=0)  # one step of the grid
+        torch.testing.assert_close(values, alone[key], atol=0.51, rtol=0)  # two steps of the grid, where it is flat
     probe = TextProbe(LayerStream(base, sinks), traffic.batches(3))
     plan = layer_plans("Sf", 8)
     probe.streams.advance(0)
