@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -134,43 +133,3 @@ def test_a_terminated_benchmark_takes_everything_with_it(
     assert survivors(2) == []
     assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json"]
     assert json.loads((run / "run.json").read_text())["stages"][-1]["status"] == "interrupted"
-
-
-def test_a_terminated_server_ends_under_load(
-    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
-) -> None:
-    folder = save_tiny(tmp_path / "model", "llama", "nSnf")
-    serve = [sys.executable, "-m", "layerboost.cli", "serve", folder, "--port", str(free_port)]
-    sized = ["--", "--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "512"]
-    ended: list[int] = []
-
-    def ask() -> None:
-        body = {"model": str(folder), "prompt": [3, 4, 5], "max_tokens": 500, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{free_port}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with suppress(OSError), urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
-            ended.append(answer.status)
-
-    with (
-        (tmp_path / "log").open("wb") as output,
-        subprocess.Popen([*serve, *sized], stdout=output, stderr=output, env=os.environ) as process,
-    ):
-        deadline = time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < deadline:
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{free_port}/health", timeout=5):
-                break
-            time.sleep(0.2)
-        threads = [threading.Thread(target=ask, daemon=True) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        for thread in threads:
-            thread.join(30)
-    assert survivors(10) == [], (tmp_path / "log").read_text()[-3000:]
-    check_port(free_port)
-    assert len(ended) < 16
