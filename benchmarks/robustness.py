@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
 from layerboost.recipe import Bench
 from layerboost.serving.server import GIB, Server, running_server
@@ -93,16 +92,11 @@ async def load(server: Server, requests: int, concurrency: int) -> tuple[Counter
                 except aiohttp.ClientError as error:
                     ends[f"{type(error).__name__}: {error}"] += 1
             if ends.total() % max(requests // 10, 1) == 0:
-                memory.append({"requests": ends.total(), "rss_gib": round(rss_bytes(server) / GIB, 4)})
+                memory.append({"requests": ends.total(), "rss_gib": round(server.rss_bytes() / GIB, 4)})
                 print(f"{memory[-1]}", file=sys.stderr, flush=True)
 
         await asyncio.gather(*(one(index) for index in range(requests)))
     return ends, memory
-
-
-def rss_bytes(server: Server) -> int:
-    """Resident memory of all processes of a server."""
-    return sum(process.memory_info().rss for process in psutil.Process(server.process.pid).children(recursive=True))
 
 
 def settled(server: Server) -> dict[str, float]:

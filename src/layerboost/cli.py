@@ -233,7 +233,6 @@ _stage(
     examples=(
         "layerboost bench --run runs/qwen3 --set bench.concurrency=[16,64] --set bench.repeats=3",
         "layerboost bench --run runs/qwen3 --decode-sweep",
-        "layerboost bench Qwen/Qwen3-4B --set bench.checkpoints='{a: plan-a/healed, b: plan-b/healed}'",
     ),
 )
 @click.option("--decode-sweep", is_flag=True, help="Latency and memory against the length of the answers instead.")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
+from layerboost.artifacts import write_text
 from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Recipe
@@ -150,14 +151,11 @@ def _peak_rss_bytes() -> int:
 
 
 def main(job_text: str, result: Path) -> None:
-    """Do a job and write its result in one go."""
+    """Do a job and write its result."""
     job = json.loads(job_text)
     recipe, folder = Recipe(**job["settings"]), Path(job["folder"])
     model = load_model(Source(folder.name, folder), start_runtime(recipe), recipe.trust_remote_code)
-    found = measure(model, Load(**job["load"]))
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    part.replace(result)
+    write_text(result, json.dumps(measure(model, Load(**job["load"]))))
 
 
 if __name__ == "__main__":

@@ -263,6 +263,15 @@ class Server:
                 f"vLLM died while serving {self.name}", found=last_words(self.log_file), do=f"read {self.log_file}"
             )
 
+    def rss_bytes(self) -> int:
+        """Resident memory of all processes of the server; pages they share count in each."""
+        total = 0
+        with suppress(psutil.Error):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    total += process.memory_info().rss
+        return total
+
     def reset_peaks(self) -> None:
         """Forget what was the most memory so far."""
         self._peak_rss_bytes = self._peak_gpu_bytes = 0
@@ -279,14 +288,9 @@ class Server:
         self._watcher.join()
 
     def _watch(self) -> None:
-        root, on_cpu = psutil.Process(self.process.pid), runs_on_cpu()
+        on_cpu = runs_on_cpu()
         while not self._stopped.wait(POLL_S):
-            total = 0
-            with suppress(psutil.Error):
-                for process in root.children(recursive=True):
-                    with suppress(psutil.Error):
-                        total += process.memory_info().rss
-            self._peak_rss_bytes = max(self._peak_rss_bytes, total)
+            self._peak_rss_bytes = max(self._peak_rss_bytes, self.rss_bytes())
             if not on_cpu:
                 self._peak_gpu_bytes = max(self._peak_gpu_bytes, _gpu_bytes())
 
