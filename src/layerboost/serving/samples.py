@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,8 @@ import torch
 from layerboost.model.checkpoint import Source, load_model, model_fingerprint
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime, log
-from layerboost.serving.server import GIB, cores, runs_on_cpu, vllm_version
+from layerboost.serving.server import GIB, guarded, runs_on_cpu, stop_guarded, vllm_environment, vllm_version
 from layerboost.text import Generate, sample_documents, samples_missing
-
-# Of one process among several, and none of vLLM's business.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
@@ -91,20 +86,19 @@ def _sampled_by_vllm(
     """Whether a process of this module's own has written all samples; vLLM's words go to RUN/self_samples.log."""
     dtype = str(runtime.dtype).removeprefix("torch.")
     job = [recipe.model_dump(mode="json"), str(run), str(folder), _start(tokenizer), dtype, made_from]
-    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores())))
     log_file = run / "self_samples.log"
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
     with log_file.open("wb") as output:
-        ended = subprocess.run(
-            [sys.executable, "-m", "layerboost.serving.samples", json.dumps(job)],
-            env=environment,
-            stdout=output,
-            check=False,
-        )
-    if ended.returncode:
+        # Its errors are not caught: they are its progress.
+        process = guarded([sys.executable, "-m", __name__, json.dumps(job)], vllm_environment(), output, errors=None)
+        try:
+            process.wait()
+        finally:
+            stop_guarded(process)
+    if samples_missing(recipe.text, run, made_from):
         log.warning("vLLM could not sample (%s says why); Transformers does", log_file)
-    return ended.returncode == 0
+        return False
+    return True
 
 
 def _start(tokenizer: Any) -> int:

@@ -36,6 +36,9 @@ POLL_S = 0.5
 REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
+# Nor are the variables of one process among several any business of vLLM's.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES}
 PLUGIN_GROUP = "vllm.general_plugins"
 # Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
@@ -124,7 +127,7 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     check_port(port, host="")
     flags = with_flags(extra, advised_flags(folder))
     argv = [*vllm_command(), "serve", str(folder.absolute()), "--port", str(port)]
-    return [*argv, *_device_arguments(flags), *flags], _environment()
+    return [*argv, *_device_arguments(flags), *flags], vllm_environment()
 
 
 def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]]:
@@ -143,7 +146,7 @@ def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]
     if runs_on_cpu():
         argv += _unless_given(flags, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
     environment = {
-        **_environment(),
+        **vllm_environment(),
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -193,7 +196,8 @@ def _unless_given(given: tuple[str, ...], flag: str, value: str) -> list[str]:
     return [] if flag in named else [flag, value]
 
 
-def _environment() -> dict[str, str]:
+def vllm_environment() -> dict[str, str]:
+    """What vLLM is to have in its environment wherever it runs."""
     added = {"HF_HUB_OFFLINE": "1"}
     # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
     if runs_on_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
@@ -321,14 +325,16 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
         server.stop()
 
 
-def guarded(argv: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def guarded(
+    argv: list[str], environment: dict[str, str], output: IO[bytes], errors: int | None = subprocess.STDOUT
+) -> subprocess.Popen[bytes]:
     """Start a command that ends with this process, whatever ends it; `stop_guarded` ends it before."""
     return subprocess.Popen(
         [sys.executable, guard.__file__, *argv],
-        env={key: value for key, value in os.environ.items() if key != OVERRIDING} | environment,
+        env={key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | environment,
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=subprocess.STDOUT,
+        stderr=errors,
         start_new_session=True,
     )
 
