@@ -243,14 +243,9 @@ def check(recipe: Recipe, run: Path) -> Estimate:
 def _check_bench(bench: Bench, context_tokens: int) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
     from layerboost.serving.server import check_port, check_vllm
+    from layerboost.stages.bench import check_lengths
 
-    wanted = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
-    if wanted > context_tokens:
-        raise ConfigError(
-            f"a request of the benchmark is {wanted} tokens long",
-            found=f"a context of {context_tokens}",
-            do="lower bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens",
-        )
+    check_lengths(bench, "the model", context_tokens)
     if bench.engine == "transformers":
         return "not needed"
     check_port(bench.port)

@@ -181,22 +181,28 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
     bench = recipe.bench
     if decode_sweep:
         bench = bench.model_copy(update={"shared_prefix_tokens": 0, "input_tokens": SWEEP_INPUT_TOKENS})
-    longest = max(bench.decode_lengths) if decode_sweep else bench.output_tokens
-    wanted = bench.shared_prefix_tokens + bench.input_tokens + longest
     for name, folder in models.items():
         context = check_checkpoint(folder).get("max_position_embeddings")
-        if isinstance(context, int) and wanted > context:
-            keys = "bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens"
-            raise ConfigError(
-                f"a request of the benchmark is {wanted} tokens long",
-                found=f"{name} has a context of {context} tokens",
-                do=f"lower {'bench.decode_lengths' if decode_sweep else keys}",
-            )
+        if isinstance(context, int):
+            check_lengths(bench, name, context, decode_sweep)
     if bench.engine == "vllm":
         check_vllm()
         check_port(bench.port)
         bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
+
+
+def check_lengths(bench: Bench, name: str, context_tokens: int, decode_sweep: bool = False) -> None:
+    """Raise ConfigError for requests longer than a model's context."""
+    longest = max(bench.decode_lengths) if decode_sweep else bench.output_tokens
+    wanted = bench.shared_prefix_tokens + bench.input_tokens + longest
+    if wanted > context_tokens:
+        keys = "bench.shared_prefix_tokens, bench.input_tokens or bench.output_tokens"
+        raise ConfigError(
+            f"a request of the benchmark is {wanted} tokens long",
+            found=f"{name} has a context of {context_tokens} tokens",
+            do=f"lower {'bench.decode_lengths' if decode_sweep else keys}",
+        )
 
 
 def _flags(models: dict[str, Path]) -> tuple[str, ...]:
