@@ -177,22 +177,22 @@ def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
 def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
     models = {"base": save_tiny(tmp_path / "base")}
     settings = {"engine": "transformers", "decode_batch": 2}
-    sweep = run_bench(recipe(**settings, decode_lengths=[4, 32]), tmp_path, models, decode_sweep=True)
-    assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 32)]
+    sweep = run_bench(recipe(**settings, decode_lengths=[4, 128]), tmp_path, models, decode_sweep=True)
+    assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 128)]
     short, long = (at["models"]["base"]["latency_ms_median"]["mean"] for at in sweep["results"])
     assert long > short
     head, *rows = decoded_rows(sweep)
-    assert [row[:2] for row in rows] == [["4", "base"], ["32", "base"]]
+    assert [row[:2] for row in rows] == [["4", "base"], ["128", "base"]]
     assert {len(row) for row in rows} == {len(head)}
 
     # Another length is added to it, and what was measured stays.
     before = (tmp_path / "bench" / "base-decode4-r0.json").read_text()
     longer = run_bench(recipe(**settings, decode_lengths=[4, 12]), tmp_path, models, decode_sweep=True)
-    assert [at["output_tokens"] for at in longer["results"]] == [4, 12, 32]
+    assert [at["output_tokens"] for at in longer["results"]] == [4, 12, 128]
     assert (tmp_path / "bench" / "base-decode4-r0.json").read_text() == before
     assert sorted(file.name for file in (tmp_path / "bench").iterdir()) == [
         "base-decode12-r0.json",
-        "base-decode32-r0.json",
+        "base-decode128-r0.json",
         "base-decode4-r0.json",
         "decode_sweep.json",
         "logs",
