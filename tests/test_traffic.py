@@ -125,7 +125,8 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(tmp_path: Path) -> No
     sinks = calibrate_sinks(base, traffic.batches(3), range(2), [8])
     alone = calibrate_sinks(base, rows, range(2), [8])
     for key, values in sinks.items():
-        torch.testing.assert_close(values, alone[key], atol=0.51, rtol=0)  # two steps of the grid, where it is flat
+        # One step of the grid; below -8 a sink takes nothing, and which of such values is chosen is rounding.
+        torch.testing.assert_close(values.clamp_min(-8), alone[key].clamp_min(-8), atol=0.26, rtol=0)
     probe = TextProbe(LayerStream(base, sinks), traffic.batches(3))
     plan = layer_plans("Sf", 8)
     probe.streams.advance(0)
