@@ -32,7 +32,7 @@ from layerboost.healing.losses import distillation_loss_reference
 from layerboost.healing.metrics import read_metrics
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.healing.training import train_stage
-from layerboost.model.checkpoint import find_model, load_config, load_model, load_tokenizer, model_info
+from layerboost.model.checkpoint import find_model, load_config, load_model, load_tokenizer, model_info, open_base
 from layerboost.model.stream import head_logits
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Heal, Recipe, load_recipe
@@ -70,7 +70,7 @@ def main() -> None:
 def prepare(recipe: Recipe, run: Path) -> None:
     """Write the plan and the converted model."""
     runtime = start_runtime(recipe)
-    source = find_model(str(recipe.model))
+    source = open_base(recipe, run, runtime)
     config = load_config(source)
     count = config.num_hidden_layers
     full = {round((index + 1) * count / FULL_LAYERS) - 1 for index in range(FULL_LAYERS)}
@@ -141,7 +141,7 @@ def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settin
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     with_adapters(student, names, settings.lora_rank)
     train_only(student, names)
-    distiller = LogitDistiller(student, teacher, plan.layers)
+    distiller = LogitDistiller(student, teacher, plan.layers, checkpointing=settings.activation_checkpointing)
     distiller.register_forward_pre_hook(wait_for_turn)
     no_validation = {"validation_kl": 0.0}
     train_stage(

@@ -41,7 +41,8 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
                 value = tensors.get_tensor(name).to(parameters[name])
                 if not torch.equal(value, parameters[name]):
                     owner, _, attribute = name.rpartition(".")
-                    setattr(student.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+                    # A copy: the file's own tensor would keep the whole file mapped, as much memory as the weights.
+                    setattr(student.get_submodule(owner), attribute, nn.Parameter(value.clone(), requires_grad=False))
     if missing:
         raise ConfigError(f"{checkpoint} does not hold the weights of its plan", found=f"no {min(missing)}")
     return student
