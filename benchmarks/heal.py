@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -131,7 +130,9 @@ def run_arm(arm: str, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         losses = (train_plainly if arm == "plain" else train_cheaply)(teacher, run, ids, settings, Path(folder))
-    return {"losses": losses, "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    # Not getrusage: its peak is inherited from the parent.
+    status = Path("/proc/self/status").read_text()
+    return {"losses": losses, "peak_rss_mib": round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)}
 
 
 def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:

@@ -30,7 +30,8 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
     base = tiny_model(family, layers=2, **changes)
     hidden = base.model(IDS).last_hidden_state
     other = hidden + 0.3 * torch.randn_like(hidden)
-    monkeypatch.setattr("layerboost.sensitivity.metrics.CHUNK_TOKENS", 23)
+    for name, size in {"CHUNK_TOKENS": 23, "ROWS": 50, "VOCABULARY": 60}.items():
+        monkeypatch.setattr(f"layerboost.sensitivity.metrics.{name}", size)
     text = BaseText(base, IDS, hidden)
     assert (text.weight is not None) == (family == "llama")
     found, (expected,) = text.damages(other), token_losses(base, hidden, IDS, [other])[1]

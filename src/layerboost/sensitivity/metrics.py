@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from layerboost.model.stream import head_logits, head_matrix
 from layerboost.retrieval import Prompts
 
 CHUNK_TOKENS = 256
+# Rows and columns of the logits that `head_statistics` holds at once: 4 MiB in float32.
+ROWS, VOCABULARY = 1024, 1024
 RESAMPLES = 1000
 
 
@@ -112,16 +115,11 @@ class BaseText:
         return {metric: self.by_sequence(values) for metric, values in parts.items()}
 
     def _fast(self, rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        lse, right, moved = (torch.empty_like(self.nll) for _ in range(3))
-        buffer = rows.new_empty(min(CHUNK_TOKENS, len(rows)), len(weight))
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
-            logits = torch.mm(rows[chunk], weight.T, out=buffer[: len(rows[chunk])])
-            most = logits.amax(-1)
-            right[chunk] = logits.gather(-1, self.labels[chunk, None])[:, 0]
-            moved[chunk] = (logits.gather(-1, self.top[chunk, None])[:, 0] < most).float()
-            lse[chunk] = most + logits.sub_(most[:, None]).exp_().sum(-1).log()
-        return self.negentropy - torch.linalg.vecdot(self.expected, rows) + lse, lse - right, moved
+        parts = zip(*(each.split(ROWS) for each in (rows, self.labels, self.top)), strict=True)
+        found = [head_statistics(some, weight, (labels, top)) for some, labels, top in parts]
+        lse, most, right, top = (torch.cat(each) for each in zip(*found, strict=True))
+        kl = self.negentropy - torch.linalg.vecdot(self.expected, rows) + lse
+        return kl, lse - right, (top < most).float()
 
     def _general(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kl, nll, moved = [], [], []
@@ -146,6 +144,27 @@ class BasePrompts:
     def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """`retrieval`: log-probability lost on each answer, `[B]`."""
         return {"retrieval": self.base - answer_scores(self.model, self.prompts, hidden)[0]}
+
+
+def head_statistics(
+    rows: torch.Tensor, weight: torch.Tensor, tokens: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Of the logits `rows` `[N, D]` times `weight` `[V, D]`: log-sum-exp, maximum, and those of `tokens`, `[N]` each.
+
+    Logits exist for one block of the vocabulary at a time, few enough to stay in a processor's cache.
+    """
+    sums, highest = [], []
+    picked = [rows.new_empty(len(rows)) for _ in tokens]
+    for block, first in zip(weight.split(VOCABULARY), range(0, len(weight), VOCABULARY), strict=True):
+        logits = rows @ block.T
+        for values, token in zip(picked, tokens, strict=True):
+            place = token - first
+            found = logits.gather(-1, place.clamp(0, len(block) - 1)[:, None])[:, 0]
+            torch.where((place >= 0) & (place < len(block)), found, values, out=values)
+        most = logits.amax(-1)
+        highest.append(most)
+        sums.append(most + logits.sub_(most[:, None]).exp_().sum(-1).log())
+    return torch.stack(sums).logsumexp(0), torch.stack(highest).amax(0), *picked
 
 
 def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
