@@ -84,20 +84,24 @@ class BaseText:
         weight = head_matrix(model)
         self.weight = weight if weight is not None and weight.dtype == torch.float32 else None
         rows = self.rows(hidden)
-        nll, top, expected, negentropy = [], [], [], []
-        for chunk, target in zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True):
-            logits = head_logits(model, chunk).float().log_softmax(-1)
-            nll.append(-logits.gather(-1, target[:, None])[:, 0])
-            top.append(logits.argmax(-1))
-            if self.weight is not None:
-                probabilities = logits.exp()
-                negentropy.append(torch.linalg.vecdot(probabilities, logits))
-                expected.append(probabilities @ self.weight)
-        self.nll, self.top = torch.cat(nll), torch.cat(top)
         if self.weight is None:
             self.base_rows = rows
-        else:
-            self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
+        parts = zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True)
+        found = [self._see(some, labels) for some, labels in parts]
+        self.nll, self.top, self.negentropy, self.expected = (torch.cat(each) for each in zip(*found, strict=True))
+
+    def _see(self, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """NLL `[N]`, likeliest token `[N]`, Σ p log p `[N]` and Σ p W `[N, D]`; the last two only if W is at hand."""
+        logits = head_logits(self.model, rows).float()
+        if self.weight is None:
+            logits = logits.log_softmax(-1)
+            nothing = rows.new_empty(len(rows), 0)
+            return -logits.gather(-1, labels[:, None])[:, 0], logits.argmax(-1), nothing, nothing
+        # Not log_softmax: on CPUs its sums are off by 1e-5, and a row Σ p W that much too long is 2e-4 of KL.
+        logits -= head_statistics(rows, self.weight)[0][:, None]
+        probabilities = logits.exp()
+        negentropy = torch.linalg.vecdot(probabilities, logits)
+        return -logits.gather(-1, labels[:, None])[:, 0], logits.argmax(-1), negentropy, probabilities @ self.weight
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
         """Of states `[B, T, D]`, those that predict the N scored tokens: `[N, D]`."""
@@ -147,7 +151,7 @@ class BasePrompts:
 
 
 def head_statistics(
-    rows: torch.Tensor, weight: torch.Tensor, tokens: Sequence[torch.Tensor]
+    rows: torch.Tensor, weight: torch.Tensor, tokens: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, ...]:
     """Of the logits `rows` `[N, D]` times `weight` `[V, D]`: log-sum-exp, maximum, and those of `tokens`, `[N]` each.
 
