@@ -5,8 +5,9 @@
 RUN is a folder in which `layerboost measure` has ended, retrieval prompts included. For KV caches of 25, 35 and 50 % of
 the base's at plan.context_tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out
 text (the held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each
-kind are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl, so that a
-run that was killed goes on.
+kind are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl. The page
+is written after every row, methods that measure whole plans last: a run that was killed has left what it had, and goes
+on.
 """
 
 from __future__ import annotations
@@ -168,8 +169,9 @@ def table(result: dict[str, Any]) -> str:
             keys = found[f"passkey {length}"]
             cells.append(f"{keys['exact']['mean']:.0%}, {keys['log_probability']['mean']:.1f}")
         lines.append(f"| {' | '.join(start + cells)} |")
-    lines += ["", "| random plans | rank correlation of predicted with measured KL |", "|---|---|"]
-    lines += [f"| {kind} | {found['spearman']:.3f} |" for kind, found in result["random_plans"].items()]
+    if "random_plans" in result:
+        lines += ["", f"| {RANDOM_PLANS} random plans | rank correlation of predicted with measured KL |", "|---|---|"]
+        lines += [f"| {kind} | {found['spearman']:.3f} |" for kind, found in result["random_plans"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -205,22 +207,25 @@ def main() -> None:
 
     base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
     result: dict[str, Any] = {"base": {"texts": list(texts), "measured": judge(base)}, "rows": []}
-    for fraction, at, names in BUDGETS:
-        for name in names:
-            row = chosen(sensitivity, recipe, measure, fraction, at, name)
-            if "layers" in row:
-                row["measured"] = judge(row["layers"])
-                row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
-            log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
-            result["rows"].append(row)
-    result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
-    write_json(args.out.with_suffix(".json"), result)
     stages = json.loads((args.run / "run.json").read_text())["stages"]
     measured = next(entry["argv"] for entry in reversed(stages) if entry["stage"] == "measure")
     page = INTRODUCTION.format(
-        measured=shlex.join(measured), command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name
+        measured=shlex.join(["layerboost", *measured[1:]]),
+        command=shlex.join(["python", *sys.argv]),
+        model=sensitivity.model.name,
     )
-    write_text(args.out.with_suffix(".md"), page + table(result))
+    jobs = [(number, fraction, at, name) for number, (fraction, at, names) in enumerate(BUDGETS) for name in names]
+    for number, fraction, at, name in sorted(jobs, key=lambda job: METHODS[job[3]]["method"] in MEASURING):
+        row = chosen(sensitivity, recipe, measure, fraction, at, name)
+        if "layers" in row:
+            row["measured"] = judge(row["layers"])
+            row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
+        log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
+        result["rows"] = sorted([*result["rows"], row | {"budget": number}], key=lambda row: row["budget"])
+        if len(result["rows"]) == sum(METHODS[job[3]]["method"] not in MEASURING for job in jobs):
+            result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
+        write_json(args.out.with_suffix(".json"), result)
+        write_text(args.out.with_suffix(".md"), page + table(result))
     print(table(result))
     print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))
 
