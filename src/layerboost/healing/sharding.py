@@ -1,8 +1,8 @@
 """FSDP2 for healing: weights, gradients and optimizer spread over torchrun's processes, base and student on one copy.
 
-PyTorch's `fully_shard` is applied here, and not through accelerate's plugin: that one knows no CPU, and it shards one
-module that is called from its top. Here two models share their tensors, two stages share the shards, and the distillers
-call layers, attention, norm and head by themselves.
+PyTorch's `fully_shard` is applied here and not by accelerate's plugin: that one turns itself off on CPUs, and it shards
+one module that is called from its top. Here two models share their tensors, two stages share the shards, and the
+distillers call layers, attention, norm and head by themselves.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Shards(nn.Module):
 
 
 def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> Shards:
-    """Spread both models over the processes, in place, each shard on `device`; every process holds both whole on CPU.
+    """Spread both models, whole on the CPU of every process, over the processes in place; the shards are on `device`.
 
-    A layer of the base and the student's own are one group. The returned one holds all the rest: embeddings, final norm
-    and head. It must gather for whatever calls layers, which gather for themselves.
+    A layer of the base and the student's own are one group, which gathers when either runs. The returned one holds the
+    rest (embeddings, final norm, head) and must gather for every method that runs layers.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     groups: list[nn.Module] = []
