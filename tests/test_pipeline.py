@@ -185,3 +185,11 @@ def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_p
     assert [check["passed"] for check in checks] == [False, True]
     layerboost("report", "--run", run)
     assert "Quality gate: missed by converted in 1 of 2 checks" in (run / "report.md").read_text()
+
+
+def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), heal={"shard": True})
+    ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
+    assert ended.returncode == 2
+    assert "heal.shard shares the model out among the processes of torchrun" in ended.stderr
+    assert not (tmp_path / "run" / SENSITIVITY).exists()

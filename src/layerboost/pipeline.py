@@ -93,7 +93,10 @@ def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
 
 def run_all(recipe: Recipe, run: Path) -> Any:
     """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary."""
+    from layerboost.healing.training import batch_of_process
+
     if not finished(recipe, run):
+        batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
         check(recipe, run)
     result = None
     with kept_recipe(recipe, run):

@@ -140,6 +140,9 @@ class Heal(Section):
     )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
+    shard: bool = Field(
+        False, description="spread weights, gradients and optimizer over torchrun's processes (FSDP2), one copy in all"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "selective", description="kept for the backward pass: all, matrix products, or only the layers' inputs"
     )

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,6 +98,7 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
         ({"tokens": 0, "attention_tokens": 0}, "nothing to train"),
         ({"tokens": 10**7}, "train text is too short"),
         ({"lora_targets": ("q_prog",)}, "q_prog"),
+        ({"shard": True}, "processes of torchrun"),
     ],
 )
 def test_refused_before_anything_is_written(
@@ -113,25 +116,61 @@ def test_negative_budgets_are_refused() -> None:
         parse_recipe({"heal": {"tokens": -5}}, "the test")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int) -> None:
+def two_processes(run: Path, *settings: str) -> list[str]:
+    """The command that heals a run folder with two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    return [*torchrun, "layerboost.cli", "heal", "--run", str(run), *(part for s in settings for part in ("--set", s))]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def check_same_healing(run: Path, other: Path) -> None:
+    rows = [read_metrics(folder / "heal" / "metrics.jsonl") for folder in (run, other)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for key in ("loss", "validation_kl"):
+        values = [[row[key] for row in found if key in row] for found in rows]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    ours, theirs = (load_file(folder / HEALED / "model.safetensors") for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (2, False), (1, True), (4, True)])
+def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int, shard: bool) -> None:
     recipe = recipe_of(converted, gradient_accumulation=accumulation, lr=1e-3)
     alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", together / "recipe.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "--", "layerboost.cli", "heal", "--run", str(together)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    command = two_processes(together, f"heal.shard={str(shard).lower()}")
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = [read_metrics(run / "heal" / "metrics.jsonl") for run in (alone, together)]
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    for key in ("loss", "validation_kl"):
-        values = [[row[key] for row in run if key in row] for run in rows]
-        assert values[0] == pytest.approx(values[1], rel=1e-3)
-    ours, theirs = (load_file(run / HEALED / "model.safetensors") for run in (alone, together))
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-3)
+    check_same_healing(alone, together)
     history = json.loads((together / "run.json").read_text())["stages"]
     assert [entry["stage"] for entry in history] == ["convert", "heal"]
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_goes_on_sharded_or_whole(converted: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(converted, lr=1e-3, tokens=1500)
+    alone, killed = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "killed")
+    run_stage("heal", recipe, alone)
+    shutil.copy(alone / "recipe.yaml", killed / "recipe.yaml")
+    for stage, step in (("attention", 3), ("lora", 3), ("lora", 7)):
+        with (tmp_path / "log").open("w") as log:
+            process = psutil.Popen(two_processes(killed, "heal.shard=true"), env=ONE_THREAD, stderr=log)
+        deadline = time.monotonic() + 120
+        while not any(
+            (row["stage"], row["step"]) >= (stage, step) for row in read_metrics(killed / "heal" / "metrics.jsonl")
+        ):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        all_of_it = [*process.children(recursive=True), process]
+        for part in all_of_it:
+            part.kill()
+        psutil.wait_procs(all_of_it)
+        assert not (killed / HEALED).exists()
+    run_stage("heal", recipe, killed)
+    check_same_healing(alone, killed)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
+from layerboost.healing.sharding import like, whole
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of
@@ -67,18 +68,25 @@ class Distiller(nn.Module):
     def teacher(self) -> PreTrainedModel:
         return self._teacher[0]
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, this process's shards where they are sharded."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable parameters by name."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """The trainable parameters by name, whole; where they are sharded, every process must ask."""
+        trained = self.trained
         full = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in full.items() if name in trained}
+        return {name: whole(value) for name, value in full.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trainable parameters; raises KeyError when the state is of another set of them."""
-        missing = self.state_dict().keys() ^ state_dict.keys()
+        """Load the trainable parameters, given whole; raises KeyError when the state is of another set of them."""
+        trained = self.trained
+        missing = trained.keys() ^ state_dict.keys()
         if missing:
             raise KeyError(f"checkpoint of other parameters: {sorted(missing)[:3]}")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = {name: like(value, trained[name]) for name, value in state_dict.items()}
+        super().load_state_dict(own, strict=False, assign=assign)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])  # the frozen rest is not missing
 
     def weights_or_mean(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import ReduceOp
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from layerboost.artifacts import disk_error
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import Metrics
+from layerboost.healing.sharding import WholeAdamW, is_sharded
 from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, main_process_first, world_size
 
@@ -47,9 +50,7 @@ def train_stage(
     loaded. Each logged step is a line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite,
     memory does not suffice or nothing can be written, KeyboardInterrupt after a SIGTERM.
     """
-    result = folder / f"{name}.safetensors"
-    if result.is_file():
-        distiller.load_state_dict(load_file(result))
+    if load_result(name, distiller, folder):
         return
     checkpoints = folder / "checkpoints" / name
     resume = newest_checkpoint(checkpoints)
@@ -73,7 +74,19 @@ def train_stage(
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if guard.stopping:
         raise KeyboardInterrupt
-    guard.keep_best(result)
+    guard.keep_best(_result(folder, name))
+
+
+def load_result(name: str, distiller: Distiller, folder: Path) -> bool:
+    """Load what a stage that ended left in `folder`; False if it has not ended."""
+    ended = _result(folder, name).is_file()
+    if ended:
+        distiller.load_state_dict(load_file(_result(folder, name)))
+    return ended
+
+
+def _result(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -> list[dict[str, torch.Tensor]]:
@@ -95,9 +108,16 @@ def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -
 def batch_of_process(settings: Heal) -> tuple[int, int]:
     """Sequences a batch and batches a step of one process, so that a step is the same on any number of processes.
 
-    Raises ConfigError when a step cannot be shared out evenly.
+    Raises ConfigError when a step cannot be shared out evenly, or the model shall be shared out and there is one
+    process.
     """
     batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
+    if settings.shard and processes == 1:
+        raise ConfigError(
+            "heal.shard shares the model out among the processes of torchrun",
+            found="one process",
+            do="start it with torchrun (docs/gpu.md has the command), or leave heal.shard out",
+        )
     if accumulation % processes == 0:
         return batch, accumulation // processes
     if batch % processes == 0:
@@ -117,10 +137,12 @@ def check_report_to(names: tuple[str, ...]) -> None:
 
 
 def save_state(distiller: Distiller, file: Path, facts: dict[str, str] | None = None) -> None:
-    """Write the trainable parameters, atomically, with `facts` in the file's metadata."""
-    temporary = file.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in distiller.state_dict().items()}, temporary, facts)
-    temporary.replace(file)
+    """Write the trainable parameters, atomically, with `facts` in the file's metadata; every process must take part."""
+    state = {name: value.contiguous() for name, value in distiller.state_dict().items()}
+    if is_main_process():
+        temporary = file.with_suffix(".tmp")
+        save_file(state, temporary, facts)
+        temporary.replace(file)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -195,17 +217,42 @@ class _Trainer(Trainer):
             adapters = [p for name, p in trained if not name.endswith(".sinks")]
             sinks = [p for name, p in trained if name.endswith(".sinks")]
             groups = [{"params": adapters, "lr": self.args.learning_rate}, {"params": sinks, "lr": self.sink_lr}]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+            self.optimizer = WholeAdamW([g for g in groups if g["params"]], weight_decay=0.0)
         made: torch.optim.Optimizer = self.optimizer
         return made
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite():
+        # Sharded layers run on all processes or on none, and one of them speaks: all look for the layer.
+        if not math.isfinite(mean := over_processes(float(loss), loss.device)):
             layer = self.model.first_bad_layer(**self._prepare_inputs(inputs))
-            where = "" if layer is None else f", first in layer {layer}"
-            raise not_finite(self.stage, f"loss is {float(loss)}", self.state.global_step + 1, where)
+            layer = over_processes(math.inf if layer is None else layer, loss.device, ReduceOp.MIN)
+            where = "" if layer == math.inf else f", first in layer {layer:.0f}"
+            raise not_finite(self.stage, f"loss is {mean}", self.state.global_step + 1, where)
         return loss
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_sharded(model):
+            # FSDP2 averages the gradients already: accelerate gives its autocast, and must not wrap the model in DDP.
+            model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            model._is_accelerate_prepared = True
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainable parameters, whole: every process takes part and the first one writes."""
+        state = self.model.state_dict()
+        if self.args.should_save:
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self.optimizer.state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -232,6 +279,7 @@ class _Guard(TrainerCallback):
         self.file, self.distiller, self.metrics = file, distiller, metrics
         self.tokens, self.tokens_per_step = tokens, tokens_per_step
         self.stopping, self.best = False, math.inf
+        self.device = next(distiller.parameters()).device
         self.progress = Progress(f"healing, {metrics.stage} stage", tokens, "tokens")
 
     @contextmanager
@@ -266,7 +314,7 @@ class _Guard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.advance(self.seen(state.global_step) - self.seen(state.global_step - 1))
-        if _any_process(self.stopping, next(self.distiller.parameters()).device):
+        if over_processes(float(self.stopping), self.device):
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -281,12 +329,12 @@ class _Guard(TrainerCallback):
 
     def judge(self, step: int) -> None:
         """Validate, and keep the trained parameters if no earlier step was better."""
-        values = self.validate()
+        # The mean, because processes must agree on which step is the best.
+        values = {name: over_processes(value, self.device) for name, value in self.validate().items()}
         self.metrics.write(step, self.seen(step), values)
         if values["validation_kl"] < self.best:
             self.best = values["validation_kl"]
-            if is_main_process():
-                save_state(self.distiller, self.file, {"step": str(step), "validation_kl": repr(self.best)})
+            save_state(self.distiller, self.file, {"step": str(step), "validation_kl": repr(self.best)})
 
     def keep_best(self, result: Path) -> None:
         """Load the best step and move it to `result`. Raises LayerboostError when no step could be validated."""
@@ -299,10 +347,10 @@ class _Guard(TrainerCallback):
             self.file.replace(result)
 
 
-def _any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process."""
+def over_processes(value: float, device: torch.device, operation: Any = ReduceOp.SUM) -> float:
+    """The mean of a value over the processes, or what another reduction makes of it, the same on each of them."""
     if world_size() == 1:
-        return flag
-    found = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(found)
-    return bool(found)
+        return value
+    found = torch.tensor(value, device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(found, operation)
+    return float(found) / (world_size() if operation == ReduceOp.SUM else 1)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
-from layerboost.healing.distillers import AttentionDistiller, LogitDistiller, LogitLoss
+from layerboost.healing.distillers import AttentionDistiller, Distiller, Lesson, LogitDistiller, LogitLoss
 from layerboost.healing.recall import with_recall
+from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
-from layerboost.healing.training import batch_of_process, check_report_to, train_stage
+from layerboost.healing.training import batch_of_process, check_report_to, load_result, train_stage
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
+    Source,
     check_same_model,
     check_same_plan,
     load_config,
@@ -29,8 +32,8 @@ from layerboost.model.checkpoint import (
 )
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import is_main_process, log, main_process_first, start_runtime
-from layerboost.sensitivity.metrics import token_losses
+from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
+from layerboost.sensitivity.metrics import SequenceLosses, token_losses
 from layerboost.serving.samples import write_samples
 from layerboost.text import Split, load_tokens
 
@@ -62,18 +65,15 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     config = load_config(source, recipe.trust_remote_code)
     check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
     lessons = load_lessons(recipe, run, plan, tokenizer)
-    teacher = load_model(source, runtime, recipe.trust_remote_code)
-    adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
-    student = shared_student(teacher, run / CONVERTED, plan.layers)
+    pair = load_pair(recipe, run, plan, source, runtime, lessons)
     if is_main_process():
         write_json(run / HEAL / IDENTITY, identity)
-    torch.manual_seed(recipe.seed)
-    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages))
-    peft_model = with_adapters(student, names, recipe.heal.lora_rank)
-    train(recipe, run / HEAL, plan, teacher, student, adapted, lessons, tokenizer.eos_token_id)
+    train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
     if is_main_process():
+        if recipe.heal.shard:
+            pair = load_healed(recipe, run, plan, source, runtime, lessons)
         # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
-        merged = peft_model.merge_and_unload().requires_grad_(False).eval()
+        merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
         healing = (
             f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
             f"tokens of LoRA distillation from the base, on {recipe.text.name}."
@@ -125,9 +125,40 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
     )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The base and the student on its weights; the student's adapters, and the layers that each stage adapts."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    adapters: PeftModel
+    adapted: dict[str, frozenset[str]]
+
+
+def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
+    """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded."""
+    if recipe.heal.shard:
+        runtime = replace(runtime, device=torch.device("cpu"))
+    teacher = load_model(source, runtime, recipe.trust_remote_code)
+    adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
+    student = shared_student(teacher, run / CONVERTED, plan.layers)
+    torch.manual_seed(recipe.seed)
+    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages))
+    return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
+
+
+def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
+    """The pair anew on this process's CPU, with what the stages left in RUN/heal: no device need hold the model."""
+    pair = load_pair(recipe, run, plan, source, runtime, lessons)
+    for stage in lessons.stages:
+        train_only(pair.student, pair.adapted[stage])
+        load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)
+    return pair
+
+
 def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
     """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
-    free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation"}
+    free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
@@ -170,21 +201,25 @@ def train(
     recipe: Recipe,
     folder: Path,
     plan: PlanFile,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    adapted: dict[str, frozenset[str]],
+    pair: Pair,
     lessons: Lessons,
     end: int | None,
+    device: torch.device,
 ) -> None:
     """Both stages, each kept in `folder` when it ends. `end`: the token that ends a document."""
-    settings = recipe.heal
+    settings, teacher, student = recipe.heal, pair.teacher, pair.student
     loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
     whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
     distillers = {"attention": AttentionDistiller(student, teacher, plan.layers, end), "lora": whole}
     rates = {"attention": settings.attention_lr, "lora": settings.lr}
-    validation = Validation(whole, lessons.validation.to(teacher.device), settings.batch_sequences)
+    validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
+    if settings.shard:
+        shards = shard(teacher, student, device)
+        shards.gather_for(validation, "teach", "measure")
+        for distiller in distillers.values():
+            shards.gather_for(distiller, "forward", "first_bad_layer")
     for stage in lessons.stages:
-        train_only(student, adapted[stage])
+        train_only(student, pair.adapted[stage])
         train_stage(
             stage,
             distillers[stage],
@@ -203,16 +238,27 @@ class Validation:
 
     def __init__(self, distiller: LogitDistiller, ids: torch.Tensor, batch_sequences: int) -> None:
         self.distiller = distiller
-        self.lessons = [(batch, distiller.teach(batch)) for batch in ids.split(batch_sequences)]
+        self.batches = ids.split(batch_sequences)
+        self.lessons: list[Lesson] = []
 
-    @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """`validation_kl` and `validation_nll`, in nats per token."""
+        self.lessons = self.lessons or self.teach()
+        found = self.measure()
+        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
+
+    def teach(self) -> list[Lesson]:
+        """What the base does with each batch."""
+        return [self.distiller.teach(ids) for ids in self.batches]
+
+    @torch.no_grad()
+    def measure(self) -> list[SequenceLosses]:
+        """What the student loses on each batch."""
         teacher, student = self.distiller.teacher, self.distiller.student
         found = []
-        for ids, lesson in self.lessons:
+        for ids, lesson in zip(self.batches, self.lessons, strict=True):
             *_, (_, hidden) = self.distiller.layer_outputs(lesson)
             _, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
             found.append(losses)
-        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
-        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
+        return found

@@ -1,0 +1,142 @@
+"""FSDP2 for healing: weights, gradients and optimizer spread over torchrun's processes, base and student on one copy.
+
+PyTorch's `fully_shard` is applied here and not by accelerate's plugin: that one turns itself off on CPUs, and it shards
+one module that is called from its top. Here two models share their tensors, two stages share the shards, and the
+distillers call layers, attention, norm and head by themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import attention_of
+from layerboost.runtime import world_size
+
+
+class Shards(nn.Module):
+    """Holds modules whose parameters are gathered together while one of their methods runs, a shared one once.
+
+    FSDP2 gathers before the forward pass of the module that owns the parameters and frees them after it. A layer of the
+    base and the student's own are two modules on the same tensors, so their owner is a third one: this.
+    """
+
+    def __init__(self, held: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.held = nn.ModuleList(held)
+        self.gathered = False
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`run(...)`, between FSDP2's hooks."""
+        return run(*args, **kwargs)
+
+    def gather_for(self, owner: object, *methods: str, layer: bool = False) -> None:
+        """Have these methods of `owner` run with the parameters whole; inside one another they gather once.
+
+        `layer`: the methods take hidden states first, as decoder layers do.
+        """
+        for method in methods:
+            setattr(owner, method, self._gathering(getattr(owner, method), layer))
+
+    def _gathering(self, run: Callable[..., Any], layer: bool) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def gathering(*args: Any, **kwargs: Any) -> Any:
+            if self.gathered:
+                return run(*args, **kwargs)
+            if layer and torch.is_grad_enabled():
+                args, kwargs = _with_gradient(args, kwargs)
+            self.gathered = True
+            try:
+                return self(run, *args, **kwargs)
+            finally:
+                self.gathered = False
+
+        return gathering
+
+
+def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> Shards:
+    """Spread both models, whole on the CPU of every process, over the processes in place; the shards are on `device`.
+
+    A layer of the base and the student's own are one group, which gathers when either runs. The returned one holds the
+    rest (embeddings, final norm, head) and must gather for every method that runs layers.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    groups: list[nn.Module] = []
+    for index, layers in enumerate(zip(decoder_layers(teacher), decoder_layers(student), strict=True)):
+        group = Shards(layers)
+        fully_shard(group, mesh=mesh, reshard_after_forward=True)
+        for module in (*layers, attention_of(student, index)):
+            group.gather_for(module, "forward", layer=True)
+        groups.append(group)
+    rest = Shards([*groups, *_outside_layers(teacher), *_outside_layers(student)])
+    fully_shard(rest, mesh=mesh)
+    return rest
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the parameters are spread over the processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def whole(value: Any) -> Any:
+    """A shard's whole tensor, on the CPU, for which every process must ask; anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def like(value: Any, parameter: torch.Tensor) -> Any:
+    """This process's shard of a whole tensor of `parameter`'s shape, if that is sharded; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    # Every process has read the whole tensor: none is sent around.
+    local = value.to(parameter.device)
+    return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class WholeAdamW(torch.optim.AdamW):
+    """AdamW whose state dict holds whole tensors, sharded or not: a checkpoint fits any number of processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every process must ask."""
+        packed = super().state_dict()
+        state = {index: {key: whole(value) for key, value in kept.items()} for index, kept in packed["state"].items()}
+        return {**packed, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        state = {
+            index: {key: like(value, parameters[index]) for key, value in kept.items()}
+            for index, kept in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state})
+
+
+def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules with parameters or buffers of their own that are not in a decoder layer."""
+    inside = set(decoder_layers(model).modules())
+    return [
+        module
+        for module in model.modules()
+        if module not in inside and [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    ]
+
+
+def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer, its hidden states with a gradient.
+
+    FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay whole to
+    the end of the pass.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.requires_grad:
+        return args, kwargs
+    hidden = hidden.detach().requires_grad_()
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
