@@ -10,7 +10,7 @@ from tiny import info, layer_plans
 from layerboost.artifacts import LayerSensitivity, Score, Sensitivity, Variant
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
-from layerboost.search.choices import choices, predict
+from layerboost.search.choices import blended, choices, predict
 from layerboost.search.costs import Budget
 from layerboost.search.methods import select
 
@@ -105,6 +105,13 @@ def test_blended_damage_counts_each_metric_in_its_own_mean() -> None:
                 + 0.25 * variant.scores["retrieval"].mean / mean["retrieval"]
             )
             assert choice.damage == pytest.approx(blend)
+
+
+def test_better_than_the_base_is_no_damage_in_a_blend_and_pays_for_none() -> None:
+    scales = {"kl": 2.0, "retrieval": 0.5}
+    assert blended({"kl": 0.1, "retrieval": -3.0}, scales) == pytest.approx(0.2)
+    assert blended({"kl": 0.1, "retrieval": 1.0}, scales) == pytest.approx(0.7)
+    assert blended({"nll": -0.1}, {"nll": 1.0}) == pytest.approx(-0.1)
 
 
 def test_controls_keep_as_many_full_layers_as_the_budget_allows() -> None:

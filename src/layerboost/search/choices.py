@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerboost.artifacts import LayerPlan, LayerSensitivity, Predicted, Sensitivity, Variant
@@ -121,6 +121,17 @@ def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
     return weights
 
 
+def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
+    """The damage that the scales of `metric_scales` make of a layer's or a plan's scores.
+
+    In a blend a score better than the base's is no damage and no more: the luck of many layers in one metric, which
+    does not add up beyond what the base leaves to gain, must not pay for damage in the other.
+    """
+    if len(scales) == 1:
+        return sum(scale * scores[metric] for metric, scale in scales.items())
+    return sum(scale * max(0.0, scores[metric]) for metric, scale in scales.items())
+
+
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:
     """What the single-layer scores add up to, and the costs. The whole plan's damage is larger: scores interact."""
     chosen = [
@@ -144,5 +155,5 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
 
 def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:
     plan = LayerPlan(layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink)
-    damage = sum(weight * mean_score(entry, variant, metric) for metric, weight in scales.items())
+    damage = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
     return Choice(plan, damage, {metric: score.mean for metric, score in variant.scores.items()})

@@ -10,7 +10,7 @@ from layerboost.artifacts import LayerPlan, Sensitivity
 from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.runtime import Progress, log
-from layerboost.search.choices import Choice, choices, metric_limits, metric_scales, windows
+from layerboost.search.choices import Choice, blended, choices, metric_limits, metric_scales, windows
 from layerboost.search.costs import KV_BYTES, Budget
 from layerboost.search.selection import budget, infeasible
 
@@ -34,7 +34,7 @@ class Objective:
             return 0.0
         found = self.measure(plan)
         excess = sum(max(0.0, (found[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
-        return sum(scale * found[metric] for metric, scale in self.scales.items()) + PENALTY * excess
+        return blended(found, self.scales) + PENALTY * excess
 
 
 def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
