@@ -35,7 +35,7 @@ from layerboost.model.checkpoint import find_model, load_config, load_model, loa
 from layerboost.model.stream import head_logits
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Heal, Recipe, load_recipe
-from layerboost.runtime import start_runtime
+from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.text import load_tokens
 
 WINDOW, FULL_LAYERS, STEP_TOKENS = 64, 8, 1024
@@ -130,9 +130,7 @@ def run_arm(arm: str, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         losses = (train_plainly if arm == "plain" else train_cheaply)(teacher, run, ids, settings, Path(folder))
-    # Not getrusage: its peak is inherited from the parent.
-    status = Path("/proc/self/status").read_text()
-    return {"losses": losses, "peak_rss_mib": round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)}
+    return {"losses": losses, "peak_rss_mib": round(peak_rss_bytes() / 2**20)}
 
 
 def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:

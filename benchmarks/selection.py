@@ -214,18 +214,28 @@ def main() -> None:
         command=shlex.join(["python", *sys.argv]),
         model=sensitivity.model.name,
     )
-    jobs = [(number, fraction, at, name) for number, (fraction, at, names) in enumerate(BUDGETS) for name in names]
-    for number, fraction, at, name in sorted(jobs, key=lambda job: METHODS[job[3]]["method"] in MEASURING):
-        row = chosen(sensitivity, recipe, measure, fraction, at, name)
-        if "layers" in row:
-            row["measured"] = judge(row["layers"])
-            row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
-        log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
-        result["rows"] = sorted([*result["rows"], row | {"budget": number}], key=lambda row: row["budget"])
-        if len(result["rows"]) == sum(METHODS[job[3]]["method"] not in MEASURING for job in jobs):
-            result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
+
+    def write() -> None:
         write_json(args.out.with_suffix(".json"), result)
         write_text(args.out.with_suffix(".md"), page + table(result))
+
+    def add_rows(measuring: bool) -> None:
+        for number, (fraction, at, names) in enumerate(BUDGETS):
+            for name in names:
+                if (METHODS[name]["method"] in MEASURING) != measuring:
+                    continue
+                row = chosen(sensitivity, recipe, measure, fraction, at, name)
+                if "layers" in row:
+                    row["measured"] = judge(row["layers"])
+                    row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
+                log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
+                result["rows"] = sorted([*result["rows"], row | {"budget": number}], key=lambda row: row["budget"])
+                write()
+
+    add_rows(measuring=False)
+    result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
+    write()
+    add_rows(measuring=True)
     print(table(result))
     print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))
 

@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from layerboost.model.attention import sliding_attention, window_mask
+from layerboost.runtime import peak_rss_bytes
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PREFILLS = (4096, 8192)
@@ -119,8 +120,7 @@ def start_peak() -> float:
 
 def peak_mib() -> float:
     """The most this process has held, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return peak_rss_bytes() / 2**20
 
 
 def alone(kind: str, **job: Any) -> dict[str, Any]:

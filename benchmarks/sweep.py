@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from layerboost.artifacts import LayerPlan
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Text
+from layerboost.runtime import peak_rss_bytes
 from layerboost.sensitivity.metrics import BaseText
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.sensitivity.sinks import Sinks, calibrate_sinks
@@ -195,9 +195,7 @@ def alone(arm: str, model: Any, batches: list[torch.Tensor], layer: int) -> None
     else:
         plain = Plain(model, batches[:1], sinks)
         plain.measure(plans, plain.base())
-    # Not getrusage: its peak is inherited from the parent.
-    status = Path("/proc/self/status").read_text()
-    print(json.dumps(int(status.partition("VmHWM:")[2].split()[0]) / 1024))
+    print(json.dumps(peak_rss_bytes() / 2**20))
 
 
 def main() -> None:

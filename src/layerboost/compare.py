@@ -26,6 +26,7 @@ from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluation.comparison import average_against
 from layerboost.evaluation.statistics import difference
 from layerboost.evaluation.tasks import BenchTask, load_bench
+from layerboost.healing.training import batch_of_process
 from layerboost.model.checkpoint import open_base
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe
@@ -67,6 +68,7 @@ def run_compare(recipe: Recipe, run: Path) -> dict[str, Any]:
 
 
 def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
+    batch_of_process(recipe.heal)
     measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
     runtime = start_runtime(recipe)
     base = open_base(recipe, run, runtime)

@@ -96,7 +96,8 @@ def run_all(recipe: Recipe, run: Path) -> Any:
     from layerboost.healing.training import batch_of_process
 
     if not finished(recipe, run):
-        batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
+        if not (run / HEALED / PLAN).is_file():
+            batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
         check(recipe, run)
     result = None
     with kept_recipe(recipe, run):

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -212,6 +213,15 @@ def machine() -> str:
         else []
     )
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held; on Linux from /proc, since getrusage's peak begins at the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
                 assert error < tolerance, (model_type, stage, name, float(error))
             assert counts
             assert max(counts) <= 2, (model_type, stage, counts)
-            assert not any(value for value in [case.distillers[stage].first_bad_layer(IDS)])
+            assert case.distillers[stage].first_bad_layer(IDS) is None
             counts.clear()
 
 

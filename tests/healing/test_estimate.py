@@ -33,16 +33,5 @@ def test_the_estimate_follows_the_plan_and_the_settings(monkeypatch: pytest.Monk
     assert by_kind[0].tokens_per_s == by_kind[1].tokens_per_s > by_kind[2].tokens_per_s
 
 
-def test_a_process_holds_its_share_of_a_sharded_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "matmul_flops_per_s", lambda *_: 1e9)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    config, facts = tiny_model(layers=4).config, info(16).model_copy(update={"parameters": 10**9})
-    whole, share = (
-        estimate_healing(recipe(shard=shard), config, facts, RUNTIME, layer_plans("ffff" * 4)).memory_gib
-        for shard in (False, True)
-    )
-    assert share == pytest.approx(whole * (1 / 4 + 2 / 16), rel=0.02)
-
-
 def test_the_matrix_product_is_measured() -> None:
     assert matmul_flops_per_s(RUNTIME, 256) > 1e8

@@ -253,9 +253,12 @@ class LogitDistiller(Distiller):
 
     @torch.no_grad()
     def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:
-        """The lowest layer of the student whose output is not finite; None if there is none."""
+        """The lowest layer of the student whose output is not finite; None if there is none.
+
+        Runs all layers whatever it finds: where they are sharded, processes that find different ones must not part.
+        """
         outputs = self.layer_outputs(self.teach(input_ids))
-        return next((layer for layer, hidden in outputs if not hidden.isfinite().all()), None)
+        return min((layer for layer, hidden in outputs if not hidden.isfinite().all()), default=None)
 
 
 def _matrix_products() -> Any:

@@ -49,8 +49,6 @@ def estimate_healing(
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
     weights = info.parameters * info.bytes_per_element
-    if recipe.heal.shard:  # a share of all; embeddings, head and two layers at a time are whole
-        weights = weights // world_size() + (info.parameters - body + 2 * body // layers) * info.bytes_per_element
     return HealingEstimate(
         tokens_per_s=round(rate / lora_flops, 1),
         hours=round(seconds / 3600, 2),

@@ -116,7 +116,7 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
         raise ConfigError(
             "heal.shard shares the model out among the processes of torchrun",
             found="one process",
-            do="start it with torchrun (docs/gpu.md has the command), or leave heal.shard out",
+            do="start it with torchrun (docs/gpu.md has the command), or --set heal.shard=false",
         )
     if accumulation % processes == 0:
         return batch, accumulation // processes
@@ -223,12 +223,13 @@ class _Trainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        # Sharded layers run on all processes or on none, and one of them speaks: all look for the layer.
-        if not math.isfinite(mean := over_processes(float(loss), loss.device)):
+        # Sharded layers run on all processes or on none: all look for the layer, and tell the lowest that one found.
+        agreed = over_processes if is_sharded(self.model) else lambda value, *_: value
+        if not math.isfinite(found := agreed(float(loss), loss.device)):
             layer = self.model.first_bad_layer(**self._prepare_inputs(inputs))
-            layer = over_processes(math.inf if layer is None else layer, loss.device, ReduceOp.MIN)
+            layer = agreed(math.inf if layer is None else layer, loss.device, ReduceOp.MIN)
             where = "" if layer == math.inf else f", first in layer {layer:.0f}"
-            raise not_finite(self.stage, f"loss is {mean}", self.state.global_step + 1, where)
+            raise not_finite(self.stage, f"loss is {found}", self.state.global_step + 1, where)
         return loss
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -239,7 +240,6 @@ class _Trainer(Trainer):
         if is_sharded(model):
             # FSDP2 averages the gradients already: accelerate gives its autocast, and must not wrap the model in DDP.
             model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            model._is_accelerate_prepared = True
         return super()._wrap_model(model, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -113,6 +113,8 @@ def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
     """
     if not settings.retrieval_weight:
         return {settings.metric: 1.0}
+    if settings.retrieval_weight == 1:
+        return {"retrieval": 1.0}
     weights: dict[str, float] = {settings.metric: 1 - settings.retrieval_weight}
     weights["retrieval"] = weights.get("retrieval", 0.0) + settings.retrieval_weight
     for metric in weights:
@@ -124,12 +126,13 @@ def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
 def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
     """The damage that the scales of `metric_scales` make of a layer's or a plan's scores.
 
-    In a blend a score better than the base's is no damage and no more: the luck of many layers in one metric, which
-    does not add up beyond what the base leaves to gain, must not pay for damage in the other.
+    In a blend a score better than the base's counts as no damage, not as a gain. Small gains of many layers add up to
+    more than the base leaves to gain, and what the base does is what is asked for: neither shall pay for damage in the
+    other metric.
     """
     if len(scales) == 1:
         return sum(scale * scores[metric] for metric, scale in scales.items())
-    return sum(scale * max(0.0, scores[metric]) for metric, scale in scales.items())
+    return sum(scale * max(scores[metric], 0.0) for metric, scale in scales.items())
 
 
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:

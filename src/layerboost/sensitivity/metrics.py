@@ -14,7 +14,7 @@ from layerboost.model.stream import head_logits, head_matrix
 from layerboost.retrieval import Prompts
 
 CHUNK_TOKENS = 256
-# Rows and columns of the logits that `head_statistics` holds at once: 4 MiB in float32.
+# Tokens and words of the vocabulary whose logits a changed model holds at once: 4 MiB, so that they stay in a cache.
 ROWS, VOCABULARY = 1024, 1024
 RESAMPLES = 1000
 
@@ -84,24 +84,24 @@ class BaseText:
         weight = head_matrix(model)
         self.weight = weight if weight is not None and weight.dtype == torch.float32 else None
         rows = self.rows(hidden)
+        nll, top, expected, negentropy = [], [], [], []
+        for chunk, target in zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True):
+            logits = head_logits(model, chunk).float()
+            if self.weight is None:
+                logits = logits.log_softmax(-1)
+            else:
+                # Not log_softmax: on CPUs its sums are off by 1e-5, and a row Σ p W that much too long is 2e-4 of KL.
+                logits -= head_statistics(chunk, self.weight)[0][:, None]
+                probabilities = logits.exp()
+                negentropy.append(torch.linalg.vecdot(probabilities, logits))
+                expected.append(probabilities @ self.weight)
+            nll.append(-logits.gather(-1, target[:, None])[:, 0])
+            top.append(logits.argmax(-1))
+        self.nll, self.top = torch.cat(nll), torch.cat(top)
         if self.weight is None:
             self.base_rows = rows
-        parts = zip(rows.split(CHUNK_TOKENS), self.labels.split(CHUNK_TOKENS), strict=True)
-        found = [self._see(some, labels) for some, labels in parts]
-        self.nll, self.top, self.negentropy, self.expected = (torch.cat(each) for each in zip(*found, strict=True))
-
-    def _see(self, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """NLL `[N]`, likeliest token `[N]`, Σ p log p `[N]` and Σ p W `[N, D]`; the last two only if W is at hand."""
-        logits = head_logits(self.model, rows).float()
-        if self.weight is None:
-            logits = logits.log_softmax(-1)
-            nothing = rows.new_empty(len(rows), 0)
-            return -logits.gather(-1, labels[:, None])[:, 0], logits.argmax(-1), nothing, nothing
-        # Not log_softmax: on CPUs its sums are off by 1e-5, and a row Σ p W that much too long is 2e-4 of KL.
-        logits -= head_statistics(rows, self.weight)[0][:, None]
-        probabilities = logits.exp()
-        negentropy = torch.linalg.vecdot(probabilities, logits)
-        return -logits.gather(-1, labels[:, None])[:, 0], logits.argmax(-1), negentropy, probabilities @ self.weight
+        else:
+            self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
         """Of states `[B, T, D]`, those that predict the N scored tokens: `[N, D]`."""
@@ -155,7 +155,7 @@ def head_statistics(
 ) -> tuple[torch.Tensor, ...]:
     """Of the logits `rows` `[N, D]` times `weight` `[V, D]`: log-sum-exp, maximum, and those of `tokens`, `[N]` each.
 
-    Logits exist for one block of the vocabulary at a time, few enough to stay in a processor's cache.
+    Logits exist for one block of the vocabulary at a time, `[N, VOCABULARY]`.
     """
     sums, highest = [], []
     picked = [rows.new_empty(len(rows)) for _ in tokens]

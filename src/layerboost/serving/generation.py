@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from layerboost.artifacts import write_text
 from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Recipe
-from layerboost.runtime import start_runtime
+from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.serving.benchmark import WARMUP_OUTPUT_TOKENS, Load
 from layerboost.serving.server import GIB, guarded, last_words, stop_guarded
 
@@ -138,16 +137,11 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
         **spread("e2el", [times[-1] for _, times in runs]),
         "median_itl_ms": float(np.median(steps)) if len(steps) else 0.0,
         "p99_itl_ms": float(np.percentile(steps, 99)) if len(steps) else 0.0,
-        "peak_rss_gib": round(_peak_rss_bytes() / GIB, 3),
+        "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
     }
     if torch.cuda.is_available():
         found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
     return found
-
-
-def _peak_rss_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main(job_text: str, result: Path) -> None:
