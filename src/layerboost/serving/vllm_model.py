@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
+from layerboost.serving.vllm_int8 import int8_through_onednn
 from layerboost.serving.vllm_llama import BoostedLlama, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
@@ -34,6 +35,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         """The native class where there is one; vLLM knows one class for an architecture."""
+        int8_through_onednn()
         if vllm_config.model_config.hf_config.model_type == "llama":
             return BoostedLlama(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
