@@ -137,8 +137,8 @@ class Progress:
         self.bar.update(self.task, completed=self.done, rate=rate)
         if not self.console.is_terminal and is_main_process() and (now - self.printed > 30 or self.done >= self.total):
             self.printed = now
-            left_s = (self.total - self.done) / max(per_second, 1e-9)
-            line = f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left_s:,.0f} s left"
+            left = f"{(self.total - self.done) / per_second:,.0f} s left" if per_second else "nothing done yet"
+            line = f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
