@@ -20,11 +20,12 @@ from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_json,
 
 # Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
 COST_8, COST_4 = (8 + 22 * 64 / 1024) / 30, (4 + 26 * 64 / 1024) / 30
+BLEND = {"plan.retrieval_weight": 0.5}  # as in docs/results/comparison.md
 PLANS: dict[str, dict[str, Any]] = {
-    "8 full": {"plan.kv_fraction": COST_8},
-    "4 full": {"plan.kv_fraction": COST_4},
+    "8 full": {"plan.kv_fraction": COST_8, **BLEND},
+    "4 full": {"plan.kv_fraction": COST_4, **BLEND},
     "8 full, at random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
-    "8 full, no sinks": {"plan.kv_fraction": COST_8},
+    "8 full, no sinks": {"plan.kv_fraction": COST_8, **BLEND},
 }
 STAGE_1 = 0.1  # of an arm's tokens
 

@@ -40,6 +40,8 @@ WORKLOADS: dict[str, dict[str, int]] = {
 TITLES = {"chat": "chat", "shared": "shared context", "memory": "memory-bound"}
 # KV memory beyond what the reference holds at the highest concurrency, so that nothing is preempted.
 ROOM = 1.25
+# KV capacity beyond the workloads: at these contexts, in memory for so many requests of the reference.
+CAPACITY_TOKENS, CAPACITY_REQUESTS = (2048, 8192), 20
 VECTOR, MATRIX, ROUNDS = 8192, 2048, 7
 
 
@@ -147,6 +149,28 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
     run_bench(Recipe(bench=bench.model_copy(update={"repeats": 1})), run, folders)
     last = bench.model_copy(update={"concurrency": (max(bench.concurrency),)})
     return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
+
+
+def capacities(asked: argparse.Namespace, folders: dict[str, Path], models: dict[str, Model]) -> list[dict[str, Any]]:
+    """Requests that fit by vLLM's word and by arithmetic, each model with the serving flags that its plan advises."""
+    rows = []
+    for context in CAPACITY_TOKENS if asked.capacity else ():
+        reference = next(iter(models.values()))
+        held = CAPACITY_REQUESTS * resident_bytes(reference.info, reference.layers, context, CPU_ENGINE)
+        bench = Bench(
+            input_tokens=16,
+            output_tokens=1,
+            concurrency=(1,),
+            requests_per_concurrency=1,
+            kv_cache_gib=held / GIB,
+            port=asked.port,
+            server_args=("--max-model-len", str(context)),
+        )
+        for name, model in models.items():
+            run = asked.run / f"capacity-{context}" / name
+            comparison = Comparison.model_validate(run_bench(Recipe(bench=bench), run, {name: folders[name]}))
+            rows += capacity_rows("flags of its plan", bench, comparison, {name: model})
+    return rows
 
 
 def used_engine(comparison: Comparison) -> Engine:
@@ -271,7 +295,7 @@ def page(result: dict[str, Any]) -> str:
     lines += ["## KV capacity: requests of the longest context that fit", ""]
     lines += ["| workload | model | context | vLLM | arithmetic | off |", "|---|---|---|---|---|---|"]
     for row in result["capacity"]:
-        cells = [TITLES[row["workload"]], row["model"], f"{row['context_tokens']:,}"]
+        cells = [TITLES.get(row["workload"], row["workload"]), row["model"], f"{row['context_tokens']:,}"]
         cells += [f"{row['requests']:.2f}", f"{row['requests_predicted']:.2f}", f"{row['off']:+.1%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -284,6 +308,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="results are kept there; the same folder goes on")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument(
+        "--capacity", nargs="+", default=[], metavar="NAME=DIR", help="further models: their KV capacity alone"
+    )
     parser.add_argument("--concurrency", nargs="+", type=int, default=[50, 100, 200])
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the highest concurrency, but for memory")
     parser.add_argument("--requests-per-concurrency", type=float, default=1.0)
@@ -296,6 +323,7 @@ def main() -> None:
     if next(iter(folders)) != BASE and BASE in folders:
         parser.error(f"{BASE} is the reference: name it first")
     models = {name: described(folder) for name, folder in folders.items()}
+    further = {name: Path(folder) for name, folder in (model.split("=", 1) for model in asked.capacity)}
     rates = measured_rates(asked.run / "rates.json")
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
@@ -314,6 +342,8 @@ def main() -> None:
         result["workloads"][workload] = comparison.settings
         result["speed"] += speed_rows(workload, bench, comparison, models, rates)
         result["capacity"] += capacity_rows(workload, bench, comparison, models)
+    every = models | {name: described(folder) for name, folder in further.items()}
+    result["capacity"] += capacities(asked, folders | further, every)
     write_json(asked.out.with_suffix(".json"), result)
     write_text(asked.out.with_suffix(".md"), page(result))
     print(page(result))

@@ -110,6 +110,7 @@ def test_frontier_difference_and_comparison(measured: Path, tmp_path: Path) -> N
     assert points == json.loads((run / "frontier.json").read_text())["points"]
     assert len(points) > 2
     assert (run / "plan.yaml").read_text() == before
+    assert "…" not in layerboost("plan", "--run", run, "--frontier").stdout
     copy_run(measured, tmp_path / "other")
     found = layerboost("plan", "--run", tmp_path / "none", "--diff", run, tmp_path / "other" / "plan.yaml")
     assert "≠" not in found.stdout

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
+PIPED_COLUMNS = 200
 
 
 class Command(click.Command):
@@ -105,7 +106,9 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> 
     table = Table(*head)
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    # A pipe has no width: rich would take 80 columns and cut numbers short.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else PIPED_COLUMNS).print(table)
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:

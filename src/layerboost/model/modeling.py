@@ -316,7 +316,8 @@ def register_auto_classes() -> None:
     # Other people's remote code on a stock config must keep working, so this one says it is.
     registered = type("LayerBoostForCausalLM", (LayerBoostForCausalLM,), {"__module__": "transformers.models.auto"})
     for model_type in FAMILIES:
-        AutoModelForCausalLM.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
+        # What `AutoModelForCausalLM.register` does; before Transformers 5.18 it passes over Transformers' own configs.
+        AutoModelForCausalLM._model_mapping._extra_content[transformers.CONFIG_MAPPING[model_type]] = registered
 
 
 # Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.
