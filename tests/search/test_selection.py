@@ -51,6 +51,17 @@ def test_budget_is_the_best_of_all_plans(fraction: float, metric: str) -> None:
     assert chosen.damage.get(metric, 0) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("method", ["budget", "uniform", "threshold"])
+def test_a_blend_leaves_sinks_to_the_text(method: str) -> None:
+    found = sensitivity(8, none=method == "threshold")
+    settings = Plan(method=method, kv_fraction=0.4, context_tokens=100, retrieval_weight=0.9)  # type: ignore[arg-type]
+    plan = select(found, settings)
+    assert any(entry.attention == "sliding" for entry in plan)
+    for entry in plan:
+        plain, sink = found.layers[entry.layer].variants[-2:]
+        assert entry.attention != "sliding" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+
+
 def test_an_infeasible_budget_names_the_nearest() -> None:
     with pytest.raises(InfeasibleBudget, match=r"nearest \(0 full, 4 sliding, 0 none\) has 16\.0%") as caught:
         select(sensitivity(none=False), Plan(kv_fraction=0.1, context_tokens=100))

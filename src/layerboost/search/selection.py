@@ -31,7 +31,7 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     InfeasibleBudget, naming the nearest plan.
     """
     limits = Budget.of(sensitivity, settings)
-    tables = [choices(sensitivity, settings, window) for window in windows(sensitivity, settings)]
+    tables = [_settled(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
     solved = [found for table in tables if (found := _solve(table, limits, settings)) is not None]
     if not solved:
         nearest = _nearest(tables, limits, settings)
@@ -49,7 +49,7 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """
     damage = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
     ranked = sorted(damage, key=lambda layer: damage[layer], reverse=True)
-    table = choices(sensitivity, settings, windows(sensitivity, settings)[0])
+    table = _settled(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
 
     def tiers(full: set[int], none: set[int]) -> list[LayerPlan]:
         return [_tier(options, "full" if layer in full else "none" if layer in none else "sliding")
@@ -77,7 +77,7 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
 
     The window is the one asked for, or the shortest measured; a sink where that measured better.
     """
-    table = choices(sensitivity, settings, windows(sensitivity, settings)[0])
+    table = _settled(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
     count = len(table)
     order = list(range(count))
     if seed is not None:
@@ -116,6 +116,22 @@ def _most_full(
         if limits.met(found):
             return found
     raise infeasible(limits, settings, plan(0), {})
+
+
+def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
+    """In a blend with retrieval, each layer's window with or without its sink by the blend's other metric alone.
+
+    A sink costs nothing, and a few prompts cannot tell with from without: by the blend, noise chooses, and a wrong sink
+    does far more damage among changed layers than alone (docs/log.md).
+    """
+    if not 0 < settings.retrieval_weight < 1 or settings.metric == "retrieval" or metric_limits(settings):
+        return table
+    kept = []
+    for options in table:
+        sliding = [choice for choice in options if choice.plan.attention == "sliding"]
+        best = min(sliding, key=lambda choice: score_in(choice, settings.metric), default=None)
+        kept.append([choice for choice in options if choice.plan.attention != "sliding" or choice is best])
+    return kept
 
 
 def _tier(options: list[Choice], attention: str) -> LayerPlan:
