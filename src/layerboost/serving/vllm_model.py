@@ -1,4 +1,4 @@
-"""The vLLM model class of boosted checkpoints, on vLLM's Transformers backend: every family but Llama.
+"""The vLLM model class of boosted checkpoints, on vLLM's Transformers backend: every family without a native class.
 
 Written against vLLM 0.32's backend, whose steps it extends: build the stock decoder, replace its modules by vLLM's,
 give each layer an `Attention`, which is what allocates KV cache.
@@ -21,10 +21,12 @@ from vllm.model_executor.models.utils import maybe_prefix
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
 from layerboost.serving.vllm_int8 import int8_through_onednn
-from layerboost.serving.vllm_llama import BoostedLlama, check_attending
+from layerboost.serving.vllm_native import BoostedLlama, BoostedQwen3, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
 SINKS = ast.parse("self.sinks", mode="eval").body
+
+NATIVE = {"llama": BoostedLlama, "qwen3": BoostedQwen3}
 
 
 class LayerBoostForCausalLM(TransformersForCausalLM):
@@ -36,8 +38,9 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         """The native class where there is one; vLLM knows one class for an architecture."""
         int8_through_onednn()
-        if vllm_config.model_config.hf_config.model_type == "llama":
-            return BoostedLlama(vllm_config=vllm_config, prefix=prefix)
+        native = NATIVE.get(vllm_config.model_config.hf_config.model_type)
+        if native is not None:
+            return native(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

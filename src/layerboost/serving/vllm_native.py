@@ -1,0 +1,149 @@
+"""Boosted Llama and Qwen3 on vLLM's own classes, so that base and boosted are served by the same code.
+
+Written against vLLM 0.32. What its classes lack are sinks and layers without attention, and Qwen3's the window of each
+layer, which Llama's reads from `layer_types`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
+
+from layerboost.model.modeling import skipped_layers
+
+
+class BoostedLlama(LlamaForCausalLM):
+    """A Llama whose layers have full, sliding (with or without sinks) or no attention, as its config says."""
+
+    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
+        config = vllm_config.model_config.hf_config
+        skipped = set(skipped_layers(config))
+
+        def boosted_layer(vllm_config: VllmConfig, prefix: str) -> Any:
+            if extract_layer_index(prefix) in skipped:
+                return AttentionFreeLayer(config, vllm_config.quant_config, prefix)
+            return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=SinkAttention)
+
+        model = super()._init_model(vllm_config, prefix, boosted_layer)
+        check_stage(model, skipped)
+        return model
+
+
+class BoostedQwen3(Qwen3ForCausalLM):
+    """A Qwen3 whose layers have full, sliding (with or without sinks) or no attention, as its config says."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        config.max_window_layers = config.num_hidden_layers  # with any other number vLLM refuses kinds of layers
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        skipped = set(skipped_layers(config))
+        # vLLM's model takes no class for its layers, as Llama's does: change those that it has built.
+        for index in range(self.model.start_layer, self.model.end_layer):
+            name = maybe_prefix(prefix, f"model.layers.{index}")
+            if index in skipped:
+                forget_attention(f"{name}.self_attn.attn")
+                self.model.layers[index] = AttentionFreeLayer(config, quant_config, name)
+            elif config.layer_types[index] == "sliding_attention" or has_sink(config, index):
+                attention = self.model.layers[index].self_attn
+                set_attention(attention, config, vllm_config.cache_config, quant_config, f"{name}.self_attn")
+        check_stage(self.model, skipped)
+
+
+def check_stage(model: Any, skipped: set[int]) -> None:
+    """`check_attending` for the layers of this pipeline stage."""
+    stage = range(model.start_layer, model.end_layer)
+    check_attending([index for index in stage if index not in skipped], model.start_layer, model.end_layer)
+
+
+def check_attending(attending: list[int], start: int, end: int) -> None:
+    """Raise ValueError where layers `start` to `end` of a pipeline stage all lack attention.
+
+    vLLM sizes each stage's cache by its attention layers and would divide by zero.
+    """
+    if not attending:
+        raise ValueError(
+            "vLLM cannot serve a model or a pipeline stage without any attention: "
+            f"keep one of layers {start} to {end - 1} full or sliding"
+        )
+
+
+class SinkAttention(LlamaAttention):
+    """vLLM's Llama attention, with sinks where the config says so."""
+
+    def __init__(
+        self, config: Any, *args: Any, prefix: str, cache_config: Any, quant_config: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, prefix=prefix, cache_config=cache_config, quant_config=quant_config, **kwargs)
+        if has_sink(config, extract_layer_index(prefix)):
+            set_attention(self, config, cache_config, quant_config, prefix)
+
+
+def has_sink(config: Any, layer: int) -> bool:
+    """Whether a layer has a sink."""
+    return layer in getattr(config, "attention_sink_layers", [])
+
+
+def set_attention(attention: Any, config: Any, cache_config: Any, quant_config: Any, prefix: str) -> None:
+    """Give an attention of vLLM its layer's window and its sinks: a logit per head, sharded with the heads.
+
+    vLLM's `Attention` takes both when it is made, so it is made again.
+    """
+    layer, sinks = extract_layer_index(prefix), {}
+    if has_sink(config, layer):
+        attention.sinks = nn.Parameter(torch.empty(attention.num_heads), requires_grad=False)
+        set_weight_attrs(attention.sinks, {"weight_loader": sharded_weight_loader(0)})
+        sinks["sinks"] = attention.sinks
+    forget_attention(f"{prefix}.attn")
+    attention.attn = Attention(
+        attention.num_heads,
+        attention.head_dim,
+        attention.scaling,
+        num_kv_heads=attention.num_kv_heads,
+        cache_config=cache_config,
+        quant_config=quant_config,
+        per_layer_sliding_window=config.sliding_window if config.layer_types[layer] == "sliding_attention" else None,
+        prefix=f"{prefix}.attn",
+        **sinks,
+    )
+
+
+def forget_attention(name: str) -> None:
+    """Free the name of an `Attention`, which may be taken once, and with it its part of the KV cache."""
+    del get_current_vllm_config().compilation_config.static_forward_context[name]
+
+
+class AttentionFreeLayer(nn.Module):
+    """A decoder layer that is its MLP and nothing else."""
+
+    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.mlp = LlamaMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            quant_config=quant_config,
+            bias=getattr(config, "mlp_bias", False),
+            prefix=f"{prefix}.mlp",
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """vLLM's layers hand on the stream in two parts, `[T, D]`: what was added last, and the rest."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.post_attention_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
