@@ -1,10 +1,11 @@
 """The cost model against vLLM on this machine: KV memory of several plans, time of prefill and decoding; writes rates.
 
-    python benchmarks/costs.py MODEL --out costs.json
+    python benchmarks/costs.py MODEL --out costs.json [--page docs/results/costs]
 
 Every plan is served by the real engine: what vLLM reports of its KV cache stands beside `search/memory.py`, what
 requests hold while they decode beside its residency, and the times of prefill and decoding steps beside the linear
-model of `search/costs.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all.
+model of `search/costs.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all, which
+`layerboost plan` takes as `plan.costs`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from layerboost.artifacts import LayerPlan, ModelInfo, write_json
+from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import find_model, load_config, load_model, model_info
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
+from layerboost.serving.server import vllm_version
 
+MIB = 1 << 20
 CONTEXTS = (1024, 2048)
 # Of --max-num-batched-tokens; decoding is timed at one of them.
 BATCHES = (64, 256, 1024)
@@ -233,11 +238,59 @@ def fit(work: np.ndarray, times: np.ndarray) -> Rates:
     )
 
 
+def page(summary: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    rates = ", ".join(f"{name} {value:.3g}" for name, value in summary["rates"].items() if value is not None)
+    lines = [
+        "# The cost model against vLLM",
+        "",
+        *("```console", f"$ {summary['command']}", "```", ""),
+        f"{summary['machine']}; vLLM {summary['vllm']}. Plans: "
+        + "; ".join(f"{entry['plan']}: {entry['words']}" for entry in summary["plans"])
+        + ".",
+        "",
+        "## Requests that fit",
+        "",
+        "| plan | context | batched tokens | block | vLLM | predicted | off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in summary["plans"]:
+        for row in entry["memory"]:
+            cells = [entry["plan"], f"{row['context_tokens']:,}", f"{row['max_batched_tokens']:,}", row["block_size"]]
+            cells += [f"{row['concurrency']:.2f}", f"{row['concurrency_predicted']:.2f}"]
+            cells.append(f"{row['concurrency_predicted'] / row['concurrency'] - 1:+.1%}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "## Bytes held while decoding", ""]
+    lines += ["| plan | requests | tokens each | MiB | predicted | off |", "|---|---|---|---|---|---|"]
+    for entry in summary["plans"]:
+        for row in entry["decode"]:
+            cells = [entry["plan"], row["requests"], row["tokens"], f"{row['held_bytes'] / MIB:.1f}"]
+            cells += [f"{row['held_predicted'] / MIB:.1f}", f"{row['held_predicted'] / row['held_bytes'] - 1:+.1%}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    errors = [abs(row["predicted_ms"] / row["ms"] - 1) for row in summary["timing"]]
+    lines += [
+        "",
+        "## Time",
+        "",
+        "Each plan predicted from the rates fitted to the others: median error "
+        f"{np.median(errors):.0%}, greatest {max(errors):.0%}. Fitted to all: {rates}.",
+        "",
+        "| plan | what | ms | predicted | off |",
+        "|---|---|---|---|---|",
+    ]
+    for row in summary["timing"]:
+        cells = [row["plan"], row["what"], f"{row['ms']:.1f}", f"{row['predicted_ms']:.1f}"]
+        cells.append(f"{row['predicted_ms'] / row['ms'] - 1:+.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     """Measure, fit, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=Path("costs.json"))
+    parser.add_argument("--page", type=Path, help="without suffix: the comparison as PAGE.md and PAGE.json")
     parser.add_argument("--cache-gib", type=float, default=1.5)
     arguments = parser.parse_args()
     source = find_model(arguments.model)
@@ -262,8 +315,20 @@ def main() -> None:
             print(f"{entry['plan']:16} {what}: predicted / real {row['held_predicted'] / row['held_bytes']:.3f}")
     write_json(arguments.out, Costs(machine=machine(), model=info.fingerprint, rates=rates))
     for entry in measured:
-        del entry["layers"]
-    summary = {"machine": machine(), "rates": rates.model_dump(), "timing": timing, "plans": measured}
+        entry["words"] = ", ".join(
+            f"{n} {kind}" for kind, n in Counter(e.attention for e in entry.pop("layers")).items()
+        )
+    summary = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "vllm": vllm_version(),
+        "rates": rates.model_dump(),
+        "timing": timing,
+        "plans": measured,
+    }
+    if arguments.page:
+        write_json(arguments.page.with_suffix(".json"), summary)
+        write_text(arguments.page.with_suffix(".md"), page(summary))
     print(json.dumps(summary))
 
 

@@ -4,7 +4,8 @@
 
 `layerboost bench` once a workload, the first model being the reference: every concurrency once, the highest `--repeats`
 times. The same command goes on where it stopped. The roofline takes the bytes a second and FLOP/s of this machine,
-measured first, and the bytes and FLOPs that a model's plan needs. Writes OUT.json and OUT.md, and prints both.
+measured first, and the bytes and FLOPs that a model's plan needs. Writes OUT.json and OUT.md and prints both; a page
+that is there keeps its other workloads, each with its own command and machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -37,11 +39,13 @@ WORKLOADS: dict[str, dict[str, int]] = {
     "shared": {"shared_prefix_tokens": 2048, "input_tokens": 128, "output_tokens": 128},
     "memory": {"input_tokens": 1024, "output_tokens": 128},
 }
-TITLES = {"chat": "chat", "shared": "shared context", "memory": "memory-bound"}
+HEADINGS = {
+    "chat": "Chat: 128 tokens in, 256 out",
+    "shared": "Shared context: a prefix of 2,048 tokens in the cache, 128 in, 128 out",
+    "memory": "Memory-bound: 1,024 in, 128 out, memory for far fewer requests than are in flight",
+}
 # KV memory beyond what the reference holds at the highest concurrency, so that nothing is preempted.
 ROOM = 1.25
-# KV capacity beyond the workloads: at these contexts, in memory for so many requests of the reference.
-CAPACITY_TOKENS, CAPACITY_REQUESTS = (2048, 8192), 20
 VECTOR, MATRIX, ROUNDS = 8192, 2048, 7
 
 
@@ -151,28 +155,6 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
     return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
 
 
-def capacities(asked: argparse.Namespace, folders: dict[str, Path], models: dict[str, Model]) -> list[dict[str, Any]]:
-    """Requests that fit by vLLM's word and by arithmetic, each model with the serving flags that its plan advises."""
-    rows = []
-    for context in CAPACITY_TOKENS if asked.capacity else ():
-        reference = next(iter(models.values()))
-        held = CAPACITY_REQUESTS * resident_bytes(reference.info, reference.layers, context, CPU_ENGINE)
-        bench = Bench(
-            input_tokens=16,
-            output_tokens=1,
-            concurrency=(1,),
-            requests_per_concurrency=1,
-            kv_cache_gib=held / GIB,
-            port=asked.port,
-            server_args=("--max-model-len", str(context)),
-        )
-        for name, model in models.items():
-            run = asked.run / f"capacity-{context}" / name
-            comparison = Comparison.model_validate(run_bench(Recipe(bench=bench), run, {name: folders[name]}))
-            rows += capacity_rows("flags of its plan", bench, comparison, {name: model})
-    return rows
-
-
 def used_engine(comparison: Comparison) -> Engine:
     """The settings that the KV arithmetic depends on, as the servers had them."""
     default, given = (CPU_ENGINE if runs_on_cpu() else GPU_ENGINE), comparison.settings["server_args"]
@@ -184,9 +166,7 @@ def used_engine(comparison: Comparison) -> Engine:
     )
 
 
-def speed_rows(
-    workload: str, bench: Bench, comparison: Comparison, models: dict[str, Model], rates: Rates
-) -> list[dict[str, Any]]:
+def speed_rows(bench: Bench, comparison: Comparison, models: dict[str, Model], rates: Rates) -> list[dict[str, Any]]:
     """A row a concurrency and model."""
     engine, rows = used_engine(comparison), []
     for at in comparison.results:
@@ -198,7 +178,6 @@ def speed_rows(
             ratio = at.ratios.get(name, {}).get("output_tokens_per_s")
             rows.append(
                 {
-                    "workload": workload,
                     "concurrency": at.concurrency,
                     "model": name,
                     "metrics": {key: spread.model_dump() for key, spread in found.items()},
@@ -211,9 +190,7 @@ def speed_rows(
     return rows
 
 
-def capacity_rows(
-    workload: str, bench: Bench, comparison: Comparison, models: dict[str, Model]
-) -> list[dict[str, Any]]:
+def capacity_rows(bench: Bench, comparison: Comparison, models: dict[str, Model]) -> list[dict[str, Any]]:
     """Requests of the longest context that vLLM says fit, and as many by the arithmetic."""
     engine, rows = used_engine(comparison), []
     for name, model in models.items():
@@ -227,7 +204,6 @@ def capacity_rows(
         reported = entry.metrics["kv_max_concurrency"]
         rows.append(
             {
-                "workload": workload,
                 "model": name,
                 "context_tokens": context,
                 "requests": reported,
@@ -249,56 +225,72 @@ def spread(found: dict[str, float] | None, digits: int = 3) -> str:
     return mean if value.min == value.max else f"{mean} ({low} to {high})"
 
 
-def page(result: dict[str, Any]) -> str:
+def words(model: Model) -> str:
+    """A plan in a few words."""
+    count = Counter(entry.attention for entry in model.layers)
+    found = ", ".join(f"{count[kind]} {kind}" for kind in ("full", "sliding", "none") if count[kind])
+    windows, sinks = {entry.window for entry in model.layers if entry.window}, sum(e.sink for e in model.layers)
+    return found + "".join(f"; window {window}, {sinks} sinks" for window in windows)
+
+
+COLUMNS = {
+    "ttft_ms_median": "TTFT, ms",
+    "ttft_ms_p99": "p99",
+    "tpot_ms_median": "TPOT, ms",
+    "itl_ms_p99": "ITL p99, ms",
+    "kv_usage_peak": "KV used",
+    "preemptions": "preempted",
+    "peak_rss_gib": "RSS, GiB",
+}
+
+
+def page(parts: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
         "# Serving",
         "",
-        f"`{result['command']}`",
-        "",
-        f"{result['machine']}; vLLM {result['vllm']}. Measured: {result['rates']['bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"{result['rates']['flops_per_s'] / 1e9:.0f} GFLOP/s. Ratios are of the same round, with the least and the "
-        "greatest; `ideal` is the roofline's ratio, `share` what is reached of a model's own roofline.",
+        "Ratios are of output tokens/s in the same round, with the least and the greatest; `ideal` is the roofline's "
+        "ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the machine's rates.",
         "",
     ]
-    columns = {
-        "ttft_ms_median": "TTFT, ms",
-        "ttft_ms_p99": "p99",
-        "tpot_ms_median": "TPOT, ms",
-        "itl_ms_p99": "ITL p99, ms",
-        "kv_usage_peak": "KV used",
-        "preemptions": "preempted",
-        "peak_rss_gib": "RSS, GiB",
-    }
-    for workload, settings in result["workloads"].items():
-        lengths = f"{settings['input_tokens']} in, {settings['output_tokens']} out"
-        if settings["shared_prefix_tokens"]:
-            lengths = f"a prefix of {settings['shared_prefix_tokens']} in the cache, {lengths}"
-        served = " ".join(settings["server_args"]) or "vLLM's own settings"
-        lines += [
-            f"## {TITLES[workload].capitalize()}: {lengths}",
-            "",
-            f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['kv_cache_gib']:.2f} GiB "
-            f"of KV cache; all models with {served}.",
-            "",
-            "| in flight | model | output tokens/s | ratio | ideal | share | " + " | ".join(columns.values()) + " |",
-            "|" + "---|" * (6 + len(columns)),
-        ]
-        for row in result["speed"]:
-            if row["workload"] == workload:
-                cells = [spread(row["metrics"].get(key)) if key in row["metrics"] else "" for key in columns]
-                speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), spread(row["ratio"])
-                ideal, share = f"{row['ideal_ratio']:.2f}", f"{row['share_of_ideal']:.0%}"
-                cells = [str(row["concurrency"]), row["model"], speed, ratio, ideal, share, *cells]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    lines += ["## KV capacity: requests of the longest context that fit", ""]
-    lines += ["| workload | model | context | vLLM | arithmetic | off |", "|---|---|---|---|---|---|"]
-    for row in result["capacity"]:
-        cells = [TITLES.get(row["workload"], row["workload"]), row["model"], f"{row['context_tokens']:,}"]
-        cells += [f"{row['requests']:.2f}", f"{row['requests_predicted']:.2f}", f"{row['off']:+.1%}"]
+    for name, part in parts.items():
+        lines += [f"## {HEADINGS[name]}", "", "```console", f"$ {part['command']}", "```", ""]
+        rates, plans = part["rates"], " ".join(f"{model}: {plan}." for model, plan in part["plans"].items())
+        speeds = f"{rates['bytes_per_s'] / 1e9:.1f} GB/s, {rates['flops_per_s'] / 1e9:.0f} GFLOP/s"
+        lines += [f"{part['machine']}, {speeds}; vLLM {part['vllm']}. {plans}", ""]
+        lines += [*speed_table(part), *capacity_table(part)]
+    return "\n".join(lines)
+
+
+def speed_table(part: dict[str, Any]) -> list[str]:
+    """A row a concurrency and model."""
+    settings = part["settings"]
+    served = " ".join(settings["server_args"]) or "vLLM's own settings"
+    lines = [
+        f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['kv_cache_gib']:.2f} GiB of "
+        f"KV cache; all models with {served}.",
+        "",
+        "| in flight | model | output tokens/s | ratio | ideal | share | " + " | ".join(COLUMNS.values()) + " |",
+        "|" + "---|" * (6 + len(COLUMNS)),
+    ]
+    for row in part["speed"]:
+        cells = [spread(row["metrics"].get(key)) if key in row["metrics"] else "" for key in COLUMNS]
+        speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), spread(row["ratio"])
+        ideal, share = f"{row['ideal_ratio']:.2f}", f"{row['share_of_ideal']:.0%}"
+        lines.append(f"| {' | '.join([str(row['concurrency']), row['model'], speed, ratio, ideal, share, *cells])} |")
+    return [*lines, ""]
+
+
+def capacity_table(part: dict[str, Any]) -> list[str]:
+    """Requests that fit, by vLLM and by arithmetic."""
+    if not part["capacity"]:
+        return []
+    lines = ["| model | context | requests that fit, by vLLM | by arithmetic | off |", "|---|---|---|---|---|"]
+    for row in part["capacity"]:
+        cells = [row["model"], f"{row['context_tokens']:,}", f"{row['requests']:.2f}"]
+        cells += [f"{row['requests_predicted']:.2f}", f"{row['off']:+.1%}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -306,11 +298,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--run", type=Path, required=True, help="results are kept there; the same folder goes on")
-    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
+    parser.add_argument("--out", type=Path, required=True, help="without suffix: OUT.json, OUT.md")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument(
-        "--capacity", nargs="+", default=[], metavar="NAME=DIR", help="further models: their KV capacity alone"
-    )
     parser.add_argument("--concurrency", nargs="+", type=int, default=[50, 100, 200])
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the highest concurrency, but for memory")
     parser.add_argument("--requests-per-concurrency", type=float, default=1.0)
@@ -323,31 +312,30 @@ def main() -> None:
     if next(iter(folders)) != BASE and BASE in folders:
         parser.error(f"{BASE} is the reference: name it first")
     models = {name: described(folder) for name, folder in folders.items()}
-    further = {name: Path(folder) for name, folder in (model.split("=", 1) for model in asked.capacity)}
-    rates = measured_rates(asked.run / "rates.json")
-    result: dict[str, Any] = {
+    about: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "versions": versions(),
-        "rates": asdict(rates),
-        "workloads": {},
-        "speed": [],
-        "capacity": [],
+        "rates": asdict(measured_rates(asked.run / "rates.json")),
     }
+    rates, file = Rates(**about["rates"]), asked.out.with_suffix(".json")
+    parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
     for workload, bench in benches(asked, next(iter(models.values()))).items():
         started = time.monotonic()
         comparison = measure(bench, asked.run / workload, folders)
         print(f"{workload}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        result["vllm"] = comparison.environment["vllm"]
-        result["workloads"][workload] = comparison.settings
-        result["speed"] += speed_rows(workload, bench, comparison, models, rates)
-        result["capacity"] += capacity_rows(workload, bench, comparison, models)
-    every = models | {name: described(folder) for name, folder in further.items()}
-    result["capacity"] += capacities(asked, folders | further, every)
-    write_json(asked.out.with_suffix(".json"), result)
-    write_text(asked.out.with_suffix(".md"), page(result))
-    print(page(result))
-    print(json.dumps(result))
+        parts[workload] = about | {
+            "vllm": comparison.environment["vllm"],
+            "plans": {name: words(model) for name, model in models.items()},
+            "settings": comparison.settings,
+            "speed": speed_rows(bench, comparison, models, rates),
+            "capacity": capacity_rows(bench, comparison, models),
+        }
+    parts = {name: parts[name] for name in HEADINGS if name in parts}
+    write_json(file, {"schema_version": 1, "parts": parts})
+    write_text(asked.out.with_suffix(".md"), page(parts))
+    print(page(parts))
+    print(json.dumps(parts))
 
 
 if __name__ == "__main__":

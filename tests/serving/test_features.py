@@ -1,4 +1,4 @@
-"""What of vLLM works with boosted checkpoints, each feature on its Llama classes and on its Transformers backend."""
+"""What of vLLM works with boosted checkpoints, each feature on its own classes and on its Transformers backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 # Attention-free, sliding with and without sinks, and full layers, first and last among them.
-MODELS = {"llama": ("llama", "nSfsn"), "smollm3": ("smollm3", "SnfsS")}
+MODELS = {"llama": ("llama", "nSfsn"), "qwen3": ("qwen3", "SnfsS"), "smollm3": ("smollm3", "SnfsS")}
 FEATURES: dict[str, dict[str, Any]] = {
     "no-prefix-caching": {"enable_prefix_caching": False},
     "compiled": {"enforce_eager": False},
@@ -68,9 +68,10 @@ def test_log_probabilities_are_those_of_transformers(
 
 @pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
 def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
-    engine = {"model": str(folders["llama"]), "tensor_parallel_size": 2}
-    found = vllm_answers({"llama": engine}, tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores()[:2])))
-    check_same_model(folders["llama"], found["llama"])
+    engines = {name: {"model": str(folders[name]), "tensor_parallel_size": 2} for name in ("llama", "qwen3")}
+    found = vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores()[:2])))
+    for name, answers in found.items():
+        check_same_model(folders[name], answers)
 
 
 @pytest.mark.gpu
