@@ -86,7 +86,7 @@ def start(folder: Path, engine: Engine, context: int, cache_bytes: int) -> Any:
 
     return LLM(
         str(folder),
-        dtype="float32" if not torch.cuda.is_available() else "auto",
+        dtype="float32" if not torch.cuda.is_available() else "bfloat16",
         enforce_eager=not torch.cuda.is_available(),
         skip_tokenizer_init=True,
         max_model_len=context,
@@ -293,8 +293,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="without suffix: the comparison as PAGE.md and PAGE.json")
     parser.add_argument("--cache-gib", type=float, default=1.5)
     arguments = parser.parse_args()
+    if arguments.page and arguments.page.with_suffix(".json").absolute() == arguments.out.absolute():
+        parser.error("--page would overwrite --out: name it otherwise")
     source = find_model(arguments.model)
-    info = model_info(source, load_config(source), torch.float32)
+    info = model_info(source, load_config(source), torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     with tempfile.TemporaryDirectory() as root:
         measured = measure(arguments.model, info, Path(root), arguments.cache_gib)
     names, work, times, kinds = work_rows(info, measured)

@@ -94,6 +94,11 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     """The run folder of a plan up to the converted model; the sensitivities are measured once."""
     run = given.work / "plans" / plan.replace(", ", "-").replace(" ", "-")
     measured = given.work / "measured"
+    if (run / PLAN).is_file():
+        found = read_plan(run / PLAN).settings
+        changed = [key for key, value in PLANS[plan].items() if found.get(key.removeprefix("plan.")) != value]
+        if changed:
+            sys.exit(f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder")
     if not (run / CONVERTED / PLAN).is_file():
         common = [given.model, "--text", given.text, *settings(SHARED)]
         layerboost("measure", measured, *common, "--set", "measure.windows=[64]")

@@ -39,11 +39,7 @@ WORKLOADS: dict[str, dict[str, int]] = {
     "shared": {"shared_prefix_tokens": 2048, "input_tokens": 128, "output_tokens": 128},
     "memory": {"input_tokens": 1024, "output_tokens": 128},
 }
-HEADINGS = {
-    "chat": "Chat: 128 tokens in, 256 out",
-    "shared": "Shared context: a prefix of 2,048 tokens in the cache, 128 in, 128 out",
-    "memory": "Memory-bound: 1,024 in, 128 out, memory for far fewer requests than are in flight",
-}
+TITLES = {"chat": "Chat", "shared": "Shared context", "memory": "Memory-bound"}
 # KV memory beyond what the reference holds at the highest concurrency, so that nothing is preempted.
 ROOM = 1.25
 VECTOR, MATRIX, ROUNDS = 8192, 2048, 7
@@ -254,7 +250,10 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         "",
     ]
     for name, part in parts.items():
-        lines += [f"## {HEADINGS[name]}", "", "```console", f"$ {part['command']}", "```", ""]
+        lengths = f"{part['settings']['input_tokens']} tokens in, {part['settings']['output_tokens']} out"
+        if prefix := part["settings"]["shared_prefix_tokens"]:
+            lengths = f"a prefix of {prefix:,} in the cache, {lengths}"
+        lines += [f"## {TITLES[name]}: {lengths}", "", "```console", f"$ {part['command']}", "```", ""]
         rates, plans = part["rates"], " ".join(f"{model}: {plan}." for model, plan in part["plans"].items())
         speeds = f"{rates['bytes_per_s'] / 1e9:.1f} GB/s, {rates['flops_per_s'] / 1e9:.0f} GFLOP/s"
         lines += [f"{part['machine']}, {speeds}; vLLM {part['vllm']}. {plans}", ""]
@@ -319,7 +318,7 @@ def main() -> None:
         "rates": asdict(measured_rates(asked.run / "rates.json")),
     }
     rates, file = Rates(**about["rates"]), asked.out.with_suffix(".json")
-    parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
+    parts: dict[str, Any] = {}
     for workload, bench in benches(asked, next(iter(models.values()))).items():
         started = time.monotonic()
         comparison = measure(bench, asked.run / workload, folders)
@@ -331,7 +330,8 @@ def main() -> None:
             "speed": speed_rows(bench, comparison, models, rates),
             "capacity": capacity_rows(bench, comparison, models),
         }
-    parts = {name: parts[name] for name in HEADINGS if name in parts}
+    parts = (json.loads(file.read_text()).get("parts", {}) if file.is_file() else {}) | parts
+    parts = {name: parts[name] for name in TITLES if name in parts}
     write_json(file, {"schema_version": 1, "parts": parts})
     write_text(asked.out.with_suffix(".md"), page(parts))
     print(page(parts))

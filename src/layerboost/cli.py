@@ -107,7 +107,7 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> 
     for row in body:
         table.add_row(*row)
     # A pipe has no width: rich would take 80 columns and cut numbers short.
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     Console(width=None if known else PIPED_COLUMNS).print(table)
 
 

@@ -20,8 +20,12 @@ from layerboost.model.integrity import check_checkpoint
 pytest.importorskip("compressed_tensors", reason="comes with vLLM")
 from int8 import quantise
 
-# vLLM's own Llama classes, and its Transformers backend.
-CASES = {"llama": ("llama", "nSfs", True), "qwen3": ("qwen3", "SnfsS", False)}
+# vLLM's own classes, and its Transformers backend.
+CASES = {
+    "llama": ("llama", "nSfs", True),
+    "qwen3": ("qwen3", "SnfsS", False),
+    "smollm3": ("smollm3", "SnfsS", False),
+}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama", vllm="Llama classes"),
         Family("qwen2", config_flags=SLIDING_FLAG),
-        Family("qwen3", config_flags=SLIDING_FLAG),
+        Family("qwen3", vllm="Qwen3 classes", config_flags=SLIDING_FLAG),
         # Transformers loads a Mistral with `layer_types`, which a boosted one has, as a Ministral.
         Family("mistral"),
         Family("ministral"),

@@ -316,8 +316,10 @@ def register_auto_classes() -> None:
     # Other people's remote code on a stock config must keep working, so this one says it is.
     registered = type("LayerBoostForCausalLM", (LayerBoostForCausalLM,), {"__module__": "transformers.models.auto"})
     for model_type in FAMILIES:
-        # What `AutoModelForCausalLM.register` does; before Transformers 5.18 it passes over Transformers' own configs.
-        AutoModelForCausalLM._model_mapping._extra_content[transformers.CONFIG_MAPPING[model_type]] = registered
+        config = transformers.CONFIG_MAPPING[model_type]
+        AutoModelForCausalLM.register(config, registered, exist_ok=True)
+        # Before 5.18 that passes over Transformers' own configs in silence.
+        AutoModelForCausalLM._model_mapping._extra_content.setdefault(config, registered)
 
 
 # Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.

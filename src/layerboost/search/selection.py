@@ -124,7 +124,8 @@ def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
     A sink costs nothing, and a few prompts cannot tell with from without: by the blend, noise chooses, and a wrong sink
     does far more damage among changed layers than alone (docs/log.md).
     """
-    if not 0 < settings.retrieval_weight < 1 or settings.metric == "retrieval" or metric_limits(settings):
+    limited = metric_limits(settings).keys() - {settings.metric}
+    if not 0 < settings.retrieval_weight < 1 or settings.metric == "retrieval" or limited:
         return table
     kept = []
     for options in table:

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
@@ -39,15 +40,17 @@ class BoostedLlama(LlamaForCausalLM):
         return model
 
 
-class BoostedQwen3(Qwen3ForCausalLM):
+class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
     """A Qwen3 whose layers have full, sliding (with or without sinks) or no attention, as its config says."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         config.max_window_layers = config.num_hidden_layers  # with any other number vLLM refuses kinds of layers
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         skipped = set(skipped_layers(config))
-        # vLLM's model takes no class for its layers, as Llama's does: change those that it has built.
+        if skipped and vllm_config.offload_config.prefetch.offload_group_size:
+            raise ValueError("layers without attention and --offload-group-size do not go together: leave it out")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Unlike Llama's, this class takes none for its layers: change those that it has built.
         for index in range(self.model.start_layer, self.model.end_layer):
             name = maybe_prefix(prefix, f"model.layers.{index}")
             if index in skipped:
