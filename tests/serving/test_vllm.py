@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import check_same_model, vllm_answers
+from offline import check_same_model, prompts, vllm_answers
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
@@ -80,6 +80,10 @@ def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str)
     assert served[case][1]["blocks"] == blocks
     request = admission_bytes(model, layers, 512, engine)
     assert served[case][1]["concurrency"] == pytest.approx(blocks * block_bytes(model, layers, engine) / request)
+
+
+def test_without_full_layers_a_prefix_is_found_in_the_cache(served: dict[str, Any]) -> None:
+    assert served["no-full"][1]["cached_before_another_end"] == max(map(len, prompts())) // 2 // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> None:

@@ -39,7 +39,11 @@ def answers(prompts: list[list[int]], output_tokens: int, adapter: str | None, *
         found += ask(llm, prompts, output_tokens, lora, prompt_logprobs=False)
         passes = 2
     cache = llm.llm_engine.vllm_config.cache_config
+    longest = max(prompts, key=len)
+    other_end = [*longest[: len(longest) // 2], *longest[: len(longest) // 2]]
+    [ending] = ask(llm, [other_end], output_tokens, lora, prompt_logprobs=False)
     return {
+        "cached_before_another_end": ending["cached_tokens"],
         "answers": found,
         "passes": passes,
         "blocks": cache.num_gpu_blocks,

@@ -25,12 +25,37 @@ TESTED = ((0, 32), (0, 33))
 def register() -> None:
     """Entry point `vllm.general_plugins`: make `vllm serve DIR` load boosted checkpoints. May be called repeatedly."""
     from vllm import ModelRegistry, __version__
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    MODELS_CONFIG_MAP[ARCHITECTURE] = BoostedConfig
     # As a string, vLLM imports the class only when a checkpoint names it.
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"layerboost.serving.vllm_model:{ARCHITECTURE}")
         if multiprocessing.parent_process() is None:
             _warn_if_untested(__version__)
+
+
+class BoostedConfig:
+    """vLLM hands the settings of each engine for a boosted checkpoint to this class."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Without a full layer, keep every block of a prompt in the prefix cache.
+
+        By default vLLM keeps of sliding layers what another layer's hit asks for. With no other layer nothing is kept,
+        and a prefix that requests share is read again for each.
+        """
+        from layerboost.model.modeling import skipped_layers
+
+        config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        skipped = set(skipped_layers(config))
+        kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
+        if kinds == {"sliding_attention"} and cache.prefix_cache_retention_interval == 0:
+            cache.prefix_cache_retention_interval = None
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing: a checkpoint's config is as it should be."""
 
 
 def _warn_if_untested(version: str) -> None:
