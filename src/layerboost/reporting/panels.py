@@ -147,7 +147,10 @@ def provenance_panel(sources: Sources) -> Panel:
     if prints:
         tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
     if sources.history and sources.history.stages:
-        commands = [[record.stage, f"`{shlex.join(record.argv)}`"] for record in sources.history.stages]
+        # As typed: where this machine keeps the program is nobody's business.
+        commands = [
+            [record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in sources.history.stages
+        ]
         tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
     listing = None
     if sources.recipe is None:
