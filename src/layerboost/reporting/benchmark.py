@@ -22,7 +22,7 @@ FURTHER = {
     "peak_rss_gib": "peak RSS, GiB",
     "gpu_memory_gib": "GPU memory, GiB",
     "kv_cache_tokens": "KV cache, tokens",
-    "kv_usage_peak": "of it used at most",
+    "kv_usage_peak": "used at most",
     "preemptions": "preemptions",
     "prefix_hit_share": "prompt tokens from the prefix cache",
 }
@@ -74,8 +74,10 @@ def throughput_panel(sources: Sources) -> Panel:
     ]
     settings = bench.settings
     if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
+        shared = settings.get("shared_prefix_tokens")
+        prefix = f"all behind one prefix of {shared:,} tokens that is in the cache, " if shared else ""
         notes.append(
-            f"{settings['requests_per_concurrency']:g} requests for each in flight, "
+            f"{settings['requests_per_concurrency']:g} requests for each in flight, {prefix}"
             f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
         )
     charts = [Chart("chart-throughput", "Output tokens per second", throughput_figure(bench))]

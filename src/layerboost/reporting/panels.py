@@ -114,6 +114,7 @@ def healing_panel(sources: Sources) -> Panel:
     if validation:
         cells = [
             [
+                line.stage,
                 f"{line.step:,}",
                 f"{line.tokens:,}",
                 ABSENT if line.validation_kl is None else number(line.validation_kl, 4),
@@ -121,8 +122,8 @@ def healing_panel(sources: Sources) -> Panel:
             ]
             for line in validation
         ]
-        header = ["step", "tokens", "KL, nats per token", "NLL, nats per token"]
-        tables.append(Table("Validation", header, cells, text_columns=(), folded=len(cells) > 12))
+        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
+        tables.append(Table("Validation", header, cells, text_columns=(0,), folded=len(cells) > 12))
     return Panel("healing", "Healing", files, charts=charts, tables=tables)
 
 
