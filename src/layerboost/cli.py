@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
-PIPED_COLUMNS = 200
+PIPED_COLUMNS = 200  # a pipe has no width: rich would take 80 and cut numbers short
 
 
 class Command(click.Command):
@@ -106,9 +106,8 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> 
     table = Table(*head)
     for row in body:
         table.add_row(*row)
-    # A pipe has no width: rich would take 80 columns and cut numbers short.
-    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    Console(width=None if known else PIPED_COLUMNS).print(table)
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPED_COLUMNS
+    Console(width=width).print(table)
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:

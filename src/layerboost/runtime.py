@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import importlib.metadata
 import logging
@@ -61,10 +62,19 @@ def start_runtime(recipe: Recipe) -> Runtime:
         from accelerate import PartialState
 
         where = PartialState(cpu=device == "cpu").device
+        atexit.register(_leave_group)
     log.info("device %s; dtype %s (%s); seed %d", device, dtype, reason, recipe.seed)
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     return Runtime(where, getattr(torch, dtype))
+
+
+def _leave_group() -> None:
+    """End the threads of the process group before Python ends: else now and then a process aborts when all is done."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def world_size() -> int:
