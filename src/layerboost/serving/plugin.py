@@ -19,7 +19,7 @@ from typing import Any
 log = logging.getLogger("layerboost")
 
 ARCHITECTURE = "LayerBoostForCausalLM"
-TESTED = ((0, 32), (0, 33))
+TESTED = ((0, 31), (0, 33))
 
 
 def register() -> None:
