@@ -19,8 +19,9 @@ endif
 demo: .venv/ready
 	$(BIN)/layerboost run --config demo --run $(RUN)
 
+# Two processes, each given whole files, whose fixtures are made once.
 test: .venv/ready lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

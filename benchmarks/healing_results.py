@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_json, write_plan, write_text
+from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, read_plan, write_json, write_plan, write_text
+from layerboost.runtime import machine
 
 # Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
 COST_8, COST_4 = (8 + 22 * 64 / 1024) / 30, (4 + 26 * 64 / 1024) / 30
@@ -54,6 +55,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 1000}),
     "1M": arm(1_000_000),
 }
+LONGEST = "1M"
+UNHEALED = "-unhealed"
+# These answer retrieval prompts and tasks too, which takes most of the time; the others are compared on text.
+HEADLINE = ("8-full-unhealed", "4-full-unhealed", "20k", "50k", "200k", "50k-4full", LONGEST)
 SHARED = {"text.sequence_tokens": 512, "plan.window": 64, "plan.kv_padding": "false", "heal.retrieval_share": 0.1}
 
 SETTINGS: list[str] = []  # --set of the command line, last and so strongest
@@ -128,40 +133,117 @@ def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
 
 
 def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    """Both texts, retrieval and tasks of the base, every plan unhealed and every healed arm."""
+    """Both texts on the base, every plan unhealed and every healed arm; retrieval and tasks on those of HEADLINE."""
     healed = {name: given.work / "arms" / name / HEALED for name in ARMS}
-    models = {path.name + "-unhealed": path / CONVERTED for path in plans.values()}
+    models = {path.name + UNHEALED: path / CONVERTED for path in plans.values()}
     models |= {name: path for name, path in healed.items() if (path / PLAN).is_file()}
-    listed = "{" + ", ".join(f"{name}: {path.absolute()}" for name, path in models.items()) + "}"
-    books = {"evaluate.retrieval_tokens": "[256, 900, 2000]"}
-    wikitext = {"evaluate.tasks": "[]", "evaluate.perplexity_text": given.wikitext}
+    no_answers = {"evaluate.tasks": "[]", "evaluate.retrieval_tokens": "[]"}
+    asked = {
+        "books": (models, no_answers),
+        "wikitext": (models, no_answers | {"evaluate.perplexity_text": given.wikitext}),
+        "answers": (
+            {name: path for name, path in models.items() if name in HEADLINE},
+            {"evaluate.perplexity_tokens": 0, "evaluate.retrieval_tokens": "[256, 900, 2000]", "evaluate.limit": 200},
+        ),
+    }
     found = {}
-    for text, values in (("books", books), ("wikitext", wikitext)):
-        run = given.work / "evaluation" / text
-        common = {"evaluate.limit": 200, "evaluate.bench_data": given.bench_data, "evaluate.checkpoints": listed}
-        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED | common | values))
-        found[text] = json.loads((run / "eval" / "comparison.json").read_text())
+    for part, (folders, values) in asked.items():
+        run = given.work / "evaluation" / part
+        listed = "{" + ", ".join(f"{name}: {path.absolute()}" for name, path in folders.items()) + "}"
+        common = {"evaluate.bench_data": given.bench_data, "evaluate.checkpoints": listed}
+        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED | values | common))
+        found[part] = json.loads((run / "eval" / "comparison.json").read_text())
     return found
+
+
+def rows_of(given: argparse.Namespace, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is known of each model, in plain JSON."""
+    books, answers, rows = found["books"], found["answers"], {}
+    for model in books["models"]:
+        plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
+        row: dict[str, Any] = {"base": books["models"]["base"], "plan": plan, "arm": ARMS.get(model), "set": given.set}
+        row |= {text: found[text]["perplexity"][model] for text in ("books", "wikitext")}
+        if model in answers["models"]:
+            row["retrieval"] = {
+                f"{group['kind']} {group['length_tokens']}": group["models"][model]["value"]
+                for group in answers["retrieval"]["groups"]
+            }
+            row["tasks"] = {name: task["models"][model] for name, task in answers["tasks"].items()}
+        rows[model] = row
+    return rows
+
+
+def earlier_rows(given: argparse.Namespace, base: str) -> dict[str, dict[str, Any]]:
+    """The rows of the page that is there, made with the same model and settings, perhaps on another machine."""
+    file = given.page.with_suffix(".json")
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else {}
+    return {
+        name: row
+        for name, row in rows.items()
+        if row["base"] == base and row["set"] == given.set and row["arm"] == ARMS.get(name)
+    }
+
+
+def curves_of(given: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Validation KL against tokens of stage 2, of every arm that has begun."""
+    curves = {}
+    for name in ARMS:
+        file = given.work / "arms" / name / HEAL / "metrics.jsonl"
+        steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        validated = [step for step in steps if step["stage"] == "lora" and "validation_kl" in step]
+        curves[name] = [[step["tokens"], step["validation_kl"]] for step in validated]
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def write_page(given: argparse.Namespace, found: dict[str, Any]) -> None:
     """One line a model, and everything beside it as JSON."""
-    books, wikitext = found["books"], found["wikitext"]
-    groups = [g for g in (books["retrieval"] or {"groups": []})["groups"] if g["kind"] == "passkey"]
-    head = ["model", "KL, books", "NLL − base, books", "KL, WikiText-2", "NLL − base, WikiText-2"]
-    head += [*(f"passkey at {g['length_tokens']:,}" for g in groups), *books["tasks"]]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for model in books["models"]:
-        cells = [model]
-        for text in (books, wikitext):
-            losses = text["perplexity"][model]
-            cells += [spread(losses["kl"], ""), spread(losses.get("nll_difference"), "+")]
-        cells += [f"{g['models'][model]['value']:.0%}" for g in groups]
-        cells += [f"{task['models'][model]['value']:.1%}" for task in books["tasks"].values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    text = PAGE.format(table="\n".join(lines), arms=" ".join(given.arms))
+    file = given.page.with_suffix(".json")
+    before = json.loads(file.read_text())["curves"] if file.is_file() else {}
+    made = rows_of(given, found)
+    rows = earlier_rows(given, made["base"]["base"]) | made
+    order = ["base", *(name for name in rows if name.endswith(UNHEALED)), *ARMS]
+    rows = {name: rows[name] for name in order if name in rows}
+    curves = before | curves_of(given)
+    long = "\n".join(f"| {tokens:,.0f} | {kl:.4f} |" for tokens, kl in curves.get(LONGEST, []))
+    text = PAGE.format(
+        texts=text_table(rows),
+        answers=answer_table({name: row for name, row in rows.items() if "tasks" in row}),
+        curve=f"| tokens | validation KL |\n|---|---|\n{long}" if long else "Not begun.",
+        arms=" ".join(name for name in ARMS if name in rows),
+        settings="".join(f" \\\n    --set {item}" for item in given.set),
+    )
     write_text(given.page.with_suffix(".md"), text)
-    write_json(given.page.with_suffix(".json"), {"schema_version": 1, "arms": ARMS, "plans": PLANS, **found})
+    content = {"schema_version": 2, "arms": ARMS, "plans": PLANS, "rows": rows, "curves": curves}
+    write_json(file, content | {"machine": machine(), "evaluations": found})
+
+
+def text_table(rows: dict[str, dict[str, Any]]) -> str:
+    """KL and loss on both texts."""
+    head = ["model", "KL, books", "NLL − base, books", "KL, WikiText-2", "NLL − base, WikiText-2"]
+    lines = [
+        [name, *(cell for text in ("books", "wikitext") for cell in _losses(row[text]))] for name, row in rows.items()
+    ]
+    return table(head, lines)
+
+
+def _losses(found: dict[str, Any]) -> list[str]:
+    return [spread(found["kl"], ""), spread(found.get("nll_difference"), "+")]
+
+
+def answer_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Exact retrievals and accuracy in tasks."""
+    retrieval, tasks = rows["base"]["retrieval"], rows["base"]["tasks"]
+    lines = []
+    for name, row in rows.items():
+        accuracies = (f"{row['tasks'][task]['value']:.1%}" for task in tasks)
+        lines.append([name, *(f"{row['retrieval'][kind]:.0%}" for kind in retrieval), *accuracies])
+    return table(["model", *retrieval, *tasks], lines)
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """As Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def spread(value: dict[str, Any] | None, sign: str) -> str:
@@ -172,16 +254,31 @@ def spread(value: dict[str, Any] | None, sign: str) -> str:
 PAGE = """# What healing gives back
 
 Made by this command, which goes on where it stopped; the arms' settings stand in it and in the JSON beside this page.
+Rows of arms that are not in the --work folder, healed on another machine with the same settings, are kept.
 
 ```console
 $ python benchmarks/healing_results.py --model MODEL --text TEXT --wikitext FILE --bench-data FOLDER --work FOLDER \\
-    --arms {arms}
+    --arms {arms}{settings}
 ```
 
-Nats per token; ± is the standard error over sequences, differences are paired. Tasks: 200 items each, 0-shot.
+## Text never trained on
 
-{table}
-"""
+Nats per token; ± is the standard error over sequences, differences are paired.
+
+{texts}
+
+## Retrieval and tasks
+
+Exact answers to prompts of each kind and length; accuracy, 0-shot.
+
+{answers}
+
+## The long run
+
+Validation KL of the arm {longest}, as far as it got.
+
+{curve}
+""".replace("{longest}", LONGEST)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ class Heal(Section):
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers that stage 2 adapts; default: v and o of changed layers, MLPs from the first up",
+        description="linear layers that stage 2 adapts from the first changed layer up; default: v and o of changed "
+        "layers, and the MLPs",
     )
     retrieval_share: float = Field(
         0.0, ge=0, le=1, description="share of the sequences that state facts and ask for them further on"

@@ -49,10 +49,10 @@ def test_adapters_go_where_they_can_matter() -> None:
     assert found["lora"] == lora | {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2, 3, 4) for name in MLP}
 
 
-def test_named_targets_take_the_place_of_the_default() -> None:
+def test_named_targets_take_the_place_of_the_default_in_full_layers_too() -> None:
     found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), ("q_proj", "up_proj"))["lora"]
     assert found == {
-        *(f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 4)),
+        *(f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 3, 4)),
         *(f"model.layers.{layer}.mlp.up_proj" for layer in (1, 2, 3, 4)),
     }
 

@@ -54,8 +54,8 @@ def adapted_layers(
     """Names of the linear layers of a stock model that get an adapter in each stage, `attention` and `lora`.
 
     Stage 1: all of what it teaches, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
-    (None: v, o and the MLPs) where they can matter, in attention of sliding layers and elsewhere from the first changed
-    layer up; below it student and base are one. Raises ConfigError for targets that do not exist, naming those that do.
+    from the first changed layer up, in full layers too; below it student and base are one. With None v and o of sliding
+    layers, and the MLPs. Raises ConfigError for targets that do not exist, naming those that do.
     """
     kinds = {entry.layer: entry.attention for entry in layers if entry.attention != "full"}
     first = min(kinds, default=0)
@@ -73,8 +73,8 @@ def adapted_layers(
             continue
         if (kind == "sliding" and in_attention) or (kind == "none" and not in_attention):
             stage1.add(full_name)
-        wanted = parts[-1] in (targets or VALUES) or (targets is None and not in_attention)
-        if wanted and (kind == "sliding" if in_attention else layer >= first):
+        wanted = parts[-1] in targets if targets else not in_attention or (kind == "sliding" and parts[-1] in VALUES)
+        if wanted and layer >= first:
             stage2.add(full_name)
     if unknown := set(targets or ()) - known:
         raise ConfigError(
