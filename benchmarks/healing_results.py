@@ -21,23 +21,20 @@ from layerboost.runtime import machine
 
 # Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
 COST_8, COST_4 = (8 + 22 * 64 / 1024) / 30, (4 + 26 * 64 / 1024) / 30
-BLEND = {"plan.retrieval_weight": 0.5}  # as in docs/results/comparison.md
+BLEND = {"plan.retrieval_weight": 0.2}
 PLANS: dict[str, dict[str, Any]] = {
     "8 full": {"plan.kv_fraction": COST_8, **BLEND},
     "4 full": {"plan.kv_fraction": COST_4, **BLEND},
     "8 full, at random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
     "8 full, no sinks": {"plan.kv_fraction": COST_8, **BLEND},
 }
-STAGE_1 = 0.1  # of an arm's tokens
 
 
 def arm(tokens: int, plan: str = "8 full", **heal: Any) -> dict[str, Any]:
-    """The plan and the heal settings of an arm."""
-    first = round(tokens * STAGE_1)
-    return {"plan": plan, "set": {"heal.attention_tokens": first, "heal.tokens": tokens - first, **heal}}
+    """The plan and the heal settings of an arm: all tokens in stage 2, where nothing else is said."""
+    return {"plan": plan, "set": {"heal.attention_tokens": 0, "heal.tokens": tokens, **heal}}
 
 
-ALL = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
     "50k": arm(50_000),
@@ -45,12 +42,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-seed2": arm(50_000, seed=2),
     "200k": arm(200_000),
     "50k-4full": arm(50_000, "4 full"),
-    "50k-without-stage-1": arm(50_000, **{"heal.attention_tokens": 0, "heal.tokens": 50_000}),
-    "50k-without-stage-2": arm(50_000, **{"heal.attention_tokens": 50_000, "heal.tokens": 0}),
+    "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
+    "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
     "50k-without-sinks": arm(50_000, "8 full, no sinks"),
     "50k-random-plan": arm(50_000, "8 full, at random"),
     "50k-lora-vo": arm(50_000, **{"heal.lora_targets": "[v_proj, o_proj]"}),
-    "50k-lora-all": arm(50_000, **{"heal.lora_targets": ALL}),
+    "50k-lora-default": arm(50_000, **{"heal.lora_targets": "null"}),
+    "50k-rank-16": arm(50_000, **{"heal.lora_rank": 16}),
+    "50k-two-sequences-a-step": arm(50_000, **{"heal.batch_sequences": 2}),
     "50k-without-retrieval": arm(50_000, **{"heal.retrieval_share": 0}),
     "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 1000}),
     "1M": arm(1_000_000),
@@ -59,7 +58,17 @@ LONGEST = "1M"
 UNHEALED = "-unhealed"
 # These answer retrieval prompts and tasks too, which takes most of the time; the others are compared on text.
 HEADLINE = ("8-full-unhealed", "4-full-unhealed", "20k", "50k", "200k", "50k-4full", LONGEST)
-SHARED = {"text.sequence_tokens": 512, "plan.window": 64, "plan.kv_padding": "false", "heal.retrieval_share": 0.1}
+SHARED = {
+    "text.sequence_tokens": 512,
+    "plan.window": 64,
+    "plan.kv_padding": "false",
+    "heal.batch_sequences": 1,
+    "heal.lr": 5e-4,
+    "heal.lora_rank": 64,
+    "heal.lora_targets": "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+    "heal.retrieval_share": 0.1,
+    "heal.activation_checkpointing": "none",
+}
 
 SETTINGS: list[str] = []  # --set of the command line, last and so strongest
 
@@ -75,11 +84,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "1M"])
     parser.add_argument("--set", action="append", default=[], help="further settings of every command, KEY=VALUE")
     parser.add_argument("--page", type=Path, default=Path("docs/results/healing"), help="without suffix")
+    parser.add_argument("--heal-only", action="store_true", help="no evaluation: for several of these at once")
     given = parser.parse_args()
     SETTINGS.extend(item for value in given.set for item in ("--set", value))
     plans = {name: prepare(name, given) for name in dict.fromkeys(ARMS[name]["plan"] for name in given.arms)}
     for name in given.arms:
         heal(name, plans[ARMS[name]["plan"]], given)
+    if given.heal_only:
+        return
     write_page(given, evaluate(plans, given))
 
 
