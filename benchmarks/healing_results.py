@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,20 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, read_plan, write_json, write_plan, write_text
+from layerboost.healing.metrics import read_metrics
 from layerboost.runtime import machine
 
 # Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
 COST_8, COST_4 = (8 + 22 * 64 / 1024) / 30, (4 + 26 * 64 / 1024) / 30
 BLEND = {"plan.retrieval_weight": 0.2}
 PLANS: dict[str, dict[str, Any]] = {
-    "8 full": {"plan.kv_fraction": COST_8, **BLEND},
-    "4 full": {"plan.kv_fraction": COST_4, **BLEND},
-    "8 full, at random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
-    "8 full, no sinks": {"plan.kv_fraction": COST_8, **BLEND},
+    "8-full": {"plan.kv_fraction": COST_8, **BLEND},
+    "4-full": {"plan.kv_fraction": COST_4, **BLEND},
+    "8-full-at-random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
+    "8-full-no-sinks": {"plan.kv_fraction": COST_8, **BLEND},
 }
 
 
-def arm(tokens: int, plan: str = "8 full", **heal: Any) -> dict[str, Any]:
+def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
     """The plan and the heal settings of an arm: all tokens in stage 2, where nothing else is said."""
     return {"plan": plan, "set": {"heal.attention_tokens": 0, "heal.tokens": tokens, **heal}}
 
@@ -41,20 +43,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-seed1": arm(50_000, seed=1),
     "50k-seed2": arm(50_000, seed=2),
     "200k": arm(200_000),
-    "50k-4full": arm(50_000, "4 full"),
+    "50k-4full": arm(50_000, "4-full"),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
-    "50k-without-sinks": arm(50_000, "8 full, no sinks"),
-    "50k-random-plan": arm(50_000, "8 full, at random"),
+    "50k-without-sinks": arm(50_000, "8-full-no-sinks"),
+    "50k-random-plan": arm(50_000, "8-full-at-random"),
     "50k-lora-vo": arm(50_000, **{"heal.lora_targets": "[v_proj, o_proj]"}),
     "50k-lora-default": arm(50_000, **{"heal.lora_targets": "null"}),
-    "50k-rank-16": arm(50_000, **{"heal.lora_rank": 16}),
+    "50k-rank-16": arm(50_000, **{"heal.lora_rank": 16, "heal.lr": 1e-3}),
     "50k-two-sequences-a-step": arm(50_000, **{"heal.batch_sequences": 2}),
     "50k-without-retrieval": arm(50_000, **{"heal.retrieval_share": 0}),
     "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 1000}),
     "1M": arm(1_000_000),
 }
 LONGEST = "1M"
+SCHEMA_VERSION = 2
 UNHEALED = "-unhealed"
 # These answer retrieval prompts and tasks too, which takes most of the time; the others are compared on text.
 HEADLINE = ("8-full-unhealed", "4-full-unhealed", "20k", "50k", "200k", "50k-4full", LONGEST)
@@ -70,7 +73,7 @@ SHARED = {
     "heal.activation_checkpointing": "none",
 }
 
-SETTINGS: list[str] = []  # --set of the command line, last and so strongest
+SETTINGS: list[str] = []  # of every command: SHARED, then --set, which is stronger
 
 
 def main() -> None:
@@ -84,22 +87,25 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "1M"])
     parser.add_argument("--set", action="append", default=[], help="further settings of every command, KEY=VALUE")
     parser.add_argument("--page", type=Path, default=Path("docs/results/healing"), help="without suffix")
-    parser.add_argument("--heal-only", action="store_true", help="no evaluation: for several of these at once")
+    parser.add_argument(
+        "--heal-only", action="store_true", help="no evaluation: for several of these at once, of prepared plans"
+    )
     given = parser.parse_args()
+    check_page(given.page.with_suffix(".json"))
+    SETTINGS.extend(settings(SHARED))
     SETTINGS.extend(item for value in given.set for item in ("--set", value))
     plans = {name: prepare(name, given) for name in dict.fromkeys(ARMS[name]["plan"] for name in given.arms)}
     for name in given.arms:
         heal(name, plans[ARMS[name]["plan"]], given)
     if given.heal_only:
         return
-    write_page(given, evaluate(plans, given))
+    write_page(plans, given, evaluate(plans, given))
 
 
-def layerboost(command: str, run: Path, *arguments: str) -> None:
-    """One command on a run folder; ends the script if it fails."""
-    subprocess.run(
-        [sys.executable, "-m", "layerboost.cli", command, "--run", str(run), *arguments, *SETTINGS], check=True
-    )
+def layerboost(command: str, run: Path, *arguments: str, own: dict[str, Any] | None = None) -> None:
+    """One command on a run folder, with settings of its `own` that --set cannot change; ends the script if it fails."""
+    given = ["--run", str(run), *arguments, *SETTINGS, *settings(own or {})]
+    subprocess.run([sys.executable, "-m", "layerboost.cli", command, *given], check=True)
 
 
 def settings(values: dict[str, Any]) -> list[str]:
@@ -109,7 +115,7 @@ def settings(values: dict[str, Any]) -> list[str]:
 
 def prepare(plan: str, given: argparse.Namespace) -> Path:
     """The run folder of a plan up to the converted model; the sensitivities are measured once."""
-    run = given.work / "plans" / plan.replace(", ", "-").replace(" ", "-")
+    run = given.work / "plans" / plan
     measured = given.work / "measured"
     if (run / PLAN).is_file():
         found = read_plan(run / PLAN).settings
@@ -117,13 +123,12 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
         if changed:
             sys.exit(f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder")
     if not (run / CONVERTED / PLAN).is_file():
-        common = [given.model, "--text", given.text, *settings(SHARED)]
-        layerboost("measure", measured, *common, "--set", "measure.windows=[64]")
+        layerboost("measure", measured, given.model, "--text", given.text, own={"measure.windows": "[64]"})
         run.mkdir(parents=True, exist_ok=True)
         for file in ("sensitivity.json", "recipe.yaml"):
             shutil.copy(measured / file, run / file)
-        layerboost("plan", run, *settings(PLANS[plan]))
-        if "no sinks" in plan:
+        layerboost("plan", run, own=PLANS[plan])
+        if "no-sinks" in plan:
             made = read_plan(run / PLAN)
             layers = [entry.model_copy(update={"sink": False}) for entry in made.layers]
             write_plan(run / PLAN, made.model_copy(update={"layers": layers}))
@@ -132,48 +137,49 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
 
 
 def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
-    """Heal one arm in a run folder of its own."""
+    """Heal one arm in a run folder of its own; nothing is done where it is healed already with these settings."""
     run = given.work / "arms" / name
-    if (run / HEALED / PLAN).is_file():
-        return
+    if (run / PLAN).is_file() and read_plan(run / PLAN).hash() != read_plan(plan / PLAN).hash():
+        sys.exit(f"{run} was healed for another plan than {plan}: delete it")
     if not (run / PLAN).is_file():
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(plan / "recipe.yaml", run / "recipe.yaml")
         (run / CONVERTED).symlink_to((plan / CONVERTED).absolute(), target_is_directory=True)
         shutil.copy(plan / PLAN, run / PLAN)
-    layerboost("heal", run, *settings(ARMS[name]["set"]))
+    layerboost("heal", run, own=ARMS[name]["set"])
 
 
 def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    """Both texts on the base, every plan unhealed and every healed arm; retrieval and tasks on those of HEADLINE."""
-    healed = {name: given.work / "arms" / name / HEALED for name in ARMS}
-    models = {path.name + UNHEALED: path / CONVERTED for path in plans.values()}
-    models |= {name: path for name, path in healed.items() if (path / PLAN).is_file()}
+    """Both texts on the base, the plans unhealed and the arms asked for; retrieval and tasks on those of HEADLINE."""
+    models = {plan + UNHEALED: path / CONVERTED for plan, path in plans.items()}
+    models |= {name: given.work / "arms" / name / HEALED for name in given.arms}
     no_answers = {"evaluate.tasks": "[]", "evaluate.retrieval_tokens": "[]"}
     asked = {
         "books": (models, no_answers),
         "wikitext": (models, no_answers | {"evaluate.perplexity_text": given.wikitext}),
         "answers": (
             {name: path for name, path in models.items() if name in HEADLINE},
-            {"evaluate.perplexity_tokens": 0, "evaluate.retrieval_tokens": "[256, 900, 2000]", "evaluate.limit": 200},
+            {"evaluate.perplexity_tokens": 0, "evaluate.retrieval_tokens": "[256, 900, 2000]"},
         ),
     }
     found = {}
     for part, (folders, values) in asked.items():
         run = given.work / "evaluation" / part
         listed = "{" + ", ".join(f"{name}: {path.absolute()}" for name, path in folders.items()) + "}"
-        common = {"evaluate.bench_data": given.bench_data, "evaluate.checkpoints": listed}
-        layerboost("evaluate", run, given.model, "--text", given.text, *settings(SHARED | values | common))
+        own = values | {"evaluate.bench_data": given.bench_data, "evaluate.checkpoints": listed}
+        layerboost("evaluate", run, given.model, "--text", given.text, own=own)
         found[part] = json.loads((run / "eval" / "comparison.json").read_text())
     return found
 
 
-def rows_of(given: argparse.Namespace, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is known of each model, in plain JSON."""
-    books, answers, rows = found["books"], found["answers"], {}
-    for model in books["models"]:
+def rows_of(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is known of each model, and what it was made with, in plain JSON."""
+    answers, rows = found["answers"], {}
+    for model in found["books"]["models"]:
         plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
-        row: dict[str, Any] = {"base": books["models"]["base"], "plan": plan, "arm": ARMS.get(model), "set": given.set}
+        row: dict[str, Any] = {"made_with": made_with(model, given, found), "machine": machine()}
+        if plan in plans:
+            row["plan"] = {"name": plan, "hash": read_plan(plans[plan] / PLAN).hash()}
         row |= {text: found[text]["perplexity"][model] for text in ("books", "wikitext")}
         if model in answers["models"]:
             row["retrieval"] = {
@@ -181,52 +187,82 @@ def rows_of(given: argparse.Namespace, found: dict[str, Any]) -> dict[str, dict[
                 for group in answers["retrieval"]["groups"]
             }
             row["tasks"] = {name: task["models"][model] for name, task in answers["tasks"].items()}
+        if curve := curve_of(given.work / "arms" / model):
+            row["curve"] = curve
         rows[model] = row
     return rows
 
 
-def earlier_rows(given: argparse.Namespace, base: str) -> dict[str, dict[str, Any]]:
-    """The rows of the page that is there, made with the same model and settings, perhaps on another machine."""
-    file = given.page.with_suffix(".json")
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else {}
+def made_with(model: str, given: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for two rows to stand on one page."""
+    plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
     return {
-        name: row
-        for name, row in rows.items()
-        if row["base"] == base and row["set"] == given.set and row["arm"] == ARMS.get(name)
+        "base": found["books"]["models"]["base"],
+        "texts": [found[text]["text"]["fingerprint"] for text in ("books", "wikitext")],
+        "shared": SHARED,
+        "set": sorted(given.set),
+        "plan": PLANS.get(plan),
+        "arm": ARMS.get(model),
     }
 
 
-def curves_of(given: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Validation KL against tokens of stage 2, of every arm that has begun."""
-    curves = {}
-    for name in ARMS:
-        file = given.work / "arms" / name / HEAL / "metrics.jsonl"
-        steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        validated = [step for step in steps if step["stage"] == "lora" and "validation_kl" in step]
-        curves[name] = [[step["tokens"], step["validation_kl"]] for step in validated]
-    return {name: curve for name, curve in curves.items() if curve}
+def earlier_rows(
+    given: argparse.Namespace, found: dict[str, Any], made: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Rows of the page that is there and not made anew, if they were made with the same settings and for the same plans
+    as those that are, perhaps on another machine. Says which are dropped.
+    """
+    file, kept = given.page.with_suffix(".json"), {}
+    hashes = {row["plan"]["name"]: row["plan"]["hash"] for row in made.values() if "plan" in row}
+    for name, row in (json.loads(file.read_text())["rows"] if file.is_file() else {}).items():
+        if name in made:
+            continue
+        plan = row["plan"]
+        if row["made_with"] == made_with(name, given, found) and hashes.get(plan["name"], plan["hash"]) == plan["hash"]:
+            kept[name] = row
+        else:
+            print(f"{file}: {name} was made with other settings, models or texts, and is dropped", file=sys.stderr)
+    return kept
 
 
-def write_page(given: argparse.Namespace, found: dict[str, Any]) -> None:
+def check_page(file: Path) -> None:
+    """End the script when the page that is there cannot be gone on with; rather now than after the healing."""
+    if file.is_file() and json.loads(file.read_text()).get("schema_version") != SCHEMA_VERSION:
+        sys.exit(f"{file} is of another version of this script: move it away")
+
+
+def curve_of(run: Path) -> list[list[float]]:
+    """Validation KL against tokens of stage 2, as far as a run has come."""
+    file = run / HEAL / "metrics.jsonl"
+    steps = read_metrics(file) if file.is_file() else []
+    return [[e["tokens"], e["validation_kl"]] for e in steps if e["stage"] == "lora" and "validation_kl" in e]
+
+
+def write_page(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, Any]) -> None:
     """One line a model, and everything beside it as JSON."""
     file = given.page.with_suffix(".json")
-    before = json.loads(file.read_text())["curves"] if file.is_file() else {}
-    made = rows_of(given, found)
-    rows = earlier_rows(given, made["base"]["base"]) | made
+    made = rows_of(plans, given, found)
+    rows = earlier_rows(given, found, made) | made
     order = ["base", *(name for name in rows if name.endswith(UNHEALED)), *ARMS]
     rows = {name: rows[name] for name in order if name in rows}
-    curves = before | curves_of(given)
-    long = "\n".join(f"| {tokens:,.0f} | {kl:.4f} |" for tokens, kl in curves.get(LONGEST, []))
+    before = json.loads(file.read_text())["long_run"] if file.is_file() else []
+    long_run = max(before, curve_of(given.work / "arms" / LONGEST), key=len)
+    answers = found["answers"]
     text = PAGE.format(
+        sequences=found["books"]["text"]["tokens"] // found["books"]["text"]["sequence_tokens"],
+        length=found["books"]["text"]["sequence_tokens"],
         texts=text_table(rows),
+        prompts=answers["retrieval"]["groups"][0]["prompts"],
+        items=", ".join(f"{name} {task['items']}" for name, task in answers["tasks"].items()),
         answers=answer_table({name: row for name, row in rows.items() if "tasks" in row}),
-        curve=f"| tokens | validation KL |\n|---|---|\n{long}" if long else "Not begun.",
+        curve=table(["tokens", "validation KL"], [[f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in long_run]),
         arms=" ".join(name for name in ARMS if name in rows),
-        settings="".join(f" \\\n    --set {item}" for item in given.set),
+        settings="".join(f" \\\n    --set {shlex.quote(item)}" for item in given.set),
+        shared="\n".join(f"- `{key}={value}`" for key, value in SHARED.items()),
     )
     write_text(given.page.with_suffix(".md"), text)
-    content = {"schema_version": 2, "arms": ARMS, "plans": PLANS, "rows": rows, "curves": curves}
-    write_json(file, content | {"machine": machine(), "evaluations": found})
+    content = {"schema_version": SCHEMA_VERSION, "arms": ARMS, "plans": PLANS, "rows": rows, "long_run": long_run}
+    write_json(file, content | {"evaluations": found})
 
 
 def text_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -247,7 +283,7 @@ def answer_table(rows: dict[str, dict[str, Any]]) -> str:
     retrieval, tasks = rows["base"]["retrieval"], rows["base"]["tasks"]
     lines = []
     for name, row in rows.items():
-        accuracies = (f"{row['tasks'][task]['value']:.1%}" for task in tasks)
+        accuracies = (f"{row['tasks'][task]['value']:.0%}" for task in tasks)
         lines.append([name, *(f"{row['retrieval'][kind]:.0%}" for kind in retrieval), *accuracies])
     return table(["model", *retrieval, *tasks], lines)
 
@@ -259,29 +295,37 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def spread(value: dict[str, Any] | None, sign: str) -> str:
-    """A mean with its standard error."""
-    return "" if value is None else f"{value['mean']:{sign}.4f} ± {value['standard_error']:.4f}"
+    """A mean with its interval."""
+    if value is None:
+        return ""
+    return f"{value['mean']:{sign}.4f} ({value['low']:{sign}.4f} to {value['high']:{sign}.4f})"
 
 
 PAGE = """# What healing gives back
 
-Made by this command, which goes on where it stopped; the arms' settings stand in it and in the JSON beside this page.
-Rows of arms that are not in the --work folder, healed on another machine with the same settings, are kept.
+Made by this command, which goes on where it stopped. Rows of arms that it was not given, healed before on another
+machine with the same settings, are kept.
 
 ```console
 $ python benchmarks/healing_results.py --model MODEL --text TEXT --wikitext FILE --bench-data FOLDER --work FOLDER \\
     --arms {arms}{settings}
 ```
 
+All arms have these settings, and each its own, which its name says and the JSON beside this page has in full:
+
+{shared}
+
 ## Text never trained on
 
-Nats per token; ± is the standard error over sequences, differences are paired.
+Nats per token over {sequences} sequences of {length} tokens; in brackets 95 % intervals by bootstrap over
+sequences, differences paired.
 
 {texts}
 
 ## Retrieval and tasks
 
-Exact answers to prompts of each kind and length; accuracy, 0-shot.
+Exact answers to {prompts} prompts of each kind and length; accuracy, 0-shot, over items of each task, evenly
+spaced ({items}).
 
 {answers}
 

