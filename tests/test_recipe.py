@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import RECIPES, Recipe, find_recipe, known_keys, load_recipe, recipe_yaml, set_option
+from layerboost.stages.measure import validate_measure
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -37,6 +38,11 @@ def test_command_line_over_yaml_over_default(tmp_path: Path) -> None:
 def test_bad_settings_are_named(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe([], overrides)
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_can_be_measured(file: Path) -> None:
+    validate_measure(load_recipe([file], {}))
 
 
 def test_bad_files(tmp_path: Path) -> None:
