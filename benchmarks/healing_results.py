@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--heal-only", action="store_true", help="no evaluation: for several of these at once, of prepared plans"
     )
+    parser.add_argument("--text-only", action="store_true", help="leave out retrieval and tasks for now")
     given = parser.parse_args()
     check_page(given.page.with_suffix(".json"))
     SETTINGS.extend(settings(SHARED))
@@ -162,6 +163,8 @@ def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any
             {"evaluate.perplexity_tokens": 0, "evaluate.retrieval_tokens": "[256, 900, 2000]"},
         ),
     }
+    if given.text_only:
+        del asked["answers"]
     found = {}
     for part, (folders, values) in asked.items():
         run = given.work / "evaluation" / part
@@ -174,19 +177,21 @@ def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any
 
 def rows_of(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What is known of each model, and what it was made with, in plain JSON."""
-    answers, rows = found["answers"], {}
+    answers, rows = found.get("answers"), {}
     for model in found["books"]["models"]:
         plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
         row: dict[str, Any] = {"made_with": made_with(model, given, found), "machine": machine()}
         if plan in plans:
             row["plan"] = {"name": plan, "hash": read_plan(plans[plan] / PLAN).hash()}
         row |= {text: found[text]["perplexity"][model] for text in ("books", "wikitext")}
-        if model in answers["models"]:
+        if answers and model in answers["models"]:
             row["retrieval"] = {
-                f"{group['kind']} {group['length_tokens']}": group["models"][model]["value"]
+                f"{group['kind']} {group['length_tokens']}": {"prompts": group["prompts"], **group["models"][model]}
                 for group in answers["retrieval"]["groups"]
             }
-            row["tasks"] = {name: task["models"][model] for name, task in answers["tasks"].items()}
+            row["tasks"] = {
+                name: {"items": task["items"], **task["models"][model]} for name, task in answers["tasks"].items()
+            }
         if curve := curve_of(given.work / "arms" / model):
             row["curve"] = curve
         rows[model] = row
@@ -247,14 +252,11 @@ def write_page(plans: dict[str, Path], given: argparse.Namespace, found: dict[st
     rows = {name: rows[name] for name in order if name in rows}
     before = json.loads(file.read_text())["long_run"] if file.is_file() else []
     long_run = max(before, curve_of(given.work / "arms" / LONGEST), key=len)
-    answers = found["answers"]
     text = PAGE.format(
         sequences=found["books"]["text"]["tokens"] // found["books"]["text"]["sequence_tokens"],
         length=found["books"]["text"]["sequence_tokens"],
         texts=text_table(rows),
-        prompts=answers["retrieval"]["groups"][0]["prompts"],
-        items=", ".join(f"{name} {task['items']}" for name, task in answers["tasks"].items()),
-        answers=answer_table({name: row for name, row in rows.items() if "tasks" in row}),
+        answers=answer_part(rows),
         curve=table(["tokens", "validation KL"], [[f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in long_run]),
         arms=" ".join(name for name in ARMS if name in rows),
         settings="".join(f" \\\n    --set {shlex.quote(item)}" for item in given.set),
@@ -278,14 +280,19 @@ def _losses(found: dict[str, Any]) -> list[str]:
     return [spread(found["kl"], ""), spread(found.get("nll_difference"), "+")]
 
 
-def answer_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Exact retrievals and accuracy in tasks."""
-    retrieval, tasks = rows["base"]["retrieval"], rows["base"]["tasks"]
+def answer_part(rows: dict[str, dict[str, Any]]) -> str:
+    """Exact retrievals and accuracy in tasks, of the models that were asked."""
+    asked = {name: row for name, row in rows.items() if "tasks" in row}
+    if not asked:
+        return "Not measured yet."
+    first = next(iter(asked.values()))
+    head = ["model", *(f"{kind} ({part['prompts']})" for kind, part in first["retrieval"].items())]
+    head += [f"{name} ({part['items']})" for name, part in first["tasks"].items()]
     lines = []
-    for name, row in rows.items():
-        accuracies = (f"{row['tasks'][task]['value']:.0%}" for task in tasks)
-        lines.append([name, *(f"{row['retrieval'][kind]:.0%}" for kind in retrieval), *accuracies])
-    return table(["model", *retrieval, *tasks], lines)
+    for name, row in asked.items():
+        accuracies = (f"{part['value']:.0%}" for part in row["tasks"].values())
+        lines.append([name, *(f"{part['value']:.0%}" for part in row["retrieval"].values()), *accuracies])
+    return table(head, lines)
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -324,8 +331,8 @@ sequences, differences paired.
 
 ## Retrieval and tasks
 
-Exact answers to {prompts} prompts of each kind and length; accuracy, 0-shot, over items of each task, evenly
-spaced ({items}).
+Exact answers to prompts of each kind and length in tokens; accuracy, 0-shot, over evenly spaced items of each task (in
+brackets how many).
 
 {answers}
 

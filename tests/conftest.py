@@ -4,6 +4,7 @@ import os
 
 # Tiny models run faster on one thread, and the hub is out of bounds.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables keep to it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

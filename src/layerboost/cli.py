@@ -267,10 +267,7 @@ def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
     "run",
     cls=Command,
     help="All stages from one recipe; what an earlier run finished is kept.",
-    examples=(
-        "layerboost run --config demo --run runs/demo",
-        "layerboost run Qwen/Qwen3-4B --config qwen3-4b --run runs/qwen3",
-    ),
+    examples=("layerboost run --config demo --run runs/demo", "layerboost run --config qwen3-4b --run runs/qwen3"),
 )
 @with_recipe
 def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
