@@ -7,6 +7,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables keep to it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
+
+# A shell starts background jobs with SIGINT ignored, and processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 
