@@ -19,6 +19,8 @@ from typing import Any
 
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, read_plan, write_json, write_plan, write_text
 from layerboost.healing.metrics import read_metrics
+from layerboost.reporting.page import Table, markdown_table
+from layerboost.reporting.text import ABSENT, interval, number, percent
 from layerboost.runtime import machine
 
 # Plans by name: 8 and 4 full layers of 30, the others with a window of 64; settings of `layerboost plan`.
@@ -92,7 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--text-only", action="store_true", help="leave out retrieval and tasks for now")
     given = parser.parse_args()
-    check_page(given.page.with_suffix(".json"))
+    before = read_page(given.page.with_suffix(".json"))
     SETTINGS.extend(settings(SHARED))
     SETTINGS.extend(item for value in given.set for item in ("--set", value))
     plans = {name: prepare(name, given) for name in dict.fromkeys(ARMS[name]["plan"] for name in given.arms)}
@@ -100,7 +102,7 @@ def main() -> None:
         heal(name, plans[ARMS[name]["plan"]], given)
     if given.heal_only:
         return
-    write_page(plans, given, evaluate(plans, given))
+    write_page(plans, given, evaluate(plans, given), before)
 
 
 def layerboost(command: str, run: Path, *arguments: str, own: dict[str, Any] | None = None) -> None:
@@ -179,7 +181,7 @@ def rows_of(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, 
     """What is known of each model, and what it was made with, in plain JSON."""
     answers, rows = found.get("answers"), {}
     for model in found["books"]["models"]:
-        plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
+        plan = plan_of(model)
         row: dict[str, Any] = {"made_with": made_with(model, given, found), "machine": machine()}
         if plan in plans:
             row["plan"] = {"name": plan, "hash": read_plan(plans[plan] / PLAN).hash()}
@@ -198,73 +200,86 @@ def rows_of(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, 
     return rows
 
 
+def plan_of(model: str) -> str:
+    """The name of the plan of an arm or of an unhealed model."""
+    return str(ARMS[model]["plan"]) if model in ARMS else model.removesuffix(UNHEALED)
+
+
 def made_with(model: str, given: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for two rows to stand on one page."""
-    plan = ARMS[model]["plan"] if model in ARMS else model.removesuffix(UNHEALED)
     return {
         "base": found["books"]["models"]["base"],
         "texts": [found[text]["text"]["fingerprint"] for text in ("books", "wikitext")],
         "shared": SHARED,
         "set": sorted(given.set),
-        "plan": PLANS.get(plan),
+        "plan": PLANS.get(plan_of(model)),
         "arm": ARMS.get(model),
     }
 
 
 def earlier_rows(
-    given: argparse.Namespace, found: dict[str, Any], made: dict[str, dict[str, Any]]
+    rows: dict[str, Any], given: argparse.Namespace, found: dict[str, Any], made: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Rows of the page that is there and not made anew, if they were made with the same settings and for the same plans
-    as those that are, perhaps on another machine. Says which are dropped.
+    """The earlier rows that are not made anew, if they were made with the same settings and for the same plans, perhaps
+    on another machine. Says which are dropped.
     """
-    file, kept = given.page.with_suffix(".json"), {}
+    kept = {}
     hashes = {row["plan"]["name"]: row["plan"]["hash"] for row in made.values() if "plan" in row}
-    for name, row in (json.loads(file.read_text())["rows"] if file.is_file() else {}).items():
+    for name, row in rows.items():
         if name in made:
             continue
         plan = row["plan"]
         if row["made_with"] == made_with(name, given, found) and hashes.get(plan["name"], plan["hash"]) == plan["hash"]:
             kept[name] = row
         else:
-            print(f"{file}: {name} was made with other settings, models or texts, and is dropped", file=sys.stderr)
+            print(
+                f"{given.page}: {name} was made with other settings, models or texts, and is dropped", file=sys.stderr
+            )
     return kept
 
 
-def check_page(file: Path) -> None:
-    """End the script when the page that is there cannot be gone on with; rather now than after the healing."""
-    if file.is_file() and json.loads(file.read_text()).get("schema_version") != SCHEMA_VERSION:
+def read_page(file: Path) -> dict[str, Any]:
+    """The rows and the long run of the page that is there, if any; ends the script when it cannot be gone on with."""
+    found = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "long_run": []}
+    if found.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         sys.exit(f"{file} is of another version of this script: move it away")
+    return dict(found)
 
 
 def curve_of(run: Path) -> list[list[float]]:
     """Validation KL against tokens of stage 2, as far as a run has come."""
-    file = run / HEAL / "metrics.jsonl"
-    steps = read_metrics(file) if file.is_file() else []
+    steps = read_metrics(run / HEAL / "metrics.jsonl")
     return [[e["tokens"], e["validation_kl"]] for e in steps if e["stage"] == "lora" and "validation_kl" in e]
 
 
-def write_page(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, Any]) -> None:
-    """One line a model, and everything beside it as JSON."""
-    file = given.page.with_suffix(".json")
+def write_page(
+    plans: dict[str, Path], given: argparse.Namespace, found: dict[str, Any], before: dict[str, Any]
+) -> None:
+    """One line a model, and everything beside it as JSON; `before` is the page that was there."""
     made = rows_of(plans, given, found)
-    rows = earlier_rows(given, found, made) | made
+    rows = earlier_rows(before["rows"], given, found, made) | made
     order = ["base", *(name for name in rows if name.endswith(UNHEALED)), *ARMS]
     rows = {name: rows[name] for name in order if name in rows}
-    before = json.loads(file.read_text())["long_run"] if file.is_file() else []
-    long_run = max(before, curve_of(given.work / "arms" / LONGEST), key=len)
+    long_run = max(before["long_run"], curve_of(given.work / "arms" / LONGEST), key=len)
     text = PAGE.format(
         sequences=found["books"]["text"]["tokens"] // found["books"]["text"]["sequence_tokens"],
         length=found["books"]["text"]["sequence_tokens"],
         texts=text_table(rows),
         answers=answer_part(rows),
-        curve=table(["tokens", "validation KL"], [[f"{tokens:,.0f}", f"{kl:.4f}"] for tokens, kl in long_run]),
+        curve=curve_table(long_run),
         arms=" ".join(name for name in ARMS if name in rows),
         settings="".join(f" \\\n    --set {shlex.quote(item)}" for item in given.set),
         shared="\n".join(f"- `{key}={value}`" for key, value in SHARED.items()),
     )
     write_text(given.page.with_suffix(".md"), text)
     content = {"schema_version": SCHEMA_VERSION, "arms": ARMS, "plans": PLANS, "rows": rows, "long_run": long_run}
-    write_json(file, content | {"evaluations": found})
+    write_json(given.page.with_suffix(".json"), content | {"evaluations": found})
+
+
+def curve_table(curve: list[list[float]]) -> str:
+    """Validation KL by tokens."""
+    lines = [[number(tokens, 7), number(kl)] for tokens, kl in curve]
+    return markdown_table(Table("", ["tokens", "validation KL"], lines)) if curve else "Not begun."
 
 
 def text_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -273,11 +288,15 @@ def text_table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         [name, *(cell for text in ("books", "wikitext") for cell in _losses(row[text]))] for name, row in rows.items()
     ]
-    return table(head, lines)
+    return markdown_table(Table("", head, lines))
 
 
 def _losses(found: dict[str, Any]) -> list[str]:
-    return [spread(found["kl"], ""), spread(found.get("nll_difference"), "+")]
+    kl, nll = found["kl"], found.get("nll_difference")
+    return [
+        interval(kl["mean"], kl["low"], kl["high"]),
+        interval(nll["mean"], nll["low"], nll["high"], signed=True) if nll else ABSENT,
+    ]
 
 
 def answer_part(rows: dict[str, dict[str, Any]]) -> str:
@@ -290,22 +309,9 @@ def answer_part(rows: dict[str, dict[str, Any]]) -> str:
     head += [f"{name} ({part['items']})" for name, part in first["tasks"].items()]
     lines = []
     for name, row in asked.items():
-        accuracies = (f"{part['value']:.0%}" for part in row["tasks"].values())
-        lines.append([name, *(f"{part['value']:.0%}" for part in row["retrieval"].values()), *accuracies])
-    return table(head, lines)
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """As Markdown."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def spread(value: dict[str, Any] | None, sign: str) -> str:
-    """A mean with its interval."""
-    if value is None:
-        return ""
-    return f"{value['mean']:{sign}.4f} ({value['low']:{sign}.4f} to {value['high']:{sign}.4f})"
+        parts = [*row["retrieval"].values(), *row["tasks"].values()]
+        lines.append([name, *(percent(part["value"], 0) for part in parts)])
+    return markdown_table(Table("", head, lines))
 
 
 PAGE = """# What healing gives back

@@ -117,7 +117,7 @@ def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
             if image := (images or {}).get(chart.name.removeprefix("chart-")):
                 parts.append(f"![{chart.title}]({image})")
         for table in panel.tables:
-            parts += [f"### {table.title}", _markdown_table(table)]
+            parts += [f"### {table.title}", markdown_table(table)]
         if panel.listing:
             parts += [f"### {panel.listing[0]}", f"```yaml\n{panel.listing[1].rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -227,10 +227,11 @@ def _inline(text: str) -> str:
 
 def _markdown_layers(plan: PlanFile) -> str:
     rows = [[str(entry.layer), strategy(entry.attention, entry.window, entry.sink)] for entry in plan.layers]
-    return _markdown_table(Table("", ["layer", "attention"], rows))
+    return markdown_table(Table("", ["layer", "attention"], rows))
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown, without its title."""
     rule = [":--" if column in table.text_columns else "--:" for column in range(len(table.header))]
     rows = [table.header, rule, *table.rows]
     return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
