@@ -80,8 +80,8 @@ def boost(model: str, layers: list[LayerPlan], folder: Path) -> None:
     loaded.save_pretrained(folder)
 
 
-def start(folder: Path, engine: Engine, context: int, cache_bytes: int) -> Any:
-    """A vLLM engine in this process."""
+def start(folder: Path, engine: Engine, context: int, cache_bytes: int, **options: Any) -> Any:
+    """A vLLM engine in this process, with further `options` of vLLM."""
     from vllm import LLM
 
     return LLM(
@@ -96,6 +96,7 @@ def start(folder: Path, engine: Engine, context: int, cache_bytes: int) -> Any:
         kv_cache_memory_bytes=cache_bytes,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **options,
     )
 
 

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
-
 import numpy as np
 import torch
+from costs import start  # sets what vLLM reads from the environment, too
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost.artifacts import LayerPlan
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import machine, versions
+from layerboost.search.memory import Engine
 
 SHAPE = {
     "vocab_size": 49152,
@@ -38,7 +36,8 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-WINDOW, BLOCK, BATCHED, CACHE_GIB = 64, 32, 256, 1
+WINDOW, CONTEXT_TOKENS, CACHE_BYTES = 64, 2048, 1 << 30
+ENGINE = Engine(max_batched_tokens=256, block_size=32, batches_in_flight=1)
 
 
 def boosted(family: str, folder: Path) -> None:
@@ -57,30 +56,16 @@ def boosted(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def engine(folder: Path, native: bool, requests: int) -> Any:
+def engine(folder: Path, native: bool) -> Any:
     """A vLLM engine that serves a boosted checkpoint by the one class or the other."""
-    from vllm import LLM
-
     from layerboost.serving import vllm_model
 
     own = dict(vllm_model.NATIVE)
     if not native:
         vllm_model.NATIVE.clear()
     try:
-        return LLM(
-            str(folder),
-            dtype="bfloat16" if torch.cuda.is_available() else "float32",
-            enforce_eager=not torch.cuda.is_available(),
-            skip_tokenizer_init=True,
-            max_model_len=2048,
-            max_num_batched_tokens=BATCHED,
-            max_num_seqs=requests,
-            block_size=BLOCK,
-            kv_cache_memory_bytes=CACHE_GIB << 30,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            async_scheduling=False,  # a step's time is its own
-        ).llm_engine
+        # Without asynchronous scheduling a step's time is its own.
+        return start(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, async_scheduling=False).llm_engine
     finally:
         vllm_model.NATIVE.update(own)
 
@@ -119,7 +104,7 @@ def measure(family: str, asked: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of reading a prompt and of decoding steps at each batch, by both, and their ratio."""
     with tempfile.TemporaryDirectory() as root:
         boosted(family, Path(root))
-        clocks = {native: Clock(engine(Path(root), native, max(asked.batches))) for native in (True, False)}
+        clocks = {native: Clock(engine(Path(root), native)) for native in (True, False)}
     names = {native: type(_model(clock.engine)).__name__ for native, clock in clocks.items()}
     assert names[True] != names[False], names
     found: dict[str, Any] = {"classes": list(names.values())}
@@ -133,7 +118,10 @@ def measure(family: str, asked: argparse.Namespace) -> dict[str, Any]:
         steps: dict[bool, list[float]] = {True: [], False: []}
         for clock in clocks.values():
             for _ in range(batch):
-                clock.add(asked.context_tokens, asked.steps + 2 * batch * asked.context_tokens // BATCHED + 8)
+                clock.add(
+                    asked.context_tokens,
+                    asked.steps + 2 * batch * asked.context_tokens // ENGINE.max_batched_tokens + 8,
+                )
             while clock.engine.step() is not None and _reading(clock.engine):
                 pass
         for _ in range(asked.steps):
