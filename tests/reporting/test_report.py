@@ -10,13 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_run import FILES, change, make_run, metrics, model_info, sensitivity
+from made_run import FILES, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
 
-from layerboost.artifacts import Score, file_hash, read_plan, write_json, write_plan
+from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
-from layerboost.reporting.comparison import Change
 from layerboost.reporting.decode import decode_panel
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.long_context import position_figure, retrieval_figure
@@ -24,8 +23,7 @@ from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import task_figure
 from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
-from layerboost.reporting.text import interval, number, with_error
-from layerboost.reporting.verdict import certainty
+from layerboost.reporting.text import with_error
 from layerboost.stages.report import run_report, summary_table
 
 PANELS = {
@@ -297,34 +295,6 @@ def test_report_needs_neither_torch_nor_transformers(run: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
-
-
-def test_numbers_are_written_to_their_error() -> None:
-    assert with_error(Score(mean=0.012341, standard_error=0.00041)) == "0.01234 ± 0.00041"
-    assert with_error(Score(mean=-3.14159, standard_error=0.2), signed=True) == "−3.14 ± 0.20"
-    assert with_error(Score(mean=2.5, standard_error=0.0)) == "2.50 (no standard error)"
-    assert [number(value) for value in (0, 0.01234, 12.34, 1234.5, 3e-7)] == [
-        "0",
-        "0.0123",
-        "12.3",
-        "1,234",
-        "3.00e-07",
-    ]
-    assert interval(-0.62, -2.07, 0.83, signed=True) == "−0.6 (−2.1 to +0.8)"
-    assert interval(0.0, 0.0, 0.0) == "0.0000 (0.0000 to 0.0000)"
-
-
-def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
-    def said(mean: float, error: float) -> str:
-        return certainty(Change.model_validate(change(mean, error)))
-
-    assert said(-0.002, 0.003).endswith("no worse than 1 point: yes")
-    # A wide interval around zero shows no difference, and no equivalence either.
-    assert said(0.0, 0.02) == (
-        "no difference shown, of which these items show 5.6 points or more; no worse than 1 point: not shown"
-    )
-    assert said(-0.005, 0.001) == "a loss beyond the 95 % interval; no worse than 1 point: yes"
-    assert said(-0.05, 0.01) == "a loss beyond the 95 % interval; no worse than 1 point: no"
 
 
 def test_a_missed_gate_is_in_the_verdict_and_selection_tasks_are_marked(run: Path) -> None:
