@@ -88,7 +88,7 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
 @pytest.mark.server
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason='pip install "layerboost[serve-cpu]" or "layerboost[serve]"')
+    pytest.importorskip("vllm", reason='pip install ".[serve-cpu]" or ".[serve]"')
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", family))
     run = tmp_path / "run"
     first = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)

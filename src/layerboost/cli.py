@@ -222,7 +222,7 @@ _stage(
     "Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences.",
     (
         "layerboost evaluate --run runs/qwen3",
-        "layerboost evaluate --run runs/qwen3 --set evaluate.tasks=[piqa,mmlu] --set evaluate.bench_data=data/bench",
+        "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
     ),
     lambda result, run: tables.summarized_rows(run),
 )
@@ -233,7 +233,7 @@ _stage(
     cls=Command,
     help="Serve base and boosted with vLLM in turn and measure throughput and latency.",
     examples=(
-        "layerboost bench --run runs/qwen3 --set bench.concurrency=[16,64] --set bench.repeats=3",
+        "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
         "layerboost bench --run runs/qwen3 --decode-sweep",
     ),
 )

@@ -107,7 +107,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # 
 ## Serve
 
 ```console
-pip install "layerboost[serve]"
+pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
 vllm serve PATH{" " * bool(flags)}{flags}
 ```
 {_memory(plan) if flags else ""}

@@ -62,13 +62,13 @@ def check_vllm() -> str:
         raise ConfigError(
             "vLLM is not installed",
             found=f"no module vllm for {sys.executable}",
-            do='pip install "layerboost[serve]" on NVIDIA, pip install "layerboost[serve-cpu]" on a CPU',
+            do='in a checkout of layerboost: pip install ".[serve]" on NVIDIA, pip install ".[serve-cpu]" on a CPU',
         )
     if not any(point.value.startswith("layerboost.") for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
             found="layerboost is imported from a folder, not installed",
-            do="pip install layerboost (or pip install -e . in a checkout)",
+            do="pip install . in a checkout (-e to go on editing it)",
         )
     return version
 
