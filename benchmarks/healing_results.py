@@ -1,6 +1,7 @@
 """What healing gives back: every arm healed and evaluated by the command line, then docs/results/healing.{md,json}.
 
-    python benchmarks/healing_results.py --model DIR --text FOLDER --wikitext FILE --bench-data FOLDER --work FOLDER
+    python benchmarks/healing_results.py --model DIR --text FOLDER --second-text FILE --wikitext FILE \
+        --bench-data FOLDER --work FOLDER
 
 Resumable: each arm is a run folder in --work, and the same command goes on. --arms takes names of ARMS, so that a
 machine can do some of them; the page holds those that are finished.
@@ -39,6 +40,11 @@ def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
     return {"plan": plan, "set": {"heal.attention_tokens": 0, "heal.tokens": tokens, **heal}}
 
 
+# Half --text and half --second-text, in sequences half as long (twice the steps for the same tokens), a tenth of the
+# next token's cross entropy beside the KL.
+MIXTURE = "half and half"
+MIXED = {"text.source": MIXTURE, "text.sequence_tokens": 256, "heal.ce_weight": 0.1}
+
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
     "50k": arm(50_000),
@@ -46,6 +52,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-seed2": arm(50_000, seed=2),
     "200k": arm(200_000),
     "50k-4full": arm(50_000, "4-full"),
+    "20k-mixed": arm(20_000, **MIXED),
+    "50k-mixed": arm(50_000, **MIXED),
+    "50k-mixed-seed1": arm(50_000, seed=1, **MIXED),
+    "50k-mixed-seed2": arm(50_000, seed=2, **MIXED),
+    "200k-mixed": arm(200_000, **MIXED),
+    "50k-mixed-4full": arm(50_000, "4-full", **MIXED),
+    "50k-mixed-kl-alone": arm(50_000, **MIXED | {"heal.ce_weight": 0}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
     "50k-without-sinks": arm(50_000, "8-full-no-sinks"),
@@ -62,7 +75,10 @@ LONGEST = "1M"
 SCHEMA_VERSION = 2
 UNHEALED = "-unhealed"
 # These answer retrieval prompts and tasks too, which takes most of the time; the others are compared on text.
-HEADLINE = ("8-full-unhealed", "4-full-unhealed", "20k", "50k", "200k", "50k-4full", LONGEST)
+HEADLINE = (
+    *("8-full-unhealed", "4-full-unhealed", "20k", "50k", "200k", "50k-4full"),
+    *("20k-mixed", "50k-mixed", "200k-mixed", "50k-mixed-4full", LONGEST),
+)
 SHARED = {
     "text.sequence_tokens": 512,
     "plan.window": 64,
@@ -83,7 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="training, calibration and held-out text: a file or a folder")
-    parser.add_argument("--wikitext", required=True, help="a second text, never trained on")
+    parser.add_argument("--second-text", help="half of what the arms named mixed heal on: --wikitext's other split")
+    parser.add_argument("--wikitext", required=True, help="a second text to evaluate on, never trained on")
     parser.add_argument("--bench-data", required=True, help="tasks' items, as evaluate.bench_data")
     parser.add_argument("--work", type=Path, required=True, help="run folders; kept")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "1M"])
@@ -94,6 +111,9 @@ def main() -> None:
     )
     parser.add_argument("--text-only", action="store_true", help="leave out retrieval and tasks for now")
     given = parser.parse_args()
+    mixed = [name for name in given.arms if ARMS[name]["set"].get("text.source") == MIXTURE]
+    if mixed and not given.second_text:
+        parser.error(f"{', '.join(mixed)} need --second-text")
     before = read_page(given.page.with_suffix(".json"))
     SETTINGS.extend(settings(SHARED))
     SETTINGS.extend(item for value in given.set for item in ("--set", value))
@@ -149,7 +169,10 @@ def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
         shutil.copy(plan / "recipe.yaml", run / "recipe.yaml")
         (run / CONVERTED).symlink_to((plan / CONVERTED).absolute(), target_is_directory=True)
         shutil.copy(plan / PLAN, run / PLAN)
-    layerboost("heal", run, own=ARMS[name]["set"])
+    own = dict(ARMS[name]["set"])
+    if own.get("text.source") == MIXTURE:
+        own["text.source"] = f"{{{given.text}: 0.5, {given.second_text}: 0.5}}"
+    layerboost("heal", run, own=own)
 
 
 def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
@@ -320,11 +343,14 @@ Made by this command, which goes on where it stopped. Rows of arms that it was n
 machine with the same settings, are kept.
 
 ```console
-$ python benchmarks/healing_results.py --model MODEL --text TEXT --wikitext FILE --bench-data FOLDER --work FOLDER \\
-    --arms {arms}{settings}
+$ python benchmarks/healing_results.py --model MODEL --text TEXT --second-text FILE --wikitext FILE \\
+    --bench-data FOLDER --work FOLDER --arms {arms}{settings}
 ```
 
-All arms have these settings, and each its own, which its name says and the JSON beside this page has in full:
+Arms named `mixed` heal half on TEXT and half on the second text, in sequences of 256 tokens, so that a step comes every
+256 tokens, with a tenth of the next token's cross entropy beside the KL; the others on TEXT alone, in sequences of 512,
+with the KL alone. All arms have these settings, and each its own, which its name says and the JSON beside this page has
+in full:
 
 {shared}
 

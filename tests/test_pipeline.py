@@ -25,6 +25,8 @@ from tiny_bench import rows, write_jsonl
 
 from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
 from layerboost.cli import main
+from layerboost.errors import LayerboostError
+from layerboost.pipeline import Estimate, check_room
 
 
 @dataclass
@@ -193,3 +195,22 @@ def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -
     assert ended.returncode == 2
     assert "heal.shard shares the model out among the processes of torchrun" in ended.stderr
     assert not (tmp_path / "run" / SENSITIVITY).exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "weights_gib", "short"),
+    [
+        ("cpu", (9.5, 8.0), 1.0, "not enough memory on cpu: 9.5 GiB needed"),
+        ("cuda:1", (9.5, 8.0), 1.0, "not enough memory on cuda:1: 9.5 GiB needed"),
+        ("cuda:1", (7.5, 8.0), 1e6, "not enough host memory: 1000000.0 GiB needed"),
+    ],
+)
+def test_memory_is_looked_at_where_healing_runs(
+    device: str, memory: tuple[float, float], weights_gib: float, short: str
+) -> None:
+    estimate = Estimate("m", "llama", 4, 10, device, *memory, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
+    with pytest.raises(LayerboostError) as caught:
+        check_room(estimate, weights_gib, torch.device(device))
+    assert str(caught.value).startswith(short)
+    fits = Estimate("m", "llama", 4, 10, device, 1.0, 2.0, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
+    check_room(fits, 0.1, torch.device(device))

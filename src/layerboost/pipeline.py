@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
@@ -194,9 +197,9 @@ class Estimate:
 def check(recipe: Recipe, run: Path) -> Estimate:
     """Recipe, model, text, tasks, vLLM, port, memory and disk, without loading a weight.
 
-    Memory is that of healing, the hungriest stage, the adapters with their optimizer left out; speed is worked out from
-    this machine's matrix product. Raises ConfigError for what cannot work and LayerboostError when memory or disk will
-    not do.
+    Memory is that of healing, the hungriest stage, on its device, the adapters with their optimizer left out; beside a
+    GPU the host must hold the model once, to merge it. Speed is worked out from this machine's matrix product.
+    Raises ConfigError for what cannot work and LayerboostError when memory or disk will not do.
     """
     from layerboost.healing.estimate import estimate_healing
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
@@ -225,7 +228,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         parameters=info.parameters,
         device=str(runtime.device),
         memory_needed_gib=healing.memory_gib,
-        memory_free_gib=round(_free_memory_gib(), 2),
+        memory_free_gib=free_memory_gib(runtime.device),
         disk_needed_gib=round(max(copies - already, 0) * weights_gib, 2),
         disk_free_gib=round(shutil.disk_usage(_existing(run)).free / GIB, 2),
         calibration_tokens=recipe.measure.tokens,
@@ -233,15 +236,22 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         healing_hours=healing.hours,
         vllm=vllm,
     )
-    for kind in ("memory", "disk"):
-        needed, free = asdict(estimate)[f"{kind}_needed_gib"], asdict(estimate)[f"{kind}_free_gib"]
-        if needed > free:
-            raise LayerboostError(
-                f"not enough {kind}: {needed} GiB needed",
-                found=f"{free} GiB free",
-                do="free some, or use a smaller model",
-            )
+    check_room(estimate, weights_gib, runtime.device)
     return estimate
+
+
+def check_room(estimate: Estimate, weights_gib: float, device: torch.device) -> None:
+    """Raises LayerboostError when memory or disk will not do."""
+    lower = "lower heal.batch_sequences, set heal.activation_checkpointing: full, or use a smaller model"
+    wants = [
+        (f"memory on {device}", estimate.memory_needed_gib, estimate.memory_free_gib, f"free some, {lower}"),
+        ("disk", estimate.disk_needed_gib, estimate.disk_free_gib, "free some, or use a smaller model"),
+    ]
+    if device.type != "cpu":
+        wants.append(("host memory", round(weights_gib, 2), free_memory_gib("cpu"), "free some: merging needs it once"))
+    for kind, needed, free, do in wants:
+        if needed > free:
+            raise LayerboostError(f"not enough {kind}: {needed} GiB needed", found=f"{free} GiB free", do=do)
 
 
 def _check_bench(bench: Bench, context_tokens: int) -> str:
@@ -265,11 +275,14 @@ def plain(result: Any) -> Any:
     return str(result) if isinstance(result, Path) else result
 
 
-def _free_memory_gib() -> float:
+def free_memory_gib(device: torch.device | str) -> float:
+    """Memory that a process could still take there."""
     import psutil
+    import torch
 
-    available: int = psutil.virtual_memory().available
-    return available / GIB
+    cpu = torch.device(device).type == "cpu"
+    free: int = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(device)[0]
+    return round(free / GIB, 2)
 
 
 def _existing(path: Path) -> Path:

@@ -33,5 +33,19 @@ def test_the_estimate_follows_the_plan_and_the_settings(monkeypatch: pytest.Monk
     assert by_kind[0].tokens_per_s == by_kind[1].tokens_per_s > by_kind[2].tokens_per_s
 
 
+def test_a_sharded_run_holds_its_share_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "matmul_flops_per_s", lambda *_: 1e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config, facts = tiny_model(layers=4).config, info(4).model_copy(update={"parameters": 1 << 34})
+    whole_gib = facts.parameters * facts.bytes_per_element / estimate.GIB
+
+    def memory_gib(device: str, shard: bool) -> float:
+        runtime = Runtime(torch.device(device), torch.float32)
+        return estimate_healing(recipe(shard=shard), config, facts, runtime, None).memory_gib
+
+    assert memory_gib("cuda", False) - memory_gib("cuda", True) == pytest.approx(whole_gib * 7 / 8, abs=0.02)
+    assert memory_gib("cpu", True) == memory_gib("cpu", False)
+
+
 def test_the_matrix_product_is_measured() -> None:
     assert matmul_flops_per_s(RUNTIME, 256) > 1e8

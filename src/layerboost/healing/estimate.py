@@ -21,7 +21,7 @@ LOGIT_COPIES = 6
 
 @dataclass(frozen=True)
 class HealingEstimate:
-    """Expected of both stages together; memory is one process's."""
+    """Expected of both stages together; memory is one process's, on its device."""
 
     tokens_per_s: float
     hours: float
@@ -48,7 +48,10 @@ def estimate_healing(
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
-    weights = info.parameters * info.bytes_per_element
+    # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine.
+    gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
+    sharing = max(world_size(), gpus) if recipe.heal.shard else 1
+    weights = info.parameters * info.bytes_per_element / sharing
     return HealingEstimate(
         tokens_per_s=round(rate / lora_flops, 1),
         hours=round(seconds / 3600, 2),
