@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument(
         "--heal-only", action="store_true", help="no evaluation: for several of these at once, of prepared plans"
     )
-    parser.add_argument("--text-only", action="store_true", help="leave out retrieval and tasks for now")
+    parser.add_argument(
+        "--answers", nargs="*", default=HEADLINE, help="models that answer retrieval prompts and tasks; none: nobody"
+    )
     given = parser.parse_args()
     mixed = [name for name in given.arms if ARMS[name]["set"].get("text.source") == MIXTURE]
     if mixed and not given.second_text:
@@ -176,7 +178,7 @@ def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
 
 
 def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    """Both texts on the base, the plans unhealed and the arms asked for; retrieval and tasks on those of HEADLINE."""
+    """Both texts on the base, the plans unhealed and the arms asked for; retrieval and tasks on those of --answers."""
     models = {plan + UNHEALED: path / CONVERTED for plan, path in plans.items()}
     models |= {name: given.work / "arms" / name / HEALED for name in given.arms}
     no_answers = {"evaluate.tasks": "[]", "evaluate.retrieval_tokens": "[]"}
@@ -184,11 +186,11 @@ def evaluate(plans: dict[str, Path], given: argparse.Namespace) -> dict[str, Any
         "books": (models, no_answers),
         "wikitext": (models, no_answers | {"evaluate.perplexity_text": given.wikitext}),
         "answers": (
-            {name: path for name, path in models.items() if name in HEADLINE},
+            {name: path for name, path in models.items() if name in given.answers},
             {"evaluate.perplexity_tokens": 0, "evaluate.retrieval_tokens": "[256, 900, 2000]"},
         ),
     }
-    if given.text_only:
+    if not asked["answers"][0]:
         del asked["answers"]
     found = {}
     for part, (folders, values) in asked.items():
@@ -243,15 +245,15 @@ def made_with(model: str, given: argparse.Namespace, found: dict[str, Any]) -> d
 def earlier_rows(
     rows: dict[str, Any], given: argparse.Namespace, found: dict[str, Any], made: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The earlier rows that are not made anew, if they were made with the same settings and for the same plans, perhaps
-    on another machine. Says which are dropped.
+    """The earlier rows of what is not healed anew, if they were made with the same settings and for the same plans,
+    perhaps on another machine. Says which are dropped.
     """
     kept = {}
     hashes = {row["plan"]["name"]: row["plan"]["hash"] for row in made.values() if "plan" in row}
     for name, row in rows.items():
-        if name in made:
+        if name in made and name in ARMS:
             continue
-        plan = row["plan"]
+        plan = row.get("plan", {"name": None, "hash": None})
         if row["made_with"] == made_with(name, given, found) and hashes.get(plan["name"], plan["hash"]) == plan["hash"]:
             kept[name] = row
         else:
@@ -280,7 +282,9 @@ def write_page(
 ) -> None:
     """One line a model, and everything beside it as JSON; `before` is the page that was there."""
     made = rows_of(plans, given, found)
-    rows = earlier_rows(before["rows"], given, found, made) | made
+    earlier = earlier_rows(before["rows"], given, found, made)
+    # The base and the plans unhealed keep the answers they gave.
+    rows = earlier | {name: earlier.get(name, {}) | row for name, row in made.items()}
     order = ["base", *(name for name in rows if name.endswith(UNHEALED)), *ARMS]
     rows = {name: rows[name] for name in order if name in rows}
     long_run = max(before["long_run"], curve_of(given.work / "arms" / LONGEST), key=len)
