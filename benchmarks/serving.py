@@ -246,7 +246,9 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         "# Serving",
         "",
         "Ratios are of output tokens/s in the same round, with the least and the greatest; `ideal` is the roofline's "
-        "ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the machine's rates.",
+        "ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the machine's rates. "
+        "A share above 100 % is no error: a prefix that all requests read comes from the CPU's cache, faster than from "
+        "memory.",
         "",
     ]
     for name, part in parts.items():
@@ -266,8 +268,8 @@ def speed_table(part: dict[str, Any]) -> list[str]:
     settings = part["settings"]
     served = " ".join(settings["server_args"]) or "vLLM's own settings"
     lines = [
-        f"{settings['requests_per_concurrency']:g} requests for each in flight, {settings['kv_cache_gib']:.2f} GiB of "
-        f"KV cache; all models with {served}.",
+        f"{settings['requests_per_concurrency']:g} × as many requests as are in flight; "
+        f"{settings['kv_cache_gib']:.2f} GiB of KV cache; all models with {served}.",
         "",
         "| in flight | model | output tokens/s | ratio | ideal | share | " + " | ".join(COLUMNS.values()) + " |",
         "|" + "---|" * (6 + len(COLUMNS)),

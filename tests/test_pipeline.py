@@ -189,6 +189,15 @@ def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_p
     assert "Quality gate: missed by converted in 1 of 2 checks" in (run / "report.md").read_text()
 
 
+def test_a_missed_gate_ends_a_run_with_a_report_and_no_benchmark(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    recipe = write_recipe(tmp_path, model, evaluate={"max_kl": 1e-9}, bench={"engine": "transformers"})
+    ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
+    assert ended.returncode == 4
+    assert "Quality gate: missed by healed" in (tmp_path / "run" / "report.md").read_text()
+    assert not (tmp_path / "run" / "bench").exists()
+
+
 def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), heal={"shard": True})
     ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)

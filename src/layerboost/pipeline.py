@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
-from layerboost.errors import ConfigError, InfeasibleBudget, LayerboostError
+from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
 
@@ -95,7 +95,10 @@ def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:
-    """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary."""
+    """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary.
+
+    A missed gate is not worth a benchmark: the report is written all the same, and GateMissed raised.
+    """
     from layerboost.healing.training import batch_of_process
 
     if not finished(recipe, run):
@@ -106,7 +109,11 @@ def run_all(recipe: Recipe, run: Path) -> Any:
     with kept_recipe(recipe, run):
         for number, name in enumerate(STAGES, 1):
             log.info("stage %d of %d: %s", number, len(STAGES), name)
-            result = run_stage(name, recipe, run)
+            try:
+                result = run_stage(name, recipe, run)
+            except GateMissed:
+                run_stage("report", recipe, run)
+                raise
     return result
 
 
