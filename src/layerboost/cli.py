@@ -17,6 +17,7 @@ import click
 
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
+from layerboost.runtime import is_main_process, leave
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
@@ -92,7 +93,6 @@ def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dic
 def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
     """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
     from layerboost.pipeline import plain
-    from layerboost.runtime import is_main_process
 
     if not is_main_process():
         return
@@ -393,7 +393,7 @@ def _fail(message: str, code: int) -> None:
     if os.environ.get("LAYERBOOST_DEBUG"):
         traceback.print_exc()
     click.echo(f"layerboost: {message}", err=True)
-    sys.exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

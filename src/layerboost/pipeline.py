@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
-from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, start_runtime
+from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, release_memory, start_runtime
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,10 @@ STAGES: dict[str, Callable[..., Any]] = {
 def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
     """Run one stage and note the attempt in run.json. Returns what the stage returns."""
     with locked(run), kept_recipe(recipe, run), recorded(run, name, recipe):
-        return STAGES[name](recipe, run, **options)
+        try:
+            return STAGES[name](recipe, run, **options)
+        finally:
+            release_memory()
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import importlib.metadata
 import logging
 import os
@@ -16,9 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from layerboost.artifacts import RunFile, StageRecord, read_json, write_json
 from layerboost.errors import ConfigError
@@ -61,7 +62,8 @@ def start_runtime(recipe: Recipe) -> Runtime:
     if world_size() > 1:
         from accelerate import PartialState
 
-        where = PartialState(cpu=device == "cpu").device
+        # The first process may download a model or sample text while the others wait; NCCL itself waits 10 minutes.
+        where = PartialState(cpu=device == "cpu", timeout=timedelta(days=1)).device
         atexit.register(_leave_group)
     log.info("device %s; dtype %s (%s); seed %d", device, dtype, reason, recipe.seed)
     random.seed(recipe.seed)
@@ -75,6 +77,25 @@ def _leave_group() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after a failure; under torchrun without leaving the group, which would wait for peers that wait
+    for this one in a collective.
+    """
+    if world_size() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def release_memory() -> None:
+    """Give back what a stage's models held on a GPU: the next stage may be a server that wants all of it."""
+    gc.collect()
+    torch = sys.modules.get("torch")  # some stages never import it
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def world_size() -> int:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
+from transformers import TrainingArguments
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
 from layerboost.healing.metrics import read_metrics
 from layerboost.healing.training import (
     Validate,
+    _arguments,
     batch_of_process,
     check_report_to,
     newest_checkpoint,
@@ -52,6 +54,18 @@ def validation(made: Distiller) -> Validate:
 
 def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
     train_stage(name, made, IDS, tokens, lr, SETTINGS, folder, seed=0, validate=validation(made))
+
+
+def test_one_process_heals_on_one_device_wherever_there_are_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def four_gpus(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 4
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(four_gpus))
+    found = _arguments(tmp_path, distiller(), 1e-3, SETTINGS, 10, 4, 1, 0)
+    assert (found.n_gpu, found.train_batch_size) == (1, 4)
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
             each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
             return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
 
-    return Wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    # In bfloat16 an answer's log-probability of -20 would have steps of 0.125.
+    return Wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
 
 
 def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:

@@ -124,7 +124,9 @@ def _kl_and_slope(
     student = (student / temperature if temperature != 1 else student).log_softmax(-1)
     teacher = (teacher / temperature if temperature != 1 else teacher).log_softmax(-1)
     probability = teacher.exp()
-    loss = torch.einsum("nv,nv->n", probability, teacher.sub_(student)) * temperature**2
+    loss = (
+        torch.linalg.vecdot(probability, teacher.sub_(student)) * temperature**2
+    )  # einsum is half precision in autocast
     return loss, student.exp_().sub_(probability).mul_(temperature)
 
 

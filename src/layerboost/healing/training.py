@@ -148,8 +148,9 @@ def save_state(distiller: Distiller, file: Path, facts: dict[str, str] | None = 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; those that a kill cut short are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in [path for path in found if not (path / DONE).is_file()]:
-        shutil.rmtree(path, ignore_errors=not is_main_process())
+    if is_main_process():
+        for path in [path for path in found if not (path / DONE).is_file()]:
+            shutil.rmtree(path)
     complete = [path for path in found if (path / DONE).is_file()]
     return complete[-1] if complete else None
 
@@ -158,7 +159,7 @@ def _arguments(
     folder: Path, distiller: Distiller, lr: float, settings: Heal, steps: int, batch: int, accumulation: int, seed: int
 ) -> TrainingArguments:
     weight = next(distiller.student.parameters())
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -181,6 +182,9 @@ def _arguments(
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+    # A process heals on one device; where it sees several GPUs, Trainer would wrap the distiller in DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 @contextmanager

@@ -62,8 +62,8 @@ def sliding_attention(
 ) -> torch.Tensor:
     """The same as `sliding_attention_reference` in O(T·window) time and memory, in the form that suits the device.
 
-    CPU: PyTorch's flash kernel over blocks. CUDA: FlexAttention. Elsewhere, and where the CPU's kernel cannot soft-cap:
-    plain tensor operations over blocks. Sinks are exact in each.
+    CPU: PyTorch's flash kernel over blocks. CUDA: FlexAttention, but for single queries. Elsewhere, and where the CPU's
+    kernel cannot soft-cap: plain tensor operations over blocks. Sinks are exact in each.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys = min(key.shape[2], query.shape[2] + window - 1)
@@ -71,7 +71,7 @@ def sliding_attention(
     mask = None if mask is None else mask[..., -keys:]
     if query.is_cpu and softcap is None:
         return sliding_attention_flash(query, key, value, window, sinks, mask, scaling)
-    if query.is_cuda and keys > 2 * window:
+    if query.is_cuda and query.shape[2] > 1:
         return sliding_attention_flex(query, key, value, window, sinks, mask, scaling, softcap)
     return sliding_attention_blocked(query, key, value, window, sinks, mask, scaling, softcap)
 
@@ -262,6 +262,10 @@ def sliding_attention_flex(
 
 @functools.cache
 def _compiled(function: Any) -> Any:
+    # Each form of a call is compiled apart (with gradients or not, masked or not, one sequence or several), and beyond
+    # Dynamo's limit of 8 it would run unfused, without a word.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(function)
 
 

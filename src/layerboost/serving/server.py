@@ -38,7 +38,7 @@ REPORT_EVERY_S = 30.0
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
 # Nor are the variables of one process among several any business of vLLM's.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES}
+NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"}
 PLUGIN_GROUP = "vllm.general_plugins"
 # Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
