@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, read_plan, write_json, write_plan, write_text
+from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, file_hash, read_plan, write_json, write_plan, write_text
 from layerboost.healing.metrics import read_metrics
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, interval, number, percent
@@ -216,6 +216,7 @@ def rows_of(plans: dict[str, Path], given: argparse.Namespace, found: dict[str, 
                 f"{group['kind']} {group['length_tokens']}": {"prompts": group["prompts"], **group["models"][model]}
                 for group in answers["retrieval"]["groups"]
             }
+            row["answered_on"] = machine()
             row["tasks"] = {
                 name: {"items": task["items"], **task["models"][model]} for name, task in answers["tasks"].items()
             }
@@ -231,36 +232,53 @@ def plan_of(model: str) -> str:
 
 
 def made_with(model: str, given: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for two rows to stand on one page."""
+    """What must be the same for two rows to stand on one page; the second text only where it is given."""
+    arm = ARMS.get(model)
+    mixed = arm is not None and arm["set"].get("text.source") == MIXTURE and given.second_text
+    second = {"second_text": file_hash(Path(given.second_text))} if mixed else {}
     return {
         "base": found["books"]["models"]["base"],
         "texts": [found[text]["text"]["fingerprint"] for text in ("books", "wikitext")],
         "shared": SHARED,
         "set": sorted(given.set),
         "plan": PLANS.get(plan_of(model)),
-        "arm": ARMS.get(model),
+        "arm": arm,
+        **second,
     }
 
 
 def earlier_rows(
     rows: dict[str, Any], given: argparse.Namespace, found: dict[str, Any], made: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The earlier rows of what is not healed anew, if they were made with the same settings and for the same plans,
-    perhaps on another machine. Says which are dropped.
+    """The earlier rows that were made with the same settings and for the same plans, perhaps on another machine. Says
+    which are dropped.
     """
     kept = {}
     hashes = {row["plan"]["name"]: row["plan"]["hash"] for row in made.values() if "plan" in row}
     for name, row in rows.items():
-        if name in made and name in ARMS:
-            continue
         plan = row.get("plan", {"name": None, "hash": None})
-        if row["made_with"] == made_with(name, given, found) and hashes.get(plan["name"], plan["hash"]) == plan["hash"]:
+        now = made_with(name, given, found)
+        known = {key: value for key, value in row["made_with"].items() if key in now}
+        if known == now and hashes.get(plan["name"], plan["hash"]) == plan["hash"]:
             kept[name] = row
         else:
             print(
                 f"{given.page}: {name} was made with other settings, models or texts, and is dropped", file=sys.stderr
             )
     return kept
+
+
+def with_answers(name: str, row: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """A row with the answers of its earlier one, if it has none of its own and the model is the same: not an arm, or an
+    arm whose scores on text are equal to the last digit.
+    """
+    if "tasks" in row or not earlier or "tasks" not in earlier:
+        return row
+    if name in ARMS and any(row[text] != earlier[text] for text in ("books", "wikitext")):
+        print(f"{name}: healed anew, so its earlier answers are dropped", file=sys.stderr)
+        return row
+    answers = {key: earlier[key] for key in ("retrieval", "tasks")}
+    return row | answers | {"answered_on": earlier.get("answered_on", earlier["machine"])}
 
 
 def read_page(file: Path) -> dict[str, Any]:
@@ -283,8 +301,7 @@ def write_page(
     """One line a model, and everything beside it as JSON; `before` is the page that was there."""
     made = rows_of(plans, given, found)
     earlier = earlier_rows(before["rows"], given, found, made)
-    # The base and the plans unhealed keep the answers they gave.
-    rows = earlier | {name: earlier.get(name, {}) | row for name, row in made.items()}
+    rows = earlier | {name: with_answers(name, row, earlier.get(name)) for name, row in made.items()}
     order = ["base", *(name for name in rows if name.endswith(UNHEALED)), *ARMS]
     rows = {name: rows[name] for name in order if name in rows}
     long_run = max(before["long_run"], curve_of(given.work / "arms" / LONGEST), key=len)
@@ -295,6 +312,7 @@ def write_page(
         answers=answer_part(rows),
         curve=curve_table(long_run),
         arms=" ".join(name for name in ARMS if name in rows),
+        answering=" ".join(name for name, row in rows.items() if name != "base" and "tasks" in row),
         settings="".join(f" \\\n    --set {shlex.quote(item)}" for item in given.set),
         shared="\n".join(f"- `{key}={value}`" for key, value in SHARED.items()),
     )
@@ -348,13 +366,15 @@ machine with the same settings, are kept.
 
 ```console
 $ python benchmarks/healing_results.py --model MODEL --text TEXT --second-text FILE --wikitext FILE \\
-    --bench-data FOLDER --work FOLDER --arms {arms}{settings}
+    --bench-data FOLDER --work FOLDER \\
+    --arms {arms} \\
+    --answers {answering}{settings}
 ```
 
 Arms named `mixed` heal half on TEXT and half on the second text, in sequences of 256 tokens, so that a step comes every
-256 tokens, with a tenth of the next token's cross entropy beside the KL; the others on TEXT alone, in sequences of 512,
-with the KL alone. All arms have these settings, and each its own, which its name says and the JSON beside this page has
-in full:
+256 tokens, with a tenth of the next token's cross entropy beside the KL (but for `kl-alone`); the others on TEXT alone,
+in sequences of 512, with the KL alone. All arms have these settings, and each its own, which its name says and the JSON
+beside this page has in full:
 
 {shared}
 

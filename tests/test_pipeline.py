@@ -219,7 +219,7 @@ def test_memory_is_looked_at_where_healing_runs(
 ) -> None:
     estimate = Estimate("m", "llama", 4, 10, device, *memory, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
     with pytest.raises(LayerboostError) as caught:
-        check_room(estimate, weights_gib, torch.device(device))
+        check_room(estimate, weights_gib, torch.device(device), "heal less")
     assert str(caught.value).startswith(short)
     fits = Estimate("m", "llama", 4, 10, device, 1.0, 2.0, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
-    check_room(fits, 0.1, torch.device(device))
+    check_room(fits, 0.1, torch.device(device), "heal less")

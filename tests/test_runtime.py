@@ -40,6 +40,7 @@ def test_a_failed_process_does_not_wait_for_its_peers(processes: str, cleaned_up
 def test_a_stage_gives_back_what_it_held_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     release_memory()
     assert emptied == []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -174,8 +174,8 @@ class Serving(BaseModel):
     admission_bytes: int = Field(description="KV bytes vLLM reserves for one request of context_tokens")
     resident_bytes: int = Field(description="KV bytes it holds while it decodes at that length, blocks and padding in")
     requests_ratio: float = Field(description="requests admitted to the same memory, against the base")
-    default_requests_ratio: float = Field(description="the same with vLLM's own settings")
-    prefill_steps: int = Field(description="steps to read a prompt of context_tokens; with vLLM's own settings:")
+    default_requests_ratio: float = Field(description="the same with 2,048 batched tokens, vLLM's least default")
+    prefill_steps: int = Field(description="steps to read a prompt of context_tokens; and with that default:")
     default_prefill_steps: int
     prefill_ms: float | None = Field(None, description="time of these steps, known with plan.costs")
     default_prefill_ms: float | None = None

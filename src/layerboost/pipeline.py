@@ -212,6 +212,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     Raises ConfigError for what cannot work and LayerboostError when memory or disk will not do.
     """
     from layerboost.healing.estimate import estimate_healing
+    from layerboost.healing.training import less_memory
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
@@ -246,15 +247,14 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         healing_hours=healing.hours,
         vllm=vllm,
     )
-    check_room(estimate, weights_gib, runtime.device)
+    check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
     return estimate
 
 
-def check_room(estimate: Estimate, weights_gib: float, device: torch.device) -> None:
-    """Raises LayerboostError when memory or disk will not do."""
-    lower = "lower heal.batch_sequences, set heal.activation_checkpointing: full, or use a smaller model"
+def check_room(estimate: Estimate, weights_gib: float, device: torch.device, advice: str) -> None:
+    """Raises LayerboostError when memory or disk will not do; `advice` is for healing's memory."""
     wants = [
-        (f"memory on {device}", estimate.memory_needed_gib, estimate.memory_free_gib, f"free some, {lower}"),
+        (f"memory on {device}", estimate.memory_needed_gib, estimate.memory_free_gib, f"free some, or {advice}"),
         ("disk", estimate.disk_needed_gib, estimate.disk_free_gib, "free some, or use a smaller model"),
     ]
     if device.type != "cpu":

@@ -29,6 +29,17 @@ def test_chunked_distillation_equals_the_plain_way(
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+def test_the_kl_is_float32_in_autocast() -> None:
+    torch.manual_seed(0)
+    teacher = 5 * torch.randn(20, 300)
+    student = teacher + 0.05 * torch.randn(20, 300)
+    plain = losses._kl_and_slope(student.clone(), teacher.clone(), 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses._kl_and_slope(student.clone(), teacher.clone(), 1.0)
+    for one, other in zip(plain, mixed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_normalized_mse() -> None:
     target = torch.randn(2, 5, 8) * torch.tensor([1.0, 70.0])[:, None, None]
     weights = torch.full((2, 5), 0.1)

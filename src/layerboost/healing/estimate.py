@@ -48,10 +48,13 @@ def estimate_healing(
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
-    # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine.
-    gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
-    sharing = max(world_size(), gpus) if recipe.heal.shard else 1
-    weights = info.parameters * info.bytes_per_element / sharing
+    weights = float(info.parameters)
+    if recipe.heal.shard and runtime.device.type == "cuda":
+        # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine. Embeddings, head
+        # and three layers are whole on each (docs/gpu.md).
+        weights /= world_size() if world_size() > 1 else torch.cuda.device_count()
+        weights += info.parameters - body + 3 * body / layers
+    weights *= info.bytes_per_element
     return HealingEstimate(
         tokens_per_s=round(rate / lora_flops, 1),
         hours=round(seconds / 3600, 2),

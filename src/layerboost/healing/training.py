@@ -200,14 +200,16 @@ def _clean_end(folder: Path, settings: Heal) -> Iterator[None]:
             raise disk_error(folder, OSError(text.splitlines()[0])) from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
             raise
-        lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
-        full = settings.activation_checkpointing == "full"
-        checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
-        raise LayerboostError(
-            "not enough memory to heal",
-            found=(text.splitlines() or [type(error).__name__])[0],
-            do=f"lower {lower} (raise heal.gradient_accumulation to keep the step){checkpointing}",
-        ) from error
+        found = (text.splitlines() or [type(error).__name__])[0]
+        raise LayerboostError("not enough memory to heal", found=found, do=less_memory(settings)) from error
+
+
+def less_memory(settings: Heal) -> str:
+    """What to change so that healing takes less memory."""
+    lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
+    full = settings.activation_checkpointing == "full"
+    checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
+    return f"lower {lower} (raise heal.gradient_accumulation to keep the step){checkpointing}"
 
 
 class _Trainer(Trainer):

@@ -131,12 +131,16 @@ def _memory(plan: PlanFile) -> str:
     """What the serving flags gain and cost."""
     found = plan.serving
     assert found
-    return (
+    text = (
         f"\nvLLM reserves the tokens in flight for every sliding layer. With these flags and `--max-model-len "
-        f"{found.context_tokens}` the same memory admits {found.requests_ratio:.2f} times the base's requests, with "
-        f"vLLM's own settings {found.default_requests_ratio:.2f} times; a prompt of that length is then read in "
-        f"{found.prefill_steps} steps, not {found.default_prefill_steps}.\n"
+        f"{found.context_tokens}` the same memory admits {found.requests_ratio:.2f} times the base's requests"
     )
+    if found.prefill_steps != found.default_prefill_steps:
+        text += (
+            f", with 2,048 batched tokens (vLLM's own on most devices) {found.default_requests_ratio:.2f} times; a "
+            f"prompt of that length is then read in {found.prefill_steps} steps, not {found.default_prefill_steps}"
+        )
+    return f"{text}.\n"
 
 
 def _is_hub_id(name: str) -> bool:

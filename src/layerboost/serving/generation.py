@@ -117,6 +117,7 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
         runs.append((len(batch), np.array(times)))
     duration = sum(times[-1] for _, times in runs)
     sizes = [size for size, _ in runs]
+    tokens = sum(size * len(times) for size, times in runs)
 
     def spread(name: str, values: list[float]) -> dict[str, float]:
         of_requests = np.repeat(values, sizes) * 1e3
@@ -129,9 +130,9 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     found = {
         "completed": load.requests,
         "duration": float(duration),
-        "total_output_tokens": load.tokens,
+        "total_output_tokens": tokens,
         "request_throughput": float(load.requests / duration),
-        "output_throughput": float(load.tokens / duration),
+        "output_throughput": float(tokens / duration),
         **spread("ttft", [times[0] for _, times in runs]),
         **spread("tpot", [(times[-1] - times[0]) / max(len(times) - 1, 1) for _, times in runs]),
         **spread("e2el", [times[-1] for _, times in runs]),

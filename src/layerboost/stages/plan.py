@@ -134,8 +134,8 @@ def _say(plan: PlanFile) -> None:
     found = plan.serving
     if found and found.flags:
         log.info(
-            "vLLM admits %.2f times the base's requests of %d tokens with %s (%.2f times without); such a prompt is "
-            "then read in %d steps, not %d",
+            "vLLM admits %.2f times the base's requests of %d tokens with %s (%.2f times with 2,048 batched tokens); "
+            "such a prompt is then read in %d steps, not %d",
             found.requests_ratio,
             found.context_tokens,
             " ".join(found.flags),
