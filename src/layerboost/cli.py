@@ -17,7 +17,6 @@ import click
 
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
-from layerboost.runtime import is_main_process, leave
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
@@ -93,6 +92,7 @@ def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dic
 def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
     """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
     from layerboost.pipeline import plain
+    from layerboost.runtime import is_main_process
 
     if not is_main_process():
         return
@@ -349,17 +349,15 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        kinds = ("none", "sliding", "sink")
         found = {
-            name: {kind: kind in family.supports for kind in kinds} | {"vllm": family.vllm}
+            name: {kind: kind in family.supports for kind in ("none", "sliding", "sink")} | {"vllm": family.vllm}
             for name, family in FAMILIES.items()
         }
         show(found, as_json, tables.supported_rows)
         return
     from layerboost.recipe import RECIPES
 
-    paths = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
-    show(paths, as_json, lambda recipes: [["recipe", "file"], *map(list, recipes.items())])
+    show({file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}, as_json, tables.recipe_rows)
 
 
 def main() -> None:
@@ -390,6 +388,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    from layerboost.runtime import leave
+
     if os.environ.get("LAYERBOOST_DEBUG"):
         traceback.print_exc()
     click.echo(f"layerboost: {message}", err=True)

@@ -88,6 +88,11 @@ def decoded_rows(sweep: dict[str, Any]) -> Rows:
     return [head, *body]
 
 
+def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:
+    """One row a recipe that comes with layerboost, and its file."""
+    return [["recipe", "file"], *map(list, recipes.items())]
+
+
 def supported_rows(families: dict[str, dict[str, Any]]) -> Rows:
     """What each family supports."""
     kinds = [key for key in next(iter(families.values())) if key != "vllm"]
