@@ -180,6 +180,16 @@ class Serving(BaseModel):
     prefill_ms: float | None = Field(None, description="time of these steps, known with plan.costs")
     default_prefill_ms: float | None = None
 
+    @property
+    def against_default(self) -> str:
+        """What vLLM's least default admits and costs, as the end of a sentence; nothing if the flags say the same."""
+        if self.prefill_steps == self.default_prefill_steps:
+            return ""
+        return (
+            f", with 2,048 batched tokens (vLLM's own on most devices) {self.default_requests_ratio:.2f} times; a "
+            f"prompt of that length is then read in {self.prefill_steps} steps, not {self.default_prefill_steps}"
+        )
+
 
 class PlanFile(Artifact):
     """`plan.yaml`: one line a layer; a person may edit it."""

@@ -131,16 +131,11 @@ def _memory(plan: PlanFile) -> str:
     """What the serving flags gain and cost."""
     found = plan.serving
     assert found
-    text = (
+    return (
         f"\nvLLM reserves the tokens in flight for every sliding layer. With these flags and `--max-model-len "
         f"{found.context_tokens}` the same memory admits {found.requests_ratio:.2f} times the base's requests"
+        f"{found.against_default}.\n"
     )
-    if found.prefill_steps != found.default_prefill_steps:
-        text += (
-            f", with 2,048 batched tokens (vLLM's own on most devices) {found.default_requests_ratio:.2f} times; a "
-            f"prompt of that length is then read in {found.prefill_steps} steps, not {found.default_prefill_steps}"
-        )
-    return f"{text}.\n"
 
 
 def _is_hub_id(name: str) -> bool:

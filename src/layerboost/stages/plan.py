@@ -134,14 +134,11 @@ def _say(plan: PlanFile) -> None:
     found = plan.serving
     if found and found.flags:
         log.info(
-            "vLLM admits %.2f times the base's requests of %d tokens with %s (%.2f times with 2,048 batched tokens); "
-            "such a prompt is then read in %d steps, not %d",
+            "with %s vLLM admits %.2f times the base's requests of %d tokens%s",
+            " ".join(found.flags),
             found.requests_ratio,
             found.context_tokens,
-            " ".join(found.flags),
-            found.default_requests_ratio,
-            found.prefill_steps,
-            found.default_prefill_steps,
+            found.against_default,
         )
 
 
