@@ -68,7 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-rank-16": arm(50_000, **{"heal.lora_rank": 16, "heal.lr": 1e-3}),
     "50k-two-sequences-a-step": arm(50_000, **{"heal.batch_sequences": 2}),
     "50k-without-retrieval": arm(50_000, **{"heal.retrieval_share": 0}),
-    "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 1000}),
+    "50k-self": arm(50_000, **{"text.source": "self", "text.self_samples": 350}),
     "1M": arm(1_000_000),
 }
 LONGEST = "1M"
@@ -113,7 +113,7 @@ def main() -> None:
         "--answers", nargs="*", default=HEADLINE, help="models that answer retrieval prompts and tasks; none: nobody"
     )
     given = parser.parse_args()
-    mixed = [name for name in given.arms if ARMS[name]["set"].get("text.source") == MIXTURE]
+    mixed = [name for name in given.arms if is_mixed(name)]
     if mixed and not given.second_text:
         parser.error(f"{', '.join(mixed)} need --second-text")
     before = read_page(given.page.with_suffix(".json"))
@@ -125,6 +125,11 @@ def main() -> None:
     if given.heal_only:
         return
     write_page(plans, given, evaluate(plans, given), before)
+
+
+def is_mixed(model: str) -> bool:
+    """Whether an arm heals on the second text too; an unhealed model is no arm."""
+    return model in ARMS and ARMS[model]["set"].get("text.source") == MIXTURE
 
 
 def layerboost(command: str, run: Path, *arguments: str, own: dict[str, Any] | None = None) -> None:
@@ -139,25 +144,35 @@ def settings(values: dict[str, Any]) -> list[str]:
 
 
 def prepare(plan: str, given: argparse.Namespace) -> Path:
-    """The run folder of a plan up to the converted model; the sensitivities are measured once."""
+    """The run folder of a plan up to the converted model. A plan that lies beside the page is taken from there, others
+    are made, from sensitivities measured once, and laid there.
+    """
     run = given.work / "plans" / plan
-    measured = given.work / "measured"
+    kept = given.page.parent / "plans" / f"{plan}.yaml"
+    if kept.is_file() and not (run / PLAN).is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, run / PLAN)
     if (run / PLAN).is_file():
         found = read_plan(run / PLAN).settings
         changed = [key for key, value in PLANS[plan].items() if found.get(key.removeprefix("plan.")) != value]
         if changed:
-            sys.exit(f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder")
-    if not (run / CONVERTED / PLAN).is_file():
+            sys.exit(
+                f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder and --page"
+            )
+    else:
+        measured = given.work / "measured"
         layerboost("measure", measured, given.model, "--text", given.text, own={"measure.windows": "[64]"})
         run.mkdir(parents=True, exist_ok=True)
-        for file in ("sensitivity.json", "recipe.yaml"):
-            shutil.copy(measured / file, run / file)
-        layerboost("plan", run, own=PLANS[plan])
-        if "no-sinks" in plan:
-            made = read_plan(run / PLAN)
-            layers = [entry.model_copy(update={"sink": False}) for entry in made.layers]
-            write_plan(run / PLAN, made.model_copy(update={"layers": layers}))
-        layerboost("convert", run)
+        shutil.copy(measured / "sensitivity.json", run / "sensitivity.json")
+        layerboost("plan", run, given.model, "--text", given.text, own=PLANS[plan])
+    made = read_plan(run / PLAN)
+    if "no-sinks" in plan:
+        made = made.model_copy(update={"layers": [entry.model_copy(update={"sink": False}) for entry in made.layers]})
+        write_plan(run / PLAN, made)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_plan(kept, made)
+    if not (run / CONVERTED / PLAN).is_file():
+        layerboost("convert", run, given.model, "--text", given.text)
     return run
 
 
@@ -172,7 +187,7 @@ def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
         (run / CONVERTED).symlink_to((plan / CONVERTED).absolute(), target_is_directory=True)
         shutil.copy(plan / PLAN, run / PLAN)
     own = dict(ARMS[name]["set"])
-    if own.get("text.source") == MIXTURE:
+    if is_mixed(name):
         own["text.source"] = f"{{{given.text}: 0.5, {given.second_text}: 0.5}}"
     layerboost("heal", run, own=own)
 
@@ -234,8 +249,7 @@ def plan_of(model: str) -> str:
 def made_with(model: str, given: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for two rows to stand on one page; the second text only where it is given."""
     arm = ARMS.get(model)
-    mixed = arm is not None and arm["set"].get("text.source") == MIXTURE and given.second_text
-    second = {"second_text": file_hash(Path(given.second_text))} if mixed else {}
+    second = {"second_text": file_hash(Path(given.second_text))} if is_mixed(model) and given.second_text else {}
     return {
         "base": found["books"]["models"]["base"],
         "texts": [found[text]["text"]["fingerprint"] for text in ("books", "wikitext")],

@@ -27,6 +27,7 @@ import torch
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.recipe import Bench, Recipe
+from layerboost.reporting.text import ABSENT, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
@@ -59,16 +60,19 @@ class Model:
 
     info: ModelInfo
     layers: list[LayerPlan]
+    quantised: str | None
 
 
 def described(folder: Path) -> Model:
-    """A checkpoint's plan, or every layer full."""
+    """A checkpoint's plan, or every layer full; how its weights are quantised, if they are."""
+    source = Source(folder.name, folder)
+    config = load_config(source)
+    quantised = (getattr(config, "quantization_config", None) or {}).get("format")
     plan = plan_in(folder)
     if plan is not None:
-        return Model(plan.model, plan.layers)
-    source = Source(folder.name, folder)
-    info = model_info(source, load_config(source), torch.float32 if runs_on_cpu() else torch.bfloat16)
-    return Model(info, [LayerPlan(layer=layer, attention="full") for layer in range(info.layers)])
+        return Model(plan.model, plan.layers, quantised)
+    info = model_info(source, config, torch.float32 if runs_on_cpu() else torch.bfloat16)
+    return Model(info, [LayerPlan(layer=layer, attention="full") for layer in range(info.layers)], quantised)
 
 
 def measured_rates(file: Path) -> Rates:
@@ -101,12 +105,14 @@ def measured_rates(file: Path) -> Rates:
     return rates
 
 
-def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Engine, rates: Rates) -> float:
+def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Engine, rates: Rates) -> float | None:
     """Output tokens a second if nothing took time but this machine's reading and multiplying, all requests in step.
 
     Products with weights take the longer of the two, the KV cache its reading, prefill its FLOPs. As many requests
-    decode at once as the KV memory holds.
+    decode at once as the KV memory holds. None for quantised weights: the rates are of other products.
     """
+    if model.quantised:
+        return None
     known = bench.shared_prefix_tokens
     prompt = known + bench.input_tokens
     held = resident_bytes(model.info, model.layers, prompt + bench.output_tokens, engine)
@@ -172,15 +178,16 @@ def speed_rows(bench: Bench, comparison: Comparison, models: dict[str, Model], r
         for name in models:
             found = at.models[name]
             ratio = at.ratios.get(name, {}).get("output_tokens_per_s")
+            ideal, of_reference = ideals[name], ideals[comparison.reference]
             rows.append(
                 {
                     "concurrency": at.concurrency,
                     "model": name,
                     "metrics": {key: spread.model_dump() for key, spread in found.items()},
                     "ratio": ratio.model_dump() if ratio else None,
-                    "ideal_tokens_per_s": ideals[name],
-                    "ideal_ratio": ideals[name] / ideals[comparison.reference],
-                    "share_of_ideal": found["output_tokens_per_s"].mean / ideals[name],
+                    "ideal_tokens_per_s": ideal,
+                    "ideal_ratio": ideal / of_reference if ideal and of_reference else None,
+                    "share_of_ideal": found["output_tokens_per_s"].mean / ideal if ideal else None,
                 }
             )
     return rows
@@ -226,7 +233,8 @@ def words(model: Model) -> str:
     count = Counter(entry.attention for entry in model.layers)
     found = ", ".join(f"{count[kind]} {kind}" for kind in ("full", "sliding", "none") if count[kind])
     windows, sinks = {entry.window for entry in model.layers if entry.window}, sum(e.sink for e in model.layers)
-    return found + "".join(f"; window {window}, {sinks} sinks" for window in windows)
+    found += "".join(f"; window {window}, {sinks} sinks" for window in windows)
+    return found + (f"; weights {model.quantised}" if model.quantised else "")
 
 
 COLUMNS = {
@@ -248,7 +256,7 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         "Ratios are of output tokens/s in the same round, with the least and the greatest; `ideal` is the roofline's "
         "ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the machine's rates. "
         "A share above 100 % is no error: a prefix that all requests read comes from the CPU's cache, faster than from "
-        "memory.",
+        "memory. Quantised weights have no roofline here: the machine's rates are of unquantised products.",
         "",
     ]
     for name, part in parts.items():
@@ -277,7 +285,8 @@ def speed_table(part: dict[str, Any]) -> list[str]:
     for row in part["speed"]:
         cells = [spread(row["metrics"].get(key)) if key in row["metrics"] else "" for key in COLUMNS]
         speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), spread(row["ratio"])
-        ideal, share = f"{row['ideal_ratio']:.2f}", f"{row['share_of_ideal']:.0%}"
+        ideal = ABSENT if row["ideal_ratio"] is None else f"{row['ideal_ratio']:.2f}"
+        share = ABSENT if row["share_of_ideal"] is None else percent(row["share_of_ideal"], 0)
         lines.append(f"| {' | '.join([str(row['concurrency']), row['model'], speed, ratio, ideal, share, *cells])} |")
     return [*lines, ""]
 

@@ -23,10 +23,12 @@ from layerboost.serving.server import (
     _gpu_bytes,
     check_port,
     check_vllm,
+    cores,
     last_words,
     running_server,
     serve_argv,
     serve_command,
+    vllm_environment,
     with_flags,
 )
 
@@ -103,6 +105,17 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
     assert environment["HF_HUB_OFFLINE"] == "1"
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.serving.server.runs_on_cpu", lambda: True)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    added = vllm_environment()
+    assert added["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, cores()))
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in added, "what the user sets stays"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert int(vllm_environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
