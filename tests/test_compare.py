@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_pipeline import layerboost, write_recipe
 from tiny import save_tiny
 
-from layerboost.artifacts import read_plan
-from layerboost.compare import rows
+from layerboost.artifacts import LayerPlan, PlanFile, read_plan
+from layerboost.compare import Unsuited, check_all_sliding, rows
+from layerboost.model.checkpoint import Source, load_config, model_info
 from layerboost.recipe import load_recipe
 
 ROWS = list(rows(load_recipe([], {})))
@@ -49,8 +51,33 @@ def test_every_plan_is_compared_at_equal_cost_and_goes_on(tmp_path: Path) -> Non
     assert all(f"| {row} | healed |" in page for row in ROWS)
     assert (folder / "comparison.html").stat().st_size < 6_000_000
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    assert json.loads(layerboost("compare", "--run", run, "--json", *changes).stdout) == found
+    # The settings of the first call lie in the run's recipe.
+    assert json.loads(layerboost("compare", "--run", run, "--json").stdout) == found
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
+
+
+@pytest.mark.parametrize(
+    ("family", "sequence_tokens", "sink", "why"),
+    [
+        ("llama", 25, True, "sinks are fitted on text longer than the window of 25"),
+        ("gemma2", 64, False, "layer 0 already slides"),
+        ("llama", 26, True, None),
+        ("llama", 25, False, None),
+    ],
+)
+def test_what_cannot_slide_is_known_before_anything_is_healed(
+    tmp_path: Path, family: str, sequence_tokens: int, sink: bool, why: str | None
+) -> None:
+    source = Source("tiny", save_tiny(tmp_path / "model", family))
+    config = load_config(source)
+    info = model_info(source, config, torch.float32)
+    slides = [LayerPlan(layer=n, attention="sliding", window=25, sink=sink) for n in range(info.layers)]
+    plan = PlanFile(model=info, method="all sliding", layers=slides)
+    if why is None:
+        check_all_sliding(plan, config, sequence_tokens)
+        return
+    with pytest.raises(Unsuited, match=why):
+        check_all_sliding(plan, config, sequence_tokens)
 
 
 def test_without_sensitivities_the_command_that_makes_them_is_named(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def test_command_line_over_yaml_over_default(tmp_path: Path) -> None:
     assert recipe.heal.save_steps == Recipe().heal.save_steps
 
 
+def test_a_setting_that_is_a_mapping_is_replaced_whole(tmp_path: Path) -> None:
+    run, given = tmp_path / "recipe.yaml", tmp_path / "given.yaml"
+    run.write_text("text: {source: {old.jsonl: 0.7, self: 0.3}, sequence_tokens: 64}\n")
+    given.write_text("text: {source: {new.jsonl: 1.0}}\n")
+    text = load_recipe([run, given], {}).text
+    assert (text.sources, text.sequence_tokens) == ({"new.jsonl": 1.0}, 64)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -303,9 +304,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
+
+
 def disk_error(path: Path, error: OSError) -> LayerboostError:
-    """The message for a write that failed."""
-    return LayerboostError(f"cannot write {path}", found=str(error), do="free space or choose another --run folder")
+    """The message for a write that failed; an error without a number is a library's word for a full disk."""
+    full = error.errno is None or error.errno in FULL
+    do = "free space" if full else "make it writable"
+    return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another --run folder")
 
 
 def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:

@@ -27,8 +27,9 @@ from layerboost.evaluation.comparison import average_against
 from layerboost.evaluation.statistics import difference
 from layerboost.evaluation.tasks import BenchTask, load_bench
 from layerboost.healing.training import batch_of_process
-from layerboost.model.checkpoint import open_base
-from layerboost.pipeline import run_stage
+from layerboost.model.checkpoint import load_config, open_base
+from layerboost.model.surgery import check_plan
+from layerboost.pipeline import kept_recipe, only_one_process, run_stage
 from layerboost.recipe import Recipe
 from layerboost.reporting.compared import compared_page
 from layerboost.reporting.comparison import EvalComparison
@@ -61,9 +62,10 @@ def run_compare(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     What an earlier call finished is kept. Writes RUN/compare/comparison.json, comparison.md and comparison.html, and
     returns the first. Raises ConfigError without RUN/sensitivity.json, and what the stages raise; a row whose method
-    has no plan within the budget is left out and named.
+    has no plan within the budget, or none that this model and text allow, is left out and named.
     """
-    with locked(run), recorded(run, "compare", recipe):
+    only_one_process("compare")
+    with locked(run), kept_recipe(recipe, run), recorded(run, "compare", recipe):
         return _compare(recipe, run)
 
 
@@ -72,6 +74,7 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
     measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
     runtime = start_runtime(recipe)
     base = open_base(recipe, run, runtime)
+    config = load_config(base, recipe.trust_remote_code)
     models, left_out = {"base": base.folder}, {}
     _prepare(run, run / FOLDER)  # the evaluation reads it too
     for row, changes in rows(recipe).items():
@@ -83,7 +86,9 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
             write_plan(folder / PLAN, all_sliding(measured, recipe, ALL_SLIDING[row]))
         try:
             run_stage("plan", settings, folder)
-        except InfeasibleBudget as error:
+            if row in ALL_SLIDING:
+                check_all_sliding(read_plan(folder / PLAN), config, recipe.text.sequence_tokens)
+        except (InfeasibleBudget, Unsuited) as error:
             left_out[row] = error.wrong
             log.warning("%s is left out: %s", row, error)
             continue
@@ -118,6 +123,24 @@ def all_sliding(measured: Sensitivity, recipe: Recipe, sink: bool) -> PlanFile:
         LayerPlan(layer=layer, attention="sliding", window=window, sink=sink) for layer in range(measured.model.layers)
     ]
     return PlanFile(model=measured.model, method="all sliding", layers=layers)
+
+
+class Unsuited(ConfigError):
+    """A control that this model or this text does not allow."""
+
+
+def check_all_sliding(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
+    """Raise Unsuited for what `convert` would refuse, which would end the comparison after all other rows."""
+    try:
+        check_plan(config, plan.layers)
+    except ConfigError as error:
+        raise Unsuited(error.wrong, found=error.found, do=error.do) from None
+    if plan.layers[0].sink and plan.window and plan.window >= sequence_tokens:
+        raise Unsuited(
+            f"sinks are fitted on text longer than the window of {plan.window}",
+            found=f"sequences of {sequence_tokens} tokens",
+            do="lower plan.kv_fraction or raise text.sequence_tokens",
+        )
 
 
 def _row_recipe(recipe: Recipe, base: Path, changes: Mapping[str, Any]) -> Recipe:

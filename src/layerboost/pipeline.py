@@ -12,13 +12,24 @@ from typing import TYPE_CHECKING, Any
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
-from layerboost.runtime import Runtime, is_main_process, locked, log, recorded, release_memory, start_runtime
+from layerboost.runtime import (
+    Runtime,
+    is_main_process,
+    locked,
+    log,
+    recorded,
+    release_memory,
+    start_runtime,
+    world_size,
+)
 
 if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
 RECIPE = "recipe.yaml"
+# Stages that torchrun's processes share.
+SPREAD = ("measure", "heal")
 
 
 def measure(recipe: Recipe, run: Path, compare: Sequence[Path] = ()) -> Any:
@@ -89,12 +100,27 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
-    """Run one stage and note the attempt in run.json. Returns what the stage returns."""
+    """Run one stage and note the attempt in run.json. Returns what the stage returns.
+
+    Raises ConfigError under torchrun for a stage that one process must run, besides what the stage raises.
+    """
+    if name not in SPREAD:
+        only_one_process(name)
     with locked(run), kept_recipe(recipe, run), recorded(run, name, recipe):
         try:
             return STAGES[name](recipe, run, **options)
         finally:
             release_memory()
+
+
+def only_one_process(command: str) -> None:
+    """Raise ConfigError under torchrun: every process would write the same files."""
+    if world_size() > 1:
+        raise ConfigError(
+            f"layerboost {command} does not run under torchrun",
+            found=f"{world_size()} processes",
+            do=f"start torchrun for {' and '.join(SPREAD)} alone, and the other stages without it",
+        )
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:
@@ -104,6 +130,7 @@ def run_all(recipe: Recipe, run: Path) -> Any:
     """
     from layerboost.healing.training import batch_of_process
 
+    only_one_process("run")
     if not finished(recipe, run):
         if not (run / HEALED / PLAN).is_file():
             batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
@@ -205,25 +232,35 @@ class Estimate:
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
-    """Recipe, model, text, tasks, vLLM, port, memory and disk, without loading a weight.
+    """Recipe, model, text, tasks, further checkpoints, vLLM, port, memory and disk, without loading a weight.
 
     Memory is that of healing, the hungriest stage, on its device, the adapters with their optimizer left out; beside a
     GPU the host must hold the model once, to merge it. Speed is worked out from this machine's matrix product.
     Raises ConfigError for what cannot work and LayerboostError when memory or disk will not do.
     """
     from layerboost.healing.estimate import estimate_healing
-    from layerboost.healing.training import less_memory
+    from layerboost.healing.training import check_report_to, less_memory
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
+    from layerboost.model.integrity import check_checkpoint
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
+    from layerboost.stages.plan import validate_plan
+    from layerboost.text import is_local, load_tokens
 
     validate_measure(recipe)
+    validate_plan(recipe)
+    check_report_to(recipe.heal.report_to)
     runtime = start_runtime(recipe)
     source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
+    if all(map(is_local, recipe.text.sources)):
+        load_tokens(recipe.text, tokenizer, "train", max(recipe.heal.attention_tokens, recipe.heal.tokens))
+    for folder in {*recipe.evaluate.checkpoints.values(), *recipe.bench.checkpoints.values()}:
+        if not Path(folder).absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
+            check_checkpoint(Path(folder))
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)

@@ -335,9 +335,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
+    """Settings one by one; one that is itself a mapping (weighted texts, checkpoints) is replaced, as by --set."""
     for key, value in source.items():
         if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
+            target[key] |= value
         else:
             target[key] = value
 

@@ -133,6 +133,11 @@ def read_documents(source: str, column: str, run: Path | None = None) -> Iterato
     return _hub(source, column)
 
 
+def is_local(source: str) -> bool:
+    """Whether a source lies on this disk, and so has an end that is soon found."""
+    return source.startswith("package:") or Path(source).expanduser().exists()
+
+
 def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
     """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; goes on where a killed run stopped.
 

@@ -63,6 +63,18 @@ def test_items_that_never_differ_still_leave_room() -> None:
     assert difference([0.0] * 50)["high"] == 0
 
 
+def test_one_item_that_differs_proves_no_more_than_none() -> None:
+    gained = accuracies(60, 0, 1)
+    found = difference(gained, right_or_wrong=True)
+    assert found["at_least"] == found["low"] == pytest.approx(1 / 60 - 3.69 / 60)
+    assert found["detectable"] >= 3.69 / 60
+    none = accuracies(60, 0, 0)
+    assert average_difference([gained, none, none])["at_least"] == pytest.approx(1 / 180 - 3.69 / 180)
+    # Where many differ, the bootstrap says more than the items unseen.
+    many = accuracies(1000, 80, 50)
+    assert difference(many, right_or_wrong=True) == difference(many)
+
+
 def test_the_average_weighs_tasks_alike() -> None:
     small, large = accuracies(100, 10, 0), accuracies(2000, 0, 100)
     found = average_difference([small, large])

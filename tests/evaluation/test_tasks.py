@@ -178,6 +178,7 @@ def test_a_broken_task_file_is_one_message(bench: Path, tmp_path: Path) -> None:
         ("task: [", "ParserError"),
         ("dataset_path: json", "its key `task` must be a name"),
         (whole.replace("task: own", "task: a/b"), "its key `task` must be a name"),
+        (whole.replace("task: own", "task: text"), "a name other than text, positions, retrieval"),
         (whole.replace("piqa.jsonl", "gone.jsonl"), "gone.jsonl"),
         (whole.replace("aggregation: mean", "aggregation: perplexity"), "no score for each item"),
     ):

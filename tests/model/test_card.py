@@ -41,6 +41,7 @@ def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(LLAMA)
     (tmp_path / "LICENSE.txt").touch()
     (tmp_path / "Notice").touch()
+    (tmp_path / "LICENSES").mkdir()
     (tmp_path / "config.json").touch()
     origin = origin_of(tmp_path, "meta-llama/Llama-3.2-1B", Card(license="mit", base_model="some/other"))
     card = ModelCard(model_card(PLAN, origin))

@@ -103,6 +103,16 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
     assert argv[1:5] == ["serve", str(folder), "--port", str(free_port)]
     assert argv.count("--dtype") == 1
     assert environment["HF_HUB_OFFLINE"] == "1"
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        # The port that vLLM will take is looked at, and no other.
+        with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
+            serve_argv(folder, free_port, ("--port", str(port)))
+        argv, _ = serve_argv(folder, port, (f"--port={free_port}",))
+        assert argv[3:] != ["--port", str(port)]
+        assert str(port) not in argv
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
 

@@ -15,7 +15,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.search.memory import CPU_ENGINE, serving
 from layerboost.serving.results import Comparison, Measurement
-from layerboost.stages.bench import _checked, _opened, run_bench, validate_bench
+from layerboost.stages.bench import _checked, _opened, run_bench
 from layerboost.tables import decoded_rows
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -41,9 +41,14 @@ def recipe(**changes: Any) -> Recipe:
     return parse_recipe({"bench": {**small, **changes}}, "test")
 
 
+def opened(asked: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> Comparison:
+    """What `run_bench` finds out before it serves anything."""
+    return _opened(_checked(asked, run, models, decode_sweep))
+
+
 def finish(run: Path, asked: Recipe, models: dict[str, Path]) -> Comparison:
     """Write what a finished run leaves behind."""
-    comparison = _opened(_checked(asked, run, models, False))
+    comparison = opened(asked, run, models)
     for name in models:
         for concurrency in asked.bench.concurrency:
             file = f"{name}-c{concurrency}-r0.json"
@@ -78,7 +83,7 @@ def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]
 def test_a_lost_result_is_measured_again(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     (tmp_path / "bench" / "base-c2-r0.json").unlink()
-    left = _opened(_checked(recipe(), tmp_path, models, False))
+    left = opened(recipe(), tmp_path, models)
     assert [entry.file for entry in left.measurements] == ["base-c1-r0.json", "healed-c1-r0.json", "healed-c2-r0.json"]
 
 
@@ -86,7 +91,7 @@ def test_a_lost_result_is_measured_again(tmp_path: Path, models: dict[str, Path]
 def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     with pytest.raises(ConfigError, match=r"bench\.requests_per_concurrency was 1\.0, is 3\.0") as raised:
-        validate_bench(recipe(requests_per_concurrency=3), tmp_path, models)
+        opened(recipe(requests_per_concurrency=3), tmp_path, models)
     assert "--run" in str(raised.value)
     assert str(tmp_path / "bench") in str(raised.value)
 
@@ -102,8 +107,8 @@ def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, 
 @needs_vllm
 def test_requests_must_fit_the_context(tmp_path: Path, models: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="base has a context of 64 tokens"):
-        validate_bench(recipe(input_tokens=57), tmp_path, models)
-    validate_bench(recipe(input_tokens=56), tmp_path, models)
+        opened(recipe(input_tokens=57), tmp_path, models)
+    opened(recipe(input_tokens=56), tmp_path, models)
 
 
 @needs_vllm
@@ -113,7 +118,7 @@ def test_a_taken_port_is_refused(tmp_path: Path, models: dict[str, Path]) -> Non
         taken.listen()
         asked = recipe(port=taken.getsockname()[1])
         with pytest.raises(ConfigError, match="another process listens there"):
-            validate_bench(asked, tmp_path, models)
+            opened(asked, tmp_path, models)
 
 
 @needs_vllm
@@ -122,7 +127,7 @@ def test_a_truncated_comparison_is_refused(tmp_path: Path, models: dict[str, Pat
     file = tmp_path / "bench" / "comparison.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(ConfigError, match="not a valid Comparison"):
-        validate_bench(recipe(), tmp_path, models)
+        opened(recipe(), tmp_path, models)
 
 
 def advise(folder: Path, *flags: str) -> None:
@@ -149,7 +154,7 @@ def test_every_model_is_served_with_the_flags_of_the_plan(tmp_path: Path, models
     assert _checked(asked, tmp_path, other, False).bench == job.bench
     advise(other["other"], "--max-num-batched-tokens", "128")
     with pytest.raises(ConfigError, match=r"healed: --max-num-batched-tokens 64 .*other: --max-num-batched-tokens 128"):
-        validate_bench(asked, tmp_path, other)
+        opened(asked, tmp_path, other)
 
 
 @needs_vllm
@@ -171,7 +176,7 @@ def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
     assert found["settings"]["engine"] == "transformers"
     assert run_bench(asked, tmp_path, models) == found
     with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
-        validate_bench(recipe(engine="transformers", output_tokens=9), tmp_path, models)
+        opened(recipe(engine="transformers", output_tokens=9), tmp_path, models)
 
 
 def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
@@ -204,4 +209,12 @@ def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
 def test_engines_are_not_mixed(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
     with pytest.raises(ConfigError, match=r"bench\.engine was 'vllm', is 'transformers'"):
-        validate_bench(recipe(engine="transformers"), tmp_path, models)
+        opened(recipe(engine="transformers"), tmp_path, models)
+
+
+def test_what_transformers_computes_in_is_not_mixed(tmp_path: Path, models: dict[str, Path]) -> None:
+    asked = recipe(engine="transformers")
+    finish(tmp_path, asked, models)
+    assert opened(asked, tmp_path, models).environment["dtype"] == "float32"
+    with pytest.raises(ConfigError, match=r"dtype was 'float32', is 'bfloat16'"):
+        opened(asked.model_copy(update={"dtype": "bfloat16"}), tmp_path, models)

@@ -86,6 +86,9 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     with pytest.raises(ConfigError, match="begun with other settings") as caught:
         run_stage("heal", recipe_of(converted, attention_tokens=0, lr=1e-4, lora_rank=4), run)
     assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
+    half = recipe_of(converted, attention_tokens=0).model_copy(update={"dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match="dtype differs"):
+        run_stage("heal", half, run)
     with pytest.raises(ConfigError, match="unfinished healing"):
         run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
     smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}

@@ -35,14 +35,21 @@ def resampled_means(values: Sequence[float]) -> Means:
 
 def difference(values: Sequence[float], right_or_wrong: bool = False) -> dict[str, float]:
     """What paired differences, one an item, show: see `_described`. `right_or_wrong`: of scores that are 0 or 1."""
-    found = mean_and_error(values)
-    if found["standard_error"] == 0 and right_or_wrong:
-        # No item differs, which does not bound what others would show: had a share of 3.69 / n of all items differed,
-        # one of these n would have, with 97.5 % probability.
-        reach = min(1.0, UNSEEN_ITEMS / len(values))
-        low, high = found["mean"] - reach, found["mean"] + reach
-        return found | {"low": low, "high": high, "at_least": low, "detectable": reach}
-    return _described(found, resampled_means(values))
+    found = _described(mean_and_error(values), resampled_means(values))
+    return _widened(found, len(values)) if right_or_wrong else found
+
+
+def average_difference(tasks: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The mean over tasks of their mean paired differences of right and wrong; each task is resampled on its own."""
+    singles = [mean_and_error(values) for values in tasks]
+    found = {
+        "mean": fmean(single["mean"] for single in singles),
+        "standard_error": sum(single["standard_error"] ** 2 for single in singles) ** 0.5 / len(singles),
+    }
+    # Shuffled, since every task draws from the same generator.
+    draw = np.random.default_rng(1)
+    means = np.mean([draw.permutation(resampled_means(values)) for values in tasks], axis=0)
+    return _widened(_described(found, means), sum(map(len, tasks)))
 
 
 def _described(found: dict[str, float], means: Means) -> dict[str, float]:
@@ -60,18 +67,18 @@ def _described(found: dict[str, float], means: Means) -> dict[str, float]:
     }
 
 
-def average_difference(tasks: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The mean over tasks of their mean paired differences; each task is resampled on its own."""
-    singles = [mean_and_error(values) for values in tasks]
-    found = {
-        "mean": fmean(single["mean"] for single in singles),
-        "standard_error": sum(single["standard_error"] ** 2 for single in singles) ** 0.5 / len(singles),
+def _widened(found: dict[str, float], items: int) -> dict[str, float]:
+    """No bound nearer to the mean than what `items` cannot see: a bootstrap knows nothing of items that differ in a way
+    that none here does. Had a share of 3.69 / n of all items, one of n would have, with 97.5 % probability.
+    """
+    reach = min(1.0, UNSEEN_ITEMS / items)
+    low, high = found["mean"] - reach, found["mean"] + reach
+    return found | {
+        "low": min(found["low"], low),
+        "high": max(found["high"], high),
+        "at_least": min(found["at_least"], low),
+        "detectable": max(found["detectable"], reach),
     }
-    if found["standard_error"] == 0:
-        return difference([value for values in tasks for value in values], right_or_wrong=True)
-    # Shuffled, since every task draws from the same generator.
-    draw = np.random.default_rng(1)
-    return _described(found, np.mean([draw.permutation(resampled_means(values)) for values in tasks], axis=0))
 
 
 def paired(base: Mapping[Any, float], changed: Mapping[Any, float]) -> list[float]:

@@ -21,6 +21,8 @@ from layerboost.runtime import log
 # What papers report; every other task is read by its accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
+# Results of these names are the text's and the retrieval prompts'.
+TAKEN = ("text", "positions", "retrieval")
 # More of them are no faster on a CPU.
 MOST_ITEMS_CPU = 16
 
@@ -317,8 +319,8 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
     try:
         config = load_yaml(file)
         name = str(config.get("task"))
-        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str):
-            raise ValueError(f"its key `task` must be a name, not {config.get('task')!r}")
+        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str) or name in TAKEN:
+            raise ValueError(f"its key `task` must be a name other than {', '.join(TAKEN)}, not {config.get('task')!r}")
         loaded = TaskManager(include_defaults=False).load([config])
         return _ready(name, loaded, limit, made_from=file.read_text())
     except ConfigError:

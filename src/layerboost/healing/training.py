@@ -19,7 +19,7 @@ from torch.distributed import ReduceOp
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from layerboost.artifacts import disk_error
+from layerboost.artifacts import DISK_ERRORS, disk_error
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import Metrics
@@ -116,7 +116,7 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
         raise ConfigError(
             "heal.shard shares the model out among the processes of torchrun",
             found="one process",
-            do="start it with torchrun (docs/gpu.md has the command), or --set heal.shard=false",
+            do="start `layerboost heal` with torchrun (docs/gpu.md has the commands), or --set heal.shard=false",
         )
     if accumulation % processes == 0:
         return batch, accumulation // processes
@@ -192,8 +192,12 @@ def _clean_end(folder: Path, settings: Heal) -> Iterator[None]:
     """Say what to do when memory or the disk ends a run; its last complete checkpoint stays."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:  # what safetensors makes of a full disk
         raise disk_error(folder, OSError(str(error))) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:  # a tracker's network, say
+            raise
+        raise disk_error(folder, error) from error
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if "PytorchStreamWriter" in text:

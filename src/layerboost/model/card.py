@@ -43,8 +43,13 @@ def origin_of(folder: Path, name: str, settings: Card) -> Origin:
     licence = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
     if not licence and settings.license:
         licence = {"license": settings.license}
-    files = (found for found in sorted(folder.iterdir()) if found.name.upper().startswith(LICENCE_FILES))
-    return Origin(name if _is_hub_id(name) else settings.base_model, tuple(licence.items()), tuple(files))
+    return Origin(name if _is_hub_id(name) else settings.base_model, tuple(licence.items()), licence_files(folder))
+
+
+def licence_files(folder: Path) -> tuple[Path, ...]:
+    """Files beside the weights that must travel with them."""
+    named = (found for found in sorted(folder.iterdir()) if found.name.upper().startswith(LICENCE_FILES))
+    return tuple(found for found in named if found.is_file())
 
 
 def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:

@@ -28,7 +28,16 @@ from layerboost.artifacts import (
 )
 from layerboost.errors import ConfigError
 from layerboost.model import attention, families, modeling
-from layerboost.model.card import CARD, LICENCE_FILES, UNKNOWN, Origin, front_matter, licence_sentence, model_card
+from layerboost.model.card import (
+    CARD,
+    LICENCE_FILES,
+    UNKNOWN,
+    Origin,
+    front_matter,
+    licence_files,
+    licence_sentence,
+    model_card,
+)
 from layerboost.model.integrity import check_checkpoint, first_line, read_config
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
@@ -185,6 +194,8 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(_base_card(source))
+        for file in licence_files(source.folder):
+            shutil.copy(file, folder)
         (folder / "layerboost_source.txt").write_text(f"{source.name}\n{model_fingerprint(source)}\n")
     return Source(source.name, (run / BASE).absolute())
 
@@ -294,7 +305,8 @@ def _hub_folder(name: str) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
     patterns += [CARD, *(f"{name}*" for name in LICENCE_FILES)]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # Some Mistral repositories hold the weights a second time, in one file of Mistral's own format.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"no model {name!r}: neither a directory, a GGUF file nor a Hub id that can be reached",

@@ -146,7 +146,8 @@ def _told(server: Server, load: Load, before: dict[str, float], usage_peak: floa
 
 
 def warm_up(server: Server, bench: Bench) -> None:
-    """Send a few requests as long as the measured ones, so that none of those pays for first-time work."""
+    """Send a few requests as long as the measured ones are beyond a shared prefix, so that none of those pays for
+    first-time work."""
 
     def send(start: int) -> None:
         # Low token ids exist in every vocabulary; the prompts differ so that none is a prefix of another.

@@ -124,9 +124,10 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
-    check_port(port, host="")
+    given = re.findall(r"--port[ =](\d+)", " ".join(extra))
+    check_port(int(given[-1]) if given else port, host="")
     flags = with_flags(extra, advised_flags(folder))
-    argv = [*vllm_command(), "serve", str(folder.absolute()), "--port", str(port)]
+    argv = [*vllm_command(), "serve", str(folder.absolute()), *_unless_given(extra, "--port", str(port))]
     return [*argv, *_device_arguments(flags), *flags], vllm_environment()
 
 

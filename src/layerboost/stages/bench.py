@@ -13,7 +13,7 @@ from layerboost.artifacts import file_hash, fingerprint, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
-from layerboost.runtime import Progress, log
+from layerboost.runtime import Progress, log, start_runtime
 from layerboost.serving.benchmark import Load, run_benchmark, warm_up
 from layerboost.serving.generation import run_generation
 from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
@@ -81,22 +81,15 @@ class Job:
         return f"{name}-{f'decode{point[1]}' if point[1] else f'c{point[0]}'}-r{repeat}"
 
 
-def validate_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> None:
-    """Find out in a moment what would otherwise fail after minutes; raises ConfigError.
-
-    Checks that the engine is there, the port free, every model directory whole, its context long enough, and that
-    results in the run folder are of the same settings and models.
-    """
-    _opened(_checked(recipe, run, models, decode_sweep))
-
-
 def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:
     """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; returns the comparison.
 
     In each round every model gets a fresh server, warmed up. vLLM's JSON goes to
     `{model}-c{concurrency}-r{repeat}.json`, ours to `comparison.json`. With `decode_sweep` it is lengths instead of
     concurrencies, and `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on
-    where it stopped. Raises ConfigError as `validate_bench` does, LayerboostError when a server or a request fails.
+    where it stopped. Raises ConfigError before anything is served where the engine is missing, the port taken, a model
+    not whole or its context too short, or the results there are of other settings or models; LayerboostError when a
+    server or a request fails.
     """
     job = _checked(recipe, run, models, decode_sweep)
     comparison = _opened(job)
@@ -222,10 +215,16 @@ def _opened(job: Job) -> Comparison:
     """The comparison so far, or an empty one; raises ConfigError when it is of something else."""
     engine, bench = job.bench.engine, job.bench
     of_other = (OF_LOAD if job.decode_sweep else OF_SWEEP) | (OF_VLLM if engine == "transformers" else set())
-    version = check_vllm() if engine == "vllm" else importlib.metadata.version("transformers")
+    if engine == "vllm":
+        runs_on = {"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator"}
+    else:
+        runtime = start_runtime(job.recipe)
+        dtype = str(runtime.dtype).removeprefix("torch.")
+        version = importlib.metadata.version("transformers")
+        runs_on = {"transformers": version, "device": runtime.device.type, "dtype": dtype}
     new = Comparison(
         settings={**bench.model_dump(mode="json", exclude={"checkpoints", *of_other}), "seed": job.recipe.seed},
-        environment={engine: version, "device": "cpu" if runs_on_cpu() else "accelerator", "cores": len(cores())},
+        environment={**runs_on, "cores": len(cores())},
         models={name: file_hash(folder / "config.json") for name, folder in job.models.items()},
         reference=BASE if BASE in job.models else next(iter(job.models)),
     )

@@ -38,6 +38,7 @@ from layerboost.model.checkpoint import (
     load_tokenizer,
     model_fingerprint,
 )
+from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
@@ -71,8 +72,8 @@ def _check_settings(recipe: Recipe, context_tokens: int) -> None:
 def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime: Runtime) -> dict[str, Any]:
     """Evaluate `models` (directories by name, `base` among them) and write RUN/eval/comparison.json; returns it.
 
-    Results already in RUN/eval are kept. Besides the base, one model at a time is in memory. Raises ConfigError for
-    settings, data and models that cannot be used, and for results in RUN/eval that were made from others.
+    Results already in RUN/eval are kept. One model at a time is in memory, beside the head of the base. Raises
+    ConfigError for settings, data and models that cannot be used, and for results in RUN/eval made from others.
     """
     if BASE not in models:
         raise ConfigError("nothing to compare with: no model is named base", found=", ".join(models))
@@ -147,6 +148,14 @@ class _Work:
         with _progress("held-out text: base", self.batches) as progress:
             return hidden_states(self.base, self.batches, progress.advance)
 
+    def free_base(self, compares_text: bool) -> None:
+        """A device need not hold two models: text is compared with the base's hidden states by its head alone."""
+        if compares_text:
+            assert self.base_hidden
+            del decoder_layers(self.base)[:]
+        elif "base_hidden" not in self.__dict__:
+            self.__dict__.pop("base", None)
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -220,7 +229,9 @@ def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None
         if not missing:
             log.info("%s: results are there already", name)
             continue
-        model = work.base if name == BASE else load_model(source, work.runtime, work.recipe.trust_remote_code)
+        if name != BASE:
+            work.free_base(any(job.file == _text_file(name) for job in missing))
+        model = load_model(source, work.runtime, work.recipe.trust_remote_code) if name != BASE else work.base
         for job in missing:
             results.save(job.file, job.make(model))
         del model  # before the next one is loaded
@@ -235,9 +246,8 @@ def _text_losses(work: _Work, name: str, model: PreTrainedModel) -> str:
     if name == BASE:
         losses = base_losses(model, work.batches, work.base_hidden)
     else:
-        hidden = work.base_hidden
         with _progress(f"held-out text: {name}", work.batches) as progress:
-            losses = changed_losses(work.base, hidden, model, work.batches, progress.advance)
+            losses = changed_losses(work.base, work.base_hidden, model, work.batches, progress.advance)
     nll = float(losses.nll.mean())
     log.info("%s: perplexity %.3f, KL %.4f", name, math.exp(nll), float(losses.kl.mean()))
     return json.dumps({"schema_version": 1, "nll": losses.nll.tolist(), "kl": losses.kl.tolist()}, indent=1)

@@ -49,7 +49,8 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     """
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
-    identity = heal_identity(recipe, plan)
+    runtime = start_runtime(recipe)
+    identity = heal_identity(recipe, plan, runtime)
     if healed_from(run / HEALED) == fingerprint(identity) and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
@@ -57,7 +58,6 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     check_checkpoint(run / CONVERTED)
     check_report_to(recipe.heal.report_to)
     batch_of_process(recipe.heal)
-    runtime = start_runtime(recipe)
     with main_process_first():
         source = open_base(recipe, run, runtime)
         tokenizer = load_tokenizer(source, recipe.trust_remote_code)
@@ -156,7 +156,7 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runti
     return pair
 
 
-def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
+def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
     """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
@@ -164,7 +164,9 @@ def heal_identity(recipe: Recipe, plan: PlanFile) -> dict[str, Any]:
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
     )
     text = recipe.text.model_dump(mode="json")
-    return {"schema_version": 1, "plan": plan.hash(), "seed": recipe.seed, "heal": settings, "text": text}
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    of_plan = {"schema_version": 1, "plan": plan.hash(), "seed": recipe.seed, "dtype": dtype}
+    return {**of_plan, "heal": settings, "text": text}
 
 
 def healed_from(folder: Path) -> str | None:
@@ -186,7 +188,7 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
             for key, value in identity[section].items()
             if there[section].get(key) != value
         ]
-        changed += [f"{key} differs" for key in ("plan", "seed") if there[key] != identity[key]]
+        changed += [f"{key} differs" for key in ("plan", "seed", "dtype") if there.get(key) != identity[key]]
         raise ConfigError(
             f"{work} was begun with other settings",
             found="; ".join(changed),

@@ -31,6 +31,30 @@ from layerboost.sensitivity.calibration import open_measured
 from layerboost.serving.server import runs_on_cpu
 
 
+def validate_plan(recipe: Recipe) -> None:
+    """Raise ConfigError for a plan that needs what measuring by the same recipe would not give it."""
+    settings, measure = recipe.plan, recipe.measure
+    asked = {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
+    for metric, there, key in (
+        ("retrieval", measure.retrieval_prompts, "measure.retrieval_prompts"),
+        ("benchmark", measure.tasks, "measure.tasks"),
+    ):
+        if metric in asked and not there:
+            raise ConfigError(
+                f"the plan needs {metric}, which is not measured",
+                found=f"no {key}",
+                do=f"set {key}, or plan without it",
+            )
+    if settings.window and settings.window not in measure.windows:
+        raise ConfigError(
+            f"plan.window {settings.window} is not measured",
+            found=f"measure.windows {', '.join(map(str, measure.windows))}",
+            do="choose one of them, or add it there",
+        )
+    if settings.costs and not Path(settings.costs).is_file():
+        raise ConfigError(f"plan.costs {settings.costs} is no file", do="docs/plan.md says how to make it")
+
+
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits, and so
     does one that a person wrote.
