@@ -48,7 +48,12 @@ def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
 
 def _convert(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime) -> None:
     target = run / CONVERTED
-    if (there := plan_in(target)) and there.hash() == plan.hash() and is_intact(target):
+    if (
+        (there := plan_in(target))
+        and there.hash() == plan.hash()
+        and is_intact(target)
+        and load_config(Source(target.name, target)).dtype == runtime.dtype
+    ):
         log.info("%s is up to date", target)
         return
     model = load_model(source, runtime, recipe.trust_remote_code)
