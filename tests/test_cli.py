@@ -296,17 +296,6 @@ def test_check_sees_what_later_stages_would_refuse(measured: Path, tmp_path: Pat
     assert message in refused.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "evaluate", "bench", "report", "run", "compare"])
-def test_torchrun_is_for_measure_and_heal(
-    command: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = layerboost(command, "--config", measured / "recipe.yaml", "--run", tmp_path / "run", check=False)
-    assert refused.returncode == 2
-    assert f"layerboost {command} does not run under torchrun" in refused.stderr
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_exits_with_130_and_is_noted(number: int, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=24), measure={"tokens": 9600})

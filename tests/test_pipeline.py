@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,10 @@ from tiny_bench import rows, write_jsonl
 
 from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
 from layerboost.cli import main
-from layerboost.errors import LayerboostError
-from layerboost.pipeline import Estimate, check_room
+from layerboost.compare import run_compare
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.pipeline import Estimate, check_room, run_all, run_stage
+from layerboost.recipe import load_recipe
 
 
 @dataclass
@@ -85,6 +88,17 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "evaluate", "bench", "report", "run", "compare"])
+def test_torchrun_is_for_measure_and_heal(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = load_recipe([write_recipe(tmp_path, save_tiny(tmp_path / "model"))], {})
+    whole = {"run": run_all, "compare": run_compare}.get(command, partial(run_stage, command))
+    # Not through the command line, which ends a process of torchrun at once.
+    with pytest.raises(ConfigError, match=f"layerboost {command} does not run under torchrun"):
+        whole(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.server
