@@ -135,7 +135,7 @@ def read_documents(source: str, column: str, run: Path | None = None) -> Iterato
 
 def is_local(source: str) -> bool:
     """Whether a source lies on this disk, and so has an end that is soon found."""
-    return source.startswith("package:") or Path(source).expanduser().exists()
+    return source != "self" and (source.startswith("package:") or Path(source).expanduser().exists())
 
 
 def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
