@@ -392,6 +392,8 @@ beside this page has in full:
 
 {shared}
 
+The plans lie in the folder `plans` beside this page, and the command takes them from there instead of measuring anew.
+
 ## Text never trained on
 
 Nats per token over {sequences} sequences of {length} tokens; in brackets 95 % intervals by bootstrap over
