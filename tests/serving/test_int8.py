@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from layerboost.artifacts import PlanFile
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
+from layerboost.serving.vllm_int8 import check_int8, int8_overflows
 
 pytest.importorskip("compressed_tensors", reason="comes with vLLM")
 from int8 import quantise
@@ -68,7 +70,19 @@ def served(quantised: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.Tem
     return vllm_answers(engines, tmp_path_factory.mktemp("served"))
 
 
+def test_a_cpu_that_cannot_multiply_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(quantization_config={"format": "int-quantized"})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
+    with pytest.raises(ValueError, match="wrong answers on this CPU"):
+        check_int8(config)
+    check_int8(SimpleNamespace(quantization_config=None))
+    for able in ({"avx2": True, "avx512_vnni": True}, {"avx2": True, "avx_vnni": True}, {"dot": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        check_int8(config)
+
+
 @pytest.mark.server
+@pytest.mark.skipif(int8_overflows(), reason="vLLM's int8 products overflow on a CPU without VNNI")
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("case", CASES)
 def test_vllm_serves_the_same_model(quantised: dict[str, tuple[Path, Path]], served: dict[str, Any], case: str) -> None:

@@ -1,10 +1,29 @@
-"""int8 checkpoints on CPUs with AMX: through oneDNN, since the kernel that vLLM 0.32 prefers there fails."""
+"""int8 checkpoints on CPUs: which of vLLM 0.32's kernels are right there."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
+
+
+def int8_overflows() -> bool:
+    """Whether int8 products are wrong on this CPU: x86 without VNNI adds pairs of them in 16 bits, and oneDNN lets them
+    overflow.
+    """
+    known = torch.cpu.get_capabilities()
+    return "avx2" in known and not (known.get("avx512_vnni") or known.get("avx_vnni"))
+
+
+def check_int8(config: Any) -> None:
+    """Raise ValueError for int8 weights on a CPU that cannot multiply them."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    if "int-quantized" in str(quantised) and int8_overflows():
+        raise ValueError(
+            "int8 checkpoints give wrong answers on this CPU, which has neither avx512_vnni nor avx_vnni: "
+            "serve the checkpoint they were made from, or use another machine"
+        )
 
 
 @cache

@@ -17,10 +17,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
-from layerboost.serving.vllm_int8 import int8_through_onednn
+from layerboost.serving.vllm_int8 import check_int8, int8_through_onednn
 from layerboost.serving.vllm_native import BoostedLlama, BoostedQwen3, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
@@ -37,6 +38,8 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         """The native class where there is one; vLLM knows one class for an architecture."""
+        if current_platform.is_cpu():
+            check_int8(vllm_config.model_config.hf_config)
         int8_through_onednn()
         native = NATIVE.get(vllm_config.model_config.hf_config.model_type)
         if native is not None:
