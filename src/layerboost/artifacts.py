@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from layerboost.errors import ConfigError, LayerboostError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
 # What lies in a run folder, in the order it is made.
 BASE, SENSITIVITY, PLAN, CONVERTED, HEAL, HEALED, COMPAT = (
     "base",
@@ -302,10 +304,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def disk_error(path: Path, error: OSError) -> LayerboostError:

@@ -39,6 +39,11 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def dtype_name(self) -> str:
+        """As recipes and files have it: float32."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def start_runtime(recipe: Recipe) -> Runtime:
     """Choose device and dtype, seed every generator; raises ConfigError when CUDA is asked for and missing."""

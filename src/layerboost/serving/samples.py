@@ -84,8 +84,7 @@ def _sampled_by_vllm(
     recipe: Recipe, run: Path, folder: Path, tokenizer: Any, runtime: Runtime, made_from: dict[str, Any]
 ) -> bool:
     """Whether a process of this module's own has written all samples; vLLM's words go to RUN/self_samples.log."""
-    dtype = str(runtime.dtype).removeprefix("torch.")
-    job = [recipe.model_dump(mode="json"), str(run), str(folder), _start(tokenizer), dtype, made_from]
+    job = [recipe.model_dump(mode="json"), str(run), str(folder), _start(tokenizer), runtime.dtype_name, made_from]
     log_file = run / "self_samples.log"
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
     with log_file.open("wb") as output:

@@ -219,9 +219,8 @@ def _opened(job: Job) -> Comparison:
         runs_on = {"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator"}
     else:
         runtime = start_runtime(job.recipe)
-        dtype = str(runtime.dtype).removeprefix("torch.")
         version = importlib.metadata.version("transformers")
-        runs_on = {"transformers": version, "device": runtime.device.type, "dtype": dtype}
+        runs_on = {"transformers": version, "device": runtime.device.type, "dtype": runtime.dtype_name}
     new = Comparison(
         settings={**bench.model_dump(mode="json", exclude={"checkpoints", *of_other}), "seed": job.recipe.seed},
         environment={**runs_on, "cores": len(cores())},

@@ -127,10 +127,6 @@ class _Work:
     tasks: list[BenchTask]
     texts: _Texts
 
-    @property
-    def dtype(self) -> str:
-        return str(self.runtime.dtype).removeprefix("torch.")
-
     @cached_property
     def batches(self) -> list[torch.Tensor]:
         """The held-out text in batches."""
@@ -200,7 +196,7 @@ def _selection(run: Path) -> list[str]:
 def _jobs(work: _Work, name: str) -> list[_Job]:
     """Every result file of one model."""
     texts = work.texts
-    made_from: Facts = {"model": work.fingerprints[name], "dtype": work.dtype}
+    made_from: Facts = {"model": work.fingerprints[name], "dtype": work.runtime.dtype_name}
     jobs = []
     if texts.text:
         facts = {**made_from, "base": work.fingerprints[BASE], "text": texts.text.fingerprint}
@@ -229,9 +225,11 @@ def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None
         if not missing:
             log.info("%s: results are there already", name)
             continue
-        if name != BASE:
+        if name == BASE:
+            model = work.base
+        else:
             work.free_base(any(job.file == _text_file(name) for job in missing))
-        model = load_model(source, work.runtime, work.recipe.trust_remote_code) if name != BASE else work.base
+            model = load_model(source, work.runtime, work.recipe.trust_remote_code)
         for job in missing:
             results.save(job.file, job.make(model))
         del model  # before the next one is loaded
@@ -298,7 +296,7 @@ def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, A
             "limit": settings.limit,
             "bench_data": settings.bench_data,
             "items": {task.name: _items(task) for task in work.tasks},
-            "dtype": work.dtype,
+            "dtype": work.runtime.dtype_name,
             "lm_eval": importlib.metadata.version("lm-eval"),
         },
         "models": work.fingerprints,

@@ -164,9 +164,14 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
     )
     text = recipe.text.model_dump(mode="json")
-    dtype = str(runtime.dtype).removeprefix("torch.")
-    of_plan = {"schema_version": 1, "plan": plan.hash(), "seed": recipe.seed, "dtype": dtype}
-    return {**of_plan, "heal": settings, "text": text}
+    return {
+        "schema_version": 1,
+        "plan": plan.hash(),
+        "seed": recipe.seed,
+        "dtype": runtime.dtype_name,
+        "heal": settings,
+        "text": text,
+    }
 
 
 def healed_from(folder: Path) -> str | None:

@@ -161,7 +161,7 @@ def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Ru
     """What the scores depend on besides the model and the text."""
     rows = [row for batch in inputs.prompts for row in batch.ids.tolist()]
     return {
-        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "dtype": runtime.dtype_name,
         "windows": list(recipe.measure.windows),
         "sequence_tokens": recipe.text.sequence_tokens,
         "retrieval": fingerprint(rows) if rows else None,

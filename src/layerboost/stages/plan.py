@@ -18,7 +18,7 @@ from layerboost.artifacts import (
     write_plan,
 )
 from layerboost.errors import ConfigError
-from layerboost.recipe import Recipe
+from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import metric_limits, predict, windows
 from layerboost.search.costs import Budget, prefill_work
@@ -34,7 +34,7 @@ from layerboost.serving.server import runs_on_cpu
 def validate_plan(recipe: Recipe) -> None:
     """Raise ConfigError for a plan that needs what measuring by the same recipe would not give it."""
     settings, measure = recipe.plan, recipe.measure
-    asked = {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
+    asked = _asked(settings)
     for metric, there, key in (
         ("retrieval", measure.retrieval_prompts, "measure.retrieval_prompts"),
         ("benchmark", measure.tasks, "measure.tasks"),
@@ -118,7 +118,7 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
     if recipe.plan.method not in MEASURING:
         return None
     settings = recipe.plan
-    asked = {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
+    asked = _asked(settings)
     known = {"kl", "nll", "top1"} | ({"retrieval"} if recipe.measure.retrieval_prompts else set())
     if asked - known:
         raise ConfigError(
@@ -129,6 +129,11 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
     measured = {variant.window for entry in sensitivity.layers for variant in entry.variants}
     wanted = [window for window in windows(sensitivity, settings) if window in measured]
     return open_measured(recipe, run, sensitivity, wanted, start_runtime(recipe))
+
+
+def _asked(settings: Plan) -> set[str]:
+    """The metrics that a choice looks at."""
+    return {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
 
 
 def _of_the_base(source: Path) -> Sensitivity:
