@@ -2,9 +2,9 @@
 
     python benchmarks/sweep.py MODEL_DIR TEXT [--layers 10] [--sequences 4]
 
-Both measure the same variants (none; windows 64, 128, 256, each with and without a sink) of the same layers on the same
-text, layer by layer in turn. The plain way holds the base's log-probabilities of all batches, so it does not pay for
-the base again. Then each runs alone in a process for its peak memory.
+Both measure KL, NLL and top-1 agreement of the same variants (none; windows 64, 128, 256, each with and without a sink)
+of the same layers on the same text, layer by layer in turn. The plain way holds the base's log-probabilities of all
+batches, so it does not pay for the base again. Then each runs alone in a process for its peak memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from layerboost.artifacts import LayerPlan
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import attention_of
-from layerboost.recipe import Text
+from layerboost.recipe import Measure, Text
 from layerboost.runtime import peak_rss_bytes
 from layerboost.sensitivity.metrics import BaseText
 from layerboost.sensitivity.probe import TextProbe
@@ -39,6 +39,7 @@ from layerboost.text import load_tokens
 
 WINDOWS = (64, 128, 256)
 TOKENS = 512
+METRICS = ("kl", "nll", "top1")
 ALL_ATTENTION_FUNCTIONS.register("gpt_oss_eager", eager_attention_forward)
 
 
@@ -48,21 +49,24 @@ class Plain:
     def __init__(self, model: Any, batches: list[torch.Tensor], sinks: Sinks) -> None:
         self.model, self.batches, self.sinks = model, batches, sinks
 
-    def base(self) -> list[torch.Tensor]:
-        """The base's log-probabilities `[B, T, V]` of each batch."""
-        return [self.model(batch).logits.log_softmax(-1) for batch in self.batches]
+    def base(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The base's log-probabilities `[B, T, V]` and best tokens `[B, T]` of each batch."""
+        found = [self.model(batch).logits.log_softmax(-1) for batch in self.batches]
+        return [(every, every.argmax(-1)) for every in found]
 
-    def measure(self, plans: list[LayerPlan], base: list[torch.Tensor]) -> list[float]:
-        """KL of each plan's one changed layer."""
+    def measure(self, plans: list[LayerPlan], base: list[tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
+        """What each plan's one changed layer loses, by metric."""
         found = []
         for plan in plans:
-            parts = []
-            for batch, expected in zip(self.batches, base, strict=True):
+            parts: dict[str, list[torch.Tensor]] = {metric: [] for metric in METRICS}
+            for batch, (every, top) in zip(self.batches, base, strict=True):
                 with self.changed(plan, batch):
-                    logits = self.model(batch).logits.log_softmax(-1)
-                kl = F.kl_div(logits[:, :-1], expected[:, :-1], log_target=True, reduction="none").sum(-1)
-                parts.append(kl.mean(-1))
-            found.append(float(torch.cat(parts).mean()))
+                    changed = self.model(batch).logits.log_softmax(-1)[:, :-1]
+                expected, labels = every[:, :-1], batch[:, 1:, None]
+                parts["kl"].append(F.kl_div(changed, expected, log_target=True, reduction="none").sum(-1))
+                parts["nll"].append((expected.gather(-1, labels) - changed.gather(-1, labels))[..., 0])
+                parts["top1"].append((top[:, :-1] != changed.argmax(-1)).float())
+            found.append({metric: float(torch.cat(values).mean()) for metric, values in parts.items()})
         return found
 
     @contextmanager
@@ -103,11 +107,15 @@ class Nothing(nn.Module):
 
 
 class Timed:
-    """Seconds spent inside a method, summed."""
+    """Seconds spent inside methods, summed."""
 
-    def __init__(self, owner: Any, name: str) -> None:
+    def __init__(self, owner: Any, *names: str) -> None:
         self.seconds = 0.0
-        stock = getattr(owner, name)
+        for name in names:
+            setattr(owner, name, self.timed(getattr(owner, name)))
+
+    def timed(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, with its seconds added."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -115,7 +123,7 @@ class Timed:
             self.seconds += time.perf_counter() - start
             return found
 
-        setattr(owner, name, timed)
+        return timed
 
 
 class Ours:
@@ -123,8 +131,8 @@ class Ours:
 
     def __init__(self, model: Any, batches: list[torch.Tensor], sinks: Sinks) -> None:
         self.stream = LayerStream(model, sinks)
-        self.probe = TextProbe(self.stream, batches)
-        self.in_layers, self.in_head = Timed(self.stream, "finish"), Timed(BaseText, "damages")
+        self.probe = TextProbe(self.stream, batches, windows=WINDOWS)
+        self.in_layers, self.in_head = Timed(self.stream, "finish", "finish_after"), Timed(BaseText, "damages")
 
     def go_to(self, layer: int) -> None:
         """What the sweep does between layers, for the sample's gaps."""
@@ -134,11 +142,11 @@ class Ours:
         for done in [index for index in inputs if index < layer]:
             del inputs[done]
 
-    def measure(self, plans: list[LayerPlan]) -> list[float]:
-        """KL of each plan's one changed layer."""
+    def measure(self, plans: list[LayerPlan]) -> list[dict[str, float]]:
+        """What each plan's one changed layer loses, by metric."""
         full, layer = self.probe.streams.kept, plans[0].layer
         whole = [[*full[:layer], plan, *full[layer + 1 :]] for plan in plans]
-        return [float(damages["kl"].mean()) for damages in self.probe.damages(whole)]
+        return [{m: float(damages[m].mean()) for m in METRICS} for damages in self.probe.damages(whole)]
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -158,7 +166,7 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
     # The base's part is done once for all layers of a sweep.
     start, ours = timed(lambda: Ours(model, batches, sinks))
     seconds["ours"] = start * len(layers) / model.config.num_hidden_layers
-    largest = 0.0
+    largest = dict.fromkeys(METRICS, 0.0)
     for layer in layers:
         plans = candidates(model, layer, WINDOWS)
         # A sweep of all layers goes from each to the next; a sample's way is longer by the layers it leaves out.
@@ -168,7 +176,9 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
         seconds["ours"] += spent
         spent, theirs = timed(lambda plans=plans: plain.measure(plans, expected))
         seconds["plain"] += spent
-        largest = max(largest, *(abs(a - b) for a, b in zip(found, theirs, strict=True)))
+        for metric, before in largest.items():
+            off = [abs(a[metric] - b[metric]) for a, b in zip(found, theirs, strict=True)]
+            largest[metric] = max(before, *off)
         print(f"layer {layer}: ours {seconds['ours']:.1f} s, plain {seconds['plain']:.1f} s", file=sys.stderr)
     tokens = len(layers) * len(plans) * sum(batch.numel() for batch in batches)
     above, head = ours.in_layers.seconds / seconds["ours"], ours.in_head.seconds / seconds["ours"]
@@ -178,7 +188,7 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
         "seconds": seconds,
         "ratio": seconds["plain"] / seconds["ours"],
         "tokens_per_s": {arm: tokens / spent for arm, spent in seconds.items()},
-        "largest_difference_in_kl": largest,
+        "largest_difference": largest,
         "share_of_time": {"layers above": above, "head and losses": head, "layer and base": 1 - above - head},
     }
 
@@ -205,7 +215,7 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--layers", type=int, default=10, help="evenly spread layers to do")
     parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=Measure().batch_sequences)
     parser.add_argument("--arm", choices=["ours", "plain"], help="one alone, for its peak memory")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -223,7 +233,7 @@ def main() -> None:
         for arm in ("ours", "plain")
     }
     print(f"{result['ratio']:.2f} times as fast as full forward passes at equal numbers", end="; ")
-    print(f"KL differs by at most {result['largest_difference_in_kl']:.1e}")
+    print(", ".join(f"{metric} differs by at most {most:.1e}" for metric, most in result["largest_difference"].items()))
     print(f"peak memory {peaks['ours']:,.0f} MiB against {peaks['plain']:,.0f} MiB")
     print(json.dumps(result, indent=1))
 

@@ -24,7 +24,8 @@ def swept(
     base: PreTrainedModel, windows: tuple[int, ...], plan: list[LayerPlan] | None = None
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
-    probe = TextProbe(LayerStream(base, calibrate_sinks(base, batches, range(4), windows)), batches, PROMPTS.batches(3))
+    stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows))
+    probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
     sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan)
     return found
@@ -69,6 +70,21 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
             assert variant.scores["kl"].count == 5 * 39
             assert variant.scores["retrieval"].count == 4
+
+
+@pytest.mark.parametrize("room", [0.5, 0.0])
+def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.sensitivity.probe.BEGINNINGS_SHARE", room)
+    stream = LayerStream(tiny_model(layers=4), {(1, 8): torch.zeros(4)})
+    probe = TextProbe(stream, [IDS], windows=(8, 16, 32))
+    probe.streams.advance(0)
+    # Half of a sequence is scored whatever the window; a sink is seen from everywhere.
+    lengths = {"fsff": 32, "fSff": 40, "fnff": 40, "ffff": 40, "fssf": 40}
+    for letters, length in lengths.items():
+        [(_, _, _, final)] = probe.streams.runs([layer_plans(letters, 8)])
+        assert final.shape[1] == (length if room else 40), letters
+    [(_, _, _, final)] = probe.streams.runs([layer_plans("fsff", 32)])
+    assert final.shape[1] == (20 if room else 40)
 
 
 def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:

@@ -8,11 +8,42 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
-from layerboost.model.modeling import decoder_layers
+from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import family_of, replaced
+
+
+class Beginning:
+    """Keys and values `[B, Hkv, positions, D]` of the first positions of a batch in every layer of the base.
+
+    To a stock layer it is a cache, one that never grows.
+    """
+
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.layers = layers
+
+    @property
+    def positions(self) -> int:
+        """How many are kept."""
+        return self.layers[0][0].shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        return sum(kept.nbytes for pair in self.layers for kept in pair)
+
+    def first(self, positions: int) -> Beginning:
+        """Fewer of them."""
+        return Beginning([(key[:, :, :positions], value[:, :, :positions]) for key, value in self.layers])
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer attends to: the kept, then its own."""
+        before = self.layers[layer]
+        return torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
 
 
 class LayerStream:
@@ -28,8 +59,11 @@ class LayerStream:
         self.layers = decoder_layers(model)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the whole decoder on ids `[B, T]`; returns the input of layer 0 and the normed output, `[B, T, D]`."""
+    def forward(self, ids: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the whole decoder on ids `[B, T]`; returns the input of layer 0 and the normed output, `[B, T, D]`.
+
+        An empty `cache` is filled.
+        """
         arguments: list[dict[str, Any]] = [{} for _ in self.layers]
         first: list[torch.Tensor] = []
 
@@ -38,6 +72,7 @@ class LayerStream:
                 if index == 0:
                     first.append(args[0] if args else kwargs["hidden_states"])
                 arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                arguments[index]["past_key_values"] = None
 
             return hook
 
@@ -45,12 +80,28 @@ class LayerStream:
             layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(self.layers)
         ]
         try:
-            output = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            decoder = self.model.get_decoder()
+            output = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
         self._arguments[ids.shape] = arguments
         return first[0], output
+
+    def forward_with_beginning(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, Beginning]:
+        """As `forward`, and the keys and values of the first positions, of a model that `can_continue`."""
+        cache = DynamicCache()
+        first, output = self.forward(ids, cache)
+        kept = [
+            (layer.keys[:, :, :positions].clone(), layer.values[:, :, :positions].clone()) for layer in cache.layers
+        ]
+        return first, output, Beginning(kept)
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether `finish` can go on from a beginning: full attention in all layers, by PyTorch's kernel."""
+        config = self.model.config
+        return config._attn_implementation == "sdpa" and set(base_layer_types(config)) == {"full_attention"}
 
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
         """One decoder layer on its input `[B, T, D]`, for a batch shape that `forward` has seen."""
@@ -66,6 +117,24 @@ class LayerStream:
         """Layers `start` and up, under `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
             hidden = self.layer(index, hidden, plan[index] if plan else None)
+        normed: torch.Tensor = self.model.get_decoder().norm(hidden)
+        return normed
+
+    def finish_after(self, beginning: Beginning, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """As `finish` with full layers, for the last positions `[B, T, D]` alone: the base's are before them."""
+        batch, length = hidden.shape[:2]
+        before, every = beginning.positions, beginning.positions + length
+        place = torch.arange(every, device=hidden.device)
+        # Numbers: a mask of bools would be made into them in every layer.
+        mask = torch.zeros(1, 1, length, every, dtype=hidden.dtype, device=hidden.device)
+        mask.masked_fill_(place > place[before:, None], float("-inf"))
+        for index in range(start, len(self.layers)):
+            given = dict(self._arguments[torch.Size((batch, every))][index])
+            cos, sin = given["position_embeddings"]
+            given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": beginning}
+            given |= {"position_ids": given["position_ids"][:, before:], "attention_mask": mask}
+            out: Any = self.layers[index](hidden, **given)
+            hidden = out[0] if isinstance(out, tuple) else out
         normed: torch.Tensor = self.model.get_decoder().norm(hidden)
         return normed
 

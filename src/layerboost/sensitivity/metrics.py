@@ -104,36 +104,50 @@ class BaseText:
             self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Of states `[B, T, D]`, those that predict the N scored tokens: `[N, D]`."""
-        return states[:, :-1][self.scored]
+        """Of states `[B, T, D]` of all positions or the last T, those that predict scored tokens: `[N, D]`."""
+        return states[:, :-1][self.scored[:, 1 - states.shape[1] :]]
 
     def by_sequence(self, values: torch.Tensor) -> torch.Tensor:
         """Means `[B]` of the N scored tokens' values `[N]`."""
         return torch.stack([part.mean() for part in values.split(self.lengths)])
 
     def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`kl`, `nll` and `top1` of a changed model's normed final state `[B, T, D]`: sequence means `[B]`."""
-        rows = self.rows(hidden)
-        kl, nll, moved = self._general(rows) if self.weight is None else self._fast(rows, self.weight)
-        parts = {"kl": kl, "nll": nll - self.nll, "top1": moved.float()}
-        return {metric: self.by_sequence(values) for metric, values in parts.items()}
+        """`kl`, `nll` and `top1` of a changed model's normed final state `[B, T, D]`: sequence means `[B]`.
 
-    def _fast(self, rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        parts = zip(*(each.split(ROWS) for each in (rows, self.labels, self.top)), strict=True)
-        found = [head_statistics(some, weight, (labels, top)) for some, labels, top in parts]
+        Positions before the last T are as the base has them, and lose nothing.
+        """
+        changed = torch.zeros_like(self.scored)
+        changed[:, 1 - hidden.shape[1] :] = True
+        here = changed[self.scored]
+        found = (self._general if self.weight is None else self._fast)(self.rows(hidden), here)
+        damages = {}
+        for metric, values in zip(("kl", "nll", "top1"), found, strict=True):
+            every = values.new_zeros(len(self.labels))
+            every[here] = values
+            damages[metric] = self.by_sequence(every)
+        return damages
+
+    def _fast(self, rows: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """KL, NLL lost and whether the best token is another, of the scored tokens that are `here`."""
+        assert self.weight is not None
+        tokens = self.labels[here], self.top[here]
+        parts = zip(*(each.split(ROWS) for each in (rows, *tokens)), strict=True)
+        found = [head_statistics(some, self.weight, (labels, top)) for some, labels, top in parts]
         lse, most, right, top = (torch.cat(each) for each in zip(*found, strict=True))
-        kl = self.negentropy - torch.linalg.vecdot(self.expected, rows) + lse
-        return kl, lse - right, (top < most).float()
+        kl = self.negentropy[here] - torch.linalg.vecdot(self.expected[here], rows) + lse
+        return kl, lse - right - self.nll[here], (top < most).float()
 
-    def _general(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _general(self, rows: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `_fast`, for any head."""
         kl, nll, moved = [], [], []
+        base_rows, labels, top, base_nll = (each[here] for each in (self.base_rows, self.labels, self.top, self.nll))
         for start in range(0, len(rows), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            base = head_logits(self.model, self.base_rows[chunk]).float().log_softmax(-1)
+            base = head_logits(self.model, base_rows[chunk]).float().log_softmax(-1)
             other = head_logits(self.model, rows[chunk]).float().log_softmax(-1)
             kl.append(torch.linalg.vecdot(base.exp(), base - other))
-            nll.append(-other.gather(-1, self.labels[chunk, None])[:, 0])
-            moved.append(other.argmax(-1) != self.top[chunk])
+            nll.append(-other.gather(-1, labels[chunk, None])[:, 0] - base_nll[chunk])
+            moved.append((other.argmax(-1) != top[chunk]).float())
         return torch.cat(kl), torch.cat(nll), torch.cat(moved)
 
 
@@ -159,8 +173,9 @@ def head_statistics(
     """
     sums, highest = [], []
     picked = [rows.new_empty(len(rows)) for _ in tokens]
+    room = rows.new_empty(len(rows), VOCABULARY)
     for block, first in zip(weight.split(VOCABULARY), range(0, len(weight), VOCABULARY), strict=True):
-        logits = rows @ block.T
+        logits = torch.mm(rows, block.T, out=room[:, : len(block)])
         for values, token in zip(picked, tokens, strict=True):
             place = token - first
             found = logits.gather(-1, place.clamp(0, len(block) - 1)[:, None])[:, 0]
@@ -174,11 +189,10 @@ def head_statistics(
 def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each answer in nats, and whether greedy decoding gives it exactly: `[B]` each.
 
-    `hidden`: normed final states `[B, T, D]` over the prompts, answers included.
+    `hidden`: normed final states `[B, T, D]` over the prompts, answers included, or over their last T tokens.
     """
-    length = hidden.shape[1]
-    rows = torch.cat([hidden[row, length - n - 1 : length - 1] for row, n in enumerate(prompts.answers)])
-    targets = torch.cat([prompts.ids[row, length - n :] for row, n in enumerate(prompts.answers)]).to(rows.device)
+    rows = torch.cat([hidden[row, -n - 1 : -1] for row, n in enumerate(prompts.answers)])
+    targets = torch.cat([prompts.ids[row, -n:] for row, n in enumerate(prompts.answers)]).to(rows.device)
     log_probabilities = head_logits(model, rows).float().log_softmax(-1)
     right = log_probabilities.gather(-1, targets[:, None])[:, 0].split(prompts.answers)
     hit = (log_probabilities.argmax(-1) == targets).split(prompts.answers)

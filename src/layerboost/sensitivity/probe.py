@@ -8,13 +8,15 @@ from typing import Protocol
 import torch
 
 from layerboost.artifacts import LayerPlan, Score
-from layerboost.model.stream import LayerStream
+from layerboost.model.stream import Beginning, LayerStream
 from layerboost.retrieval import Prompts
 from layerboost.sensitivity.metrics import BasePrompts, BaseText, score
 from layerboost.traffic import Traffic
 
 # Damage by metric, one value a sequence, prompt or item: `[N]`.
 Damages = dict[str, torch.Tensor]
+# What a text's beginnings may take beside the model's own weights.
+BEGINNINGS_SHARE = 0.5
 
 
 class Probe(Protocol):
@@ -32,11 +34,15 @@ class Probe(Protocol):
 class Streams:
     """Hidden states of batches before some layers of one plan, `kept`: the base's at first.
 
-    A plan that agrees with `kept` up to a layer can start there. `inputs[layer][batch]`: `[B, T, D]`.
+    A plan that agrees with `kept` up to a layer can start there. `inputs[layer][batch]`: `[B, T, D]`. A window drops
+    nothing at the positions before it, so where a batch has a beginning, layers above a window leave those out.
     """
 
-    def __init__(self, stream: LayerStream, first: list[torch.Tensor]) -> None:
+    def __init__(
+        self, stream: LayerStream, first: list[torch.Tensor], beginnings: Sequence[Beginning | None] | None = None
+    ) -> None:
         self.stream = stream
+        self.beginnings = beginnings or [None] * len(first)
         self.kept = [LayerPlan(layer=layer, attention="full") for layer in range(len(stream.layers))]
         self.inputs = {0: first}
 
@@ -58,7 +64,8 @@ class Streams:
         return max(layer for layer in self.inputs if layer <= common)
 
     def runs(self, plans: Sequence[Sequence[LayerPlan]]) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        """Each batch under each plan: their numbers, the output of layer `start(plans)`, the normed final state.
+        """Each batch under each plan: their numbers, the output of layer `start(plans)` `[B, T, D]`, the normed final
+        state of all positions or of those after the ones that are as in the base.
 
         That layer's norm and projections are computed once for all plans.
         """
@@ -67,8 +74,20 @@ class Streams:
             with self.stream.shared(start, hidden):
                 begun = [self.stream.layer(start, hidden, plan[start]) for plan in plans]
             for number, plan in enumerate(plans):
-                state = begun.pop(0)
-                yield batch, number, state, self.stream.finish(start + 1, state, plan)
+                state, before = begun.pop(0), self._unchanged(batch, start, plan)
+                if before is None:
+                    yield batch, number, state, self.stream.finish(start + 1, state, plan)
+                else:
+                    later = state[:, before.positions :]
+                    yield batch, number, state, self.stream.finish_after(before, start + 1, later)
+
+    def _unchanged(self, batch: int, start: int, plan: Sequence[LayerPlan]) -> Beginning | None:
+        """What is kept of the positions that a plan leaves as they are, if its layers above `start` are full."""
+        beginning, changed = self.beginnings[batch], [entry for entry in plan if entry.attention != "full"]
+        windows = [entry.window for entry in changed if entry.window and not entry.sink]
+        if beginning is None or not windows or len(windows) < len(changed) or changed[-1].layer > start:
+            return None
+        return beginning.first(min(beginning.positions, *windows))
 
 
 class TextProbe:
@@ -77,22 +96,36 @@ class TextProbe:
 
     @torch.no_grad()
     def __init__(
-        self, stream: LayerStream, text: Sequence[torch.Tensor | Traffic], prompts: Sequence[Prompts] = ()
+        self,
+        stream: LayerStream,
+        text: Sequence[torch.Tensor | Traffic],
+        prompts: Sequence[Prompts] = (),
+        windows: Sequence[int] = (),
     ) -> None:
-        """`text`: batches of ids `[B, T]` or of traffic; `prompts`: batches of retrieval prompts."""
+        """`text`: batches of ids `[B, T]` or of traffic; `prompts`: batches of retrieval prompts; `windows`: of the
+        plans to come, if many of them change one layer of the base."""
         model, first = stream.model, []
+        beginnings: list[Beginning | None] = []
+        room = BEGINNINGS_SHARE * sum(weights.nbytes for weights in model.parameters()) if stream.can_continue else 0.0
         self.samples: list[BaseText | BasePrompts] = []
         sources: list[torch.Tensor | Traffic | Prompts] = [*text, *prompts]
         for source in sources:
             ids = source if isinstance(source, torch.Tensor) else source.ids.to(model.device)
-            start, output = stream.forward(ids)
+            # Every batch scores something in its second half.
+            if windows and room > 0:
+                start, output, beginning = stream.forward_with_beginning(ids, min(max(windows), ids.shape[1] // 2))
+                room -= beginning.bytes
+                beginnings.append(beginning)
+            else:
+                start, output = stream.forward(ids)
+                beginnings.append(None)
             first.append(start)
             if isinstance(source, Prompts):
                 self.samples.append(BasePrompts(model, source, output))
             else:
                 scored = source.scored if isinstance(source, Traffic) else None
                 self.samples.append(BaseText(model, ids, output, scored))
-        self.streams = Streams(stream, first)
+        self.streams = Streams(stream, first, beginnings)
 
     @torch.no_grad()
     def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:

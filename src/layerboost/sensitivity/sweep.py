@@ -26,7 +26,8 @@ def sweep(
     """Score every layer of a stock model that is not in `done`; `save` gets all layers so far, after each.
 
     With `plan`, the other layers are as it has them, and a score is what the plan loses with this layer replaced minus
-    what it loses with this layer full. Memory: one hidden state a token for the base's output and for two layers.
+    what it loses with this layer full. Memory: one hidden state a token for the base's output and for two layers, and
+    what `TextProbe` keeps of the texts' beginnings.
     Under torchrun the layers are dealt out to the ranks; `save` is called on all of them alike.
     """
     streams = [probe.streams for probe in probes]
