@@ -1,13 +1,12 @@
 """Every way to choose a plan, at equal cost, on text and prompts that choosing never saw.
 
-    python benchmarks/selection.py RUN --text BOOKS --text WIKI [--out docs/results/selection]
+    python benchmarks/selection.py RUN --model MODEL --text BOOKS --text WIKI [--out docs/results/selection]
 
-RUN is a folder in which `layerboost measure` has ended, retrieval prompts included. For KV caches of 25, 35 and 50 % of
-the base's at plan.context_tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out
-text (the held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each
-kind are held against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl. The page
-is written after every row, methods that measure whole plans last: a run that was killed has left what it had, and goes
-on.
+Measures MODEL in the folder RUN, if that has not been done. For KV caches of 25, 35 and 50 % of the base's at a context
+of 1,024 tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out text (the held-out
+split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind are held
+against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl. The page is written
+after every row, methods that measure whole plans last: a run that was killed has left what it had, and goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import argparse
 import json
 import random
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +39,7 @@ from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.text import load_tokens
 
+MEASURE = "--config smollm2-135m --set measure.windows=[64,128] --set measure.tokens=8192 --set measure.retrieval_prompts=8"
 SEEDS = range(5)
 BLEND = {"retrieval_weight": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,6 @@ standard error over sequences; passkeys: exact answers, and the answer's log-pro
 Model: {model}. Made by
 
 ```console
-$ {measured}
 $ {command}
 ```
 
@@ -180,9 +180,12 @@ def main() -> None:
     """Choose, measure, write the table and its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--model", required=True)
     parser.add_argument("--text", action="append", required=True, help="held-out text; of the first its held-out split")
     parser.add_argument("--out", type=Path, default=Path("docs/results/selection"))
     args = parser.parse_args()
+    measure_first = ["layerboost", "measure", args.model, "--run", str(args.run), "--text", args.text[0], *MEASURE.split()]
+    subprocess.run(measure_first, check=True)
     recipe = load_recipe([args.run / "recipe.yaml"], {})
     sensitivity = read_sensitivity(args.run)
     runtime = start_runtime(recipe)
@@ -207,13 +210,7 @@ def main() -> None:
 
     base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
     result: dict[str, Any] = {"base": {"texts": list(texts), "measured": judge(base)}, "rows": []}
-    stages = json.loads((args.run / "run.json").read_text())["stages"]
-    measured = next(entry["argv"] for entry in reversed(stages) if entry["stage"] == "measure")
-    page = INTRODUCTION.format(
-        measured=shlex.join(["layerboost", *measured[1:]]),
-        command=shlex.join(["python", *sys.argv]),
-        model=sensitivity.model.name,
-    )
+    page = INTRODUCTION.format(command=shlex.join(["python", *sys.argv]), model=sensitivity.model.name)
 
     def write() -> None:
         write_json(args.out.with_suffix(".json"), result)
