@@ -39,7 +39,7 @@ from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.text import load_tokens
 
-MEASURE = "--config smollm2-135m --set measure.windows=[64,128] --set measure.tokens=8192 --set measure.retrieval_prompts=8"
+MEASURE = "measure.windows=[64,128]", "measure.tokens=8192", "measure.retrieval_prompts=8"
 SEEDS = range(5)
 BLEND = {"retrieval_weight": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -184,8 +184,9 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, help="held-out text; of the first its held-out split")
     parser.add_argument("--out", type=Path, default=Path("docs/results/selection"))
     args = parser.parse_args()
-    measure_first = ["layerboost", "measure", args.model, "--run", str(args.run), "--text", args.text[0], *MEASURE.split()]
-    subprocess.run(measure_first, check=True)
+    measuring = ["layerboost", "measure", args.model, "--config", "smollm2-135m", "--run", str(args.run)]
+    measuring += ["--text", args.text[0], *(word for setting in MEASURE for word in ("--set", setting))]
+    subprocess.run(measuring, check=True)
     recipe = load_recipe([args.run / "recipe.yaml"], {})
     sensitivity = read_sensitivity(args.run)
     runtime = start_runtime(recipe)
