@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
     **{f"random {seed}": {"method": "random", "seed": seed} for seed in SEEDS},
 }
-OURS = ("budget, KL", "budget, half retrieval")
+OURS = ("budget, KL", "budget, half retrieval", "refine, half retrieval")
 # Budgets: share of the base's KV bytes at a context, with what vLLM pads. The last is what 22 layers sliding at 64 and
 # 8 full ones hold by themselves.
 AT_1024 = {"context_tokens": 1024}
@@ -217,23 +217,25 @@ def main() -> None:
         write_json(args.out.with_suffix(".json"), result)
         write_text(args.out.with_suffix(".md"), page + table(result))
 
-    def add_rows(measuring: bool) -> None:
+    def add_rows(*methods: str) -> None:
         for number, (fraction, at, names) in enumerate(BUDGETS):
             for name in names:
-                if (METHODS[name]["method"] in MEASURING) != measuring:
+                if METHODS[name]["method"] not in methods:
                     continue
                 row = chosen(sensitivity, recipe, measure, fraction, at, name)
                 if "layers" in row:
                     row["measured"] = judge(row["layers"])
                     row["layers"] = [entry.model_dump(exclude_defaults=True) for entry in row["layers"]]
                 log.info("%s at %.0f %%: %s", name, 100 * fraction, row.get("measured", row.get("refused")))
-                result["rows"] = sorted([*result["rows"], row | {"budget": number}], key=lambda row: row["budget"])
+                rows = [*result["rows"], row | {"budget": number}]
+                result["rows"] = sorted(rows, key=lambda row: (row["budget"], list(METHODS).index(row["method"])))
                 write()
 
-    add_rows(measuring=False)
+    add_rows(*({entry["method"] for entry in METHODS.values()} - set(MEASURING)))
     result["random_plans"] = random_plans(sensitivity, recipe.plan, first, quick)
     write()
-    add_rows(measuring=True)
+    for method in MEASURING:
+        add_rows(method)
     print(table(result))
     print(json.dumps({name: found["spearman"] for name, found in result["random_plans"].items()}))
 

@@ -21,7 +21,7 @@ from layerboost.errors import ConfigError
 from layerboost.healing.metrics import read_metrics
 from layerboost.model.checkpoint import find_model, load_config, model_info
 from layerboost.pipeline import run_stage
-from layerboost.recipe import Recipe, parse_recipe
+from layerboost.recipe import Recipe, Text, parse_recipe
 
 
 def recipe_of(folder: Path, **heal: Any) -> Recipe:
@@ -93,6 +93,19 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
         run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
     smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}
     assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
+
+
+def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Path) -> None:
+    run, text = copy_of(converted, tmp_path / "run"), tmp_path / "text.jsonl"
+    shutil.copy(converted / "text.jsonl", text)
+    recipe = recipe_of(converted, attention_tokens=0).model_copy(
+        update={"text": Text(source=str(text), sequence_tokens=48)}
+    )
+    run_stage("heal", recipe, run)
+    shutil.rmtree(run / HEALED)
+    text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    with pytest.raises(ConfigError, match="begun on another text"):
+        run_stage("heal", recipe, run)
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.metrics import SequenceLosses, token_losses
 from layerboost.serving.samples import write_samples
-from layerboost.text import Split, load_tokens
+from layerboost.text import Split, Tokens, load_tokens
 
 VALIDATION_SEQUENCES = 8
-IDENTITY = "heal.json"
+IDENTITY, TEXT = "heal.json", "text.json"
 
 
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
@@ -65,8 +65,10 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     config = load_config(source, recipe.trust_remote_code)
     check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
     lessons = load_lessons(recipe, run, plan, tokenizer)
+    check_same_text(run / HEAL, lessons)
     pair = load_pair(recipe, run, plan, source, runtime, lessons)
     if is_main_process():
+        write_json(run / HEAL / TEXT, {"fingerprint": lessons.fingerprint})
         write_json(run / HEAL / IDENTITY, identity)
     train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
     if is_main_process():
@@ -91,11 +93,15 @@ STAGES = ("attention", "lora")
 
 @dataclass(frozen=True)
 class Lessons:
-    """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`."""
+    """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`.
+
+    `fingerprint`: of all that was read.
+    """
 
     ids: dict[str, torch.Tensor]
     tokens: dict[str, int]
     validation: torch.Tensor
+    fingerprint: str
 
     @property
     def stages(self) -> list[str]:
@@ -114,14 +120,18 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
             do="give one of the two stages some tokens",
         )
 
-    def ids(split: Split, count: int, seed: int = 0) -> torch.Tensor:
-        found = load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed).ids
-        return with_recall(found, tokenizer, recipe.heal.retrieval_share, seed) if split == "train" else found
+    def read(split: Split, count: int, seed: int = 0) -> Tokens:
+        return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
 
+    seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
+    train = {name: read("train", count, seeds[name]) for name, count in tokens.items() if count}
+    validation = read("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
+    share = recipe.heal.retrieval_share
     return Lessons(
-        ids={name: ids("train", tokens[name], recipe.seed + i) for i, name in enumerate(STAGES) if tokens[name]},
+        ids={name: with_recall(text.ids, tokenizer, share, seeds[name]) for name, text in train.items()},
         tokens=tokens,
-        validation=ids("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens),
+        validation=validation.ids,
+        fingerprint=fingerprint(*(text.fingerprint for text in (*train.values(), validation))),
     )
 
 
@@ -202,6 +212,17 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
     log.info("going on with %s", work)
+
+
+def check_same_text(work: Path, lessons: Lessons) -> None:
+    """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
+    file = work / TEXT
+    if file.is_file() and json.loads(file.read_text())["fingerprint"] != lessons.fingerprint:
+        raise ConfigError(
+            f"{work} was begun on another text",
+            found="the training text (text.source) has changed since",
+            do=f"put the old text back, use another --run folder, or delete {work}",
+        )
 
 
 def train(
