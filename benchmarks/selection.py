@@ -5,7 +5,7 @@
 Measures MODEL in the folder RUN, if that has not been done. For KV caches of 25, 35 and 50 % of the base's at a context
 of 1,024 tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out text (the held-out
 split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind are held
-against the sum of their single-layer scores. Every measurement is kept in RUN/selection.jsonl. The page is written
+against the sum of their single-layer scores. Every measurement is kept in RUN. The page is written
 after every row, methods that measure whole plans last: a run that was killed has left what it had, and goes on.
 """
 
@@ -175,6 +175,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def held_out(files: Sequence[str], tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Prompts]]:
+    """Text `[N, T]` of each file, of the first its held-out split; passkeys by length, in more of the first."""
+    texts, fillers = {}, []
+    for index, file in enumerate(files):
+        text = Text(source=file, sequence_tokens=SEQUENCE_TOKENS)
+        filling = 0 if index else sum(length * count for length, count in PASSKEYS.items())
+        ids = load_tokens(
+            text, tokenizer, "all" if index else "held_out", TEXT_SEQUENCES * SEQUENCE_TOKENS + filling
+        ).ids
+        texts[Path(file).name] = ids[:TEXT_SEQUENCES]
+        fillers.append(ids[TEXT_SEQUENCES:].flatten())
+    prompts, filler = {}, fillers[0]
+    for length, count in PASSKEYS.items():
+        asked = retrieval_prompts(tokenizer, filler[: length * count], "passkey", length, count, 1234)
+        prompts[f"passkey {length}"], filler = asked, filler[length * count :]
+    return texts, prompts
+
+
 @torch.no_grad()
 def main() -> None:
     """Choose, measure, write the table and its JSON."""
@@ -192,22 +210,11 @@ def main() -> None:
     runtime = start_runtime(recipe)
     measure = open_measured(recipe, args.run, sensitivity, windows(sensitivity, recipe.plan), runtime)
     tokenizer, stream = load_tokenizer(open_base(recipe, args.run, runtime), False), measure.probe.streams.stream
-    texts, fillers = {}, []
-    for index, file in enumerate(args.text):
-        text = Text(source=file, sequence_tokens=SEQUENCE_TOKENS)
-        filling = 0 if index else sum(length * count for length, count in PASSKEYS.items())
-        ids = load_tokens(
-            text, tokenizer, "all" if index else "held_out", TEXT_SEQUENCES * SEQUENCE_TOKENS + filling
-        ).ids
-        texts[Path(file).name] = ids[:TEXT_SEQUENCES]
-        fillers.append(ids[TEXT_SEQUENCES:].flatten())
-    prompts, filler = {}, fillers[0]
-    for length, count in PASSKEYS.items():
-        asked = retrieval_prompts(tokenizer, filler[: length * count], "passkey", length, count, 1234)
-        prompts[f"passkey {length}"], filler = asked, filler[length * count :]
-    kept, first = args.run / "selection.jsonl", next(iter(texts))
-    judge = Judge(stream, texts, prompts, kept, measure.kept.made_from)
-    quick = Judge(stream, {first: texts[first][: TEXT_SEQUENCES // 2]}, {}, kept, measure.kept.made_from)
+    texts, prompts = held_out(args.text, tokenizer)
+    first, model = next(iter(texts)), measure.kept.made_from
+    judge = Judge(stream, texts, prompts, args.run / "selection.jsonl", model)
+    some = {first: texts[first][: TEXT_SEQUENCES // 2]}
+    quick = Judge(stream, some, {}, args.run / "random_plans.jsonl", model)
 
     base = [LayerPlan(layer=layer, attention="full") for layer in range(sensitivity.model.layers)]
     result: dict[str, Any] = {"base": {"texts": list(texts), "measured": judge(base)}, "rows": []}
