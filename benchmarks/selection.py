@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
     **{f"random {seed}": {"method": "random", "seed": seed} for seed in SEEDS},
 }
-OURS = ("budget, KL", "budget, half retrieval", "refine, half retrieval")
+OURS = ("budget, KL", "budget, half retrieval")
 # Budgets: share of the base's KV bytes at a context, with what vLLM pads. The last is what 22 layers sliding at 64 and
 # 8 full ones hold by themselves.
 AT_1024 = {"context_tokens": 1024}

@@ -56,7 +56,8 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     ]
     heapq.heapify(queue)
     added: dict[tuple[int, int], float] = {}
-    with Progress("greedy search", 1 - limits.fractions.get(KV_BYTES, 0.0), "of the KV cache") as progress:
+    to_save = sum(1 - fraction for fraction in limits.fractions.values())
+    with Progress("greedy search", 100 * to_save, "% of the cost") as progress:
         while not limits.met(plan):
             if not queue:
                 raise infeasible(limits, settings, plan, {})
@@ -68,7 +69,7 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
                 plan = _with(plan, choice.plan)
                 damage += added[layer, index]
                 round_ += 1
-                progress.advance(saved)
+                progress.advance(100 * saved)
                 continue
             added[layer, index] = objective(_with(plan, choice.plan)) - damage
             heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))

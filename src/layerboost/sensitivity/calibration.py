@@ -21,7 +21,7 @@ from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Runtime, log
-from layerboost.sensitivity.probe import TextProbe
+from layerboost.sensitivity.probe import TextProbe, first_difference
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
 from layerboost.traffic import load_calibration
@@ -122,6 +122,10 @@ class MeasuredPlans:
 
     def _measure(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
         self._follow(plan)
+        streams = self.probe.streams
+        # These layers are to be run for this plan anyway; kept, they serve the next ones too.
+        for layer in range(max(streams.inputs), first_difference(streams.kept, plan)):
+            streams.advance(layer)
         [damages] = self.probe.damages([plan])
         # `mse` is of one layer, not of a plan.
         return {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
@@ -132,8 +136,6 @@ class MeasuredPlans:
             near = next((asked for asked in reversed(self.asked) if _changes(plan, asked) == 1), None)
             if near is not None:
                 self.probe.streams.follow(near)
-                for layer in range(max(self.probe.streams.inputs), len(near) - 1):
-                    self.probe.streams.advance(layer)
 
 
 def _changes(one: Sequence[LayerPlan], other: Sequence[LayerPlan]) -> int:

@@ -1,0 +1,45 @@
+"""Plans measured one after another, and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import layer_plans, tiny_model
+
+from layerboost.errors import ConfigError
+from layerboost.model.stream import LayerStream
+from layerboost.sensitivity.calibration import KeptByPlan, MeasuredPlans
+from layerboost.sensitivity.probe import TextProbe
+
+IDS = torch.randint(3, 200, (4, 40), generator=torch.Generator().manual_seed(1))
+# As a search asks: one layer of the base, then of plans that it has taken, then something else altogether.
+ASKED = ("fffs", "sfff", "fsff", "fsfn", "fssn", "nssn", "nsfn", "nffn", "ffff", "ssss")
+
+
+def probe() -> TextProbe:
+    return TextProbe(LayerStream(tiny_model(layers=4)), list(IDS.split(2)))
+
+
+def test_what_was_measured_before_makes_no_difference(tmp_path: Path) -> None:
+    measured = MeasuredPlans(probe(), KeptByPlan(tmp_path / "kept.jsonl", "here"))
+    for letters in ASKED:
+        plan = layer_plans(letters, 8)
+        [fresh] = probe().damages([plan])
+        found = measured(plan)
+        assert found == pytest.approx({m: float(fresh[m].mean()) for m in ("kl", "nll", "top1")}, abs=1e-6), letters
+
+
+def test_a_plan_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, plan = tmp_path / "kept.jsonl", layer_plans("fsff", 8)
+    found = MeasuredPlans(probe(), KeptByPlan(file, "here"))(plan)
+    again = MeasuredPlans(probe(), KeptByPlan(file, "here"))
+    monkeypatch.setattr(again, "_measure", lambda _: pytest.fail("measured again"))
+    assert again(plan) == found
+    other = KeptByPlan(file, "another text")
+    assert other(plan, lambda: {"kl": 1.0}) == {"kl": 1.0}
+    assert KeptByPlan(file, "here").found and KeptByPlan(file, "another text").found
+    file.write_text("half a li")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KeptByPlan(file, "here")
