@@ -39,7 +39,8 @@ def test_a_plan_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert again(plan) == found
     other = KeptByPlan(file, "another text")
     assert other(plan, lambda: {"kl": 1.0}) == {"kl": 1.0}
-    assert KeptByPlan(file, "here").found and KeptByPlan(file, "another text").found
+    assert KeptByPlan(file, "here").found
+    assert KeptByPlan(file, "another text").found
     file.write_text("half a li")
     with pytest.raises(ConfigError, match="cannot be read"):
         KeptByPlan(file, "here")
