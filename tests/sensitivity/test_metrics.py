@@ -46,6 +46,25 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
     assert all(values.abs().max() < 1e-5 for values in same.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@torch.no_grad()
+def test_positions_that_are_left_out_lose_nothing(family: str) -> None:
+    base = tiny_model(family, layers=2)
+    hidden = base.model(IDS).last_hidden_state
+    other = torch.cat([hidden[:, :25], hidden[:, 25:] + 0.3 * torch.randn(5, 15, hidden.shape[-1])], dim=1)
+    scored = torch.zeros_like(IDS, dtype=torch.bool)
+    scored[:, 10:20] = True  # the token at position 25 is predicted at 24
+    scored[1:, 24:28] = True
+    for text in (BaseText(base, IDS, hidden), BaseText(base, IDS, hidden, scored)):
+        whole, part = text.damages(other), text.damages(other[:, 25:])
+        for metric, values in whole.items():
+            torch.testing.assert_close(part[metric], values, atol=1e-5, rtol=1e-5)
+        assert whole["kl"][1:].min() > 1e-3
+    scored[:, 24:28] = False
+    nothing = BaseText(base, IDS, hidden, scored).damages(other[:, 25:])
+    assert all(torch.equal(values, torch.zeros(5)) for values in nothing.values())
+
+
 def test_score() -> None:
     found = score(torch.arange(100.0), count=7)
     assert found.mean == 49.5

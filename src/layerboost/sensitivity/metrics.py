@@ -140,14 +140,14 @@ class BaseText:
     def _general(self, rows: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As `_fast`, for any head."""
         kl, nll, moved = [], [], []
-        base_rows, labels, top, base_nll = (each[here] for each in (self.base_rows, self.labels, self.top, self.nll))
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
-            base = head_logits(self.model, base_rows[chunk]).float().log_softmax(-1)
-            other = head_logits(self.model, rows[chunk]).float().log_softmax(-1)
+        of_base = (each[here] for each in (self.base_rows, self.labels, self.top, self.nll))
+        parts = zip(*(each.split(CHUNK_TOKENS) for each in (rows, *of_base)), strict=True)
+        for some, base_some, labels, top, base_nll in parts:
+            base = head_logits(self.model, base_some).float().log_softmax(-1)
+            other = head_logits(self.model, some).float().log_softmax(-1)
             kl.append(torch.linalg.vecdot(base.exp(), base - other))
-            nll.append(-other.gather(-1, labels[chunk, None])[:, 0] - base_nll[chunk])
-            moved.append((other.argmax(-1) != top[chunk]).float())
+            nll.append(-other.gather(-1, labels[:, None])[:, 0] - base_nll)
+            moved.append((other.argmax(-1) != top).float())
         return torch.cat(kl), torch.cat(nll), torch.cat(moved)
 
 
