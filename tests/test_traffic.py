@@ -113,8 +113,9 @@ def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:
     assert torch.equal(ids(tokens=192, skip_tokens=241), whole[6:])
 
 
+@pytest.mark.parametrize("letters", ["Sf", "sf"])
 @torch.no_grad()
-def test_scores_of_padded_rows_are_those_of_each_row_alone(tmp_path: Path) -> None:
+def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_path: Path) -> None:
     """Damage on the answers from full logits of one row at a time; sinks do not see the padding either."""
     file = write(tmp_path / "t.jsonl", *[
         {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": words(3 + 20 * index, 4 + 5 * index)}
@@ -127,15 +128,15 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(tmp_path: Path) -> No
     for key, values in sinks.items():
         # One step of the grid; below -8 a sink takes nothing, and which of such values is chosen is rounding.
         torch.testing.assert_close(values.clamp_min(-8), alone[key].clamp_min(-8), atol=0.26, rtol=0)
-    probe = TextProbe(LayerStream(base, sinks), traffic.batches(3))
-    plan = layer_plans("Sf", 8)
+    probe = TextProbe(LayerStream(base, sinks), traffic.batches(3), windows=[8])
+    plan = layer_plans(letters, 8)
     probe.streams.advance(0)
     (found,) = probe.damages([plan])
     assert probe.counts()["kl"] == int(traffic.scored.sum())
     for row, ids in enumerate(rows):
         scored = traffic.scored[row, 1 : ids.shape[1]]
         before = base(ids, output_hidden_states=True)
-        with replaced(base, 0, plan[0], sinks[0, 8]):
+        with replaced(base, 0, plan[0], sinks[0, 8] if plan[0].sink else None):
             after = base(ids, output_hidden_states=True)
         p, q = (out.logits.log_softmax(-1)[0, :-1][scored] for out in (before, after))
         labels = ids[0, 1:][scored][:, None]

@@ -31,6 +31,12 @@ def test_what_was_measured_before_makes_no_difference(tmp_path: Path) -> None:
         assert found == pytest.approx({m: float(fresh[m].mean()) for m in ("kl", "nll", "top1")}, abs=1e-6), letters
 
 
+def test_layers_up_to_the_change_are_kept(tmp_path: Path) -> None:
+    measured = MeasuredPlans(probe(), KeptByPlan(tmp_path / "kept.jsonl", "here"))
+    measured(layer_plans("fffs", 8))
+    assert set(measured.probe.streams.inputs) == {0, 1, 2, 3}
+
+
 def test_a_plan_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, plan = tmp_path / "kept.jsonl", layer_plans("fsff", 8)
     found = MeasuredPlans(probe(), KeptByPlan(file, "here"))(plan)

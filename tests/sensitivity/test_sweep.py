@@ -87,6 +87,15 @@ def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypa
     assert final.shape[1] == (20 if room else 40)
 
 
+@torch.no_grad()
+def test_texts_too_short_for_a_window_lose_nothing() -> None:
+    batches = [IDS[:, :length] for length in (40, 3, 2)]
+    probe = TextProbe(LayerStream(tiny_model(layers=4)), batches, windows=(8,))
+    [damages] = probe.damages([layer_plans("fsff", 8)])
+    assert damages["kl"][:5].min() > 1e-4
+    assert damages["kl"][5:].abs().max() < 1e-5
+
+
 def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:
     base, plan = tiny_model(layers=4), layer_plans("nfSs", 16)
     rest = {2: naive(base, changed_model("llama", layer_plans("nffs", 16)))}

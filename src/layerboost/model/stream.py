@@ -16,9 +16,9 @@ from layerboost.model.surgery import family_of, replaced
 
 
 class Beginning:
-    """Keys and values `[B, Hkv, positions, D]` of the first positions of a batch in every layer of the base.
+    """A prefix cache: keys and values `[B, Hkv, positions, D]` of a batch's first positions in every layer of the base.
 
-    To a stock layer it is a cache, one that never grows.
+    To a stock layer it is its cache, one that never grows.
     """
 
     def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -99,7 +99,7 @@ class LayerStream:
 
     @property
     def can_continue(self) -> bool:
-        """Whether `finish` can go on from a beginning: full attention in all layers, by PyTorch's kernel."""
+        """Whether `finish_after` can go on from a beginning: full attention in all layers, by PyTorch's kernel."""
         config = self.model.config
         return config._attn_implementation == "sdpa" and set(base_layer_types(config)) == {"full_attention"}
 

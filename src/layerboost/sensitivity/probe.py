@@ -15,9 +15,9 @@ from layerboost.traffic import Traffic
 
 # Damage by metric, one value a sequence, prompt or item: `[N]`.
 Damages = dict[str, torch.Tensor]
-# What a text's beginnings may take beside the model's own weights.
+# Bytes of all beginnings at most, as a share of the weights'.
 BEGINNINGS_SHARE = 0.5
-# In longer texts the kernel's causal path over all positions is faster than its masked one over the later.
+# In longer texts the CPU kernel's causal path over all positions is faster than its masked one over the later.
 BEGINNINGS_TOKENS = 1024
 
 
@@ -113,14 +113,15 @@ class TextProbe:
         sources: list[torch.Tensor | Traffic | Prompts] = [*text, *prompts]
         for source in sources:
             ids = source if isinstance(source, torch.Tensor) else source.ids.to(model.device)
-            # Every batch scores something in its second half.
-            if windows and room > 0 and ids.shape[1] <= BEGINNINGS_TOKENS:
+            beginning = None
+            # Two tokens at least are left behind a beginning: the first predicts the second.
+            if windows and room > 0 and 3 <= ids.shape[1] <= BEGINNINGS_TOKENS:
                 start, output, beginning = stream.forward_with_beginning(ids, min(max(windows), ids.shape[1] // 2))
-                room -= beginning.bytes
-                beginnings.append(beginning)
+                beginning = beginning if beginning.bytes <= room else None
+                room -= beginning.bytes if beginning else 0
             else:
                 start, output = stream.forward(ids)
-                beginnings.append(None)
+            beginnings.append(beginning)
             first.append(start)
             if isinstance(source, Prompts):
                 self.samples.append(BasePrompts(model, source, output))

@@ -220,7 +220,7 @@ def check_same_text(work: Path, lessons: Lessons) -> None:
     if file.is_file() and json.loads(file.read_text())["fingerprint"] != lessons.fingerprint:
         raise ConfigError(
             f"{work} was begun on another text",
-            found="the training text (text.source) has changed since",
+            found="the tokens read from text.source are others now",
             do=f"put the old text back, use another --run folder, or delete {work}",
         )
 

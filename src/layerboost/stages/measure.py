@@ -104,7 +104,8 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
     sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
     stream = LayerStream(model, sinks)
-    text = TextProbe(stream, batches, inputs.prompts, recipe.measure.windows)
+    # On a plan, most variants change layers above them too.
+    text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]
     if inputs.tasks:
         batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
