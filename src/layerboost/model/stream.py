@@ -109,16 +109,23 @@ class LayerStream:
             sinks = self.sinks[index, plan.window] if plan.sink and plan.window else None
             with replaced(self.model, index, plan, sinks):
                 return self.layer(index, hidden)
-        out: Any = self.layers[index](hidden, **self._arguments[hidden.shape[:2]][index])
+        return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
+
+    def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """One decoder layer as Transformers calls it; some give a tuple."""
+        out: Any = self.layers[index](hidden, **arguments)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.model.get_decoder().norm(hidden)
+        return normed
 
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
         """Layers `start` and up, under `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
             hidden = self.layer(index, hidden, plan[index] if plan else None)
-        normed: torch.Tensor = self.model.get_decoder().norm(hidden)
-        return normed
+        return self._normed(hidden)
 
     def finish_after(self, beginning: Beginning, start: int, hidden: torch.Tensor) -> torch.Tensor:
         """As `finish` with full layers, for the last positions `[B, T, D]` alone: the base's are before them."""
@@ -133,10 +140,8 @@ class LayerStream:
             cos, sin = given["position_embeddings"]
             given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": beginning}
             given |= {"position_ids": given["position_ids"][:, before:], "attention_mask": mask}
-            out: Any = self.layers[index](hidden, **given)
-            hidden = out[0] if isinstance(out, tuple) else out
-        normed: torch.Tensor = self.model.get_decoder().norm(hidden)
-        return normed
+            hidden = self._run(index, hidden, given)
+        return self._normed(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention of one stock layer adds to the stream `[B, T, D]`."""
