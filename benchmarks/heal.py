@@ -17,13 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from layerboost.artifacts import CONVERTED, PLAN, LayerPlan, PlanFile, read_plan, write_plan
 from layerboost.healing.distillers import LogitDistiller
@@ -31,7 +32,16 @@ from layerboost.healing.losses import distillation_loss_reference
 from layerboost.healing.metrics import read_metrics
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.healing.training import train_stage
-from layerboost.model.checkpoint import find_model, load_config, load_model, load_tokenizer, model_info, open_base
+from layerboost.model.checkpoint import (
+    Source,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_info,
+    open_base,
+)
+from layerboost.model.linear import linear
 from layerboost.model.stream import head_logits
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Heal, Recipe, load_recipe
@@ -126,10 +136,13 @@ def run_arm(arm: str, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     length = recipe.text.sequence_tokens
     settings = Heal(batch_sequences=STEP_TOKENS // length, save_steps=10**6, validation_steps=10**6)
     ids = load_tokens(recipe.text, load_tokenizer(source), "train", steps * STEP_TOKENS).ids
-    teacher = load_model(source, runtime)
+    train, load = (
+        (train_plainly, load_plainly) if arm == "plain" else (train_cheaply, partial(load_model, runtime=runtime))
+    )
+    teacher = load(source)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        losses = (train_plainly if arm == "plain" else train_cheaply)(teacher, run, ids, settings, Path(folder))
+        losses = train(teacher, run, ids, settings, Path(folder))
     return {"losses": losses, "peak_rss_mib": round(peak_rss_bytes() / 2**20)}
 
 
@@ -148,6 +161,11 @@ def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settin
     )
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     return [row["loss"] for row in rows]
+
+
+def load_plainly(source: Source) -> PreTrainedModel:
+    """As Transformers loads it, stock or boosted."""
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
 
 
 class PlainDistiller(torch.nn.Module):
@@ -169,7 +187,7 @@ class PlainDistiller(torch.nn.Module):
 
 def train_plainly(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:
     """The plain way; the loss of each step."""
-    student = load_model(find_model(str(run / CONVERTED)), start_runtime(Recipe()))
+    student = load_plainly(find_model(str(run / CONVERTED)))
     rank = settings.lora_rank
     get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ALL_LINEAR)))
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
@@ -207,11 +225,11 @@ def count_flops(model: str, recipe: Recipe) -> int:
 def matmul_gflops() -> float:
     """The machine's matrix product on a large square float32 problem, best of ten, in GFLOP/s."""
     size = 2048
-    left, right, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    left, right = torch.randn(size, size), torch.randn(size, size)
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        torch.mm(left, right, out=out)
+        linear(left, right)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e9
 

@@ -26,6 +26,7 @@ import torch
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
+from layerboost.model.linear import linear
 from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.text import ABSENT, percent
 from layerboost.runtime import machine, versions
@@ -99,7 +100,7 @@ def measured_rates(file: Path) -> Rates:
 
     rates = Rates(
         bytes_per_s=tall.numel() * tall.element_size() / seconds(lambda: tall @ vector),
-        flops_per_s=2 * MATRIX**3 / seconds(lambda: square @ square),
+        flops_per_s=2 * MATRIX**3 / seconds(lambda: linear(square, square)),
     )
     write_json(file, asdict(rates))
     return rates

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from layerboost.artifacts import LayerPlan
+from layerboost.model.linear import use_onednn
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Measure, Text
@@ -127,9 +128,11 @@ class Timed:
 
 
 class Ours:
-    """The sweep's own probe, one layer at a time."""
+    """The sweep's own probe, one layer at a time, on a model with the same weights."""
 
     def __init__(self, model: Any, batches: list[torch.Tensor], sinks: Sinks) -> None:
+        model = copy.deepcopy(model, {id(weights): weights for weights in model.parameters()})
+        use_onednn(model)
         self.stream = LayerStream(model, sinks)
         self.probe = TextProbe(self.stream, batches, windows=WINDOWS)
         self.in_layers, self.in_head = Timed(self.stream, "finish", "finish_after"), Timed(BaseText, "damages")

@@ -25,6 +25,7 @@ from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of
 
 Checkpointing = Literal["none", "selective", "full"]
+ONEDNN_PRODUCT = "mkldnn::_linear_pointwise"  # what model/linear.py calls
 KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
 
 
@@ -270,10 +271,12 @@ def _matrix_products() -> Any:
 
 def _worth_keeping(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     name = operator.name()
-    product = (
-        name in ("aten::mm", "aten::addmm") and args[-2].shape[-1] >= KEPT_WIDTH and args[-1].shape[-1] >= KEPT_WIDTH
-    )
-    keep = product or "scaled_dot_product" in name
+    widths: tuple[int, ...] = ()
+    if name in ("aten::mm", "aten::addmm"):
+        widths = args[-2].shape[-1], args[-1].shape[-1]
+    elif name == ONEDNN_PRODUCT:
+        widths = tuple(args[1].shape)
+    keep = min(widths, default=0) >= KEPT_WIDTH or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

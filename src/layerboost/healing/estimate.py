@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from layerboost.artifacts import LayerPlan, ModelInfo
 from layerboost.healing.losses import CHUNK_ELEMENTS
+from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, world_size
 
@@ -84,10 +85,10 @@ def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
 def matmul_flops_per_s(runtime: Runtime, size: int) -> float:
     """Floating-point operations a second of this device's matrix product at a model's width, best of five."""
     left = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
-    right = torch.ones(size, 1024, device=runtime.device, dtype=runtime.dtype)
+    right = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for the device
+        linear(left, right)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * left.numel() * 1024 / best

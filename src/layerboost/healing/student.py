@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES
+from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import apply_plan
 
@@ -89,7 +90,9 @@ def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) ->
     for name, parameter in list(student.named_parameters()):
         if name.endswith(".sinks"):
             parameter.data = parameter.data.float()
-    return get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
+    adapted = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
+    use_onednn(adapted)
+    return adapted
 
 
 def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:

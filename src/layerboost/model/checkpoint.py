@@ -39,6 +39,7 @@ from layerboost.model.card import (
     model_card,
 )
 from layerboost.model.integrity import check_checkpoint, first_line, read_config
+from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
 from layerboost.recipe import Recipe, model_of
@@ -117,6 +118,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
     wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
     if wrong:
         raise ConfigError(f"weights and configuration of {source.name} disagree", found=json.dumps(wrong))
+    use_onednn(model)
     return model.to(runtime.device).eval()
 
 

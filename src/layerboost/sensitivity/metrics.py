@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import Score
+from layerboost.model.linear import linear
 from layerboost.model.stream import head_logits, head_matrix
 from layerboost.retrieval import Prompts
 
@@ -94,7 +95,7 @@ class BaseText:
                 logits -= head_statistics(chunk, self.weight)[0][:, None]
                 probabilities = logits.exp()
                 negentropy.append(torch.linalg.vecdot(probabilities, logits))
-                expected.append(probabilities @ self.weight)
+                expected.append(linear(probabilities, self.weight.T))
             nll.append(-logits.gather(-1, target[:, None])[:, 0])
             top.append(logits.argmax(-1))
         self.nll, self.top = torch.cat(nll), torch.cat(top)
@@ -173,9 +174,8 @@ def head_statistics(
     """
     sums, highest = [], []
     picked = [rows.new_empty(len(rows)) for _ in tokens]
-    room = rows.new_empty(len(rows), VOCABULARY)
     for block, first in zip(weight.split(VOCABULARY), range(0, len(weight), VOCABULARY), strict=True):
-        logits = torch.mm(rows, block.T, out=room[:, : len(block)])
+        logits = linear(rows, block)
         for values, token in zip(picked, tokens, strict=True):
             place = token - first
             found = logits.gather(-1, place.clamp(0, len(block) - 1)[:, None])[:, 0]
