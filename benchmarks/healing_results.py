@@ -45,6 +45,8 @@ def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
 MIXTURE = "half and half"
 MIXED = {"text.source": MIXTURE, "text.sequence_tokens": 256, "heal.ce_weight": 0.1}
 
+HALF_STAGE_1 = {"heal.attention_tokens": 25_000}
+
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
     "50k": arm(50_000),
@@ -59,8 +61,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "200k-mixed": arm(200_000, **MIXED),
     "50k-mixed-4full": arm(50_000, "4-full", **MIXED),
     "50k-mixed-kl-alone": arm(50_000, **MIXED | {"heal.ce_weight": 0}),
+    "50k-mixed-half-stage-1": arm(25_000, **MIXED | HALF_STAGE_1),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
-    "50k-half-stage-1": arm(25_000, **{"heal.attention_tokens": 25_000}),
+    "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
     "50k-without-sinks": arm(50_000, "8-full-no-sinks"),
     "50k-random-plan": arm(50_000, "8-full-at-random"),
