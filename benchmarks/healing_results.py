@@ -62,6 +62,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-4full": arm(50_000, "4-full", **MIXED),
     "50k-mixed-kl-alone": arm(50_000, **MIXED | {"heal.ce_weight": 0}),
     "50k-mixed-half-stage-1": arm(25_000, **MIXED | HALF_STAGE_1),
+    "50k-mixed-most-stage-1": arm(10_000, **MIXED | {"heal.attention_tokens": 40_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
