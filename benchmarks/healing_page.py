@@ -52,7 +52,7 @@ Validation KL of the arm {longest}, as far as it got.
 
 def curve_table(curve: list[list[float]]) -> str:
     """Validation KL by tokens."""
-    lines = [[number(tokens, 7), number(kl)] for tokens, kl in curve]
+    lines = [[f"{tokens:,.0f}", number(kl)] for tokens, kl in curve]
     return markdown_table(Table("", ["tokens", "validation KL"], lines)) if curve else "Not begun."
 
 

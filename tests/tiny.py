@@ -12,9 +12,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerboost.artifacts import LayerPlan, ModelInfo
+from layerboost.healing.distillers import ONEDNN_PRODUCT
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import apply_plan
@@ -155,3 +157,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class Products(TorchDispatchMode):
+    """Counts oneDNN's products, by the rows they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == ONEDNN_PRODUCT:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))

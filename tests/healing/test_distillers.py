@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import boosted, fitted, layer_plans, tiny_model
+from tiny import Products, boosted, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
 from layerboost.healing.distillers import (
@@ -14,6 +14,7 @@ from layerboost.healing.distillers import (
 )
 from layerboost.healing.losses import distillation_loss_reference
 from layerboost.model.families import FAMILIES
+from layerboost.model.linear import use_onednn
 from layerboost.model.stream import head_logits
 
 END = 1
@@ -61,15 +62,20 @@ def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
 
 
 def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients = []
+    gradients, products = [], []
     monkeypatch.setattr(distillers, "KEPT_WIDTH", 20)
     for checkpointing in ("none", "selective", "full"):
         cheap = made("fSns", checkpointing=checkpointing)
-        cheap(IDS)["loss"].backward()
+        use_onednn(cheap)
+        with Products() as counted:
+            cheap(IDS)["loss"].backward()
+        products.append(len(counted.rows))
         gradients.append({name: p.grad for name, p in cheap.named_parameters() if p.requires_grad})
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value)
         torch.testing.assert_close(gradients[2][name], value)
+    # Selective checkpointing computes no wide product again.
+    assert products[0] == products[1] < products[2]
 
 
 def test_further_terms_of_the_loss() -> None:

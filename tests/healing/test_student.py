@@ -10,6 +10,7 @@ from tiny import boosted, fitted, layer_plans, save_tiny, tiny_model
 from layerboost.errors import ConfigError
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.model.families import FAMILIES
+from layerboost.model.linear import OneDNNLinear
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -77,6 +78,9 @@ def test_targets_that_do_not_exist_are_named_with_those_that_do() -> None:
 def test_only_the_named_adapters_and_the_sinks_are_trained() -> None:
     student = boosted("fSns")
     with_adapters(student, frozenset({"model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"}), rank=2)
+    adapters = [m for name, m in student.named_modules() if "lora_" in name and isinstance(m, torch.nn.Linear)]
+    assert len(adapters) == 4
+    assert {type(module) for module in adapters} == {OneDNNLinear}
     train_only(student, frozenset({"model.layers.2.mlp.up_proj"}))
     assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == {
         "model.layers.1.self_attn.sinks",

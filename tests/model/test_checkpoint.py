@@ -27,6 +27,7 @@ from layerboost.model.checkpoint import (
     plan_in,
     save_boosted,
 )
+from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card, Recipe
 from layerboost.runtime import Runtime
@@ -93,6 +94,7 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
 
 def test_stock_checkpoints_keep_their_stock_class(tmp_path: Path) -> None:
     model = load_model(find_model(str(save_tiny(tmp_path))), RUNTIME)
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {OneDNNLinear}
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
 
 

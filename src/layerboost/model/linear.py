@@ -7,6 +7,7 @@ uses AVX-512 there and is more than twice as fast (`benchmarks/products.py`).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+FEWEST_TOKENS = 16  # below, oneDNN is slower in small layers
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` and its gradients: `x` `[..., K]`, `weight` `[N, K]` in any layout, `bias` `[N]`; `[..., N]`.
 
-    What oneDNN cannot do or would not do faster goes to PyTorch.
+    Few tokens, and what oneDNN cannot do, go to PyTorch.
     """
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out: torch.Tensor = _Linear.apply(x, weight, bias)
-        return out
-    return _product(x, weight, bias)
+    out: torch.Tensor = _Linear.apply(x, weight, bias)
+    return out
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -46,10 +47,11 @@ class OneDNNLinear(nn.Linear):
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
-        and x.numel() > 0
+        and math.prod(x.shape[:-1]) >= FEWEST_TOKENS
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -60,19 +62,37 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return out
 
 
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `[M, K]` and some of zeros: 8 to 16 sizes from one power of two to the next.
+
+    oneDNN compiles a kernel for every size and keeps a thousand of them: text of all lengths would fill gigabytes.
+    """
+    count = len(rows)
+    step = max(FEWEST_TOKENS, 1 << count.bit_length() >> 4)
+    missing = -count % step
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 class _Linear(torch.autograd.Function):
     """All three products by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
-        return _product(x, weight, bias)
+        rows = x.flatten(0, -2)
+        out = _product(_padded(rows), weight, bias)[: len(rows)]
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,), (x, weight) = outputs, ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        by_input = _product(gradient, weight.T) if weight is not None else None
-        by_weight = _product(rows.T, x.flatten(0, -2).T) if x is not None else None
+        rows, by_input, by_weight = gradient.flatten(0, -2), None, None
+        padded = _padded(rows)
+        if weight is not None:
+            by_input = _product(padded, weight.T)[: len(rows)].view(*gradient.shape[:-1], -1)
+        if x is not None:
+            inputs = _padded(x.flatten(0, -2))
+            wide = rows.shape[1] > inputs.shape[1]  # thin adapters: several times slower the other way round
+            by_weight = _product(inputs.T, padded.T).T if wide else _product(padded.T, inputs.T)
         return by_input, by_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
