@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerboost.artifacts import LayerPlan, ModelInfo
-from layerboost.healing.distillers import ONEDNN_PRODUCT
 from layerboost.model.families import FAMILIES
+from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import apply_plan
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import LayerPlan
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
 from layerboost.healing.sharding import like, whole
+from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of
 
 Checkpointing = Literal["none", "selective", "full"]
-ONEDNN_PRODUCT = "mkldnn::_linear_pointwise"  # what model/linear.py calls
 KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+ONEDNN_PRODUCT = "mkldnn::_linear_pointwise"
 FEWEST_TOKENS = 16  # below, oneDNN is slower in small layers
 
 
