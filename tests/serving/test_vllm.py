@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import check_same_model, prompts, vllm_answers
+from offline import check_same_model, vllm_answers
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
@@ -55,7 +55,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folders = {
         case: str(save_tiny(root / case, *arguments)) for case, arguments in {**CASES, "refused": REFUSED}.items()
     }
-    answers = vllm_answers({case: {"model": folder} for case, folder in folders.items()}, root)
+    prefixes = {"no-full": {"prefix_tokens": 96}, "long": {"prefix_tokens": 1100}}
+    folders["long"] = str(save_tiny(root / "long", "llama", "fsSn", max_position_embeddings=2048))
+    engines = {case: {"model": folder} | prefixes.get(case, {}) for case, folder in folders.items()}
+    answers = vllm_answers(engines, root)
     return {case: (folder, answers[case]) for case, folder in folders.items()}
 
 
@@ -82,8 +85,9 @@ def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str)
     assert served[case][1]["concurrency"] == pytest.approx(blocks * block_bytes(model, layers, engine) / request)
 
 
-def test_without_full_layers_a_prefix_is_found_in_the_cache(served: dict[str, Any]) -> None:
-    assert served["no-full"][1]["cached_before_another_end"] == max(map(len, prompts())) // 2 // BLOCK_SIZE * BLOCK_SIZE
+def test_the_second_request_finds_the_prefix_of_the_first(served: dict[str, Any]) -> None:
+    assert served["no-full"][1]["cached_of_prefix"] == 96
+    assert served["long"][1]["cached_of_prefix"] == 1024
 
 
 def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> None:

@@ -10,10 +10,16 @@ from typing import Any
 
 KV_CACHE_BYTES = 1 << 25
 BATCHED_TOKENS, BLOCK_SIZE = 64, 32
+LONG_END = 50
 
 
-def answers(prompts: list[list[int]], output_tokens: int, adapter: str | None, **options: Any) -> dict[str, Any]:
-    """Of one engine. With prefix caching the prompts are asked twice, and the second pass finds them in the cache."""
+def answers(
+    prompts: list[list[int]], output_tokens: int, adapter: str | None, prefix_tokens: int, **options: Any
+) -> dict[str, Any]:
+    """Of one engine. With prefix caching the prompts are asked twice, and the second pass finds them in the cache.
+
+    Last, two prompts that share `prefix_tokens` tokens: `cached_of_prefix` are those that the second did not read.
+    """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -39,11 +45,12 @@ def answers(prompts: list[list[int]], output_tokens: int, adapter: str | None, *
         found += ask(llm, prompts, output_tokens, lora, prompt_logprobs=False)
         passes = 2
     cache = llm.llm_engine.vllm_config.cache_config
-    longest = max(prompts, key=len)
-    other_end = [*longest[: len(longest) // 2], *longest[: len(longest) // 2]]
-    [ending] = ask(llm, [other_end], output_tokens, lora, prompt_logprobs=False)
+    prefix = [3 + index * index % 89 for index in range(prefix_tokens)]
+    # Ends long enough that the windows which vLLM keeps at a prompt's own end are not those of the prefix.
+    for end in (tail * LONG_END for tail in (prompts[0], prompts[1])):
+        [ending] = ask(llm, [prefix + end], output_tokens, lora, prompt_logprobs=False)
     return {
-        "cached_before_another_end": ending["cached_tokens"],
+        "cached_of_prefix": ending["cached_tokens"],
         "answers": found,
         "passes": passes,
         "blocks": cache.num_gpu_blocks,
@@ -81,7 +88,7 @@ def main() -> None:
     for name, options in job["engines"].items():
         started = time.monotonic()
         try:
-            done[name] = answers(job["prompts"], job["output_tokens"], **{"adapter": None} | options)
+            done[name] = answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | options)
         except Exception as error:
             done[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

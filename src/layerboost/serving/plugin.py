@@ -21,6 +21,7 @@ log = logging.getLogger("layerboost")
 ARCHITECTURE = "LayerBoostForCausalLM"
 TESTED = ((0, 30), (0, 33))
 ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16 alone
+RETAINED_TOKENS = 1024  # a multiple of every usual block size, as vLLM asks
 
 
 def register() -> None:
@@ -41,10 +42,12 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Without a full layer, keep every block of a prompt in the prefix cache.
+        """Let requests that share a prefix find it in the cache from the second one on.
 
-        By default vLLM keeps of sliding layers what another layer's hit asks for. With no other layer nothing is kept,
-        and a prefix that requests share is read again for each. Raises ValueError for sinks that this vLLM cannot read.
+        By default vLLM keeps of sliding layers the window before a prompt's own end, and where a full layer's hit
+        ended. So with full layers the second request reads a shared prefix again, and without any every request does.
+        Kept are a window every 1,024 tokens, or everything where no layer is full. Raises ValueError for sinks that
+        this vLLM cannot read.
         """
         from vllm import __version__
         from vllm.platforms import current_platform
@@ -56,8 +59,11 @@ class BoostedConfig:
             check_sinks(__version__, str(vllm_config.model_config.dtype))
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
-        if kinds == {"sliding_attention"} and cache.prefix_cache_retention_interval == 0:
-            cache.prefix_cache_retention_interval = None
+        if "sliding_attention" in kinds and cache.prefix_cache_retention_interval == 0:
+            if len(kinds) == 1:
+                cache.prefix_cache_retention_interval = None
+            elif not cache.block_size or RETAINED_TOKENS % cache.block_size == 0:
+                cache.prefix_cache_retention_interval = RETAINED_TOKENS
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
