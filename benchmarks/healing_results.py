@@ -48,6 +48,7 @@ MIXED = {"text.source": MIXTURE, "text.sequence_tokens": 256, "heal.ce_weight": 
 HALF_STAGE_1 = {"heal.attention_tokens": 25_000}
 # Stage 2 at the others' rate undoes some of what that many tokens of stage 1 have learnt.
 MOST_STAGE_1 = {"heal.attention_tokens": 40_000, "heal.lr": 1e-4}
+MOST_STAGE_1_FASTER = MOST_STAGE_1 | {"heal.attention_lr": 3e-3}
 
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
@@ -67,6 +68,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-most-stage-1": arm(10_000, **MIXED | MOST_STAGE_1),
     "50k-mixed-most-stage-1-seed1": arm(10_000, seed=1, **MIXED | MOST_STAGE_1),
     "50k-mixed-most-stage-1-seed2": arm(10_000, seed=2, **MIXED | MOST_STAGE_1),
+    "50k-mixed-fast-stage-1": arm(10_000, **MIXED | MOST_STAGE_1_FASTER),
+    "50k-mixed-fast-stage-1-seed1": arm(10_000, seed=1, **MIXED | MOST_STAGE_1_FASTER),
+    "50k-mixed-fast-stage-1-seed2": arm(10_000, seed=2, **MIXED | MOST_STAGE_1_FASTER),
+    "50k-mixed-fast-stage-1-4full": arm(10_000, "4-full", **MIXED | MOST_STAGE_1_FASTER),
+    "200k-mixed-fast-stage-1": arm(40_000, **MIXED | MOST_STAGE_1_FASTER | {"heal.attention_tokens": 160_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
