@@ -1,6 +1,6 @@
 """oneDNN's float32 products against PyTorch's own, at a model's shapes.
 
-    python benchmarks/products.py [--hidden 576] [--inner 1536] [--vocabulary 49152] [--rows 1 32 512 2048]
+    python benchmarks/products.py [--hidden 576] [--inner 1536] [--vocabulary 49152] [--rank 64] [--rows 1 32 512 2048]
 
 The three products of a linear layer: its output, the gradient to its input, the gradient to its weight. Both ways in
 turn, the median of --rounds. Prints a line for each, the ratios, then JSON.
@@ -13,11 +13,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import grad
+from torch.nn import functional as F
 
-from layerboost.model.linear import linear
+from layerboost.model import linear
 
 
 def seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -31,15 +34,17 @@ def seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
-@torch.no_grad()
 def compare(rows: int, width: int, out: int, rounds: int) -> dict[str, Any]:
-    """One layer `[out, width]` on `rows` tokens."""
-    x, weight, gradient = torch.randn(rows, width), torch.randn(out, width), torch.randn(rows, out)
-    products = {
-        "output": {"pytorch": lambda: x @ weight.T, "onednn": lambda: linear(x, weight)},
-        "to input": {"pytorch": lambda: gradient @ weight, "onednn": lambda: linear(gradient, weight.T)},
-        "to weight": {"pytorch": lambda: gradient.T @ x, "onednn": lambda: linear(gradient.T, x.T)},
+    """One layer `[out, width]` on `rows` tokens; gradients as training asks for them."""
+    x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(out, width, requires_grad=True)
+    gradient = torch.randn(rows, out)
+    layers = {"pytorch": F.linear, "onednn": linear.linear}
+    made = {way: layer(x, weight) for way, layer in layers.items()}
+    products: dict[str, dict[str, Callable[[], Any]]] = {
+        "output": {way: partial(layer, x.detach(), weight.detach()) for way, layer in layers.items()}
     }
+    for name, to in {"to input": x, "to weight": weight}.items():
+        products[name] = {way: partial(grad, made[way], to, gradient, retain_graph=True) for way in layers}
     result: dict[str, Any] = {"rows": rows, "width": width, "out": out}
     for name, ways in products.items():
         spent = seconds(ways, rounds)
@@ -56,11 +61,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--inner", type=int, default=1536)
     parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--rank", type=int, default=64, help="of an adapter, whose two layers are thin")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512, 2048])
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
+    linear.IS_FASTER = True  # that is the question here
     hidden, inner = given.hidden, given.inner
     shapes = [(hidden, hidden), (hidden, inner), (inner, hidden), (hidden, given.vocabulary)]
+    shapes += [(hidden, given.rank), (given.rank, inner)]
     found = [compare(rows, *shape, given.rounds) for rows in given.rows for shape in shapes]
     print(json.dumps({"cpu_capability": torch.backends.cpu.get_cpu_capability(), "products": found}, indent=1))
 

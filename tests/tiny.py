@@ -160,13 +160,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Products(TorchDispatchMode):
-    """Counts oneDNN's products, by the rows they were given."""
+    """Counts products of one kind, oneDNN's if no other is named, by the rows they were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = ONEDNN_PRODUCT) -> None:
         super().__init__()
-        self.rows: list[int] = []
+        self.kind, self.rows = kind, list[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() == ONEDNN_PRODUCT:
+        if func.name() == self.kind:
             self.rows.append(args[0].shape[0])
         return func(*args, **(kwargs or {}))

@@ -13,8 +13,9 @@ from layerboost.healing.distillers import (
     positions_of,
 )
 from layerboost.healing.losses import distillation_loss_reference
+from layerboost.model import linear
 from layerboost.model.families import FAMILIES
-from layerboost.model.linear import use_onednn
+from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.stream import head_logits
 
 END = 1
@@ -61,13 +62,15 @@ def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in cheap.student.model.layers[:2].parameters())
 
 
-def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ONEDNN_PRODUCT, "aten::mm"])
+def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     gradients, products = [], []
     monkeypatch.setattr(distillers, "KEPT_WIDTH", 20)
+    monkeypatch.setattr(linear, "IS_FASTER", kind == ONEDNN_PRODUCT)
     for checkpointing in ("none", "selective", "full"):
         cheap = made("fSns", checkpointing=checkpointing)
-        use_onednn(cheap)
-        with Products() as counted:
+        linear.use_onednn(cheap)
+        with Products(kind) as counted:
             cheap(IDS)["loss"].backward()
         products.append(len(counted.rows))
         gradients.append({name: p.grad for name, p in cheap.named_parameters() if p.requires_grad})

@@ -88,7 +88,9 @@ def main() -> None:
     for name, options in job["engines"].items():
         started = time.monotonic()
         try:
-            done[name] = answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | options)
+            done[name] = answers(
+                job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | options
+            )
         except Exception as error:
             done[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

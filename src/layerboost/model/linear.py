@@ -1,7 +1,8 @@
 """Linear layers in float32 on CPUs by oneDNN.
 
 PyTorch gives float32 products to MKL, which keeps to AVX2 on AMD's processors; oneDNN, which comes with PyTorch too,
-uses AVX-512 there and is more than twice as fast (`benchmarks/products.py`).
+uses AVX-512 where the processor has it and is twice as fast there. With AVX2 alone its gradients are half as fast as
+MKL's, and PyTorch keeps all products (`benchmarks/products.py`).
 `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
 
@@ -17,12 +18,13 @@ from torch.nn import functional as F
 
 ONEDNN_PRODUCT = "mkldnn::_linear_pointwise"
 FEWEST_TOKENS = 16  # below, oneDNN is slower in small layers
+IS_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` and its gradients: `x` `[..., K]`, `weight` `[N, K]` in any layout, `bias` `[N]`; `[..., N]`.
 
-    Few tokens, and what oneDNN cannot do, go to PyTorch.
+    Few tokens, what oneDNN cannot do, and all on a processor where it is slower, go to PyTorch.
     """
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
@@ -47,7 +49,8 @@ class OneDNNLinear(nn.Linear):
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+        IS_FASTER
+        and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
