@@ -124,8 +124,8 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
-    asked = _number(extra, "--port")
-    check_port(port if asked is None else asked, host="")
+    given = re.findall(r"--port[ =](\d+)", " ".join(extra))
+    check_port(int(given[-1]) if given else port, host="")
     flags = with_flags(extra, advised_flags(folder))
     argv = [*vllm_command(), "serve", str(folder.absolute()), *_unless_given(extra, "--port", str(port))]
     return [*argv, *_device_arguments(flags), *flags], vllm_environment()
@@ -171,10 +171,10 @@ def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, .
 def _decoding_at_once(bench: Bench) -> int:
     """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
     wanted = max(*bench.concurrency, bench.decode_batch)
-    tokens = _number(bench.server_args, "--max-num-batched-tokens")
-    if tokens and tokens < wanted:
-        log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", tokens, wanted, tokens)
-        return tokens
+    given = re.search(r"--max-num-batched-tokens[ =](\d+)\b", " ".join(bench.server_args))
+    if given and int(given[1]) < wanted:
+        log.warning("at most %s of %d requests decode at once: %s", given[1], wanted, given[0])
+        return int(given[1])
     return wanted
 
 
@@ -190,12 +190,6 @@ def _device_arguments(given: tuple[str, ...]) -> list[str]:
     # Half precision is emulated on most CPUs, and torch.compile wants a C++ compiler at run time.
     eager = [] if any("enforce-eager" in argument for argument in given) else ["--enforce-eager"]
     return [*_unless_given(given, "--dtype", "float32"), *eager]
-
-
-def _number(given: tuple[str, ...], flag: str) -> int | None:
-    """The value of a flag that is a number, the last one given; None without the flag."""
-    values = re.findall(rf"{flag.replace('-', '[-_]')}[ =](\d+)(?!\S)", " ".join(given))
-    return int(values[-1]) if values else None
 
 
 def _unless_given(given: tuple[str, ...], flag: str, value: str) -> list[str]:
