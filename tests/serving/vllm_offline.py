@@ -18,7 +18,8 @@ def answers(
 ) -> dict[str, Any]:
     """Of one engine. With prefix caching the prompts are asked twice, and the second pass finds them in the cache.
 
-    Last, two prompts that share `prefix_tokens` tokens: `cached_of_prefix` are those that the second did not read.
+    Last, if there are `prefix_tokens`, two prompts that share so many tokens: `cached_of_prefix` are those that the
+    second did not read.
     """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
@@ -45,17 +46,22 @@ def answers(
         found += ask(llm, prompts, output_tokens, lora, prompt_logprobs=False)
         passes = 2
     cache = llm.llm_engine.vllm_config.cache_config
-    prefix = [3 + index * index % 89 for index in range(prefix_tokens)]
-    # Ends long enough that the windows which vLLM keeps at a prompt's own end are not those of the prefix.
-    for end in (tail * LONG_END for tail in (prompts[0], prompts[1])):
-        [ending] = ask(llm, [prefix + end], output_tokens, lora, prompt_logprobs=False)
     return {
-        "cached_of_prefix": ending["cached_tokens"],
+        "cached_of_prefix": cached_of_prefix(llm, prompts, prefix_tokens) if prefix_tokens else 0,
         "answers": found,
         "passes": passes,
         "blocks": cache.num_gpu_blocks,
         "concurrency": cache.kv_cache_max_concurrency,
     }
+
+
+def cached_of_prefix(llm: Any, prompts: list[list[int]], tokens: int) -> int:
+    """How much of a prefix the second prompt that has it finds in the cache."""
+    prefix = [3 + index * index % 89 for index in range(tokens)]
+    # Ends long enough that the windows which vLLM keeps at a prompt's own end are not those of the prefix.
+    for end in prompts[0] * LONG_END, prompts[1] * LONG_END:
+        [answer] = ask(llm, [prefix + end], 1, None, prompt_logprobs=False)
+    return int(answer["cached_tokens"])
 
 
 def ask(llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, prompt_logprobs: bool) -> list[Any]:
