@@ -49,6 +49,8 @@ HALF_STAGE_1 = {"heal.attention_tokens": 25_000}
 # Stage 2 at the others' rate undoes some of what that many tokens of stage 1 have learnt.
 MOST_STAGE_1 = {"heal.attention_tokens": 40_000, "heal.lr": 1e-4}
 MOST_STAGE_1_FASTER = MOST_STAGE_1 | {"heal.attention_lr": 3e-3}
+# Output projections fitted to the first of stage 1's tokens, in closed form, before it.
+FITTED = MOST_STAGE_1_FASTER | {"heal.fit_tokens": 16_384}
 
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
@@ -73,6 +75,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-fast-stage-1-seed2": arm(10_000, seed=2, **MIXED | MOST_STAGE_1_FASTER),
     "50k-mixed-fast-stage-1-4full": arm(10_000, "4-full", **MIXED | MOST_STAGE_1_FASTER),
     "200k-mixed-fast-stage-1": arm(40_000, **MIXED | MOST_STAGE_1_FASTER | {"heal.attention_tokens": 160_000}),
+    "16k-mixed-fit-alone": arm(0, **MIXED | {"heal.fit_tokens": 16_384}),
+    "50k-mixed-fitted": arm(10_000, **MIXED | FITTED),
+    "50k-mixed-fitted-seed1": arm(10_000, seed=1, **MIXED | FITTED),
+    "50k-mixed-fitted-seed2": arm(10_000, seed=2, **MIXED | FITTED),
+    "50k-mixed-fitted-4full": arm(10_000, "4-full", **MIXED | FITTED),
+    "200k-mixed-fitted": arm(40_000, **MIXED | FITTED | {"heal.attention_tokens": 160_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
@@ -103,6 +111,7 @@ SHARED = {
     "heal.lora_rank": 64,
     "heal.lora_targets": "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
     "heal.retrieval_share": 0.1,
+    "heal.fit_tokens": 0,
     "heal.activation_checkpointing": "none",
 }
 

@@ -207,7 +207,7 @@ def test_healing_is_refused_before_it_begins(measured: Path, tmp_path: Path) -> 
         assert found.returncode == 2
         assert all(message in found.stderr for message in messages)
         assert (run / "recipe.yaml").read_text() == (measured / "run" / "recipe.yaml").read_text()
-    nothing = ("--set", "heal.tokens=0", "--set", "heal.attention_tokens=0")
+    nothing = [part for key in ("fit_tokens", "attention_tokens", "tokens") for part in ("--set", f"heal.{key}=0")]
     assert "nothing to train" in layerboost("heal", "--run", run, *nothing, check=False).stderr
     assert not (run / "heal").exists()
 

@@ -68,7 +68,7 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
         "text": {"source": str(save_text(folder / "text.jsonl", words=120_000)), "sequence_tokens": 48},
         "measure": {"windows": [8, 16], "tokens": 192, "retrieval_prompts": 4, "retrieval_tokens": 128},
         "plan": {"kv_fraction": 0.4, "context_tokens": 64},
-        "heal": {"attention_tokens": 384, "tokens": 768, "batch_sequences": 2, "save_steps": 3},
+        "heal": {"fit_tokens": 256, "attention_tokens": 384, "tokens": 768, "batch_sequences": 2, "save_steps": 3},
         "evaluate": {
             "tasks": ["piqa"],
             "bench_data": str(folder),

@@ -257,7 +257,8 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     if all(map(is_local, recipe.text.sources)):
-        load_tokens(recipe.text, tokenizer, "train", max(recipe.heal.attention_tokens, recipe.heal.tokens))
+        longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+        load_tokens(recipe.text, tokenizer, "train", longest)
     for folder in {*recipe.evaluate.checkpoints.values(), *recipe.bench.checkpoints.values()}:
         if not Path(folder).absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
             check_checkpoint(Path(folder))

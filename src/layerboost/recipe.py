@@ -117,8 +117,14 @@ class Plan(Section):
 
 
 class Heal(Section):
-    """Attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
+    """Least squares, attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
+    fit_tokens: int = Field(
+        16_384,
+        ge=0,
+        description="first tokens of stage 1's text to which the output projections of sliding layers are fitted in "
+        "closed form before it; 0 leaves it out",
+    )
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")

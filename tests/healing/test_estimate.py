@@ -13,7 +13,7 @@ RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
 def recipe(**heal: object) -> Recipe:
-    return parse_recipe({"heal": {"tokens": 1_000_000, "attention_tokens": 0, **heal}}, "the test")
+    return parse_recipe({"heal": {"fit_tokens": 0, "tokens": 1_000_000, "attention_tokens": 0, **heal}}, "the test")
 
 
 def test_the_estimate_follows_the_plan_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

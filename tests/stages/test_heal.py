@@ -25,12 +25,12 @@ from layerboost.recipe import Recipe, Text, parse_recipe
 
 
 def recipe_of(folder: Path, **heal: Any) -> Recipe:
-    settings = {"attention_tokens": 300, "tokens": 500, "batch_sequences": 2, "lr": 3e-3, "save_steps": 2}
+    settings = {"fit_tokens": 250, "attention_tokens": 300, "tokens": 500, "batch_sequences": 2, "lr": 3e-3}
     values = {
         "model": str(folder / "model"),
         "text": {"source": str(folder / "text.jsonl"), "sequence_tokens": 48},
         "measure": {"windows": [8], "tokens": 192},
-        "heal": {**settings, "validation_steps": 2, **heal},
+        "heal": {**settings, "save_steps": 2, "validation_steps": 2, **heal},
     }
     return parse_recipe(values, "the test")
 
@@ -59,7 +59,7 @@ def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path)
     healed = run_stage("heal", recipe_of(converted), run)
     rows = read_metrics(run / "heal" / "metrics.jsonl")
     tokens = {row["stage"]: row["tokens"] for row in rows}
-    assert tokens == {"attention": 300, "lora": 500}
+    assert tokens == {"fit": 250, "attention": 300, "lora": 500}
     validated = [row["validation_kl"] for row in rows if row["stage"] == "lora" and "validation_kl" in row]
     assert min(validated) < validated[0]
     model = AutoModelForCausalLM.from_pretrained(healed)
@@ -111,7 +111,9 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("heal", "message"),
     [
-        ({"tokens": 0, "attention_tokens": 0}, "nothing to train"),
+        ({"tokens": 0, "attention_tokens": 0, "fit_tokens": 0}, "nothing to train"),
+        ({"fit_tokens": 48}, "one sequence is fitted and another judges"),
+        ({"fit_tokens": 10**7}, "train text is too short"),
         ({"tokens": 10**7}, "train text is too short"),
         ({"lora_targets": ("q_prog",)}, "q_prog"),
         ({"shard": True}, "processes of torchrun"),
@@ -155,7 +157,7 @@ def check_same_healing(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (2, False), (1, True), (4, True)])
 def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int, shard: bool) -> None:
-    recipe = recipe_of(converted, gradient_accumulation=accumulation, lr=1e-3)
+    recipe = recipe_of(converted, gradient_accumulation=accumulation, lr=1e-3, fit_tokens=0 if shard else 250)
     alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", together / "recipe.yaml")
@@ -169,7 +171,7 @@ def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accu
 
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on_sharded_or_whole(converted: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(converted, lr=1e-3, tokens=1500)
+    recipe = recipe_of(converted, lr=1e-3, tokens=1500, fit_tokens=0)
     alone, killed = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "killed")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", killed / "recipe.yaml")

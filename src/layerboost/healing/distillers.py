@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,6 +102,15 @@ class Distiller(nn.Module):
         return output
 
 
+@dataclass(frozen=True)
+class AttentionLesson:
+    """The arguments of one of the base's modules, and its output `[B, T, D]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: torch.Tensor
+
+
 class AttentionDistiller(Distiller):
     """Stage 1: each changed layer learns from the base's own activations; no gradient crosses a layer.
 
@@ -117,29 +126,37 @@ class AttentionDistiller(Distiller):
     def layer_losses(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
         """The normalised MSE of each changed layer."""
         weights = self.weights_or_mean(input_ids, weights)
-        seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+        losses = {}
+        for entry, lesson in self.lessons(input_ids, self.changed):
+            output, target = self.answer(entry, lesson), lesson.target
+            added = target if entry.attention == "sliding" else target - _hidden(lesson.args, lesson.kwargs)
+            losses[entry.layer] = normalized_mse(output, target, weights, size=added)
+        return losses
+
+    def lessons(self, ids: torch.Tensor, entries: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, AttentionLesson]]:
+        """What the base's modules do with ids `[B, T]`, all from one forward pass without a gradient."""
+        seen: dict[int, AttentionLesson] = {}
 
         def record(layer: int) -> Any:
             def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                seen[layer] = (args, kwargs, _tensor(output))
+                seen[layer] = AttentionLesson(args, kwargs, _tensor(output))
 
             return hook
 
-        modules = {entry.layer: self._module(self.teacher, entry) for entry in self.changed}
+        modules = {entry.layer: self._module(self.teacher, entry) for entry in entries}
         hooks = [module.register_forward_hook(record(i), with_kwargs=True) for i, module in modules.items()]
         try:
             with torch.no_grad():
-                self.run_teacher(input_ids)
+                self.run_teacher(ids)
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = {}
-        for entry in self.changed:
-            args, kwargs, target = seen.pop(entry.layer)
-            output = _tensor(self._module(self.student, entry)(*args, **kwargs))
-            added = target if entry.attention == "sliding" else target - _hidden(args, kwargs)
-            losses[entry.layer] = normalized_mse(output, target, weights, size=added)
-        return losses
+        for entry in entries:
+            yield entry, seen.pop(entry.layer)
+
+    def answer(self, entry: LayerPlan, lesson: AttentionLesson) -> torch.Tensor:
+        """The output `[B, T, D]` of the student's module on what the base's saw."""
+        return _tensor(self._module(self.student, entry)(*lesson.args, **lesson.kwargs))
 
     @torch.no_grad()
     def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:

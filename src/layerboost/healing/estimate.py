@@ -22,7 +22,7 @@ LOGIT_COPIES = 6
 
 @dataclass(frozen=True)
 class HealingEstimate:
-    """Expected of both stages together; memory is one process's, on its device."""
+    """Expected of all stages together; memory is one process's, on its device."""
 
     tokens_per_s: float
     hours: float
@@ -45,7 +45,8 @@ def estimate_healing(
     lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)
     attention_flops = 2 * body * (1 + changed / layers)
     rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
-    seconds = (recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops) / rate
+    flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
+    seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit is little more than a pass of the base
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4

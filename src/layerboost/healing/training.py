@@ -109,7 +109,7 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
     """Sequences a batch and batches a step of one process, so that a step is the same on any number of processes.
 
     Raises ConfigError when a step cannot be shared out evenly, or the model shall be shared out and there is one
-    process.
+    process, or something to fit, which takes whole layers.
     """
     batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
     if settings.shard and processes == 1:
@@ -117,6 +117,12 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
             "heal.shard shares the model out among the processes of torchrun",
             found="one process",
             do="start `layerboost heal` with torchrun (docs/gpu.md has the commands), or --set heal.shard=false",
+        )
+    if settings.shard and settings.fit_tokens:
+        raise ConfigError(
+            "a sharded model cannot be fitted by least squares",
+            found=f"heal.shard, heal.fit_tokens {settings.fit_tokens}",
+            do="set heal.fit_tokens to 0, or heal.shard to false",
         )
     if accumulation % processes == 0:
         return batch, accumulation // processes

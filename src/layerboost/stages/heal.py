@@ -1,4 +1,4 @@
-"""heal: attention distillation, then LoRA distillation from the base → healed/, the adapters merged."""
+"""heal: least squares, attention distillation, then LoRA distillation from the base → healed/, the adapters merged."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, Lesson, LogitDistiller, LogitLoss
+from layerboost.healing.least_squares import fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
@@ -77,8 +78,9 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
         healing = (
-            f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+            f"Healed by least squares on {lessons.fit_tokens:,} tokens, {recipe.heal.attention_tokens:,} tokens of "
+            f"attention distillation and {recipe.heal.tokens:,} tokens of LoRA distillation from the base, on "
+            f"{recipe.text.name}."
         )
         origin = origin_of(source.folder, source.name, recipe.card)
         save_boosted(
@@ -95,10 +97,11 @@ STAGES = ("attention", "lora")
 class Lessons:
     """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`.
 
-    `fingerprint`: of all that was read.
+    `fit_tokens`: of the attention stage's, for the fit before it. `fingerprint`: of all that was read.
     """
 
     ids: dict[str, torch.Tensor]
+    fit_tokens: int
     tokens: dict[str, int]
     validation: torch.Tensor
     fingerprint: str
@@ -112,23 +115,32 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
     """All text of the run, so that too little of it shows before anything is trained. Raises ConfigError."""
     changed = plan.model.layers - plan.count("full")
     tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
-    if not any(tokens.values()):
+    fit_tokens = recipe.heal.fit_tokens if plan.count("sliding") else 0
+    if not any((fit_tokens, *tokens.values())):
         raise ConfigError(
             "there is nothing to train",
-            found=f"heal.attention_tokens {recipe.heal.attention_tokens}, heal.tokens {recipe.heal.tokens}, "
-            f"{changed} changed layers",
-            do="give one of the two stages some tokens",
+            found=f"heal.fit_tokens {recipe.heal.fit_tokens}, heal.attention_tokens {recipe.heal.attention_tokens}, "
+            f"heal.tokens {recipe.heal.tokens}, {changed} changed layers",
+            do="give one of the stages some tokens",
+        )
+    if 0 < fit_tokens <= recipe.text.sequence_tokens:
+        raise ConfigError(
+            "heal.fit_tokens are too few: one sequence is fitted and another judges",
+            found=f"{fit_tokens} in sequences of {recipe.text.sequence_tokens}",
+            do="raise heal.fit_tokens, or set it to 0",
         )
 
     def read(split: Split, count: int, seed: int = 0) -> Tokens:
         return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
 
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
-    train = {name: read("train", count, seeds[name]) for name, count in tokens.items() if count}
+    wanted = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
+    train = {name: read("train", count, seeds[name]) for name, count in wanted.items() if count}
     validation = read("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
     share = recipe.heal.retrieval_share
     return Lessons(
         ids={name: with_recall(text.ids, tokenizer, share, seeds[name]) for name, text in train.items()},
+        fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
         fingerprint=fingerprint(*(text.fingerprint for text in (*train.values(), validation))),
@@ -234,11 +246,12 @@ def train(
     end: int | None,
     device: torch.device,
 ) -> None:
-    """Both stages, each kept in `folder` when it ends. `end`: the token that ends a document."""
+    """All stages, each kept in `folder` when it ends. `end`: the token that ends a document."""
     settings, teacher, student = recipe.heal, pair.teacher, pair.student
     loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
     whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
-    distillers = {"attention": AttentionDistiller(student, teacher, plan.layers, end), "lora": whole}
+    local = AttentionDistiller(student, teacher, plan.layers, end)
+    distillers = {"attention": local, "lora": whole}
     rates = {"attention": settings.attention_lr, "lora": settings.lr}
     validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
     if settings.shard:
@@ -246,6 +259,8 @@ def train(
         shards.gather_for(validation, "teach", "measure")
         for distiller in distillers.values():
             shards.gather_for(distiller, "forward", "first_bad_layer")
+    if lessons.fit_tokens:
+        fit_stage(local, lessons.ids["attention"], lessons.fit_tokens, folder, validation)
     for stage in lessons.stages:
         train_only(student, pair.adapted[stage])
         train_stage(

@@ -1,0 +1,172 @@
+"""Stage 0: each sliding layer's output projection fitted to the base's attention by least squares; nothing is trained.
+
+A window takes keys away, and with them a part of what attention adds to the stream. Much of that part is a linear
+function of what the window still holds, and the best one is known in closed form (ridge regression).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from layerboost.artifacts import LayerPlan
+from layerboost.healing.distillers import AttentionDistiller
+from layerboost.healing.metrics import Metrics
+from layerboost.model.surgery import attention_of
+from layerboost.runtime import Progress, log, main_process_first
+
+# In units of the inputs' mean square; the best on held-out sequences is taken, layer by layer.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+HELD_OUT = 5  # one sequence in so many
+MOST_BYTES = 2 << 30  # of sums at once: a wide model takes several passes of the base
+STAGE = "fit"
+
+
+@dataclass
+class Sums:
+    """Over tokens: error times input `[E, I]`, input times input `[I, I]`, and the squared error."""
+
+    cross: torch.Tensor
+    square: torch.Tensor
+    error: float = 0.0
+
+    @staticmethod
+    def zeros(projection: nn.Linear) -> Sums:
+        """Float64, on the projection's device."""
+        cross = torch.zeros_like(projection.weight, dtype=torch.float64, requires_grad=False)
+        return Sums(cross, cross.new_zeros(cross.shape[1], cross.shape[1]))
+
+    def add(self, inputs: torch.Tensor, error: torch.Tensor) -> None:
+        """Count the tokens of inputs `[B, T, I]` and errors `[B, T, E]`."""
+        inputs, error = inputs.flatten(0, 1).float(), error.flatten(0, 1).float()
+        self.cross += error.T @ inputs
+        self.square += inputs.T @ inputs
+        self.error += float(error.square().sum())
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.cross + other.cross, self.square + other.square, self.error + other.error)
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """The M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
+        diagonal = self.square.diagonal()
+        # No inputs at all (a dead layer) leave a matrix that is still positive.
+        regular = self.square + torch.diag(torch.full_like(diagonal, ridge * float(diagonal.mean()) + 1e-12))
+        return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(regular)).T
+
+    def left(self, change: torch.Tensor) -> float:
+        """Share of the squared error that is left after a change M `[E, I]` of the projection."""
+        gain = 2 * (change * self.cross).sum() - ((change @ self.square) * change).sum()
+        return 1 - float(gain) / self.error if self.error else 1.0
+
+
+def fit_stage(
+    distiller: AttentionDistiller,
+    ids: torch.Tensor,
+    tokens: int,
+    folder: Path,
+    validate: Callable[[], dict[str, float]],
+) -> None:
+    """Give the student the output projections that the first `tokens` tokens of ids `[N, T]` fit best.
+
+    `folder/fit.safetensors` keeps them; a fit that is there is only loaded. One that does not lower `validation_kl` of
+    `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file.
+    """
+    file = folder / f"{STAGE}.safetensors"
+    with main_process_first():
+        if not file.is_file():
+            metrics = Metrics(STAGE, folder / "metrics.jsonl", after_step=-1)
+            before = validate()
+            metrics.write(0, 0, before)
+            fitted = fit_outputs(distiller, ids, tokens)
+            kept = {layer: projection_of(distiller, layer).weight for layer in fitted}
+            put(distiller, fitted)
+            after = validate()
+            metrics.write(1, tokens, after)
+            if not after["validation_kl"] < before["validation_kl"]:
+                log.warning(
+                    "the least squares fit is dropped: validation KL %.4f with it, %.4f without",
+                    after["validation_kl"],
+                    before["validation_kl"],
+                )
+                put(distiller, kept)
+                fitted = {}
+            temporary = file.with_suffix(".tmp")
+            save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
+            temporary.replace(file)
+    put(distiller, {int(layer): weight for layer, weight in load_file(file).items()})
+
+
+@torch.no_grad()
+def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -> dict[int, torch.Tensor]:
+    """The fitted output projection `[E, I]` of each sliding layer, from the first `tokens` tokens of ids `[N, T]`.
+
+    The student's attention sees what the base's attention saw, as in stage 1; the target is the base's output. Left out
+    are layers where no ridge leaves less error on the held-out fifth of the sequences.
+    """
+    rows = ids.to(next(distiller.student.parameters()).device).flatten()[:tokens].split(ids.shape[1])
+    fifth = max(1, len(rows) // HELD_OUT)
+    sliding = [entry for entry in distiller.changed if entry.attention == "sliding"]
+    groups = list(_groups(distiller, sliding))
+    fitted = {}
+    with Progress("fitting output projections", len(groups) * tokens, "tokens") as progress:
+        for group in groups:
+            sums = {
+                entry.layer: tuple(Sums.zeros(projection_of(distiller, entry.layer)) for _ in range(2))
+                for entry in group
+            }
+            for index, row in enumerate(rows):
+                for layer, inputs, error in _errors(distiller, group, row[None]):
+                    sums[layer][index >= len(rows) - fifth].add(inputs, error)
+                progress.advance(len(row))
+            for layer, (seen, held_out) in sums.items():
+                ridge = min(RIDGES, key=lambda ridge: held_out.left(seen.solve(ridge)))
+                if held_out.left(seen.solve(ridge)) < 1:
+                    weight = projection_of(distiller, layer).weight
+                    fitted[layer] = (weight.double() + (seen + held_out).solve(ridge)).to(weight.dtype)
+    return fitted
+
+
+def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
+    """The student's output projection; where an adapter sits on it, the linear layer below."""
+    module: Any = attention_of(distiller.student, layer).o_proj
+    found: nn.Linear = getattr(module, "base_layer", module)
+    return found
+
+
+def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None:
+    """Replace output projections by layer. The base keeps its own, which were the student's too."""
+    for layer, weight in weights.items():
+        projection = projection_of(distiller, layer)
+        projection.weight = nn.Parameter(weight.to(projection.weight.device), requires_grad=False)
+
+
+def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """The layers in groups whose sums stay within MOST_BYTES."""
+    if not entries:
+        return
+    outer, inner = projection_of(distiller, entries[0].layer).weight.shape
+    size = max(1, MOST_BYTES // (2 * 8 * inner * (inner + outer)))
+    for start in range(0, len(entries), size):
+        yield list(entries[start : start + size])
+
+
+def _errors(
+    distiller: AttentionDistiller, entries: Sequence[LayerPlan], ids: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Of each layer, what its output projection gets `[B, T, I]` and what it lacks to the base's output `[B, T, E]`."""
+    for entry, lesson in distiller.lessons(ids, entries):
+        inputs: list[torch.Tensor] = []
+        hook = projection_of(distiller, entry.layer).register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0])
+        )
+        try:
+            output = distiller.answer(entry, lesson)
+        finally:
+            hook.remove()
+        yield entry.layer, inputs[0], lesson.target.float() - output.float()

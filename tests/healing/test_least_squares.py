@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_distillers import END
+from tiny import boosted, fitted, layer_plans, tiny_model
+
+from layerboost.healing import least_squares
+from layerboost.healing.distillers import AttentionDistiller
+from layerboost.healing.least_squares import Sums, fit_outputs, fit_stage, projection_of, put
+from layerboost.healing.student import with_adapters
+from layerboost.model.families import FAMILIES
+
+LENGTH, TOKENS = 40, 40 * 30 - 7
+IDS = torch.randint(3, 20, (30, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def made(letters: str, model_type: str = "llama") -> AttentionDistiller:
+    letters = fitted(letters, model_type)
+    student = boosted(letters, model_type).requires_grad_(False)
+    teacher = tiny_model(model_type, len(letters)).requires_grad_(False)
+    return AttentionDistiller(student, teacher, layer_plans(letters), END)
+
+
+def test_the_solution_is_the_one_that_ridge_regression_has() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs, error = torch.randn(1, 50, 6, generator=draw), torch.randn(1, 50, 4, generator=draw)
+    sums = Sums(torch.zeros(4, 6).double(), torch.zeros(6, 6).double())
+    sums.add(inputs[:, :20], error[:, :20])
+    sums.add(inputs[:, 20:], error[:, 20:])
+    change = torch.zeros(4, 6, dtype=torch.float64, requires_grad=True)
+    penalty = 0.3 * inputs.square().sum((0, 1)).mean()
+    loss = (error - inputs @ change.T.float()).square().sum() + penalty * change.square().sum()
+    # A quadratic form: one Newton step from zero ends in its minimum.
+    (slope,) = torch.autograd.grad(loss, change)
+    hessian = 2 * (inputs[0].T @ inputs[0] + penalty * torch.eye(6))
+    torch.testing.assert_close(sums.solve(0.3).float(), -torch.linalg.solve(hessian, slope.float().T).T)
+    left = (error - inputs @ sums.solve(0.3).T.float()).square().sum() / error.square().sum()
+    assert sums.left(sums.solve(0.3)) == pytest.approx(float(left), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_fit_brings_every_sliding_layer_nearer_to_the_base(model_type: str) -> None:
+    local = made("sfSns", model_type)
+    other = torch.randint(3, 20, (8, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = local.layer_losses(other)
+        found = fit_outputs(local, IDS, TOKENS)
+        put(local, found)
+        after = local.layer_losses(other)
+    sliding = {entry.layer for entry in local.changed if entry.attention == "sliding"}
+    # Random weights leave some layers nothing to fit; the held-out sequences say which.
+    assert sliding >= found.keys()
+    assert found or not sliding
+    for layer, loss in before.items():
+        assert after[layer] < loss if layer in found else torch.equal(after[layer], loss)
+
+
+def test_the_base_keeps_its_weights_and_adapters_sit_on_the_fitted_ones() -> None:
+    local = made("fSs")
+    names = {"model.layers.1.self_attn.o_proj"}
+    with_adapters(local.student, frozenset(names), 2)
+    shared = projection_of(local, 1).weight
+    put(local, {1: shared + 1})
+    assert torch.equal(projection_of(local, 1).weight, shared + 1)
+    before = tiny_model("llama", 3).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in local.teacher.state_dict().items())
+
+
+def test_passes_of_few_layers_give_what_one_pass_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = made("sSsns")
+    at_once = fit_outputs(local, IDS, TOKENS)
+    monkeypatch.setattr(least_squares, "MOST_BYTES", 1)
+    one_by_one = fit_outputs(local, IDS, TOKENS)
+    assert at_once.keys() == one_by_one.keys()
+    assert all(torch.equal(value, one_by_one[layer]) for layer, value in at_once.items())
+
+
+def test_a_window_that_cuts_nothing_off_leaves_the_layer_alone() -> None:
+    local = made("sfs")
+    assert fit_outputs(local, IDS[:, :8], 8 * 30) == {}
+
+
+def test_a_fit_that_is_no_better_is_dropped_and_a_finished_one_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kls = iter([1.0, 2.0])
+    local = made("sfs")
+    before = projection_of(local, 0).weight
+    fit_stage(local, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
+    assert torch.equal(projection_of(local, 0).weight, before)
+    assert "dropped" in caplog.text
+    (tmp_path / "fit.safetensors").unlink()
+    kls = iter([2.0, 1.0])
+    fit_stage(local, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
+    again = made("sfs")
+    fit_stage(again, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(iter([]))})
+    assert not torch.equal(projection_of(again, 0).weight, before)
+    assert torch.equal(projection_of(again, 0).weight, projection_of(local, 0).weight)
