@@ -32,7 +32,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "4-full": {"plan.kv_fraction": COST_4, **BLEND},
     "8-full-at-random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
     "8-full-no-sinks": {"plan.kv_fraction": COST_8, **BLEND},
+    "8-full-of-both": {"plan.kv_fraction": COST_8, **BLEND},
 }
+# Measured, and its sinks fitted, on half --text and half --second-text; the others on --text.
+OF_BOTH = "8-full-of-both"
 
 
 def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
@@ -80,6 +83,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-fitted-seed1": arm(10_000, seed=1, **MIXED | FITTED),
     "50k-mixed-fitted-seed2": arm(10_000, seed=2, **MIXED | FITTED),
     "50k-mixed-fitted-4full": arm(10_000, "4-full", **MIXED | FITTED),
+    "50k-mixed-fitted-of-both": arm(10_000, OF_BOTH, **MIXED | FITTED),
+    "50k-mixed-fitted-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | FITTED),
+    "50k-mixed-fitted-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | FITTED),
     "200k-mixed-fitted": arm(40_000, **MIXED | FITTED | {"heal.attention_tokens": 160_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
@@ -152,8 +158,15 @@ def main() -> None:
 
 
 def is_mixed(model: str) -> bool:
-    """Whether an arm heals on the second text too; an unhealed model is no arm."""
-    return model in ARMS and ARMS[model]["set"].get("text.source") == MIXTURE
+    """Whether a model was healed, or its plan made, on the second text too."""
+    return model.removesuffix(UNHEALED) == OF_BOTH or (
+        model in ARMS and ARMS[model]["set"].get("text.source") == MIXTURE
+    )
+
+
+def mixture(given: argparse.Namespace) -> dict[str, Any]:
+    """The setting of both texts, half and half."""
+    return {"text.source": f"{{{given.text}: 0.5, {given.second_text}: 0.5}}"}
 
 
 def layerboost(command: str, run: Path, *arguments: str, own: dict[str, Any] | None = None) -> None:
@@ -172,6 +185,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     are made, from sensitivities measured once, and laid there.
     """
     run = given.work / "plans" / plan
+    texts = mixture(given) if plan == OF_BOTH else {}
     kept = given.page.parent / "plans" / f"{plan}.yaml"
     if kept.is_file() and not (run / PLAN).is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -184,11 +198,12 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
                 f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder and --page"
             )
     else:
-        measured = given.work / "measured"
-        layerboost("measure", measured, given.model, "--text", given.text, own={"measure.windows": "[64]"})
+        measured = given.work / ("measured-of-both" if plan == OF_BOTH else "measured")
+        own = {"measure.windows": "[64]"}
+        layerboost("measure", measured, given.model, "--text", given.text, own=own | texts)
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(measured / "sensitivity.json", run / "sensitivity.json")
-        layerboost("plan", run, given.model, "--text", given.text, own=PLANS[plan])
+        layerboost("plan", run, given.model, "--text", given.text, own=PLANS[plan] | texts)
     made = read_plan(run / PLAN)
     if "no-sinks" in plan:
         made = made.model_copy(update={"layers": [entry.model_copy(update={"sink": False}) for entry in made.layers]})
@@ -196,7 +211,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_plan(kept, made)
     if not (run / CONVERTED / PLAN).is_file():
-        layerboost("convert", run, given.model, "--text", given.text)
+        layerboost("convert", run, given.model, "--text", given.text, own=texts)
     return run
 
 
@@ -212,7 +227,7 @@ def heal(name: str, plan: Path, given: argparse.Namespace) -> None:
         shutil.copy(plan / PLAN, run / PLAN)
     own = dict(ARMS[name]["set"])
     if is_mixed(name):
-        own["text.source"] = f"{{{given.text}: 0.5, {given.second_text}: 0.5}}"
+        own |= mixture(given)
     layerboost("heal", run, own=own)
 
 

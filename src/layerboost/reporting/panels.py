@@ -12,7 +12,11 @@ from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import MADE_BY, MetricLine, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
 
-STAGES = {"attention": "Stage 1: attention distillation", "lora": "Stage 2: LoRA distillation"}
+STAGES = {
+    "fit": "Before them: least squares",
+    "attention": "Stage 1: attention distillation",
+    "lora": "Stage 2: LoRA distillation",
+}
 
 
 def layers_panel(sources: Sources) -> Panel:
@@ -96,7 +100,7 @@ def _sensitivity_table(sensitivity: Sensitivity) -> Table:
 
 
 def healing_panel(sources: Sources) -> Panel:
-    """Loss against tokens of both stages, and the validation points."""
+    """Loss against tokens of the stages that have one, and the validation points."""
     files = ["heal/metrics.jsonl"]
     if sources.metrics is None:
         return Panel("healing", "Healing", files, [absent("heal/metrics.jsonl")])
@@ -105,8 +109,9 @@ def healing_panel(sources: Sources) -> Panel:
     charts, rows = [], []
     for stage, title in STAGES.items():
         lines = [line for line in sources.metrics if line.stage == stage]
-        if lines:
+        if any(line.loss is not None for line in lines):
             charts.append(Chart(f"chart-heal-{stage}", title, healing_figure(lines)))
+        if lines:
             rows.append(_healing_row(title, lines))
     header = ["stage", "steps", "tokens", "time", "first loss", "last loss"]
     tables = [Table("Stages", header, rows)]

@@ -46,7 +46,7 @@ MADE_BY = {
 class MetricLine(Part):
     """One line of `heal/metrics.jsonl`; `tokens` and `seconds` count from the start of the stage."""
 
-    stage: Literal["attention", "lora"]
+    stage: Literal["fit", "attention", "lora"]
     step: int
     tokens: int
     seconds: float
@@ -154,5 +154,5 @@ def _read_metrics(path: Path) -> list[MetricLine] | None:
                 do="delete the line, or delete the file and run `layerboost heal` again",
             ) from None
         lines[line.stage, line.step, line.loss is None] = line
-    order = {"attention": 0, "lora": 1}
+    order = {"fit": 0, "attention": 1, "lora": 2}
     return sorted(lines.values(), key=lambda line: (order[line.stage], line.tokens, line.step))
