@@ -54,6 +54,8 @@ MOST_STAGE_1 = {"heal.attention_tokens": 40_000, "heal.lr": 1e-4}
 MOST_STAGE_1_FASTER = MOST_STAGE_1 | {"heal.attention_lr": 3e-3}
 # Output projections fitted to the first of stage 1's tokens, in closed form, before it.
 FITTED = MOST_STAGE_1_FASTER | {"heal.fit_tokens": 16_384}
+# Stage 1 learns three times from each token, over which the base runs once.
+REPEATED = FITTED | {"heal.attention_repeats": 3}
 
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
@@ -79,14 +81,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-fast-stage-1-4full": arm(10_000, "4-full", **MIXED | MOST_STAGE_1_FASTER),
     "200k-mixed-fast-stage-1": arm(40_000, **MIXED | MOST_STAGE_1_FASTER | {"heal.attention_tokens": 160_000}),
     "16k-mixed-fit-alone": arm(0, **MIXED | {"heal.fit_tokens": 16_384}),
+    "20k-mixed-repeated": arm(4_000, **MIXED | REPEATED | {"heal.attention_tokens": 16_000, "heal.fit_tokens": 16_000}),
     "50k-mixed-fitted": arm(10_000, **MIXED | FITTED),
-    "50k-mixed-fitted-seed1": arm(10_000, seed=1, **MIXED | FITTED),
-    "50k-mixed-fitted-seed2": arm(10_000, seed=2, **MIXED | FITTED),
-    "50k-mixed-fitted-4full": arm(10_000, "4-full", **MIXED | FITTED),
-    "50k-mixed-fitted-of-both": arm(10_000, OF_BOTH, **MIXED | FITTED),
-    "50k-mixed-fitted-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | FITTED),
-    "50k-mixed-fitted-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | FITTED),
-    "200k-mixed-fitted": arm(40_000, **MIXED | FITTED | {"heal.attention_tokens": 160_000}),
+    "50k-mixed-repeated": arm(10_000, **MIXED | REPEATED),
+    "50k-mixed-repeated-seed1": arm(10_000, seed=1, **MIXED | REPEATED),
+    "50k-mixed-repeated-seed2": arm(10_000, seed=2, **MIXED | REPEATED),
+    "50k-mixed-repeated-4full": arm(10_000, "4-full", **MIXED | REPEATED),
+    "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED),
+    "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED),
+    "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED),
+    "200k-mixed-repeated": arm(40_000, **MIXED | REPEATED | {"heal.attention_tokens": 160_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
@@ -185,7 +189,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     are made, from sensitivities measured once, and laid there.
     """
     run = given.work / "plans" / plan
-    texts = mixture(given) if plan == OF_BOTH else {}
+    texts = mixture(given) if plan == OF_BOTH else {"text.source": given.text}
     kept = given.page.parent / "plans" / f"{plan}.yaml"
     if kept.is_file() and not (run / PLAN).is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -199,11 +203,10 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
             )
     else:
         measured = given.work / ("measured-of-both" if plan == OF_BOTH else "measured")
-        own = {"measure.windows": "[64]"}
-        layerboost("measure", measured, given.model, "--text", given.text, own=own | texts)
+        layerboost("measure", measured, given.model, own={"measure.windows": "[64]", **texts})
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(measured / "sensitivity.json", run / "sensitivity.json")
-        layerboost("plan", run, given.model, "--text", given.text, own=PLANS[plan] | texts)
+        layerboost("plan", run, given.model, own=PLANS[plan] | texts)
     made = read_plan(run / PLAN)
     if "no-sinks" in plan:
         made = made.model_copy(update={"layers": [entry.model_copy(update={"sink": False}) for entry in made.layers]})
@@ -211,7 +214,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_plan(kept, made)
     if not (run / CONVERTED / PLAN).is_file():
-        layerboost("convert", run, given.model, "--text", given.text, own=texts)
+        layerboost("convert", run, given.model, own=texts)
     return run
 
 

@@ -26,6 +26,7 @@ from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluation.comparison import average_against
 from layerboost.evaluation.statistics import difference
 from layerboost.evaluation.tasks import BenchTask, load_bench
+from layerboost.healing.least_squares import check_fit
 from layerboost.healing.training import batch_of_process
 from layerboost.model.checkpoint import load_config, open_base
 from layerboost.model.surgery import check_plan
@@ -51,7 +52,11 @@ def rows(recipe: Recipe) -> dict[str, dict[str, Any]]:
     tokens = recipe.heal.attention_tokens + recipe.heal.tokens
     return {
         OURS: {},
-        "ours_without_attention_distillation": {"heal.attention_tokens": 0, "heal.tokens": tokens},
+        "ours_without_attention_distillation": {
+            "heal.fit_tokens": 0,
+            "heal.attention_tokens": 0,
+            "heal.tokens": tokens,
+        },
         **{row: {"plan.method": method, **NO_LIMITS} for row, method in CONTROLS.items()},
         **{name: {} for name in ALL_SLIDING},
     }
@@ -71,6 +76,7 @@ def run_compare(recipe: Recipe, run: Path) -> dict[str, Any]:
 
 def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
     batch_of_process(recipe.heal)
+    check_fit(recipe)
     measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
     runtime = start_runtime(recipe)
     base = open_base(recipe, run, runtime)

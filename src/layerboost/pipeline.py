@@ -239,6 +239,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     Raises ConfigError for what cannot work and LayerboostError when memory or disk will not do.
     """
     from layerboost.healing.estimate import estimate_healing
+    from layerboost.healing.least_squares import check_fit
     from layerboost.healing.training import check_report_to, less_memory
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
     from layerboost.model.integrity import check_checkpoint
@@ -250,6 +251,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     validate_measure(recipe)
     validate_plan(recipe)
     check_report_to(recipe.heal.report_to)
+    check_fit(recipe)
     runtime = start_runtime(recipe)
     source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)

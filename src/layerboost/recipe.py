@@ -126,6 +126,9 @@ class Heal(Section):
         "closed form before it; 0 leaves it out",
     )
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
+    attention_repeats: int = Field(
+        1, ge=1, description="times stage 1 learns from each stretch of text, over which the base runs once"
+    )
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")

@@ -22,8 +22,11 @@ from layerboost.healing.training import (
     Validate,
     _arguments,
     batch_of_process,
+    batches_kept,
     check_report_to,
     newest_checkpoint,
+    repeated,
+    stretch_steps,
     train_stage,
     weighted_rows,
 )
@@ -50,6 +53,11 @@ def validation(made: Distiller) -> Validate:
             return {"validation_kl": made(held)["loss"].item()}
 
     return validate
+
+
+def unchanged() -> dict[str, float]:
+    """A validation that no step changes."""
+    return {"validation_kl": 0.0}
 
 
 def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
@@ -95,6 +103,39 @@ def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
     assert start.keys() == {1, 2, 3}
     assert all(end[layer] < start[layer] for layer in start), (start, end)
     assert sum(end.values()) < 0.8 * sum(start.values())
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
+def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
+    settings = SETTINGS.model_copy(
+        update={"batch_sequences": batch, "gradient_accumulation": accumulation, "attention_repeats": 3}
+    )
+    tokens, ends, runs = 10 * 4 * 24 - 30, [], []
+    for keeps in (0, batches_kept(settings, 24)):
+        student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
+        teacher.model.register_forward_hook(lambda *_: runs.append(1))
+        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), keeps=keeps)
+        folder = tmp_path / str(keeps)
+        folder.mkdir()
+        train_stage("attention", made, IDS, tokens, 1e-3, settings, folder, repeats=3, seed=0, validate=unchanged)
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert rows[-1]["tokens"] == tokens
+        assert max(row["step"] for row in rows) == 30
+        ends.append([row["loss"] for row in rows if "loss" in row])
+    assert ends[0] == ends[1]
+    assert len(runs) == (3 + 1) * 10 * accumulation
+
+
+def test_repeats_come_a_stretch_at_a_time() -> None:
+    rows = [{"input_ids": torch.tensor([row])} for row in range(5)]
+    numbers = [row["number"].item() for row in repeated(rows, 2, 2)]
+    assert numbers == [row["input_ids"].item() for row in repeated(rows, 2, 2)] == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]
+    assert stretch_steps(Heal(batch_sequences=1), 256) == 8
+    assert stretch_steps(Heal(batch_sequences=1, gradient_accumulation=8), 2048) == 1
+    assert batches_kept(Heal(gradient_accumulation=8, attention_repeats=2), 2048) == 8
+    assert batches_kept(Heal(), 2048) == 0
 
 
 def test_the_exact_count_of_tokens_is_trained_on() -> None:

@@ -25,7 +25,7 @@ from layerboost.recipe import Recipe, Text, parse_recipe
 
 
 def recipe_of(folder: Path, **heal: Any) -> Recipe:
-    settings = {"fit_tokens": 250, "attention_tokens": 300, "tokens": 500, "batch_sequences": 2, "lr": 3e-3}
+    settings = {"fit_tokens": 4800, "attention_tokens": 300, "tokens": 500, "batch_sequences": 2, "lr": 3e-3}
     values = {
         "model": str(folder / "model"),
         "text": {"source": str(folder / "text.jsonl"), "sequence_tokens": 48},
@@ -59,11 +59,13 @@ def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path)
     healed = run_stage("heal", recipe_of(converted), run)
     rows = read_metrics(run / "heal" / "metrics.jsonl")
     tokens = {row["stage"]: row["tokens"] for row in rows}
-    assert tokens == {"fit": 250, "attention": 300, "lora": 500}
+    assert tokens == {"fit": 4800, "attention": 300, "lora": 500}
     validated = [row["validation_kl"] for row in rows if row["stage"] == "lora" and "validation_kl" in row]
     assert min(validated) < validated[0]
     model = AutoModelForCausalLM.from_pretrained(healed)
     assert "LoRA distillation" in (healed / "README.md").read_text()
+    assert load_file(run / "heal" / "fit.safetensors")
+    assert "by least squares" in (healed / "README.md").read_text()
     states = load_file(run / "converted" / "model.safetensors")
     names = {name for name, value in model.state_dict().items() if not torch.equal(value, states[name])}
     # Layer 0 is below the first change; stage 1 taught q and k of the sliding layers and the MLP of layer 2.
@@ -75,6 +77,20 @@ def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path)
     before = (healed / "model.safetensors").stat().st_mtime_ns
     run_stage("heal", recipe_of(converted), run)
     assert (healed / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_fit_alone_heals(converted: Path, tmp_path: Path) -> None:
+    run = copy_of(converted, tmp_path / "run")
+    healed = run_stage("heal", recipe_of(converted, attention_tokens=0, tokens=0), run)
+    fitted, states = (load_file(file) for file in (run / "heal" / "fit.safetensors", healed / "model.safetensors"))
+    before, after = (row["validation_kl"] for row in read_metrics(run / "heal" / "metrics.jsonl"))
+    assert after < before
+    assert fitted
+    for layer, weight in fitted.items():
+        assert torch.equal(states[f"model.layers.{layer}.self_attn.o_proj.weight"], weight)
+    base = load_file(run / "converted" / "model.safetensors")
+    others = {name for name, value in states.items() if not torch.equal(value, base[name])}
+    assert others == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in fitted}
 
 
 def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
@@ -112,7 +128,8 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
     ("heal", "message"),
     [
         ({"tokens": 0, "attention_tokens": 0, "fit_tokens": 0}, "nothing to train"),
-        ({"fit_tokens": 48}, "one sequence is fitted and another judges"),
+        ({"fit_tokens": 95}, "one sequence is fitted and another judges"),
+        ({"fit_tokens": 96, "shard": True}, "processes of torchrun"),
         ({"fit_tokens": 10**7}, "train text is too short"),
         ({"tokens": 10**7}, "train text is too short"),
         ({"lora_targets": ("q_prog",)}, "q_prog"),
@@ -157,7 +174,9 @@ def check_same_healing(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (2, False), (1, True), (4, True)])
 def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int, shard: bool) -> None:
-    recipe = recipe_of(converted, gradient_accumulation=accumulation, lr=1e-3, fit_tokens=0 if shard else 250)
+    recipe = recipe_of(
+        converted, gradient_accumulation=accumulation, lr=1e-3, fit_tokens=0 if shard else 4800, attention_repeats=2
+    )
     alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", together / "recipe.yaml")
@@ -171,7 +190,7 @@ def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accu
 
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on_sharded_or_whole(converted: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(converted, lr=1e-3, tokens=1500, fit_tokens=0)
+    recipe = recipe_of(converted, lr=1e-3, tokens=1500, fit_tokens=0, attention_repeats=2)
     alone, killed = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "killed")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", killed / "recipe.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,22 +116,53 @@ class AttentionDistiller(Distiller):
 
     A sliding layer's attention sees what the base's attention saw and learns its output. A layer without attention has
     only its MLP: it sees what the base's layer saw and learns what the layer added to the stream. One forward pass of
-    the base serves all layers.
+    the base serves all layers, and again when the same batch comes back soon: the lessons of `keeps` numbered batches
+    are kept.
     """
 
-    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`."""
-        return {"loss": torch.stack(list(self.layer_losses(input_ids, weights).values())).sum()}
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        layers: list[LayerPlan],
+        end: int | None = None,
+        keeps: int = 0,
+    ) -> None:
+        super().__init__(student, teacher, layers, end)
+        self.keeps = keeps
+        self.kept: dict[tuple[int, ...], list[tuple[LayerPlan, AttentionLesson]]] = {}
 
-    def layer_losses(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`, sequences' `number`
+        `[B]`.
+        """
+        return {"loss": torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()}
+
+    def layer_losses(
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
+    ) -> dict[int, torch.Tensor]:
         """The normalised MSE of each changed layer."""
         weights = self.weights_or_mean(input_ids, weights)
         losses = {}
-        for entry, lesson in self.lessons(input_ids, self.changed):
+        for entry, lesson in self._lessons_kept(input_ids, number):
             output, target = self.answer(entry, lesson), lesson.target
             added = target if entry.attention == "sliding" else target - _hidden(lesson.args, lesson.kwargs)
             losses[entry.layer] = normalized_mse(output, target, weights, size=added)
         return losses
+
+    def _lessons_kept(
+        self, ids: torch.Tensor, number: torch.Tensor | None
+    ) -> Iterable[tuple[LayerPlan, AttentionLesson]]:
+        if number is None or not self.keeps:
+            return self.lessons(ids, self.changed)
+        key = tuple(number.tolist())
+        if key not in self.kept:
+            while len(self.kept) >= self.keeps:
+                del self.kept[next(iter(self.kept))]
+            self.kept[key] = list(self.lessons(ids, self.changed))
+        return self.kept[key]
 
     def lessons(self, ids: torch.Tensor, entries: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, AttentionLesson]]:
         """What the base's modules do with ids `[B, T]`, all from one forward pass without a gradient."""
@@ -159,9 +190,11 @@ class AttentionDistiller(Distiller):
         return _tensor(self._module(self.student, entry)(*lesson.args, **lesson.kwargs))
 
     @torch.no_grad()
-    def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:
+    def first_bad_layer(
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
+    ) -> int | None:
         """The lowest layer whose loss is not finite; None if there is none."""
-        losses = self.layer_losses(input_ids, weights)
+        losses = self.layer_losses(input_ids, weights, number)
         return next((layer for layer, loss in losses.items() if not loss.isfinite()), None)
 
     @staticmethod

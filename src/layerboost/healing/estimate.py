@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from layerboost.artifacts import LayerPlan, ModelInfo
+from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
 from layerboost.healing.losses import CHUNK_ELEMENTS
+from layerboost.healing.training import batches_kept
 from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, world_size
@@ -43,13 +45,17 @@ def estimate_healing(
     body = info.parameters - head * (1 if config.tie_word_embeddings else 2)
     passes = {"none": 2, "selective": 2, "full": 3}[recipe.heal.activation_checkpointing]
     lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)
-    attention_flops = 2 * body * (1 + changed / layers)
+    attention_flops = 2 * body * (1 + recipe.heal.attention_repeats * changed / layers)
     rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
     flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
     seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit is little more than a pass of the base
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
+    kept_tokens = batches_kept(recipe.heal, recipe.text.sequence_tokens) * batch_tokens
+    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element
+    sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
+    most = max(held + logits, kept, min(sums, MOST_BYTES))
     weights = float(info.parameters)
     if recipe.heal.shard and runtime.device.type == "cuda":
         # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine. Embeddings, head
@@ -60,7 +66,7 @@ def estimate_healing(
     return HealingEstimate(
         tokens_per_s=round(rate / lora_flops, 1),
         hours=round(seconds / 3600, 2),
-        memory_gib=round((weights + held + logits) / GIB, 2),
+        memory_gib=round((weights + most) / GIB, 2),
     )
 
 

@@ -6,6 +6,7 @@ function of what the window still holds, and the best one is known in closed for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerboost.artifacts import LayerPlan
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.metrics import Metrics
 from layerboost.model.surgery import attention_of
+from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
 
 # In units of the inputs' mean square; the best on held-out sequences is taken, layer by layer.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # one sequence in so many
+HELD_OUT = 5  # the last one in so many sequences
 MOST_BYTES = 2 << 30  # of sums at once: a wide model takes several passes of the base
 STAGE = "fit"
 
@@ -65,17 +68,35 @@ class Sums:
         return 1 - float(gain) / self.error if self.error else 1.0
 
 
+def check_fit(recipe: Recipe) -> None:
+    """Raise ConfigError for a fit that cannot be made."""
+    tokens, length = recipe.heal.fit_tokens, recipe.text.sequence_tokens
+    if 0 < tokens < 2 * length:
+        raise ConfigError(
+            "heal.fit_tokens are too few: one sequence is fitted and another judges",
+            found=f"{tokens} in sequences of {length}",
+            do=f"set heal.fit_tokens to {2 * length} or more, or to 0",
+        )
+    if tokens and recipe.heal.shard:
+        raise ConfigError(
+            "a sharded model cannot be fitted by least squares",
+            found=f"heal.shard, heal.fit_tokens {tokens}",
+            do="set heal.fit_tokens to 0, or heal.shard to false",
+        )
+
+
 def fit_stage(
     distiller: AttentionDistiller,
     ids: torch.Tensor,
     tokens: int,
     folder: Path,
     validate: Callable[[], dict[str, float]],
-) -> None:
-    """Give the student the output projections that the first `tokens` tokens of ids `[N, T]` fit best.
+) -> list[int]:
+    """Give the student the output projections that the first `tokens` tokens of ids `[N, T]` fit best; their layers.
 
     `folder/fit.safetensors` keeps them; a fit that is there is only loaded. One that does not lower `validation_kl` of
-    `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file.
+    `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raises
+    LayerboostError when a layer's output is not finite.
     """
     file = folder / f"{STAGE}.safetensors"
     with main_process_first():
@@ -84,22 +105,24 @@ def fit_stage(
             before = validate()
             metrics.write(0, 0, before)
             fitted = fit_outputs(distiller, ids, tokens)
-            kept = {layer: projection_of(distiller, layer).weight for layer in fitted}
+            before_fit = {layer: projection_of(distiller, layer).weight for layer in fitted}
             put(distiller, fitted)
             after = validate()
             metrics.write(1, tokens, after)
-            if not after["validation_kl"] < before["validation_kl"]:
+            if fitted and not after["validation_kl"] < before["validation_kl"]:
                 log.warning(
                     "the least squares fit is dropped: validation KL %.4f with it, %.4f without",
                     after["validation_kl"],
                     before["validation_kl"],
                 )
-                put(distiller, kept)
+                put(distiller, before_fit)
                 fitted = {}
             temporary = file.with_suffix(".tmp")
             save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
             temporary.replace(file)
-    put(distiller, {int(layer): weight for layer, weight in load_file(file).items()})
+    kept = {int(layer): weight for layer, weight in load_file(file).items()}
+    put(distiller, kept)
+    return sorted(kept)
 
 
 @torch.no_grad()
@@ -110,7 +133,7 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
     are layers where no ridge leaves less error on the held-out fifth of the sequences.
     """
     rows = ids.to(next(distiller.student.parameters()).device).flatten()[:tokens].split(ids.shape[1])
-    fifth = max(1, len(rows) // HELD_OUT)
+    fitting = len(rows) - -(-len(rows) // HELD_OUT)
     sliding = [entry for entry in distiller.changed if entry.attention == "sliding"]
     groups = list(_groups(distiller, sliding))
     fitted = {}
@@ -122,11 +145,15 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
             }
             for index, row in enumerate(rows):
                 for layer, inputs, error in _errors(distiller, group, row[None]):
-                    sums[layer][index >= len(rows) - fifth].add(inputs, error)
+                    sums[layer][index >= fitting].add(inputs, error)
                 progress.advance(len(row))
             for layer, (seen, held_out) in sums.items():
-                ridge = min(RIDGES, key=lambda ridge: held_out.left(seen.solve(ridge)))
-                if held_out.left(seen.solve(ridge)) < 1:
+                if not math.isfinite(seen.error + held_out.error):
+                    raise LayerboostError(
+                        f"the attention of layer {layer} is not finite", do="check the base in this dtype"
+                    )
+                left, ridge = min((held_out.left(seen.solve(ridge)), ridge) for ridge in RIDGES)
+                if left < 1:
                     weight = projection_of(distiller, layer).weight
                     fitted[layer] = (weight.double() + (seen + held_out).solve(ridge)).to(weight.dtype)
     return fitted
@@ -146,12 +173,17 @@ def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None
         projection.weight = nn.Parameter(weight.to(projection.weight.device), requires_grad=False)
 
 
+def sums_bytes(outer: int, inner: int) -> int:
+    """Of the sums of a layer with a projection `[outer, inner]`, of the sequences fitted and of those held out."""
+    return 2 * 8 * inner * (inner + outer)
+
+
 def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
     """The layers in groups whose sums stay within MOST_BYTES."""
     if not entries:
         return
     outer, inner = projection_of(distiller, entries[0].layer).weight.shape
-    size = max(1, MOST_BYTES // (2 * 8 * inner * (inner + outer)))
+    size = max(1, MOST_BYTES // sums_bytes(outer, inner))
     for start in range(0, len(entries), size):
         yield list(entries[start : start + size])
 

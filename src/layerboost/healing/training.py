@@ -28,6 +28,7 @@ from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, main_process_first, world_size
 
 DONE = "complete"
+STRETCH_TOKENS = 2048
 Validate = Callable[[], dict[str, float]]
 
 
@@ -40,11 +41,13 @@ def train_stage(
     settings: Heal,
     folder: Path,
     *,
+    repeats: int = 1,
     seed: int,
     validate: Validate,
 ) -> None:
     """Train one stage on the first `tokens` tokens of ids `[N, T]`, in order; leaves `distiller` at its best step.
 
+    `repeats`: of each stretch of text, for a distiller that keeps the base's part of it (`repeated`).
     The best is the step with the lowest `validation_kl` of `validate()`, the start included; `folder/NAME.safetensors`
     keeps it. Resumes from the newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only
     loaded. Each logged step is a line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite,
@@ -59,7 +62,9 @@ def train_stage(
     batch, accumulation = batch_of_process(settings)
     per_step = settings.batch_sequences * settings.gradient_accumulation
     rows = weighted_rows(ids, tokens, per_step, per_step // batch)
-    guard = _Guard(folder / f"{name}.best.safetensors", distiller, metrics, tokens, per_step * ids.shape[1])
+    if repeats > 1:
+        rows = repeated(rows, repeats, per_step * stretch_steps(settings, ids.shape[1]))
+    guard = _Guard(folder / f"{name}.best.safetensors", distiller, metrics, tokens, per_step * ids.shape[1] / repeats)
     guard.validate, guard.every, guard.fresh = validate, settings.validation_steps, resume is None
     trainer = _Trainer(
         model=distiller,
@@ -70,7 +75,7 @@ def train_stage(
     trainer.stage, trainer.sink_lr = name, settings.sink_lr
     printer = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
     trainer.remove_callback(printer)
-    with _clean_end(folder, settings), guard.until_sigterm():
+    with clean_end(folder, settings), guard.until_sigterm():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if guard.stopping:
         raise KeyboardInterrupt
@@ -96,6 +101,7 @@ def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -
     over the tokens that count, however the step is cut. Rows without a token that counts fill the last step.
     """
     length = ids.shape[1]
+    ids = ids[: -(-tokens // length)]
     counted = torch.arange(len(ids) * length).view_as(ids) < tokens
     missing = -len(ids) % per_step
     ids = torch.cat([ids, ids[:1].expand(missing, -1)])
@@ -105,11 +111,28 @@ def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -
     return [{"input_ids": row, "weights": weight} for row, weight in zip(ids, weights, strict=True)]
 
 
+def repeated(rows: list[dict[str, torch.Tensor]], repeats: int, stretch: int) -> list[dict[str, torch.Tensor]]:
+    """The rows so many times over, `stretch` of them at a time, each with its `number` among them."""
+    numbered = [{**row, "number": torch.tensor(number)} for number, row in enumerate(rows)]
+    starts = range(0, len(rows), stretch)
+    return [row for start in starts for _ in range(repeats) for row in numbered[start : start + stretch]]
+
+
+def stretch_steps(settings: Heal, length: int) -> int:
+    """Steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are kept, or one if it is longer."""
+    return max(1, STRETCH_TOKENS // (settings.batch_sequences * settings.gradient_accumulation * length))
+
+
+def batches_kept(settings: Heal, length: int) -> int:
+    """Batches of one process in a stretch that is repeated; none where nothing is."""
+    return stretch_steps(settings, length) * batch_of_process(settings)[1] if settings.attention_repeats > 1 else 0
+
+
 def batch_of_process(settings: Heal) -> tuple[int, int]:
     """Sequences a batch and batches a step of one process, so that a step is the same on any number of processes.
 
     Raises ConfigError when a step cannot be shared out evenly, or the model shall be shared out and there is one
-    process, or something to fit, which takes whole layers.
+    process.
     """
     batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
     if settings.shard and processes == 1:
@@ -117,12 +140,6 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
             "heal.shard shares the model out among the processes of torchrun",
             found="one process",
             do="start `layerboost heal` with torchrun (docs/gpu.md has the commands), or --set heal.shard=false",
-        )
-    if settings.shard and settings.fit_tokens:
-        raise ConfigError(
-            "a sharded model cannot be fitted by least squares",
-            found=f"heal.shard, heal.fit_tokens {settings.fit_tokens}",
-            do="set heal.fit_tokens to 0, or heal.shard to false",
         )
     if accumulation % processes == 0:
         return batch, accumulation // processes
@@ -194,7 +211,7 @@ def _arguments(
 
 
 @contextmanager
-def _clean_end(folder: Path, settings: Heal) -> Iterator[None]:
+def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
     """Say what to do when memory or the disk ends a run; its last complete checkpoint stays."""
     try:
         yield
@@ -291,7 +308,7 @@ class _Guard(TrainerCallback):
     every = 1
     fresh = True
 
-    def __init__(self, file: Path, distiller: Distiller, metrics: Metrics, tokens: int, tokens_per_step: int) -> None:
+    def __init__(self, file: Path, distiller: Distiller, metrics: Metrics, tokens: int, tokens_per_step: float) -> None:
         self.file, self.distiller, self.metrics = file, distiller, metrics
         self.tokens, self.tokens_per_step = tokens, tokens_per_step
         self.stopping, self.best = False, math.inf
@@ -316,8 +333,8 @@ class _Guard(TrainerCallback):
             self.progress.__exit__()
 
     def seen(self, step: int) -> int:
-        """Tokens trained on after `step` steps."""
-        return min(self.tokens, step * self.tokens_per_step)
+        """Tokens of text trained on after `step` steps."""
+        return min(self.tokens, round(step * self.tokens_per_step))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.__enter__()

@@ -14,11 +14,18 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, Lesson, LogitDistiller, LogitLoss
-from layerboost.healing.least_squares import fit_stage
+from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
-from layerboost.healing.training import batch_of_process, check_report_to, load_result, train_stage
+from layerboost.healing.training import (
+    batch_of_process,
+    batches_kept,
+    check_report_to,
+    clean_end,
+    load_result,
+    train_stage,
+)
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
     Source,
@@ -59,6 +66,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     check_checkpoint(run / CONVERTED)
     check_report_to(recipe.heal.report_to)
     batch_of_process(recipe.heal)
+    check_fit(recipe)
     with main_process_first():
         source = open_base(recipe, run, runtime)
         tokenizer = load_tokenizer(source, recipe.trust_remote_code)
@@ -71,17 +79,21 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     if is_main_process():
         write_json(run / HEAL / TEXT, {"fingerprint": lessons.fingerprint})
         write_json(run / HEAL / IDENTITY, identity)
-    train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
+    fitted = train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
     if is_main_process():
         if recipe.heal.shard:
             pair = load_healed(recipe, run, plan, source, runtime, lessons)
         # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
         healing = (
-            f"Healed by least squares on {lessons.fit_tokens:,} tokens, {recipe.heal.attention_tokens:,} tokens of "
-            f"attention distillation and {recipe.heal.tokens:,} tokens of LoRA distillation from the base, on "
-            f"{recipe.text.name}."
+            f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
         )
+        if fitted:
+            healing += (
+                f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
+                f"{lessons.fit_tokens:,} tokens by least squares."
+            )
         origin = origin_of(source.folder, source.name, recipe.card)
         save_boosted(
             merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
@@ -123,12 +135,6 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
             f"heal.tokens {recipe.heal.tokens}, {changed} changed layers",
             do="give one of the stages some tokens",
         )
-    if 0 < fit_tokens <= recipe.text.sequence_tokens:
-        raise ConfigError(
-            "heal.fit_tokens are too few: one sequence is fitted and another judges",
-            found=f"{fit_tokens} in sequences of {recipe.text.sequence_tokens}",
-            do="raise heal.fit_tokens, or set it to 0",
-        )
 
     def read(split: Split, count: int, seed: int = 0) -> Tokens:
         return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
@@ -165,7 +171,8 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime
     adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
-    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages))
+    # A fit alone trains no adapter, but peft wants some.
+    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages or STAGES))
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
@@ -181,6 +188,10 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runti
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
     """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
+    # Left out where they change nothing, as in folders from before they were there.
+    free |= {
+        name for name, value in {"fit_tokens": 0, "attention_repeats": 1}.items() if getattr(recipe.heal, name) == value
+    }
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
@@ -245,12 +256,16 @@ def train(
     lessons: Lessons,
     end: int | None,
     device: torch.device,
-) -> None:
-    """All stages, each kept in `folder` when it ends. `end`: the token that ends a document."""
+) -> list[int]:
+    """All stages, each kept in `folder` when it ends; the layers whose output projection was fitted.
+
+    `end`: the token that ends a document.
+    """
     settings, teacher, student = recipe.heal, pair.teacher, pair.student
     loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
     whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
-    local = AttentionDistiller(student, teacher, plan.layers, end)
+    kept = batches_kept(settings, lessons.validation.shape[1])
+    local = AttentionDistiller(student, teacher, plan.layers, end, kept)
     distillers = {"attention": local, "lora": whole}
     rates = {"attention": settings.attention_lr, "lora": settings.lr}
     validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
@@ -259,8 +274,10 @@ def train(
         shards.gather_for(validation, "teach", "measure")
         for distiller in distillers.values():
             shards.gather_for(distiller, "forward", "first_bad_layer")
+    fitted = []
     if lessons.fit_tokens:
-        fit_stage(local, lessons.ids["attention"], lessons.fit_tokens, folder, validation)
+        with clean_end(folder, settings):
+            fitted = fit_stage(local, lessons.ids["attention"], lessons.fit_tokens, folder, validation)
     for stage in lessons.stages:
         train_only(student, pair.adapted[stage])
         train_stage(
@@ -271,9 +288,12 @@ def train(
             rates[stage],
             settings,
             folder,
+            repeats=settings.attention_repeats if stage == "attention" else 1,
             seed=recipe.seed,
             validate=validation,
         )
+        local.kept.clear()
+    return fitted
 
 
 class Validation:
