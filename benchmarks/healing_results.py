@@ -56,6 +56,7 @@ MOST_STAGE_1_FASTER = MOST_STAGE_1 | {"heal.attention_lr": 3e-3}
 FITTED = MOST_STAGE_1_FASTER | {"heal.fit_tokens": 16_384}
 # Stage 1 learns three times from each token, over which the base runs once.
 REPEATED = FITTED | {"heal.attention_repeats": 3}
+SELDOM = {"heal.validation_steps": 150}
 
 ARMS: dict[str, dict[str, Any]] = {
     "20k": arm(20_000),
@@ -87,9 +88,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-repeated-seed1": arm(10_000, seed=1, **MIXED | REPEATED),
     "50k-mixed-repeated-seed2": arm(10_000, seed=2, **MIXED | REPEATED),
     "50k-mixed-repeated-4full": arm(10_000, "4-full", **MIXED | REPEATED),
-    "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED),
-    "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED),
-    "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED),
+    "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED | SELDOM),
     "200k-mixed-repeated": arm(40_000, **MIXED | REPEATED | {"heal.attention_tokens": 160_000}),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
