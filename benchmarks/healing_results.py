@@ -91,7 +91,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED | SELDOM),
     "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED | SELDOM),
     "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED | SELDOM),
-    "200k-mixed-repeated": arm(40_000, **MIXED | REPEATED | {"heal.attention_tokens": 160_000}),
+    "200k-mixed-repeated-of-both": arm(
+        40_000, OF_BOTH, **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 160_000}
+    ),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
     "50k-stage-1-alone": arm(0, **{"heal.attention_tokens": 50_000}),
