@@ -198,6 +198,19 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(value, seen[1][name]) for name, value in kept.items())
 
 
+def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = distiller()
+    start = {name: value.clone() for name, value in made.state_dict().items()}
+    values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
+    train_stage(
+        "lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": next(values)}
+    )
+    assert "no step of the lora stage has a lower validation KL than its start, 3.0000" in caplog.text
+    assert all(torch.equal(value, start[name]) for name, value in made.state_dict().items())
+
+
 RUN = """
 import sys, torch
 sys.path[:0] = {paths!r}

@@ -25,10 +25,11 @@ from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import Metrics
 from layerboost.healing.sharding import WholeAdamW, is_sharded
 from layerboost.recipe import Heal
-from layerboost.runtime import Progress, is_main_process, main_process_first, world_size
+from layerboost.runtime import Progress, is_main_process, log, main_process_first, world_size
 
 DONE = "complete"
 STRETCH_TOKENS = 2048
+KEPT_START = "no step of the %s stage has a lower validation KL than its start, %.4f, which is kept; lower its rate"
 Validate = Callable[[], dict[str, float]]
 
 
@@ -373,6 +374,9 @@ class _Guard(TrainerCallback):
         """Load the best step and move it to `result`. Raises LayerboostError when no step could be validated."""
         if not self.file.is_file():
             raise LayerboostError(f"no step of the {self.metrics.stage} stage has a finite validation KL")
+        with safe_open(self.file, "pt") as kept:
+            if kept.metadata()["step"] == "0":
+                log.warning(KEPT_START, self.metrics.stage, self.best)
         self.distiller.load_state_dict(load_file(self.file))
         with main_process_first():  # nobody moves the file before all have read it
             pass
