@@ -87,7 +87,7 @@ class Plan(Section):
         "full layers, the rest sliding; cosine: LLM-Drop",
     )
     metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
-        "kl", description="the damage that is kept low"
+        "kl", description="the damage that is kept low: kl, nll, top1, retrieval, benchmark or mse"
     )
     retrieval_weight: float = Field(
         0.0,
@@ -133,7 +133,9 @@ class Heal(Section):
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
-    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="of both rates, after a warm-up")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of both rates, after a warm-up: cosine, linear or constant"
+    )
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
@@ -154,12 +156,13 @@ class Heal(Section):
         False, description="spread weights, gradients and optimizer over torchrun's processes (FSDP2), one copy in all"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective", description="kept for the backward pass: all, matrix products, or only the layers' inputs"
+        "selective",
+        description="kept for the backward pass: all (none), products (selective) or the layers' inputs (full)",
     )
     validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="experiment trackers besides heal/metrics.jsonl"
+        (), description="experiment trackers besides heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
 
 

@@ -161,7 +161,7 @@ def _html_panel(panel: Panel) -> str:
         )
         parts.append(
             f'<div class="charts">\n{charts}</div>\n<noscript><p class="missing">The charts need JavaScript; '
-            "the tables hold the same numbers.</p></noscript>\n"
+            "the tables hold their numbers.</p></noscript>\n"
         )
     parts += [_html_table(table) for table in panel.tables]
     if panel.listing:
