@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from tiny import save_text, save_tiny
 from tiny_bench import rows, write_jsonl
 
+from layerboost import pipeline
 from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
 from layerboost.cli import main
 from layerboost.compare import run_compare
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.pipeline import Estimate, check_room, run_all, run_stage
-from layerboost.recipe import load_recipe
+from layerboost.recipe import load_recipe, parse_recipe, recipe_yaml
 
 
 @dataclass
@@ -210,6 +211,32 @@ def test_a_missed_gate_ends_a_run_with_a_report_and_no_benchmark(tmp_path: Path)
     assert ended.returncode == 4
     assert "Quality gate: missed by healed" in (tmp_path / "run" / "report.md").read_text()
     assert not (tmp_path / "run" / "bench").exists()
+
+
+def test_a_late_refusal_leaves_a_run_the_recipe_of_what_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(pipeline, "check", lambda *_: None)
+    monkeypatch.setattr(pipeline, "STAGES", {"measure": lambda *_: None, "plan": refuse})
+    first, second = (parse_recipe({"model": "m", "seed": seed}, "test") for seed in (1, 2))
+    for recipe in (first, second):
+        with pytest.raises(ConfigError, match="not today"):
+            run_all(recipe, tmp_path)
+        # What a new run made keeps its recipe; refused settings do not take the place of an earlier one's.
+        assert (tmp_path / "recipe.yaml").read_text() == recipe_yaml(first)
+
+
+def test_a_benchmark_needs_no_converted_model_beside_the_healed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"base": tmp_path / "base", "healed": tmp_path / "healed"}
+    monkeypatch.setattr(pipeline, "checkpoints", lambda *_: dict(own))
+    monkeypatch.setattr("layerboost.stages.bench.run_bench", lambda recipe, run, models, sweep: models)
+    recipe = parse_recipe({"model": "m", "bench": {"checkpoints": {"other": "~/other"}}}, "test")
+    assert pipeline.bench(recipe, tmp_path) == own | {"other": Path.home() / "other"}
 
 
 def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -> None:

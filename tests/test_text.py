@@ -9,7 +9,14 @@ from tiny import opening_tokenizer, save_text, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.text import load_tokens, opening_ids, read_documents
+from layerboost.text import (
+    check_samples,
+    load_tokens,
+    opening_ids,
+    read_documents,
+    sample_documents,
+    samples_missing,
+)
 
 TOKENIZER = tiny_tokenizer()
 
@@ -109,6 +116,28 @@ def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
     for wrong in ({one: 0}, {}):
         with pytest.raises(ValueError, match="source"):
             Text.model_validate({"source": wrong})
+
+
+def test_own_samples_go_on_whatever_characters_they_hold(tmp_path: Path) -> None:
+    text, made_from = Text(source="self", self_samples=5, sequence_tokens=32), {"model": "tiny"}
+    odd = "w3 \u2028 w4 \u2029 w5 \x85 w6"
+    sample_documents(
+        lambda count, _: [odd] * count, text.model_copy(update={"self_samples": 2}), tmp_path, 0, made_from
+    )
+    assert samples_missing(text, tmp_path, made_from)
+    sample_documents(lambda count, _: [odd] * count, text, tmp_path, 0, made_from)
+    assert not samples_missing(text, tmp_path, made_from)
+    assert not samples_missing(text.model_copy(update={"self_samples": 5}), tmp_path, made_from)
+    assert "".join(read_documents("self", "text", tmp_path)).count("w5") == 5
+
+
+def test_samples_that_cannot_fill_a_split_are_refused() -> None:
+    text = Text(source="self", self_samples=100, sequence_tokens=32)
+    check_samples(text, 80 * 32, "train")
+    check_samples(text, 10 * 32, "held_out")
+    for tokens, split in ((80 * 32 + 1, "train"), (10 * 32 + 1, "held_out")):
+        with pytest.raises(ConfigError, match=f"own samples are too few[\\s\\S]*for the {split} split"):
+            check_samples(text, tokens, split)
 
 
 def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -58,6 +58,11 @@ def test_answers_are_scored_and_of_text_every_token(tmp_path: Path) -> None:
     assert found.tokens == 14 + 12 + 6
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", '{"text": "w3 \u2028 w4 w5"}', '{"text": "w6 w7"}')
+    assert load_traffic(file, tiny_tokenizer(), 64, 10_000).lengths[1] == 2
+
+
 def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": words(10, 3 + index), "answer": words(50 + index, 3)} for index in range(6)]
     file = write(tmp_path / "t.jsonl", *rows)

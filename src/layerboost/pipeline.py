@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
 
     found = checkpoints(recipe, run, start_runtime(recipe))
     if "healed" in found:
-        del found["converted"]
+        found.pop("converted", None)
     return run_bench(recipe, run, found | further(recipe.bench.checkpoints, found, "bench"), decode_sweep)
 
 
@@ -136,7 +136,8 @@ def run_all(recipe: Recipe, run: Path) -> Any:
             batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
         check(recipe, run)
     result = None
-    with kept_recipe(recipe, run):
+    # In a new folder each stage keeps the recipe, and what the first ones made is not left without it.
+    with kept_recipe(recipe, run) if (run / RECIPE).is_file() else nullcontext():
         for number, name in enumerate(STAGES, 1):
             log.info("stage %d of %d: %s", number, len(STAGES), name)
             try:
@@ -209,7 +210,7 @@ def further(given: dict[str, str], own: dict[str, Path], section: str) -> dict[s
     """The recipe's further checkpoints; raises ConfigError for a name that the run's own models have."""
     if twice := own.keys() & given.keys():
         raise ConfigError(f"{section}.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
-    return {name: Path(folder) for name, folder in given.items()}
+    return {name: Path(folder).expanduser() for name, folder in given.items()}
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
     from layerboost.stages.plan import validate_plan
-    from layerboost.text import is_local, load_tokens
+    from layerboost.text import check_samples, is_local, load_tokens
 
     validate_measure(recipe)
     validate_plan(recipe)
@@ -258,12 +259,14 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
+    longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+    check_samples(recipe.text, longest, "train")
     if all(map(is_local, recipe.text.sources)):
-        longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
         load_tokens(recipe.text, tokenizer, "train", longest)
-    for folder in {*recipe.evaluate.checkpoints.values(), *recipe.bench.checkpoints.values()}:
-        if not Path(folder).absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
-            check_checkpoint(Path(folder))
+    for given in {*recipe.evaluate.checkpoints.values(), *recipe.bench.checkpoints.values()}:
+        folder = Path(given).expanduser()
+        if not folder.absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
+            check_checkpoint(folder)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
     vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)

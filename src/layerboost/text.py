@@ -144,7 +144,7 @@ def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_
     `generate(count, seed)` gives so many samples, `made_from` is kept beside them.
     """
     write_text(run / SAMPLES_FROM, json.dumps(made_from))
-    lines = (run / SAMPLES).read_text().splitlines() if (run / SAMPLES).is_file() else []
+    lines = _sample_lines(run)
     with Progress("sampling text from the model", text.self_samples, "samples") as progress:
         progress.skip(len(lines))
         while len(lines) < text.self_samples:
@@ -165,17 +165,24 @@ def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
             f"{run / SAMPLES} was sampled from another model or with other settings",
             do=f"use another --run folder, or delete {file} and {run / SAMPLES}",
         )
-    return not (run / SAMPLES).is_file() or len((run / SAMPLES).read_text().splitlines()) < text.self_samples
+    return len(_sample_lines(run)) < text.self_samples
 
 
-def check_samples(text: Text, tokens: int) -> None:
-    """Raise ConfigError when the model's own samples cannot give a tenth, the smallest split, of `tokens` tokens."""
-    most = text.self_samples // 10 * text.sequence_tokens
+def _sample_lines(run: Path) -> list[str]:
+    # Not splitlines(), which cuts at U+2028 and its like within a string too.
+    text = (run / SAMPLES).read_text() if (run / SAMPLES).is_file() else ""
+    return [line for line in text.split("\n") if line]
+
+
+def check_samples(text: Text, tokens: int, split: Split) -> None:
+    """Raise ConfigError when the model's own samples cannot give a split of `tokens` tokens."""
+    share = len(SPLITS[split])
+    most = -(-text.self_samples * share // 10) * text.sequence_tokens
     if list(text.sources) == ["self"] and most < tokens:
         raise ConfigError(
             "the model's own samples are too few",
-            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens leave {most:,} for a split of "
-            f"one in ten; {tokens:,} are wanted",
+            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens leave {most:,} for the "
+            f"{split} split, {share} in ten; {tokens:,} are wanted",
             do="name a text (text.source), ask for more samples (text.self_samples) or fewer tokens",
         )
 

@@ -110,7 +110,8 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
 def _read(file: Path) -> Iterator[tuple[str, Any]]:
     """Each row with the words for where it stands."""
     try:
-        lines = file.read_text().splitlines()
+        with file.open() as opened:
+            lines = list(opened)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the traffic {file}", found=str(error), do="give a JSONL file") from None
     for number, line in enumerate(lines, 1):

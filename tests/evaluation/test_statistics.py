@@ -23,6 +23,13 @@ def test_mean_and_error() -> None:
     assert mean_and_error([2.0]) == {"mean": 2.0, "standard_error": 0.0}
 
 
+def test_a_value_that_is_not_finite_stays_visible() -> None:
+    for odd in (math.nan, math.inf):
+        found = difference([1.0, odd, 2.0])
+        assert not math.isfinite(found["mean"])
+        assert math.isnan(found["standard_error"])
+
+
 def test_differences_are_paired_over_items_in_any_order() -> None:
     base = {("t", 0): 1.0, ("t", 1): 0.0, ("t", 2): 1.0, ("u", 0): 1.0}
     changed = {("u", 0): 0.0, ("t", 2): 1.0, ("t", 1): 1.0, ("t", 0): 0.0}
@@ -70,6 +77,8 @@ def test_one_item_that_differs_proves_no_more_than_none() -> None:
     assert found["detectable"] >= 3.69 / 60
     none = accuracies(60, 0, 0)
     assert average_difference([gained, none, none])["at_least"] == pytest.approx(1 / 180 - 3.69 / 180)
+    # Tasks weigh alike, so what a small one cannot see is not made up for by a large one.
+    assert average_difference([[0.0] * 50, [0.0] * 14_000])["at_least"] == pytest.approx(-3.69 / 50 / 2)
     # Where many differ, the bootstrap says more than the items unseen.
     many = accuracies(1000, 80, 50)
     assert difference(many, right_or_wrong=True) == difference(many)

@@ -50,5 +50,18 @@ def test_a_sharded_run_holds_its_share_of_the_weights(monkeypatch: pytest.Monkey
     assert memory_gib("cpu", True) == memory_gib("cpu", False)
 
 
+def test_what_repeats_keep_is_counted_for_many_processes_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "matmul_flops_per_s", lambda *_: 1e9)
+    config, facts = tiny_model(layers=4).config, info(4).model_copy(update={"hidden_size": 1 << 20})
+
+    def memory_gib(**heal: object) -> float:
+        return estimate_healing(recipe(gradient_accumulation=64, **heal), config, facts, RUNTIME, None).memory_gib
+
+    once, thrice = memory_gib(), memory_gib(attention_repeats=3)
+    assert memory_gib(attention_repeats=3, shard=True) == thrice > 2 * once
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert once < memory_gib(attention_repeats=3) < thrice / 2
+
+
 def test_the_matrix_product_is_measured() -> None:
     assert matmul_flops_per_s(RUNTIME, 256) > 1e8

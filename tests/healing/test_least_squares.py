@@ -83,6 +83,20 @@ def test_a_window_that_cuts_nothing_off_leaves_the_layer_alone() -> None:
     assert fit_outputs(local, IDS[:, :8], 8 * 30) == {}
 
 
+def test_a_sequence_cut_short_neither_fits_nor_judges() -> None:
+    local = made("sfs")
+    whole = fit_outputs(local, IDS, 29 * LENGTH)
+    assert whole
+    cut = fit_outputs(local, IDS, 29 * LENGTH + 3)
+    assert all(torch.equal(weight, cut[layer]) for layer, weight in whole.items())
+
+
+def test_a_fit_of_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    local = made("sfs")
+    fit_stage(local, IDS[:, :8], 8 * 30, tmp_path, lambda: {"validation_kl": 1.0})
+    assert "no output projection is fitted" in caplog.text
+
+
 def test_a_fit_that_is_no_better_is_dropped_and_a_finished_one_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

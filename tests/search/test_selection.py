@@ -151,6 +151,7 @@ def test_controls_keep_as_many_full_layers_as_the_budget_allows() -> None:
     [
         (Plan(window=17), "window 17 was not measured"),
         (Plan(method="threshold", full_layers=3, none_layers=3), "exceed the layers"),
+        (Plan(method="threshold", none_layers=40), r"exceed the layers of the model\nfound: 0 \+ 40 > 4"),
         (
             Plan(metric="benchmark"),
             "no benchmark\nfound: layer 0, none: kl, nll, retrieval, cosine\ndo: measure benchmark",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import layer_plans, save_text, save_tiny
 from transformers import AutoModelForCausalLM
 
-from layerboost.artifacts import HEALED, PLAN, PlanFile, write_plan
+from layerboost.artifacts import HEALED, PLAN, PlanFile, read_plan, write_plan
 from layerboost.errors import ConfigError
 from layerboost.healing.metrics import read_metrics
 from layerboost.model.checkpoint import find_model, load_config, model_info
@@ -102,6 +102,10 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     with pytest.raises(ConfigError, match="begun with other settings") as caught:
         run_stage("heal", recipe_of(converted, attention_tokens=0, lr=1e-4, lora_rank=4), run)
     assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"heal\.attention_repeats: 1 there, 2 here; heal\.fit_tokens: 4800 there, 0 here"
+    ):
+        run_stage("heal", recipe_of(converted, attention_tokens=0, fit_tokens=0, attention_repeats=2), run)
     half = recipe_of(converted, attention_tokens=0).model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(ConfigError, match="dtype differs"):
         run_stage("heal", half, run)
@@ -144,6 +148,16 @@ def test_refused_before_anything_is_written(
         run_stage("heal", recipe_of(converted, **heal), run)
     assert not (run / "heal").exists()
     assert not (run / HEALED).exists()
+
+
+def test_targets_that_leave_nothing_to_train_are_refused(converted: Path, tmp_path: Path) -> None:
+    run = copy_of(converted, tmp_path / "run")
+    plan = read_plan(run / PLAN)
+    write_plan(run / PLAN, plan.model_copy(update={"layers": layer_plans("ffnn")}))
+    run_stage("convert", recipe_of(converted), run)
+    with pytest.raises(ConfigError, match=r"leave stage 2 nothing to train\nfound: none of q_proj, o_proj"):
+        run_stage("heal", recipe_of(converted, lora_targets=("q_proj", "o_proj")), run)
+    assert not (run / "heal").exists()
 
 
 def test_negative_budgets_are_refused() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_pipeline import layerboost, write_recipe
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_bench import rows, write_jsonl
 
 from layerboost.artifacts import SENSITIVITY
@@ -97,6 +98,20 @@ def test_two_ranks_write_the_file_of_one(folder: Path, tmp_path: Path) -> None:
     assert outputs[1].stderr.count("device cpu") == 1
     assert len(json.loads((tmp_path / "two" / "run.json").read_text())["stages"]) == 1
     assert {file.name for file in (tmp_path / "two").iterdir()} == {SENSITIVITY, "run.json", "recipe.yaml", ".lock"}
+
+
+def test_a_base_that_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(torch.inf)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    settings = ("--set", "measure.tasks=[]", "--set", f"model={tmp_path / 'model'}")
+    refused = layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *settings, check=False)
+    assert refused.returncode == 1
+    assert "nll of the base is nan" in refused.stderr
+    assert not (run / SENSITIVITY).exists()
 
 
 def test_text_shorter_than_a_sequence_is_refused(folder: Path, tmp_path: Path) -> None:

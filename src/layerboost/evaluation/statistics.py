@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -20,7 +21,10 @@ Means = npt.NDArray[np.float64]
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Mean and its standard error; an error of 0 where one value alone tells nothing about it."""
+    """Mean and its standard error; an error of 0 where one value alone tells nothing about it, NaN where a value is not
+    finite."""
+    if not all(map(math.isfinite, values)):
+        return {"mean": float(np.mean(values)), "standard_error": math.nan}
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mean": fmean(values), "standard_error": error}
 
@@ -49,7 +53,8 @@ def average_difference(tasks: Sequence[Sequence[float]]) -> dict[str, float]:
     # Shuffled, since every task draws from the same generator.
     draw = np.random.default_rng(1)
     means = np.mean([draw.permutation(resampled_means(values)) for values in tasks], axis=0)
-    return _widened(_described(found, means), sum(map(len, tasks)))
+    # A share of the smallest task's items that nobody saw moves the average most.
+    return _widened(_described(found, means), len(tasks) * min(map(len, tasks)))
 
 
 def _described(found: dict[str, float], means: Means) -> dict[str, float]:
@@ -58,7 +63,8 @@ def _described(found: dict[str, float], means: Means) -> dict[str, float]:
     `low`, `high`: the 95 % interval; `at_least`: the bound that the true difference exceeds with 95 % probability, on
     which "no worse than" rests; `detectable`: the smallest true difference that such a sample shows four times in five.
     """
-    low, at_least, high = (float(value) for value in np.quantile(means, (0.025, 0.05, 0.975)))
+    with np.errstate(invalid="ignore"):
+        low, at_least, high = (float(value) for value in np.quantile(means, (0.025, 0.05, 0.975)))
     return found | {
         "low": low,
         "high": high,

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from layerboost.artifacts import LayerPlan, ModelInfo
 from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
 from layerboost.healing.losses import CHUNK_ELEMENTS
-from layerboost.healing.training import batches_kept
+from layerboost.healing.training import stretch_steps
 from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, world_size
@@ -52,8 +52,9 @@ def estimate_healing(
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
-    kept_tokens = batches_kept(recipe.heal, recipe.text.sequence_tokens) * batch_tokens
-    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element
+    step_tokens = batch_tokens * recipe.heal.gradient_accumulation / world_size()
+    kept_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens
+    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element * (recipe.heal.attention_repeats > 1)
     sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
     most = max(held + logits, kept, min(sums, MOST_BYTES))
     weights = float(info.parameters)

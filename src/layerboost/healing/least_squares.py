@@ -109,7 +109,9 @@ def fit_stage(
             put(distiller, fitted)
             after = validate()
             metrics.write(1, tokens, after)
-            if fitted and not after["validation_kl"] < before["validation_kl"]:
+            if not fitted:
+                log.warning("no output projection is fitted: on the sequences held out none leaves a smaller error")
+            elif not after["validation_kl"] < before["validation_kl"]:
                 log.warning(
                     "the least squares fit is dropped: validation KL %.4f with it, %.4f without",
                     after["validation_kl"],
@@ -132,12 +134,13 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
     The student's attention sees what the base's attention saw, as in stage 1; the target is the base's output. Left out
     are layers where no ridge leaves less error on the held-out fifth of the sequences.
     """
-    rows = ids.to(next(distiller.student.parameters()).device).flatten()[:tokens].split(ids.shape[1])
+    # Whole sequences: a last one cut short might lie within the window, and would judge nothing.
+    rows = ids.to(next(distiller.student.parameters()).device)[: tokens // ids.shape[1]]
     fitting = len(rows) - -(-len(rows) // HELD_OUT)
     sliding = [entry for entry in distiller.changed if entry.attention == "sliding"]
     groups = list(_groups(distiller, sliding))
     fitted = {}
-    with Progress("fitting output projections", len(groups) * tokens, "tokens") as progress:
+    with Progress("fitting output projections", len(groups) * rows.numel(), "tokens") as progress:
         for group in groups:
             sums = {
                 entry.layer: tuple(Sums.zeros(projection_of(distiller, entry.layer)) for _ in range(2))

@@ -61,14 +61,14 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
         full = {layer for layer in ranked if damage[layer] > high}
         return tiers(full, {layer for layer in ranked if damage[layer] < low} - full)
     none_count = len(ranked) // 3 if settings.none_layers is None else settings.none_layers
+    if (settings.full_layers or 0) + none_count > len(ranked):
+        raise ConfigError(
+            "plan.full_layers and plan.none_layers exceed the layers of the model",
+            found=f"{settings.full_layers or 0} + {none_count} > {len(ranked)}",
+        )
     none = set(ranked[len(ranked) - none_count :])
     if settings.full_layers is None:
         return _most_full(sensitivity, settings, lambda full: tiers(set(ranked[:full]), none), len(ranked) - none_count)
-    if settings.full_layers + none_count > len(ranked):
-        raise ConfigError(
-            "plan.full_layers and plan.none_layers exceed the layers of the model",
-            found=f"{settings.full_layers} + {none_count} > {len(ranked)}",
-        )
     return tiers(set(ranked[: settings.full_layers]), none)
 
 

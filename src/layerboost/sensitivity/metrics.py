@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import Score
+from layerboost.errors import LayerboostError
 from layerboost.model.linear import linear
 from layerboost.model.stream import head_logits, head_matrix
 from layerboost.retrieval import Prompts
@@ -197,6 +199,16 @@ def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor
     right = log_probabilities.gather(-1, targets[:, None])[:, 0].split(prompts.answers)
     hit = (log_probabilities.argmax(-1) == targets).split(prompts.answers)
     return torch.stack([part.sum() for part in right]), torch.stack([part.all() for part in hit])
+
+
+def check_finite(what: str, scores: Mapping[str, Score]) -> None:
+    """Raise LayerboostError for a score that is not finite: no plan can be made from it."""
+    for metric, found in scores.items():
+        if not math.isfinite(found.mean):
+            raise LayerboostError(
+                f"{metric} of {what} is {found.mean}",
+                do="measure in another dtype (--set dtype=float32), or look at the base's weights",
+            )
 
 
 def score(values: torch.Tensor, count: int | None = None) -> Score:

@@ -11,7 +11,7 @@ from layerboost.artifacts import LayerPlan, LayerSensitivity, Variant
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import family_of
 from layerboost.runtime import Progress, rank, world_size
-from layerboost.sensitivity.metrics import BaseText, score
+from layerboost.sensitivity.metrics import BaseText, check_finite, score
 from layerboost.sensitivity.probe import Damages, Probe, TextProbe
 
 
@@ -90,6 +90,7 @@ def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_p
         if option.attention == "none":
             damages["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
+        check_finite(f"layer {index} made {option.attention}", scores)
         assert option.attention != "full"
         variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
     return LayerSensitivity(layer=index, variants=variants)

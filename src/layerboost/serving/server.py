@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -146,11 +147,7 @@ def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]
         argv += _unless_given(flags, "--max-num-seqs", str(seqs))
     if runs_on_cpu():
         argv += _unless_given(flags, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
-    environment = {
-        **vllm_environment(),
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = {**vllm_environment(), "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
     return [*argv, *_device_arguments(flags), *flags], environment
 
 
@@ -164,8 +161,10 @@ def advised_flags(folder: Path) -> tuple[str, ...]:
 
 def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, ...]:
     """The `advised` flags that `given` does not name, each with its value, and what is given."""
-    pairs = zip(advised[::2], advised[1::2], strict=True)
-    return (*(part for flag, value in pairs for part in _unless_given(given, flag, value)), *given)
+    # A plan's flags may have been edited, and some flags have no value.
+    starts = [index for index, part in enumerate(advised) if part.startswith("--")]
+    flags = (advised[start:end] for start, end in pairwise([*starts, len(advised)]))
+    return (*(part for flag in flags for part in _unless_given(given, *flag)), *given)
 
 
 def _decoding_at_once(bench: Bench) -> int:
@@ -192,9 +191,9 @@ def _device_arguments(given: tuple[str, ...]) -> list[str]:
     return [*_unless_given(given, "--dtype", "float32"), *eager]
 
 
-def _unless_given(given: tuple[str, ...], flag: str, value: str) -> list[str]:
+def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
     named = {argument.split("=")[0].replace("_", "-") for argument in given}
-    return [] if flag in named else [flag, value]
+    return [] if flag in named else [flag, *values]
 
 
 def vllm_environment() -> dict[str, str]:

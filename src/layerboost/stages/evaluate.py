@@ -42,7 +42,7 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
-from layerboost.text import SAMPLES, Tokens, load_tokens
+from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 
 BASE = "base"
 
@@ -57,6 +57,15 @@ def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path, context_tokens:
     load_bench(recipe.evaluate)
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, tokenizer, run)
+    else:
+        check_samples(recipe.text, _most_tokens(recipe), "held_out")
+
+
+def _most_tokens(recipe: Recipe) -> int:
+    """Held-out tokens that the largest part of the evaluation asks for."""
+    settings = recipe.evaluate
+    prompts = settings.retrieval_prompts * max(settings.retrieval_tokens, default=0)
+    return max(settings.perplexity_tokens, settings.position_sequences * settings.position_tokens, prompts)
 
 
 def _check_settings(recipe: Recipe, context_tokens: int) -> None:

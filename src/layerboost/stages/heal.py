@@ -103,6 +103,8 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
 
 
 STAGES = ("attention", "lora")
+# Left out of the identity where they change nothing, as in folders from before they were there.
+NEUTRAL = {"fit_tokens": 0, "attention_repeats": 1}
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,20 @@ class Pair:
 
 
 def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
-    """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded."""
+    """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded.
+
+    Raises ConfigError for targets that do not exist or leave nothing to train.
+    """
     if recipe.heal.shard:
         runtime = replace(runtime, device=torch.device("cpu"))
     teacher = load_model(source, runtime, recipe.trust_remote_code)
     adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
+    if lessons.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
+        raise ConfigError(
+            "heal.lora_targets leave stage 2 nothing to train",
+            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is left from the first changed layer up",
+            do="name layers of the MLPs too, or set heal.tokens to 0",
+        )
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
     # A fit alone trains no adapter, but peft wants some.
@@ -188,10 +199,7 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runti
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
     """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
-    # Left out where they change nothing, as in folders from before they were there.
-    free |= {
-        name for name, value in {"fit_tokens": 0, "attention_repeats": 1}.items() if getattr(recipe.heal, name) == value
-    }
+    free |= {name for name, value in NEUTRAL.items() if getattr(recipe.heal, name) == value}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
@@ -221,10 +229,11 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
     there = json.loads(file.read_text())
     if there != identity:
         changed = [
-            f"{section}.{key}: {there[section].get(key)} there, {value} here"
+            f"{section}.{key}: {there[section].get(key, NEUTRAL.get(key))} there, "
+            f"{identity[section].get(key, NEUTRAL.get(key))} here"
             for section in ("heal", "text")
-            for key, value in identity[section].items()
-            if there[section].get(key) != value
+            for key in {**identity[section], **there[section]}
+            if there[section].get(key) != identity[section].get(key)
         ]
         changed += [f"{key} differs" for key in ("plan", "seed", "dtype") if there.get(key) != identity[key]]
         raise ConfigError(

@@ -34,6 +34,7 @@ from layerboost.recipe import Recipe, model_of
 from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.calibration import filler_tokens, load_prompts
+from layerboost.sensitivity.metrics import check_finite
 from layerboost.sensitivity.probe import Probe, TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
@@ -70,7 +71,7 @@ def validate_measure(recipe: Recipe) -> None:
         )
     filler = filler_tokens(recipe)
     own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
-    check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text))
+    check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text), "calibration")
     if recipe.measure.tokens < 2 * length:
         raise ConfigError(
             "measure.tokens must hold two sequences, or there is no standard error",
@@ -106,6 +107,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     stream = LayerStream(model, sinks)
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
+    check_finite("the base", {"nll": text.base_nll()})
     probes: list[Probe] = [text]
     if inputs.tasks:
         batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
