@@ -146,6 +146,8 @@ def timed_decode(llm: Any, info: ModelInfo, requests: int, tokens: int) -> dict[
     times, held, lengths = [], [], []
     while len(times) < DECODE_STEPS:
         decoding = len(answers) == requests
+        if decoding and len(engine.engine_core.engine_core.scheduler.running) < requests:
+            sys.exit(f"{requests} requests of {tokens:,} tokens do not fit into the cache together: raise --cache-gib")
         clock = time.perf_counter()
         for output in engine.step():
             answers[output.request_id] = len(output.outputs[0].token_ids)

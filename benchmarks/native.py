@@ -38,6 +38,8 @@ SHAPE = {
 }
 WINDOW, CONTEXT_TOKENS, CACHE_BYTES = 64, 2048, 1 << 30
 ENGINE = Engine(max_batched_tokens=256, block_size=32, batches_in_flight=1)
+# Without asynchronous scheduling a step's time is its own. The two engines share a GPU.
+ALONE = {"async_scheduling": False, **({"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {})}
 
 
 def boosted(family: str, folder: Path) -> None:
@@ -64,8 +66,7 @@ def engine(folder: Path, native: bool) -> Any:
     if not native:
         vllm_model.NATIVE.clear()
     try:
-        # Without asynchronous scheduling a step's time is its own.
-        return start(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, async_scheduling=False).llm_engine
+        return start(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, **ALONE).llm_engine
     finally:
         vllm_model.NATIVE.update(own)
 

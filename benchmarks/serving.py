@@ -130,15 +130,17 @@ def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Eng
 
 def benches(asked: argparse.Namespace, reference: Model) -> dict[str, Bench]:
     """The settings of each workload."""
-    found = {}
+    engine, found = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE, {}
     for name in asked.workloads:
         lengths = {key: max(1, tokens // asked.shorter) for key, tokens in WORKLOADS[name].items()}
         top = max(asked.concurrency)
         longest = lengths["input_tokens"] + lengths["output_tokens"]
         holds = asked.base_requests if name == "memory" else ROOM * top
-        held = holds * resident_bytes(reference.info, reference.layers, longest, CPU_ENGINE)
+        held = holds * resident_bytes(reference.info, reference.layers, longest, engine)
         if prefix := lengths.get("shared_prefix_tokens"):
-            held += ROOM * resident_bytes(reference.info, reference.layers, prefix, CPU_ENGINE)
+            held += ROOM * resident_bytes(reference.info, reference.layers, prefix, engine)
+        # On a CPU `bench` hands this on itself.
+        memory = () if runs_on_cpu() else ("--kv-cache-memory-bytes", str(int(held)))
         found[name] = Bench(
             **lengths,
             concurrency=(top,) if name == "memory" else tuple(asked.concurrency),
@@ -146,7 +148,7 @@ def benches(asked: argparse.Namespace, reference: Model) -> dict[str, Bench]:
             repeats=1 if name == "memory" else asked.repeats,
             kv_cache_gib=held / GIB,
             port=asked.port,
-            server_args=tuple(shlex.split(asked.server_args)),
+            server_args=(*shlex.split(asked.server_args), *memory),
         )
     return found
 
@@ -161,7 +163,8 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
 def used_engine(comparison: Comparison) -> Engine:
     """The settings that the KV arithmetic depends on, as the servers had them."""
     default, given = (CPU_ENGINE if runs_on_cpu() else GPU_ENGINE), comparison.settings["server_args"]
-    pairs = dict(pairwise(given))
+    words = [word for argument in given for word in argument.split("=", 1)]
+    pairs = {flag.replace("_", "-"): value for flag, value in pairwise(words)}
     return Engine(
         int(pairs.get("--max-num-batched-tokens", default.max_batched_tokens)),
         int(pairs.get("--block-size", default.block_size)),

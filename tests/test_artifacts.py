@@ -78,6 +78,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in target.iterdir()] == ["whole"]
 
 
+def test_a_folder_that_is_a_link_is_replaced_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "large" / "out")
+    for name in ("first", "second"):
+        with new_folder(link) as folder:
+            (folder / name).write_text("x")
+        assert link.is_symlink()
+        assert [file.name for file in (tmp_path / "large" / "out").iterdir()] == [name]
+
+
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.json"
     write_json(file, {"old": 1})

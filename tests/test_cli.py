@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from test_pipeline import layerboost, write_recipe
 from tiny import layer_plans, save_text, save_tiny
 
 from layerboost.artifacts import read_plan, write_plan
-from layerboost.cli import cli
+from layerboost.cli import cli, show
 from layerboost.runtime import locked
 
 
@@ -52,6 +53,11 @@ def test_every_help_ends_with_two_examples(name: str) -> None:
     examples = text.split("Examples:\n")[1].strip().splitlines()
     assert len(examples) == 2
     assert all(line.strip().startswith("layerboost " + name) for line in examples)
+
+
+def test_brackets_in_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    show(None, False, lambda _: [["runs/[/x]"], ["runs/[v1]/converted"]])
+    assert re.search(r"runs/\[/x\][\s\S]*runs/\[v1\]/converted", capsys.readouterr().out)
 
 
 def test_ls() -> None:

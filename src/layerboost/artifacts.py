@@ -287,7 +287,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
+    """A temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    A symbolic link is followed: what it leads to, perhaps on a larger disk, is replaced.
+    """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -107,7 +107,7 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> 
     for row in body:
         table.add_row(*row)
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPED_COLUMNS
-    Console(width=width).print(table)
+    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:

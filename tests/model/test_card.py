@@ -37,6 +37,14 @@ def test_a_card_is_ready_for_the_hub() -> None:
     assert without.data.tags == ["layerboost"]
 
 
+def test_full_layers_that_slide_in_the_base_are_told_apart() -> None:
+    model = info().model_copy(update={"sliding_layers": [1, 2], "sliding_window": 8})
+    text = model_card(PlanFile(model=model, method="by hand", layers=layer_plans("nfff")), UNKNOWN)
+    assert "`full`: softmax attention (layers 1, 2: the last 8 tokens, as in the base);" in text
+    assert "only through the full layers that do not slide:" in text
+    assert "only through the full layers: test" in model_card(PLAN, UNKNOWN)
+
+
 def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(LLAMA)
     (tmp_path / "LICENSE.txt").touch()

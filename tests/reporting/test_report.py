@@ -17,7 +17,7 @@ from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
 from layerboost.reporting.decode import decode_panel
-from layerboost.reporting.figures import healing_figure, sensitivity_figure
+from layerboost.reporting.figures import healing_figure, model_color, sensitivity_figure
 from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import task_figure
@@ -117,9 +117,48 @@ def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
     curve, plan = figure["data"]
     assert curve["y"] == sorted(curve["y"], reverse=True)
     assert (plan["x"], plan["y"]) == ([30.0], [0.21])
+    # All layers full: the end of the curve, though such a plan has no damage to name.
+    nothing = sources.frontier.points[0].predicted.model_copy(update={"damage": {}, "kv_fraction": 1.0})
+    whole = sources.frontier.points[0].model_copy(update={"predicted": nothing})
+    ended = sources.frontier.model_copy(update={"points": [*sources.frontier.points, whole]})
+    curve = frontier_figure(ended, sources.plan, "kl")["data"][0]
+    assert (curve["x"][-1], curve["y"][-1]) == (100.0, 0.0)
     write_json(run / "sensitivity.json", sensitivity(model_info()).model_copy(update={"text": "another"}))
     run_report(run)
     assert "changed after frontier.json was made" in (run / "report.md").read_text()
+
+
+def test_a_plan_for_another_context_is_not_drawn_on_the_frontier(run: Path) -> None:
+    found = read_plan(run / "plan.yaml")
+    assert found.predicted
+    longer = found.predicted.model_copy(update={"context_tokens": 8 * found.predicted.context_tokens})
+    write_plan(run / "plan.yaml", found.model_copy(update={"predicted": longer}))
+    sources = read_sources(run)
+    assert sources.frontier
+    assert len(frontier_figure(sources.frontier, sources.plan, "kl")["data"]) == 1
+    assert "so the chart leaves the plan out" in report_text(run, "search")
+
+
+def test_further_models_have_colours_of_their_own_and_the_verdict_is_of_the_healed(run: Path) -> None:
+    names = ["base", "healed", "bold", "mild"]
+    assert len({model_color(name, names) for name in names}) == 4
+    file = run / "eval" / "comparison.json"
+    values = json.loads(file.read_text())
+    values["perplexity"]["longer"] = values["perplexity"]["healed"]
+    values["average"]["models"]["longer"] = values["average"]["models"]["base"]
+    file.write_text(json.dumps(values))
+    top = report_text(run, "top")
+    assert "(healed − base:" in top
+    assert "(longer − base:" not in top
+
+
+def test_losses_of_stage_1_are_not_called_nats(run: Path) -> None:
+    lines = read_sources(run).metrics
+    assert lines
+    local = [line.model_copy(update={"validation_kl": 0.1}) for line in lines if line.stage == "attention"]
+    assert healing_figure(local)["layout"]["yaxis"]["title"]["text"].startswith("normalised MSE")
+    whole = [line for line in lines if line.stage == "lora"]
+    assert healing_figure(whole)["layout"]["yaxis"]["title"]["text"] == "nats per token"
 
 
 @pytest.mark.parametrize("name", FILES)

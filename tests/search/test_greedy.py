@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from test_selection import sensitivity
 
-from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.artifacts import LayerPlan, LayerSensitivity, Score, Sensitivity, Variant
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import choices, variant_of
@@ -81,6 +81,36 @@ def test_a_limit_on_one_metric_holds_while_the_other_is_kept_low() -> None:
         return Interacting(0.0)(plan) | {"retrieval": lost}
 
     assert measure(refine(MADE, settings, measure))["retrieval"] == 0
+
+
+def test_refining_starts_from_a_plan_at_another_window_too() -> None:
+    # By KL alone the window of 16 is the better; under the limit on retrieval only that of 32 will do.
+    scores = {16: {"kl": 0.10, "retrieval": 2.0}, 32: {"kl": 0.12, "retrieval": 0.1}}
+    layers = [
+        LayerSensitivity(
+            layer=index,
+            variants=[
+                Variant(
+                    attention="sliding",
+                    window=window,
+                    sink=False,
+                    scores={name: Score(mean=mean, standard_error=0.01) for name, mean in means.items()},
+                )
+                for window, means in scores.items()
+            ],
+        )
+        for index in range(4)
+    ]
+    made = sensitivity(4).model_copy(update={"layers": layers})
+    settings = Plan(kv_fraction=0.6, context_tokens=64, kv_padding=False, max_retrieval=1.0, method="refine")
+
+    def measure(plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        changed = [variant_of(layers[entry.layer], entry) for entry in plan if entry.attention != "full"]
+        return {name: sum(variant.scores[name].mean for variant in changed) for name in ("kl", "retrieval")}
+
+    plan = refine(made, settings, measure)
+    assert {entry.window for entry in plan if entry.window} == {32}
+    assert measure(plan)["retrieval"] <= 1
 
 
 @pytest.mark.parametrize("method", ["greedy", "refine"])

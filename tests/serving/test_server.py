@@ -141,6 +141,8 @@ def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest
     few = flags(server_args=["--max-num-batched-tokens", "160"])
     assert few["--max-num-seqs"] == "160"
     assert "at most 160 of 200 requests decode at once" in caplog.text
+    assert flags(server_args=["--max_num_batched_tokens=160"])["--max-num-seqs"] == "160"
+    assert flags(concurrency=[4096])["--max-num-seqs"] == "2048"
 
 
 @pytest.mark.gpu

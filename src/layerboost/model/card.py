@@ -89,6 +89,9 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     flags = " ".join(plan.serving.flags) if plan.serving and predicted else ""
+    slide = [str(entry.layer) for entry in plan.layers if entry.attention == "full" and _slides(plan, entry.layer)]
+    own = f" (layers {', '.join(slide)}: the last {plan.model.sliding_window} tokens, as in the base)" if slide else ""
+    reach = "full layers that do not slide" if slide else "full layers"
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
 # {name}, boosted
@@ -118,7 +121,7 @@ vllm serve PATH{" " * bool(flags)}{flags}
 {_memory(plan) if flags else ""}
 ## The plan
 
-`full`: softmax attention; `sliding`: softmax over the last `window` tokens; `none`: no attention, no KV cache.
+`full`: softmax attention{own}; `sliding`: softmax over the last `window` tokens; `none`: no attention, no KV cache.
 `sink`: a learned logit per head in the softmax's denominator.
 
 | layer | attention | window | sink |
@@ -127,9 +130,13 @@ vllm serve PATH{" " * bool(flags)}{flags}
 
 ## Limits
 
-A token can be looked up beyond the window only through the full layers: test retrieval at your context length before
+A token can be looked up beyond the window only through the {reach}: test retrieval at your context length before
 serving. Generation needs Transformers' dynamic cache.
 """
+
+
+def _slides(plan: PlanFile, layer: int) -> bool:
+    return layer in plan.model.sliding_layers
 
 
 def _memory(plan: PlanFile) -> str:

@@ -121,11 +121,12 @@ def benchmark_figure(
 ) -> dict[str, Any]:
     """A line a model: one metric, times `scale`, against what `results` are keyed by; bars over the rounds."""
     traces: list[dict[str, Any]] = []
-    for name in model_order({name for result in bench.results for name in result.models}):
+    names = model_order({name for result in bench.results for name in result.models})
+    for name in names:
         found = [
             (x, result.models[name][metric]) for x, result in results.items() if metric in result.models.get(name, {})
         ]
-        color = model_color(name)
+        color = model_color(name, names)
         traces.append(
             {
                 "type": "scatter",
@@ -155,7 +156,7 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> dict[str, Any
     traces: list[dict[str, Any]] = []
     for name in names:
         found = [(result.concurrency, result.models[name][SPEED]) for result in bench.results if name in result.models]
-        value, color, change = 100 * average.models[name].value, model_color(name), average.difference.get(name)
+        value, color, change = 100 * average.models[name].value, model_color(name, names), average.difference.get(name)
         text = f"{number(value)} %"
         trace: dict[str, Any] = {
             "type": "scatter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from layerboost.artifacts import PlanFile, Sensitivity, Variant
@@ -16,6 +17,7 @@ SENSITIVITIES = {
 }
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "hexagon")
 SHADES = ("var(--sliding)", "var(--sliding-2)", "var(--sliding-3)")
+OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
 
 
 def layout(x_title: str, y_title: str) -> dict[str, Any]:
@@ -141,7 +143,10 @@ def healing_figure(lines: list[MetricLine]) -> dict[str, Any]:
                 "hovertemplate": "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>",
             }
         )
-    figure: dict[str, Any] = {"data": traces, "layout": layout("tokens", "nats per token" if validation else "loss")}
+    # Stage 1's loss is of another kind than the validation KL beside it.
+    local = bool(training) and training[0].stage == "attention"
+    title = "normalised MSE of all layers (KL: nats per token)" if local else "nats per token" if validation else "loss"
+    figure: dict[str, Any] = {"data": traces, "layout": layout("tokens", title)}
     values = [*losses, *(line.validation_kl or 0.0 for line in validation)]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~g"}
@@ -157,9 +162,11 @@ def running_mean(values: list[float], half: int) -> list[float]:
     return means
 
 
-def model_color(name: str) -> str:
-    """The colour of a model in every chart."""
-    return f"var(--{name})" if name in MODELS else "var(--other)"
+def model_color(name: str, among: Iterable[str]) -> str:
+    """The colour of a model in charts of `among`: base, converted and healed have their own, the others take turns."""
+    if name in MODELS:
+        return f"var(--{name})"
+    return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
 
 
 def _kind(variant: Variant) -> tuple[str, int | None, bool]:

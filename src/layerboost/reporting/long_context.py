@@ -52,7 +52,10 @@ def position_figure(positions: Positions) -> dict[str, Any]:
     names = _buckets(positions.edges)
     traces: list[dict[str, Any]] = []
     for model in model_order(positions.models):
-        color, values = model_color(model), [math.exp(score.mean) for score in positions.models[model]]
+        color, values = (
+            model_color(model, positions.models),
+            [math.exp(score.mean) for score in positions.models[model]],
+        )
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "lines+markers",
@@ -95,8 +98,9 @@ def retrieval_figure(retrieval: Retrieval) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     for kind, title in KINDS.items():
         groups = [group for group in retrieval.groups if group.kind == kind]
-        for model in model_order({model for group in groups for model in group.models}):
-            color = model_color(model)
+        models = model_order({model for group in groups for model in group.models})
+        for model in models:
+            color = model_color(model, models)
             traces.append(
                 {
                     "type": "scatter",

@@ -53,7 +53,7 @@ def task_figure(quality: EvalComparison) -> dict[str, Any]:
     for index, model in enumerate(models):
         found = [(names.index(name), entries[name]) for name in names if model in entries[name].difference]
         changes = [task.difference[model] for _, task in found]
-        color = model_color(model)
+        color = model_color(model, models)
         offset = 0.5 * ((index + 0.5) / len(models) - 0.5)
         traces.append(
             {

@@ -39,27 +39,36 @@ def search_panel(sources: Sources) -> Panel:
             warnings.append("sensitivity.json changed after stability.json was made: compare again")
     if sources.frontier and sources.sensitivity_hash not in (None, sources.frontier.sensitivity):
         warnings.append("sensitivity.json changed after frontier.json was made: run `layerboost plan --frontier` again")
+    if sources.frontier and sources.frontier.points and sources.plan and sources.plan.foretold:
+        here, there = (one.context_tokens for one in (sources.plan.foretold, sources.frontier.points[0].predicted))
+        if here != there:
+            warnings.append(
+                f"plan.yaml is for {here:,} tokens, frontier.json for {there:,}, so the chart leaves the plan out: run "
+                "`layerboost plan --frontier` again"
+            )
     files = ["frontier.json", "stability.json"]
     return Panel("search", "Search", files, missing, warnings, notes=notes, charts=charts, tables=tables)
 
 
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> dict[str, Any]:
     """Predicted damage against the KV cache's share of the base's; the plan of the run as a diamond."""
-    points = [point for point in frontier.points if metric in point.predicted.damage]
+    # A plan that changes nothing has no damage to name.
+    points = [point for point in frontier.points if metric in point.predicted.damage or not point.predicted.damage]
+    context = points[0].predicted.context_tokens if points else 0
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
             "name": f"best by {frontier.settings['method']}",
             "x": [100 * point.predicted.kv_fraction for point in points],
-            "y": [point.predicted.damage[metric] for point in points],
+            "y": [point.predicted.damage.get(metric, 0.0) for point in points],
             "line": {"color": "var(--sliding)", "width": 2},
             "marker": {"color": "var(--sliding)", "size": 6},
             "customdata": [_counts(point) for point in points],
             "hovertemplate": "%{x:.1f} % of the KV cache, " + metric + " %{y:.3g}<br>%{customdata}<extra></extra>",
         }
     ]
-    if plan and plan.foretold and metric in plan.foretold.damage:
+    if plan and plan.foretold and metric in plan.foretold.damage and plan.foretold.context_tokens == context:
         traces.append(
             {
                 "type": "scatter",
@@ -71,7 +80,6 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> d
                 "hovertemplate": "plan.yaml: %{x:.1f} %, " + metric + " %{y:.3g}<extra></extra>",
             }
         )
-    context = points[0].predicted.context_tokens if points else 0
     title = f"KV cache at {context:,} tokens, % of the base"
     return {"data": traces, "layout": layout(title, f"predicted {metric}")}
 

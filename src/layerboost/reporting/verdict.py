@@ -190,8 +190,9 @@ def _headline(quality: EvalComparison) -> str:
 
 
 def _ends(models: dict[str, Any]) -> tuple[list[str], str]:
+    """The models in order, and the one that the page is about: healed, else converted, not a further checkpoint."""
     names = model_order(models)
-    return names, names[-1]
+    return names, next((name for name in ("healed", "converted") if name in names), names[-1])
 
 
 def _average(quality: EvalComparison, name: str) -> str:

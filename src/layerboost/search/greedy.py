@@ -84,11 +84,13 @@ def refine(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     together is foretold by their sum, and the most promising are measured, best first, until none is left that helps.
     """
     limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
-    table = _table(sensitivity, settings)
     starts = [greedy(sensitivity, settings, measure)]
     with suppress(InfeasibleBudget):  # a limit of a metric may hold as measured and not by single scores
         starts.append(budget(sensitivity, settings))
     plan = min(starts, key=objective)
+    # Under limits on damage the plan of single scores may slide at another window than greedy's.
+    window = next((entry.window for entry in plan if entry.window), None)
+    table = choices(sensitivity, settings, window) if window else _table(sensitivity, settings)
     damage = objective(plan)
     while True:
         moves = _moves(table, plan, limits)

@@ -43,6 +43,7 @@ NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"}
 PLUGIN_GROUP = "vllm.general_plugins"
 # Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
+BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
 # Of the server's metrics: what a benchmark reads, its progress first.
 COUNTERS = (
     "generation_tokens",
@@ -170,11 +171,11 @@ def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, .
 def _decoding_at_once(bench: Bench) -> int:
     """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
     wanted = max(*bench.concurrency, bench.decode_batch)
-    given = re.search(r"--max-num-batched-tokens[ =](\d+)\b", " ".join(bench.server_args))
-    if given and int(given[1]) < wanted:
-        log.warning("at most %s of %d requests decode at once: %s", given[1], wanted, given[0])
-        return int(given[1])
-    return wanted
+    given = re.findall(r"--max[-_]num[-_]batched[-_]tokens[ =](\d+)\b", " ".join(bench.server_args))
+    most = int(given[-1]) if given else BATCHED_TOKENS
+    if most < wanted:
+        log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
+    return min(most, wanted)
 
 
 def vllm_command() -> list[str]:
