@@ -20,9 +20,10 @@ $ python benchmarks/healing_results.py --model MODEL --text TEXT --second-text F
 ```
 
 Arms named `mixed` heal half on TEXT and half on the second text, in sequences of 256 tokens, so that a step comes every
-256 tokens, with a tenth of the next token's cross entropy beside the KL (but for `kl-alone`); the others on TEXT alone,
-in sequences of 512, with the KL alone. All arms have these settings, and each its own, which its name says and the JSON
-beside this page has in full:
+256 tokens, with a tenth of the next token's cross entropy beside the KL (none in `kl-alone`); the others on TEXT alone,
+in sequences of 512, with the KL alone. `fitted` and `repeated` begin with the least squares fit, `repeated` goes three
+times over stage 1's text, and the plan of `of-both` was measured on both texts. All arms have these settings, and each
+its own, which its name says and the JSON beside this page has in full:
 
 {shared}
 

@@ -29,7 +29,7 @@ from layerboost.runtime import Progress, is_main_process, log, main_process_firs
 
 DONE = "complete"
 STRETCH_TOKENS = 2048
-KEPT_START = "no step of the %s stage has a lower validation KL than its start, %.4f, which is kept; lower its rate"
+KEPT_START = "no step of the %s stage is better on the validation slice than its start, which is kept; lower its rate"
 Validate = Callable[[], dict[str, float]]
 
 
@@ -43,16 +43,18 @@ def train_stage(
     folder: Path,
     *,
     repeats: int = 1,
+    ce_weight: float = 0.0,
     seed: int,
     validate: Validate,
 ) -> None:
     """Train one stage on the first `tokens` tokens of ids `[N, T]`, in order; leaves `distiller` at its best step.
 
     `repeats`: of each stretch of text, for a distiller that keeps the base's part of it (`repeated`).
-    The best is the step with the lowest `validation_kl` of `validate()`, the start included; `folder/NAME.safetensors`
-    keeps it. Resumes from the newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only
-    loaded. Each logged step is a line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite,
-    memory does not suffice or nothing can be written, KeyboardInterrupt after a SIGTERM.
+    The best is the step with the lowest `validation_kl` of `validate()`, plus `ce_weight` times `validation_nll` where
+    the stage's loss holds cross entropy, the start included; `folder/NAME.safetensors` keeps it. Resumes from the
+    newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only loaded. Each logged step is a
+    line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite, memory does not suffice or
+    nothing can be written, KeyboardInterrupt after a SIGTERM.
     """
     if load_result(name, distiller, folder):
         return
@@ -67,6 +69,7 @@ def train_stage(
         rows = repeated(rows, repeats, per_step * stretch_steps(settings, ids.shape[1]))
     guard = _Guard(folder / f"{name}.best.safetensors", distiller, metrics, tokens, per_step * ids.shape[1] / repeats)
     guard.validate, guard.every, guard.fresh = validate, settings.validation_steps, resume is None
+    guard.ce_weight = ce_weight
     trainer = _Trainer(
         model=distiller,
         args=_arguments(checkpoints, distiller, lr, settings, len(rows) // per_step, batch, accumulation, seed),
@@ -308,6 +311,7 @@ class _Guard(TrainerCallback):
     validate: Validate
     every = 1
     fresh = True
+    ce_weight = 0.0
 
     def __init__(self, file: Path, distiller: Distiller, metrics: Metrics, tokens: int, tokens_per_step: float) -> None:
         self.file, self.distiller, self.metrics = file, distiller, metrics
@@ -344,7 +348,7 @@ class _Guard(TrainerCallback):
             self.judge(0)
         else:
             with safe_open(self.file, "pt") as kept:
-                self.best = float(kept.metadata()["validation_kl"])
+                self.best = float(kept.metadata().get("score", math.inf))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.advance(self.seen(state.global_step) - self.seen(state.global_step - 1))
@@ -366,9 +370,10 @@ class _Guard(TrainerCallback):
         # The mean, because processes must agree on which step is the best.
         values = {name: over_processes(value, self.device) for name, value in self.validate().items()}
         self.metrics.write(step, self.seen(step), values)
-        if values["validation_kl"] < self.best:
-            self.best = values["validation_kl"]
-            save_state(self.distiller, self.file, {"step": str(step), "validation_kl": repr(self.best)})
+        score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
+        if score < self.best:
+            self.best = score
+            save_state(self.distiller, self.file, {"step": str(step), "score": repr(score)})
 
     def keep_best(self, result: Path) -> None:
         """Load the best step and move it to `result`. Raises LayerboostError when no step could be validated."""
@@ -376,7 +381,7 @@ class _Guard(TrainerCallback):
             raise LayerboostError(f"no step of the {self.metrics.stage} stage has a finite validation KL")
         with safe_open(self.file, "pt") as kept:
             if kept.metadata()["step"] == "0":
-                log.warning(KEPT_START, self.metrics.stage, self.best)
+                log.warning(KEPT_START, self.metrics.stage)
         self.distiller.load_state_dict(load_file(self.file))
         with main_process_first():  # nobody moves the file before all have read it
             pass

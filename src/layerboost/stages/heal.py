@@ -298,6 +298,7 @@ def train(
             settings,
             folder,
             repeats=settings.attention_repeats if stage == "attention" else 1,
+            ce_weight=settings.ce_weight if stage == "lora" else 0.0,
             seed=recipe.seed,
             validate=validation,
         )
