@@ -33,9 +33,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "8-full-at-random": {"plan.kv_fraction": COST_8, "plan.method": "random"},
     "8-full-no-sinks": {"plan.kv_fraction": COST_8, **BLEND},
     "8-full-of-both": {"plan.kv_fraction": COST_8, **BLEND},
+    "4-full-of-both": {"plan.kv_fraction": COST_4, **BLEND},
 }
-# Measured, and its sinks fitted, on half --text and half --second-text; the others on --text.
-OF_BOTH = "8-full-of-both"
+# Measured, and their sinks fitted, on half --text and half --second-text; the others on --text.
+OF_BOTH, FOUR_OF_BOTH = "8-full-of-both", "4-full-of-both"
 
 
 def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
@@ -82,15 +83,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-fast-stage-1-4full": arm(10_000, "4-full", **MIXED | MOST_STAGE_1_FASTER),
     "200k-mixed-fast-stage-1": arm(40_000, **MIXED | MOST_STAGE_1_FASTER | {"heal.attention_tokens": 160_000}),
     "16k-mixed-fit-alone": arm(0, **MIXED | {"heal.fit_tokens": 16_384}),
-    "20k-mixed-repeated": arm(4_000, **MIXED | REPEATED | {"heal.attention_tokens": 16_000, "heal.fit_tokens": 16_000}),
     "50k-mixed-fitted": arm(10_000, **MIXED | FITTED),
     "50k-mixed-repeated": arm(10_000, **MIXED | REPEATED),
     "50k-mixed-repeated-seed1": arm(10_000, seed=1, **MIXED | REPEATED),
     "50k-mixed-repeated-seed2": arm(10_000, seed=2, **MIXED | REPEATED),
-    "50k-mixed-repeated-4full": arm(10_000, "4-full", **MIXED | REPEATED),
+    "20k-mixed-repeated-of-both": arm(
+        4_000, OF_BOTH, **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 16_000, "heal.fit_tokens": 16_000}
+    ),
     "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED | SELDOM),
     "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED | SELDOM),
     "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-4full": arm(10_000, FOUR_OF_BOTH, **MIXED | REPEATED | SELDOM),
     "200k-mixed-repeated-of-both": arm(
         40_000, OF_BOTH, **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 160_000}
     ),
@@ -166,7 +169,7 @@ def main() -> None:
 
 def is_mixed(model: str) -> bool:
     """Whether a model was healed, or its plan made, on the second text too."""
-    return model.removesuffix(UNHEALED) == OF_BOTH or (
+    return model.removesuffix(UNHEALED) in (OF_BOTH, FOUR_OF_BOTH) or (
         model in ARMS and ARMS[model]["set"].get("text.source") == MIXTURE
     )
 
@@ -192,7 +195,8 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     are made, from sensitivities measured once, and laid there.
     """
     run = given.work / "plans" / plan
-    texts = mixture(given) if plan == OF_BOTH else {"text.source": given.text}
+    of_both = plan in (OF_BOTH, FOUR_OF_BOTH)
+    texts = mixture(given) if of_both else {"text.source": given.text}
     kept = given.page.parent / "plans" / f"{plan}.yaml"
     if kept.is_file() and not (run / PLAN).is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -205,7 +209,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
                 f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder and --page"
             )
     else:
-        measured = given.work / ("measured-of-both" if plan == OF_BOTH else "measured")
+        measured = given.work / ("measured-of-both" if of_both else "measured")
         layerboost("measure", measured, given.model, own={"measure.windows": "[64]", **texts})
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(measured / "sensitivity.json", run / "sensitivity.json")
