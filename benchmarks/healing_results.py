@@ -36,7 +36,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "4-full-of-both": {"plan.kv_fraction": COST_4, **BLEND},
 }
 # Measured, and their sinks fitted, on half --text and half --second-text; the others on --text.
-OF_BOTH, FOUR_OF_BOTH = "8-full-of-both", "4-full-of-both"
+OF_BOTH = {"8-full-of-both", "4-full-of-both"}
 
 
 def arm(tokens: int, plan: str = "8-full", **heal: Any) -> dict[str, Any]:
@@ -88,14 +88,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "50k-mixed-repeated-seed1": arm(10_000, seed=1, **MIXED | REPEATED),
     "50k-mixed-repeated-seed2": arm(10_000, seed=2, **MIXED | REPEATED),
     "20k-mixed-repeated-of-both": arm(
-        4_000, OF_BOTH, **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 16_000, "heal.fit_tokens": 16_000}
+        4_000,
+        "8-full-of-both",
+        **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 16_000, "heal.fit_tokens": 16_000},
     ),
-    "50k-mixed-repeated-of-both": arm(10_000, OF_BOTH, **MIXED | REPEATED | SELDOM),
-    "50k-mixed-repeated-of-both-seed1": arm(10_000, OF_BOTH, seed=1, **MIXED | REPEATED | SELDOM),
-    "50k-mixed-repeated-of-both-seed2": arm(10_000, OF_BOTH, seed=2, **MIXED | REPEATED | SELDOM),
-    "50k-mixed-repeated-of-both-4full": arm(10_000, FOUR_OF_BOTH, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both": arm(10_000, "8-full-of-both", **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-seed1": arm(10_000, "8-full-of-both", seed=1, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-seed2": arm(10_000, "8-full-of-both", seed=2, **MIXED | REPEATED | SELDOM),
+    "50k-mixed-repeated-of-both-4full": arm(10_000, "4-full-of-both", **MIXED | REPEATED | SELDOM),
     "200k-mixed-repeated-of-both": arm(
-        40_000, OF_BOTH, **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 160_000}
+        40_000, "8-full-of-both", **MIXED | REPEATED | SELDOM | {"heal.attention_tokens": 160_000}
     ),
     "50k-with-stage-1": arm(45_000, **{"heal.attention_tokens": 5_000}),
     "50k-half-stage-1": arm(25_000, **HALF_STAGE_1),
@@ -169,7 +171,7 @@ def main() -> None:
 
 def is_mixed(model: str) -> bool:
     """Whether a model was healed, or its plan made, on the second text too."""
-    return model.removesuffix(UNHEALED) in (OF_BOTH, FOUR_OF_BOTH) or (
+    return model.removesuffix(UNHEALED) in OF_BOTH or (
         model in ARMS and ARMS[model]["set"].get("text.source") == MIXTURE
     )
 
@@ -195,8 +197,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
     are made, from sensitivities measured once, and laid there.
     """
     run = given.work / "plans" / plan
-    of_both = plan in (OF_BOTH, FOUR_OF_BOTH)
-    texts = mixture(given) if of_both else {"text.source": given.text}
+    texts = mixture(given) if plan in OF_BOTH else {"text.source": given.text}
     kept = given.page.parent / "plans" / f"{plan}.yaml"
     if kept.is_file() and not (run / PLAN).is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def prepare(plan: str, given: argparse.Namespace) -> Path:
                 f"{run} was planned with other settings ({', '.join(changed)}): use another --work folder and --page"
             )
     else:
-        measured = given.work / ("measured-of-both" if of_both else "measured")
+        measured = given.work / ("measured-of-both" if plan in OF_BOTH else "measured")
         layerboost("measure", measured, given.model, own={"measure.windows": "[64]", **texts})
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(measured / "sensitivity.json", run / "sensitivity.json")

@@ -130,7 +130,7 @@ def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Eng
 
 def benches(asked: argparse.Namespace, reference: Model) -> dict[str, Bench]:
     """The settings of each workload."""
-    engine, found = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE, {}
+    engine, found = own_engine(), {}
     for name in asked.workloads:
         lengths = {key: max(1, tokens // asked.shorter) for key, tokens in WORKLOADS[name].items()}
         top = max(asked.concurrency)
@@ -160,9 +160,14 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
     return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
 
 
+def own_engine() -> Engine:
+    """vLLM's own settings on this machine."""
+    return CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
+
+
 def used_engine(comparison: Comparison) -> Engine:
     """The settings that the KV arithmetic depends on, as the servers had them."""
-    default, given = (CPU_ENGINE if runs_on_cpu() else GPU_ENGINE), comparison.settings["server_args"]
+    default, given = own_engine(), comparison.settings["server_args"]
     words = [word for argument in given for word in argument.split("=", 1)]
     pairs = {flag.replace("_", "-"): value for flag, value in pairwise(words)}
     return Engine(

@@ -224,6 +224,11 @@ class PlanFile(Artifact):
         """What was predicted of these layers; None once they have been edited."""
         return self.predicted if self.predicted and self.predicted.plan in ("", self.hash()) else None
 
+    @property
+    def sliding_as_base(self) -> list[int]:
+        """The layers left full that slide in the base already."""
+        return [e.layer for e in self.layers if e.attention == "full" and e.layer in self.model.sliding_layers]
+
     def count(self, attention: Strategy) -> int:
         return sum(entry.attention == attention for entry in self.layers)
 

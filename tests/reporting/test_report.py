@@ -6,22 +6,21 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from made_run import FILES, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
+from shown import Elements, report_text
 
 from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
 from layerboost.reporting.decode import decode_panel
-from layerboost.reporting.figures import healing_figure, model_color, sensitivity_figure
+from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import task_figure
-from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
 from layerboost.reporting.text import with_error
 from layerboost.stages.report import run_report, summary_table
@@ -36,39 +35,6 @@ PANELS = {
     "decode": ["bench/decode_sweep.json"],
     "provenance": ["run.json", "recipe.yaml"],
 }
-
-
-class Elements(HTMLParser):
-    """Every element's attributes, and the text outside of script and style, by section."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, str] = {}
-        self.section, self.silent = "top", False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.append((tag, values))
-        self.silent = tag in {"script", "style"}
-        if tag == "section":
-            self.section = str(values["id"])
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in {"script", "style"}:
-            self.silent = False
-        if tag == "section":
-            self.section = "top"
-
-    def handle_data(self, data: str) -> None:
-        if not self.silent:
-            self.text[self.section] = self.text.get(self.section, "") + data
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
 
 
 def test_a_finished_run_fills_every_panel(run: Path) -> None:
@@ -106,59 +72,6 @@ def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
     assert rows[0] == ["KV bytes", "100.0 %", "30.4 %", "30.4 %"]
     assert rows[1][3] == f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
     assert {len(row) for row in rows} == {4}
-
-
-def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
-    sources = read_sources(run)
-    assert sources.frontier
-    assert sources.plan
-    figure = frontier_figure(sources.frontier, sources.plan, "kl")
-    graph_objects.Figure(figure)
-    curve, plan = figure["data"]
-    assert curve["y"] == sorted(curve["y"], reverse=True)
-    assert (plan["x"], plan["y"]) == ([30.0], [0.21])
-    # All layers full: the end of the curve, though such a plan has no damage to name.
-    nothing = sources.frontier.points[0].predicted.model_copy(update={"damage": {}, "kv_fraction": 1.0})
-    whole = sources.frontier.points[0].model_copy(update={"predicted": nothing})
-    ended = sources.frontier.model_copy(update={"points": [*sources.frontier.points, whole]})
-    curve = frontier_figure(ended, sources.plan, "kl")["data"][0]
-    assert (curve["x"][-1], curve["y"][-1]) == (100.0, 0.0)
-    write_json(run / "sensitivity.json", sensitivity(model_info()).model_copy(update={"text": "another"}))
-    run_report(run)
-    assert "changed after frontier.json was made" in (run / "report.md").read_text()
-
-
-def test_a_plan_for_another_context_is_not_drawn_on_the_frontier(run: Path) -> None:
-    found = read_plan(run / "plan.yaml")
-    assert found.predicted
-    longer = found.predicted.model_copy(update={"context_tokens": 8 * found.predicted.context_tokens})
-    write_plan(run / "plan.yaml", found.model_copy(update={"predicted": longer}))
-    sources = read_sources(run)
-    assert sources.frontier
-    assert len(frontier_figure(sources.frontier, sources.plan, "kl")["data"]) == 1
-    assert "so the chart leaves the plan out" in report_text(run, "search")
-
-
-def test_further_models_have_colours_of_their_own_and_the_verdict_is_of_the_healed(run: Path) -> None:
-    names = ["base", "healed", "bold", "mild"]
-    assert len({model_color(name, names) for name in names}) == 4
-    file = run / "eval" / "comparison.json"
-    values = json.loads(file.read_text())
-    values["perplexity"]["longer"] = values["perplexity"]["healed"]
-    values["average"]["models"]["longer"] = values["average"]["models"]["base"]
-    file.write_text(json.dumps(values))
-    top = report_text(run, "top")
-    assert "(healed − base:" in top
-    assert "(longer − base:" not in top
-
-
-def test_losses_of_stage_1_are_not_called_nats(run: Path) -> None:
-    lines = read_sources(run).metrics
-    assert lines
-    local = [line.model_copy(update={"validation_kl": 0.1}) for line in lines if line.stage == "attention"]
-    assert healing_figure(local)["layout"]["yaxis"]["title"]["text"].startswith("normalised MSE")
-    whole = [line for line in lines if line.stage == "lora"]
-    assert healing_figure(whole)["layout"]["yaxis"]["title"]["text"] == "nats per token"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -406,11 +319,6 @@ def test_a_model_that_changed_after_its_benchmark_is_pointed_out(run: Path) -> N
     file = run / "bench" / "comparison.json"
     file.write_text(file.read_text().replace("5555666677778888", file_hash(config)))
     assert "changed after the benchmark" not in report_text(run, "throughput")
-
-
-def report_text(run: Path, panel: str) -> str:
-    run_report(run)
-    return Elements((run / "report.html").read_text()).text[panel]
 
 
 def test_a_layer_tells_its_sensitivities(run: Path) -> None:

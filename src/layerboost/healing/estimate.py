@@ -53,8 +53,9 @@ def estimate_healing(
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
     step_tokens = batch_tokens * recipe.heal.gradient_accumulation / world_size()
-    kept_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens
-    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element * (recipe.heal.attention_repeats > 1)
+    repeats = recipe.heal.attention_repeats > 1
+    kept_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens if repeats else 0
+    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element
     sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
     most = max(held + logits, kept, min(sums, MOST_BYTES))
     weights = float(info.parameters)

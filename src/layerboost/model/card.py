@@ -89,9 +89,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     flags = " ".join(plan.serving.flags) if plan.serving and predicted else ""
-    slide = [str(entry.layer) for entry in plan.layers if entry.attention == "full" and _slides(plan, entry.layer)]
-    own = f" (layers {', '.join(slide)}: the last {plan.model.sliding_window} tokens, as in the base)" if slide else ""
-    reach = "full layers that do not slide" if slide else "full layers"
+    own, reach = _full_layers(plan)
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
 # {name}, boosted
@@ -135,8 +133,14 @@ serving. Generation needs Transformers' dynamic cache.
 """
 
 
-def _slides(plan: PlanFile, layer: int) -> bool:
-    return layer in plan.model.sliding_layers
+def _full_layers(plan: PlanFile) -> tuple[str, str]:
+    """Which of them slide as in the base, and the name of those that reach beyond a window."""
+    if not (slide := ", ".join(map(str, plan.sliding_as_base))):
+        return "", "full layers"
+    return (
+        f" (layers {slide}: the last {plan.model.sliding_window} tokens, as in the base)",
+        "full layers that do not slide",
+    )
 
 
 def _memory(plan: PlanFile) -> str:

@@ -52,10 +52,8 @@ def position_figure(positions: Positions) -> dict[str, Any]:
     names = _buckets(positions.edges)
     traces: list[dict[str, Any]] = []
     for model in model_order(positions.models):
-        color, values = (
-            model_color(model, positions.models),
-            [math.exp(score.mean) for score in positions.models[model]],
-        )
+        color = model_color(model, positions.models)
+        values = [math.exp(score.mean) for score in positions.models[model]]
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "lines+markers",

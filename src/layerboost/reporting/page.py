@@ -181,7 +181,7 @@ def _html_layers(plan: PlanFile, lines: dict[int, list[str]]) -> str:
             f'<div class="values"><strong>layer {entry.layer}: {name}</strong>'
             f"{''.join(f'<span>{escape(line)}</span>' for line in lines.get(entry.layer, []))}</div></li>"
         )
-    slide = sum(entry.attention == "full" and entry.layer in plan.model.sliding_layers for entry in plan.layers)
+    slide = len(plan.sliding_as_base)
     keys: dict[Strategy, str] = {
         "full": "full attention" + (f" ({slide} of them slide as in the base)" if slide else ""),
         "sliding": f"sliding window of {plan.window} tokens" + (" (• with a learned sink)" if _has_sink(plan) else ""),

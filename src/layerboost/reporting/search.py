@@ -40,7 +40,7 @@ def search_panel(sources: Sources) -> Panel:
     if sources.frontier and sources.sensitivity_hash not in (None, sources.frontier.sensitivity):
         warnings.append("sensitivity.json changed after frontier.json was made: run `layerboost plan --frontier` again")
     if sources.frontier and sources.frontier.points and sources.plan and sources.plan.foretold:
-        here, there = (one.context_tokens for one in (sources.plan.foretold, sources.frontier.points[0].predicted))
+        here, there = sources.plan.foretold.context_tokens, _context_tokens(sources.frontier)
         if here != there:
             warnings.append(
                 f"plan.yaml is for {here:,} tokens, frontier.json for {there:,}, so the chart leaves the plan out: run "
@@ -54,7 +54,7 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> d
     """Predicted damage against the KV cache's share of the base's; the plan of the run as a diamond."""
     # A plan that changes nothing has no damage to name.
     points = [point for point in frontier.points if metric in point.predicted.damage or not point.predicted.damage]
-    context = points[0].predicted.context_tokens if points else 0
+    context = _context_tokens(frontier)
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -121,6 +121,10 @@ def _metric(frontier: Frontier) -> str:
     wanted = str(frontier.settings.get("metric"))
     found = frontier.points[0].predicted.damage if frontier.points else {}
     return wanted if wanted in found else next(iter(found), wanted)
+
+
+def _context_tokens(frontier: Frontier) -> int:
+    return frontier.points[0].predicted.context_tokens if frontier.points else 0
 
 
 def _counts(point: FrontierPoint) -> str:

@@ -1,0 +1,45 @@
+"""The search panel: the frontier, and the run's plan on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from made_run import model_info, sensitivity
+from plotly import graph_objects
+from shown import report_text
+
+from layerboost.artifacts import read_plan, write_json, write_plan
+from layerboost.reporting.search import frontier_figure
+from layerboost.reporting.sources import read_sources
+from layerboost.stages.report import run_report
+
+
+def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
+    sources = read_sources(run)
+    assert sources.frontier
+    assert sources.plan
+    figure = frontier_figure(sources.frontier, sources.plan, "kl")
+    graph_objects.Figure(figure)
+    curve, plan = figure["data"]
+    assert curve["y"] == sorted(curve["y"], reverse=True)
+    assert (plan["x"], plan["y"]) == ([30.0], [0.21])
+    # All layers full: the end of the curve, though such a plan has no damage to name.
+    nothing = sources.frontier.points[0].predicted.model_copy(update={"damage": {}, "kv_fraction": 1.0})
+    whole = sources.frontier.points[0].model_copy(update={"predicted": nothing})
+    ended = sources.frontier.model_copy(update={"points": [*sources.frontier.points, whole]})
+    curve = frontier_figure(ended, sources.plan, "kl")["data"][0]
+    assert (curve["x"][-1], curve["y"][-1]) == (100.0, 0.0)
+    write_json(run / "sensitivity.json", sensitivity(model_info()).model_copy(update={"text": "another"}))
+    run_report(run)
+    assert "changed after frontier.json was made" in (run / "report.md").read_text()
+
+
+def test_a_plan_for_another_context_is_not_drawn_on_the_frontier(run: Path) -> None:
+    found = read_plan(run / "plan.yaml")
+    assert found.predicted
+    longer = found.predicted.model_copy(update={"context_tokens": 8 * found.predicted.context_tokens})
+    write_plan(run / "plan.yaml", found.model_copy(update={"predicted": longer}))
+    sources = read_sources(run)
+    assert sources.frontier
+    assert len(frontier_figure(sources.frontier, sources.plan, "kl")["data"]) == 1
+    assert "so the chart leaves the plan out" in report_text(run, "search")
