@@ -35,7 +35,7 @@ from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
-from layerboost.serving.server import vllm_version
+from layerboost.serving.command import vllm_version
 
 MIB = 1 << 20
 CONTEXTS = (1024, 2048)

@@ -32,8 +32,8 @@ from layerboost.reporting.text import ABSENT, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
+from layerboost.serving.command import GIB, runs_on_cpu
 from layerboost.serving.results import Comparison, Spread
-from layerboost.serving.server import GIB, runs_on_cpu
 from layerboost.stages.bench import BASE, run_bench
 
 WORKLOADS: dict[str, dict[str, int]] = {

@@ -329,7 +329,7 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     """Serve a checkpoint."""
     import shlex
 
-    from layerboost.serving.server import serve_argv
+    from layerboost.serving.command import serve_argv
 
     argv, added = serve_argv(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)

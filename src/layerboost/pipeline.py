@@ -309,7 +309,7 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
 
 def _check_bench(bench: Bench, context_tokens: int) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.serving.server import check_port, check_vllm
+    from layerboost.serving.command import check_port, check_vllm
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)

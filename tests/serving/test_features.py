@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from layerboost.serving.server import cores
+from layerboost.serving.command import cores
 
 pytestmark = [
     pytest.mark.server,
@@ -72,6 +72,15 @@ def test_a_cache_manager_by_which_a_cpu_answers_wrongly_is_refused(folders: dict
     assert "leave --disable-hybrid-kv-cache-manager out" in refused
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pipelines on a CPU")
+def test_a_pipeline_that_would_fail_at_its_first_request_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipeline: dict[str, Any] = {"model": str(folders["llama"]), "pipeline_parallel_size": 2}
+    engines = {"eager": pipeline, "lora": {**pipeline, "enforce_eager": False, "enable_lora": True}}
+    refused = vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    assert "leave --enforce-eager out" in refused["eager"]
+    assert "leave --enable-lora out" in refused["lora"]
+
+
 @pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
 def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
     engines = {name: {"model": str(folders[name]), "tensor_parallel_size": 2} for name in ("llama", "qwen3")}
@@ -80,8 +89,22 @@ def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
         check_same_model(folders[name], answers)
 
 
+@pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
+def test_pipeline_parallelism_on_a_cpu(folders: dict[str, Path], tmp_path: Path) -> None:
+    # Traced by Dynamo and compiled by nothing; unlike under VLLM_CPU_CI_ENV, vLLM warms up.
+    options = {
+        "pipeline_parallel_size": 2,
+        "enforce_eager": False,
+        "compilation_config": {"mode": 2, "backend": "eager"},
+    }
+    engines = {name: {"model": str(folders[name]), **options} for name in ("llama", "smollm3")}
+    found = vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores()[:2])))
+    for name, answers in found.items():
+        check_same_model(folders[name], answers)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; vLLM's CPU backend has no pipeline")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", MODELS)
 def test_pipeline_parallelism(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     options = {"model": str(folders[name]), "pipeline_parallel_size": 2}

@@ -24,8 +24,8 @@ from tiny import save_tiny
 from layerboost.artifacts import read_json
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Recipe, parse_recipe
+from layerboost.serving.command import check_port
 from layerboost.serving.results import Comparison
-from layerboost.serving.server import check_port
 from layerboost.stages.bench import run_bench
 
 pytestmark = [

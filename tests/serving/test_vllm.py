@@ -19,7 +19,8 @@ from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench, parse_recipe
 from layerboost.search.memory import Engine, admission_bytes, block_bytes
-from layerboost.serving.server import check_port, running_server
+from layerboost.serving.command import check_port
+from layerboost.serving.server import running_server
 from layerboost.stages.bench import run_bench
 
 pytestmark = [

@@ -15,7 +15,8 @@ from typing import Any
 
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.serving.server import GIB, HOST, Server, guarded, last_words, stop_guarded, vllm_command
+from layerboost.serving.command import GIB, HOST, vllm_command
+from layerboost.serving.server import Server, guarded, last_words, stop_guarded
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8

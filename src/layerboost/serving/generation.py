@@ -22,7 +22,8 @@ from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.serving.benchmark import WARMUP_OUTPUT_TOKENS, Load
-from layerboost.serving.server import GIB, guarded, last_words, stop_guarded
+from layerboost.serving.command import GIB
+from layerboost.serving.server import guarded, last_words, stop_guarded
 
 # Special tokens lie below, as a rule.
 FIRST_TOKEN = 3

@@ -46,7 +46,7 @@ class BoostedConfig:
         By default vLLM keeps of sliding layers the window before a prompt's own end, and where a full layer's hit
         ended. So with full layers the second request reads a shared prefix again, and without any every request does.
         Kept are a window every so often, or everything where no layer is full. Raises ValueError for sinks that this
-        vLLM cannot read, and where it would answer wrongly.
+        vLLM cannot read, and where it would answer wrongly or fail at the first request.
         """
         from vllm import __version__
         from vllm.platforms import current_platform
@@ -60,6 +60,8 @@ class BoostedConfig:
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
         if current_platform.is_cpu() and len(kinds) > 1:
             check_hybrid_cache(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+        if current_platform.is_cpu() and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            check_pipeline(vllm_config.model_config.enforce_eager, vllm_config.lora_config is not None)
         if "sliding_attention" not in kinds or cache.prefix_cache_retention_interval != 0:
             return
         if len(kinds) == 1:
@@ -109,6 +111,16 @@ def check_hybrid_cache(disabled: bool | None) -> None:
         raise ValueError(
             "without its hybrid KV cache manager vLLM answers wrongly on a CPU where some layers slide and others do "
             "not: leave --disable-hybrid-kv-cache-manager out"
+        )
+
+
+def check_pipeline(eager: bool, lora: bool) -> None:
+    """Raise ValueError where vLLM's CPU backend would fail at the first request, with stock models too: it makes the
+    tensors that a pipeline's later stages receive when it compiles the model, and with LoRA it never does."""
+    if eager or lora:
+        raise ValueError(
+            "pipeline parallelism on a CPU works with torch.compile alone: leave "
+            f"{' and '.join(['--enforce-eager'] * eager + ['--enable-lora'] * lora)} out"
         )
 
 

