@@ -1,9 +1,11 @@
-"""What int8 costs and gives: quality and vLLM's speed of checkpoints, the first being the reference.
+"""What quantisation costs and gives: quality and vLLM's speed of checkpoints, the first being the reference.
 
-    python benchmarks/int8.py --text FILE boosted=runs/smollm2/healed int8=runs/smollm2/int8
+    python benchmarks/quantised.py --text FILE boosted=runs/smollm2/healed int8=runs/smollm2/int8
+    python benchmarks/quantised.py --text FILE boosted=runs/smollm2/healed fp8=runs/smollm2/healed --fp8-kv fp8
 
-Quality: perplexity as vLLM serves it, and KL(reference ‖ model) per token in Transformers. Speed: all models lie in one
-process and take turns; every round's time is divided by the reference's of the same round. Prints a table, then JSON.
+Quality: perplexity as vLLM serves it, and KL(reference ‖ model) per token in Transformers, which has no fp8 KV cache.
+Speed: all models lie in one process and take turns; every round's time is divided by the reference's of the same round.
+Prints a table, then JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import layerboost  # noqa: F401  (teaches Transformers boosted checkpoints)
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 1024
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 8, 32, 32
 KV_CACHE_BYTES = 1 << 29
+CONTEXT_TOKENS = 2048
 
 
 def main() -> None:
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a plain text file")
     parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, for quality")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fp8-kv", nargs="+", default=[], metavar="NAME", help="models whose KV cache is fp8")
     asked = parser.parse_args()
     folders = dict(model.split("=", 1) for model in asked.models)
     reference = next(iter(folders))
@@ -48,10 +52,11 @@ def main() -> None:
 
     found: dict[str, dict[str, Any]] = {name: {"weights_mib": weights_mib(folder)} for name, folder in folders.items()}
     for name, kl in divergences(folders, text).items():
-        found[name]["kl"] = kl
-    engines = {name: engine(folder) for name, folder in folders.items()}
+        found[name]["kl"] = None if name in asked.fp8_kv else kl
+    engines = {name: engine(folder, name in asked.fp8_kv) for name, folder in folders.items()}
     for name, llm in engines.items():
         found[name]["perplexity"] = perplexity(llm, text.tolist())
+        found[name]["requests_that_fit"] = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
     print(f"quality: {found}", file=sys.stderr, flush=True)
     rounds = timings(engines, ids.tolist(), asked.rounds)
     for name, times in rounds.items():
@@ -84,13 +89,14 @@ def divergences(folders: dict[str, str], text: torch.Tensor) -> dict[str, float]
     return dict(zip(folders, [0.0, *(total / text.numel() for total in totals)], strict=True))
 
 
-def engine(folder: str) -> LLM:
-    """vLLM with a model, float32 where it is not int8."""
+def engine(folder: str, fp8_kv: bool) -> LLM:
+    """vLLM with a model, float32 where it is not int8 or fp8."""
     return LLM(
         folder,
         dtype="float32",
+        kv_cache_dtype="fp8" if fp8_kv else "auto",
         enforce_eager=True,
-        max_model_len=2048,
+        max_model_len=CONTEXT_TOKENS,
         max_num_batched_tokens=1024,
         max_num_seqs=DECODE_PROMPTS,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
@@ -138,10 +144,12 @@ def seconds(llm: LLM, prompts: list[dict[str, list[int]]], output_tokens: int) -
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The table, as it stands in docs/serve.md."""
-    print("| | weights, MiB | perplexity | KL | prefill, tokens/s | ratio | decode, tokens/s | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    fit = f"requests of {CONTEXT_TOKENS:,} tokens that fit"
+    print(f"| | weights, MiB | {fit} | perplexity | KL | prefill, tokens/s | ratio | decode, tokens/s | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, row in found.items():
-        cells = [f"{row['weights_mib']:.0f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}"]
+        cells = [f"{row['weights_mib']:.0f}", f"{row['requests_that_fit']:.1f}", f"{row['perplexity']:.2f}"]
+        cells.append("–" if row["kl"] is None else f"{row['kl']:.4f}")
         for what in ("prefill", "decode"):
             low, mean, high = row[f"{what}_ratio"]
             cells += [f"{row[f'{what}_tokens_per_s']:.0f}", f"{mean:.2f} ({low:.2f} to {high:.2f})"]
