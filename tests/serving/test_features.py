@@ -66,6 +66,7 @@ def test_log_probabilities_are_those_of_transformers(
     check_same_model(folders[name], served[f"{feature} {name}"], adapter=adapters[name] if feature == "lora" else None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs answer rightly without it")
 def test_a_cache_manager_by_which_a_cpu_answers_wrongly_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     engine = {"model": str(folders["llama"]), "disable_hybrid_kv_cache_manager": True}
     refused = vllm_answers({"llama": engine}, tmp_path)["llama"]
@@ -74,14 +75,19 @@ def test_a_cache_manager_by_which_a_cpu_answers_wrongly_is_refused(folders: dict
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pipelines on a CPU")
 def test_a_pipeline_that_would_fail_at_its_first_request_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    pipeline: dict[str, Any] = {"model": str(folders["llama"]), "pipeline_parallel_size": 2}
-    engines = {"eager": pipeline, "lora": {**pipeline, "enforce_eager": False, "enable_lora": True}}
-    refused = vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind")
-    assert "leave --enforce-eager out" in refused["eager"]
-    assert "leave --enable-lora out" in refused["lora"]
+    ways: list[dict[str, Any]] = [
+        {"enforce_eager": True},
+        {"enforce_eager": False, "enable_lora": True},
+        {"enforce_eager": False, "optimization_level": 0},
+        {"enforce_eager": False, "compilation_config": {"mode": 0}},
+    ]
+    engines = {str(way): {"model": str(folders["llama"]), "pipeline_parallel_size": 2, **way} for way in ways}
+    for way, refused in vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind").items():
+        assert "works with torch.compile alone" in refused, way
 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes of vLLM need a GPU each")
 def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
     engines = {name: {"model": str(folders[name]), "tensor_parallel_size": 2} for name in ("llama", "qwen3")}
     found = vllm_answers(engines, tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores()[:2])))
@@ -90,6 +96,7 @@ def test_tensor_parallelism(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="two processes of vLLM need a core each")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pipelines on a CPU")
 def test_pipeline_parallelism_on_a_cpu(folders: dict[str, Path], tmp_path: Path) -> None:
     # Traced by Dynamo and compiled by nothing; unlike under VLLM_CPU_CI_ENV, vLLM warms up.
     options = {

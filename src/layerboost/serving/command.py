@@ -11,7 +11,6 @@ import socket
 import sys
 from contextlib import suppress
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 
 import psutil
@@ -28,8 +27,8 @@ PLUGIN_GROUP = "vllm.general_plugins"
 # Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
 BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
-# Each multiplies the processes of a server.
-PARALLEL = {"tensor": "tp", "pipeline": "pp", "data": "dp"}
+# What decides whether vLLM compiles the model.
+COMPILATION = re.compile(r"--(no-)?enforce-eager|--optimization-level|--compilation-config|-cc|-O")
 
 
 def check_vllm() -> str:
@@ -163,9 +162,9 @@ def _device_arguments(given: tuple[str, ...]) -> list[str]:
     if not runs_on_cpu():
         return []
     # Half precision is emulated on most CPUs, and torch.compile wants a C++ compiler at run time; pipelines want it.
-    compiled = any("enforce-eager" in argument for argument in given) or _parallel(given, "pipeline") > 1
-    eager = [] if compiled else ["--enforce-eager"]
-    return [*_unless_given(given, "--dtype", "float32"), *eager]
+    settled = any(COMPILATION.match(argument.replace("_", "-")) for argument in given)
+    compiled = settled or _number(given, "--pipeline-parallel-size", "-pp") > 1
+    return [*_unless_given(given, "--dtype", "float32"), *([] if compiled else ["--enforce-eager"])]
 
 
 def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
@@ -173,9 +172,18 @@ def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
     return [] if flag in named else [flag, *values]
 
 
-def _parallel(given: tuple[str, ...], kind: str) -> int:
-    sizes = re.findall(rf"(?<!\S)(?:--{kind}[-_]parallel[-_]size|-{PARALLEL[kind]})[ =](\d+)", " ".join(given))
-    return int(sizes[-1]) if sizes else 1
+def _number(given: tuple[str, ...], flag: str, short: str, default: int = 1) -> int:
+    """What a flag is given, the last time it is."""
+    found = re.findall(rf"(?<!\S)(?:{flag.replace('-', '[-_]')}|{short})[ =](\d+)", " ".join(given))
+    return int(found[-1]) if found else default
+
+
+def _processes(given: tuple[str, ...]) -> int:
+    """Of a server with these arguments, those on this machine."""
+    model = _number(given, "--tensor-parallel-size", "-tp") * _number(given, "--pipeline-parallel-size", "-pp")
+    copies = _number(given, "--data-parallel-size", "-dp")
+    here = _number(given, "--data-parallel-size-local", "-dpl", default=copies)
+    return max(1, model // _number(given, "--nnodes", "-n")) * here
 
 
 def vllm_environment(given: tuple[str, ...] = ()) -> dict[str, str]:
@@ -185,10 +193,12 @@ def vllm_environment(given: tuple[str, ...] = ()) -> dict[str, str]:
     too few.
     """
     added = {"HF_HUB_OFFLINE": "1"}
-    if runs_on_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+    if not runs_on_cpu():
+        return added
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
-        added["VLLM_CPU_OMP_THREADS_BIND"] = _core_lists(prod(_parallel(given, kind) for kind in PARALLEL))
-    if runs_on_cpu() and "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
+        added["VLLM_CPU_OMP_THREADS_BIND"] = _core_lists(_processes(given))
+    if "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
         # oneDNN keeps compiled products of 1,024 shapes, and each number of tokens a step has shapes of its own: the
         # server grows by up to a gigabyte. Compiling one anew takes a millisecond.
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
@@ -196,8 +206,8 @@ def vllm_environment(given: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def _core_lists(processes: int) -> str:
-    """Cores of each process, equally many: the processes wait for one another."""
-    mine = cores()
+    """Cores of each process, equally many since the processes wait for one another, and neighbours."""
+    mine = sorted(cores(), key=_place)
     each = len(mine) // processes
     if not each:
         raise ConfigError(
@@ -205,4 +215,15 @@ def _core_lists(processes: int) -> str:
             found=f"{len(mine)} cores",
             do="lower the sizes of tensor, pipeline and data parallelism",
         )
-    return "|".join(",".join(map(str, mine[start : start + each])) for start in range(0, processes * each, each))
+    lists = (sorted(mine[start : start + each]) for start in range(0, processes * each, each))
+    return "|".join(",".join(map(str, found)) for found in lists)
+
+
+def _place(core: int) -> tuple[int, int]:
+    """Socket and physical core of a logical one, where the system tells."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        socket_id, physical = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        return int(socket_id), int(physical)
+    except (OSError, ValueError):
+        return 0, core

@@ -41,12 +41,12 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Let requests that share a prefix find it in the cache from the second one on.
+        """Refuse what would fail at the first request or answer wrongly, and let requests that share a prefix find it
+        in the cache from the second one on.
 
         By default vLLM keeps of sliding layers the window before a prompt's own end, and where a full layer's hit
         ended. So with full layers the second request reads a shared prefix again, and without any every request does.
-        Kept are a window every so often, or everything where no layer is full. Raises ValueError for sinks that this
-        vLLM cannot read, and where it would answer wrongly or fail at the first request.
+        Kept are a window every so often, or everything where no layer is full.
         """
         from vllm import __version__
         from vllm.platforms import current_platform
@@ -54,14 +54,15 @@ class BoostedConfig:
         from layerboost.model.modeling import skipped_layers
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-        if current_platform.is_cpu() and getattr(config, "attention_sink_layers", []):
-            check_sinks(__version__, str(vllm_config.model_config.dtype))
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
-        if current_platform.is_cpu() and len(kinds) > 1:
-            check_hybrid_cache(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
-        if current_platform.is_cpu() and vllm_config.parallel_config.pipeline_parallel_size > 1:
-            check_pipeline(vllm_config.model_config.enforce_eager, vllm_config.lora_config is not None)
+        if current_platform.is_cpu():
+            if getattr(config, "attention_sink_layers", []):
+                check_sinks(__version__, str(vllm_config.model_config.dtype))
+            if len(kinds) > 1:
+                check_hybrid_cache(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                check_pipeline(vllm_config)
         if "sliding_attention" not in kinds or cache.prefix_cache_retention_interval != 0:
             return
         if len(kinds) == 1:
@@ -114,13 +115,18 @@ def check_hybrid_cache(disabled: bool | None) -> None:
         )
 
 
-def check_pipeline(eager: bool, lora: bool) -> None:
-    """Raise ValueError where vLLM's CPU backend would fail at the first request, with stock models too: it makes the
-    tensors that a pipeline's later stages receive when it compiles the model, and with LoRA it never does."""
-    if eager or lora:
+def check_pipeline(vllm_config: Any) -> None:
+    """Raise ValueError where vLLM would fail at the first request, with stock models too: on a CPU its runner makes
+    the tensors that later stages receive when it compiles the model."""
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        return  # it makes them at once
+    # vLLM settles the mode only after it has asked us.
+    mode = vllm_config.compilation_config.mode
+    never = vllm_config.model_config.enforce_eager or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    if never or vllm_config.lora_config or not (vllm_config.optimization_level if mode is None else mode):
         raise ValueError(
-            "pipeline parallelism on a CPU works with torch.compile alone: leave "
-            f"{' and '.join(['--enforce-eager'] * eager + ['--enable-lora'] * lora)} out"
+            "pipeline parallelism on a CPU works with torch.compile alone: leave out what turns it off, as "
+            "--enforce-eager, --enable-lora and -O0 do"
         )
 
 

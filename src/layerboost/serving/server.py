@@ -30,7 +30,7 @@ POLL_S = 0.5
 REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
-# Nor are the variables of one process among several any business of vLLM's.
+# Of one process among several: not of vLLM's.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"}
 # Of the server's metrics: what a benchmark reads, its progress first.
