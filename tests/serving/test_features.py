@@ -116,3 +116,11 @@ def test_pipeline_parallelism_on_a_cpu(folders: dict[str, Path], tmp_path: Path)
 def test_pipeline_parallelism(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     options = {"model": str(folders[name]), "pipeline_parallel_size": 2}
     check_same_model(folders[name], vllm_answers({name: options}, tmp_path)[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_fp8_weights(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    # Rounded while they are loaded; as wide a margin as int8 has.
+    options = {"model": str(folders[name]), "quantization": "fp8", "dtype": "bfloat16"}
+    check_same_model(folders[name], vllm_answers({name: options}, tmp_path)[name], most=1.0)
