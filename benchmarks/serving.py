@@ -28,12 +28,12 @@ from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.model.linear import linear
 from layerboost.recipe import Bench, Recipe
-from layerboost.reporting.text import ABSENT, percent
+from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.serving.command import GIB, runs_on_cpu
-from layerboost.serving.results import Comparison, Spread
+from layerboost.serving.results import Comparison
 from layerboost.stages.bench import BASE, run_bench
 
 WORKLOADS: dict[str, dict[str, int]] = {
@@ -226,15 +226,12 @@ def capacity_rows(bench: Bench, comparison: Comparison, models: dict[str, Model]
     return rows
 
 
-def spread(found: dict[str, float] | None, digits: int = 3) -> str:
+def spread(found: dict[str, float] | None) -> str:
     """A mean with its least and greatest, where there were several rounds."""
     if found is None:
         return "1"
-    value = Spread(**found)
-    mean, low, high = (
-        f"{part:.{digits}g}" if part < 1000 else f"{part:,.0f}" for part in (value.mean, value.min, value.max)
-    )
-    return mean if value.min == value.max else f"{mean} ({low} to {high})"
+    mean, low, high = (number(found[part]) for part in ("mean", "min", "max"))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def words(model: Model) -> str:
