@@ -100,8 +100,7 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
-    given = re.findall(r"--port[ =](\d+)", " ".join(extra))
-    check_port(int(given[-1]) if given else port, host="")
+    check_port(_number(extra, "--port", default=port), host="")
     flags = with_flags(extra, advised_flags(folder))
     argv = [*vllm_command(), "serve", str(folder.absolute()), *_unless_given(extra, "--port", str(port))]
     return [*argv, *_device_arguments(flags), *flags], vllm_environment(flags)
@@ -145,8 +144,7 @@ def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, .
 def _decoding_at_once(bench: Bench) -> int:
     """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
     wanted = max(*bench.concurrency, bench.decode_batch)
-    given = re.findall(r"--max[-_]num[-_]batched[-_]tokens[ =](\d+)\b", " ".join(bench.server_args))
-    most = int(given[-1]) if given else BATCHED_TOKENS
+    most = _number(bench.server_args, "--max-num-batched-tokens", default=BATCHED_TOKENS)
     if most < wanted:
         log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
     return min(most, wanted)
@@ -172,9 +170,10 @@ def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
     return [] if flag in named else [flag, *values]
 
 
-def _number(given: tuple[str, ...], flag: str, short: str, default: int = 1) -> int:
-    """What a flag is given, the last time it is."""
-    found = re.findall(rf"(?<!\S)(?:{flag.replace('-', '[-_]')}|{short})[ =](\d+)", " ".join(given))
+def _number(given: tuple[str, ...], *names: str, default: int = 1) -> int:
+    """What a flag of these names is given, the last time it is."""
+    written = "|".join(name.replace("-", "[-_]") for name in names)
+    found = re.findall(rf"(?<!\S)(?:{written})[ =](\d+)\b", " ".join(given))
     return int(found[-1]) if found else default
 
 
@@ -183,7 +182,7 @@ def _processes(given: tuple[str, ...]) -> int:
     model = _number(given, "--tensor-parallel-size", "-tp") * _number(given, "--pipeline-parallel-size", "-pp")
     copies = _number(given, "--data-parallel-size", "-dp")
     here = _number(given, "--data-parallel-size-local", "-dpl", default=copies)
-    return max(1, model // _number(given, "--nnodes", "-n")) * here
+    return max(1, model // _number(given, "--nnodes", "-n") * here)
 
 
 def vllm_environment(given: tuple[str, ...] = ()) -> dict[str, str]:
