@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
 from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
-from layerboost.serving.command import GIB, runs_on_cpu
+from layerboost.serving.command import GIB, number_given, runs_on_cpu
 from layerboost.serving.results import Comparison
 from layerboost.stages.bench import BASE, run_bench
 
@@ -167,12 +166,10 @@ def own_engine() -> Engine:
 
 def used_engine(comparison: Comparison) -> Engine:
     """The settings that the KV arithmetic depends on, as the servers had them."""
-    default, given = own_engine(), comparison.settings["server_args"]
-    words = [word for argument in given for word in argument.split("=", 1)]
-    pairs = {flag.replace("_", "-"): value for flag, value in pairwise(words)}
+    default, given = own_engine(), tuple(comparison.settings["server_args"])
     return Engine(
-        int(pairs.get("--max-num-batched-tokens", default.max_batched_tokens)),
-        int(pairs.get("--block-size", default.block_size)),
+        number_given(given, "--max-num-batched-tokens", default=default.max_batched_tokens),
+        number_given(given, "--block-size", default=default.block_size),
         default.batches_in_flight,
     )
 

@@ -46,6 +46,7 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
         with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
             serve_argv(folder, free_port, ("--port", str(port)))
         argv, _ = serve_argv(folder, port, (f"--port={free_port}",))
+        assert [part for part in argv if part.startswith("--port")] == [f"--port={free_port}"]
         assert str(port) not in argv
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))

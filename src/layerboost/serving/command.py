@@ -100,7 +100,7 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     config = check_checkpoint(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
-    check_port(_number(extra, "--port", default=port), host="")
+    check_port(number_given(extra, "--port", default=port), host="")
     flags = with_flags(extra, advised_flags(folder))
     argv = [*vllm_command(), "serve", str(folder.absolute()), *_unless_given(extra, "--port", str(port))]
     return [*argv, *_device_arguments(flags), *flags], vllm_environment(flags)
@@ -144,7 +144,7 @@ def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, .
 def _decoding_at_once(bench: Bench) -> int:
     """The most requests in flight, as far as the tokens of one step allow: vLLM wants no more sequences than those."""
     wanted = max(*bench.concurrency, bench.decode_batch)
-    most = _number(bench.server_args, "--max-num-batched-tokens", default=BATCHED_TOKENS)
+    most = number_given(bench.server_args, "--max-num-batched-tokens", default=BATCHED_TOKENS)
     if most < wanted:
         log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
     return min(most, wanted)
@@ -161,7 +161,7 @@ def _device_arguments(given: tuple[str, ...]) -> list[str]:
         return []
     # Half precision is emulated on most CPUs, and torch.compile wants a C++ compiler at run time; pipelines want it.
     settled = any(COMPILATION.match(argument.replace("_", "-")) for argument in given)
-    compiled = settled or _number(given, "--pipeline-parallel-size", "-pp") > 1
+    compiled = settled or number_given(given, "--pipeline-parallel-size", "-pp") > 1
     return [*_unless_given(given, "--dtype", "float32"), *([] if compiled else ["--enforce-eager"])]
 
 
@@ -170,7 +170,7 @@ def _unless_given(given: tuple[str, ...], flag: str, *values: str) -> list[str]:
     return [] if flag in named else [flag, *values]
 
 
-def _number(given: tuple[str, ...], *names: str, default: int = 1) -> int:
+def number_given(given: tuple[str, ...], *names: str, default: int = 1) -> int:
     """What a flag of these names is given, the last time it is."""
     written = "|".join(name.replace("-", "[-_]") for name in names)
     found = re.findall(rf"(?<!\S)(?:{written})[ =](\d+)\b", " ".join(given))
@@ -179,10 +179,12 @@ def _number(given: tuple[str, ...], *names: str, default: int = 1) -> int:
 
 def _processes(given: tuple[str, ...]) -> int:
     """Of a server with these arguments, those on this machine."""
-    model = _number(given, "--tensor-parallel-size", "-tp") * _number(given, "--pipeline-parallel-size", "-pp")
-    copies = _number(given, "--data-parallel-size", "-dp")
-    here = _number(given, "--data-parallel-size-local", "-dpl", default=copies)
-    return max(1, model // _number(given, "--nnodes", "-n") * here)
+    model = number_given(given, "--tensor-parallel-size", "-tp") * number_given(
+        given, "--pipeline-parallel-size", "-pp"
+    )
+    copies = number_given(given, "--data-parallel-size", "-dp")
+    here = number_given(given, "--data-parallel-size-local", "-dpl", default=copies)
+    return max(1, model // number_given(given, "--nnodes", "-n") * here)
 
 
 def vllm_environment(given: tuple[str, ...] = ()) -> dict[str, str]:
