@@ -14,14 +14,25 @@ else
     CONSTRAINTS := --constraint constraints-cpu.txt
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo check test test-all lint clean
 
 demo: .venv/ready
 	$(BIN)/layerboost run --config demo --run $(RUN)
 
-# Two processes, each given whole files, whose fixtures are made once.
-test: .venv/ready lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+# Two processes, each given whole files, whose fixtures are made once; all of vLLM in one of them (tests/conftest.py).
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+# What to run before every commit: no vLLM, no second process group, no real model.
+check: lint
+	$(PYTEST) -m "not (server or multiprocess or real or gpu or exhaustive)"
+
+# What CI runs.
+test: lint
+	$(PYTEST) -m "not exhaustive"
+
+# Every family on vLLM, the kill grid, both pipelines, the quick start on the real model.
+test-all: lint
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

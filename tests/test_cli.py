@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import command
 from test_pipeline import layerboost, write_recipe
 from tiny import layer_plans, save_text, save_tiny
 
@@ -169,8 +168,8 @@ def test_two_commands_do_not_share_a_run_folder(measured: Path, tmp_path: Path) 
 def test_a_plan_for_another_model(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     other = save_tiny(tmp_path / "other", hidden_size=32)
-    for command in ("convert", "heal", "evaluate"):
-        found = layerboost(command, other, "--run", run, check=False)
+    for stage in ("convert", "heal", "evaluate"):
+        found = layerboost(stage, other, "--run", run, check=False)
         assert found.returncode == 2
         assert "is for another model" in found.stderr
     assert str(other) not in (run / "recipe.yaml").read_text()
@@ -259,8 +258,8 @@ def test_a_damaged_checkpoint_is_one_message_and_is_made_again(measured: Path, t
     weights = run / "converted" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
-    for command in (["heal", "--run", run], ["evaluate", "--run", run], ["serve", run / "converted"]):
-        found = layerboost(*command, check=False)
+    for words in (["heal", "--run", run], ["evaluate", "--run", run], ["serve", run / "converted"]):
+        found = layerboost(*words, check=False)
         assert found.returncode == 2
         assert "model.safetensors is damaged" in found.stderr
     assert "model.safetensors is damaged" in layerboost("convert", "--run", run).stderr
@@ -296,24 +295,21 @@ def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
 )
 def test_check_sees_what_later_stages_would_refuse(measured: Path, tmp_path: Path, setting: str, message: str) -> None:
     pytest.importorskip("vllm", reason="check looks for vLLM")
-    command = ["check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--set", setting]
-    refused = layerboost(*command, check=False)
+    words = ["check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--set", setting]
+    refused = layerboost(*words, check=False)
     assert refused.returncode == 2
     assert message in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_exits_with_130_and_is_noted(number: int, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=24), measure={"tokens": 9600})
+def test_interruption_exits_with_130_and_is_noted(number: signal.Signals, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=24), measure={"tokens": 4800})
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "layerboost.cli", "measure", "--config", str(recipe), "--run", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / "sensitivity.json").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    _, messages = process.communicate()
-    assert process.returncode == 130
+    process = command("measure", "--config", recipe, "--run", run, folder=tmp_path)
+    process.wait_until((run / "sensitivity.json").exists)
+    process.send(number)
+    assert process.wait() == 130
+    messages = process.errors.read_text()
     assert "interrupted; run the same command again to go on" in messages
     assert "Traceback" not in messages
     (stage,) = json.loads((run / "run.json").read_text())["stages"]

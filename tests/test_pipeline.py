@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from processes import command
 from safetensors.torch import load_file, save_file
 from tiny import save_text, save_tiny
 from tiny_bench import rows, write_jsonl
@@ -91,13 +90,13 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "evaluate", "bench", "report", "run", "compare"])
-def test_torchrun_is_for_measure_and_heal(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", ["plan", "convert", "evaluate", "bench", "report", "run", "compare"])
+def test_torchrun_is_for_measure_and_heal(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = load_recipe([write_recipe(tmp_path, save_tiny(tmp_path / "model"))], {})
-    whole = {"run": run_all, "compare": run_compare}.get(command, partial(run_stage, command))
+    whole = {"run": run_all, "compare": run_compare}.get(verb, partial(run_stage, verb))
     # Not through the command line, which ends a process of torchrun at once.
-    with pytest.raises(ConfigError, match=f"layerboost {command} does not run under torchrun"):
+    with pytest.raises(ConfigError, match=f"layerboost {verb} does not run under torchrun"):
         whole(asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -126,17 +125,10 @@ def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> Non
 
 
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=16), measure={"tokens": 4800})
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=16), measure={"tokens": 2400})
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "layerboost.cli", "measure", "--config", str(recipe), "--run", str(run)]
-    # On a busy machine the threads of tiny tensors only wait for each other.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 120
-    while not (run / SENSITIVITY).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = command("measure", "--config", recipe, "--run", run, folder=tmp_path)
+    process.kill_when((run / SENSITIVITY).exists)
     part = read_json(run / SENSITIVITY, Sensitivity, "")
     assert 0 < len(part.layers) < 16
     layerboost("measure", "--run", run, "--config", recipe)

@@ -46,7 +46,7 @@ def changed(plan: list[LayerPlan]) -> PreTrainedModel:
 
 
 def test_drops_are_lm_evals_own(bench: Path) -> None:
-    tokenizer, tasks = tiny_tokenizer(), load_choices(NAMES, str(bench), 60)
+    tokenizer, tasks = tiny_tokenizer(), load_choices(NAMES, str(bench), 12)
     probe = TaskProbe(LayerStream(tiny_model(), SINKS), tokenizer, tasks, 400)
     base = lm_evals(tasks, tiny_model(), tokenizer)
     assert fmean(score.mean for score in probe.base_tasks().values()) == pytest.approx(base, abs=1e-12)
@@ -62,7 +62,7 @@ def test_drops_are_lm_evals_own(bench: Path) -> None:
             )
             drop = base - lm_evals(tasks, changed(plan), tokenizer)
             assert variant.scores["benchmark"].mean == pytest.approx(drop, abs=1e-12)
-            assert variant.scores["benchmark"].count == sum(task.items for task in tasks) == 40 + 23 + 60
+            assert variant.scores["benchmark"].count == sum(task.items for task in tasks)
             assert "kl" in variant.scores
             drops.add(round(drop, 6))
     assert len(drops) > 3

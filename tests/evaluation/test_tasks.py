@@ -144,6 +144,7 @@ metric_list:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_users_own_task_gives_what_the_lm_eval_command_gives(bench: Path, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(OWN_TASK.replace("ITEMS", str(bench / "piqa.jsonl")))

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_sharding.py: both stages on sharded models against the same on whole ones."""
+"""Run by two processes in test_sharding.py: both stages on sharded models against the same on whole ones."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def main(folder: Path) -> None:
             assert max(counts) <= 2, (model_type, stage, counts)
             assert case.distillers[stage].first_bad_layer(IDS) is None
             counts.clear()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

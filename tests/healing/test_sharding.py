@@ -1,28 +1,19 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
+from processes import finish, ranks, run_script
 from torch import nn
 
 from layerboost.healing.sharding import WholeAdamW, is_sharded, like, whole
 
-TESTS = Path(__file__).parents[1]
 
-
+@pytest.mark.multiprocess
 def test_two_processes_have_the_gradients_of_one_with_half_the_weights_each(tmp_path: Path) -> None:
     """Both stages of four families, in float32 and bfloat16, tied heads and all kinds of checkpointing."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*torchrun, str(TESTS / "healing" / "sharded.py"), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    finish(ranks(run_script, Path(__file__).with_name("sharded.py"), str(tmp_path), folder=tmp_path))
 
 
 def test_what_is_not_sharded_stays_as_it_is() -> None:

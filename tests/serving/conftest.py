@@ -3,10 +3,12 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.forkserver import ensure_running
 
 import psutil
 import pytest
+from offline import Vllm
 
 MARK = "LAYERBOOST_TEST_MARK"
 
@@ -23,6 +25,7 @@ def free_port() -> int:
 def survivors(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str]]:
     """Command lines of the living processes that the test started, whoever their parent is by now."""
     mark = uuid.uuid4().hex
+    ensure_running()  # of the test session, not of the test
     monkeypatch.setenv(MARK, mark)
 
     def living() -> list[str]:
@@ -42,3 +45,27 @@ def survivors(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str]]:
         return found
 
     return after
+
+
+@pytest.fixture(scope="session")
+def vllm_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Vllm]]:
+    """The session's process of vLLM in a given environment, started when it is first asked for."""
+    folder = tmp_path_factory.mktemp("vllm")
+    started: dict[str, Vllm] = {}
+
+    def process(**environment: str) -> Vllm:
+        key = str(environment)
+        if key not in started:
+            started[key] = Vllm(folder / f"{len(started)}.log", environment)
+        return started[key]
+
+    yield process
+    for each in started.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def vllm(vllm_with: Callable[..., Vllm]) -> Vllm:
+    """The session's process of vLLM."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    return vllm_with()

@@ -36,28 +36,49 @@ def prompts() -> list[list[int]]:
     return alone + [shared + tokens(length) for length in TAILS]
 
 
-def vllm_answers(engines: dict[str, dict[str, Any]], scratch: Path, **environment: str) -> dict[str, Any]:
-    """By name what vLLM makes of each engine's `model` with its options, or its error.
+class Vllm:
+    """A process in which one vLLM engine after another answers, importing vLLM being slow."""
 
-    One process for all, importing vLLM being slow.
-    """
-    job = {"engines": engines, "prompts": prompts(), "output_tokens": OUTPUT_TOKENS}
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores())),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
-    } | environment
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_offline.py")), str(scratch / "answers.json")],
-        input=json.dumps(job),
-        text=True,
-        env=os.environ | environment,
-        capture_output=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    answers: dict[str, Any] = json.loads((scratch / "answers.json").read_text())
-    return answers
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        settings = {
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores())),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Dynamo traces what is to be compiled and Inductor compiles nothing; no warm-up.
+            "VLLM_CPU_CI_ENV": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("vllm_offline.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | settings | environment,
+            )
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        """Return the answer to one job."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-3000:]
+        return json.loads(line)
+
+    def answers(self, model: Path | str, **options: Any) -> Any:
+        """Return what an engine with these options makes of the prompts, or the text of its error."""
+        engine = {"model": str(model), **options}
+        return self.ask({"engine": engine, "prompts": prompts(), "output_tokens": OUTPUT_TOKENS})
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
 
 
 def check_same_model(folder: Path | str, found: Any, *, most: float = 1e-3, adapter: Path | None = None) -> None:

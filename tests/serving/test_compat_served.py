@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import check_same_model, vllm_answers
+from offline import Vllm, check_same_model
 from tiny import boosted, info, layer_plans, tiny_tokenizer
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
@@ -28,28 +30,22 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]]:
-    """Per case: the boosted checkpoint and what vLLM, without layerboost, makes of its export."""
-    root = tmp_path_factory.mktemp("compat")
-    engines = {}
-    for case, (family, letters, changes) in CASES.items():
-        plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
-        model = boosted(letters, family, **changes)
-        save_boosted(model, tiny_tokenizer(), plan, root / case, recipe_yaml="schema_version: 1\n")
-        export_compat(root / case, root / f"{case}-compat")
-        engines[case] = {"model": str(root / f"{case}-compat"), "trust_remote_code": True}
-    found = vllm_answers(engines, root, VLLM_PLUGINS="")
-    return {case: (str(root / case), found[case]) for case in engines}
-
-
 def test_cases_cover_every_family() -> None:
     assert {family for family, _, _ in CASES.values()} == LLAMA_SHAPED.keys()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES)
-def test_log_probabilities_are_those_of_the_boosted_checkpoint(served: dict[str, Any], case: str) -> None:
-    folder, found = served[case]
-    check_same_model(folder, found)
-    layers = CASES[case][1].count("f")
+def test_log_probabilities_are_those_of_the_boosted_checkpoint(
+    vllm_with: Callable[..., Vllm], tmp_path: Path, case: str
+) -> None:
+    family, letters, changes = CASES[case]
+    boosted_folder, compat = tmp_path / "boosted", tmp_path / "compat"
+    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
+    model = boosted(letters, family, **changes)
+    save_boosted(model, tiny_tokenizer(), plan, boosted_folder, recipe_yaml="schema_version: 1\n")
+    export_compat(boosted_folder, compat)
+    found = vllm_with(VLLM_PLUGINS="").answers(compat, trust_remote_code=True)
+    check_same_model(boosted_folder, found)
+    layers = letters.count("f")
     assert found["blocks"] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(KV_CACHE_BYTES, rel=0.02)

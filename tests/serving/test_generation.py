@@ -50,6 +50,7 @@ def test_throughput_is_tokens_over_time() -> None:
     assert set(metrics_of(found)) == set(FROM_VLLM)
 
 
+@pytest.mark.multiprocess
 def test_a_process_of_its_own(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama", "nSsf")
     recipe = parse_recipe({"device": "cpu"}, "test")

@@ -1,13 +1,14 @@
-"""Real servers killed, terminated or robbed of their model under load: a clear end, and what was measured is kept."""
+"""A server that is killed, terminated or robbed of its model under load: a clear end, and what was measured is kept.
+
+The subject is our handling of processes, so a stand-in serves; test_vllm.py kills a real one.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,22 +20,37 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import Forked, run_module
 from tiny import save_tiny
 
 from layerboost.artifacts import read_json
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.recipe import Recipe, parse_recipe
+from layerboost.recipe import Bench, Recipe, parse_recipe
+from layerboost.serving import benchmark
+from layerboost.serving import command as serving_command
 from layerboost.serving.command import check_port
 from layerboost.serving.results import Comparison
+from layerboost.serving.server import running_server
+from layerboost.stages import bench as stage
 from layerboost.stages.bench import run_bench
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
-PATIENCE_S = 300
+STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
+PATIENCE_S = 60
 # A moment of load, then seconds of it.
-LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 2, "input_tokens": 32, "output_tokens": 300}
+LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 2, "input_tokens": 32, "output_tokens": 400}
+
+
+def use_the_stand_in(replace: Callable[[Any, str, Any], None]) -> None:
+    """Put the stand-in where vLLM's commands are made."""
+    replace(serving_command, "vllm_command", lambda: STAND_IN)
+    replace(benchmark, "load_generator_command", lambda: [*STAND_IN, "load"])
+    for module in (serving_command, stage):
+        replace(module, "check_vllm", lambda: "0.0")
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_the_stand_in(monkeypatch.setattr)
 
 
 def settings(port: int) -> dict[str, Any]:
@@ -108,28 +124,59 @@ def test_a_killed_server_and_a_deleted_model_leave_what_was_measured(
     check_port(free_port)
 
 
+def terminated(words: list[str]) -> None:
+    """Run the command line against the stand-in."""
+    use_the_stand_in(setattr)
+    run_module("layerboost.cli", *words)
+
+
 def test_a_terminated_benchmark_takes_everything_with_it(
     tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
 ) -> None:
     base, run = save_tiny(tmp_path / "base"), tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(json.dumps({"bench": settings(free_port)}))
-    command = [
-        sys.executable,
-        "-m",
-        "layerboost.cli",
-        "bench",
-        base,
-        "--run",
-        run,
-        "--config",
-        tmp_path / "recipe.yaml",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_load(run / "bench" / "base-c1-r0.json", free_port)
-        process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert told.rstrip().endswith("interrupted; run the same command again to go on")
+    words = ["bench", str(base), "--run", str(run), "--config", str(tmp_path / "recipe.yaml")]
+    process = Forked(terminated, words, folder=tmp_path)
+    wait_for_load(run / "bench" / "base-c1-r0.json", free_port)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 130
+    assert process.errors.read_text().rstrip().endswith("interrupted; run the same command again to go on")
     assert survivors(2) == []
     assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json"]
     assert json.loads((run / "run.json").read_text())["stages"][-1]["status"] == "interrupted"
+
+
+def test_bench_measures_both_models_and_leaves_nothing_running(
+    tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
+) -> None:
+    models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
+    recipe = parse_recipe({"bench": settings(free_port) | {"concurrency": [1], "output_tokens": 8}}, "test")
+    comparison = run_bench(recipe, tmp_path / "run", models)
+    assert survivors(2) == []
+    check_port(free_port)
+    assert comparison["complete"]
+    for name in models:
+        raw = json.loads((tmp_path / "run" / "bench" / f"{name}-c1-r0.json").read_text())
+        metrics = comparison["results"][0]["models"][name]
+        assert (raw["completed"], raw["total_output_tokens"]) == (2, 16)
+        assert metrics["peak_rss_gib"]["mean"] > 0.001
+
+    # A second call finds everything there; other lengths are refused.
+    assert run_bench(recipe, tmp_path / "run", models) == comparison
+    other = parse_recipe({"bench": recipe.bench.model_dump() | {"output_tokens": 9}}, "test")
+    with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
+        run_bench(other, tmp_path / "run", models)
+
+
+def test_a_server_that_dies_says_why(tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", "nf")
+    (folder / "words.txt").write_text("RuntimeError: no such option")
+    log_file = tmp_path / "server.log"
+    with (
+        pytest.raises(LayerboostError, match=r"vLLM died while serving it\n.*no such option") as raised,
+        running_server("it", folder, Bench(port=free_port), log_file),
+    ):
+        raise AssertionError("it answered")
+    assert raised.value.exit_code == 1
+    assert str(log_file) in str(raised.value)
+    assert survivors(2) == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from offline import Vllm
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
@@ -39,22 +41,47 @@ def test_the_models_own_samples(tmp_path: Path) -> None:
     assert load_tokens(text, TOKENIZER, "train", 64, run=tmp_path).ids.shape == (4, 16)
 
 
-@pytest.mark.server
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_samples_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = find_model(str(save_tiny(tmp_path / "model", layers=2)))
-    values = {"model": str(source.folder), "text.source": "self", "text.sequence_tokens": 16, "text.self_samples": 70}
-    recipe, tokenizer = load_recipe([], values), load_tokenizer(source)
+def sampled(folder: Path, run: Path) -> list[str]:
+    """Have the run folder's samples written; return their texts."""
+    source = find_model(str(folder))
+    values = {"model": str(folder), "text.source": "self", "text.sequence_tokens": 16, "text.self_samples": 70}
     runtime = Runtime(torch.device("cpu"), torch.float32)
-    with monkeypatch.context() as only_vllm:
-        only_vllm.setattr(samples, "load_model", None)
-        write_samples(recipe, tmp_path, source, tokenizer, runtime)
-    lines = [json.loads(line)["text"] for line in (tmp_path / SAMPLES).read_text().splitlines()]
+    write_samples(load_recipe([], values), run, source, load_tokenizer(source), runtime)
+    return [json.loads(line)["text"] for line in (run / SAMPLES).read_text().splitlines()]
+
+
+def check_samples(lines: list[str]) -> None:
     assert len(lines) == 70
     assert len(set(lines)) > 60
     assert all(1 <= len(line.split()) <= 16 for line in lines if line)
-    # Where vLLM fails, Transformers goes on from where it stopped.
-    (tmp_path / SAMPLES).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:64]))
+
+
+def test_where_vllm_fails_transformers_goes_on_from_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "model", layers=2)
+    monkeypatch.setattr(samples, "vllm_version", lambda: "0.0")
     monkeypatch.setattr(samples.sys, "executable", "/bin/false")
-    write_samples(recipe, tmp_path, source, tokenizer, runtime)
-    assert len((tmp_path / SAMPLES).read_text().splitlines()) == 70
+    lines = sampled(folder, tmp_path)
+    check_samples(lines)
+    (tmp_path / SAMPLES).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:64]))
+    assert sampled(folder, tmp_path) == lines
+
+
+@pytest.mark.server
+def test_vllm_samples(vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_the_session(argv: list[str], *_: object, **__: object) -> subprocess.Popen[bytes]:
+        assert vllm.ask({"samples": argv[-1]}) is None
+        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(samples, "guarded", in_the_session)
+    monkeypatch.setattr(samples, "load_model", None)
+    check_samples(sampled(save_tiny(tmp_path / "model", layers=2), tmp_path))
+
+
+@pytest.mark.server
+@pytest.mark.exhaustive
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_samples_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "load_model", None)
+    check_samples(sampled(save_tiny(tmp_path / "model", layers=2), tmp_path))

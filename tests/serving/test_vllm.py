@@ -1,32 +1,33 @@
-"""Real vLLM: its log-probabilities against Transformers', and real servers started, benchmarked and stopped."""
+"""Real vLLM: its log-probabilities and memory against Transformers and our arithmetic, and one real server."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import urllib.request
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from offline import check_same_model, vllm_answers
+from offline import Vllm, check_same_model
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
-from layerboost.recipe import Bench, parse_recipe
+from layerboost.recipe import Bench
 from layerboost.search.memory import Engine, admission_bytes, block_bytes
-from layerboost.serving.command import check_port
-from layerboost.serving.server import running_server
-from layerboost.stages.bench import run_bench
+from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
+from layerboost.serving.command import GIB, check_port
+from layerboost.serving.results import metrics_of
+from layerboost.serving.server import Server, running_server
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = pytest.mark.server
 
 # First, middle and last layer of every kind; no full layer at all; a single layer with attention.
 CASES = {
@@ -46,34 +47,36 @@ CASES = {
     "olmo3": ("olmo3", "nffSff"),
     "cohere2": ("cohere2", "nffSff"),
 }
-REFUSED = ("llama", "nn")
+# Of every kind of attention on vLLM's own classes and on its Transformers backend; the others in `make test-all`.
+QUICK = {"padded", "no-full", "qwen3", "gemma3_text"}
+EACH_CASE = [pytest.param(case, marks=() if case in QUICK else pytest.mark.exhaustive) for case in CASES]
+Served = Callable[[str], tuple[Path, Any]]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Per case: the checkpoint and what vLLM makes of it. One process for all, importing vLLM being slow."""
+def served(vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A case's checkpoint, and what vLLM makes of it."""
     root = tmp_path_factory.mktemp("served")
-    folders = {
-        case: str(save_tiny(root / case, *arguments)) for case, arguments in {**CASES, "refused": REFUSED}.items()
-    }
-    prefixes = {"no-full": {"prefix_tokens": 96}, "long": {"prefix_tokens": 1100}}
-    folders["long"] = str(save_tiny(root / "long", "llama", "fsSn", max_position_embeddings=2048))
-    engines = {case: {"model": folder} | prefixes.get(case, {}) for case, folder in folders.items()}
-    answers = vllm_answers(engines, root)
-    return {case: (folder, answers[case]) for case, folder in folders.items()}
+
+    @cache
+    def serve(case: str) -> tuple[Path, Any]:
+        folder = save_tiny(root / case, *CASES[case])
+        return folder, vllm.answers(folder, prefix_tokens=96 if case == "no-full" else 0)
+
+    return serve
 
 
 def test_cases_cover_every_family_that_vllm_serves() -> None:
     assert {family for family, _ in CASES.values()} == {name for name, family in FAMILIES.items() if family.vllm}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_log_probabilities_are_those_of_transformers(served: dict[str, Any], case: str) -> None:
-    check_same_model(*served[case])
+@pytest.mark.parametrize("case", EACH_CASE)
+def test_log_probabilities_are_those_of_transformers(served: Served, case: str) -> None:
+    check_same_model(*served(case))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str) -> None:
+@pytest.mark.parametrize("case", EACH_CASE)
+def test_the_memory_model_says_what_vllm_does(served: Served, case: str) -> None:
     family, letters = CASES[case]
     layers, engine, base = layer_plans(letters), Engine(BATCHED_TOKENS, BLOCK_SIZE, 1), tiny_model(family, len(letters))
     slides = [index for index, kind in enumerate(base_layer_types(base.config)) if kind == "sliding_attention"]
@@ -81,63 +84,77 @@ def test_the_memory_model_says_what_vllm_does(served: dict[str, Any], case: str)
         update={"sliding_layers": slides, "sliding_window": native_window(base.config)}
     )
     blocks = KV_CACHE_BYTES // block_bytes(model, layers, engine)
-    assert served[case][1]["blocks"] == blocks
+    found = served(case)[1]
+    assert found["blocks"] == blocks
     request = admission_bytes(model, layers, 512, engine)
-    assert served[case][1]["concurrency"] == pytest.approx(blocks * block_bytes(model, layers, engine) / request)
+    assert found["concurrency"] == pytest.approx(blocks * block_bytes(model, layers, engine) / request)
 
 
-def test_the_second_request_finds_the_prefix_of_the_first(served: dict[str, Any]) -> None:
-    assert served["no-full"][1]["cached_of_prefix"] == 96
-    assert served["long"][1]["cached_of_prefix"] == 1024
+def test_the_second_request_finds_the_prefix_of_the_first(served: Served, vllm: Vllm, tmp_path: Path) -> None:
+    assert served("no-full")[1]["cached_of_prefix"] == 96
+    long = save_tiny(tmp_path / "long", "llama", "fsSn", max_position_embeddings=2048)
+    assert vllm.answers(long, prefix_tokens=1100)["cached_of_prefix"] == 1024
 
 
-def test_a_model_without_any_attention_is_refused(served: dict[str, Any]) -> None:
-    assert "without any attention: keep one of layers 0 to 1 full or sliding" in served["refused"][1]
+def test_a_model_without_any_attention_is_refused(vllm: Vllm, tmp_path: Path) -> None:
+    refused = vllm.answers(save_tiny(tmp_path / "refused", "llama", "nn"))
+    assert "without any attention: keep one of layers 0 to 1 full or sliding" in refused
 
 
-def small_bench(port: int, **changes: Any) -> dict[str, Any]:
-    small = {
-        "concurrency": [1],
-        "requests_per_concurrency": 2,
-        "input_tokens": 48,
-        "output_tokens": 8,
-        "kv_cache_gib": 0.25,
-    }
-    return {"bench": {**small, "port": port, "startup_timeout_s": 300, **changes}}
+SETTINGS = {"concurrency": [1, 2], "input_tokens": 48, "output_tokens": 8, "kv_cache_gib": 0.25}
 
 
-def test_bench_measures_both_models_and_leaves_nothing_running(
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_real_server_answers_loads_survives_an_aborted_request_and_is_missed_when_killed(
     tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
 ) -> None:
-    models = {
-        "base": save_tiny(tmp_path / "base", "llama", ""),
-        "healed": save_tiny(tmp_path / "healed", "llama", "nSnf"),
-    }
-    recipe = parse_recipe(small_bench(free_port), "test")
-    comparison = run_bench(recipe, tmp_path / "run", models)
+    folder = save_tiny(tmp_path / "model", "llama", "nSnf")
+    bench = Bench.model_validate({**SETTINGS, "port": free_port, "startup_timeout_s": 300})
+    log_file, load_log = tmp_path / "server.log", tmp_path / "load.log"
+    with load_generator(load_log) as generator, running_server("it", folder, bench, log_file) as server:
+        warm_up(server, bench)
+        cache = server.kv_cache()
+        assert cache
+        assert cache.bytes == GIB // 4
+        # 0.25 GiB of one full and one sliding layer of 2 heads of 32 numbers in float32.
+        assert cache.tokens > 100_000
+        for concurrency in bench.concurrency:
+            load = Load(concurrency, 4, 0, bench.input_tokens, bench.output_tokens, seed=concurrency)
+            counted: list[float] = []
+            raw, told = run_benchmark(server, generator, load, load_log, counted.append)
+            assert (raw["completed"], raw["total_output_tokens"], sum(counted)) == (4, 32, 32)
+            assert metrics_of(raw)["output_tokens_per_s"] == raw["output_throughput"]
+            assert told["peak_rss_gib"] > 0.1
+            assert told["kv_cache_tokens"] == cache.tokens
 
+        abort_a_request(server)
+        raw, _ = run_benchmark(server, generator, load, load_log, counted.append)
+        assert raw["completed"] == 4
+        assert server.counters()["num_requests_running"] == 0
+
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            process.kill()
+        with pytest.raises(LayerboostError, match="vLLM died while serving it"):
+            server.check_alive(60)
     assert survivors(2) == []
     check_port(free_port)
-    assert comparison["complete"]
-    for name in models:
-        raw = json.loads((tmp_path / "run" / "bench" / f"{name}-c1-r0.json").read_text())
-        metrics = comparison["results"][0]["models"][name]
-        assert raw["completed"] == 2
-        assert raw["total_output_tokens"] == 16
-        assert metrics["output_tokens_per_s"]["mean"] == raw["output_throughput"]
-        assert metrics["ttft_ms_p99"]["mean"] == raw["p99_ttft_ms"]
-        assert metrics["peak_rss_gib"]["mean"] > 0.1
-    assert comparison["results"][0]["ratios"]["healed"]["kv_cache_tokens"]["mean"] > 1
-
-    # A second call finds everything there; other lengths are refused.
-    assert run_bench(recipe, tmp_path / "run", models) == comparison
-    with pytest.raises(ConfigError, match=r"bench\.output_tokens was 8, is 9"):
-        run_bench(parse_recipe(small_bench(free_port, output_tokens=9), "test"), tmp_path / "run", models)
 
 
+def abort_a_request(server: Server) -> None:
+    """Ask for a long answer and hang up when it has begun."""
+    body = {"model": str(server.folder), "prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data:")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_server_that_dies_says_why(tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]) -> None:
     folder = save_tiny(tmp_path / "model", "llama", "nf")
-    bench = Bench.model_validate(small_bench(free_port, server_args=["--no-such-option"])["bench"])
+    bench = Bench(**SETTINGS, port=free_port, server_args=("--no-such-option",))
     log_file = tmp_path / "server.log"
     with (
         pytest.raises(LayerboostError, match=r"vLLM died while serving it\n.*--no-such-option") as raised,

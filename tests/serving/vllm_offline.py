@@ -1,11 +1,16 @@
-"""Run by the tests in a process of its own: log-probabilities of prompts and greedy answers, by vLLM, as JSON."""
+"""The process of vLLM that the tests share: one job per line of standard input, one JSON answer per line of output.
+
+`{"engine": OPTIONS}` starts an engine and answers with log-probabilities of the prompts and greedy answers, or with the
+error's text. `{"samples": ARGUMENT}` runs layerboost's own sampling.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from pathlib import Path
+import traceback
 from typing import Any
 
 KV_CACHE_BYTES = 1 << 25
@@ -87,20 +92,28 @@ def ask(llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, promp
     return found
 
 
+def answered(job: dict[str, Any]) -> Any:
+    """Do one job."""
+    started = time.monotonic()
+    try:
+        if "samples" in job:
+            from layerboost.serving import samples
+
+            return samples._main(job["samples"])
+        return answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | job["engine"])
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        print(f"{time.monotonic() - started:.1f} s for {str(job)[-300:]}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
-    """Answers by the engine's name into the file named on the command line."""
-    job = json.loads(sys.stdin.read())
-    done: dict[str, Any] = {}
-    for name, options in job["engines"].items():
-        started = time.monotonic()
-        try:
-            done[name] = answers(
-                job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | options
-            )
-        except Exception as error:
-            done[name] = f"{type(error).__name__}: {error}"
-        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
-    Path(sys.argv[1]).write_text(json.dumps(done))
+    """Answer jobs until standard input ends; what vLLM prints goes to standard error."""
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(answered(json.loads(line))), file=told, flush=True)
 
 
 if __name__ == "__main__":

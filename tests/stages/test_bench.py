@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Guarded
 from tiny import info, layer_plans, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, Predicted, read_json, write_json, write_plan
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.search.memory import CPU_ENGINE, serving
+from layerboost.serving import generation
 from layerboost.serving.results import Comparison, Measurement
 from layerboost.stages.bench import _checked, _opened, run_bench
 from layerboost.tables import decoded_rows
@@ -165,7 +167,8 @@ def test_flags_of_an_edited_plan_are_not_used(tmp_path: Path, models: dict[str, 
     assert _checked(recipe(), tmp_path, models, False).bench.server_args == ()
 
 
-def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
+def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "guarded", Guarded)
     models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
     asked = recipe(engine="transformers", concurrency=[2])
     found = run_bench(asked, tmp_path, models)
@@ -179,7 +182,8 @@ def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
         opened(recipe(engine="transformers", output_tokens=9), tmp_path, models)
 
 
-def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
+def test_a_decode_sweep_has_a_result_per_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "guarded", Guarded)
     models = {"base": save_tiny(tmp_path / "base")}
     settings = {"engine": "transformers", "decode_batch": 2}
     sweep = run_bench(recipe(**settings, decode_lengths=[4, 128]), tmp_path, models, decode_sweep=True)

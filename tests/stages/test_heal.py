@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from processes import Forked, finish, ranks, run_module
 from safetensors.torch import load_file
 from tiny import layer_plans, save_text, save_tiny
 from transformers import AutoModelForCausalLM
@@ -165,13 +162,10 @@ def test_negative_budgets_are_refused() -> None:
         parse_recipe({"heal": {"tokens": -5}}, "the test")
 
 
-def two_processes(run: Path, *settings: str) -> list[str]:
-    """The command that heals a run folder with two processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    return [*torchrun, "layerboost.cli", "heal", "--run", str(run), *(part for s in settings for part in ("--set", s))]
-
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+def two_processes(run: Path, *settings: str) -> list[Forked]:
+    """Heal a run folder with two processes."""
+    words = [part for setting in settings for part in ("--set", setting)]
+    return ranks(run_module, "layerboost.cli", "heal", "--run", str(run), *words, folder=run.parent)
 
 
 def check_same_healing(run: Path, other: Path) -> None:
@@ -186,6 +180,7 @@ def check_same_healing(run: Path, other: Path) -> None:
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (2, False), (1, True), (4, True)])
 def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int, shard: bool) -> None:
     recipe = recipe_of(
@@ -194,34 +189,30 @@ def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accu
     alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", together / "recipe.yaml")
-    command = two_processes(together, f"heal.shard={str(shard).lower()}")
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    finish(two_processes(together, f"heal.shard={str(shard).lower()}"))
     check_same_healing(alone, together)
     history = json.loads((together / "run.json").read_text())["stages"]
     assert [entry["stage"] for entry in history] == ["convert", "heal"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_sharded_run_goes_on_sharded_or_whole(converted: Path, tmp_path: Path) -> None:
     recipe = recipe_of(converted, lr=1e-3, tokens=1500, fit_tokens=0, attention_repeats=2)
     alone, killed = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "killed")
     run_stage("heal", recipe, alone)
     shutil.copy(alone / "recipe.yaml", killed / "recipe.yaml")
     for stage, step in (("attention", 3), ("lora", 3), ("lora", 7)):
-        with (tmp_path / "log").open("w") as log:
-            process = psutil.Popen(two_processes(killed, "heal.shard=true"), env=ONE_THREAD, stderr=log)
-        deadline = time.monotonic() + 120
-        while not any(
-            (row["stage"], row["step"]) >= (stage, step) for row in read_metrics(killed / "heal" / "metrics.jsonl")
-        ):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        all_of_it = [*process.children(recursive=True), process]
-        for part in all_of_it:
-            part.kill()
-        psutil.wait_procs(all_of_it)
+        group = two_processes(killed, "heal.shard=true")
+        group[0].wait_until(
+            lambda: any(
+                (row["stage"], row["step"]) >= (stage, step)  # noqa: B023
+                for row in read_metrics(killed / "heal" / "metrics.jsonl")
+            )
+        )
+        for process in group:
+            process.send(signal.SIGKILL)
+        for process in group:
+            process.wait()
         assert not (killed / HEALED).exists()
     run_stage("heal", recipe, killed)
     check_same_healing(alone, killed)

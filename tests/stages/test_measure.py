@@ -82,6 +82,7 @@ def test_on_a_plan_and_no_plan_from_it(folder: Path, tmp_path: Path) -> None:
     layerboost("measure", "--run", tmp_path / "base", "--compare", tmp_path / "again")
 
 
+@pytest.mark.multiprocess
 def test_two_ranks_write_the_file_of_one(folder: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     files, outputs = [], []

@@ -1,27 +1,30 @@
-"""Drives vLLM's own load generator, `vllm bench serve`, against a running server."""
+"""Drive vLLM's own load generator, `vllm bench serve`, against a running server."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.serving.command import GIB, HOST, vllm_command
+from layerboost.serving.command import GIB, HOST, load_generator_command
 from layerboost.serving.server import Server, guarded, last_words, stop_guarded
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_TIMEOUT_S = 600
 POLL_S = 1.0
+RESULT_POLL_S = 0.1
 # A server that is dying takes its requests with it some seconds before it is gone.
 DYING_S = 5.0
 
@@ -43,12 +46,11 @@ class Load:
         return self.requests * self.output_tokens
 
 
-def bench_command(folder: Path, port: int, load: Load, result: Path) -> list[str]:
-    """The command that sends `load` and writes `result`."""
+def load_arguments(folder: Path, port: int, load: Load, result: Path) -> list[str]:
+    """Return the arguments of `vllm bench serve` that send `load` and write `result`."""
     model = str(folder.absolute())
     argv = [
-        *vllm_command(),
-        *("bench", "serve", "--backend", "openai", "--host", HOST, "--port", str(port)),
+        *("--backend", "openai", "--host", HOST, "--port", str(port)),
         *("--model", model, "--tokenizer", model, "--dataset-name", "random"),
         *("--random-input-len", str(load.input_tokens), "--random-output-len", str(load.output_tokens)),
         *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
@@ -62,26 +64,36 @@ def bench_command(folder: Path, port: int, load: Load, result: Path) -> list[str
     return argv
 
 
-def run_benchmark(
-    server: Server, load: Load, log_file: Path, advance: Callable[[float], None]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """One run of `vllm bench serve`: its JSON untouched, and what the server says of itself meanwhile.
+@contextmanager
+def load_generator(log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield a process that sends loads to a server for as long as the block lasts; its output goes to `log_file`."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb") as output:
+        process = guarded(load_generator_command(), {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}, output)
+        try:
+            yield process
+        finally:
+            stop_guarded(process)
 
-    Its output goes to `log_file`; `advance` is told of output tokens as they come. Raises LayerboostError when the
+
+def run_benchmark(
+    server: Server, generator: subprocess.Popen[bytes], load: Load, log_file: Path, advance: Callable[[float], None]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Send one load: return vLLM's JSON untouched, and the server's own metrics of the same time.
+
+    `log_file` is the generator's; `advance` is told of output tokens as they come. Raises LayerboostError when the
     server dies, the load generator fails, or any request fails.
     """
     with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
         result = Path(scratch) / "result.json"
-        command = bench_command(server.folder, int(server.url.rsplit(":", 1)[1]), load, result)
-        log_file.parent.mkdir(parents=True, exist_ok=True)
+        arguments = load_arguments(server.folder, int(server.url.rsplit(":", 1)[1]), load, result)
         server.reset_peaks()
         before = server.counters()
-        with log_file.open("wb") as output:
-            generator = guarded(command, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}, output)
-            try:
-                usage_peak = _watch(server, generator, load, before["generation_tokens"], advance)
-            finally:
-                stop_guarded(generator)
+        assert generator.stdin
+        with suppress(BrokenPipeError):  # it has died, which _watch sees
+            generator.stdin.write(json.dumps(arguments).encode() + b"\n")
+            generator.stdin.flush()
+        usage_peak = _watch(server, generator, result, load, before["generation_tokens"], advance)
         server.check_alive()
         if not result.is_file():
             raise LayerboostError(
@@ -103,18 +115,20 @@ def run_benchmark(
 def _watch(
     server: Server,
     generator: subprocess.Popen[bytes],
+    result: Path,
     load: Load,
     tokens_before: float,
     advance: Callable[[float], None],
 ) -> float:
-    """Wait for the load generator; returns the greatest share of the KV cache that was seen in use."""
+    """Wait for the result or the load generator's end; return the greatest share of the KV cache seen in use."""
     usage_peak, told = 0.0, 0.0
-    while True:
-        try:
-            generator.wait(POLL_S)
-            break
-        except subprocess.TimeoutExpired:
-            server.check_alive()
+    polled = time.monotonic()
+    while generator.poll() is None and not result.is_file():
+        time.sleep(RESULT_POLL_S)
+        if time.monotonic() - polled < POLL_S:
+            continue
+        polled = time.monotonic()
+        server.check_alive()
         try:
             now = server.counters()
         except LayerboostError:  # busy; it is asked again

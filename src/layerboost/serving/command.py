@@ -156,6 +156,11 @@ def vllm_command() -> list[str]:
     return [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
+def load_generator_command() -> list[str]:
+    """Return the command of the process that sends loads to a server."""
+    return [sys.executable, "-m", "layerboost.serving.load_generator"]
+
+
 def _device_arguments(given: tuple[str, ...]) -> list[str]:
     if not runs_on_cpu():
         return []

@@ -1,8 +1,8 @@
-"""Runs a command that must not outlive its owner: `python guard.py COMMAND...`, in a session of its own.
+"""Run a command that must not outlive its owner: `python guard.py COMMAND...`, in a session of its own.
 
-The owner holds the other end of standard input. When that end closes, because the owner closes it or because the owner
-died, however it died, the command gets SIGTERM, a grace period, and then SIGKILL with every process of its group.
-Imports nothing of layerboost: it starts at once and is run by path.
+The owner holds the other end of standard input. What it writes is passed on to the command. When that end closes,
+because the owner closes it or because the owner died, however it died, the command gets SIGTERM, a grace period, and
+then SIGKILL with every process of its group. Imports nothing of layerboost: it starts at once and is run by path.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 GRACE_S = 15.0
 POLL_S = 0.2
@@ -23,9 +24,16 @@ def main(command: list[str]) -> None:
     for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Not SIG_IGN, which the command would inherit.
         signal.signal(caught, lambda *_: None)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert child.stdin
+    owner = sys.stdin.fileno()
     while child.poll() is None:
-        if select.select([sys.stdin], [], [], POLL_S)[0]:
+        if not select.select([owner], [], [], POLL_S)[0]:
+            continue
+        if words := os.read(owner, 1 << 16):
+            with suppress(BrokenPipeError):  # the command is ending
+                os.write(child.stdin.fileno(), words)
+        else:
             child.terminate()
             deadline = time.monotonic() + GRACE_S
             while child.poll() is None and time.monotonic() < deadline:

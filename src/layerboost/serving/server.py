@@ -118,8 +118,8 @@ class Server:
         return total
 
     def reset_peaks(self) -> None:
-        """Forget what was the most memory so far."""
-        self._peak_rss_bytes = self._peak_gpu_bytes = 0
+        """Forget what was the most memory so far, but for what is held now: a load may be shorter than a poll."""
+        self._peak_rss_bytes, self._peak_gpu_bytes = self.rss_bytes(), 0
 
     def peaks(self) -> dict[str, float]:
         """The most memory since the last reset, sampled: of its processes, and in use on the GPUs."""

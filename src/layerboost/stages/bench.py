@@ -14,7 +14,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
-from layerboost.serving.benchmark import Load, run_benchmark, warm_up
+from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
 from layerboost.serving.command import advised_flags, check_port, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.serving.generation import run_generation
 from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
@@ -125,13 +125,15 @@ def _engine(job: Job, name: str, repeat: int) -> Iterator[Answering]:
 
         yield generated
         return
-    kind = "-decode" if job.decode_sweep else ""
-    with running_server(name, folder, job.bench, job.run / FOLDER / "logs" / f"{name}{kind}-r{repeat}.log") as server:
+    log_file = job.run / FOLDER / "logs" / f"{name}{'-decode' if job.decode_sweep else ''}-r{repeat}.log"
+    load_log = log_file.with_suffix(".load.log")
+    # The generator first: it imports vLLM while the server starts.
+    with load_generator(load_log) as generator, running_server(name, folder, job.bench, log_file) as server:
         warm_up(server, job.bench)
         cache = server.kv_cache()
 
-        def served(load: Load, log_file: Path, advance: Callable[[float], None]) -> Any:
-            return *run_benchmark(server, load, log_file, advance), cache.context_tokens if cache else None
+        def served(load: Load, _: Path, advance: Callable[[float], None]) -> Any:
+            return *run_benchmark(server, generator, load, load_log, advance), cache.context_tokens if cache else None
 
         yield served
 

@@ -1,0 +1,154 @@
+"""Properties that hold for every input: packing, plans in configs, serving flags, KV groups, intervals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import WINDOW, info, layer_plans, tiny_model
+from transformers import AutoConfig
+
+from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.evaluation.statistics import average_difference, difference
+from layerboost.model.modeling import skipped_layers
+from layerboost.model.surgery import boosted_config
+from layerboost.search.memory import Engine, admission_bytes, groups, resident_bytes
+from layerboost.serving.command import with_flags
+from layerboost.text import _pack
+
+OPENING = st.sampled_from([[], [0]])
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(3, 199), max_size=40), max_size=12),
+    opening=OPENING,
+    length=st.integers(2, 16),
+)
+def test_packing_loses_no_token_and_opens_every_row_and_document(
+    documents: list[list[int]], opening: list[int], length: int
+) -> None:
+    rows: list[list[int]] = [[]]
+    for document in documents:
+        _pack(rows, [*document, 1], opening, length)
+    assert all(len(row) == length for row in rows[:-1])
+    assert len(rows[-1]) < length
+    assert all(row[: len(opening)] == opening for row in rows if row)
+    packed = [token for row in rows for token in row if token != 0]
+    assert packed == [token for document in documents for token in [*document, 1]]
+    if opening:
+        # A document opens with the token unless its row begins with it.
+        tokens = [token for row in rows for token in row]
+        assert all(after == 0 for token, after in itertools.pairwise(tokens) if token == 1)
+
+
+LETTERS = st.text("fsSn", min_size=2, max_size=5).filter(lambda letters: set(letters) != {"n"})
+
+
+@settings(deadline=None, max_examples=20)
+@given(letters=LETTERS, window=st.integers(1, 64))
+def test_a_plan_survives_its_file_and_a_checkpoints_config(
+    letters: str, window: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    layers = layer_plans(letters, window)
+    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layers)
+    write_plan(folder / "plan.yaml", plan)
+    assert read_plan(folder / "plan.yaml") == plan
+    boosted_config(tiny_model(layers=len(letters)).config, layers).save_pretrained(folder)
+    assert plan_in(AutoConfig.from_pretrained(folder)) == layers
+
+
+def plan_in(config: Any) -> list[LayerPlan]:
+    """Read a plan back from what a config records."""
+    skipped = skipped_layers(config)
+    layers = []
+    for layer, kind in enumerate(config.layer_types):
+        attention = "none" if layer in skipped else "sliding" if kind == "sliding_attention" else "full"
+        window = config.sliding_window if attention == "sliding" else None
+        sink = layer in config.attention_sink_layers
+        layers.append(
+            LayerPlan.model_validate({"layer": layer, "attention": attention, "window": window, "sink": sink})
+        )
+    return layers
+
+
+WORD = st.text("abcdefgh", min_size=2, max_size=6)
+FLAGS = st.dictionaries(WORD, st.one_of(st.none(), WORD), max_size=5)
+
+
+@given(given_flags=FLAGS, advised=FLAGS, joined=st.booleans())
+def test_flags_that_are_given_win_over_advised_ones_and_the_others_stay(
+    given_flags: dict[str, str | None], advised: dict[str, str | None], joined: bool
+) -> None:
+    def words(flags: dict[str, str | None], joined: bool = False) -> tuple[str, ...]:
+        parts: list[str] = []
+        for name, value in flags.items():
+            parts += [f"--{name}"] if value is None else [f"--{name}={value}"] if joined else [f"--{name}", value]
+        return tuple(parts)
+
+    found = with_flags(words(given_flags, joined), words(advised))
+    others = {name: value for name, value in advised.items() if name not in given_flags}
+    assert found == (*words(others), *words(given_flags, joined))
+
+
+@given(full=st.integers(0, 128), sliding=st.integers(0, 128))
+def test_kv_groups_hold_every_layer_and_pad_less_than_a_group_of_each_kind(full: int, sliding: int) -> None:
+    found = groups(full, sliding)
+    assert found.full * found.size >= full
+    assert found.sliding * found.size >= sliding
+    if found.size:
+        assert found.full * found.size - full < found.size
+        assert found.sliding * found.size - sliding < found.size
+    assert (found.full == 0) == (full == 0)
+
+
+@given(
+    letters=st.text("fsn", min_size=1, max_size=12),
+    context=st.integers(WINDOW, 4096),
+    batched=st.sampled_from([128, 512, 2048]),
+)
+def test_a_longer_context_never_needs_less_kv_memory(letters: str, context: int, batched: int) -> None:
+    model, layers, engine = info(len(letters)), layer_plans(letters), Engine(batched, 32, 1)
+    for count in (admission_bytes, resident_bytes):
+        assert count(model, layers, context, engine) <= count(model, layers, 2 * context, engine)
+    assert resident_bytes(model, layers, context, engine) <= admission_bytes(model, layers, context, engine)
+
+
+@pytest.mark.parametrize(("items", "lost", "won"), [(60, 0.05, 0.05), (60, 0.3, 0.1), (400, 0.02, 0.0)])
+def test_intervals_cover_the_true_difference(items: int, lost: float, won: float) -> None:
+    """Nominally 95 %; a fixed seed, 400 samples, so that three standard errors are 3.3 points."""
+    draw, truth = np.random.default_rng(7), won - lost
+    samples = draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(400, items))
+    found = [difference(sample.tolist(), right_or_wrong=True) for sample in samples]
+    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.917
+    assert np.mean([each["at_least"] <= truth for each in found]) >= 0.917
+
+
+def test_intervals_of_an_average_cover_the_true_difference() -> None:
+    draw = np.random.default_rng(8)
+    tasks = [(60, 0.2, 0.1), (300, 0.05, 0.05)]
+    truth = np.mean([won - lost for _, lost, won in tasks])
+    found = []
+    for _ in range(200):
+        samples = [
+            draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=n).tolist() for n, lost, won in tasks
+        ]
+        found.append(average_difference(samples))
+    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.90
+
+
+def test_a_plan_file_is_one_line_per_layer_that_a_person_can_edit(tmp_path: Path) -> None:
+    plan = PlanFile(model=info(3), method="by hand", layers=layer_plans("fSn"))
+    write_plan(tmp_path / "plan.yaml", plan)
+    text = (tmp_path / "plan.yaml").read_text()
+    edited = text.replace("{layer: 0, attention: full}", "{layer: 0, attention: none}")
+    assert edited != text
+    (tmp_path / "plan.yaml").write_text(edited)
+    assert [entry.attention for entry in read_plan(tmp_path / "plan.yaml").layers] == ["none", "sliding", "none"]
+    assert json.loads(json.dumps(read_plan(tmp_path / "plan.yaml").model_dump(mode="json")))
