@@ -22,9 +22,9 @@ demo: .venv/ready
 # Two processes, each given whole files, whose fixtures are made once; all of vLLM in one of them (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-# What to run before every commit: no vLLM, no second process group, no real model.
+# What to run before every commit: no vLLM, no further processes with PyTorch, no whole pipeline, no real model.
 check: lint
-	$(PYTEST) -m "not (server or multiprocess or real or gpu or exhaustive)"
+	$(PYTEST) -m "not (server or multiprocess or pipeline or real or gpu or exhaustive)"
 
 # What CI runs.
 test: lint

@@ -303,7 +303,7 @@ def test_check_sees_what_later_stages_would_refuse(measured: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_exits_with_130_and_is_noted(number: signal.Signals, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=24), measure={"tokens": 4800})
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=12), measure={"tokens": 960})
     run = tmp_path / "run"
     process = command("measure", "--config", recipe, "--run", run, folder=tmp_path)
     process.wait_until((run / "sensitivity.json").exists)

@@ -18,6 +18,7 @@ from layerboost.recipe import load_recipe
 ROWS = list(rows(load_recipe([], {})))
 
 
+@pytest.mark.pipeline
 def test_every_plan_is_compared_at_equal_cost_and_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, save_tiny(tmp_path / "model", layers=6), measure={"windows": [8], "retrieval_prompts": 0}

@@ -82,6 +82,7 @@ def run_quickstart(folder: Path, monkeypatch: pytest.MonkeyPatch, replaced: dict
     assert "healed" in (run / "report.md").read_text()
 
 
+@pytest.mark.pipeline
 def test_the_quick_start_runs_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model", layers=6, max_position_embeddings=1024)
     text = save_text(tmp_path / "text.jsonl", words=200_000)

@@ -120,27 +120,27 @@ def test_a_longer_context_never_needs_less_kv_memory(letters: str, context: int,
     assert resident_bytes(model, layers, context, engine) <= admission_bytes(model, layers, context, engine)
 
 
-@pytest.mark.parametrize(("items", "lost", "won"), [(60, 0.05, 0.05), (60, 0.3, 0.1), (400, 0.02, 0.0)])
+@pytest.mark.parametrize(("items", "lost", "won"), [(60, 0.05, 0.05), (150, 0.02, 0.0)])
 def test_intervals_cover_the_true_difference(items: int, lost: float, won: float) -> None:
-    """Nominally 95 %; a fixed seed, 400 samples, so that three standard errors are 3.3 points."""
+    """Nominally 95 %; a fixed seed, 150 samples, so that three standard errors are 5.3 points."""
     draw, truth = np.random.default_rng(7), won - lost
-    samples = draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(400, items))
+    samples = draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(150, items))
     found = [difference(sample.tolist(), right_or_wrong=True) for sample in samples]
-    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.917
-    assert np.mean([each["at_least"] <= truth for each in found]) >= 0.917
+    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.897
+    assert np.mean([each["at_least"] <= truth for each in found]) >= 0.897
 
 
 def test_intervals_of_an_average_cover_the_true_difference() -> None:
     draw = np.random.default_rng(8)
-    tasks = [(60, 0.2, 0.1), (300, 0.05, 0.05)]
+    tasks = [(60, 0.2, 0.1), (120, 0.05, 0.05)]
     truth = np.mean([won - lost for _, lost, won in tasks])
     found = []
-    for _ in range(200):
+    for _ in range(100):
         samples = [
             draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=n).tolist() for n, lost, won in tasks
         ]
         found.append(average_difference(samples))
-    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.90
+    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.88
 
 
 def test_a_plan_file_is_one_line_per_layer_that_a_person_can_edit(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tiny_bench import SUBJECTS, rows, tiny_model, tiny_tokenizer, write_bench, write_jsonl
 
 from layerboost.errors import ConfigError
+from layerboost.evaluation import tasks
 from layerboost.evaluation.comparison import compare_tasks
 from layerboost.evaluation.items import BENCHMARKS
 from layerboost.evaluation.quiet import quiet
@@ -68,6 +69,20 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of lm-eval's index of thousands of tasks, which takes seconds to read, that of a few folders."""
+    whole = lm_eval.tasks.TaskManager
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [root / name for name in ("arc", "mmlu", "winogrande", "super_glue", "lambada")]
+
+    def manager(include_defaults: bool = True, include_path: Any = None) -> Any:
+        return whole(include_defaults=False, include_path=folders if include_defaults else include_path)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    tasks._all_tasks.cache_clear()
 
 
 @pytest.mark.usefixtures("private_cache")
@@ -248,7 +263,7 @@ def test_validation_items_that_are_not_there_are_named(bench: Path) -> None:
         load_validation(["arc_easy"], str(bench), None)
 
 
-@pytest.mark.usefixtures("private_cache")
+@pytest.mark.usefixtures("private_cache", "small_index")
 def test_the_hubs_validation_items_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def items(*_: Any, name: str, **__: Any) -> dict[str, Any]:
         task = "mmlu" if name == "anatomy" else "arc_easy"
@@ -264,6 +279,7 @@ def test_the_hubs_validation_items_are_asked_for(monkeypatch: pytest.MonkeyPatch
         load_validation(["lambada_openai"], None, None)
 
 
+@pytest.mark.usefixtures("small_index")
 def test_unknown_tasks_name_their_neighbours(bench: Path) -> None:
     with pytest.raises(ConfigError, match=r"winogrand(.|\n)*did you mean winogrande"):
         load_bench(settings(bench, "winogrand"))

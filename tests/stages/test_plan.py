@@ -12,6 +12,7 @@ from layerboost.artifacts import PLAN, LayerPlan, fingerprint, read_plan
 from layerboost.sensitivity.calibration import MEASURED
 
 
+@pytest.mark.pipeline
 def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: Path) -> None:
     write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
