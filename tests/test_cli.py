@@ -301,6 +301,7 @@ def test_check_sees_what_later_stages_would_refuse(measured: Path, tmp_path: Pat
     assert message in refused.stderr
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_exits_with_130_and_is_noted(number: signal.Signals, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=12), measure={"tokens": 960})

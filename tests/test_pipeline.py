@@ -124,6 +124,7 @@ def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> Non
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.multiprocess
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", layers=12), measure={"tokens": 960})
     run = tmp_path / "run"

@@ -232,6 +232,7 @@ def reached(folder: Path, step: int) -> Callable[[], bool]:
     return lambda: any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl"))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "kills", [(5, 10), pytest.param((2, 4, 7, 11, 14), marks=pytest.mark.exhaustive)], ids=["twice", "five times"]
 )
@@ -250,6 +251,7 @@ def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, .
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.multiprocess
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
     process = Forked(heal_in, tmp_path, folder=tmp_path)
     process.wait_until(reached(tmp_path, 1))

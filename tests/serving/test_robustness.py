@@ -130,6 +130,7 @@ def terminated(words: list[str]) -> None:
     run_module("layerboost.cli", *words)
 
 
+@pytest.mark.multiprocess
 def test_a_terminated_benchmark_takes_everything_with_it(
     tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from test_pipeline import layerboost, write_recipe
 from tiny import save_tiny
 
