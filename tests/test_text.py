@@ -10,6 +10,7 @@ from tiny import opening_tokenizer, save_text, tiny_tokenizer
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
 from layerboost.text import (
+    Split,
     check_samples,
     load_tokens,
     opening_ids,
@@ -135,7 +136,8 @@ def test_samples_that_cannot_fill_a_split_are_refused() -> None:
     text = Text(source="self", self_samples=100, sequence_tokens=32)
     check_samples(text, 80 * 32, "train")
     check_samples(text, 10 * 32, "held_out")
-    for tokens, split in ((80 * 32 + 1, "train"), (10 * 32 + 1, "held_out")):
+    too_many: list[tuple[int, Split]] = [(80 * 32 + 1, "train"), (10 * 32 + 1, "held_out")]
+    for tokens, split in too_many:
         with pytest.raises(ConfigError, match=f"own samples are too few[\\s\\S]*for the {split} split"):
             check_samples(text, tokens, split)
 

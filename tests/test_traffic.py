@@ -76,7 +76,7 @@ def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.
     assert [shown(cut, row)[1] for row in (0, 1)] == [[50, 51], [51]]
 
 
-BAD = {
+BAD: dict[str, tuple[list[Any], str]] = {
     "no file": ([], "cannot read the traffic"),
     "no JSON": (["{"], "line 1 of .* is not JSON"),
     "no mapping": (["[1]"], "line 1 of .* is no row of traffic"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import LayerPlan, LayerSensitivity
 from layerboost.errors import ConfigError
 from layerboost.evaluation.task_probe import TaskProbe, load_choices
-from layerboost.evaluation.tasks import BenchTask, run_task, task_value
+from layerboost.evaluation.tasks import BenchTask, load_validation, run_task, task_value
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
 from layerboost.sensitivity.probe import TextProbe
@@ -84,7 +84,7 @@ def test_tasks_without_choices_are_refused(monkeypatch: pytest.MonkeyPatch, benc
 
     from layerboost.evaluation import task_probe
 
-    load = task_probe.load_validation
+    load = load_validation
     monkeypatch.setattr(task_probe, "load_validation", generated)
     with pytest.raises(ConfigError, match=r"arc_easy is not multiple choice(.|\n)*generate_until"):
         load_choices(["arc_easy"], str(bench), 2)

@@ -278,18 +278,19 @@ def test_half_written_checkpoints_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["attention", "lora"])
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_path: Path, stage: str) -> None:
-    made = distiller()
+    made: Distiller = distiller()
     if stage == "attention":
         made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
     broken = made.student.model.layers[2].mlp.down_proj
+    steps = 0
 
     def break_it(*_: object) -> None:
-        if made.training_steps == 4:
+        nonlocal steps
+        if steps == 4:
             with torch.no_grad():
                 broken.weight.fill_(float("nan"))
-        made.training_steps += 1
+        steps += 1
 
-    made.training_steps = 0
     made.register_forward_pre_hook(lambda *_: break_it() if torch.is_grad_enabled() else None)
     with pytest.raises(LayerboostError, match=f"loss is nan at step 5 of the {stage} stage, first in layer 2"):
         train(tmp_path, made, stage)

@@ -34,7 +34,7 @@ def test_a_card_is_ready_for_the_hub() -> None:
     ):
         assert text in card.text
     without = ModelCard(model_card(PlanFile(model=info(), method="by hand", layers=layer_plans("nfff")), UNKNOWN))
-    assert without.data.tags == ["layerboost"]
+    assert without.data.to_dict()["tags"] == ["layerboost"]
 
 
 def test_full_layers_that_slide_in_the_base_are_told_apart() -> None:
@@ -53,8 +53,9 @@ def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     origin = origin_of(tmp_path, "meta-llama/Llama-3.2-1B", Card(license="mit", base_model="some/other"))
     card = ModelCard(model_card(PLAN, origin))
-    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
-    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "llama3.2", "LICENSE")
+    data = card.data.to_dict()
+    assert data["base_model"] == "meta-llama/Llama-3.2-1B"
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "llama3.2", "LICENSE")
     assert "licence applies: llama3.2" in card.text
     assert {file.name for file in origin.files} == {"LICENSE.txt", "Notice"}
 

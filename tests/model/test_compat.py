@@ -48,7 +48,7 @@ def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
     assert {"tokenizer.json", "plan.yaml", "configuration_decilm.py"} <= {file.name for file in target.iterdir()}
     assert not (target / "modeling_layerboost.py").exists()
     card = ModelCard((target / "README.md").read_text())
-    assert (card.data.base_model, card.data.license) == ("some/model", "apache-2.0")
+    assert (card.data.to_dict()["base_model"], card.data.to_dict()["license"]) == ("some/model", "apache-2.0")
     assert "vllm serve PATH --trust-remote-code" in card.text
     assert "AutoModelForCausalLM" not in card.text
     assert "| 1 | none |  |  |" in card.text

@@ -53,7 +53,7 @@ def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
     """A stock model in which, by its weights, the attention of `none` layers adds nothing."""
     for letter, layer in zip(letters, decoder_layers(model), strict=True):
         if letter == "n":
-            for parameter in layer.self_attn.o_proj.parameters():
+            for parameter in layer.get_submodule("self_attn.o_proj").parameters():
                 torch.nn.init.zeros_(parameter)
     return model
 
@@ -77,9 +77,10 @@ def reference(family: str, letters: str, like: PreTrainedModel) -> PreTrainedMod
     model = silenced(tiny_model(family, len(letters)), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
         if letter in "sS":
-            layer.self_attn.config = copy.copy(layer.self_attn.config)
-            layer.self_attn.config._attn_implementation = "naive"
-            layer.self_attn.sinks = other.self_attn.sinks.detach() if letter == "S" else None
+            attention: Any = layer.self_attn
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = "naive"
+            attention.sinks = other.get_parameter("self_attn.sinks").detach() if letter == "S" else None
     return model
 
 

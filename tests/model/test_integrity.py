@@ -52,7 +52,8 @@ def replace(folder: Path, old: str, new: str) -> None:
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+    name: str = json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+    return folder / name
 
 
 def change_tensors(folder: Path, tensor: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

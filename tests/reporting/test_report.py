@@ -283,6 +283,7 @@ def test_accuracy_stands_against_throughput_where_both_are_known(run: Path) -> N
     assert "error_y" not in base
     assert healed["x"] == [result.models["healed"]["output_tokens_per_s"].mean for result in sources.bench.results]
     # The bars are the paired interval, laid upon the model's own value.
+    assert sources.quality.average
     lost = sources.quality.average.difference["converted"]
     assert converted["error_y"]["array"][0] == pytest.approx(100 * (lost.high - lost.mean))
     file = run / "eval" / "comparison.json"

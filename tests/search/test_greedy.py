@@ -78,7 +78,7 @@ def test_a_limit_on_one_metric_holds_while_the_other_is_kept_low() -> None:
 
     def measure(plan: Sequence[LayerPlan]) -> Mapping[str, float]:
         lost = sum(1.0 for entry in plan[:2] if entry.attention != "full")
-        return Interacting(0.0)(plan) | {"retrieval": lost}
+        return {**Interacting(0.0)(plan), "retrieval": lost}
 
     assert measure(refine(MADE, settings, measure))["retrieval"] == 0
 

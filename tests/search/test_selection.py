@@ -54,7 +54,7 @@ def test_budget_is_the_best_of_all_plans(fraction: float, metric: str) -> None:
 @pytest.mark.parametrize("method", ["budget", "uniform", "threshold"])
 def test_a_blend_leaves_sinks_to_the_text(method: str) -> None:
     found = sensitivity(8, none=method == "threshold")
-    settings = Plan(method=method, kv_fraction=0.4, context_tokens=100, retrieval_weight=0.9)  # type: ignore[arg-type]
+    settings = Plan(method=method, kv_fraction=0.4, context_tokens=100, retrieval_weight=0.9)
     plan = select(found, settings)
     assert any(entry.attention == "sliding" for entry in plan)
     for entry in plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import boosted, layer_plans, tiny_model
@@ -50,7 +52,7 @@ def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Te
 
 def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     base, batches = tiny_model(family, layers=4), list(IDS.split(2))
-    sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink])
+    sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink and entry.window])
     return apply_plan(base, plan, {e.layer: sinks[e.layer, e.window] for e in plan if e.sink and e.window})
 
 
@@ -158,7 +160,12 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
     def counted(name: str) -> None:
         module = base.model.layers[0].get_submodule(name)
         stock = module.forward
-        module.forward = lambda x: (computed.append(name), stock(x))[1]
+
+        def forward(x: torch.Tensor) -> Any:
+            computed.append(name)
+            return stock(x)
+
+        module.forward = forward
 
     plans = layer_plans("fsn")
     alone = [stream.layer(0, hidden, plan) for plan in plans]

@@ -27,7 +27,7 @@ class Answers(BaseHTTPRequestHandler):
     tokens: ClassVar[int] = 0
 
     def do_GET(self) -> None:
-        metrics = {"generation_tokens_total": self.tokens, "num_requests_running": len(self.running)}
+        metrics: dict[str, float] = {"generation_tokens_total": self.tokens, "num_requests_running": len(self.running)}
         metrics |= {"kv_cache_usage_perc": 0.25, "num_preemptions_total": 0, "num_requests_waiting": 0}
         metrics |= {"prefix_cache_hits_total": 0, "prefix_cache_queries_total": 0}
         self.say("".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in metrics.items()))

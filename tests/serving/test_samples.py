@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_where_vllm_fails_transformers_goes_on_from_where_it_stopped(
 ) -> None:
     folder = save_tiny(tmp_path / "model", layers=2)
     monkeypatch.setattr(samples, "vllm_version", lambda: "0.0")
-    monkeypatch.setattr(samples.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     lines = sampled(folder, tmp_path)
     check_samples(lines)
     (tmp_path / SAMPLES).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:64]))
