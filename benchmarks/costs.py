@@ -31,10 +31,10 @@ from scipy.optimize import nnls
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import find_model, load_config, load_model, model_info
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
-from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.serving.command import vllm_version
 
 MIB = 1 << 20

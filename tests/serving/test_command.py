@@ -141,8 +141,3 @@ def test_given_flags_win_over_advised_ones() -> None:
     advised = ("--max-num-batched-tokens", "256", "--block-size", "32")
     assert with_flags((), advised) == advised
     assert with_flags(("--block_size=16", "-O0"), advised) == (*advised[:2], "--block_size=16", "-O0")
-    edited = ("--enforce-eager", *advised, "--no-enable-prefix-caching")
-    assert with_flags((), edited) == edited
-    assert with_flags(("--enforce-eager", "--block-size", "16"), edited) == (
-        *("--max-num-batched-tokens", "256", "--no-enable-prefix-caching", "--enforce-eager", "--block-size", "16"),
-    )

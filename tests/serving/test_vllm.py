@@ -15,10 +15,10 @@ from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.families import FAMILIES
+from layerboost.model.memory import Engine, admission_bytes, block_bytes
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench, parse_recipe
-from layerboost.search.memory import Engine, admission_bytes, block_bytes
 from layerboost.serving.command import check_port
 from layerboost.serving.server import running_server
 from layerboost.stages.bench import run_bench

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, Strategy, read_json
 from layerboost.errors import ConfigError
+from layerboost.model.memory import as_served, padded_full
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
-from layerboost.search.memory import as_served, padded_full
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"

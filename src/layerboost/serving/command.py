@@ -10,7 +10,6 @@ import re
 import socket
 import sys
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import psutil
 from layerboost.artifacts import PLAN, read_plan
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, plan_serving
 from layerboost.recipe import Bench
 from layerboost.runtime import log
 
@@ -69,6 +69,11 @@ def runs_on_cpu() -> bool:
     import torch
 
     return not torch.accelerator.is_available()
+
+
+def engine_here() -> Engine:
+    """What vLLM starts with here, as far as its KV cache is concerned."""
+    return CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
 
 
 def cores() -> list[int]:
@@ -126,18 +131,15 @@ def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]
 
 
 def advised_flags(folder: Path) -> tuple[str, ...]:
-    """The serving flags of the plan in a checkpoint; none for a stock model, or where the layers have been edited."""
-    if not (folder / PLAN).is_file():
-        return ()
-    plan = read_plan(folder / PLAN)
-    return tuple(plan.serving.flags) if plan.serving and plan.foretold else ()
+    """The serving flags that the plan in a checkpoint needs from vLLM here; none for a stock model, and for a plan that
+    names no context length."""
+    found = plan_serving(read_plan(folder / PLAN), engine_here()) if (folder / PLAN).is_file() else None
+    return found.flags if found else ()
 
 
 def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, ...]:
     """The `advised` flags that `given` does not name, each with its value, and what is given."""
-    # A plan's flags may have been edited, and some flags have no value.
-    starts = [index for index, part in enumerate(advised) if part.startswith("--")]
-    flags = (advised[start:end] for start, end in pairwise([*starts, len(advised)]))
+    flags = zip(advised[::2], advised[1::2], strict=True)
     return (*(part for flag in flags for part in _unless_given(given, *flag)), *given)
 
 
