@@ -78,6 +78,7 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
         "bench": {
             "concurrency": [2],
             "requests_per_concurrency": 2,
+            "repeats": 1,
             "input_tokens": 24,
             "output_tokens": 8,
             "kv_cache_gib": 1,
@@ -113,7 +114,7 @@ def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> Non
     assert set(first["perplexity"]) == {"base", "converted", "healed"}
     quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
     assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
-    assert first["throughput_ratio"]["mean"] > 0
+    assert first["throughput_ratio"]["median"] > 0
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     started = time.monotonic()
     second = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)

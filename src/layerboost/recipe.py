@@ -225,7 +225,7 @@ class Bench(Section):
     )
     input_tokens: int = Field(1024, ge=1, description="length of a prompt, beyond a shared prefix")
     output_tokens: int = Field(128, ge=1, description="length of an answer")
-    repeats: int = Field(1, ge=1, description="interleaved rounds over the models")
+    repeats: int = Field(3, ge=1, description="interleaved repeats over the models; of one there is no range")
     decode_batch: int = Field(16, ge=1, description="bench --decode-sweep: requests that decode at once")
     decode_lengths: tuple[PositiveInt, ...] = Field(
         (256, 512, 1024, 2048), min_length=1, description="bench --decode-sweep: lengths of the answers"

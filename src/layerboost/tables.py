@@ -66,21 +66,28 @@ def reported_rows(run: Path) -> Rows:
 
 def decoded_rows(sweep: dict[str, Any]) -> Rows:
     """A decode sweep: per length and model the latency of an answer with its ratio to the reference, and memory."""
+    from layerboost.serving.results import Spread
+
     memory = {"kv_used_gib": "KV cache used, GiB", "peak_rss_gib": "peak RSS, GiB", "gpu_memory_gib": "GPU, GiB"}
     known = [key for key in memory if any(key in found for at in sweep["results"] for found in at["models"].values())]
     head = ["tokens", "model", "latency, s", f"of {sweep['reference']}'s", "TPOT, ms", *(memory[key] for key in known)]
 
-    def mean(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
-        return f"{found[key]['mean'] * scale:.3g}" if key in found else ""
+    def text(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
+        return Spread.model_validate(found[key]).text(lambda value: f"{value * scale:.3g}") if key in found else ""
+
+    def ratio(at: dict[str, Any], name: str) -> str:
+        disturbed = {name, sweep["reference"]} & at["disturbed"].keys()
+        found = text(at["ratios"].get(name, {}), "latency_ms_median")
+        return f"{found}, disturbed" if found and disturbed else found
 
     body = [
         [
             str(at["output_tokens"]),
             name,
-            mean(found, "latency_ms_median", 1e-3),
-            mean(at["ratios"].get(name, {}), "latency_ms_median"),
-            mean(found, "tpot_ms_median"),
-            *(mean(found, key) for key in known),
+            text(found, "latency_ms_median", 1e-3),
+            ratio(at, name),
+            text(found, "tpot_ms_median"),
+            *(text(found, key) for key in known),
         ]
         for at in sweep["results"]
         for name, found in at["models"].items()

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 PATIENCE_S = 300
 # A moment of load, then seconds of it.
-LOADS = {"concurrency": [1, 8], "requests_per_concurrency": 2, "input_tokens": 32, "output_tokens": 300}
+LOADS = {"repeats": 1, "concurrency": [1, 8], "requests_per_concurrency": 2, "input_tokens": 32, "output_tokens": 300}
 
 
 def settings(port: int) -> dict[str, Any]:

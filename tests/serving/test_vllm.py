@@ -99,6 +99,7 @@ def small_bench(port: int, **changes: Any) -> dict[str, Any]:
     small = {
         "concurrency": [1],
         "requests_per_concurrency": 2,
+        "repeats": 1,
         "input_tokens": 48,
         "output_tokens": 8,
         "kv_cache_gib": 0.25,

@@ -38,8 +38,8 @@ def recipe(**changes: Any) -> Recipe:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "port": port}
-    return parse_recipe({"bench": {**small, **changes}}, "test")
+    small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "repeats": 1}
+    return parse_recipe({"bench": {**small, "port": port, **changes}}, "test")
 
 
 def opened(asked: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> Comparison:
@@ -76,7 +76,7 @@ def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]
     assert comparison["complete"]
     assert comparison["reference"] == "base"
     assert [result["concurrency"] for result in comparison["results"]] == [1, 2]
-    assert comparison["results"][0]["ratios"]["healed"]["output_tokens_per_s"]["mean"] == 2
+    assert comparison["results"][0]["ratios"]["healed"]["output_tokens_per_s"]["median"] == 2
     assert read_json(tmp_path / "bench" / "comparison.json", Comparison, "bench").complete
 
 
@@ -181,7 +181,7 @@ def test_transformers_in_place_of_vllm(tmp_path: Path) -> None:
     found = run_bench(asked, tmp_path, models)
     assert found["complete"]
     (at,) = found["results"]
-    assert at["ratios"]["healed"]["output_tokens_per_s"]["mean"] > 0
+    assert at["ratios"]["healed"]["output_tokens_per_s"]["median"] > 0
     assert json.loads((tmp_path / "bench" / "base-c2-r0.json").read_text())["total_output_tokens"] == 16
     assert found["settings"]["engine"] == "transformers"
     assert run_bench(asked, tmp_path, models) == found
@@ -196,7 +196,7 @@ def test_a_decode_sweep_has_a_result_a_length(tmp_path: Path) -> None:
     assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 128)]
     short, long = (json.loads((tmp_path / "bench" / f"base-decode{n}-r0.json").read_text()) for n in (4, 128))
     assert (short["total_output_tokens"], long["total_output_tokens"]) == (2 * 4, 2 * 128)
-    assert all(at["models"]["base"]["latency_ms_median"]["mean"] > 0 for at in sweep["results"])
+    assert all(at["models"]["base"]["latency_ms_median"]["median"] > 0 for at in sweep["results"])
     head, *rows = decoded_rows(sweep)
     assert [row[:2] for row in rows] == [["4", "base"], ["128", "base"]]
     assert {len(row) for row in rows} == {len(head)}
