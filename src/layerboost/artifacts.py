@@ -258,7 +258,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
+        # A name that is not UTF-8 becomes an escape, which JSON reads back.
+        with temporary.open("w", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import signal
@@ -17,12 +16,13 @@ import click
 
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
+from layerboost.tables import plain, show
+from layerboost.terminal import prepare_terminal
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
-PIPED_COLUMNS = 200  # a pipe has no width: rich would take 80 and cut numbers short
 
 
 class Command(click.Command):
@@ -84,30 +84,14 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
 def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
     """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
     from layerboost.recipe import find_recipe, load_recipe, set_option
+    from layerboost.runtime import no_run_folder
 
-    files = [file for file in (run / "recipe.yaml", find_recipe(config) if config else None) if file and file.is_file()]
+    try:
+        files = [run / "recipe.yaml"] if (run / "recipe.yaml").is_file() else []
+    except OSError as error:  # no right to look, a name that is too long
+        raise no_run_folder(run, str(error)) from None
+    files += [find_recipe(config)] if config else []
     return load_recipe(files, dict(map(set_option, settings)) | given)
-
-
-def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
-    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
-    from layerboost.pipeline import plain
-    from layerboost.runtime import is_main_process
-
-    if not is_main_process():
-        return
-    if as_json:
-        click.echo(json.dumps(plain(result), indent=1, default=str))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    head, *body = rows(result)
-    table = Table(*head)
-    for row in body:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPED_COLUMNS
-    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
@@ -306,7 +290,7 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Check a recipe."""
-    from layerboost.pipeline import check, plain
+    from layerboost.pipeline import check
 
     show(
         check(recipe, run), as_json, lambda found: [["what", "found"], *([k, str(v)] for k, v in plain(found).items())]
@@ -329,8 +313,10 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     """Serve a checkpoint."""
     import shlex
 
+    from layerboost.runtime import settle_environment
     from layerboost.serving.command import serve_argv
 
+    settle_environment()
     argv, added = serve_argv(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
@@ -364,10 +350,11 @@ def main() -> None:
     """The console script: runs a command and turns every failure into one message and the right exit code."""
     if not os.environ.get("LAYERBOOST_DEBUG"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
+    prepare_terminal()
     logger = logging.getLogger("layerboost")
     logger.handlers = [logging.StreamHandler(sys.stderr)]
-    # Of several ranks under torchrun, one speaks.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.filters = [_speaks]
+    logger.setLevel(logging.INFO)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
@@ -382,9 +369,16 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; run the same command again to go on", INTERRUPTED)
     except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
+        if any(full in str(error) for full in ("No space left", "os error 28", "quota exceeded")):
             _fail("the disk is full\ndo: free space or choose another --run folder", 1)
         _fail(f"{type(error).__name__}: {error}\ndo: set LAYERBOOST_DEBUG=1 to see where", 1)
+
+
+def _speaks(record: logging.LogRecord) -> bool:
+    """Of several processes under torchrun, one speaks."""
+    from layerboost.runtime import is_main_process
+
+    return record.levelno >= logging.ERROR or is_main_process()
 
 
 def _fail(message: str, code: int) -> None:

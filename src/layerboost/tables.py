@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from layerboost.artifacts import PlanFile, Sensitivity, Variant
 
 Rows = list[list[str]]
+PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
+
+
+def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
+    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
+    from layerboost.runtime import is_main_process
+
+    if not is_main_process():
+        return
+    if as_json:
+        click.echo(json.dumps(plain(result), indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows(result)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    width = shutil.get_terminal_size((PIPED_COLUMNS, 24)).columns
+    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
+
+
+def plain(result: Any) -> Any:
+    """A stage's result as plain JSON values."""
+    from layerboost.artifacts import Artifact
+
+    if isinstance(result, Artifact):
+        return result.model_dump(mode="json")
+    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
 
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:

@@ -16,7 +16,7 @@ from typing import Any
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
 from layerboost.serving.command import GIB, HOST, vllm_command
-from layerboost.serving.server import Server, guarded, last_words, stop_guarded
+from layerboost.serving.server import DIRECT, Server, guarded, last_words, stop_guarded
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8
@@ -165,7 +165,7 @@ def warm_up(server: Server, bench: Bench) -> None:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=WARMUP_TIMEOUT_S) as answer:
+        with DIRECT.open(request, timeout=WARMUP_TIMEOUT_S) as answer:
             answer.read()
 
     try:

@@ -83,15 +83,39 @@ def cores() -> list[int]:
     )
 
 
+# What the benchmark says itself, or what would keep it from its server or from the server's numbers.
+RESERVED = (
+    *("--host", "--port", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model"),
+    *("--config", "--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
+)
+
+
+def check_server(bench: Bench) -> str:
+    """The version of the vLLM that can be benchmarked here; raises ConfigError for what would fail once it serves."""
+    version = check_vllm()
+    for argument in bench.server_args:
+        name = argument.partition("=")[0].replace("_", "-")
+        # vLLM takes abbreviations too.
+        if len(name) > 4 and any(reserved.startswith(name) for reserved in RESERVED):
+            raise ConfigError(
+                f"bench.server_args may not have {name}",
+                found="the benchmark reaches its server under a name, address and port of its own choice",
+                do="leave it out; the port is bench.port",
+            )
+    check_port(bench.port)
+    return version
+
+
 def check_port(port: int, host: str = HOST) -> None:
-    """Raise ConfigError when something else listens on `port`."""
+    """Raise ConfigError when something else listens on `port`, or when it is not the number of a port."""
     with socket.socket() as probe:
         # As vLLM binds it: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            found = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
+        except (OSError, OverflowError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            found = "another process listens there" if taken else str(error)
             raise ConfigError(f"port {port} cannot be used", found=found, do="choose another port") from None
 
 

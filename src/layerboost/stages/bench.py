@@ -15,7 +15,7 @@ from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
 from layerboost.serving.benchmark import Load, run_benchmark, warm_up
-from layerboost.serving.command import advised_flags, check_port, check_vllm, cores, runs_on_cpu, with_flags
+from layerboost.serving.command import advised_flags, check_server, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.serving.generation import run_generation
 from layerboost.serving.processors import Processors
 from layerboost.serving.results import SPEED, Comparison, Measurement, Point, metrics_of
@@ -174,8 +174,7 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
     if bench.engine == "vllm":
-        check_vllm()
-        check_port(bench.port)
+        check_server(bench)
         bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
