@@ -19,7 +19,7 @@ FLOORS = [
     {"sensitivity", "search", "healing", "serving"},
     {"evaluation", "reporting"},
     {"stages"},
-    {"pipeline", "tables"},
+    {"pipeline", "tables", "options"},
     {"compare"},
     {"cli"},
 ]

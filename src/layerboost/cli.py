@@ -1,8 +1,7 @@
-"""The command line: one command a stage, plus run, serve, check and ls. Results on stdout, progress on stderr."""
+"""The command line: a command per stage, and run, serve, costs, check and ls. Results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ import click
 
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
+from layerboost.options import Command, with_recipe
 from layerboost.tables import plain, show
 from layerboost.terminal import prepare_terminal
 
@@ -25,19 +25,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-class Command(click.Command):
-    """A command whose help ends with examples as they are typed."""
-
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.examples = examples
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Examples"):
-            for example in self.examples:
-                formatter.write(f"  {example}\n")
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
@@ -45,53 +32,6 @@ def cli() -> None:
 
     MODEL is a Hub id, a directory, a GGUF file, or package:NAME (a GGUF file inside an installed PyPI package).
     """
-
-
-def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command MODEL and the options of every stage; it is called with the recipe they resolve to."""
-
-    @functools.wraps(function)
-    def command(
-        model: str | None,
-        run: Path,
-        config: str | None,
-        settings: tuple[str, ...],
-        text: str | None,
-        trust_remote_code: bool,
-        as_json: bool,
-        on_plan: Path | None = None,
-        engine: str | None = None,
-        **rest: Any,
-    ) -> None:
-        given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
-        recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
-        function(recipe=recipe, run=run, as_json=as_json, **rest)
-
-    decorators = [
-        click.argument("model", required=False),
-        click.option("--run", "run", type=click.Path(path_type=Path), default=Path("layerboost-run"), show_default=True,
-                     help="Run folder: every stage reads and writes its files there."),
-        click.option("--config", metavar="RECIPE", help="A YAML file or a name from `layerboost ls recipes`."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Such as heal.lr=1e-4."),
-        click.option("--text", metavar="SOURCE", help="Calibration and healing text; `self`: the model's own samples."),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]  # fmt: skip
-    return functools.reduce(lambda done, decorator: decorator(done), reversed(decorators), command)
-
-
-def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
-    """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
-    from layerboost.recipe import find_recipe, load_recipe, set_option
-    from layerboost.runtime import no_run_folder
-
-    try:
-        files = [run / "recipe.yaml"] if (run / "recipe.yaml").is_file() else []
-    except OSError as error:  # no right to look, a name that is too long
-        raise no_run_folder(run, str(error)) from None
-    files += [find_recipe(config)] if config else []
-    return load_recipe(files, dict(map(set_option, settings)) | given)
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
@@ -320,6 +260,26 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     argv, added = serve_argv(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
+
+
+@cli.command(
+    "costs",
+    cls=Command,
+    help="Measure this machine's rates with MODEL, a base, under vLLM: what plan.costs needs to plan for time.",
+    examples=(
+        "layerboost costs runs/qwen3/base --out costs.json",
+        "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
+    ),
+)
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("costs.json"), show_default=True)
+@click.option("--cache-gib", default=1.5, show_default=True, help="KV cache of the engines that are timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
+    """Measure rates."""
+    from layerboost.stages.costs import run_costs
+
+    show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 
 
 @cli.command(

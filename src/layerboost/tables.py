@@ -131,6 +131,26 @@ def decoded_rows(sweep: dict[str, Any]) -> Rows:
     return [head, *body]
 
 
+def costs_rows(found: dict[str, Any]) -> Rows:
+    """Measured times beside those predicted from the other plans, then requests that fit by vLLM and by arithmetic."""
+
+    def row(plan: str, what: str, measured: float, predicted: float) -> list[str]:
+        return [plan, what, f"{measured:.4g}", f"{predicted:.4g}", f"{predicted / measured - 1:+.1%}"]
+
+    times = [row(t["plan"], f"{t['what']}, ms", t["ms"], t["predicted_ms"]) for t in found["timing"]]
+    fits = [
+        row(
+            entry["plan"],
+            f"requests of {m['context_tokens']:,} by {m['max_batched_tokens']:,}",
+            m["concurrency"],
+            m["concurrency_predicted"],
+        )
+        for entry in found["plans"]
+        for m in entry["memory"]
+    ]
+    return [["plan", "what", "measured", "predicted", "off"], *times, *fits]
+
+
 def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:
     """One row a recipe that comes with layerboost, and its file."""
     return [["recipe", "file"], *map(list, recipes.items())]
