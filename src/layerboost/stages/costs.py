@@ -175,7 +175,9 @@ def timed_decode(llm: Any, info: ModelInfo, requests: int, tokens: int) -> dict[
     longest = requests * tokens // DECODE_BATCH + requests + 2 * DECODE_STEPS
     names = add_requests(engine, info, name, requests, tokens, longest)
     answers: dict[str, int] = {}
-    times, held, lengths = [], [], []
+    times: list[float] = []
+    held: list[int] = []
+    lengths: list[float] = []
     while len(times) < DECODE_STEPS:
         decoding = len(answers) == requests
         if decoding and len(engine.engine_core.engine_core.scheduler.running) < requests:
@@ -189,7 +191,7 @@ def timed_decode(llm: Any, info: ModelInfo, requests: int, tokens: int) -> dict[
         if decoding:
             times.append(time.perf_counter() - clock)
             held.append(free - pool.get_num_free_blocks())
-            lengths.append(tokens + np.mean(list(answers.values())))
+            lengths.append(tokens + float(np.mean(list(answers.values()))))
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
@@ -246,7 +248,8 @@ def measure(
 
 def work_rows(info: ModelInfo, measured: list[dict[str, Any]]) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Per timed row: its plan, its work `[N, 6]`, its milliseconds `[N]`, what it was."""
-    names, work, times, kinds = [], [], [], []
+    names: list[str] = []
+    work, times, kinds = [], [], []
     for entry in measured:
         for row in entry["prefill"]:
             size = row["max_batched_tokens"]
