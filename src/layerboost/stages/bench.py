@@ -88,21 +88,24 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
     job = _checked(recipe, run, models, decode_sweep)
     comparison = _opened(job)
     done = {entry.key for entry in comparison.measurements}
+    repeats = range(job.bench.repeats)
+    # A model alone has nothing to be interleaved with: one server for all repeats, where it remembers no prompt.
+    alone = len(models) == 1 and not job.bench.shared_prefix_tokens
     planned = [
-        (repeat, name, [point for point in job.points if (name, point, repeat) not in done])
-        for repeat in range(job.bench.repeats)
+        (name, [(repeat, point) for repeat in turn for point in job.points if (name, point, repeat) not in done])
+        for turn in ([repeats] if alone else [[repeat] for repeat in repeats])
         for name in models
     ]
-    missing = sum(len(points) for _, _, points in planned)
+    missing = sum(len(measurements) for _, measurements in planned)
     log.info("bench: %d measurements to make, %d are there", missing, len(done))
     comparison.complete = missing == 0
-    tokens = sum(job.load(point).tokens for _, _, points in planned for point in points)
+    tokens = sum(job.load(point).tokens for _, measurements in planned for _, point in measurements)
     with Progress("bench", max(tokens, 1), "output tokens") as progress:
-        for repeat, name, points in planned:
-            if not points:
+        for name, measurements in planned:
+            if not measurements:
                 continue
-            with _engine(job, name, repeat) as answered:
-                for point in points:
+            with _engine(job, name, measurements[0][0]) as answered:
+                for repeat, point in measurements:
                     comparison.measurements.append(_measure(job, answered, name, point, repeat, progress))
                     missing -= 1
                     comparison.complete = missing == 0
