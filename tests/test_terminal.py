@@ -23,7 +23,7 @@ with open(sys.argv[1], "w") as file:
         with contextlib.suppress(BrokenPipeError):
             os.write(stream, b"as a library prints")
     print("x" * 100_000, flush=True)
-    print("y", file=sys.stderr)
+    print("é\\udce9", file=sys.stderr)
     logging.getLogger().warning("a warning")
     Console().print("a table")
     Console(stderr=True).print("progress")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -39,8 +40,10 @@ def prepare_terminal() -> None:
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        setattr(sys, name, Steady(open(os.devnull, "w") if stream is None else stream))  # noqa: PTH123, SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no sign for it, a name that is not UTF-8
+        setattr(sys, name, Steady(stream))
     for name in ("COLUMNS", "LINES"):  # rich believes any number, even 0
         if os.environ.get(name, "").strip("0") == "" or not os.environ[name].isdecimal():
             os.environ.pop(name, None)

@@ -179,7 +179,7 @@ def _decoding_at_once(bench: Bench) -> int:
 def vllm_command() -> list[str]:
     """`vllm` of this interpreter's environment, which need not be the first on PATH."""
     script = Path(sys.executable).with_name("vllm")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
 
 
 def _device_arguments(given: tuple[str, ...]) -> list[str]:

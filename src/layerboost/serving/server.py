@@ -32,6 +32,8 @@ REPORT_EVERY_S = 30.0
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
 # Of one process among several, not of vLLM's; and a key that our requests do not have.
 NOT_PASSED_ON = {OVERRIDING, *RANKS, "VLLM_API_KEY"}
+# Runs a module that follows, which finds no files of the current folder in place of libraries.
+MODULE = (sys.executable, "-P", "-m")
 # A proxy that the environment or the system names is for other hosts.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Of the server's metrics: what a benchmark reads, its progress first.
@@ -156,7 +158,9 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as output:
         output.write(
-            f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode()
+            f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode(
+                errors="replace"
+            )
         )
         output.flush()
         server = Server(name, folder, f"http://{HOST}:{bench.port}", log_file, guarded(argv, environment, output))
