@@ -21,9 +21,9 @@ from costs import start  # sets what vLLM reads from the environment, too
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost.artifacts import LayerPlan
+from layerboost.model.memory import Engine
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import machine, versions
-from layerboost.search.memory import Engine
 
 SHAPE = {
     "vocab_size": 49152,

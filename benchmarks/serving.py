@@ -26,13 +26,13 @@ import torch
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.model.linear import linear
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
-from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.serving.command import GIB, number_given, runs_on_cpu
-from layerboost.serving.results import Comparison
+from layerboost.serving.results import Comparison, Spread
 from layerboost.stages.bench import BASE, run_bench
 
 WORKLOADS: dict[str, dict[str, int]] = {
@@ -191,9 +191,10 @@ def speed_rows(bench: Bench, comparison: Comparison, models: dict[str, Model], r
                     "model": name,
                     "metrics": {key: spread.model_dump() for key, spread in found.items()},
                     "ratio": ratio.model_dump() if ratio else None,
+                    "disturbed": at.warning(comparison.reference, name),
                     "ideal_tokens_per_s": ideal,
                     "ideal_ratio": ideal / of_reference if ideal and of_reference else None,
-                    "share_of_ideal": found["output_tokens_per_s"].mean / ideal if ideal else None,
+                    "share_of_ideal": found["output_tokens_per_s"].median / ideal if ideal else None,
                 }
             )
     return rows
@@ -223,12 +224,9 @@ def capacity_rows(bench: Bench, comparison: Comparison, models: dict[str, Model]
     return rows
 
 
-def spread(found: dict[str, float] | None) -> str:
-    """A mean with its least and greatest, where there were several rounds."""
-    if found is None:
-        return "1"
-    mean, low, high = (number(found[part]) for part in ("mean", "min", "max"))
-    return mean if low == high else f"{mean} ({low} to {high})"
+def spread(found: dict[str, Any] | None) -> str:
+    """A median with its least and greatest, where there were several repeats."""
+    return "1" if found is None else Spread(**found).text(number)
 
 
 def words(model: Model) -> str:
@@ -256,10 +254,11 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Serving",
         "",
-        "Ratios are of output tokens/s in the same round, with the least and the greatest; `ideal` is the roofline's "
-        "ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the machine's rates. "
-        "A share above 100 % is no error: a prefix that all requests read comes from the CPU's cache, faster than from "
-        "memory. Quantised weights have no roofline here: the machine's rates are of unquantised products.",
+        "Ratios are of output tokens/s in the same repeat, the median with the least and the greatest; `ideal` is the "
+        "roofline's ratio, `share` what is reached of a model's own roofline: bytes and FLOPs of its plan at the "
+        "machine's rates. A share above 100 % is no error: a prefix that all requests read comes from the CPU's cache, "
+        "faster than from memory. Quantised weights have no roofline here: the machine's rates are of unquantised "
+        "products.",
         "",
     ]
     for name, part in parts.items():
@@ -287,7 +286,7 @@ def speed_table(part: dict[str, Any]) -> list[str]:
     ]
     for row in part["speed"]:
         cells = [spread(row["metrics"].get(key)) if key in row["metrics"] else "" for key in COLUMNS]
-        speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), spread(row["ratio"])
+        speed, ratio = spread(row["metrics"]["output_tokens_per_s"]), f"{spread(row['ratio'])}{row['disturbed']}"
         ideal = ABSENT if row["ideal_ratio"] is None else f"{row['ideal_ratio']:.2f}"
         share = ABSENT if row["share_of_ideal"] is None else percent(row["share_of_ideal"], 0)
         lines.append(f"| {' | '.join([str(row['concurrency']), row['model'], speed, ratio, ideal, share, *cells])} |")
@@ -314,7 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without suffix: OUT.json, OUT.md")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[50, 100, 200])
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of the highest concurrency, but for memory")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of the highest concurrency, but for memory")
     parser.add_argument("--requests-per-concurrency", type=float, default=1.0)
     parser.add_argument("--base-requests", type=int, default=60, help="memory: requests that the reference holds")
     parser.add_argument("--shorter", type=int, default=1, help="divide every length by this, for a trial")
@@ -344,9 +343,10 @@ def main() -> None:
             "speed": speed_rows(bench, comparison, models, rates),
             "capacity": capacity_rows(bench, comparison, models),
         }
-    parts = (json.loads(file.read_text()).get("parts", {}) if file.is_file() else {}) | parts
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    parts = (before["parts"] if before.get("schema_version") == 2 else {}) | parts
     parts = {name: parts[name] for name in TITLES if name in parts}
-    write_json(file, {"schema_version": 1, "parts": parts})
+    write_json(file, {"schema_version": 2, "parts": parts})
     write_text(asked.out.with_suffix(".md"), page(parts))
     print(page(parts))
     print(json.dumps(parts))

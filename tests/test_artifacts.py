@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -101,3 +102,9 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path: Path, monke
         write_json(file, {"new": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     assert "old" in file.read_text()
+
+
+def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "file.json", {"argv": [name, "é"]})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"argv": [name, "é"]}

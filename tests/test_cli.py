@@ -17,8 +17,9 @@ from test_pipeline import layerboost, write_recipe
 from tiny import layer_plans, save_text, save_tiny
 
 from layerboost.artifacts import read_plan, write_plan
-from layerboost.cli import cli, show
+from layerboost.cli import cli
 from layerboost.runtime import locked
+from layerboost.tables import show
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import AutoConfig
 
 from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
 from layerboost.evaluation.statistics import average_difference, difference
+from layerboost.model.memory import Engine, admission_bytes, groups, resident_bytes
 from layerboost.model.modeling import skipped_layers
 from layerboost.model.surgery import boosted_config
-from layerboost.search.memory import Engine, admission_bytes, groups, resident_bytes
 from layerboost.serving.command import with_flags
 from layerboost.text import _pack
 
@@ -80,13 +81,14 @@ def plan_in(config: Any) -> list[LayerPlan]:
 
 WORD = st.text("abcdefgh", min_size=2, max_size=6)
 FLAGS = st.dictionaries(WORD, st.one_of(st.none(), WORD), max_size=5)
+ADVISED = st.dictionaries(WORD, WORD, max_size=5)  # each has a value
 
 
-@given(given_flags=FLAGS, advised=FLAGS, joined=st.booleans())
+@given(given_flags=FLAGS, advised=ADVISED, joined=st.booleans())
 def test_flags_that_are_given_win_over_advised_ones_and_the_others_stay(
-    given_flags: dict[str, str | None], advised: dict[str, str | None], joined: bool
+    given_flags: dict[str, str | None], advised: dict[str, str], joined: bool
 ) -> None:
-    def words(flags: dict[str, str | None], joined: bool = False) -> tuple[str, ...]:
+    def words(flags: Mapping[str, str | None], joined: bool = False) -> tuple[str, ...]:
         parts: list[str] = []
         for name, value in flags.items():
             parts += [f"--{name}"] if value is None else [f"--{name}={value}"] if joined else [f"--{name}", value]

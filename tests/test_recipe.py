@@ -6,7 +6,17 @@ import pytest
 from pydantic import BaseModel
 
 from layerboost.errors import ConfigError
-from layerboost.recipe import RECIPES, Recipe, find_recipe, known_keys, load_recipe, recipe_yaml, set_option
+from layerboost.recipe import (
+    RECIPES,
+    Recipe,
+    Text,
+    find_recipe,
+    known_keys,
+    load_recipe,
+    parse_recipe,
+    recipe_yaml,
+    set_option,
+)
 from layerboost.stages.measure import validate_measure
 
 
@@ -80,3 +90,29 @@ def row(key: str) -> str:
 @pytest.mark.parametrize("key", known_keys())
 def test_docs_have_every_key_with_default_and_meaning(key: str) -> None:
     assert row(key) in (Path(__file__).parents[1] / "docs" / "recipe.md").read_text().splitlines()
+
+
+def test_what_is_on_this_disk_is_kept_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "self", "piqa", "t.txt", "mine.yaml", "-odd [name] %s"):
+        (tmp_path / name).mkdir()
+    recipe = parse_recipe(
+        {
+            "model": "model",
+            "text": {"source": {"t.txt": 0.5, "some/data": 0.5}},
+            "measure": {"traffic": "-odd [name] %s", "plan": "nowhere"},
+            "evaluate": {"tasks": ["piqa", "mine.yaml"], "checkpoints": {"a": "~/model"}, "bench_data": "package:x"},
+        },
+        "test",
+    )
+    assert recipe.model == str(tmp_path / "model")
+    assert recipe.text.sources == {str(tmp_path / "t.txt"): 0.5, "some/data": 0.5}
+    assert (recipe.measure.traffic, recipe.measure.plan) == (str(tmp_path / "-odd [name] %s"), "nowhere")
+    # A name of the task, a word and a package, whatever lies beside.
+    assert recipe.evaluate.tasks == ("piqa", str(tmp_path / "mine.yaml"))
+    assert (Text(source="self").source, recipe.evaluate.bench_data) == ("self", "package:x")
+    assert recipe.evaluate.checkpoints == {"a": str(tmp_path / "model")}
+    assert load_recipe([], {"text.source": "x" * 5000, "model": "~nobody-here/m"}).model == "~nobody-here/m"
+    with pytest.raises(ConfigError, match=r"text\.source\.str: Input should be a valid string"):
+        load_recipe([], {"text.source": 3})

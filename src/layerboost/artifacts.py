@@ -168,32 +168,6 @@ class Predicted(BaseModel):
     plan: str = Field(default="", description="hash of the plan it foretells")
 
 
-class Serving(BaseModel):
-    """How vLLM is to be started so that the plan's memory is real, and what that gives and costs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    flags: list[str] = Field(description="further arguments of vllm serve")
-    context_tokens: int
-    admission_bytes: int = Field(description="KV bytes vLLM reserves for one request of context_tokens")
-    resident_bytes: int = Field(description="KV bytes it holds while it decodes at that length, blocks and padding in")
-    requests_ratio: float = Field(description="requests admitted to the same memory, against the base")
-    default_requests_ratio: float = Field(description="the same with 2,048 batched tokens, vLLM's least default")
-    prefill_steps: int = Field(description="steps to read a prompt of context_tokens; and with that default:")
-    default_prefill_steps: int
-    prefill_ms: float | None = Field(None, description="time of these steps, known with plan.costs")
-    default_prefill_ms: float | None = None
-
-    @property
-    def against_default(self) -> str:
-        """What vLLM's least default admits and costs, as the end of a sentence; nothing if the flags say the same."""
-        if self.prefill_steps == self.default_prefill_steps:
-            return ""
-        return (
-            f", with 2,048 batched tokens (vLLM's own on most devices) {self.default_requests_ratio:.2f} times; a "
-            f"prompt of that length is then read in {self.prefill_steps} steps, not {self.default_prefill_steps}"
-        )
-
-
 class PlanFile(Artifact):
     """`plan.yaml`: one line a layer; a person may edit it."""
 
@@ -203,8 +177,13 @@ class PlanFile(Artifact):
     settings: dict[str, Any] = {}
     sensitivity: str | None = Field(default=None, description="hash of the sensitivity.json it was made from")
     predicted: Predicted | None = None
-    serving: Serving | None = None
     layers: list[LayerPlan]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_flags(cls, values: Any) -> Any:
+        """Older files hold serving flags, those of the machine that planned: they are left out."""
+        return {key: value for key, value in values.items() if key != "serving"} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> PlanFile:
@@ -279,7 +258,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
+        # A name that is not UTF-8 becomes an escape, which JSON reads back.
+        with temporary.open("w", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

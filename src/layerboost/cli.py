@@ -1,9 +1,7 @@
-"""The command line: one command a stage, plus run, serve, check and ls. Results on stdout, progress on stderr."""
+"""The command line: a command per stage, and run, serve, costs, check and ls. Results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import os
 import signal
@@ -17,25 +15,14 @@ import click
 
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
+from layerboost.options import Command, with_recipe
+from layerboost.tables import plain, show
+from layerboost.terminal import prepare_terminal
 
 if TYPE_CHECKING:
     from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
-PIPED_COLUMNS = 200  # a pipe has no width: rich would take 80 and cut numbers short
-
-
-class Command(click.Command):
-    """A command whose help ends with examples as they are typed."""
-
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.examples = examples
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Examples"):
-            for example in self.examples:
-                formatter.write(f"  {example}\n")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,69 +32,6 @@ def cli() -> None:
 
     MODEL is a Hub id, a directory, a GGUF file, or package:NAME (a GGUF file inside an installed PyPI package).
     """
-
-
-def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command MODEL and the options of every stage; it is called with the recipe they resolve to."""
-
-    @functools.wraps(function)
-    def command(
-        model: str | None,
-        run: Path,
-        config: str | None,
-        settings: tuple[str, ...],
-        text: str | None,
-        trust_remote_code: bool,
-        as_json: bool,
-        on_plan: Path | None = None,
-        engine: str | None = None,
-        **rest: Any,
-    ) -> None:
-        given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
-        recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
-        function(recipe=recipe, run=run, as_json=as_json, **rest)
-
-    decorators = [
-        click.argument("model", required=False),
-        click.option("--run", "run", type=click.Path(path_type=Path), default=Path("layerboost-run"), show_default=True,
-                     help="Run folder: every stage reads and writes its files there."),
-        click.option("--config", metavar="RECIPE", help="A YAML file or a name from `layerboost ls recipes`."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Such as heal.lr=1e-4."),
-        click.option("--text", metavar="SOURCE", help="Calibration and healing text; `self`: the model's own samples."),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]  # fmt: skip
-    return functools.reduce(lambda done, decorator: decorator(done), reversed(decorators), command)
-
-
-def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
-    """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
-    from layerboost.recipe import find_recipe, load_recipe, set_option
-
-    files = [file for file in (run / "recipe.yaml", find_recipe(config) if config else None) if file and file.is_file()]
-    return load_recipe(files, dict(map(set_option, settings)) | given)
-
-
-def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
-    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
-    from layerboost.pipeline import plain
-    from layerboost.runtime import is_main_process
-
-    if not is_main_process():
-        return
-    if as_json:
-        click.echo(json.dumps(plain(result), indent=1, default=str))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    head, *body = rows(result)
-    table = Table(*head)
-    for row in body:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPED_COLUMNS
-    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
 
 
 def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
@@ -306,7 +230,7 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Check a recipe."""
-    from layerboost.pipeline import check, plain
+    from layerboost.pipeline import check
 
     show(
         check(recipe, run), as_json, lambda found: [["what", "found"], *([k, str(v)] for k, v in plain(found).items())]
@@ -329,11 +253,33 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     """Serve a checkpoint."""
     import shlex
 
+    from layerboost.runtime import settle_environment
     from layerboost.serving.command import serve_argv
 
+    settle_environment()
     argv, added = serve_argv(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
+
+
+@cli.command(
+    "costs",
+    cls=Command,
+    help="Measure this machine's rates with MODEL, a base, under vLLM: what plan.costs needs to plan for time.",
+    examples=(
+        "layerboost costs runs/qwen3/base --out costs.json",
+        "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
+    ),
+)
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("costs.json"), show_default=True)
+@click.option("--cache-gib", default=1.5, show_default=True, help="KV cache of the engines that are timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
+    """Measure rates."""
+    from layerboost.stages.costs import run_costs
+
+    show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 
 
 @cli.command(
@@ -364,10 +310,11 @@ def main() -> None:
     """The console script: runs a command and turns every failure into one message and the right exit code."""
     if not os.environ.get("LAYERBOOST_DEBUG"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
+    prepare_terminal()
     logger = logging.getLogger("layerboost")
     logger.handlers = [logging.StreamHandler(sys.stderr)]
-    # Of several ranks under torchrun, one speaks.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.filters = [_speaks]
+    logger.setLevel(logging.INFO)
     # A terminated job ends as an interrupted one does: servers stopped, run.json written.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
@@ -382,9 +329,16 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; run the same command again to go on", INTERRUPTED)
     except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
+        if any(full in str(error) for full in ("No space left", "os error 28", "quota exceeded")):
             _fail("the disk is full\ndo: free space or choose another --run folder", 1)
         _fail(f"{type(error).__name__}: {error}\ndo: set LAYERBOOST_DEBUG=1 to see where", 1)
+
+
+def _speaks(record: logging.LogRecord) -> bool:
+    """Of several processes under torchrun, one speaks."""
+    from layerboost.runtime import is_main_process
+
+    return record.levelno >= logging.ERROR or is_main_process()
 
 
 def _fail(message: str, code: int) -> None:

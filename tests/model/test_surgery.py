@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import find_model, model_info
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
-from layerboost.model.surgery import apply_plan, check_plan, check_windows, replaced
+from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 
@@ -160,3 +162,18 @@ def test_unsupported_models_are_named() -> None:
     model.config.use_bidirectional_attention = True
     with pytest.raises(ConfigError, match="bidirectional"):
         apply_plan(model, layer_plans("fffff"))
+
+
+def test_a_captured_model_is_not_kept_alive() -> None:
+    model = tiny_model()
+    expected = model(IDS).logits
+    seen: list[int] = []
+    with captured_attention(model, [1, 3], lambda layer, *_: seen.append(layer)):
+        assert torch.equal(model(IDS).logits, expected)
+    assert seen == [1, 3]
+    assert torch.equal(model(IDS).logits, expected)
+    assert seen == [1, 3]
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -28,7 +28,7 @@ from layerboost.artifacts import (
 from layerboost.recipe import Plan, Recipe
 from layerboost.search.frontier import Frontier, frontier
 from layerboost.search.stability import Stability, compare_files, compare_metrics
-from layerboost.serving.results import Comparison, Measurement, compare
+from layerboost.serving.results import Comparison, Measurement
 
 FILES = {
     "run.json": "layerboost run",
@@ -316,7 +316,6 @@ def bench() -> Comparison:
         reference="base",
         complete=True,
         measurements=measurements,
-        results=compare(measurements, "base"),
     )
 
 
@@ -370,5 +369,4 @@ def decode_sweep() -> Comparison:
         reference="base",
         complete=True,
         measurements=measurements,
-        results=compare(measurements, "base"),
     )

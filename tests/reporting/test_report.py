@@ -47,7 +47,7 @@ def test_a_finished_run_fills_every_panel(run: Path) -> None:
     top = page.text["top"]
     assert "30.4 %" in top
     assert "13.7 MiB a request against 45.0 MiB" in top
-    assert "over 3 interleaved rounds: faster in every round" in top
+    assert "over 3 interleaved repeats: faster in every repeat" in top
     assert "Quality gate: passed by healed in 1 of 1 checks." in top
     assert "healed − base: −0.6 (−2.1 to +0.8) points; no difference shown, of which these items show 2.1 points" in top
     assert "no worse than 1 point: not shown" in top
@@ -63,14 +63,14 @@ def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
     assert summary["kv_fraction"] == pytest.approx((8 + 18 * 64 / 1024) / 30)
     ratio = summary["throughput_ratio"]
     assert (ratio["model"], ratio["concurrency"]) == ("healed", 200)
-    assert ratio["low"] < ratio["mean"] < ratio["high"]
+    assert ratio["low"] < ratio["median"] < ratio["high"]
     assert summary["perplexity"] == {"base": 14.457, "converted": 18.912, "healed": 14.913}
     assert summary["tasks"]["piqa"]["healed"] == 0.668
     header, *rows = summary_table(summary)
     assert header == ["metric", "base", "converted", "healed"]
     assert [row[0] for row in rows][-2:] == ["arc_challenge", "average"]
     assert rows[0] == ["KV bytes", "100.0 %", "30.4 %", "30.4 %"]
-    assert rows[1][3] == f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    assert rows[1][3] == f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f} over 3 repeats)"
     assert {len(row) for row in rows} == {4}
 
 
@@ -161,17 +161,36 @@ def test_a_newer_sensitivity_is_pointed_out(run: Path) -> None:
     assert "12 of 30 layers" in text
 
 
-def test_one_round_claims_no_difference(run: Path) -> None:
-    from layerboost.serving.results import Comparison, compare
+def test_one_repeat_claims_no_difference_and_has_no_range(run: Path) -> None:
+    file = run / "bench" / "comparison.json"
+    values = json.loads(file.read_text())
+    values["measurements"] = [entry for entry in values["measurements"] if entry["repeat"] == 0]
+    write_json(file, values)
+    summary = run_report(run)
+    page = Elements((run / "report.html").read_text())
+    assert "one repeat, so its range is unknown" in page.text["top"]
+    assert "faster" not in page.text["top"]
+    assert summary["throughput_ratio"]["low"] is summary["throughput_ratio"]["high"] is None
+    assert re.fullmatch(r"\d\.\d\d \(one repeat\)", summary_table(summary)[2][3])
+    assert " to " not in page.text["throughput"].split("Throughput and memory")[1].split("Latency")[0].replace(
+        "ratio to base", ""
+    )
 
-    values = Comparison.model_validate_json((run / "bench" / "comparison.json").read_text())
-    first = [entry for entry in values.measurements if entry.repeat == 0]
-    update = {"measurements": first, "results": compare(first, "base")}
-    write_json(run / "bench" / "comparison.json", values.model_copy(update=update))
-    run_report(run)
-    top = Elements((run / "report.html").read_text()).text["top"]
-    assert "one round, so its spread is unknown" in top
-    assert "faster" not in top
+
+def test_a_disturbed_benchmark_says_so_wherever_its_ratio_stands(run: Path) -> None:
+    file = run / "bench" / "comparison.json"
+    values = json.loads(file.read_text())
+    for entry in values["measurements"]:
+        taken = 0.9 if (entry["model"], entry["concurrency"], entry["repeat"]) == ("base", 200, 0) else 0.02
+        entry["metrics"] |= {"own_cores": 1.0, "other_cores": taken}
+    write_json(file, values)
+    summary = run_report(run)
+    why = "disturbed (base: other processes used up to 0.9 of 2 cores)"
+    page = Elements((run / "report.html").read_text())
+    assert why in page.text["top"]
+    assert f"concurrency 200; {why}" in page.text["throughput"]
+    assert page.text["throughput"].count("repeats), disturbed") == 2  # converted and healed, at 200 alone
+    assert summary_table(summary)[2][3].endswith(why)
 
 
 def test_the_page_loads_nothing_and_stays_small(run: Path) -> None:
@@ -281,7 +300,7 @@ def test_accuracy_stands_against_throughput_where_both_are_known(run: Path) -> N
     assert base["text"] == ["50", "100", "200"]
     assert base["y"] == [pytest.approx(50.7)] * 3
     assert "error_y" not in base
-    assert healed["x"] == [result.models["healed"]["output_tokens_per_s"].mean for result in sources.bench.results]
+    assert healed["x"] == [result.models["healed"]["output_tokens_per_s"].median for result in sources.bench.results]
     # The bars are the paired interval, laid upon the model's own value.
     assert sources.quality.average
     lost = sources.quality.average.difference["converted"]

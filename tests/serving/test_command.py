@@ -14,6 +14,8 @@ from tiny import save_tiny
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.serving.command import (
+    check_port,
+    check_server,
     check_vllm,
     cores,
     serve_argv,
@@ -141,8 +143,48 @@ def test_given_flags_win_over_advised_ones() -> None:
     advised = ("--max-num-batched-tokens", "256", "--block-size", "32")
     assert with_flags((), advised) == advised
     assert with_flags(("--block_size=16", "-O0"), advised) == (*advised[:2], "--block_size=16", "-O0")
-    edited = ("--enforce-eager", *advised, "--no-enable-prefix-caching")
-    assert with_flags((), edited) == edited
-    assert with_flags(("--enforce-eager", "--block-size", "16"), edited) == (
-        *("--max-num-batched-tokens", "256", "--no-enable-prefix-caching", "--enforce-eager", "--block-size", "16"),
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--served-model-name", "tiny"),
+        ("--served_model_name=tiny",),
+        ("--served-model", "tiny"),  # vLLM takes abbreviations
+        ("--enforce-eager", "--port", "8739"),
+        ("--host=0.0.0.0",),
+        ("--uds", "/tmp/socket"),
+        ("--api-key", "secret"),
+        ("--ssl-keyfile", "key.pem"),
+        ("--config", "vllm.yaml"),
+        ("--disable-log-stats",),
+    ],
+)
+def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
+    arguments: tuple[str, ...], free_port: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"bench\.server_args may not have --"):
+        check_server(Bench(server_args=arguments, port=free_port))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
+    given = (
+        "--api-server-count",
+        "1",
+        "--config-format",
+        "hf",
+        "--model-impl",
+        "auto",
+        "--tokenizer-mode",
+        "auto",
+        "-O0",
     )
+    check_server(Bench(server_args=given, port=free_port))
+
+
+@pytest.mark.parametrize("port", [70_000, -1])
+def test_a_number_that_is_no_port_is_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
+        check_port(port)

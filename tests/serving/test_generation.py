@@ -51,7 +51,11 @@ def test_throughput_is_tokens_over_time() -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file of the current folder that is called as a library is.
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "torch.py").write_text("raise SystemExit('the wrong torch')")
+    monkeypatch.chdir(tmp_path / "here")
     folder = save_tiny(tmp_path / "model", "llama", "nSsf")
     recipe = parse_recipe({"device": "cpu"}, "test")
     found = run_generation("it", folder, recipe, load(), tmp_path / "run.log")
@@ -62,4 +66,4 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
         LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"
     ):
         run_generation("it", folder, recipe, load(), tmp_path / "run.log")
-    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log"] == ["model"]
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log" and file.name != "here"] == ["model"]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,16 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.serving import guard
 from layerboost.serving.command import check_port
-from layerboost.serving.server import _gpu_bytes, last_words, running_server
+from layerboost.serving.server import (
+    COUNTERS,
+    Server,
+    _gpu_bytes,
+    _wait_until_healthy,
+    guarded,
+    last_words,
+    running_server,
+    stop_guarded,
+)
 
 # A command that starts a child which does not listen to SIGTERM, as a hanging worker would.
 COMMAND = """
@@ -107,3 +120,50 @@ def test_stopping_is_quick(survivors: Callable[[float], list[str]]) -> None:
     guarded.wait(10)
     assert time.monotonic() - started < 10
     assert survivors(2) == []
+
+
+class Metrics(BaseHTTPRequestHandler):
+    """Answers as vLLM does, of a model in a folder with an odd name."""
+
+    def do_GET(self) -> None:
+        text = "".join(f'vllm:{name}{{engine="0",model_name="/a}} {{b [c]"}} 2.0\n' for name in COUNTERS)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_is_asked_without_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Metrics) as answering:
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE) as process:
+            server = Server("m", tmp_path, f"http://127.0.0.1:{answering.server_port}", tmp_path / "log", process)
+            try:
+                assert server.counters() == dict.fromkeys(COUNTERS, 2.0)
+                _wait_until_healthy(server, 5)
+            finally:
+                process.kill()
+                server.stop()
+        answering.shutdown()
+
+
+def test_a_process_that_we_start_gets_an_environment_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "VLLM_API_KEY": "secret"})
+    script = "import json, os; print(json.dumps(dict(os.environ)))"
+    with (tmp_path / "out").open("wb") as output:
+        process = guarded([sys.executable, "-c", script], {"ADDED": "1"}, output)
+        process.wait(20)
+        stop_guarded(process)
+    found = json.loads((tmp_path / "out").read_text())
+    assert "127.0.0.1" in found["no_proxy"].split(",")
+    assert found["NO_PROXY"] == found["no_proxy"]
+    assert found["ADDED"] == "1"
+    assert not found.keys() & {"RANK", "WORLD_SIZE", "VLLM_API_KEY"}

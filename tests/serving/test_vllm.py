@@ -18,10 +18,10 @@ from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
+from layerboost.model.memory import Engine, admission_bytes, block_bytes
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench
-from layerboost.search.memory import Engine, admission_bytes, block_bytes
 from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
 from layerboost.serving.command import GIB, check_port
 from layerboost.serving.results import metrics_of

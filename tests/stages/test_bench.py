@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from processes import Guarded
 from tiny import info, layer_plans, save_tiny
 
-from layerboost.artifacts import PLAN, PlanFile, Predicted, read_json, write_json, write_plan
+from layerboost.artifacts import PLAN, PlanFile, read_json, write_json, write_plan
 from layerboost.errors import ConfigError
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, serving
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.search.memory import CPU_ENGINE, serving
 from layerboost.serving import generation
 from layerboost.serving.results import Comparison, Measurement
 from layerboost.stages.bench import _checked, _opened, run_bench
@@ -39,8 +40,8 @@ def recipe(**changes: Any) -> Recipe:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "port": port}
-    return parse_recipe({"bench": {**small, **changes}}, "test")
+    small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "repeats": 1}
+    return parse_recipe({"bench": {**small, "port": port, **changes}}, "test")
 
 
 def opened(asked: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> Comparison:
@@ -77,7 +78,7 @@ def test_a_finished_run_starts_no_server(tmp_path: Path, models: dict[str, Path]
     assert comparison["complete"]
     assert comparison["reference"] == "base"
     assert [result["concurrency"] for result in comparison["results"]] == [1, 2]
-    assert comparison["results"][0]["ratios"]["healed"]["output_tokens_per_s"]["mean"] == 2
+    assert comparison["results"][0]["ratios"]["healed"]["output_tokens_per_s"]["median"] == 2
     assert read_json(tmp_path / "bench" / "comparison.json", Comparison, "bench").complete
 
 
@@ -132,38 +133,47 @@ def test_a_truncated_comparison_is_refused(tmp_path: Path, models: dict[str, Pat
         opened(recipe(), tmp_path, models)
 
 
-def advise(folder: Path, *flags: str) -> None:
-    """Put a plan with serving flags beside a stand-in of a model."""
-    plan = PlanFile(model=info(2), method="budget", layers=layer_plans("sf"))
-    found = serving(plan.model, plan.layers, 512, 4, CPU_ENGINE)
-    plan.serving = found.model_copy(update={"flags": list(flags)})
-    plan.predicted = Predicted(
-        damage={}, kv_fraction=1, kv_bytes_per_request=1, parameter_fraction=1, context_tokens=1, plan=plan.hash()
-    )
+def advise(folder: Path, context_tokens: int = 512) -> PlanFile:
+    """Put a plan for this context length beside a stand-in of a model."""
+    settings = {"context_tokens": context_tokens, "concurrency": 4}
+    plan = PlanFile(model=info(2), method="budget", settings=settings, layers=layer_plans("sf"))
     write_plan(folder / PLAN, plan)
+    return plan
 
 
 @needs_vllm
-def test_every_model_is_served_with_the_flags_of_the_plan(tmp_path: Path, models: dict[str, Path]) -> None:
-    advise(models["healed"], "--max-num-batched-tokens", "64", "--block-size", "32")
-    asked = recipe(server_args=["--block-size=16"])
-    job = _checked(asked, tmp_path, models, False)
-    assert job.bench.server_args == ("--max-num-batched-tokens", "64", "--block-size=16")
+@pytest.mark.parametrize("engine", [CPU_ENGINE, GPU_ENGINE])
+def test_every_model_is_served_with_the_flags_of_the_plan(
+    engine: Engine, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for the machine that serves, wherever the plan was made."""
+    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: engine == CPU_ENGINE)
+    plan = advise(models["healed"])
+    flags = serving(plan.model, plan.layers, 512, 4, engine).flags
+    assert flags[0] == "--max-num-batched-tokens"
+    job = _checked(recipe(server_args=["--block-size=16"]), tmp_path, models, False)
+    assert job.bench.server_args == (*flags[:2], "--block-size=16")
     assert _opened(job).settings["server_args"] == list(job.bench.server_args)
     # Another checkpoint that wants others: there is no ratio to the base that is fair to both.
     other = models | {"other": tmp_path / "other"}
     shutil.copytree(models["healed"], other["other"])
-    assert _checked(asked, tmp_path, other, False).bench == job.bench
-    advise(other["other"], "--max-num-batched-tokens", "128")
-    with pytest.raises(ConfigError, match=r"healed: --max-num-batched-tokens 64 .*other: --max-num-batched-tokens 128"):
-        opened(asked, tmp_path, other)
+    assert _checked(recipe(server_args=["--block-size=16"]), tmp_path, other, False).bench.server_args == (
+        job.bench.server_args
+    )
+    advise(other["other"], context_tokens=32_768)
+    with pytest.raises(ConfigError, match=r"healed: --max-num-batched-tokens \d+.*other: --"):
+        opened(recipe(), tmp_path, other)
 
 
 @needs_vllm
-def test_flags_of_an_edited_plan_are_not_used(tmp_path: Path, models: dict[str, Path]) -> None:
-    advise(models["healed"], "--block-size", "32")
+def test_flags_are_those_of_the_layers_that_are_there(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A plan that a person edited, in a file that an older version wrote with the flags of the machine that planned."""
+    advise(models["healed"])
     file = models["healed"] / PLAN
-    file.write_text(file.read_text().replace("layer: 1, attention: full", "layer: 1, attention: none"))
+    assert "serving" not in yaml.safe_load(file.read_text())
+    assert _checked(recipe(), tmp_path, models, False).bench.server_args != ()
+    old = file.read_text().replace("layer: 0, attention: sliding, window: 16", "layer: 0, attention: full")
+    file.write_text("serving: {flags: [--block-size, '8'], context_tokens: 512}\n" + old)
     assert _checked(recipe(), tmp_path, models, False).bench.server_args == ()
 
 
@@ -174,7 +184,7 @@ def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.Monke
     found = run_bench(asked, tmp_path, models)
     assert found["complete"]
     (at,) = found["results"]
-    assert at["ratios"]["healed"]["output_tokens_per_s"]["mean"] > 0
+    assert at["ratios"]["healed"]["output_tokens_per_s"]["median"] > 0
     assert json.loads((tmp_path / "bench" / "base-c2-r0.json").read_text())["total_output_tokens"] == 16
     assert found["settings"]["engine"] == "transformers"
     assert run_bench(asked, tmp_path, models) == found
@@ -190,7 +200,7 @@ def test_a_decode_sweep_has_a_result_per_length(tmp_path: Path, monkeypatch: pyt
     assert [(at["concurrency"], at["output_tokens"]) for at in sweep["results"]] == [(2, 4), (2, 128)]
     short, long = (json.loads((tmp_path / "bench" / f"base-decode{n}-r0.json").read_text()) for n in (4, 128))
     assert (short["total_output_tokens"], long["total_output_tokens"]) == (2 * 4, 2 * 128)
-    assert all(at["models"]["base"]["latency_ms_median"]["mean"] > 0 for at in sweep["results"])
+    assert all(at["models"]["base"]["latency_ms_median"]["median"] > 0 for at in sweep["results"])
     head, *rows = decoded_rows(sweep)
     assert [row[:2] for row in rows] == [["4", "base"], ["128", "base"]]
     assert {len(row) for row in rows} == {len(head)}

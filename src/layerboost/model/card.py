@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.artifacts import PlanFile
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, plan_serving
 from layerboost.recipe import Card
 
 CARD = "README.md"
@@ -88,7 +89,6 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
-    flags = " ".join(plan.serving.flags) if plan.serving and predicted else ""
     own, reach = _full_layers(plan)
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
@@ -114,9 +114,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # 
 
 ```console
 pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
-vllm serve PATH{" " * bool(flags)}{flags}
-```
-{_memory(plan) if flags else ""}
+{_serve(plan)}
 ## The plan
 
 `full`: softmax attention{own}; `sliding`: softmax over the last `window` tokens; `none`: no attention, no KV cache.
@@ -143,14 +141,18 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
     )
 
 
-def _memory(plan: PlanFile) -> str:
-    """What the serving flags gain and cost."""
-    found = plan.serving
-    assert found
+def _serve(plan: PlanFile) -> str:
+    """The commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    kinds = {"On a GPU": GPU_ENGINE, "On a CPU": CPU_ENGINE}
+    found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
+    if not any(advised.flags for advised in found.values()):
+        return "vllm serve PATH\n```\n"
+    commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
+    gains = [f"{where} {advised.gain}." for where, advised in found.items()]
+    context = next(iter(found.values())).context_tokens
     return (
-        f"\nvLLM reserves the tokens in flight for every sliding layer. With these flags and `--max-model-len "
-        f"{found.context_tokens}` the same memory admits {found.requests_ratio:.2f} times the base's requests"
-        f"{found.against_default}.\n"
+        "\n".join(commands) + "\n```\n\nvLLM reserves the tokens in flight for every sliding layer. With these flags "
+        f"and `--max-model-len {context}`: {' '.join(gains)}\n"
     )
 
 

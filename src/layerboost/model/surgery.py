@@ -175,25 +175,33 @@ def captured_attention(model: PreTrainedModel, layers: Sequence[int], see: Calla
 
     query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`, as the attention backend gets them.
     """
-    modules: dict[int, Any] = {layer: attention_of(model, layer) for layer in layers}
-    configs = {layer: module.config for layer, module in modules.items()}
-    implementation = model.config._attn_implementation
-
-    def capture(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        # Each family has an eager attention of its own, beside its attention class.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        scaling = kw.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        see(module.layer_idx, query, key, value, scaling, kw.get("softcap"))
-        return stock(module, query, key, value, *args, **kw)
-
-    ALL_ATTENTION_FUNCTIONS.register(CAPTURE, capture)
+    modules: list[Any] = [attention_of(model, layer) for layer in layers]
+    configs = [module.config for module in modules]
     try:
-        for module in modules.values():
+        for module in modules:
+            module.layerboost_capture = see, module.config._attn_implementation
             module.config = copy.copy(module.config)
             module.config._attn_implementation = CAPTURE
         yield
     finally:
-        for layer, module in modules.items():
-            module.config = configs[layer]
+        for module, config in zip(modules, configs, strict=True):
+            module.config = config
+            del module.layerboost_capture
+
+
+def _capturing_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Transformers' attention interface for a layer whose attention is captured."""
+    see, implementation = module.layerboost_capture
+    # Each family has an eager attention of its own, beside its attention class.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    see(module.layer_idx, query, key, value, scaling, kwargs.get("softcap"))
+    return stock(module, query, key, value, *args, **kwargs)
+
+
+# The table lives as long as the process: a function in it must hold no model.
+ALL_ATTENTION_FUNCTIONS.register(CAPTURE, _capturing_attention)

@@ -12,10 +12,9 @@ from layerboost.reporting.figures import layout, model_color
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, percent
-from layerboost.serving.results import AtConcurrency, Comparison, Spread
+from layerboost.serving.results import SPEED, AtConcurrency, Comparison, Spread
 
 FILE = "bench/comparison.json"
-SPEED = "output_tokens_per_s"
 # What the tables show of what was measured, with its title.
 FURTHER = {
     "requests_per_s": "requests/s",
@@ -25,6 +24,7 @@ FURTHER = {
     "kv_usage_peak": "used at most",
     "preemptions": "preemptions",
     "prefix_hit_share": "prompt tokens from the prefix cache",
+    "other_cores": "cores used by other processes",
 }
 SHARES = ("kv_usage_peak", "prefix_hit_share")
 LATENCIES = {
@@ -36,15 +36,13 @@ LATENCIES = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One metric of one model against the reference at one concurrency; least and greatest over `rounds` rounds."""
+    """One metric of one model against the reference at one concurrency, and what disturbed either of them."""
 
     model: str
     reference: str
     concurrency: int
-    rounds: int
-    mean: float
-    low: float
-    high: float
+    spread: Spread
+    warning: str
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
@@ -53,9 +51,8 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         names = [name for name in model_order(result.ratios) if metric in result.ratios[name]]
         known = [name for name in names if name in ("converted", "healed")] or names
         if known:
-            spread = result.ratios[known[-1]][metric]
-            rounds = _rounds(bench, result.concurrency, known[-1])
-            return Ratio(known[-1], bench.reference, result.concurrency, rounds, spread.mean, spread.min, spread.max)
+            spread, warning = result.ratios[known[-1]][metric], result.warning(bench.reference, known[-1])
+            return Ratio(known[-1], bench.reference, result.concurrency, spread, warning)
     return None
 
 
@@ -69,8 +66,9 @@ def throughput_panel(sources: Sources) -> Panel:
         return Panel("throughput", "Throughput", files, [f"{FILE} holds no measurement yet: run `layerboost bench`"])
     missing = [] if quality else [f"accuracy against throughput: {absent('eval/comparison.json')}"]
     notes = [
-        "One run of the load generator a model, concurrency and round; values are means over the rounds, with the "
-        f"least and the greatest in brackets; ratios are of the same round. {environment(bench)}"
+        "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
+        "the least and the greatest in brackets where there are several; ratios are taken within a repeat. "
+        f"{environment(bench)}"
     ]
     settings = bench.settings
     if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
@@ -85,12 +83,12 @@ def throughput_panel(sources: Sources) -> Panel:
         charts.append(Chart("chart-accuracy", "Accuracy against throughput", figure))
         notes.append(
             "Accuracy is the average over tasks that chose no layers; its bars are the 95 % interval of the paired "
-            "difference from the base, those of throughput the least and the greatest round. Numbers at the points are "
-            "requests in flight."
+            "difference from the base, those of throughput the least and the greatest repeat. Numbers at the points "
+            "are requests in flight."
         )
     elif quality:
         missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
-    warnings = unfinished(bench, FILE)
+    warnings = bench_warnings(bench, FILE)
     if changed := sources.changed_since_bench:
         warnings.append(f"{', '.join(changed)} changed after the benchmark: delete bench/ and run `layerboost bench`")
     tables = [_speed_table(bench), _latency_table(bench)]
@@ -102,15 +100,21 @@ def environment(bench: Comparison) -> str:
     return f"Measured on: {', '.join(f'{key} {value}' for key, value in bench.environment.items())}."
 
 
-def unfinished(bench: Comparison, file: str) -> list[str]:
-    """A warning where measurements are still to come."""
-    if bench.complete:
-        return []
-    return [f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it"]
+def bench_warnings(bench: Comparison, file: str) -> list[str]:
+    """Where measurements are still to come, and per point what else than the models its numbers show."""
+    found = [
+        f"concurrency {result.concurrency}{f', {result.output_tokens:,} tokens out' if result.output_tokens else ''}"
+        f"{result.warning(*model_order(result.disturbed))}"
+        for result in bench.results
+        if result.disturbed
+    ]
+    if not bench.complete:
+        found.append(f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it")
+    return found
 
 
 def throughput_figure(bench: Comparison) -> dict[str, Any]:
-    """A line a model: output tokens per second against concurrency, bars from the least to the greatest round."""
+    """A line a model: output tokens per second against concurrency, bars from the least to the greatest repeat."""
     return benchmark_figure(
         bench, SPEED, {result.concurrency: result for result in bench.results}, "requests in flight", "output tokens/s"
     )
@@ -119,7 +123,7 @@ def throughput_figure(bench: Comparison) -> dict[str, Any]:
 def benchmark_figure(
     bench: Comparison, metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_title: str, scale: float = 1.0
 ) -> dict[str, Any]:
-    """A line a model: one metric, times `scale`, against what `results` are keyed by; bars over the rounds."""
+    """A line a model: one metric, times `scale`, against what `results` are keyed by; bars over the repeats."""
     traces: list[dict[str, Any]] = []
     names = model_order({name for result in bench.results for name in result.models})
     for name in names:
@@ -133,11 +137,11 @@ def benchmark_figure(
                 "mode": "lines+markers",
                 "name": escape(name),  # plotly reads tags in names
                 "x": [x for x, _ in found],
-                "y": [scale * spread.mean for _, spread in found],
+                "y": [scale * spread.median for _, spread in found],
                 "error_y": _bars([spread for _, spread in found], color, scale),
                 "line": {"color": color, "width": 2},
                 "marker": {"color": color, "size": 8},
-                "customdata": [_scaled(spread, scale) for _, spread in found],
+                "customdata": [spread.text(lambda value: number(scale * value)) for _, spread in found],
                 "hovertemplate": f"{x_title} %{{x:,}}: %{{customdata}} {y_title}<extra>%{{fullData.name}}</extra>",
             }
         )
@@ -162,7 +166,7 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> dict[str, Any
             "type": "scatter",
             "mode": "lines+markers+text",
             "name": escape(name),
-            "x": [spread.mean for _, spread in found],
+            "x": [spread.median for _, spread in found],
             "y": [value] * len(found),
             "text": [str(concurrency) for concurrency, _ in found],
             # In turn above and below: near a machine's limit the points of two concurrencies lie close.
@@ -177,55 +181,41 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> dict[str, Any
             low, high = (100 * (bound - change.mean) for bound in (change.low, change.high))
             sizes = {"array": [high] * len(found), "arrayminus": [-low] * len(found)}
             trace["error_y"] = {"type": "data", **sizes, "color": color, "thickness": 1.2, "width": 3}
-        trace["customdata"] = [f"{spread_text(spread)} tokens/s<br>{text}" for _, spread in found]
+        trace["customdata"] = [f"{spread.text(number)} tokens/s<br>{text}" for _, spread in found]
         trace["hovertemplate"] = "%{text} requests in flight: %{customdata}<extra>%{fullData.name}</extra>"
         traces.append(trace)
     return {"data": traces, "layout": layout("output tokens/s", "average accuracy, %")}
 
 
 def _bars(spreads: list[Spread], color: str, scale: float = 1.0) -> dict[str, Any]:
-    """Error bars from the least to the greatest round."""
+    """Error bars from the least to the greatest repeat."""
     return {
         "type": "data",
-        "array": [scale * (spread.max - spread.mean) for spread in spreads],
-        "arrayminus": [scale * (spread.mean - spread.min) for spread in spreads],
+        "array": [scale * (spread.max - spread.median) for spread in spreads],
+        "arrayminus": [scale * (spread.median - spread.min) for spread in spreads],
         "color": color,
         "thickness": 1.5,
         "width": 4,
     }
 
 
-def _scaled(spread: Spread, scale: float) -> str:
-    return spread_text(Spread(mean=scale * spread.mean, min=scale * spread.min, max=scale * spread.max))
-
-
-def spread_text(spread: Spread, digits: int = 3) -> str:
-    """A mean with the least and greatest of its rounds: 412 (405 to 420); alone where there was one round."""
-    if spread.min == spread.max:
-        return number(spread.mean, digits)
-    return f"{number(spread.mean, digits)} ({number(spread.min, digits)} to {number(spread.max, digits)})"
-
-
-def _rounds(bench: Comparison, concurrency: int, model: str) -> int:
-    repeats = {
-        name: {entry.repeat for entry in bench.measurements if (entry.model, entry.concurrency) == (name, concurrency)}
-        for name in (model, bench.reference)
-    }
-    return len(repeats[model] & repeats[bench.reference])
+def ratio_cell(bench: Comparison, result: AtConcurrency, name: str, metric: str) -> str:
+    """A model's ratio to the reference, as a cell of a table."""
+    found = result.ratios.get(name, {}).get(metric)
+    if name == bench.reference:
+        return "1"
+    disturbed = {name, bench.reference} & result.disturbed.keys()
+    return ABSENT if found is None else f"{found.as_ratio}{', disturbed' if disturbed else ''}"
 
 
 def _speed_table(bench: Comparison) -> Table:
-    def ratio(result: AtConcurrency, name: str) -> str:
-        found = result.ratios.get(name, {}).get(SPEED)
-        return "1" if name == bench.reference else ABSENT if found is None else spread_text(found)
-
     others = measured(bench, FURTHER)
     rows = [
         [
             str(result.concurrency),
             name,
             metric_text(result, name, SPEED),
-            ratio(result, name),
+            ratio_cell(bench, result, name, SPEED),
             *(metric_text(result, name, key) for key in others),
         ]
         for result in bench.results
@@ -257,5 +247,5 @@ def metric_text(result: AtConcurrency, name: str, key: str) -> str:
     if spread is None:
         return ABSENT
     if key == "kv_cache_tokens":
-        return f"{spread.mean:,.0f}"
-    return percent(spread.mean, 0) if key in SHARES else spread_text(spread)
+        return f"{spread.median:,.0f}"
+    return percent(spread.median, 0) if key in SHARES else spread.text(number)

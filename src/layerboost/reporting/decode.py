@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from layerboost.reporting.benchmark import benchmark_figure, environment, measured, metric_text, spread_text, unfinished
+from layerboost.reporting.benchmark import (
+    bench_warnings,
+    benchmark_figure,
+    environment,
+    measured,
+    metric_text,
+    ratio_cell,
+)
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import absent, model_order
-from layerboost.reporting.text import ABSENT
 from layerboost.serving.results import AtConcurrency, Comparison
 
 FILE = "bench/decode_sweep.json"
@@ -34,8 +40,8 @@ def decode_panel(sweep: Comparison | None) -> Panel:
         return Panel(*panel, [f"{FILE} holds no measurement yet: run `layerboost bench --decode-sweep`"])
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
     notes = [
-        f"{batch} requests decode at once; latency is of a whole answer, first token included; bars from the least to "
-        f"the greatest round. {environment(sweep)}"
+        f"{batch} requests decode at once; latency is of a whole answer, first token included; values are medians over "
+        f"the repeats, bars from the least to the greatest. {environment(sweep)}"
     ]
     charts = []
     if measured(sweep, {LATENCY: ""}):
@@ -45,18 +51,19 @@ def decode_panel(sweep: Comparison | None) -> Panel:
         figure = benchmark_figure(sweep, metric, results, "tokens in the answer", title)
         charts.append(Chart("chart-decode-memory", "Memory against length", figure))
     tables = [_table(sweep, results)]
-    return Panel(*panel, [], unfinished(sweep, FILE), notes=notes, charts=charts, tables=tables)
+    return Panel(*panel, [], bench_warnings(sweep, FILE), notes=notes, charts=charts, tables=tables)
 
 
 def _table(sweep: Comparison, results: dict[int, AtConcurrency]) -> Table:
     columns = measured(sweep, COLUMNS)
 
-    def ratio(result: AtConcurrency, name: str) -> str:
-        found = result.ratios.get(name, {}).get(LATENCY)
-        return "1" if name == sweep.reference else ABSENT if found is None else spread_text(found)
-
     rows = [
-        [f"{length:,}", name, ratio(result, name), *(metric_text(result, name, key) for key in columns)]
+        [
+            f"{length:,}",
+            name,
+            ratio_cell(sweep, result, name, LATENCY),
+            *(metric_text(result, name, key) for key in columns),
+        ]
         for length, result in results.items()
         for name in model_order(result.models)
     ]

@@ -47,9 +47,11 @@ def summary(sources: Sources) -> dict[str, Any]:
         "throughput_ratio": None
         if ratio is None
         else {
-            "mean": ratio.mean,
-            "low": ratio.low,
-            "high": ratio.high,
+            "median": ratio.spread.median,
+            "low": ratio.spread.min if ratio.spread.repeats > 1 else None,
+            "high": ratio.spread.max if ratio.spread.repeats > 1 else None,
+            "repeats": ratio.spread.repeats,
+            "text": f"{ratio.spread.as_ratio}{ratio.warning}",
             "concurrency": ratio.concurrency,
             "model": ratio.model,
         },
@@ -76,7 +78,7 @@ def summary_table(values: dict[str, Any]) -> list[list[str]]:
         title += f" (concurrency {ratio['concurrency']})"
         speed[0] = "1"
         if ratio["model"] in models:
-            speed[models.index(ratio["model"])] = ratio_text(ratio["mean"], ratio["low"], ratio["high"])
+            speed[models.index(ratio["model"])] = ratio["text"]
     perplexity = values["perplexity"]
     rows = [
         ["metric", *models],
@@ -90,11 +92,6 @@ def summary_table(values: dict[str, Any]) -> list[list[str]]:
     for task, found in scores.items():
         rows.append([task, *(percent(found[name]) if name in found else ABSENT for name in models)])
     return rows
-
-
-def ratio_text(mean: float, low: float, high: float) -> str:
-    """A ratio with its spread: 1.42 (1.38 to 1.47); alone where there was one round."""
-    return f"{mean:.2f}" if low == high else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _kv_finding(sources: Sources) -> Finding:
@@ -113,8 +110,8 @@ def _kv_finding(sources: Sources) -> Finding:
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:
         sentence += (
-            f" In the benchmark, vLLM's KV cache had room for {cache.mean:.2f} × the tokens of {cache.reference} "
-            f"({cache.model})."
+            f" In the benchmark, vLLM's KV cache had room for {cache.spread.median:.2f} × the tokens of "
+            f"{cache.reference} ({cache.model})."
         )
         files = [*files, "bench/comparison.json"]
     return Finding(percent(planned / base), sentence, files)
@@ -131,16 +128,17 @@ def _throughput_finding(sources: Sources) -> Finding:
         f"the output tokens per second of {ratio.reference}: {ratio.model} at concurrency {ratio.concurrency}, "
         f"{_spread(ratio)}"
     )
-    return Finding(f"{ratio.mean:.2f} ×", sentence, files)
+    return Finding(f"{ratio.spread.median:.2f} ×", sentence, files)
 
 
 def _spread(ratio: Ratio) -> str:
-    if ratio.rounds < 2:
-        return "one round, so its spread is unknown and a small difference means nothing."
-    text = f"{ratio.low:.2f} to {ratio.high:.2f} over {ratio.rounds} interleaved rounds"
-    if ratio.low <= 1 <= ratio.high:
-        return f"{text}: no difference shown."
-    return f"{text}: {'faster' if ratio.low > 1 else 'slower'} in every round."
+    found = ratio.spread
+    if found.repeats < 2:
+        return f"one repeat, so its range is unknown and a small difference means nothing{ratio.warning}."
+    text = f"{found.min:.2f} to {found.max:.2f} over {found.repeats} interleaved repeats"
+    if found.min <= 1 <= found.max:
+        return f"{text}: no difference shown{ratio.warning}."
+    return f"{text}: {'faster' if found.min > 1 else 'slower'} in every repeat{ratio.warning}."
 
 
 def _quality_finding(sources: Sources) -> Finding:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, Strategy, read_json
 from layerboost.errors import ConfigError
+from layerboost.model.memory import as_served, padded_full
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
-from layerboost.search.memory import as_served, padded_full
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -72,13 +72,13 @@ class Costs(Artifact):
 
 def read_costs(file: Path, model: ModelInfo) -> Rates:
     """The rates in `costs.json`; raises ConfigError for those of another machine or model."""
-    costs = read_json(file, Costs, "python benchmarks/costs.py")
+    costs = read_json(file, Costs, "layerboost costs")
     for what, there, here in (("machine", costs.machine, machine()), ("model", costs.model, model.fingerprint)):
         if there is not None and there != here:
             raise ConfigError(
                 f"{file} was measured on another {what}",
                 found=f"{there} there, {here} here",
-                do="measure here (benchmarks/costs.py), or write the rates down yourself: docs/plan.md",
+                do="measure here (`layerboost costs`), or write the rates down yourself: docs/plan.md",
             )
     return costs.rates
 
@@ -129,7 +129,7 @@ class Budget:
         if settings.decode_fraction is not None and rates is None:
             raise ConfigError(
                 "plan.decode_fraction needs to know how fast this machine is",
-                do="measure it with benchmarks/costs.py, or write a file of rates, and name it in plan.costs",
+                do="measure it with `layerboost costs`, or write a file of rates, and name it in plan.costs",
             )
         given = {
             KV_BYTES: settings.kv_fraction,

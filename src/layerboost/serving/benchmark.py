@@ -17,8 +17,8 @@ from typing import Any
 
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.serving.command import GIB, HOST, load_generator_command
-from layerboost.serving.server import Server, guarded, last_words, stop_guarded
+from layerboost.serving.command import GIB, HOST
+from layerboost.serving.server import DIRECT, MODULE, Server, guarded, last_words, stop_guarded
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8
@@ -62,6 +62,11 @@ def load_arguments(folder: Path, port: int, load: Load, result: Path) -> list[st
         # The warm-up is the first request: it leaves the prefix in the server's cache before the clock starts.
         argv += ["--random-prefix-len", str(load.shared_prefix_tokens), "--num-warmups", "1"]
     return argv
+
+
+def load_generator_command() -> list[str]:
+    """Return the command of the process that sends loads to a server."""
+    return [*MODULE, "layerboost.serving.load_generator"]
 
 
 @contextmanager
@@ -179,7 +184,7 @@ def warm_up(server: Server, bench: Bench) -> None:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=WARMUP_TIMEOUT_S) as answer:
+        with DIRECT.open(request, timeout=WARMUP_TIMEOUT_S) as answer:
             answer.read()
 
     try:

@@ -10,7 +10,6 @@ import re
 import socket
 import sys
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import psutil
 from layerboost.artifacts import PLAN, read_plan
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, plan_serving
 from layerboost.recipe import Bench
 from layerboost.runtime import log
 
@@ -71,6 +71,11 @@ def runs_on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
+def engine_here() -> Engine:
+    """What vLLM starts with here, as far as its KV cache is concerned."""
+    return CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
+
+
 def cores() -> list[int]:
     """The CPU cores this process may use."""
     return (
@@ -78,15 +83,39 @@ def cores() -> list[int]:
     )
 
 
+# What the benchmark says itself, or what would keep it from its server or from the server's numbers.
+RESERVED = (
+    *("--host", "--port", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model"),
+    *("--config", "--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
+)
+
+
+def check_server(bench: Bench) -> str:
+    """The version of the vLLM that can be benchmarked here; raises ConfigError for what would fail once it serves."""
+    version = check_vllm()
+    for argument in bench.server_args:
+        name = argument.partition("=")[0].replace("_", "-")
+        # vLLM takes abbreviations too.
+        if len(name) > 4 and any(reserved.startswith(name) for reserved in RESERVED):
+            raise ConfigError(
+                f"bench.server_args may not have {name}",
+                found="the benchmark reaches its server under a name, address and port of its own choice",
+                do="leave it out; the port is bench.port",
+            )
+    check_port(bench.port)
+    return version
+
+
 def check_port(port: int, host: str = HOST) -> None:
-    """Raise ConfigError when something else listens on `port`."""
+    """Raise ConfigError when something else listens on `port`, or when it is not the number of a port."""
     with socket.socket() as probe:
         # As vLLM binds it: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            found = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
+        except (OSError, OverflowError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            found = "another process listens there" if taken else str(error)
             raise ConfigError(f"port {port} cannot be used", found=found, do="choose another port") from None
 
 
@@ -126,18 +155,15 @@ def serve_command(folder: Path, bench: Bench) -> tuple[list[str], dict[str, str]
 
 
 def advised_flags(folder: Path) -> tuple[str, ...]:
-    """The serving flags of the plan in a checkpoint; none for a stock model, or where the layers have been edited."""
-    if not (folder / PLAN).is_file():
-        return ()
-    plan = read_plan(folder / PLAN)
-    return tuple(plan.serving.flags) if plan.serving and plan.foretold else ()
+    """The serving flags that the plan in a checkpoint needs from vLLM here; none for a stock model, and for a plan that
+    names no context length."""
+    found = plan_serving(read_plan(folder / PLAN), engine_here()) if (folder / PLAN).is_file() else None
+    return found.flags if found else ()
 
 
 def with_flags(given: tuple[str, ...], advised: tuple[str, ...]) -> tuple[str, ...]:
     """The `advised` flags that `given` does not name, each with its value, and what is given."""
-    # A plan's flags may have been edited, and some flags have no value.
-    starts = [index for index, part in enumerate(advised) if part.startswith("--")]
-    flags = (advised[start:end] for start, end in pairwise([*starts, len(advised)]))
+    flags = zip(advised[::2], advised[1::2], strict=True)
     return (*(part for flag in flags for part in _unless_given(given, *flag)), *given)
 
 
@@ -153,12 +179,7 @@ def _decoding_at_once(bench: Bench) -> int:
 def vllm_command() -> list[str]:
     """`vllm` of this interpreter's environment, which need not be the first on PATH."""
     script = Path(sys.executable).with_name("vllm")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def load_generator_command() -> list[str]:
-    """Return the command of the process that sends loads to a server."""
-    return [sys.executable, "-m", "layerboost.serving.load_generator"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
 
 
 def _device_arguments(given: tuple[str, ...]) -> list[str]:

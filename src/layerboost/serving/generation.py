@@ -23,7 +23,7 @@ from layerboost.recipe import Recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.serving.benchmark import WARMUP_OUTPUT_TOKENS, Load
 from layerboost.serving.command import GIB
-from layerboost.serving.server import guarded, last_words, stop_guarded
+from layerboost.serving.server import MODULE, guarded, last_words, stop_guarded
 
 # Special tokens lie below, as a rule.
 FIRST_TOKEN = 3
@@ -40,7 +40,7 @@ def run_generation(name: str, folder: Path, recipe: Recipe, load: Load, log_file
     settings = recipe.model_dump(include={"device", "dtype", "trust_remote_code"})
     job = {"folder": str(folder.absolute()), "settings": settings, "load": asdict(load)}
     with log_file.open("wb") as output:
-        process = guarded([sys.executable, "-m", __name__, json.dumps(job), str(result)], {}, output)
+        process = guarded([*MODULE, __name__, json.dumps(job), str(result)], {}, output)
         try:
             process.wait()
         finally:

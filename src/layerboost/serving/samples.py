@@ -13,7 +13,7 @@ from layerboost.model.checkpoint import Source, load_model, model_fingerprint
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime, log
 from layerboost.serving.command import GIB, runs_on_cpu, vllm_environment, vllm_version
-from layerboost.serving.server import guarded, stop_guarded
+from layerboost.serving.server import MODULE, guarded, stop_guarded
 from layerboost.text import Generate, sample_documents, samples_missing
 
 
@@ -90,7 +90,7 @@ def _sampled_by_vllm(
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
     with log_file.open("wb") as output:
         # Its errors are not caught: they are its progress.
-        process = guarded([sys.executable, "-m", __name__, json.dumps(job)], vllm_environment(), output, errors=None)
+        process = guarded([*MODULE, __name__, json.dumps(job)], vllm_environment(), output, errors=None)
         try:
             process.wait()
         finally:

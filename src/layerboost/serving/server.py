@@ -22,7 +22,7 @@ import psutil
 from layerboost.errors import LayerboostError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench
-from layerboost.runtime import log
+from layerboost.runtime import RANKS, log, release_memory, settle_environment
 from layerboost.serving import guard
 from layerboost.serving.command import GIB, HOST, check_port, runs_on_cpu, serve_command
 
@@ -30,9 +30,12 @@ POLL_S = 0.5
 REPORT_EVERY_S = 30.0
 # Whole GiB; where it is set it wins over --kv-cache-memory-bytes.
 OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"
-# Of one process among several: not of vLLM's.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-NOT_PASSED_ON = {OVERRIDING, *RANK_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"}
+# Of one process among several, not of vLLM's; and a key that our requests do not have.
+NOT_PASSED_ON = {OVERRIDING, *RANKS, "VLLM_API_KEY"}
+# Runs a module that follows, which finds no files of the current folder in place of libraries.
+MODULE = (sys.executable, "-P", "-m")
+# A proxy that the environment or the system names is for other hosts.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Of the server's metrics: what a benchmark reads, its progress first.
 COUNTERS = (
     "generation_tokens",
@@ -86,7 +89,7 @@ class Server:
         Raises LayerboostError when it does not answer.
         """
         try:
-            with urllib.request.urlopen(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
+            with DIRECT.open(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
                 text = answer.read().decode()
         except OSError as error:
             self.check_alive()
@@ -96,7 +99,7 @@ class Server:
                 do=f"read {self.log_file}",
             ) from error
         values: dict[str, list[float]] = {name: [] for name in COUNTERS}
-        for name, value in re.findall(rf"^vllm:({'|'.join(COUNTERS)})(?:_total)?\{{[^}}]*\}} (\S+)$", text, re.M):
+        for name, value in re.findall(rf"^vllm:({'|'.join(COUNTERS)})(?:_total)?\{{.*\}} (\S+)$", text, re.M):
             values[name].append(float(value))
         return {name: max(found, default=0.0) if "perc" in name else sum(found) for name, found in values.items()}
 
@@ -155,7 +158,9 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as output:
         output.write(
-            f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode()
+            f"{shlex.join([f'{key}={value}' for key, value in environment.items()])} {shlex.join(argv)}\n".encode(
+                errors="replace"
+            )
         )
         output.flush()
         server = Server(name, folder, f"http://{HOST}:{bench.port}", log_file, guarded(argv, environment, output))
@@ -169,7 +174,12 @@ def running_server(name: str, folder: Path, bench: Bench, log_file: Path) -> Ite
 def guarded(
     argv: list[str], environment: dict[str, str], output: IO[bytes], errors: int | None = subprocess.STDOUT
 ) -> subprocess.Popen[bytes]:
-    """Start a command that ends with this process, whatever ends it; `stop_guarded` ends it before."""
+    """Start a command that ends with this process, whatever ends it; `stop_guarded` ends it before.
+
+    What models held on a GPU here is given back first: the command may want all of it.
+    """
+    release_memory()
+    settle_environment()
     return subprocess.Popen(
         [sys.executable, guard.__file__, *argv],
         env={key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | environment,
@@ -206,7 +216,7 @@ def _wait_until_healthy(server: Server, timeout_s: int) -> None:
     reported = started
     while True:
         server.check_alive()
-        with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+        with suppress(OSError), DIRECT.open(f"{server.url}/health", timeout=5) as answer:
             if answer.status == 200:
                 break
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""`layerboost bench`: base and boosted models under a real vLLM server, in interleaved rounds."""
+"""`layerboost bench`: base and boosted models under a real vLLM server, in interleaved repeats."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
 from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
-from layerboost.serving.command import advised_flags, check_port, check_vllm, cores, runs_on_cpu, with_flags
+from layerboost.serving.command import advised_flags, check_server, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.serving.generation import run_generation
-from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
+from layerboost.serving.processors import Processors
+from layerboost.serving.results import SPEED, Comparison, Measurement, Point, metrics_of
 from layerboost.serving.server import running_server
 
 FOLDER = "bench"
@@ -77,7 +78,7 @@ class Job:
 def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:
     """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; returns the comparison.
 
-    In each round every model gets a fresh server, warmed up. vLLM's JSON goes to
+    In each repeat every model gets a fresh server, warmed up. vLLM's JSON goes to
     `{model}-c{concurrency}-r{repeat}.json`, ours to `comparison.json`. With `decode_sweep` it is lengths instead of
     concurrencies, and `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on
     where it stopped. Raises ConfigError before anything is served where the engine is missing, the port taken, a model
@@ -87,25 +88,27 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
     job = _checked(recipe, run, models, decode_sweep)
     comparison = _opened(job)
     done = {entry.key for entry in comparison.measurements}
+    repeats = range(job.bench.repeats)
+    # A model alone has nothing to be interleaved with: one server for all repeats, where it remembers no prompt.
+    alone = len(models) == 1 and not job.bench.shared_prefix_tokens
     planned = [
-        (repeat, name, [point for point in job.points if (name, point, repeat) not in done])
-        for repeat in range(job.bench.repeats)
+        (name, [(repeat, point) for repeat in turn for point in job.points if (name, point, repeat) not in done])
+        for turn in ([repeats] if alone else [[repeat] for repeat in repeats])
         for name in models
     ]
-    missing = sum(len(points) for _, _, points in planned)
+    missing = sum(len(measurements) for _, measurements in planned)
     log.info("bench: %d measurements to make, %d are there", missing, len(done))
     comparison.complete = missing == 0
-    tokens = sum(job.load(point).tokens for _, _, points in planned for point in points)
+    tokens = sum(job.load(point).tokens for _, measurements in planned for _, point in measurements)
     with Progress("bench", max(tokens, 1), "output tokens") as progress:
-        for repeat, name, points in planned:
-            if not points:
+        for name, measurements in planned:
+            if not measurements:
                 continue
-            with _engine(job, name, repeat) as answered:
-                for point in points:
+            with _engine(job, name, measurements[0][0]) as answered:
+                for repeat, point in measurements:
                     comparison.measurements.append(_measure(job, answered, name, point, repeat, progress))
                     missing -= 1
                     comparison.complete = missing == 0
-                    comparison.results = compare(comparison.measurements, comparison.reference)
                     write_json(job.file, comparison)
     write_json(job.file, comparison)
     _log_ratios(comparison)
@@ -114,7 +117,7 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
 
 @contextmanager
 def _engine(job: Job, name: str, repeat: int) -> Iterator[Answering]:
-    """What answers the loads of one model in one round."""
+    """What answers the loads of one model in one repeat."""
     folder = job.models[name]
     if job.bench.engine == "transformers":
 
@@ -141,14 +144,16 @@ def _engine(job: Job, name: str, repeat: int) -> Iterator[Answering]:
 def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
     load, stem = job.load(point), job.stem(name, point, repeat)
     log.info(
-        "measuring %s at concurrency %d, %d tokens out, round %d of %d",
+        "measuring %s at concurrency %d, %d tokens out, repeat %d of %d",
         name,
         load.concurrency,
         load.output_tokens,
         repeat + 1,
         job.bench.repeats,
     )
+    processors = Processors()
     raw, further, context_tokens = answered(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
+    used = processors.used()
     write_json(job.run / FOLDER / f"{stem}.json", raw)
     return Measurement(
         model=name,
@@ -157,7 +162,7 @@ def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int
         repeat=repeat,
         file=f"{stem}.json",
         seed=load.seed,
-        metrics={**metrics_of(raw), **further},
+        metrics={**metrics_of(raw), **further, **used},
         kv_context_tokens=context_tokens,
     )
 
@@ -174,8 +179,7 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
     if bench.engine == "vllm":
-        check_vllm()
-        check_port(bench.port)
+        check_server(bench)
         bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
@@ -239,7 +243,6 @@ def _opened(job: Job) -> Comparison:
         )
     # A result whose file is gone is made again.
     new.measurements = [entry for entry in old.measurements if (job.file.parent / entry.file).is_file()]
-    new.results = compare(new.measurements, new.reference)
     return new
 
 
@@ -252,15 +255,14 @@ def _identity(comparison: Comparison) -> dict[str, Any]:
 def _log_ratios(comparison: Comparison) -> None:
     for result in comparison.results:
         for name, ratios in result.ratios.items():
-            speed, cache = ratios["output_tokens_per_s"], ratios.get("kv_cache_tokens")
+            cache = ratios.get("kv_cache_tokens")
             log.info(
-                "concurrency %d%s: %s gives %.2f times %s's output tokens/s (%.2f to %.2f over the rounds)%s",
+                "concurrency %d%s: %s gives %s times %s's output tokens/s%s%s",
                 result.concurrency,
                 f", {result.output_tokens} tokens out" if result.output_tokens else "",
                 name,
-                speed.mean,
+                ratios[SPEED].as_ratio,
                 comparison.reference,
-                speed.min,
-                speed.max,
-                f", KV cache of {cache.mean:.2f} times the tokens" if cache else "",
+                f", KV cache of {cache.median:.2f} times the tokens" if cache else "",
+                result.warning(comparison.reference, name),
             )

@@ -39,7 +39,7 @@ from layerboost.model.checkpoint import (
     save_boosted,
 )
 from layerboost.model.integrity import check_checkpoint, is_intact
-from layerboost.recipe import Recipe, recipe_yaml
+from layerboost.recipe import Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.metrics import SequenceLosses, token_losses
 from layerboost.serving.samples import write_samples
@@ -218,7 +218,13 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
 def healed_from(folder: Path) -> str | None:
     """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
     file = folder / IDENTITY
-    return fingerprint(json.loads(file.read_text())) if file.is_file() else None
+    return fingerprint(_identity_in(file)) if file.is_file() else None
+
+
+def _identity_in(file: Path) -> dict[str, Any]:
+    """The identity that a file holds, with full paths: older versions kept them as they were typed."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found | {"text": Text.model_validate(found["text"]).model_dump(mode="json")}
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -226,7 +232,7 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
     file = work / IDENTITY
     if not file.is_file():
         return
-    there = json.loads(file.read_text())
+    there = _identity_in(file)
     if there != identity:
         changed = [
             f"{section}.{key}: {there[section].get(key, NEUTRAL.get(key))} there, "

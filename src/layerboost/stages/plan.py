@@ -8,27 +8,25 @@ from typing import Any
 from layerboost.artifacts import (
     PLAN,
     SENSITIVITY,
-    LayerPlan,
     PlanFile,
     Sensitivity,
-    Serving,
     file_hash,
     read_plan,
     write_json,
     write_plan,
 )
 from layerboost.errors import ConfigError
+from layerboost.model.memory import plan_serving
 from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.search.choices import metric_limits, predict, windows
 from layerboost.search.costs import Budget, prefill_work
 from layerboost.search.frontier import FRONTIER, Frontier, frontier
 from layerboost.search.greedy import Measure
-from layerboost.search.memory import CPU_ENGINE, GPU_ENGINE, serving
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
 from layerboost.sensitivity.calibration import open_measured
-from layerboost.serving.command import runs_on_cpu
+from layerboost.serving.command import engine_here
 
 
 def validate_plan(recipe: Recipe) -> None:
@@ -82,23 +80,10 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     )
     predicted = predict(sensitivity, layers, recipe.plan)
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
-    plan.serving = _serving(Budget.of(sensitivity, recipe.plan), layers)
     _warn(plan.window, recipe.plan.context_tokens)
-    _say(plan)
+    _say(plan, Budget.of(sensitivity, recipe.plan))
     write_plan(target, plan)
     return plan
-
-
-def _serving(budget: Budget, layers: list[LayerPlan]) -> Serving:
-    """The flags for vLLM on this machine, with their price where the machine's rates are known."""
-    rates, model, context = budget.rates, budget.model, budget.context_tokens
-
-    def prefill_ms(size: int) -> float:
-        assert rates
-        return rates.milliseconds(prefill_work(model, layers, context, size))
-
-    engine = CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
-    return serving(model, layers, context, budget.concurrency, engine, prefill_ms if rates else None)
 
 
 def run_frontier(recipe: Recipe, run: Path) -> Frontier:
@@ -158,17 +143,17 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _say(plan: PlanFile) -> None:
-    """The serving flags, what they gain and what they cost."""
-    found = plan.serving
+def _say(plan: PlanFile, budget: Budget) -> None:
+    """The serving flags for vLLM on this machine, what they gain and cost."""
+    rates = budget.rates
+
+    def prefill_ms(size: int) -> float:
+        assert rates
+        return rates.milliseconds(prefill_work(plan.model, plan.layers, budget.context_tokens, size))
+
+    found = plan_serving(plan, engine_here(), prefill_ms if rates else None)
     if found and found.flags:
-        log.info(
-            "with %s vLLM admits %.2f times the base's requests of %d tokens%s",
-            " ".join(found.flags),
-            found.requests_ratio,
-            found.context_tokens,
-            found.against_default,
-        )
+        log.info("with %s %s", " ".join(found.flags), found.gain)
 
 
 def _warn(window: int | None, context_tokens: int) -> None:

@@ -29,8 +29,9 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
     With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; that takes a Chromium.
 
     A file that is not there yet leaves its panel saying which command makes it. Returns a summary: `kv_fraction` (of
-    the base's KV bytes, None without a plan), `throughput_ratio` (mean, low, high, concurrency and model, or None),
-    `perplexity` by model, `tasks` by task and model, `average` by model or None (fractions), and `report`, the HTML.
+    the base's KV bytes, None without a plan), `throughput_ratio` (median, low, high, repeats, text, concurrency and
+    model, or None), `perplexity` by model, `tasks` by task and model, `average` by model or None (fractions), and
+    `report`, the HTML.
     Raises ConfigError when the folder is missing or one of its files is truncated, foreign or of another model, and
     LayerboostError when the reports cannot be written.
     """

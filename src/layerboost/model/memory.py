@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from layerboost.artifacts import LayerPlan, ModelInfo, Serving
+from layerboost.artifacts import LayerPlan, ModelInfo, PlanFile
 
 # A request may reserve this much more than it holds while decoding, before smaller batches are advised.
 SPARE = 1.25
@@ -36,6 +36,43 @@ class Groups:
     size: int
     full: int
     sliding: int
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How vLLM is to be started so that a plan's memory is real, and what that gives and costs.
+
+    `flags`: further arguments of `vllm serve`, each with its value. `admission_bytes`: what vLLM reserves for one
+    request of `context_tokens`; `resident_bytes`: what that request holds while it decodes, blocks and padding
+    included. `requests_ratio`: requests admitted to the same memory, against the base. `default_*`: the same with
+    2,048 batched tokens, vLLM's least default. `prefill_steps`: steps to read a prompt of `context_tokens`;
+    `prefill_ms`: their time, where the machine's rates are known.
+    """
+
+    flags: tuple[str, ...]
+    context_tokens: int
+    admission_bytes: int
+    resident_bytes: int
+    requests_ratio: float
+    default_requests_ratio: float
+    prefill_steps: int
+    default_prefill_steps: int
+    prefill_ms: float | None = None
+    default_prefill_ms: float | None = None
+
+    @property
+    def gain(self) -> str:
+        """What the flags gain and cost, as a sentence without its full stop."""
+        text = f"vLLM admits {self.requests_ratio:.2f} times the base's requests of {self.context_tokens} tokens"
+        if self.prefill_steps == self.default_prefill_steps:
+            return text
+        text += (
+            f", with 2,048 batched tokens (vLLM's own on most devices) {self.default_requests_ratio:.2f} times; a "
+            f"prompt of that length is then read in {self.prefill_steps} steps, not {self.default_prefill_steps}"
+        )
+        if self.prefill_ms and self.default_prefill_ms:
+            text += f", and {self.prefill_ms:.0f} ms, not {self.default_prefill_ms:.0f}"
+        return text
 
 
 def groups(full: int, sliding: int) -> Groups:
@@ -97,6 +134,14 @@ def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], engine: Engine) -
     return _groups(layers).size * engine.block_size * model.kv_bytes_per_token
 
 
+def plan_serving(plan: PlanFile, engine: Engine, prefill_ms: Callable[[int], float] | None = None) -> Serving | None:
+    """`serving` of a plan on an engine that starts as `engine`; None for a plan that names no context length."""
+    context, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
+    if not isinstance(context, int) or not isinstance(concurrency, int):
+        return None
+    return serving(plan.model, plan.layers, context, concurrency, engine, prefill_ms)
+
+
 def serving(
     model: ModelInfo,
     layers: Sequence[LayerPlan],
@@ -118,13 +163,13 @@ def serving(
         own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache
         return admission_bytes(model, base, context_tokens, settings) / own
 
-    flags = []
+    flags: tuple[str, ...] = ()
     # vLLM's own batch depends on the GPU, which may be another one than here: where a layer slides it is always named.
     unknown = default == GPU_ENGINE and any(entry.attention == "sliding" for entry in layers)
     if unknown or engine.max_batched_tokens != default.max_batched_tokens:
-        flags += ["--max-num-batched-tokens", str(engine.max_batched_tokens)]
+        flags += ("--max-num-batched-tokens", str(engine.max_batched_tokens))
     if engine.block_size != default.block_size:
-        flags += ["--block-size", str(engine.block_size)]
+        flags += ("--block-size", str(engine.block_size))
     return Serving(
         flags=flags,
         context_tokens=context_tokens,

@@ -1,11 +1,11 @@
-"""The arithmetic of vLLM's KV cache; tests/serving/test_vllm.py and benchmarks/costs.py hold it to vLLM itself."""
+"""The arithmetic of vLLM's KV cache; tests/serving/test_vllm.py and `layerboost costs` hold it to vLLM itself."""
 
 from __future__ import annotations
 
 import pytest
 from tiny import info, layer_plans
 
-from layerboost.search.memory import (
+from layerboost.model.memory import (
     CPU_ENGINE,
     GPU_ENGINE,
     Engine,
@@ -49,13 +49,13 @@ def test_a_window_reserves_the_tokens_in_flight_and_holds_only_itself() -> None:
 def test_flags_are_advised_only_where_they_gain() -> None:
     model = info(8)
     short = serving(model, layer_plans("ffssssss", 64), 2048, 100, CPU_ENGINE)
-    assert short.flags == ["--max-num-batched-tokens", "128", "--block-size", "32"]
+    assert short.flags == ("--max-num-batched-tokens", "128", "--block-size", "32")
     assert short.default_requests_ratio < 1 < short.requests_ratio
     assert (short.prefill_steps, short.default_prefill_steps) == (16, 1)
     assert short.resident_bytes < short.admission_bytes <= 1.25 * short.resident_bytes
     on_gpu = serving(model, layer_plans("ffssssss", 64), 131_072, 100, GPU_ENGINE)
-    assert on_gpu.flags == ["--max-num-batched-tokens", "2048"]
-    assert serving(model, layer_plans("ffffffnn"), 2048, 100, GPU_ENGINE).flags == []
-    assert serving(model, layer_plans("ffffffnn"), 2048, 100, CPU_ENGINE).flags == []
+    assert on_gpu.flags == ("--max-num-batched-tokens", "2048")
+    assert serving(model, layer_plans("ffffffnn"), 2048, 100, GPU_ENGINE).flags == ()
+    assert serving(model, layer_plans("ffffffnn"), 2048, 100, CPU_ENGINE).flags == ()
     # A step must hold a token of each request that decodes.
     assert serving(model, layer_plans("ssssssss", 64), 512, 200, CPU_ENGINE).flags[1] == "256"

@@ -1,0 +1,49 @@
+"""Processor time on the cores that a benchmark may use: its own, and everybody else's."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import psutil
+
+from layerboost.serving.command import cores
+
+
+class Processors:
+    """Counts from when it is made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def used(self) -> dict[str, float]:
+        """Cores in use on average: by this process with all that it started, and by others."""
+        wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
+        return {"own_cores": round(own / wall, 3), "other_cores": round(max(busy - own, 0.0) / wall, 3)}
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds on the clock, of all processors together, of our processes."""
+        return time.monotonic(), _busy_s(), _own_s()
+
+
+def _busy_s() -> float:
+    """Time that the cores did not idle. Includes what a hypervisor took for other machines (steal)."""
+    every, mine = psutil.cpu_times(percpu=True), set(cores())
+    busy = 0.0
+    for core, times in enumerate(every):
+        if core in mine:
+            # `user` includes guests already.
+            without = ("idle", "iowait", "guest", "guest_nice")
+            busy += sum(times) - sum(getattr(times, name, 0.0) for name in without)
+    return busy
+
+
+def _own_s() -> float:
+    """Time of this process and its descendants, those that have ended included."""
+    total, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.Error):  # it has just ended, and counts with its parent
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total

@@ -1,0 +1,78 @@
+"""A machine's rates: what is refused before an engine starts, and what the times are fitted to."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import info, layer_plans, save_tiny
+
+from layerboost.artifacts import PLAN, PlanFile, write_plan
+from layerboost.errors import ConfigError
+from layerboost.search.costs import Rates
+from layerboost.stages.costs import BATCHES, LOADS, fit, plans, run_costs, work_rows
+from layerboost.tables import costs_rows
+
+RATES = Rates(
+    step_ms=2.0, layer_ms=0.1, weight_bytes_per_s=1e9, flops_per_s=1e10, kv_bytes_per_s=2e9, attention_flops_per_s=5e9
+)
+
+
+def measured() -> list[dict[str, Any]]:
+    """What a machine with these rates would show."""
+    entries: list[dict[str, Any]] = [
+        {
+            "plan": name,
+            "layers": layers,
+            "memory": [
+                {"context_tokens": 1024, "max_batched_tokens": 64, "concurrency": 4.0, "concurrency_predicted": 5.0}
+            ],
+            "prefill": [{"max_batched_tokens": size, "ms": 0.0} for size in BATCHES],
+            "decode": [{"requests": requests, "tokens": tokens, "ms": 0.0} for requests, tokens in LOADS],
+        }
+        for name, layers in plans(12, sink=True).items()
+    ]
+    rows = iter(work_rows(info(12), entries)[1])
+    for entry in entries:
+        for row in (*entry["prefill"], *entry["decode"]):
+            row["ms"] = RATES.milliseconds(next(rows))
+    return entries
+
+
+def test_rates_are_those_that_explain_the_times() -> None:
+    names, work, times, kinds = work_rows(info(12), measured())
+    assert len(names) == len(work) == len(times) == len(kinds) == 4 * (len(BATCHES) + len(LOADS))
+    found = fit(work, times)
+    assert np.allclose([found.milliseconds(row) for row in work], times, rtol=1e-3)
+
+
+def test_plans_are_of_every_kind_and_take_no_sink_where_there_is_none() -> None:
+    chosen = plans(30, sink=False)
+    counts = {name: [sum(e.attention == kind for e in layers) for kind in ("full", "sliding", "none")]
+              for name, layers in chosen.items()}  # fmt: skip
+    assert counts["base"] == [30, 0, 0]
+    assert counts["sliding 64"] == [8, 22, 0]
+    assert min(counts["all three, 128"]) > 0
+    assert not any(entry.sink for layers in chosen.values() for entry in layers)
+
+
+def test_the_table_sets_measured_beside_predicted() -> None:
+    timing = [{"plan": "base", "what": "decode, 1 x 64", "ms": 10.0, "predicted_ms": 11.0}]
+    header, *rows = costs_rows({"timing": timing, "plans": measured()})
+    assert rows[0] == ["base", "decode, 1 x 64, ms", "10", "11", "+10.0%"]
+    assert rows[1] == ["base", "requests of 1,024 by 64", "4", "5", "+25.0%"]
+    assert {len(row) for row in rows} == {len(header)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    with pytest.raises(ConfigError, match="a context of 2048 tokens"):
+        run_costs(str(model), tmp_path / "costs.json", 0.1)
+    write_plan(model / PLAN, PlanFile(model=info(), method="by hand", layers=layer_plans("ffff")))
+    with pytest.raises(ConfigError, match="with a base in Hugging Face's format"):
+        run_costs(str(model), tmp_path / "costs.json", 0.1)
+    assert not (tmp_path / "costs.json").exists()
