@@ -37,7 +37,7 @@ def prepare_terminal() -> None:
     """Make standard output and standard error such that writing to them ends no command."""
     # The number of a closed stream would go to the next file that is opened, and what libraries print into that file.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(number, True)
     os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115

@@ -165,7 +165,7 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
     arguments: tuple[str, ...], free_port: int
 ) -> None:
     with pytest.raises(ConfigError, match=r"bench\.server_args may not have --"):
-        check_server(Bench(server_args=arguments, port=free_port))
+        check_server(Bench(server_args=arguments, port=free_port), [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -181,10 +181,22 @@ def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
         "auto",
         "-O0",
     )
-    check_server(Bench(server_args=given, port=free_port))
+    check_server(Bench(server_args=given, port=free_port), [Path("a {b} %s é\n")])
 
 
 @pytest.mark.parametrize("port", [70_000, -1])
 def test_a_number_that_is_no_port_is_refused(port: int) -> None:
     with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
         check_port(port)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("name", ["run[1]", "what?", "a*b"])
+def test_a_path_that_vllm_takes_for_a_pattern_is_refused(name: str, tmp_path: Path, free_port: int) -> None:
+    folder = save_tiny(tmp_path / name)
+    with pytest.raises(ConfigError, match="vLLM cannot read a model from"):
+        serve_argv(folder, free_port)
+    with pytest.raises(ConfigError, match="vLLM cannot read a model from"):
+        check_server(Bench(port=free_port), [tmp_path, folder])
+    (tmp_path / "plain").symlink_to(folder)
+    assert serve_argv(tmp_path / "plain", free_port)[0][2] == str(tmp_path / "plain")

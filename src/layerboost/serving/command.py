@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -90,9 +91,14 @@ RESERVED = (
 )
 
 
-def check_server(bench: Bench) -> str:
-    """The version of the vLLM that can be benchmarked here; raises ConfigError for what would fail once it serves."""
+def check_server(bench: Bench, folders: Iterable[Path]) -> str:
+    """The version of the vLLM that can be benchmarked here on models in `folders`.
+
+    Raises ConfigError for what would fail once the models are ready.
+    """
     version = check_vllm()
+    for folder in folders:
+        check_path(folder)
     for argument in bench.server_args:
         name = argument.partition("=")[0].replace("_", "-")
         # vLLM takes abbreviations too.
@@ -104,6 +110,16 @@ def check_server(bench: Bench) -> str:
             )
     check_port(bench.port)
     return version
+
+
+def check_path(folder: Path) -> None:
+    """Raise ConfigError for a path that vLLM takes for a pattern."""
+    if set(str(folder.absolute())) & set("*?["):
+        raise ConfigError(
+            f"vLLM cannot read a model from {folder}",
+            found="it takes * ? and [ in a path for a pattern",
+            do="rename the directory, or give a symbolic link to it",
+        )
 
 
 def check_port(port: int, host: str = HOST) -> None:
@@ -127,6 +143,7 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     """
     check_vllm()
     config = check_checkpoint(folder)
+    check_path(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
     check_port(number_given(extra, "--port", default=port), host="")

@@ -179,7 +179,7 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
     if bench.engine == "vllm":
-        check_server(bench)
+        check_server(bench, models.values())
         bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
