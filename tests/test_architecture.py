@@ -13,6 +13,7 @@ FLOORS = [
     {"errors"},
     {"artifacts", "recipe"},
     {"runtime"},
+    {"rows"},
     {"text"},
     {"retrieval", "traffic"},
     {"model"},

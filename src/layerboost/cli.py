@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import signal
@@ -91,13 +90,14 @@ def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dic
 
 def show(result: Any, as_json: bool, rows: Callable[[Any], list[list[str]]]) -> None:
     """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
+    from layerboost.artifacts import json_text
     from layerboost.pipeline import plain
     from layerboost.runtime import is_main_process
 
     if not is_main_process():
         return
     if as_json:
-        click.echo(json.dumps(plain(result), indent=1, default=str))
+        click.echo(json_text(plain(result), "the result", indent=1, default=str))
         return
     from rich.console import Console
     from rich.table import Table

