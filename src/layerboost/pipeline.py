@@ -258,7 +258,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if "self" not in recipe.text.sources:
-        load_inputs(recipe, tokenizer, run)
+        load_inputs(recipe, tokenizer, run, config.max_position_embeddings)
     longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
     check_samples(recipe.text, longest, "train")
     if all(map(is_local, recipe.text.sources)):

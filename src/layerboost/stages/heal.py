@@ -41,7 +41,7 @@ from layerboost.model.checkpoint import (
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
-from layerboost.sensitivity.metrics import SequenceLosses, token_losses
+from layerboost.sensitivity.metrics import SequenceLosses, check_values, token_losses
 from layerboost.serving.samples import write_samples
 from layerboost.text import Split, Tokens, load_tokens
 
@@ -332,6 +332,7 @@ class Validation:
         found = []
         for ids, lesson in zip(self.batches, self.lessons, strict=True):
             *_, (_, hidden) = self.distiller.layer_outputs(lesson)
-            _, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+            base, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+            check_values("NLL of the base on a validation sequence", base, teacher, ids)
             found.append(losses)
         return found
