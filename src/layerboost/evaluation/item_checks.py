@@ -48,8 +48,8 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
     for name, leaf in task.leaves.items():
         _check_generation(name, leaf, context_tokens)
         samples = task.samples[name] if task.samples else None
-        for number, doc in leaf.doc_iterator(samples=samples):
-            item = samples[number] if samples else number
+        docs = leaf.task_docs.select(samples) if samples else leaf.task_docs
+        for item, doc in zip(samples or range(len(docs)), docs, strict=True):
             try:
                 for kind in {*_answer_kinds(leaf, doc), *_request_kinds(leaf, doc, tokenizer, context_tokens)}:
                     odd.setdefault(kind, []).append((name, item))
@@ -77,10 +77,13 @@ class _Unscorable(Exception):
     """Why lm-eval cannot score an item."""
 
 
-def right_choice(leaf: Any, doc: Any, choices: list[str]) -> int | None:
-    """The index of the one right choice; None where the answer is none of them."""
-    # lm-eval reads it from doc_to_text where every choice has its own context, as in WinoGrande.
-    gold = (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
+def answer_of(leaf: Any, doc: Any) -> Any:
+    """What an item gives as its answer: lm-eval reads it from doc_to_text where every choice has its own context."""
+    return (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
+
+
+def right_choice(gold: Any, choices: list[str]) -> int | None:
+    """The index of the one right choice by an item's answer; None where that is none of them."""
     if isinstance(gold, str):
         return choices.index(gold) if gold in choices else None
     return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
@@ -105,9 +108,9 @@ def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
 
 def _is_answered(leaf: Any, doc: Any, choices: list[str]) -> bool:
     """Whether an item's answer is one of its choices; raises _Unscorable for one that lm-eval fails on."""
-    gold = (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
+    gold = answer_of(leaf, doc)
     if leaf.OUTPUT_TYPE == "generate_until":
-        if not isinstance(gold, int) or right_choice(leaf, doc, choices) is None:
+        if not isinstance(gold, int) or right_choice(gold, choices) is None:
             raise _Unscorable(f"its answer {_short(gold)} is the index of none of its {len(choices)} choices")
     elif leaf.multiple_target:
         if not isinstance(gold, list) or not all(isinstance(each, int) for each in gold):
@@ -115,7 +118,7 @@ def _is_answered(leaf: Any, doc: Any, choices: list[str]) -> bool:
         return any(0 <= each < len(choices) for each in gold)
     elif not isinstance(gold, int | str) or (isinstance(gold, int) and gold < -len(choices)):
         raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
-    return right_choice(leaf, doc, choices) is not None
+    return right_choice(gold, choices) is not None
 
 
 def _request_kinds(leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:

@@ -176,6 +176,7 @@ def _checked(rows: list[tuple[str, Any]], kind: type[Row], origin: str) -> list[
     if not rows:
         raise ConfigError(f"no items in {origin}")
     checked: list[dict[str, Any]] = []
+    wrong: list[str] = []
     for where, row in rows:
         try:
             checked.append(kind.model_validate(row).model_dump())
@@ -183,9 +184,11 @@ def _checked(rows: list[tuple[str, Any]], kind: type[Row], origin: str) -> list[
             problems = [
                 f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}" for problem in error.errors()
             ]
-            raise ConfigError(
-                f"items with missing or wrong fields in {origin}",
-                found=f"{where}: {'; '.join(problems)}",
-                do=f"use the Hugging Face field names and types: {', '.join(kind.model_fields)}",
-            ) from None
+            wrong.append(f"{where}: {'; '.join(problems)}")
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} items with missing or wrong fields in {origin}",
+            found=wrong[0],
+            do=f"use the Hugging Face field names and types: {', '.join(kind.model_fields)}",
+        )
     return checked

@@ -12,7 +12,7 @@ from typing import Any
 
 from layerboost.artifacts import fingerprint, finite, json_text
 from layerboost.errors import ConfigError
-from layerboost.evaluation.item_checks import check_scores, finite_logits, right_choice
+from layerboost.evaluation.item_checks import answer_of, check_scores, finite_logits, right_choice
 from layerboost.evaluation.items import BENCHMARKS, Items, read_items
 from layerboost.evaluation.quiet import quiet
 from layerboost.recipe import Evaluate
@@ -166,7 +166,7 @@ def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
             if sample["filter"] != kept:
                 continue
             choices = leaf.doc_to_choice(sample["doc"])
-            right = right_choice(leaf, sample["doc"], choices)
+            right = right_choice(answer_of(leaf, sample["doc"]), choices)
             found = [float(pair[0]) for pair in sample["filtered_resps"][: len(choices)]]
             if right is None or len(choices) < 2 or not all(choices):
                 continue
@@ -350,7 +350,7 @@ def _ready(
     """What lm-eval loaded under a name, its items counted and fingerprinted together with `made_from`."""
     leaves: dict[str, Any] = loaded["tasks"]
     is_group = name in loaded["groups"]
-    sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
+    sizes = {leaf: len(task.task_docs) for leaf, task in leaves.items()}
     samples = None if limit is None else spread(sizes, limit)
     docs = [
         [leaf, *(doc for _, doc in task.doc_iterator(samples=samples[leaf] if samples else None))]
