@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -41,9 +43,17 @@ def test_a_setting_that_is_a_mapping_is_replaced_whole(tmp_path: Path) -> None:
         ({"heal.lrr": "1"}, r"unknown key heal\.lrr \(did you mean heal\.lr\?\)"),
         ({"plan.method": "best"}, r"plan\.method"),
         ({"measure.tokens": "-3"}, r"measure\.tokens"),
+        *[
+            ({key: value}, rf"{key}[^:]*: Input should be a finite number \(got -?{text}\)")
+            for key in ("heal.lr", "heal.ce_weight", "plan.max_kl", "plan.full_above", "evaluate.max_task_drop")
+            for value, text in ((math.nan, "nan"), (math.inf, "inf"), (-math.inf, "inf"))
+        ],
+        ({"text.source": {"a.jsonl": math.nan}}, r"text\.source.*finite number"),
+        ({"bench.requests_per_concurrency": math.inf}, r"requests_per_concurrency: Input should be a finite number"),
+        ({"heal.tokens": math.inf}, r"heal\.tokens: Input should be a finite number"),
     ],
 )
-def test_bad_settings_are_named(overrides: dict[str, str], message: str) -> None:
+def test_bad_settings_are_named(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe([], overrides)
 
@@ -80,3 +90,9 @@ def row(key: str) -> str:
 @pytest.mark.parametrize("key", known_keys())
 def test_docs_have_every_key_with_default_and_meaning(key: str) -> None:
     assert row(key) in (Path(__file__).parents[1] / "docs" / "recipe.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("text", ["heal.lr=nan", "heal.lr=.nan", "heal.lr=inf", "heal.lr=1e999", "heal.lr=-.inf"])
+def test_numbers_on_the_command_line_are_finite(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"heal\.lr: Input should be a finite number"):
+        load_recipe([], dict([set_option(text)]))

@@ -24,14 +24,14 @@ class Metrics:
             write_text(file, "".join(json_text(finite(row), str(file)) + "\n" for row in rows))
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One line: stage, step, tokens of this stage so far, the values, seconds of this stage so far."""
+        """One line: stage, step, tokens of this stage so far, the values (null if not finite), seconds."""
         if "validation_kl" in values and step in self.validated:
             return
         seconds = round(time.monotonic() - self.started, 2)
         row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
         if self.writes:
             with self.file.open("a") as file:
-                file.write(json_text(row, str(self.file)) + "\n")
+                file.write(json_text(finite(row), str(self.file)) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -371,10 +371,10 @@ class _Guard(TrainerCallback):
         """Validate, and keep the trained parameters if no earlier step was better."""
         # The mean, because processes must agree on which step is the best.
         values = {name: over_processes(value, self.device) for name, value in self.validate().items()}
-        if bad := [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise not_finite(self.metrics.stage, bad[0], step)
-        self.metrics.write(step, self.seen(step), values)
         score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
+        if step == 0 and not math.isfinite(score):
+            raise not_finite(self.metrics.stage, f"validation loss is {score}", step)
+        self.metrics.write(step, self.seen(step), values)
         if score < self.best:
             self.best = score
             save_state(self.distiller, self.file, {"step": str(step), "score": repr(score)})
