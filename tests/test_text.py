@@ -267,11 +267,11 @@ def splits(text: Text) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("how", ["one file", "test repeats train", "two sources", "other white space"])
+@pytest.mark.parametrize("how", ["one file", "test repeats train", "two sources", "other line ends"])
 def test_a_text_that_occurs_twice_is_in_one_split(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = [f"w{3 + index} " * 8 for index in range(180)]
-    again = [word.replace(" ", "\n") for word in words] if how == "other white space" else words[::-1]
-    if how in ("one file", "other white space"):
+    words = [f"w{3 + index}\n" * 8 for index in range(180)]
+    again = [word.replace("\n", "\r\n") + " " for word in words] if how == "other line ends" else words[::-1]
+    if how in ("one file", "other line ends"):
         source: Any = str(save_rows(tmp_path / "a.jsonl", words + again))
     else:
         files = [save_rows(tmp_path / "d" / f"{name}.jsonl", rows) for name, rows in (("a", words), ("b", again[:90]))]

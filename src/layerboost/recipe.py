@@ -338,7 +338,7 @@ def find_recipe(name: str) -> Path:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {file}", found=str(error)) from None
     if not isinstance(values, dict):

@@ -255,9 +255,9 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
-    """Each text once, whatever its white space; `seen` gets the hashes."""
+    """Each text once, whatever its line ends; `seen` gets the hashes."""
     for text in documents:
-        if (key := hash(" ".join(text.split()))) not in seen:
+        if (key := hash(text.replace("\r\n", "\n").strip())) not in seen:
             seen.add(key)
             yield text
 

@@ -331,7 +331,7 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
         if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str) or name in TAKEN:
             raise ValueError(f"its key `task` must be a name other than {', '.join(TAKEN)}, not {config.get('task')!r}")
         loaded = TaskManager(include_defaults=False).load([config])
-        return _ready(name, loaded, limit, made_from=file.read_text())
+        return _ready(name, loaded, limit, made_from=file.read_text(encoding="utf-8"))
     except ConfigError:
         raise
     except Exception as error:  # lm-eval does not check what is in the file, so anything may be raised

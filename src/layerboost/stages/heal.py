@@ -218,7 +218,7 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
 def healed_from(folder: Path) -> str | None:
     """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
     file = folder / IDENTITY
-    return fingerprint(json.loads(file.read_text())) if file.is_file() else None
+    return fingerprint(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -226,7 +226,7 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
     file = work / IDENTITY
     if not file.is_file():
         return
-    there = json.loads(file.read_text())
+    there = json.loads(file.read_text(encoding="utf-8"))
     if there != identity:
         changed = [
             f"{section}.{key}: {there[section].get(key, NEUTRAL.get(key))} there, "
@@ -249,7 +249,7 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
 def check_same_text(work: Path, lessons: Lessons) -> None:
     """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
     file = work / TEXT
-    if file.is_file() and json.loads(file.read_text())["fingerprint"] != lessons.fingerprint:
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != lessons.fingerprint:
         raise ConfigError(
             f"{work} was begun on another text",
             found="the tokens read from text.source are others now",

@@ -134,14 +134,31 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
 
 def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> Inputs:
     """Everything to measure on, read and checked for a model with this context; raises ConfigError."""
-    settings = recipe.measure
-    tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
-    check_items(tasks, tokenizer, context_tokens)
     inputs = Inputs(
-        load_calibration(recipe, tokenizer, settings.tokens, run), load_prompts(recipe, tokenizer, run), tasks
+        load_calibration(recipe, tokenizer, recipe.measure.tokens, run),
+        load_prompts(recipe, tokenizer, run),
+        load_tasks(recipe, tokenizer, context_tokens),
     )
     _check_context(recipe, inputs, context_tokens)
     return inputs
+
+
+def validate_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
+    """Read what `load_inputs` reads but for text that the model has yet to write (source `self`); raises ConfigError."""
+    if "self" not in recipe.text.sources:
+        load_inputs(recipe, tokenizer, run, context_tokens)
+        return
+    load_tasks(recipe, tokenizer, context_tokens)
+    if recipe.measure.traffic:
+        load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
+
+
+def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[BenchTask]:
+    """The tasks to measure on, their items checked; raises ConfigError."""
+    settings = recipe.measure
+    tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
+    check_items(tasks, tokenizer, context_tokens)
+    return tasks
 
 
 def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
