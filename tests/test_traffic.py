@@ -72,15 +72,15 @@ def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.
     assert load_traffic(file, tiny_tokenizer(), 7, 10_000).lengths == [7, 7, 7, 6]
     with caplog.at_level("WARNING"):
         cut = load_traffic(file, tiny_tokenizer(), 5, 10_000)
-    assert "4 rows" in caplog.text
+    assert "cannot be scored: 4; the first is line 3 of" in caplog.text
     assert [shown(cut, row)[1] for row in (0, 1)] == [[50, 51], [51]]
 
 
 BAD = {
     "no file": ([], "cannot read .*none.jsonl"),
     "no JSON": (["{"], "line 1 of .* is not JSON"),
-    "no mapping": (["[1]"], "line 1 of .*: it has neither prompt and answer, messages, nor text, .* but list"),
-    "an empty answer": ([{"prompt": "w3", "answer": ""}], "line 1 of .* but prompt, answer"),
+    "no mapping": (["[1]"], "line 1 of .*: no prompt and answer, no messages and no text, .* among list"),
+    "an empty answer": ([{"prompt": "w3", "answer": ""}], "line 1 of .* among prompt, answer"),
     "no template": ([{"messages": []}], "without a chat template"),
     "one row": ([{"text": "w3 w4 w5"}], "must hold two rows(.|\n)*found: 1 in"),
     "one token a row": ([{"text": "w3"}] * 3, "must hold two rows"),
@@ -200,7 +200,7 @@ def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplo
     good = [conversation(f"w{index}", f"w{index + 1}") for index in range(4)]
     found = scored_texts(tmp_path, good[0], *odd, *good[1:])
     assert found == [[f"w{index + 1}"] for index in range(4)]
-    assert f"9 rows of {tmp_path / 't.jsonl'} cannot be scored and are left out. The first: line 2 of" in caplog.text
+    assert f"rows of {tmp_path / 't.jsonl'} left out that cannot be scored: 9; the first is line 2 of" in caplog.text
 
 
 def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:

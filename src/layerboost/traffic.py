@@ -101,8 +101,6 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
         seen += len(ids)
         if seen >= skip + tokens:
             break
-    if left_out:
-        warn_once(f"{len(left_out)} rows of {file} cannot be scored and are left out. The first: {left_out[0]}")
     if len(rows) < 2:
         found = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
         raise ConfigError(
@@ -110,6 +108,8 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
             found="; ".join([found, *left_out[:1]]),
             do="give rows of prompt and answer, messages, or text (docs/measure.md); or raise text.sequence_tokens",
         )
+    if left_out:
+        warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
     rows.sort(key=lambda row: -len(row[0]))
     width = len(rows[0][0])
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
@@ -137,7 +137,7 @@ def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
     if "text" in strings:
         return [opening, (encode(row["text"]), True)]
     named = ", ".join(map(str, fields)) or type(row).__name__
-    raise _Unscorable(f"it has neither prompt and answer, messages, nor text, or an empty one, but {named}")
+    raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
 def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:

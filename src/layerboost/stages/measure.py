@@ -144,7 +144,7 @@ def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) 
 
 
 def validate_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
-    """Read what `load_inputs` reads but for text that the model has yet to write (source `self`); raises ConfigError."""
+    """Read what `load_inputs` reads, but not text that the model has yet to write (`self`); raises ConfigError."""
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run, context_tokens)
         return
