@@ -2,13 +2,25 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import info, layer_plans
 
-from layerboost.artifacts import PlanFile, Sensitivity, new_folder, read_json, read_plan, write_json, write_plan
+from layerboost.artifacts import (
+    PlanFile,
+    Sensitivity,
+    finite,
+    json_text,
+    new_folder,
+    read_json,
+    read_plan,
+    write_json,
+    write_plan,
+)
 from layerboost.errors import ConfigError, LayerboostError
 
 
@@ -104,7 +116,34 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path: Path, monke
     assert "old" in file.read_text()
 
 
-def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    write_json(tmp_path / "file.json", {"argv": [name, "é"]})
-    assert json.loads((tmp_path / "file.json").read_text()) == {"argv": [name, "é"]}
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_holds_no_number_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"good": 1.0})
+    with pytest.raises(LayerboostError, match=rf"x.json cannot be written(.|\n)*layers.1.score is {value}"):
+        write_json(file, {"layers": [{"score": 1.0}, {"score": value}]})
+    assert "good" in file.read_text()
+    assert finite({"a": [value, (1.5, value)], "b": "nan"}) == {"a": [None, [1.5, None]], "b": "nan"}
+    with pytest.raises(LayerboostError, match=r"the result cannot be written"):
+        json_text({"loss": np.float64(value)}, "the result")
+
+
+def test_files_with_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.yaml", plan())
+    text = (tmp_path / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").write_text(text.replace("settings: {}", "settings: {kv_fraction: .nan}"))
+    with pytest.raises(ConfigError, match=r"not a valid PlanFile(.|\n)*settings.kv_fraction is nan"):
+        read_plan(tmp_path / "plan.yaml")
+    score = {"mean": math.nan, "standard_error": 0.1}
+    (tmp_path / "s.json").write_text(json.dumps({"schema_version": 2, "base_nll": score}))
+    with pytest.raises(ConfigError, match=r"not a valid Sensitivity(.|\n)*base_nll.mean is nan"):
+        read_json(tmp_path / "s.json", Sensitivity, "layerboost measure")
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path: Path) -> None:
+    """As in a file name of other bytes than UTF-8."""
+    write_json(tmp_path / "x.json", {"folder": "runs/caf\udce9", "unit": "KL(base ‖ changed)"})
+    assert json.loads((tmp_path / "x.json").read_bytes().decode()) == {
+        "folder": "runs/caf\udce9",
+        "unit": "KL(base ‖ changed)",
+    }

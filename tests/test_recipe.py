@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -51,9 +53,17 @@ def test_a_setting_that_is_a_mapping_is_replaced_whole(tmp_path: Path) -> None:
         ({"heal.lrr": "1"}, r"unknown key heal\.lrr \(did you mean heal\.lr\?\)"),
         ({"plan.method": "best"}, r"plan\.method"),
         ({"measure.tokens": "-3"}, r"measure\.tokens"),
+        *[
+            ({key: value}, rf"{key}[^:]*: Input should be a finite number \(got -?{text}\)")
+            for key in ("heal.lr", "heal.ce_weight", "plan.max_kl", "plan.full_above", "evaluate.max_task_drop")
+            for value, text in ((math.nan, "nan"), (math.inf, "inf"), (-math.inf, "inf"))
+        ],
+        ({"text.source": {"a.jsonl": math.nan}}, r"text\.source.*finite number"),
+        ({"bench.requests_per_concurrency": math.inf}, r"requests_per_concurrency: Input should be a finite number"),
+        ({"heal.tokens": math.inf}, r"heal\.tokens: Input should be a finite number"),
     ],
 )
-def test_bad_settings_are_named(overrides: dict[str, str], message: str) -> None:
+def test_bad_settings_are_named(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe([], overrides)
 
@@ -116,3 +126,9 @@ def test_what_is_on_this_disk_is_kept_by_its_full_path(tmp_path: Path, monkeypat
     assert load_recipe([], {"text.source": "x" * 5000, "model": "~nobody-here/m"}).model == "~nobody-here/m"
     with pytest.raises(ConfigError, match=r"text\.source\.str: Input should be a valid string"):
         load_recipe([], {"text.source": 3})
+
+
+@pytest.mark.parametrize("text", ["heal.lr=nan", "heal.lr=.nan", "heal.lr=inf", "heal.lr=1e999", "heal.lr=-.inf"])
+def test_numbers_on_the_command_line_are_finite(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"heal\.lr: Input should be a finite number"):
+        load_recipe([], dict([set_option(text)]))

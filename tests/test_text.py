@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from layerboost.text import (
     read_documents,
     sample_documents,
     samples_missing,
+    token_ids,
 )
 
 TOKENIZER = tiny_tokenizer()
@@ -87,7 +90,7 @@ def test_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "no text"), ("w3 w4", "too short"), ('{"text": "w3"', "cannot read text")]
+    ("content", "message"), [("", "no text"), ("w3 w4", "too short"), ('{"text": "w3"', "line 1 of .* is not JSON")]
 )
 def test_bad_text(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / ("t.jsonl" if content.startswith("{") else "t.txt")
@@ -105,7 +108,8 @@ def test_sources_that_are_not_there() -> None:
 
 def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
     for name, word in (("one", "w3"), ("other", "w4")):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{" ".join([word] * 50)}"}}\n' * 400)
+        rows = (f"w{100 + index // 20} w{100 + index % 20} " + " ".join([word] * 50) for index in range(400))
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
     one, other = (str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
     text = Text.model_validate({"source": {one: 3, other: 1}, "sequence_tokens": 32})
     ids = load_tokens(text, TOKENIZER, "train", 4000).ids
@@ -122,11 +126,13 @@ def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
 def test_own_samples_go_on_whatever_characters_they_hold(tmp_path: Path) -> None:
     text, made_from = Text(source="self", self_samples=5, sequence_tokens=32), {"model": "tiny"}
     odd = "w3 \u2028 w4 \u2029 w5 \x85 w6"
-    sample_documents(
-        lambda count, _: [odd] * count, text.model_copy(update={"self_samples": 2}), tmp_path, 0, made_from
-    )
+
+    def generate(count: int, seed: int) -> list[str]:
+        return [f"{odd} w{seed} w{index}" for index in range(count)]
+
+    sample_documents(generate, text.model_copy(update={"self_samples": 2}), tmp_path, 0, made_from)
     assert samples_missing(text, tmp_path, made_from)
-    sample_documents(lambda count, _: [odd] * count, text, tmp_path, 0, made_from)
+    sample_documents(generate, text, tmp_path, 0, made_from)
     assert not samples_missing(text, tmp_path, made_from)
     assert not samples_missing(text.model_copy(update={"self_samples": 5}), tmp_path, made_from)
     assert "".join(read_documents("self", "text", tmp_path)).count("w5") == 5
@@ -159,3 +165,147 @@ def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplo
     (tmp_path / "t.txt").write_text("of a word or two " * 400)
     load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
     assert not caplog.text
+
+
+def documents(source: Path, column: str = "text") -> list[str]:
+    return sorted(read_documents(str(source), column))
+
+
+def save_rows(file: Path, rows: list[Any], column: str = "text") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({column: rows}), file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_missing_values_are_passed_over(name: str, tmp_path: Path) -> None:
+    missing: list[Any] = [None, "nan", "None", "<NA>", "", " "] + ([float("nan")] if name == "a.jsonl" else [])
+    assert documents(save_rows(tmp_path / name, ["w3", *missing, "w4", "a nan of None"])) == [
+        "a nan of None",
+        "w3",
+        "w4",
+    ]
+    assert "no text" in refusal(save_rows(tmp_path / name, [None, None]))
+
+
+def refusal(source: Path, column: str = "text") -> str:
+    with pytest.raises(ConfigError) as caught:
+        documents(source, column)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(
+    "rows", [[[{"role": "user", "content": "w3"}]] * 3, [1, 2, 3], [1.5, 2.5], [True, False], [["w3", "w4"], []]]
+)
+def test_a_column_without_text_is_refused(name: str, rows: list[Any], tmp_path: Path) -> None:
+    file = save_rows(tmp_path / name, rows)
+    assert f"column 'text' of {file} holds no text" in refusal(file)
+    assert type(rows[0]).__name__ in refusal(file)
+
+
+def test_bytes_are_no_text(tmp_path: Path) -> None:
+    assert "bytes in row 1 of" in refusal(save_rows(tmp_path / "a.parquet", [b"w3", b"w4"]))
+
+
+def test_single_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = save_rows(tmp_path / "a.jsonl", ["w3", 7, ["w9"], "w4"])
+    file.write_text(file.read_text() + '{"body": "w5"}\n"w6"\n')
+    assert documents(file) == ["w3", "w4"]
+    assert f"{file}: 4 rows without a text are left out" in caplog.text
+    assert f"int in line 2 of {file}" in caplog.text
+    caplog.clear()
+    assert documents(file) == ["w3", "w4"]
+    assert not caplog.text  # said once, however often the text is read
+
+
+def test_a_wrong_column_of_a_large_file_is_soon_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"body": "w3"}\n' * 2000 + "not JSON")
+    assert "line 1 of" in refusal(file)
+
+
+def test_of_a_folder_only_documents_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_rows(tmp_path / "data" / "train.jsonl", ["w3", "w4"])
+    save_rows(tmp_path / "data" / "MORE.JSONL".lower(), ["w5"]).rename(tmp_path / "data" / "MORE.JSONL")
+    (tmp_path / "data" / "._train.jsonl").write_bytes(b"\x00\x05\x16\x07\xb0\xff")
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "x.jsonl").write_text("{")
+    for name in ("README.md", "LICENSE.txt", "notes.txt", "rows.csv"):
+        (tmp_path / name).write_text("w9 " * 100)
+    assert documents(tmp_path) == ["w3", "w4", "w5"]
+    assert "2 data files are read; left out: LICENSE.txt, README.md, notes.txt, rows.csv" in caplog.text
+
+
+def test_of_a_folder_of_texts_the_readme_is_left_out(tmp_path: Path) -> None:
+    for name in ("a.txt", "part/b.md", "Readme.md", "part/LICENCE", "part/licence-mit.txt", "c.TXT", "licensed.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path) == ["a.txt", "c.TXT", "licensed.txt", "part/b.md"]
+    assert documents(tmp_path / "Readme.md") == ["Readme.md"]  # by its own name it is meant
+    (tmp_path / "empty").mkdir()
+    assert "no text in" in refusal(tmp_path / "empty")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    save_rows(tmp_path / "a.jsonl", ["w3"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "cannot read" in refusal(tmp_path)
+    assert "b.jsonl" in refusal(tmp_path)
+
+
+def splits(text: Text) -> dict[str, set[str]]:
+    """The words that each split holds, of documents that are words of their own."""
+    found = {}
+    names: list[Split] = ["calibration", "held_out", "train"]
+    for split in names:
+        ids = load_tokens(text, TOKENIZER, split, 16 * 8 if split == "train" else 16)
+        found[split] = set(ids.ids.flatten().tolist()) - {TOKENIZER.eos_token_id}
+    return found
+
+
+@pytest.mark.parametrize("how", ["one file", "test repeats train", "two sources", "other line ends"])
+def test_a_text_that_occurs_twice_is_in_one_split(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = [f"w{3 + index}\n" * 8 for index in range(180)]
+    again = [word.replace("\n", "\r\n") + " " for word in words] if how == "other line ends" else words[::-1]
+    if how in ("one file", "other line ends"):
+        source: Any = str(save_rows(tmp_path / "a.jsonl", words + again))
+    else:
+        files = [save_rows(tmp_path / "d" / f"{name}.jsonl", rows) for name, rows in (("a", words), ("b", again[:90]))]
+        source = str(tmp_path / "d") if how == "test repeats train" else {str(file): 1.0 for file in files}
+    if how == "two sources":
+        save_rows(tmp_path / "d" / "b.jsonl", [*again[:90], *(f"{word} w190" for word in words)])
+    found = splits(Text.model_validate({"source": source, "sequence_tokens": 16}))
+    for one, other in (("calibration", "held_out"), ("calibration", "train"), ("held_out", "train")):
+        assert not (found[one] & found[other]) - {190}
+    assert "repeat others" in caplog.text
+
+
+def test_one_long_row_among_others_is_packed(tmp_path: Path) -> None:
+    """Copying the rest of a row for every sequence made of it took minutes here."""
+    long = " ".join(f"w{3 + index % 180}" for index in range(600_000))
+    text = settings(
+        save_rows(tmp_path / "a.jsonl", [f"w{index}" for index in range(3, 40)] + [long]), sequence_tokens=16
+    )
+    ids = load_tokens(text, TOKENIZER, "all", 599_000).ids.flatten()
+    start = int((ids[:-1].eq(3) & ids[1:].eq(4)).nonzero()[0])
+    assert torch.equal(ids[start:].clone(), (torch.arange(len(ids) - start) % 180 + 3)[: len(ids) - start])
+
+
+def test_of_a_very_long_text_no_more_is_tokenized_than_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.text.TOKENIZED_CHARACTERS", 1000)
+    given: list[int] = []
+
+    def tokenizer(text: str, **_: object) -> dict[str, list[int]]:
+        given.append(len(text))
+        return {"input_ids": list(text.encode())}
+
+    assert token_ids(tokenizer, "a" * 10_000, 1500) == [97] * 2000
+    assert given == [1000, 1000]
+    assert token_ids(tokenizer, "a" * 2500, 10_000) == [97] * 2500

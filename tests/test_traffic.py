@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import layer_plans, save_text, tiny_model, tiny_tokenizer
+from tiny import byte_tokenizer, layer_plans, save_text, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.model.stream import LayerStream
@@ -72,15 +72,15 @@ def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.
     assert load_traffic(file, tiny_tokenizer(), 7, 10_000).lengths == [7, 7, 7, 6]
     with caplog.at_level("WARNING"):
         cut = load_traffic(file, tiny_tokenizer(), 5, 10_000)
-    assert "4 rows" in caplog.text
+    assert "cannot be scored: 4; the first is line 3 of" in caplog.text
     assert [shown(cut, row)[1] for row in (0, 1)] == [[50, 51], [51]]
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
-    "no file": ([], "cannot read the traffic"),
+    "no file": ([], "cannot read .*none.jsonl"),
     "no JSON": (["{"], "line 1 of .* is not JSON"),
-    "no mapping": (["[1]"], "line 1 of .* is no row of traffic"),
-    "an empty answer": ([{"prompt": "w3", "answer": ""}], "no row of traffic(.|\n)*fields prompt, answer"),
+    "no mapping": (["[1]"], "line 1 of .*: no prompt and answer, no messages and no text, .* among list"),
+    "an empty answer": ([{"prompt": "w3", "answer": ""}], "line 1 of .* among prompt, answer"),
     "no template": ([{"messages": []}], "without a chat template"),
     "one row": ([{"text": "w3 w4 w5"}], "must hold two rows(.|\n)*found: 1 in"),
     "one token a row": ([{"text": "w3"}] * 3, "must hold two rows"),
@@ -98,12 +98,134 @@ def test_bad_traffic_is_one_message(name: str, tmp_path: Path) -> None:
 def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ConfigError, match="cannot render line 1"):
-        load_traffic(write(tmp_path / "a.jsonl", {"messages": [{"role": "assistant"}]}), tokenizer, 64, 1000)
-    tokenizer.chat_template = "{{ messages | length }} " + TEMPLATE
     chat = {"messages": [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8"}]}
-    with pytest.raises(ConfigError, match="cannot be told apart"):
-        load_traffic(write(tmp_path / "b.jsonl", chat), tokenizer, 64, 1000)
+    for template, row, message in (
+        (TEMPLATE, {"messages": [{"role": "assistant"}]}, "line 1 of .*: it has no answer"),
+        (TEMPLATE, {"messages": "w3"}, "its messages are not a list"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [{"type": "text", "text": "w3"}]}]}, "a list, not a text"),
+        (TEMPLATE + "{{ raise_exception('odd roles') }}", chat, r"cannot render it \(TemplateError: odd roles"),
+        (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "in another way than they were given"),
+        (TEMPLATE + "{{ messages[-1].content }}", chat, "in another way than they were given"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match=message):
+            load_traffic(write(tmp_path / "a.jsonl", row, row), tokenizer, 64, 1000)
+
+
+# What Qwen3's does with thinking: out of earlier turns, an empty one into the last if it has none, white space trimmed.
+THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endfor %}{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}{% set think = '' %}"
+    "{% if '</think>' in c %}{% set think = c.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}{% if loop.index0 > ns.last %}"
+    "{{ '<s>assistant\\n<think>\\n' + think + '\\n</think>\\n\\n' + c }}{% else %}"
+    "{{ '<s>assistant\\n' + c }}{% endif %}"
+    "{{ '</s>\\n' }}{% else %}{{ '<s>' + m.role + '\\n' + c + '</s>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
+
+def conversation(*turns: str | None, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]} | more
+
+
+def scored_texts(tmp_path: Path, *rows: dict[str, Any], template: str = THINKING) -> list[list[str]]:
+    """The texts that are scored of each row."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    found = load_traffic(write(tmp_path / "t.jsonl", *rows), tokenizer, 1000, 100_000)
+    texts = []
+    for ids, scored in zip(found.ids.tolist(), found.scored.tolist(), strict=True):
+        runs, before = list[list[int]](), False
+        for token, counts in zip(ids, scored, strict=True):
+            if counts and not before:
+                runs.append([])
+            if counts:
+                runs[-1].append(token)
+            before = counts
+        texts.append([tokenizer.decode(run) for run in runs])
+    return sorted(texts)
+
+
+@pytest.mark.parametrize("answer", ["h", "s", "<", "think", "<think>", "assistant", "</s>", "\n\n", "a b"])
+def test_an_answer_is_found_where_it_stands(answer: str, tmp_path: Path) -> None:
+    """Not within the template's own tags, whatever they are made of."""
+    rows = [conversation("user", answer), conversation("assistant", answer, "<think>", answer)]
+    if not answer.strip():
+        with pytest.raises(ConfigError, match="it has no answer"):
+            scored_texts(tmp_path, *rows)
+        return
+    assert scored_texts(tmp_path, *rows) == [[answer], [answer, answer]]
+    ids = load_traffic(tmp_path / "t.jsonl", with_template(THINKING), 1000, 100_000).ids[1].tolist()
+    text = byte_tokenizer().decode(ids).rstrip("!")  # what pads a row
+    assert text.endswith(f"<think>\n\n</think>\n\n{answer}")
+
+
+def with_template(template: str) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_thinking_is_scored_as_the_model_writes_it(tmp_path: Path) -> None:
+    """Behind the generation prompt; of earlier turns the template has taken it out."""
+    thought = "<think>\nw7\n</think>\n\nw8"
+    rows = [conversation("w3", thought), conversation("w3", "<think>\nw5\n</think>\n\nw6", "w4", thought)]
+    assert scored_texts(tmp_path, *rows) == [[thought], [thought]]
+
+
+def test_white_space_around_an_answer_is_the_templates_affair(tmp_path: Path) -> None:
+    rows = [conversation("w3", " w4 \n"), conversation("w3", "\n\nw4", "w5", "w6\n")]
+    for written in ("m.content", "m.content.strip()", "m.content.lstrip()"):
+        template = TEMPLATE.replace("m.content", written)
+        assert scored_texts(tmp_path, *rows, template=template) == [["w4"], ["w4", "w6"]]
+
+
+def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = conversation("w3", None)
+    called["messages"][1]["tool_calls"] = [call]
+    odd: list[Any] = [
+        conversation("Hi", "Hello", "And?", "<think>I am</think>fine"),  # written anew, with other white space
+        called,
+        conversation("w3", ""),
+        conversation("w3"),
+        {"messages": [{"content": "w3"}]},
+        {"conversations": [{"from": "human", "value": "w3"}]},
+        {"prompt": "w3", "answer": ""},
+        {"prompt": None, "answer": "w4"},
+        ["w3"],
+    ]
+    good = [conversation(f"w{index}", f"w{index + 1}") for index in range(4)]
+    found = scored_texts(tmp_path, good[0], *odd, *good[1:])
+    assert found == [[f"w{index + 1}"] for index in range(4)]
+    assert f"rows of {tmp_path / 't.jsonl'} left out that cannot be scored: 9; the first is line 2 of" in caplog.text
+
+
+def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:
+    row = conversation("w3", None, "w4", "w5")
+    row["messages"][1]["tool_calls"], row["messages"][2]["role"] = [{"function": {"name": "f"}}], "tool"
+    assert scored_texts(tmp_path, row, row, template=TEMPLATE) == [["w5"], ["w5"]]
+    ids = load_traffic(tmp_path / "t.jsonl", with_template(TEMPLATE), 1000, 100_000).ids[0].tolist()
+    assert "None" not in byte_tokenizer().decode(ids)
+
+
+def test_a_conversation_of_many_turns_is_rendered_twice(tmp_path: Path) -> None:
+    """Rendering the beginning anew for every answer took minutes here."""
+    rows = [conversation(*["w3", "w4"] * 3000)] * 2
+    assert scored_texts(tmp_path, *rows, template=TEMPLATE) == [["w4"] * 45] * 2
+
+
+def test_rows_of_other_files(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": words(10, 4), "answer": words(30 + n, 2)} for n in range(3)]
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    for name in ("t.jsonl", "t.parquet"):
+        assert load_traffic(tmp_path / name, tiny_tokenizer(), 64, 1000).lengths == [6, 6, 6]
 
 
 def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:

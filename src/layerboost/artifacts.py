@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,15 +21,8 @@ from layerboost.errors import ConfigError, LayerboostError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
 # What lies in a run folder, in the order it is made.
-BASE, SENSITIVITY, PLAN, CONVERTED, HEAL, HEALED, COMPAT = (
-    "base",
-    "sensitivity.json",
-    "plan.yaml",
-    "converted",
-    "heal",
-    "healed",
-    "compat",
-)
+BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
+HEAL, HEALED, COMPAT = "heal", "healed", "compat"
 
 Strategy = Literal["full", "sliding", "none"]
 Record = TypeVar("Record", bound="Artifact")
@@ -245,6 +239,33 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def not_finite(value: Any, path: str = "") -> str:
+    """The first number in plain values that is not finite, with the keys that lead to it; empty if there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{path.lstrip('.')} is {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next(filter(None, (not_finite(item, f"{path}.{key}") for key, item in items)), "")
+
+
+def finite(value: Any) -> Any:
+    """The same plain values with None for numbers that are not finite: for what others computed, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any, what: str, **options: Any) -> str:
+    """The one way to JSON: raises LayerboostError, naming the number, where one is not finite, which JSON lacks."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        raise LayerboostError(
+            f"{what} cannot be written: a number in it is not finite", found=not_finite(value)
+        ) from None
+
+
 def file_hash(path: Path) -> str:
     """16 hex digits of the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -258,8 +279,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name that is not UTF-8 becomes an escape, which JSON reads back.
-        with temporary.open("w", errors="backslashreplace") as file:
+        # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -305,7 +326,7 @@ def disk_error(path: Path, error: OSError) -> LayerboostError:
 def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:
     """Write an artifact or a plain mapping as indented JSON, atomically."""
     plain = value.model_dump(mode="json") if isinstance(value, Artifact) else value
-    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(plain, str(path), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, kind: type[Record], made_by: str) -> Record:
@@ -336,7 +357,10 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist", do=f"make it with `{made_by}`")
     try:
-        return kind.model_validate(parser(path.read_text()))
+        values = parser(path.read_text(encoding="utf-8"))
+        if wrong := not_finite(values):
+            raise ValueError(wrong)
+        return kind.model_validate(values)
     except (ValueError, yaml.YAMLError) as error:
         if isinstance(error, ValidationError):
             found = "; ".join(

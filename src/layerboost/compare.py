@@ -186,7 +186,7 @@ def _lead(row: str, results: Path, found: dict[str, Any], tasks: list[BenchTask]
     pair = {name: f"{name}-{HEALED}" for name in (OURS, row)}
 
     def read(name: str, what: str) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads((results / f"{pair[name]}.{what}.json").read_text())
+        values: dict[str, Any] = json.loads((results / f"{pair[name]}.{what}.json").read_text(encoding="utf-8"))
         return values
 
     lead: dict[str, Any] = {"kl": None, "average": None}

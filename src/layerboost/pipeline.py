@@ -157,7 +157,7 @@ def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
         yield
         return
     file = run / RECIPE
-    before = file.read_text() if file.is_file() else None
+    before = file.read_text(encoding="utf-8") if file.is_file() else None
     write_text(file, recipe_yaml(recipe))
     try:
         yield
@@ -174,7 +174,7 @@ def finished(recipe: Recipe, run: Path) -> bool:
     files = [run / RECIPE, run / PLAN, run / HEALED / PLAN, run / "report.html"]
     return (
         all(file.is_file() for file in files)
-        and files[0].read_text() == recipe_yaml(recipe)
+        and files[0].read_text(encoding="utf-8") == recipe_yaml(recipe)
         and read_plan(files[1]).hash() == read_plan(files[2]).hash()
     )
 
@@ -247,7 +247,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
     from layerboost.model.integrity import check_checkpoint
     from layerboost.stages.evaluate import validate_evaluate
-    from layerboost.stages.measure import load_inputs, validate_measure
+    from layerboost.stages.measure import validate_inputs, validate_measure
     from layerboost.stages.plan import validate_plan
     from layerboost.text import check_samples, is_local, load_tokens
 
@@ -260,8 +260,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     source = find_model(model_of(recipe), run)
     config = load_config(source, recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    if "self" not in recipe.text.sources:
-        load_inputs(recipe, tokenizer, run)
+    validate_inputs(recipe, tokenizer, run, config.max_position_embeddings)
     longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
     check_samples(recipe.text, longest, "train")
     if all(map(is_local, recipe.text.sources)):

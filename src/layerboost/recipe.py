@@ -48,7 +48,7 @@ Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
 class Section(BaseModel):
     """Settings of one stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Text(Section):
@@ -357,7 +357,7 @@ def find_recipe(name: str) -> Path:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {file}", found=str(error)) from None
     if not isinstance(values, dict):

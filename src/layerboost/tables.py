@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -26,7 +25,9 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
     if not is_main_process():
         return
     if as_json:
-        click.echo(json.dumps(plain(result), indent=1, default=str))
+        from layerboost.artifacts import json_text
+
+        click.echo(json_text(plain(result), "the result", indent=1, default=str))
         return
     from rich.console import Console
     from rich.table import Table

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,16 +14,26 @@ from typing import Any, Literal
 
 import torch
 
-from layerboost.artifacts import fingerprint, write_text
+from layerboost.artifacts import fingerprint, json_text, write_text
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.runtime import Progress, log
+from layerboost.rows import read_lines, read_rows
+from layerboost.runtime import Progress, log, warn_once
 
 Split = Literal["calibration", "held_out", "train", "all"]
 # Of ten documents one is for calibration and one is held out. Fixed, so that no seed moves a document across.
 SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
-TEXT_SUFFIXES = (".txt", ".md", ".raw")
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
+# What stands beside documents in a folder and is none of them.
+ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|citation|changelog)\b", re.IGNORECASE)
+# What pandas writes for a missing value where a column was made into text.
+NO_VALUE = {"nan", "None", "<NA>", "NaT"}
+# So many rows without text, and no text before them: this is the wrong column.
+HOPELESS_ROWS = 1000
+# Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
+TOKENIZED_CHARACTERS = 1 << 20
 # A word, or one sign of a script without spaces. English takes 1.3 tokens a word, source code 2 to 3.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
@@ -61,9 +71,10 @@ def load_tokens(
     """
     length = text.sequence_tokens
     needed = max(1, -(-tokens // length))
-    documents = {}
+    documents: dict[str, Iterator[str]] = {}
+    seen: set[int] = set()
     for source in text.sources:
-        documents[source] = _select(read_documents(source, text.column, run), split)
+        documents[source] = _select(read_documents(source, text.column, run, seen), split)
         if split == "train":
             documents[source] = _shuffled(documents[source], seed)
     opening = opening_ids(tokenizer)
@@ -79,9 +90,9 @@ def load_tokens(
                 found=f"{taken[source]:,} tokens in the {split} split of {source}",
                 do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
             )
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+        ids = token_ids(tokenizer, document, (needed + 1) * length)
         if not taken[source]:
-            _warn_if_shredded(document, len(ids), source)
+            _warn_if_shredded(document, tokenizer, source)
         _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
         taken[source] += len(ids) + 1
     return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
@@ -96,19 +107,35 @@ def opening_ids(tokenizer: Any) -> list[int]:
     return [start] if start is not None and tokenizer("a")["input_ids"][:1] == [start] else []
 
 
+def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
+    """The token ids of a text, nothing put before or after; of a very long one the first `most` at least."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text) and len(ids) < most:
+        end = start + TOKENIZED_CHARACTERS
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)  # a word begins there, so no token is cut
+            end = space if space > 0 else end
+        ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        start = end
+    return ids
+
+
 def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:
     """Append a document to the last row and further ones; it begins with `opening`, and so does each row."""
-    while document:
+    start = 0
+    while start < len(document):
         row = rows[-1]
-        room = length - len(row) - len(opening)
-        row += (opening + document)[: length - len(row)]
-        document = document[max(room, 0) :]
+        taken = (opening + document[start : start + length])[: length - len(row)]
+        row += taken
+        start += max(len(taken) - len(opening), 0)
         if len(row) == length:
             rows.append([])
 
 
-def _warn_if_shredded(document: str, tokens: int, source: str) -> None:
-    words = len(WORD.findall(document))
+def _warn_if_shredded(document: str, tokenizer: Any, source: str) -> None:
+    sample = document[:PIECE_CHARACTERS]
+    words, tokens = len(WORD.findall(sample)), len(token_ids(tokenizer, sample, PIECE_CHARACTERS))
     if words and tokens > SHREDDED * words:
         log.warning(
             "the tokenizer shreds %s: %.1f tokens per word. It hardly knows this language, and nor will the model",
@@ -117,20 +144,21 @@ def _warn_if_shredded(document: str, tokens: int, source: str) -> None:
         )
 
 
-def read_documents(source: str, column: str, run: Path | None = None) -> Iterator[str]:
-    """The documents of a source in a fixed order; few long documents are cut into pieces, so that each split has some.
+def read_documents(source: str, column: str, run: Path | None = None, seen: set[int] | None = None) -> Iterator[str]:
+    """The documents of a source in a fixed order, each text once: one that occurs twice would be in two splits.
 
-    Raises ConfigError.
+    Few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
+    sources, which are left out here; those of a source on this disk are added. Raises ConfigError.
     """
+    seen = set() if seen is None else seen
     if source == "self":
-        return _local([run / SAMPLES] if run else [], "text", source)
+        return _local([run / SAMPLES] if run else [], "text", source, seen)
     if source.startswith("package:"):
-        return _local(_package_files(source.removeprefix("package:")), column, source)
+        return _local(_package_files(source.removeprefix("package:")), column, source, seen)
     path = Path(source).expanduser()
     if path.exists():
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        return _local(files, column, source)
-    return _hub(source, column)
+        return _local(_files(path) if path.is_dir() else [path], column, source, seen)
+    return _hub(source, column, seen)
 
 
 def is_local(source: str) -> bool:
@@ -143,14 +171,14 @@ def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_
 
     `generate(count, seed)` gives so many samples, `made_from` is kept beside them.
     """
-    write_text(run / SAMPLES_FROM, json.dumps(made_from))
+    write_text(run / SAMPLES_FROM, json_text(made_from, SAMPLES_FROM))
     lines = _sample_lines(run)
     with Progress("sampling text from the model", text.self_samples, "samples") as progress:
         progress.skip(len(lines))
         while len(lines) < text.self_samples:
             count = min(SAMPLES_AT_ONCE, text.self_samples - len(lines))
             samples = generate(count, seed * 1_000_003 + len(lines))
-            lines += [json.dumps({"text": sample}, ensure_ascii=False) for sample in samples]
+            lines += [json_text({"text": sample}, SAMPLES, ensure_ascii=False) for sample in samples]
             write_text(run / SAMPLES, "\n".join(lines) + "\n")
             progress.advance(count)
 
@@ -160,7 +188,7 @@ def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
     file = run / SAMPLES_FROM
     if not file.is_file():
         return True
-    if json.loads(file.read_text()) != made_from:
+    if json.loads(file.read_text(encoding="utf-8")) != made_from:
         raise ConfigError(
             f"{run / SAMPLES} was sampled from another model or with other settings",
             do=f"use another --run folder, or delete {file} and {run / SAMPLES}",
@@ -170,7 +198,7 @@ def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
 
 def _sample_lines(run: Path) -> list[str]:
     # Not splitlines(), which cuts at U+2028 and its like within a string too.
-    text = (run / SAMPLES).read_text() if (run / SAMPLES).is_file() else ""
+    text = (run / SAMPLES).read_text(encoding="utf-8") if (run / SAMPLES).is_file() else ""
     return [line for line in text.split("\n") if line]
 
 
@@ -206,44 +234,96 @@ def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
     yield from buffer
 
 
-def _local(files: list[Path], column: str, source: str) -> Iterator[str]:
-    documents = [text for file in files for text in _read_file(file, column) if text.strip()]
-    if not documents:
+def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
+    every = [text for file in files for text in _read_file(file, column) if text.strip()]
+    if not every:
         raise ConfigError(
-            f"no text in {source}", do="give a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them"
+            f"no text in {source}",
+            found=", ".join(file.name for file in files[:5]),
+            do=f"give a file that ends in {', '.join(TEXT_SUFFIXES[:3] + DATA_SUFFIXES)}, or a folder of them",
         )
+    documents = list(_unique(every, seen))
+    if len(documents) < len(every):
+        repeated = len(every) - len(documents)
+        warn_once(f"{source}: {repeated:,} of {len(every):,} documents repeat others; each text is taken once")
     if len(documents) < FEW_DOCUMENTS:
         size = PIECE_CHARACTERS
-        documents = [text[start : start + size] for text in documents for start in range(0, len(text), size)]
+        pieces = [text[start : start + size] for text in documents for start in range(0, len(text), size)]
+        documents = list(_unique(pieces, set()))
     random.Random(0).shuffle(documents)
     return iter(documents)
 
 
+def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
+    """Each text once, whatever its line ends; `seen` gets the hashes."""
+    for text in documents:
+        if (key := hash(text.replace("\r\n", "\n").strip())) not in seen:
+            seen.add(key)
+            yield text
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder that hold documents, in order: data files, or where there are none, texts.
+
+    Hidden files and what is written about the data (README, licence) are left out.
+    """
+    every = sorted(
+        file
+        for file in folder.rglob("*")
+        if (file.is_file() or file.is_symlink())
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    data = [file for file in every if file.name.lower().endswith(DATA_SUFFIXES)]
+    texts = [file for file in every if file.name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(file.name)]
+    kept = data or texts
+    read = set(kept)
+    if left_out := [str(file.relative_to(folder)) for file in every if file not in read]:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        kind = "data files" if data else "texts"
+        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {', '.join(left_out[:5])}{more}")
+    return kept
+
+
 def _read_file(file: Path, column: str) -> Iterator[str]:
-    name = file.name.removesuffix(".gz")
-    try:
-        if name.endswith(".jsonl"):
-            with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
-                for line in lines:
-                    if (text := _field(json.loads(line), column, file)) is not None:
-                        yield text
-        elif name.endswith(".parquet"):
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(file)
-            _field(dict.fromkeys(table.column_names, ""), column, file)
-            yield from (text for text in table[column].to_pylist() if text is not None)
-        elif file.suffix in TEXT_SUFFIXES:
-            yield file.read_text()
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"cannot read text from {file}", found=str(error).splitlines()[0]) from None
+    name = file.name.lower()
+    if name.endswith(DATA_SUFFIXES):
+        return _texts(read_rows(file, column), column, str(file))
+    return iter(["".join(line for _, line in read_lines(file))] if name.endswith(TEXT_SUFFIXES) else [])
 
 
-def _field(row: Any, column: str, file: Path | str) -> str | None:
-    if not isinstance(row, dict) or column not in row:
-        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ConfigError(f"{file} has no column {column!r}", found=columns, do="name the column: --set text.column=…")
-    return None if row[column] is None else str(row[column])
+def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterator[str]:
+    """The texts in a column. Missing values are passed over; rows that hold anything else are left out and counted.
+
+    Raises ConfigError where no row holds a text.
+    """
+    texts = odd = 0
+    first: ConfigError | None = None
+    for where, row in rows:
+        if isinstance(row, dict) and column in row:
+            value = row[column]
+            if isinstance(value, str):
+                texts += 1
+                if value.strip() not in NO_VALUE:
+                    yield value
+                continue
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                continue
+            wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
+            do = "name a column of text (text.column); chats are for measure.traffic, docs/measure.md"
+        else:
+            wrong, found = (
+                f"{where} has no column {column!r}",
+                ", ".join(map(str, row if isinstance(row, dict) else ())),
+            )
+            do = "name the column: --set text.column=…"
+        first = first or ConfigError(wrong, found=found or type(row).__name__, do=do)
+        odd += 1
+        if odd == HOPELESS_ROWS and not texts:
+            break
+    if first and not texts:
+        raise first
+    if first:
+        warn_once(f"{source}: {odd:,} rows without a text are left out. The first: {first.wrong} ({first.found})")
 
 
 def _package_files(package: str) -> list[Path]:
@@ -255,14 +335,13 @@ def _package_files(package: str) -> list[Path]:
     return sorted(Path(str(f.locate())) for f in files if f.suffix in TEXT_SUFFIXES and "dist-info" not in str(f))
 
 
-def _hub(source: str, column: str) -> Iterator[str]:
+def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:
     import datasets
 
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
-        for row in rows:
-            if (text := _field(row, column, source)) is not None:
-                yield text
+        places = ((f"row {number} of {source}", row) for number, row in enumerate(rows, 1))
+        yield from _unique(_texts(places, column, source), set(seen))
     except (OSError, ValueError, ConnectionError) as error:
         raise ConfigError(
             f"no text {source!r}: neither a file, a folder nor a Hub data set that can be reached",

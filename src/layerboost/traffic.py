@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,14 @@ import torch
 from layerboost.artifacts import fingerprint
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
-from layerboost.runtime import log
-from layerboost.text import Tokens, load_tokens
+from layerboost.rows import read_rows
+from layerboost.runtime import warn_once
+from layerboost.text import Tokens, load_tokens, opening_ids, token_ids
 
 # Token ids of a row's pieces, each with whether damage is scored on it.
 Pieces = list[tuple[list[int], bool]]
+# Stands for an answer in a rendered template: a character that no text uses.
+MARK = "\ue0f0"
 
 
 @dataclass(frozen=True)
@@ -74,112 +75,128 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     return found if skipped == 0 else Tokens(found.ids[skipped:], fingerprint(found.ids[skipped:].tolist()))
 
 
+class _Unscorable(Exception):
+    """Why one row among others cannot be scored."""
+
+
 def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0) -> Traffic:
-    """Rows of a JSONL file in its order, until they hold `tokens` tokens after the first `skip`, the longest first.
+    """Rows of a JSONL or Parquet file in its order, until they hold `tokens` tokens after the first `skip`, the longest
+    first.
 
     A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
-    assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Raises
-    ConfigError.
+    assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Single
+    rows that cannot be scored are left out and counted. Raises ConfigError.
     """
     rows: list[tuple[list[int], list[bool]]] = []
-    seen = unanswered = 0
-    for where, row in _read(file):
-        ids, scored = _joined(_pieces(row, tokenizer, where), most)
-        if not ids:
-            unanswered += 1
+    left_out: list[str] = []
+    seen = 0
+    for where, row in read_rows(file):
+        try:
+            ids, scored = _joined(_pieces(row, tokenizer, most), most)
+        except _Unscorable as reason:
+            left_out.append(f"{where}: {reason}".splitlines()[0])
             continue
         if seen >= skip:
             rows.append((ids, scored))
         seen += len(ids)
         if seen >= skip + tokens:
             break
-    if unanswered:
-        log.warning("%d rows of %s have no answer within %d tokens and are left out", unanswered, file, most)
     if len(rows) < 2:
+        found = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
         raise ConfigError(
             "the traffic must hold two rows to score, or there is no standard error",
-            found=f"{len(rows)} in {file}, after {skip:,} tokens skipped, with an answer within {most:,} tokens",
-            do="give more rows, or raise text.sequence_tokens",
+            found="; ".join([found, *left_out[:1]]),
+            do="give rows of prompt and answer, messages, or text (docs/measure.md); or raise text.sequence_tokens",
         )
+    if left_out:
+        warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
     rows.sort(key=lambda row: -len(row[0]))
     width = len(rows[0][0])
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
     return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
 
 
-def _read(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with the words for where it stands."""
-    try:
-        with file.open() as opened:
-            lines = list(opened)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the traffic {file}", found=str(error), do="give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number} of {file}", json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"line {number} of {file} is not JSON", found=str(error)) from None
-
-
-def _pieces(row: Any, tokenizer: Any, where: str) -> Pieces:
-    """The pieces of a row; raises ConfigError for one of another form."""
+def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
+    """The pieces of a row; raises _Unscorable for one of another form, ConfigError where no row can be used."""
     fields = row if isinstance(row, dict) else {}
     strings = {key for key, value in fields.items() if isinstance(value, str) and value}
+    opening = (opening_ids(tokenizer), False)
+
+    def encode(text: str) -> list[int]:
+        return token_ids(tokenizer, text, most)
+
     if {"prompt", "answer"} <= strings:
-        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-        return [(tokenizer(row["prompt"])["input_ids"], False), (answer, True)]
+        return [opening, (encode(row["prompt"]), False), (encode(row["answer"]), True)]
     if "messages" in fields:
-        turns = _turns(fields["messages"], tokenizer, where)
-        # The template writes its special tokens itself.
-        return [(tokenizer(text, add_special_tokens=False)["input_ids"], answer) for text, answer in turns]
-    if "text" in strings:
-        return [(tokenizer(row["text"])["input_ids"], True)]
-    raise ConfigError(
-        f"{where} is no row of traffic",
-        found=f"fields {', '.join(map(str, fields)) or 'none'}",
-        do="give it prompt and answer, messages, or text, none of them empty",
-    )
-
-
-def _turns(messages: Any, tokenizer: Any, where: str) -> list[tuple[str, bool]]:
-    """A conversation in the chat template, cut where the assistant's answers begin and end."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{where} has messages", found="a tokenizer without a chat template", do="give prompt and answer"
-        )
-    try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        answers = [(at, turn["content"].strip()) for at, turn in enumerate(messages) if turn["role"] == "assistant"]
-        heads = [
-            tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
-            for at, _ in answers
-        ]
-    except Exception as error:  # templates raise their own, such as for roles in an order they do not take
-        raise ConfigError(
-            f"the chat template cannot render {where}",
-            found=f"{type(error).__name__}: {error}",
-            do="give messages a role and a text as content, in an order that the model takes",
-        ) from None
-    cut, done = [], 0
-    for head, (_, answer) in zip(heads, answers, strict=True):
-        start = whole.find(answer, len(head))
-        if not whole.startswith(head) or start < 0:
+        if not tokenizer.chat_template:
             raise ConfigError(
-                f"the answers of {where} cannot be told apart from the rest",
-                found="a chat template that renders earlier turns in another way",
-                do="give each turn as a row of prompt and answer",
+                "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
-        end = start + len(answer)
-        cut += [(whole[done : len(head)], False), (whole[len(head) : end], True)]
-        done = end
-    return cut
+        # The template writes its special tokens itself.
+        return [(encode(text), answer) for text, answer in _turns(fields["messages"], tokenizer)]
+    if "text" in strings:
+        return [opening, (encode(row["text"]), True)]
+    named = ", ".join(map(str, fields)) or type(row).__name__
+    raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
+
+
+def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
+    """A conversation in the chat template, cut where the assistant's answers begin and end.
+
+    It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
+    own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
+    scored, if it follows the generation prompt as it was given.
+    """
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise _Unscorable("its messages are not a list of messages")
+    # As vLLM does with what is null, such as an answer beside tool calls.
+    turns = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in messages]
+    if odd := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
+        raise _Unscorable(f"the content of a message is a {type(odd[0]).__name__}, not a text")
+    answers = [at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and turn["content"].strip()]
+    if not answers:
+        raise _Unscorable("it has no answer")
+    marked = [*turns]
+    for at in answers:
+        marked[at] = turns[at] | {"content": MARK}
+    given = [turns[at]["content"] for at in answers]
+    try:
+        whole, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (turns, marked))
+        frames = framed.split(MARK)
+        found = _between(whole, frames, given)
+        if not found:
+            head = tokenizer.apply_chat_template(turns[: answers[-1]], tokenize=False, add_generation_prompt=True)
+            found = _between(whole, [head, frames[-1]], given[-1:])
+    except Exception as error:  # templates raise their own, such as for roles in an order they do not take
+        raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
+    if not found:
+        raise _Unscorable("the chat template writes its answers in another way than they were given")
+    return found
+
+
+def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[str, bool]]:
+    """`whole` as frames and the answers between them, white space around which counts as frame; empty if it is not
+    made so."""
+    if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
+        return []
+    pieces, done, at = list[tuple[str, bool]](), 0, len(frames[0])
+    for answer, frame in zip(answers, frames[1:], strict=True):
+        forms = dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip()))
+        written = next((form for form in forms if whole.startswith(form + frame, at)), None)
+        if written is None:
+            return []
+        start = at + len(written) - len(written.lstrip())
+        end = start + len(answer.strip())
+        pieces += [(whole[done:start], False), (whole[start:end], True)]
+        done, at = end, at + len(written) + len(frame)
+    return pieces if at == len(whole) else []
 
 
 def _joined(pieces: Pieces, most: int) -> tuple[list[int], list[bool]]:
-    """A row's ids and which are scored, up to the last that is; nothing where none within `most` can be predicted."""
+    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted."""
     ids = [token for piece, _ in pieces for token in piece][:most]
     scored = [answer for piece, answer in pieces for _ in piece][:most]
     last = max((at for at, answer in enumerate(scored) if answer), default=0)
-    return (ids[: last + 1], scored[: last + 1]) if last else ([], [])
+    if not last:
+        raise _Unscorable(f"it has no answer within {most:,} tokens")
+    return ids[: last + 1], scored[: last + 1]

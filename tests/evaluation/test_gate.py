@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -86,3 +87,13 @@ def test_a_threshold_on_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_kl"):
         validate_gate(Evaluate(max_kl=0.1, perplexity_tokens=0))
     validate_gate(Evaluate(max_kl=0.1, max_retrieval_drop=0.1, retrieval_tokens=(256,)))
+
+
+def test_no_gate_passes_on_what_is_not_a_number() -> None:
+    settings = Evaluate(max_kl=9, max_average_drop=1, max_task_drop=1, max_retrieval_drop=1)
+    nothing = {"mean": math.nan, "low": math.nan, "high": math.nan}
+    part = {"selection": False, "difference": {"healed": nothing}}
+    found = verdicts(
+        settings, perplexity={"healed": {"kl": nothing}}, average=part, tasks={"piqa": part}, retrieval={"able": part}
+    )
+    assert set(found.values()) == {False}

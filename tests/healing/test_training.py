@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -298,6 +299,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_pa
     assert found is not None
     assert found.name == "checkpoint-3"
     assert all(value.isfinite().all() for value in load_file(found / "model.safetensors").values())
+
+
+def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    made, values = distiller(), iter([5.0, math.inf, 4.0, math.nan, 3.5])
+    train_stage(
+        "lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": next(values)}
+    )
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["validation_kl"] for row in rows if "validation_kl" in row] == [5.0, None, 4.0, None, 3.5]
+
+
+def test_no_rate_is_blamed_for_a_start_that_is_not_finite(tmp_path: Path) -> None:
+    found = {"validation_kl": math.nan}
+    with pytest.raises(LayerboostError, match="validation loss is nan at step 0 of the lora stage") as caught:
+        train_stage("lora", distiller(), IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: found)
+    assert "rate" not in str(caught.value)
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["attention", "lora"])
+def test_a_base_that_is_not_finite_on_a_text_is_named(tmp_path: Path, stage: str) -> None:
+    """One row of the embedding is damaged, and a token far into the text asks for it."""
+    made: Distiller = distiller()
+    if stage == "attention":
+        made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
+    ids = IDS.clone()
+    ids[22, 5] = 199
+    ids[ids == 199] = 198
+    ids[22, 5] = 199
+    with torch.no_grad():
+        made.teacher.get_input_embeddings().weight[199] = math.nan
+    with pytest.raises(LayerboostError, match=rf"loss is nan at step 6 of the {stage} stage") as caught:
+        train_stage(stage, made, ids, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": 1.0})
+    assert "the base is not finite on this text either: first in the embedding (token 6, id 199)" in str(caught.value)
+    assert "rate" not in str(caught.value)
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:

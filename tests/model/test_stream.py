@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import SLIDING_BASES, layer_plans, tiny_model
+from tiny import SLIDING_BASES, boosted, layer_plans, tiny_model
 
 from layerboost.model.families import FAMILIES
-from layerboost.model.stream import LayerStream
+from layerboost.model.stream import LayerStream, explain_not_finite
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -31,3 +31,37 @@ def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) 
 @pytest.mark.parametrize("family", SLIDING_BASES)
 def test_bases_that_slide_do_not_continue(family: str) -> None:
     assert not LayerStream(tiny_model(family, layers=4)).can_continue
+
+
+DAMAGE = {
+    "the embedding": ("embed_tokens", (5, 0), "first in the embedding (token 1, id 5)", ": weight"),
+    "layer 2": ("layers.2.mlp.up_proj", (0, 0), "first in layer 2 (token 1, id 5)", ": mlp.up_proj.weight"),
+    "the head": ("lm_head", (7, 0), "first in the head (token id 7)", ": weight"),
+}
+
+
+@pytest.mark.parametrize("where", DAMAGE)
+@pytest.mark.parametrize("letters", ["", "fSns"])
+def test_the_first_number_that_is_not_finite_is_found(where: str, letters: str) -> None:
+    model = boosted(letters) if letters else tiny_model(layers=4)
+    ids = torch.tensor([5, 6, 7, 5])
+    assert explain_not_finite(model, ids) == ("", "")
+    name, place, found, weights = DAMAGE[where]
+    module = next(module for key, module in model.named_modules() if key.endswith(name))
+    with torch.no_grad():
+        module.weight[place] = float("nan")
+    told, do = explain_not_finite(model, ids)
+    assert told == f"{found}; not finite in its weights{weights}"
+    assert "damaged" in do
+    assert "float32" not in do  # which no weight would mend
+
+
+@pytest.mark.parametrize(("dtype", "do"), [(torch.float16, "dtype=float32"), (torch.float32, "leave the text out")])
+def test_weights_that_overflow_are_not_called_damaged(dtype: torch.dtype, do: str) -> None:
+    model = tiny_model(layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e30 if dtype == torch.float32 else 1e4)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e20 if dtype == torch.float32 else 1.0)
+    told, advice = explain_not_finite(model.to(dtype), torch.tensor([5, 6, 7]))
+    assert told == "first in layer 1 (token 1, id 5)"
+    assert do in advice

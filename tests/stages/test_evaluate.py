@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import info, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 from layerboost.artifacts import LayerPlan, PlanFile, Score, Sensitivity, write_json
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.evaluation.quality import compare_text
 from layerboost.model.checkpoint import find_model, load_config, model_info, save_boosted
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe, parse_recipe
@@ -216,3 +220,59 @@ def test_validation_finds_mistakes_without_a_model(data: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="max_average_drop is set"):
         validate_evaluate(recipe(data, tasks=(), max_average_drop=0.1), tokenizer, tmp_path, 512)
     assert not list(tmp_path.iterdir())
+
+
+def damaged(models: dict[str, Path], folder: Path) -> Path:
+    """The healed model with a weight that is not finite."""
+    shutil.copytree(models["healed"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "text": ({}, "NLL of healed on held-out text is nan"),
+    "positions": ({"perplexity_tokens": 0}, "NLL of healed by position is nan"),
+    "retrieval": (
+        {"perplexity_tokens": 0, "position_tokens": 0},
+        r"log-probability of an answer \(passkey\) of healed",
+    ),
+    "piqa": (
+        {"perplexity_tokens": 0, "position_tokens": 0, "retrieval_tokens": []},
+        "log-likelihood in piqa of healed",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_that_is_not_finite_is_named_and_nothing_of_it_written(
+    part: str, data: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings, message = PARTS[part]
+    broken = damaged(models, tmp_path / "healed")
+    with pytest.raises(LayerboostError, match=rf"{message}(.|\n)*first in layer 1 (.|\n)*mlp.down_proj.weight"):
+        run_evaluate(recipe(data, **settings), tmp_path, {"base": models["base"], "healed": broken}, RUNTIME)
+    written = [file.name for file in (tmp_path / "eval").iterdir()]
+    assert not [name for name in written if name.startswith(("healed", "comparison"))]
+    for name in written:
+        json.loads((tmp_path / "eval" / name).read_text(), parse_constant=pytest.fail)
+
+
+def test_a_perplexity_too_large_for_a_float_is_still_a_number() -> None:
+    losses = {"base": {"nll": [800.0, 900.0], "kl": [0.0, 0.0]}}
+    assert math.isfinite(compare_text(losses, "base")["base"]["perplexity"])
+
+
+def test_text_longer_than_the_context_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"text.sequence_tokens(.|\n)*64 tokens, a context of 48"):
+        validate_evaluate(recipe(data, position_tokens=0, retrieval_tokens=[]), tiny_tokenizer(), tmp_path, 48)
+
+
+def test_items_that_cannot_be_scored_are_found_without_a_model(data: Path, tmp_path: Path) -> None:
+    items = rows("piqa", 9)
+    items[4]["sol1"] = "x" * 600
+    write_jsonl(tmp_path / "piqa.jsonl", items)
+    changed = recipe(data, tasks=("piqa",), limit=None, bench_data=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"1 of 9 items of task piqa(.|\n)*line 5 of .*piqa.jsonl: an answer of"):
+        validate_evaluate(changed, tiny_tokenizer(), tmp_path, 512)

@@ -111,7 +111,9 @@ def test_a_base_that_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> N
     settings = ("--set", "measure.tasks=[]", "--set", f"model={tmp_path / 'model'}")
     refused = layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *settings, check=False)
     assert refused.returncode == 1
-    assert "nll of the base is nan" in refused.stderr
+    assert "nll of the base is nan\nfound: first in layer 1 (token 1, id " in refused.stderr
+    assert "not finite in its weights: mlp.down_proj.weight" in refused.stderr
+    assert "dtype" not in refused.stderr.partition("do:")[2]  # no dtype would mend it
     assert not (run / SENSITIVITY).exists()
 
 

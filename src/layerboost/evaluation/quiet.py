@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import cache
 from typing import Any
 
 from layerboost.runtime import git_revision
@@ -25,6 +26,7 @@ def quiet() -> Iterator[None]:
     import lm_eval.api.task
     import lm_eval.evaluator
     import lm_eval.models.huggingface
+    import lm_eval.utils
 
     loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
@@ -41,6 +43,9 @@ def quiet() -> Iterator[None]:
             module.tqdm = _hidden(module.tqdm)
         restored.callback(setattr, lm_eval.evaluator, "get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
         lm_eval.evaluator.get_git_commit_hash = git_revision
+        # It compiles the template anew for every item.
+        restored.callback(setattr, lm_eval.utils.env, "from_string", lm_eval.utils.env.from_string)
+        lm_eval.utils.env.from_string = cache(lm_eval.utils.env.from_string)
         if not bars_off:
             restored.callback(datasets.enable_progress_bars)
         datasets.disable_progress_bars()

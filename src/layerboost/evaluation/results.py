@@ -45,7 +45,7 @@ class Results:
         """One wanted file; raises ConfigError when it is damaged."""
         file = self.folder / name
         try:
-            values: dict[str, Any] = json.loads(file.read_text())
+            values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             do = f"delete {file} and run `layerboost evaluate` again"
             raise ConfigError(f"cannot read {file}", found=str(error).splitlines()[0], do=do) from None

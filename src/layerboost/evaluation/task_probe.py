@@ -5,6 +5,7 @@ lm-eval builds the prompts, tokenizes them and scores the answers; only the log-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from layerboost.errors import ConfigError
 from layerboost.evaluation.quiet import quiet
 from layerboost.evaluation.tasks import BenchTask, load_validation
 from layerboost.model.stream import LayerStream, head_logits
-from layerboost.sensitivity.metrics import score
+from layerboost.sensitivity.metrics import check_values, score
 from layerboost.sensitivity.probe import Damages, Streams
 
 Likelihood = tuple[float, bool]
@@ -75,6 +76,9 @@ class TaskProbe:
         for batch, (_, final) in zip(self.batches, found, strict=True):
             likelihoods |= batch.likelihoods(stream.model, final)
         self.base = self._scores(likelihoods)
+        for item in (~self.base.isfinite()).nonzero().flatten().tolist():
+            asked = torch.tensor([requests[self.items[item].requests[0]][0]])
+            check_values(f"{self.items[item].task.name} of the base", self.base[item : item + 1], stream.model, asked)
 
     @torch.no_grad()
     def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:
@@ -98,12 +102,15 @@ class TaskProbe:
         return {name: score(self.base[torch.tensor(own)], sum(own)) for name, own in parts.items()}
 
     def _scores(self, likelihoods: dict[int, Likelihood]) -> torch.Tensor:
-        """The task's metric on each item, `[N]`."""
+        """The task's metric on each item, `[N]`; NaN where a likelihood is not finite: lm-eval would score it."""
         results = [
             item.leaf.process_results(item.doc, [likelihoods[number] for number in item.requests])
             for item in self.items
         ]
-        values = [float(found[item.task.metric]) for item, found in zip(self.items, results, strict=True)]
+        values = [
+            float(found[item.task.metric]) if all(math.isfinite(likelihoods[n][0]) for n in item.requests) else math.nan
+            for item, found in zip(self.items, results, strict=True)
+        ]
         return torch.tensor(values, dtype=torch.float64)
 
 

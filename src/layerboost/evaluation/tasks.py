@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import fingerprint
+from layerboost.artifacts import fingerprint, finite, json_text
 from layerboost.errors import ConfigError
+from layerboost.evaluation.item_checks import answer_of, check_scores, finite_logits, right_choice
 from layerboost.evaluation.items import BENCHMARKS, Items, read_items
 from layerboost.evaluation.quiet import quiet
 from layerboost.recipe import Evaluate
@@ -80,11 +80,17 @@ def load_validation(names: Sequence[str], bench_data: str | None, limit: int | N
 
 
 def run_task(
-    task: BenchTask, model: Any, tokenizer: Any, batch_size: int | str, advance: Callable[[float], None]
+    task: BenchTask,
+    model: Any,
+    tokenizer: Any,
+    batch_size: int | str,
+    advance: Callable[[float], None],
+    name: str = "the model",
 ) -> str:
     """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
 
     `batch_size`: items in one forward pass, or `auto`. `advance` is called with the items done since the last call.
+    Raises LayerboostError for an item on which the model `name` gives a number that is not finite.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -97,7 +103,7 @@ def run_task(
             requests = sum(len(leaf.instances) for leaf in task.leaves.values())
             advance(task.items / requests)
 
-    with quiet():
+    with quiet(), finite_logits(task, model, name):
         lm = _language_model(model, tokenizer, batch_size)
         lm.set_cache_hook(Counter())
         # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
@@ -110,7 +116,9 @@ def run_task(
             task_manager=manager,
             samples=task.samples,
         )
-    return json.dumps(result, default=handle_non_serializable, ensure_ascii=False)
+    check_scores(task, result, model, tokenizer, name)
+    # Metrics beside the headline may be undefined.
+    return json_text(finite(result), task.name, default=handle_non_serializable, ensure_ascii=False)
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
@@ -145,7 +153,8 @@ def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
 def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
     """Log-probability of the right answer less that of the best wrong one, by (task, item).
 
-    Empty for a task in which an item has no single right choice.
+    Items whose answer is none of their choices, or that have one choice or an empty one, are left out; so are all of a
+    task with several right choices.
     Above 0 where the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
     still moves where a model is near chance.
     """
@@ -157,10 +166,10 @@ def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
             if sample["filter"] != kept:
                 continue
             choices = leaf.doc_to_choice(sample["doc"])
-            # lm-eval reads the right choice from doc_to_text where every choice has its own context, as in WinoGrande.
-            right = (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(sample["doc"])
-            right = choices.index(right) if isinstance(right, str) else right
+            right = right_choice(answer_of(leaf, sample["doc"]), choices)
             found = [float(pair[0]) for pair in sample["filtered_resps"][: len(choices)]]
+            if right is None or len(choices) < 2 or not all(choices):
+                continue
             if task.metric == "acc_norm":
                 found = [score / len(choice) for score, choice in zip(found, choices, strict=True)]
             margins[name, sample["doc_id"]] = found[right] - max(found[:right] + found[right + 1 :])
@@ -322,14 +331,16 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
         if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str) or name in TAKEN:
             raise ValueError(f"its key `task` must be a name other than {', '.join(TAKEN)}, not {config.get('task')!r}")
         loaded = TaskManager(include_defaults=False).load([config])
-        return _ready(name, loaded, limit, made_from=file.read_text())
+        return _ready(name, loaded, limit, made_from=file.read_text(encoding="utf-8"))
     except ConfigError:
         raise
     except Exception as error:  # lm-eval does not check what is in the file, so anything may be raised
+        cause = error.__cause__ or error  # data sets hide what is wrong with a row behind an error of their own
+        first = isinstance(error, IndexError)  # lm-eval looks up the answer of the first item
         raise ConfigError(
             f"{file} is no task that lm-eval can load",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}",
-            do="mend it; docs/evaluate.md has an example",
+            found=f"{type(cause).__name__}: {(str(cause).splitlines() or ['no message'])[0]}",
+            do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/evaluate.md has an example",
         ) from None
 
 
@@ -339,7 +350,7 @@ def _ready(
     """What lm-eval loaded under a name, its items counted and fingerprinted together with `made_from`."""
     leaves: dict[str, Any] = loaded["tasks"]
     is_group = name in loaded["groups"]
-    sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
+    sizes = {leaf: len(task.task_docs) for leaf, task in leaves.items()}
     samples = None if limit is None else spread(sizes, limit)
     docs = [
         [leaf, *(doc for _, doc in task.doc_iterator(samples=samples[leaf] if samples else None))]

@@ -22,7 +22,7 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.healing.sharding import like, whole
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.stream import head_logits
+from layerboost.model.stream import explain_not_finite, head_logits
 from layerboost.model.surgery import attention_of
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -100,6 +100,10 @@ class Distiller(nn.Module):
             self.teacher.get_decoder()(input_ids=ids, position_ids=positions_of(ids, self.end), use_cache=False)
         ).last_hidden_state
         return output
+
+    def explain_teacher(self, ids: torch.Tensor) -> tuple[str, str]:
+        """Where the teacher itself is not finite on ids `[B, T]`, and what to do; empty where it is finite."""
+        return next((found for row in ids if any(found := explain_not_finite(self.teacher, row))), ("", ""))
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
             for layer, (seen, held_out) in sums.items():
                 if not math.isfinite(seen.error + held_out.error):
                     raise LayerboostError(
-                        f"the attention of layer {layer} is not finite", do="check the base in this dtype"
+                        f"the attention of layer {layer} is not finite on the text it is fitted to",
+                        do="look for the cause in the base: `layerboost evaluate` names layer and token",
                     )
                 left, ridge = min((held_out.left(seen.solve(ridge)), ridge) for ridge in RIDGES)
                 if left < 1:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import write_text
+from layerboost.artifacts import finite, json_text, write_text
 
 
 class Metrics:
@@ -21,17 +21,17 @@ class Metrics:
         # A run that was killed before its first checkpoint or after its last validates there again.
         self.validated = {row["step"] for row in own if "validation_kl" in row}
         if writes:
-            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(file, "".join(json_text(finite(row), str(file)) + "\n" for row in rows))
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One line: stage, step, tokens of this stage so far, the values, seconds of this stage so far."""
+        """One line: stage, step, tokens of this stage so far, the values (null if not finite), seconds."""
         if "validation_kl" in values and step in self.validated:
             return
         seconds = round(time.monotonic() - self.started, 2)
         row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
         if self.writes:
             with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_text(finite(row), str(self.file)) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -266,7 +266,8 @@ class _Trainer(Trainer):
             layer = self.model.first_bad_layer(**self._prepare_inputs(inputs))
             layer = agreed(math.inf if layer is None else layer, loss.device, ReduceOp.MIN)
             where = "" if layer == math.inf else f", first in layer {layer:.0f}"
-            raise not_finite(self.stage, f"loss is {found}", self.state.global_step + 1, where)
+            base = ("", "") if is_sharded(self.model) else self.model.explain_teacher(inputs["input_ids"])
+            raise not_finite(self.stage, f"loss is {found}", self.state.global_step + 1, where, base)
         return loss
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -297,12 +298,13 @@ class _Trainer(Trainer):
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / DONE).touch()
 
 
-def not_finite(stage: str, what: str, step: int, where: str = "") -> LayerboostError:
-    """The error for a loss or gradient that is not finite."""
-    return LayerboostError(
-        f"the {what} at step {step} of the {stage} stage{where}",
-        do="lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step",
-    )
+def not_finite(stage: str, what: str, step: int, where: str = "", base: tuple[str, str] = ("", "")) -> LayerboostError:
+    """The error for a loss or gradient that is not finite; `base`: as from `explain_teacher`."""
+    do = "lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step"
+    if step <= 1:  # the rate has changed nothing yet
+        do = "look for the cause in the converted model: `layerboost evaluate` names layer and token"
+    found = f"the base is not finite on this text either: {base[0]}" if base[0] else ""
+    return LayerboostError(f"the {what} at step {step} of the {stage} stage{where}", found=found, do=base[1] or do)
 
 
 class _Guard(TrainerCallback):
@@ -369,16 +371,16 @@ class _Guard(TrainerCallback):
         """Validate, and keep the trained parameters if no earlier step was better."""
         # The mean, because processes must agree on which step is the best.
         values = {name: over_processes(value, self.device) for name, value in self.validate().items()}
-        self.metrics.write(step, self.seen(step), values)
         score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
+        if step == 0 and not math.isfinite(score):
+            raise not_finite(self.metrics.stage, f"validation loss is {score}", step)
+        self.metrics.write(step, self.seen(step), values)
         if score < self.best:
             self.best = score
             save_state(self.distiller, self.file, {"step": str(step), "score": repr(score)})
 
     def keep_best(self, result: Path) -> None:
-        """Load the best step and move it to `result`. Raises LayerboostError when no step could be validated."""
-        if not self.file.is_file():
-            raise LayerboostError(f"no step of the {self.metrics.stage} stage has a finite validation KL")
+        """Load the best step and move it to `result`."""
         with safe_open(self.file, "pt") as kept:
             if kept.metadata()["step"] == "0":
                 log.warning(KEPT_START, self.metrics.stage)

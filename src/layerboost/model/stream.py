@@ -216,3 +216,44 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
         return None
     weight: torch.Tensor = head.weight
     return weight
+
+
+@torch.no_grad()
+def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, str]:
+    """Where a forward pass over one sequence of ids `[T]` first gives a number that is not finite, and what to do.
+
+    Names the module, the token and the weights that are not finite themselves; empty where all numbers are finite.
+    """
+    places: list[str] = []
+
+    def watch(name: str, module: Any) -> Any:
+        def see(_: Any, __: Any, output: Any) -> None:
+            bad = (~(output[0] if isinstance(output, tuple) else output).isfinite()).nonzero()
+            if places or not len(bad):
+                return
+            _, position, column = bad[0].tolist()
+            token = f"token id {column}" if name == "the head" else f"token {position + 1}, id {int(ids[position])}"
+            weights = [key for key, weight in module.named_parameters() if not weight.isfinite().all()]
+            holds = f"; not finite in its weights: {', '.join(weights[:3])}" if weights else ""
+            places.append(f"first in {name} ({token}){holds}")
+
+        return module.register_forward_hook(see)
+
+    modules = {"the embedding": model.get_input_embeddings()}
+    modules |= {f"layer {index}": layer for index, layer in enumerate(decoder_layers(model))}
+    modules |= {"the final norm": model.get_decoder().norm, "the head": model.get_output_embeddings()}
+    hooks = [watch(name, module) for name, module in modules.items()]
+    try:
+        model(input_ids=ids[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not places:
+        return "", ""
+    if "not finite in its weights" in places[0]:
+        do = "the model is damaged: fetch it again, or make it again with `layerboost convert` and `layerboost heal`"
+    elif model.dtype == torch.float32:
+        do = "the model overflows on this text in float32 already: leave the text out, or use another model"
+    else:
+        do = "use a dtype of more range and precision: --set dtype=float32"
+    return places[0], do

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PlanFile, Strategy
+from layerboost.artifacts import PlanFile, Strategy, finite, json_text
 from layerboost.reporting.text import strategy
 
 # Nothing may be fetched: a browser enforces what the page promises.
@@ -80,9 +78,10 @@ def html_page(page: Page) -> str:
     """The page as one HTML file with plotly.js, styles and figures inside."""
     from plotly.offline import get_plotlyjs
 
-    figures = _finite({chart.name: chart.figure for panel in page.panels for chart in panel.charts})
+    # A healing that diverged may have left numbers that are not finite.
+    figures = finite({chart.name: chart.figure for panel in page.panels for chart in panel.charts})
     # "<" is written as an escape: a model's name must not end the script element.
-    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
+    data = json_text(figures, "the report").replace("<", "\\u003c")
     findings = "".join(_html_finding(finding) for finding in page.findings)
     scripts = (
         f'<script type="application/json" id="figures">{data}</script>\n'
@@ -121,15 +120,6 @@ def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
         if panel.listing:
             parts += [f"### {panel.listing[0]}", f"```yaml\n{panel.listing[1].rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The same value with None for NaN and infinities, which JSON lacks: a healing that diverged has them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _asset(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, write_text
+from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, json_text, write_text
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import (
     check_same_model,
@@ -21,6 +21,7 @@ from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Runtime, log
+from layerboost.sensitivity.metrics import check_finite
 from layerboost.sensitivity.probe import TextProbe, first_difference
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.text import load_tokens
@@ -103,7 +104,8 @@ class KeptByPlan:
         key = fingerprint([entry.model_dump() for entry in plan])
         if key not in self.found:
             self.found[key] = find()
-            self.lines.append(json.dumps({"made_from": self.made_from, "plan": key, "found": self.found[key]}))
+            line = {"made_from": self.made_from, "plan": key, "found": self.found[key]}
+            self.lines.append(json_text(line, str(self.file)))
             write_text(self.file, "\n".join(self.lines) + "\n")
         return self.found[key]
 
@@ -128,7 +130,9 @@ class MeasuredPlans:
             streams.advance(layer)
         [damages] = self.probe.damages([plan])
         # `mse` is of one layer, not of a plan.
-        return {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
+        found = {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
+        check_finite("a plan that was tried", found, streams.stream.model.dtype)
+        return found
 
     def _follow(self, plan: Sequence[LayerPlan]) -> None:
         """Keep the streams of a plan asked for before that is one change away, once the kept one is far."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import Score
 from layerboost.errors import LayerboostError
 from layerboost.model.linear import linear
-from layerboost.model.stream import head_logits, head_matrix
+from layerboost.model.stream import explain_not_finite, head_logits, head_matrix
 from layerboost.retrieval import Prompts
 
 CHUNK_TOKENS = 256
@@ -201,13 +201,21 @@ def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor
     return torch.stack([part.sum() for part in right]), torch.stack([part.all() for part in hit])
 
 
-def check_finite(what: str, scores: Mapping[str, Score]) -> None:
-    """Raise LayerboostError for a score that is not finite: no plan can be made from it."""
-    for metric, found in scores.items():
-        if not math.isfinite(found.mean):
+def check_values(what: str, values: torch.Tensor, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raise LayerboostError, naming layer and token, for a value `[N]` of sequences `[N, T]` that is not finite."""
+    for row in (~values.isfinite()).nonzero().flatten().tolist():
+        where, do = explain_not_finite(model, ids[row])
+        raise LayerboostError(f"{what} is {float(values[row])}", found=where or f"in sequence {row + 1}", do=do)
+
+
+def check_finite(what: str, values: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Raise LayerboostError for a metric that is not finite of a changed model whose base is: no plan can use it."""
+    for metric, found in values.items():
+        if not math.isfinite(found):
+            do = "leave this text out" if dtype == torch.float32 else "measure with --set dtype=float32"
+            name = str(dtype).removeprefix("torch.")
             raise LayerboostError(
-                f"{metric} of {what} is {found.mean}",
-                do="measure in another dtype (--set dtype=float32), or look at the base's weights",
+                f"{metric} of {what} is {found}", found=f"the base is finite on this text, in {name}", do=do
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from layerboost.artifacts import LayerPlan, Score
 from layerboost.model.stream import Beginning, LayerStream
 from layerboost.retrieval import Prompts
-from layerboost.sensitivity.metrics import BasePrompts, BaseText, score
+from layerboost.sensitivity.metrics import BasePrompts, BaseText, check_values, score
 from layerboost.traffic import Traffic
 
 # Damage by metric, one value a sequence, prompt or item: `[N]`.
@@ -124,10 +124,12 @@ class TextProbe:
             beginnings.append(beginning)
             first.append(start)
             if isinstance(source, Prompts):
-                self.samples.append(BasePrompts(model, source, output))
+                self.samples.append(prompts_sample := BasePrompts(model, source, output))
+                check_values("retrieval of the base", prompts_sample.base, model, ids)
             else:
                 scored = source.scored if isinstance(source, Traffic) else None
-                self.samples.append(BaseText(model, ids, output, scored))
+                self.samples.append(text_sample := BaseText(model, ids, output, scored))
+                check_values("nll of the base", text_sample.by_sequence(text_sample.nll), model, ids)
         self.streams = Streams(stream, first, beginnings)
 
     @torch.no_grad()

@@ -90,7 +90,8 @@ def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_p
         if option.attention == "none":
             damages["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
-        check_finite(f"layer {index} made {option.attention}", scores)
+        means = {metric: one.mean for metric, one in scores.items()}
+        check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
         assert option.attention != "full"
         variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
     return LayerSensitivity(layer=index, variants=variants)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from layerboost.artifacts import write_text
+from layerboost.artifacts import json_text, write_text
 from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Recipe
@@ -151,7 +151,7 @@ def main(job_text: str, result: Path) -> None:
     job = json.loads(job_text)
     recipe, folder = Recipe(**job["settings"]), Path(job["folder"])
     model = load_model(Source(folder.name, folder), start_runtime(recipe), recipe.trust_remote_code)
-    write_text(result, json.dumps(measure(model, Load(**job["load"]))))
+    write_text(result, json_text(measure(model, Load(**job["load"])), str(result)))
 
 
 if __name__ == "__main__":

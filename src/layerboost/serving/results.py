@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -131,8 +132,9 @@ class Comparison(Artifact):
 
 
 def metrics_of(measured: dict[str, Any]) -> dict[str, float]:
-    """The numbers we compare, out of vLLM's JSON or of `generation.py`'s, which has the same keys."""
-    return {ours: float(measured[theirs]) for ours, theirs in FROM_VLLM.items()}
+    """The finite numbers we compare, out of vLLM's JSON or of `generation.py`'s, which has the same keys."""
+    values = {ours: float(measured[theirs]) for ours, theirs in FROM_VLLM.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def compare(measurements: Sequence[Measurement], reference: str, environment: Mapping[str, Any]) -> list[AtConcurrency]:

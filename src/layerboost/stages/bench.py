@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import file_hash, fingerprint, read_json, write_json
+from layerboost.artifacts import file_hash, fingerprint, finite, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
@@ -154,7 +154,7 @@ def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int
     processors = Processors()
     raw, further, context_tokens = answered(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
     used = processors.used()
-    write_json(job.run / FOLDER / f"{stem}.json", raw)
+    write_json(job.run / FOLDER / f"{stem}.json", finite(raw))
     return Measurement(
         model=name,
         concurrency=point[0],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import SENSITIVITY, Sensitivity, fingerprint, read_json, write_json
+from layerboost.artifacts import SENSITIVITY, Sensitivity, fingerprint, json_text, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.evaluation.comparison import compare_tasks
 from layerboost.evaluation.gate import gate_checks, validate_gate
+from layerboost.evaluation.item_checks import check_items
 from layerboost.evaluation.long_context import (
     BATCH_TOKENS,
     compare_positions,
@@ -27,7 +27,7 @@ from layerboost.evaluation.long_context import (
     position_losses,
     retrieval_answers,
 )
-from layerboost.evaluation.quality import base_losses, changed_losses, compare_text, hidden_states
+from layerboost.evaluation.quality import base_losses, changed_losses, compare_text, hidden_states, perplexity
 from layerboost.evaluation.results import Facts, Results
 from layerboost.evaluation.tasks import BenchTask, load_bench, run_task, task_value
 from layerboost.model.checkpoint import (
@@ -42,6 +42,7 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
+from layerboost.sensitivity.metrics import check_values
 from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 
 BASE = "base"
@@ -54,7 +55,7 @@ def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path, context_tokens:
     `self`) is not looked for.
     """
     _check_settings(recipe, context_tokens)
-    load_bench(recipe.evaluate)
+    check_items(load_bench(recipe.evaluate), tokenizer, context_tokens)
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, tokenizer, run)
     else:
@@ -70,10 +71,12 @@ def _most_tokens(recipe: Recipe) -> int:
 
 def _check_settings(recipe: Recipe, context_tokens: int) -> None:
     validate_gate(recipe.evaluate)
-    longest = max(recipe.evaluate.position_tokens, *recipe.evaluate.retrieval_tokens, 0)
+    held_out = recipe.text.sequence_tokens if recipe.evaluate.perplexity_tokens else 0
+    longest = max(held_out, recipe.evaluate.position_tokens, *recipe.evaluate.retrieval_tokens)
     if longest > context_tokens:
         raise ConfigError(
-            "evaluate.position_tokens and evaluate.retrieval_tokens must lie within the model's context",
+            "text.sequence_tokens, evaluate.position_tokens and evaluate.retrieval_tokens must be within the model's "
+            "context",
             found=f"{longest:,} tokens, a context of {context_tokens:,}",
         )
 
@@ -106,6 +109,7 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
         tasks=load_bench(recipe.evaluate),
         texts=_load_texts(recipe, tokenizer, run),
     )
+    check_items(work.tasks, tokenizer, configs[BASE].max_position_embeddings)
     jobs = {name: _jobs(work, name) for name in names}
     results = Results(run / "eval", {job.file: job.facts for found in jobs.values() for job in found})
     _fill(work, jobs, results)
@@ -255,9 +259,15 @@ def _text_losses(work: _Work, name: str, model: PreTrainedModel) -> str:
     else:
         with _progress(f"held-out text: {name}", work.batches) as progress:
             losses = changed_losses(work.base, work.base_hidden, model, work.batches, progress.advance)
-    nll = float(losses.nll.mean())
-    log.info("%s: perplexity %.3f, KL %.4f", name, math.exp(nll), float(losses.kl.mean()))
-    return json.dumps({"schema_version": 1, "nll": losses.nll.tolist(), "kl": losses.kl.tolist()}, indent=1)
+    assert work.texts.text is not None
+    check_values(f"NLL of {name} on held-out text", losses.nll, model, work.texts.text.ids)
+    check_values(f"KL to the base of {name} on held-out text", losses.kl, model, work.texts.text.ids)
+    log.info("%s: perplexity %.3f, KL %.4f", name, perplexity(float(losses.nll.mean())), float(losses.kl.mean()))
+    return _json(_text_file(name), nll=losses.nll.tolist(), kl=losses.kl.tolist())
+
+
+def _json(file: str, **values: Any) -> str:
+    return json_text({"schema_version": 1, **values}, file, indent=1)
 
 
 def _position_result(work: _Work, name: str, model: PreTrainedModel) -> str:
@@ -266,7 +276,8 @@ def _position_result(work: _Work, name: str, model: PreTrainedModel) -> str:
     ids = work.texts.long.ids
     with _progress(f"long text: {name}", [ids]) as progress:
         nll = position_losses(model, ids, progress.advance)
-    return json.dumps({"schema_version": 1, "edges": position_edges(ids.shape[1]), "nll": nll}, indent=1)
+    check_values(f"NLL of {name} by position", torch.tensor(nll).sum(1), model, ids)
+    return _json(_positions_file(name), edges=position_edges(ids.shape[1]), nll=nll)
 
 
 def _retrieval_result(work: _Work, name: str, model: PreTrainedModel) -> str:
@@ -274,15 +285,18 @@ def _retrieval_result(work: _Work, name: str, model: PreTrainedModel) -> str:
     prompts = work.texts.prompts
     with _progress(f"retrieval: {name}", [part.ids for part in prompts]) as progress:
         answers = retrieval_answers(model, prompts, progress.advance)
+    for answer, row in zip(answers, (row for part in prompts for row in part.ids), strict=True):
+        what = f"log-probability of an answer ({answer['kind']}) of {name}"
+        check_values(what, torch.tensor([answer["log_probability"]]), model, row[None])
     right = sum(answer["exact"] for answer in answers)
     log.info("%s: %d of %d retrieval prompts answered", name, right, len(answers))
-    return json.dumps({"schema_version": 1, "answers": answers}, indent=1)
+    return _json(_retrieval_file(name), answers=answers)
 
 
 def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel) -> str:
     started = time.monotonic()
     with Progress(f"{task.name}: {name}", task.items, "items") as progress:
-        result = run_task(task, model, work.tokenizer, work.recipe.evaluate.batch_size, progress.advance)
+        result = run_task(task, model, work.tokenizer, work.recipe.evaluate.batch_size, progress.advance, name)
     value, seconds = task_value(task, json.loads(result)), time.monotonic() - started
     log.info("%s: %s %s %.4f (%d items, %.1f s)", name, task.name, task.metric, value, task.items, seconds)
     return result

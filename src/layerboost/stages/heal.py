@@ -41,7 +41,7 @@ from layerboost.model.checkpoint import (
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
-from layerboost.sensitivity.metrics import SequenceLosses, token_losses
+from layerboost.sensitivity.metrics import SequenceLosses, check_values, token_losses
 from layerboost.serving.samples import write_samples
 from layerboost.text import Split, Tokens, load_tokens
 
@@ -223,7 +223,7 @@ def healed_from(folder: Path) -> str | None:
 
 def _identity_in(file: Path) -> dict[str, Any]:
     """The identity that a file holds, with full paths: older versions kept them as they were typed."""
-    found: dict[str, Any] = json.loads(file.read_text())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found | {"text": Text.model_validate(found["text"]).model_dump(mode="json")}
 
 
@@ -255,7 +255,7 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
 def check_same_text(work: Path, lessons: Lessons) -> None:
     """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
     file = work / TEXT
-    if file.is_file() and json.loads(file.read_text())["fingerprint"] != lessons.fingerprint:
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != lessons.fingerprint:
         raise ConfigError(
             f"{work} was begun on another text",
             found="the tokens read from text.source are others now",
@@ -338,6 +338,7 @@ class Validation:
         found = []
         for ids, lesson in zip(self.batches, self.lessons, strict=True):
             *_, (_, hidden) = self.distiller.layer_outputs(lesson)
-            _, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+            base, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+            check_values("NLL of the base on a validation sequence", base, teacher, ids)
             found.append(losses)
         return found

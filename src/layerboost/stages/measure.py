@@ -18,6 +18,7 @@ from layerboost.artifacts import (
     write_json,
 )
 from layerboost.errors import ConfigError
+from layerboost.evaluation.item_checks import check_items
 from layerboost.evaluation.task_probe import TaskProbe, load_choices
 from layerboost.evaluation.tasks import BenchTask
 from layerboost.model.checkpoint import (
@@ -34,7 +35,6 @@ from layerboost.recipe import Recipe, model_of
 from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.calibration import filler_tokens, load_prompts
-from layerboost.sensitivity.metrics import check_finite
 from layerboost.sensitivity.probe import Probe, TextProbe
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.sensitivity.sweep import sweep
@@ -94,8 +94,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
         write_samples(recipe, run, source, tokenizer, runtime)
     info = model_info(source, config, runtime.dtype)
     plan = _plan(recipe, config, info)
-    inputs = load_inputs(recipe, tokenizer, run)
-    _check_context(recipe, inputs, info)
+    inputs = load_inputs(recipe, tokenizer, run, info.max_context_tokens)
     settings = _settings(recipe, inputs, plan, runtime)
     found = _resume(run / SENSITIVITY, info, inputs.text, settings)
     if found is not None and found.complete:
@@ -107,7 +106,6 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     stream = LayerStream(model, sinks)
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
-    check_finite("the base", {"nll": text.base_nll()})
     probes: list[Probe] = [text]
     if inputs.tasks:
         batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
@@ -134,16 +132,36 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     return found
 
 
-def load_inputs(recipe: Recipe, tokenizer: Any, run: Path) -> Inputs:
-    """Everything to measure on, read and checked; raises ConfigError."""
+def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> Inputs:
+    """Everything to measure on, read and checked for a model with this context; raises ConfigError."""
+    inputs = Inputs(
+        load_calibration(recipe, tokenizer, recipe.measure.tokens, run),
+        load_prompts(recipe, tokenizer, run),
+        load_tasks(recipe, tokenizer, context_tokens),
+    )
+    _check_context(recipe, inputs, context_tokens)
+    return inputs
+
+
+def validate_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
+    """Read what `load_inputs` reads, but not text that the model has yet to write (`self`); raises ConfigError."""
+    if "self" not in recipe.text.sources:
+        load_inputs(recipe, tokenizer, run, context_tokens)
+        return
+    load_tasks(recipe, tokenizer, context_tokens)
+    if recipe.measure.traffic:
+        load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
+
+
+def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[BenchTask]:
+    """The tasks to measure on, their items checked; raises ConfigError."""
     settings = recipe.measure
     tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
-    return Inputs(
-        load_calibration(recipe, tokenizer, settings.tokens, run), load_prompts(recipe, tokenizer, run), tasks
-    )
+    check_items(tasks, tokenizer, context_tokens)
+    return tasks
 
 
-def _check_context(recipe: Recipe, inputs: Inputs, info: ModelInfo) -> None:
+def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
     text, window = inputs.text, max(recipe.measure.windows)
     if isinstance(text, Traffic) and max(text.lengths) <= window:
         raise ConfigError(
@@ -152,10 +170,10 @@ def _check_context(recipe: Recipe, inputs: Inputs, info: ModelInfo) -> None:
             do="choose shorter windows (measure.windows); such a window would gain nothing there either",
         )
     longest = max(text.ids.shape[1], *(batch.ids.shape[1] for batch in inputs.prompts), window)
-    if longest > info.max_context_tokens:
+    if longest > context_tokens:
         raise ConfigError(
             "sequences to measure on are longer than the model's context",
-            found=f"{longest} > {info.max_context_tokens}",
+            found=f"{longest} > {context_tokens}",
             do="lower text.sequence_tokens, measure.windows or measure.retrieval_tokens",
         )
 

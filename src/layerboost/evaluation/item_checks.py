@@ -1,0 +1,236 @@
+"""Whether lm-eval can score the items of a task, before a model runs; and whether a model's scores are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.evaluation.quiet import quiet
+from layerboost.rows import read_lines
+from layerboost.runtime import warn_once
+from layerboost.sensitivity.metrics import check_values
+
+if TYPE_CHECKING:
+    from layerboost.evaluation.tasks import BenchTask
+
+# lm-eval's own, for a task that names none.
+GENERATED_TOKENS = 256
+# What lm-eval scores in a way of its own; of the first two, items that say nothing about a model.
+NO_ANSWER = "have an answer that is none of their choices: they count as wrong for every model"
+ONE_CHOICE = "have one choice alone: they count as right for every model"
+SAME_CHOICES = "have two choices that are the same"
+EMPTY_CHOICE = "have an empty choice"
+CUT = "are longer than the model's context: their beginning is cut off"
+
+
+def check_items(tasks: list[BenchTask], tokenizer: Any, context_tokens: int) -> None:
+    """Read every item of the tasks as lm-eval will, for a model that takes `context_tokens`.
+
+    Raises ConfigError for items that lm-eval cannot score (it would fail after all models were run), counted and the
+    first named with its file and line, and for tasks that say nothing about a model. Warns of items that count in a way
+    one may not expect.
+    """
+    with quiet():
+        for task in tasks:
+            _check_task(task, tokenizer, context_tokens)
+
+
+def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
+    wrong: list[str] = []
+    odd: dict[str, list[tuple[str, int]]] = {}
+    for name, leaf in task.leaves.items():
+        _check_generation(name, leaf, context_tokens)
+        samples = task.samples[name] if task.samples else None
+        docs = leaf.task_docs.select(samples) if samples else leaf.task_docs
+        for item, doc in zip(samples or range(len(docs)), docs, strict=True):
+            try:
+                for kind in {*_answer_kinds(leaf, doc), *_request_kinds(leaf, doc, tokenizer, context_tokens)}:
+                    odd.setdefault(kind, []).append((name, item))
+            except Exception as error:  # templates and functions of the task's own raise anything
+                first = (str(error).splitlines() or [""])[0]
+                reason = first if isinstance(error, _Unscorable) else f"{type(error).__name__}: {first}"
+                wrong.append(f"{'' if wrong else _place(task, name, item)}: {reason}")
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} of {task.items} items of task {task.name} cannot be scored",
+            found=f"the first is {wrong[0]}",
+            do="mend or remove them, or drop the task",
+        )
+    for kind, places in odd.items():
+        which = f"{len(places)} of {task.items} items of task {task.name}"
+        first = f"the first is {_place(task, *places[0])}"
+        if kind in (NO_ANSWER, ONE_CHOICE) and len(places) == task.items:
+            raise ConfigError(
+                f"{which} {kind}", found=first, do="mend the task's choices and answers, or drop the task"
+            )
+        warn_once(f"{which} {kind}; {first}")
+
+
+class _Unscorable(Exception):
+    """Why lm-eval cannot score an item."""
+
+
+def answer_of(leaf: Any, doc: Any) -> Any:
+    """What an item gives as its answer: lm-eval reads it from doc_to_text where every choice has its own context."""
+    return (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
+
+
+def right_choice(gold: Any, choices: list[str]) -> int | None:
+    """The index of the one right choice by an item's answer; None where that is none of them."""
+    if isinstance(gold, str):
+        return choices.index(gold) if gold in choices else None
+    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
+
+
+def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
+    """What is odd about an item's choices and answer; raises _Unscorable."""
+    if leaf.config.doc_to_choice is None:
+        return
+    choices = leaf.doc_to_choice(doc)
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise _Unscorable(f"its choices are {_short(choices)}, not a list of texts")
+    if len(choices) == 1:
+        yield ONE_CHOICE
+    elif len(set(choices)) < len(choices):
+        yield SAME_CHOICES
+    if not all(map(str.strip, choices)):
+        yield EMPTY_CHOICE
+    if not callable(leaf.config.process_results) and not _is_answered(leaf, doc, choices):
+        yield NO_ANSWER
+
+
+def _is_answered(leaf: Any, doc: Any, choices: list[str]) -> bool:
+    """Whether an item's answer is one of its choices; raises _Unscorable for one that lm-eval fails on."""
+    gold = answer_of(leaf, doc)
+    if leaf.OUTPUT_TYPE == "generate_until":
+        if not isinstance(gold, int) or right_choice(gold, choices) is None:
+            raise _Unscorable(f"its answer {_short(gold)} is the index of none of its {len(choices)} choices")
+    elif leaf.multiple_target:
+        if not isinstance(gold, list) or not all(isinstance(each, int) for each in gold):
+            raise _Unscorable(f"its answer is {_short(gold)}, not a list of indices as the first item's")
+        return any(0 <= each < len(choices) for each in gold)
+    elif not isinstance(gold, int | str) or (isinstance(gold, int) and gold < -len(choices)):
+        raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
+    return right_choice(gold, choices) is not None
+
+
+def _request_kinds(leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
+    """What is odd about what a model will be asked of an item; raises _Unscorable.
+
+    Examples of other items, if the task has some before each question, are left out: they make a prompt longer alone.
+    """
+    prompt = leaf.fewshot_context(doc, num_fewshot=0, gen_prefix=leaf.doc_to_prefix(doc))
+    if leaf.config.num_fewshot:
+        prompt = [f"…{each}" for each in prompt] if isinstance(prompt, list) else f"…{prompt}"
+    found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
+    for request in found if isinstance(found, list) else [found]:
+        context, asked = request.args[:2]
+        if isinstance(asked, dict):
+            room = context_tokens - _generated_tokens(asked)
+            if not context.strip() and not tokenizer(context)["input_ids"]:
+                raise _Unscorable("its prompt is empty")
+            if len(context.encode()) > room and len(tokenizer(context)["input_ids"]) > room:
+                yield CUT
+        elif _needs_tokens(context, asked, context_tokens):
+            before, answer = _pair_tokens(tokenizer, context, asked)
+            if answer < 1:
+                raise _Unscorable(f"its answer {_short(asked)} has no tokens of its own")
+            if before < 1:
+                raise _Unscorable("its prompt is empty")
+            if answer > context_tokens:
+                raise _Unscorable(f"an answer of {answer:,} tokens, in a model with a context of {context_tokens:,}")
+            if before + answer > context_tokens + 1:
+                yield CUT
+
+
+def _needs_tokens(context: str, answer: Any, context_tokens: int) -> bool:
+    """Whether a request may be empty or too long: most can be told from their characters, and tokenizing takes time."""
+    if not isinstance(answer, str):
+        raise _Unscorable(f"its answer is {_short(answer)}, not a text")
+    spaced = answer[:1].isspace() or context[-1:].isspace()
+    return not context.strip() or not answer.strip() or not spaced or len((context + answer).encode()) > context_tokens
+
+
+def _pair_tokens(tokenizer: Any, context: str, answer: str) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer as lm-eval counts them: spaces between the two belong to the answer."""
+    if context == "":
+        return 1, len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    before = len(tokenizer(context.rstrip())["input_ids"])
+    return before, len(tokenizer(context + answer)["input_ids"]) - before
+
+
+def _check_generation(name: str, leaf: Any, context_tokens: int) -> None:
+    wanted = _generated_tokens(leaf.config.generation_kwargs or {}) if leaf.OUTPUT_TYPE == "generate_until" else 0
+    if wanted >= context_tokens:
+        raise ConfigError(
+            f"task {name} lets a model generate {wanted:,} tokens",
+            found=f"a context of {context_tokens:,} tokens, prompt included",
+            do="lower max_gen_toks in the task's generation_kwargs (in a YAML file of your own), or drop the task",
+        )
+
+
+def _generated_tokens(settings: dict[str, Any]) -> int:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(settings, GENERATED_TOKENS)["max_gen_toks"])
+
+
+def _place(task: BenchTask, name: str, item: int) -> str:
+    """Where an item is: its number in its task, and the line where one JSONL file is behind it."""
+    leaf = task.leaves[name]
+    files = (leaf.config.dataset_kwargs or {}).get("data_files", task.origin)
+    if isinstance(files, dict):
+        files = files.get(leaf.config.test_split or leaf.config.validation_split)
+    if isinstance(files, list) and len(files) == 1:
+        files = files[0]
+    where = f"item {item + 1} of {name}"
+    if len(task.leaves) > 1 or not str(files).endswith(".jsonl") or not Path(str(files)).is_file():
+        return f"{where} ({task.origin})"
+    if leaf.config.process_docs is not None:  # it may leave items out
+        return f"{where} ({files})"
+    rows = (where for where, line in read_lines(Path(str(files))) if line.strip())
+    return next(islice(rows, item, None), f"{where} ({files})")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+@contextmanager
+def finite_logits(task: BenchTask, model: Any, name: str) -> Iterator[None]:
+    """Raise LayerboostError inside the block where a model generates from logits that are NaN."""
+
+    def refuse(_: Any, __: Any, output: Any) -> None:
+        if output.logits[:, -1].isnan().any():
+            do = "evaluate it on text (evaluate.perplexity_tokens): that names the layer"
+            raise LayerboostError(f"logits of {name} are nan in task {task.name}", do=do)
+
+    generates = any(leaf.OUTPUT_TYPE == "generate_until" for leaf in task.leaves.values())
+    hook = model.register_forward_hook(refuse) if generates else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+def check_scores(task: BenchTask, result: dict[str, Any], model: Any, tokenizer: Any, name: str) -> None:
+    """Raise LayerboostError for an item with a log-likelihood or score that is not finite: lm-eval accepts it."""
+    for leaf in task.leaves:
+        for sample in result["samples"][leaf]:
+            what = f"{task.name} of {name}, item {sample['doc_id'] + 1} of {leaf}"
+            for pair, request in zip(sample["filtered_resps"], sample["arguments"], strict=False):
+                if isinstance(pair, tuple | list) and not math.isfinite(pair[0]):
+                    ids = tokenizer("".join(request[:2]), return_tensors="pt")["input_ids"]
+                    ids = ids[:, -model.config.max_position_embeddings :]
+                    check_values(f"log-likelihood in {what}", torch.tensor([pair[0]]), model, ids)
+            if not math.isfinite(float(sample[task.metric])):
+                raise LayerboostError(f"{what} has a score of {sample[task.metric]}", do="mend the task's metric")

@@ -1,0 +1,80 @@
+"""Rows of JSONL and Parquet files and lines of text: one reader, which names the file and the line it cannot use."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from layerboost.errors import ConfigError
+
+# Where a JSON string may hold half of a surrogate pair.
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+LFS_POINTER = "version https://git-lfs"
+
+
+def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Each row with the words for where it is: of a Parquet file, else of a JSONL file, which may be gzipped.
+
+    Of a Parquet file that has `column`, rows hold that column alone. Blank lines and byte order marks are passed over;
+    halves of surrogate pairs become U+FFFD. Raises ConfigError for a file that cannot be read.
+    """
+    if file.name.lower().endswith(".parquet"):
+        yield from _parquet_rows(file, column)
+        return
+    for where, line in read_lines(file):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            found = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+            do = "mend or remove the line; a JSONL file holds one JSON object per line"
+            raise ConfigError(f"{where} is not JSON", found=found, do=do) from None
+        yield where, _well_formed(row) if SURROGATE.search(line) else row
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Each line of a text file, which may be gzipped, with the words for where it is; raises ConfigError."""
+    where = str(file)
+    try:
+        # What is not UTF-8 becomes surrogates here, so that its line can be named.
+        opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
+        with opener(file, "rt", encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"line {number} of {file}"
+                if number == 1 and line.startswith(LFS_POINTER):
+                    raise ConfigError(f"{file} is a Git LFS pointer, not the data", do="fetch it with `git lfs pull`")
+                line.encode()
+                yield where, line.removeprefix("\ufeff")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} is not UTF-8", do=f"convert it: iconv -f ENCODING -t UTF-8 {file}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot read {file}", found=found) from None
+
+
+def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            columns = [column] if column in opened.schema_arrow.names else None
+            number = 0
+            for batch in opened.iter_batches(1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number} of {file}", row
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"cannot read {file}", found=str(error).splitlines()[0]) from None
+
+
+def _well_formed(row: Any) -> Any:
+    """The row with U+FFFD in place of halves of surrogate pairs, which no tokenizer takes."""
+    text = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return json.loads(text)
