@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, Artifact, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
-from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
+from layerboost.recipe import Bench, Recipe, recipe_yaml
 from layerboost.runtime import (
     Runtime,
     is_main_process,
@@ -233,7 +233,7 @@ class Estimate:
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
-    """Recipe, model, text, tasks, further checkpoints, vLLM, port, memory and disk, without loading a weight.
+    """Recipe, model, text, tasks, further checkpoints, vLLM, port, memory and disk.
 
     Memory is that of healing, the hungriest stage, on its device, the adapters with their optimizer left out; beside a
     GPU the host must hold the model once, to merge it. Speed is worked out from this machine's matrix product.
@@ -242,8 +242,9 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.healing.estimate import estimate_healing
     from layerboost.healing.least_squares import check_fit
     from layerboost.healing.training import check_report_to, less_memory
-    from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
+    from layerboost.model.checkpoint import find_base, load_config, load_model, load_tokenizer, model_info
     from layerboost.model.integrity import check_checkpoint
+    from layerboost.model.surgery import check_windows
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
     from layerboost.stages.plan import validate_plan
@@ -254,8 +255,9 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
     runtime = start_runtime(recipe)
-    source = find_model(model_of(recipe), run)
+    source = find_base(recipe, run, runtime)
     config = load_config(source, recipe.trust_remote_code)
+    check_windows(config, recipe.measure.windows)
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
@@ -291,6 +293,8 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         vllm=vllm,
     )
     check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
+    if source.gguf:  # whose header says little
+        load_model(source, runtime)
     return estimate
 
 

@@ -14,7 +14,7 @@ from layerboost.artifacts import fingerprint
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 from layerboost.runtime import log
-from layerboost.text import Tokens, load_tokens
+from layerboost.text import Tokens, load_tokens, opening_ids
 
 # Token ids of a row's pieces, each with whether damage is scored on it.
 Pieces = list[tuple[list[int], bool]]
@@ -129,13 +129,15 @@ def _pieces(row: Any, tokenizer: Any, where: str) -> Pieces:
     strings = {key for key, value in fields.items() if isinstance(value, str) and value}
     if {"prompt", "answer"} <= strings:
         answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-        return [(tokenizer(row["prompt"])["input_ids"], False), (answer, True)]
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        return [([*opening_ids(tokenizer), *prompt], False), (answer, True)]
     if "messages" in fields:
         turns = _turns(fields["messages"], tokenizer, where)
         # The template writes its special tokens itself.
         return [(tokenizer(text, add_special_tokens=False)["input_ids"], answer) for text, answer in turns]
     if "text" in strings:
-        return [(tokenizer(row["text"])["input_ids"], True)]
+        text = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        return [([*opening_ids(tokenizer), *text], True)]
     raise ConfigError(
         f"{where} is no row of traffic",
         found=f"fields {', '.join(map(str, fields)) or 'none'}",

