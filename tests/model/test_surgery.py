@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, save_tiny, tiny_model, tiny_tokenizer
-
 from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
