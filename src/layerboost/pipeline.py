@@ -270,7 +270,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         if not folder.absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
             check_checkpoint(folder)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
-    vllm = _check_bench(recipe.bench, config.max_position_embeddings)
+    vllm = _check_bench(recipe.bench, config.max_position_embeddings, (source.folder, run))
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
@@ -311,15 +311,17 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
             raise LayerboostError(f"not enough {kind}: {needed} GiB needed", found=f"{free} GiB free", do=do)
 
 
-def _check_bench(bench: Bench, context_tokens: int) -> str:
+def _check_bench(bench: Bench, context_tokens: int, folders: Sequence[Path]) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.serving.command import check_port, check_vllm
+    from layerboost.serving.command import check_path, check_port, check_vllm
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)
     if bench.engine == "transformers":
         return "not needed"
     check_port(bench.port)
+    for folder in folders:
+        check_path(folder)
     return check_vllm()
 
 

@@ -226,6 +226,15 @@ def _headers(folder: Path) -> Tensors:
     """Every tensor of a directory on the meta device: its name, shape and type."""
     tensors: Tensors = {}
     files = weight_files(folder)
+    # Not Mistral's own format, which has names of its own.
+    more = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in files}
+    more = {name for name in more if not name.startswith("consolidated")}
+    if more and not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{folder} has weights that Transformers leaves aside and vLLM loads",
+            found=_some(sorted(more)),
+            do="remove them, or those that are not the model's",
+        )
     index = _index(folder / INDEX) if files[0].suffix == ".safetensors" and files[0].name != SINGLE else {}
     for file in files:
         try:
