@@ -242,9 +242,8 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.healing.estimate import estimate_healing
     from layerboost.healing.least_squares import check_fit
     from layerboost.healing.training import check_report_to, less_memory
-    from layerboost.model.checkpoint import find_base, load_config, load_model, load_tokenizer, model_info
+    from layerboost.model.checkpoint import model_info
     from layerboost.model.integrity import check_checkpoint
-    from layerboost.model.surgery import check_windows
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import load_inputs, validate_measure
     from layerboost.stages.plan import validate_plan
@@ -255,10 +254,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
     runtime = start_runtime(recipe)
-    source = find_base(recipe, run, runtime)
-    config = load_config(source, recipe.trust_remote_code)
-    check_windows(config, recipe.measure.windows)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    source, config, tokenizer = _checked_base(recipe, run, runtime)
     if "self" not in recipe.text.sources:
         load_inputs(recipe, tokenizer, run)
     longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
@@ -270,7 +266,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         if not folder.absolute().is_relative_to(run.absolute()):  # else it may be yet to be made
             check_checkpoint(folder)
     validate_evaluate(recipe, tokenizer, run, config.max_position_embeddings)
-    vllm = _check_bench(recipe.bench, config.max_position_embeddings, (source.folder, run))
+    vllm = _check_bench(recipe.bench, config.max_position_embeddings)
     info = model_info(source, config, runtime.dtype)
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(source.gguf)  # converted, healed, and a base yet to be unpacked
@@ -293,9 +289,21 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         vllm=vllm,
     )
     check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
-    if source.gguf:  # whose header says little
-        load_model(source, runtime)
     return estimate
+
+
+def _checked_base(recipe: Recipe, run: Path, runtime: Runtime) -> tuple[Any, Any, Any]:
+    """The base, its config and its tokenizer; raises ConfigError for what `measure` could not use."""
+    from layerboost.model.checkpoint import find_base, load_config, load_tokenizer
+    from layerboost.model.files import check_gguf
+    from layerboost.model.surgery import check_windows
+
+    source = find_base(recipe, run, runtime)
+    if source.gguf:
+        check_gguf(source.folder / source.gguf)
+    config = load_config(source, recipe.trust_remote_code)
+    check_windows(config, recipe.measure.windows)
+    return source, config, load_tokenizer(source, recipe.trust_remote_code)
 
 
 def check_room(estimate: Estimate, weights_gib: float, device: torch.device, advice: str) -> None:
@@ -311,17 +319,15 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
             raise LayerboostError(f"not enough {kind}: {needed} GiB needed", found=f"{free} GiB free", do=do)
 
 
-def _check_bench(bench: Bench, context_tokens: int, folders: Sequence[Path]) -> str:
+def _check_bench(bench: Bench, context_tokens: int) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.serving.command import check_path, check_port, check_vllm
+    from layerboost.serving.command import check_port, check_vllm
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)
     if bench.engine == "transformers":
         return "not needed"
     check_port(bench.port)
-    for folder in folders:
-        check_path(folder)
     return check_vllm()
 
 

@@ -16,7 +16,8 @@ from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
 from layerboost.model.checkpoint import find_model, load_model, model_fingerprint, save_boosted
 from layerboost.model.families import FAMILIES
-from layerboost.model.integrity import INDEX, check_base, check_checkpoint, is_intact
+from layerboost.model.files import INDEX
+from layerboost.model.integrity import check_base, check_checkpoint, is_intact
 from layerboost.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -94,6 +95,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index missing": (lambda f: (f / INDEX).unlink(), "has shards but no model.safetensors.index.json"),
     "index truncated": (lambda f: truncate(f / INDEX), "index.json cannot be read"),
     "index no mapping": (lambda f: (f / INDEX).write_text("[]"), "index.json cannot be read"),
+    "index no metadata": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
+        "cannot be read\\nfound: no 'metadata'",
+    ),
     "tensor not where the index says": (
         lambda f: change_tensors(f, UP, lambda t: t.pop(UP)),
         f"does not hold what {INDEX} says\nfound: no {UP}",
@@ -259,7 +264,9 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not hold a model's weights",
     ),
     "an index too": (
-        lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}})),
+        lambda f: (f / INDEX).write_text(
+            json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}})
+        ),
         "has weights twice: Transformers loads one, vLLM the other",
     ),
     "tensor missing": (lambda f: change_weights(f, lambda t: t.pop(OTHER)), f"disagree\nfound: no {OTHER}"),
@@ -283,6 +290,15 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
     ),
     "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
+    "weights of another name": (
+        lambda f: edit_config(f, transformers_weights="x.safetensors"),
+        "transformers_weights x",
+    ),
+    "quantised in no way": (lambda f: edit_config(f, quantization_config={}), "is quantised"),
+    "another file": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors"),
+        "Transformers leaves aside and vLLM loads\nfound: model.fp16.safetensors",
+    ),
     "fp8 unnamed": (
         lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.float8_e4m3fn)})),
         f"is quantised[^$]+{OTHER} of type torch.float8_e4m3fn",
@@ -344,6 +360,6 @@ def test_what_transformers_knows_to_leave_out(stock: Path, tmp_path: Path) -> No
     # Left behind, and loaded by nobody.
     for name in ("consolidated.safetensors", "pytorch_model.bin"):
         link_to_nothing(folder, name)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: "model.safetensors"}}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model.safetensors"}}))
     check_base(folder, torch.float32)
     assert model_fingerprint(find_model(str(folder))) != model_fingerprint(find_model(str(stock)))

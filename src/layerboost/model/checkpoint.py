@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,16 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import (
     BASE,
@@ -47,44 +40,25 @@ from layerboost.model.card import (
     licence_sentence,
     model_card,
 )
-from layerboost.model.integrity import (
-    check_base,
-    check_checkpoint,
+from layerboost.model.files import (
     check_finite_weights,
     check_readable,
     first_line,
     plain_config,
-    read_config,
     read_weights,
     weight_files,
 )
+from layerboost.model.integrity import check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
+from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
-from layerboost.text import opening_ids
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.
 MAX_SHARD_SIZE = "5GB"
-# What a tokenizer is made from, and the settings of generation: a boosted checkpoint has the base's own.
-PASSED_ON = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-)
-# On which AutoTokenizer and tokenizer.json must agree: cases, digits, runs of spaces, lines, signs, other scripts.
-SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
 
 @dataclass(frozen=True)
@@ -123,8 +97,17 @@ def find_model(name: str, run: Path | None = None) -> Source:
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration, checked to be of a supported causal LM; raises ConfigError before any weight is read."""
-    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
-    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code, **kwargs)
+    if source.gguf:
+        return copy.deepcopy(_gguf_config(source))
+    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code)
+    family_of(config)
+    return config
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(source: Source) -> PreTrainedConfig:
+    """Of a file whose header takes seconds to read."""
+    config = read_config(source.folder, source.name, gguf_file=source.gguf)
     family_of(config)
     return config
 
@@ -132,7 +115,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
 def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {"config": config}
     if implementation := family_of(config).attn_implementation:
         kwargs["attn_implementation"] = implementation
     if source.gguf:
@@ -147,7 +130,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
         # Its own settings of generation are not for us: they would change samples, and may be such that no model can
         # be saved with them.
         ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        kwargs |= {"config": config, "generation_config": GenerationConfig(**ids)}
+        kwargs["generation_config"] = GenerationConfig(**ids)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -168,116 +151,9 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model as its files say, with a token for the end of a text and one for padding.
-
-    It puts nothing behind a text. Raises ConfigError for a tokenizer that is not of this model.
-    """
+    """The tokenizer of a model, as `open_tokenizer` gives it."""
     config = load_config(source, trust_remote_code)
-    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
-    for file in [] if source.gguf else passed_on(source.folder):
-        check_readable(file)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
-        file = source.folder / "tokenizer.json"
-        if file.is_file() and not source.gguf:
-            tokenizer = _as_written(tokenizer, file)
-    except Exception as error:  # each kind of tokenizer has its own
-        raise ConfigError(f"cannot load the tokenizer of {source.name}", found=first_line(error)) from None
-    _set_end(tokenizer, config, source.name)
-    _check_ids(tokenizer, config, source.name)
-    _put_nothing_behind(tokenizer, source.name)
-    return tokenizer
-
-
-def _as_written(tokenizer: Any, file: Path) -> Any:
-    """The tokenizer if it reads a sentence as its tokenizer.json says, else one that does.
-
-    Transformers builds some classes anew, with another treatment of spaces, from no more than the file's vocabulary.
-    """
-    plain = Tokenizer.from_file(str(file))
-    plain.no_truncation()
-    plain.no_padding()
-    wanted = plain.encode(SENTENCE, add_special_tokens=False).ids
-    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == wanted:
-        return tokenizer
-    as_written = PreTrainedTokenizerFast.from_pretrained(file.parent)
-    if as_written(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-        raise ValueError(f"{file} and what Transformers makes of it disagree")
-    log.warning(
-        "%s is read as it is written: Transformers' %s splits text in another way, and so may vLLM",
-        file,
-        type(tokenizer).__name__,
-    )
-    return as_written
-
-
-def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
-    """Give a tokenizer without an end-of-text token the one of the config; raises ConfigError without either."""
-    if tokenizer.eos_token is None:
-        named = config.eos_token_id
-        end = named[0] if isinstance(named, list) and named else named
-        token = tokenizer.convert_ids_to_tokens(end) if isinstance(end, int) and 0 <= end < len(tokenizer) else None
-        if token is None:
-            raise ConfigError(
-                f"the tokenizer of {name} has no end-of-text token, which parts documents",
-                found=f"no eos_token, and eos_token_id {named} in config.json",
-                do="name one in tokenizer_config.json (eos_token)",
-            )
-        tokenizer.eos_token = token
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def _check_ids(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
-    """Raise ConfigError for a tokenizer without words, or with ids beyond the model's embedding.
-
-    Gemma 3's text models come with a token for images beyond theirs. Tokens that are added and that neither the end of
-    a text nor the chat template needs are taken out: such text is then read like any other.
-    """
-    vocabulary, rows = tokenizer.get_vocab(), config.vocab_size
-    special = set(tokenizer.all_special_ids)
-    if not set(vocabulary.values()) - special:
-        raise ConfigError(
-            f"{name} has no tokenizer",
-            found=f"a vocabulary of nothing but {', '.join(sorted(vocabulary))}",
-            do="copy or download its tokenizer files",
-        )
-    beyond = {token: place for token, place in vocabulary.items() if place >= rows}
-    if not beyond:
-        return
-    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
-    used = [token for token in beyond if token in needed or token in str(tokenizer.chat_template)]
-    if used or beyond.keys() - tokenizer.get_added_vocab().keys() or not tokenizer.is_fast:
-        shown = ", ".join(f"{token} {place}" for token, place in sorted(beyond.items(), key=lambda item: item[1])[:3])
-        raise ConfigError(
-            f"the tokenizer of {name} gives ids up to {max(beyond.values())} where the model has {rows} rows",
-            found=shown,
-            do="use the tokenizer that the model was trained with, or the model whose embeddings were resized",
-        )
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-
-
-def _put_nothing_behind(tokenizer: Any, name: str) -> None:
-    """Have a tokenizer that closes every text leave that out: a prompt goes on with its answer."""
-    opening = opening_ids(tokenizer)
-    if tokenizer("a")["input_ids"] == opening + tokenizer("a", add_special_tokens=False)["input_ids"]:
-        return
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of {name} puts tokens behind every text",
-            do="set add_eos_token to false in tokenizer_config.json",
-        )
-    tokens = tokenizer.convert_ids_to_tokens(opening)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*tokens, "$A"], special_tokens=list(zip(tokens, opening, strict=True))
-    )
-
-
-def passed_on(folder: Path) -> list[Path]:
-    """The files of a base that its boosted checkpoints have as they are, beside its licence."""
-    return sorted({file for pattern in PASSED_ON for file in folder.glob(pattern) if not file.is_dir()})
+    return open_tokenizer(source.folder, source.name, config, trust_remote_code, source.gguf)
 
 
 def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> ModelInfo:
@@ -376,7 +252,7 @@ def save_boosted(
             model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
-        _save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml)
@@ -384,18 +260,6 @@ def save_boosted(
         for file in origin.files:
             shutil.copy(file, folder)
         _check_written(folder, target, model)
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The files that a tokenizer was loaded from, and those beside them; one that was not loaded is saved."""
-    base = Path(tokenizer.name_or_path)
-    files = passed_on(base) if tokenizer.name_or_path else []
-    for file in files:
-        target = folder / file.relative_to(base)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(file, target)
-    if not files:
-        tokenizer.save_pretrained(folder)
 
 
 def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -48,14 +47,6 @@ def check_vllm() -> str:
             do="pip install . in a checkout (-e to go on editing it)",
         )
     return version
-
-
-def check_path(folder: Path) -> None:
-    """Raise ConfigError for a path in which vLLM would find no weights: it takes some signs for wildcards."""
-    if glob.has_magic(str(folder.absolute())):
-        raise ConfigError(
-            "vLLM finds no weights in a path with *, ? or [", found=str(folder.absolute()), do="rename the directory"
-        )
 
 
 def vllm_version() -> str | None:
@@ -107,7 +98,6 @@ def serve_argv(folder: Path, port: int, extra: tuple[str, ...] = ()) -> tuple[li
     """
     check_vllm()
     config = check_checkpoint(folder)
-    check_path(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
     check_port(number_given(extra, "--port", default=port), host="")

@@ -15,7 +15,7 @@ from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
 from layerboost.serving.benchmark import Load, run_benchmark, warm_up
-from layerboost.serving.command import advised_flags, check_path, check_port, check_vllm, cores, runs_on_cpu, with_flags
+from layerboost.serving.command import advised_flags, check_port, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.serving.generation import run_generation
 from layerboost.serving.results import Comparison, Measurement, Point, compare, metrics_of
 from layerboost.serving.server import running_server
@@ -174,8 +174,6 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
     if bench.engine == "vllm":
         check_vllm()
         check_port(bench.port)
-        for folder in models.values():
-            check_path(folder)
         bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
