@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import opening_tokenizer, save_text, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
@@ -49,6 +50,19 @@ def test_the_train_order_follows_the_seed(tmp_path: Path) -> None:
     text = settings(save_text(tmp_path / "t.jsonl"))
     first, same, other = (load_tokens(text, TOKENIZER, "train", 640, seed=seed) for seed in (0, 0, 1))
     assert first.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_the_opening_is_all_that_stands_before_a_text_and_nothing_behind() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = [("<s>", 0), ("</s>", 1), ("w9", 9)]
+    for single, opening in (
+        (["<s>", "w9", "$A", "</s>"], [0, 9]),
+        (["w9", "$A"], [9]),
+        (["$A", "</s>"], []),
+        (["$A", "<s>"], []),
+    ):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+        assert opening_ids(tokenizer) == opening
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
@@ -262,7 +276,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
 
 def splits(text: Text) -> dict[str, set[str]]:
     """The words that each split holds, of documents that are words of their own."""
-    found = {}
+    found: dict[str, set[str]] = {}
     names: list[Split] = ["calibration", "held_out", "train"]
     for split in names:
         ids = load_tokens(text, TOKENIZER, split, 16 * 8 if split == "train" else 16)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, layer_plans, save_text, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from layerboost.errors import ConfigError
 from layerboost.model.stream import LayerStream
@@ -56,6 +57,19 @@ def test_answers_are_scored_and_of_text_every_token(tmp_path: Path) -> None:
     first, second = found.batches(2)
     assert (first.ids.shape[1], second.ids.shape[1]) == (14, 6)
     assert found.tokens == 14 + 12 + 6
+
+
+@pytest.mark.parametrize("opening", [[], ["<s>"]])
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out(opening: list[str], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*opening, "$A", "</s>", "<s>"], special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file = write(tmp_path / "t.jsonl", {"prompt": words(10, 4), "answer": words(30, 2)}, {"text": words(40, 3)})
+    found = load_traffic(file, tokenizer, 64, 10_000)
+    start = [0] if opening else []
+    assert shown(found, 0) == ([*start, 10, 11, 12, 13, 30, 31], [30, 31])
+    assert shown(found, 1)[0] == [*start, 40, 41, 42]
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:

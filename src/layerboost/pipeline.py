@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
-from layerboost.recipe import Bench, Recipe, model_of, recipe_yaml
+from layerboost.recipe import Bench, Recipe, recipe_yaml
 from layerboost.runtime import (
     Runtime,
     is_main_process,
@@ -235,7 +235,7 @@ class Estimate:
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
-    """Recipe, model, text, tasks, further checkpoints, vLLM, port, memory and disk, without loading a weight.
+    """Recipe, model, text, tasks, further checkpoints, vLLM, port, memory and disk.
 
     Memory is that of healing, the hungriest stage, on its device, the adapters with their optimizer left out; beside a
     GPU the host must hold the model once, to merge it. Speed is worked out from this machine's matrix product.
@@ -244,7 +244,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     from layerboost.healing.estimate import estimate_healing
     from layerboost.healing.least_squares import check_fit
     from layerboost.healing.training import check_report_to, less_memory
-    from layerboost.model.checkpoint import find_model, load_config, load_tokenizer, model_info
+    from layerboost.model.checkpoint import model_info
     from layerboost.model.integrity import check_checkpoint
     from layerboost.stages.evaluate import validate_evaluate
     from layerboost.stages.measure import validate_inputs, validate_measure
@@ -257,9 +257,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
     runtime = start_runtime(recipe)
-    source = find_model(model_of(recipe), run)
-    config = load_config(source, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    source, config, tokenizer = _checked_base(recipe, run, runtime)
     validate_inputs(recipe, tokenizer, run, config.max_position_embeddings)
     longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
     check_samples(recipe.text, longest, "train")
@@ -293,6 +291,20 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     )
     check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
     return estimate
+
+
+def _checked_base(recipe: Recipe, run: Path, runtime: Runtime) -> tuple[Any, Any, Any]:
+    """The base, its config and its tokenizer; raises ConfigError for what `measure` could not use."""
+    from layerboost.model.checkpoint import find_base, load_config, load_tokenizer
+    from layerboost.model.files import check_gguf
+    from layerboost.model.surgery import check_windows
+
+    source = find_base(recipe, run, runtime)
+    if source.gguf:
+        check_gguf(source.folder / source.gguf)
+    config = load_config(source, recipe.trust_remote_code)
+    check_windows(config, recipe.measure.windows)
+    return source, config, load_tokenizer(source, recipe.trust_remote_code)
 
 
 def check_room(estimate: Estimate, weights_gib: float, device: torch.device, advice: str) -> None:

@@ -101,10 +101,12 @@ def load_tokens(
 def opening_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: the begin-of-text token of Llama 3 or Gemma, nothing for Qwen.
 
-    Such models are lost without it: their heads park attention there.
+    Such models are lost without it: their heads park attention there. What it puts behind a text is left out.
     """
-    start = tokenizer.bos_token_id
-    return [start] if start is not None and tokenizer("a")["input_ids"][:1] == [start] else []
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    opening: list[int] = whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+    return opening
 
 
 def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:

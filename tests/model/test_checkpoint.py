@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from tiny import byte_tokenizer, info, layer_plans, opening_tokenizer, save_tiny, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from layerboost.artifacts import PlanFile, read_plan
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
+from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
+    Source,
     find_model,
     load_model,
+    load_tokenizer,
     model_fingerprint,
     model_info,
     modeling_source,
@@ -25,6 +32,7 @@ from layerboost.model.checkpoint import (
 )
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
+from layerboost.recipe import Card
 from layerboost.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -134,7 +142,7 @@ def test_other_kinds_of_models_are_refused(model_type: str, message: str, tmp_pa
 def test_a_truncated_config_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     (folder / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(ConfigError, match="cannot read the configuration"):
+    with pytest.raises(ConfigError, match=r"is not a model directory\nfound: config.json: "):
         load_model(find_model(str(folder)), RUNTIME)
 
 
@@ -149,3 +157,167 @@ def test_model_info(tmp_path: Path) -> None:
     weights["model.layers.2.mlp.up_proj.weight"][40, 40] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert model_fingerprint(source) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["acme/tiny", "my model [v2] (100%) #1 'q' \u00fc\u5317", "-dash", "x.gguf", "~no-such-user", "$HOME"]
+)
+def test_directories_of_unusual_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(Path(name), layers=2)
+    source = find_model(name)
+    assert source == Source(name, tmp_path / name)
+    base = load_model(source, RUNTIME)
+    tokenizer = load_tokenizer(source)
+    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
+    origin = origin_of(source.folder, source.name, Card())
+    target = Path(f"{name} out")
+    save_boosted(apply_plan(base, plan.layers), tokenizer, plan, target, recipe_yaml="{}\n", origin=origin)
+    assert load_model(find_model(str(target)), RUNTIME)(IDS).logits.isfinite().all()
+    assert AutoTokenizer.from_pretrained(target).vocab_size == 200
+
+
+def test_packages_of_no_name() -> None:
+    with pytest.raises(ConfigError, match="is not installed"):
+        find_model("package:")
+
+
+GENERATION = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.2, "max_new_tokens": 0}
+
+
+def test_settings_of_generation_are_passed_on_as_they_are_and_not_used(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", layers=2)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    # As in Llama 2's config.json.
+    config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "max_length": 4096, "top_k": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = find_model(str(folder))
+    model, tokenizer = load_model(source, RUNTIME), load_tokenizer(source)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert model.generation_config.eos_token_id == 1
+    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
+    save_boosted(apply_plan(model, plan.layers), tokenizer, plan, tmp_path / "out", recipe_yaml="{}\n")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
+
+
+def test_what_is_not_the_model_once_read_back_takes_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = apply_plan(tiny_model(layers=2), layer_plans("fs"))
+    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
+    save = type(model).save_pretrained
+
+    def without_weights(self: Any, folder: Path, **_: Any) -> None:
+        self.config.save_pretrained(folder)
+
+    def with_others(self: Any, folder: Path, **_: Any) -> None:
+        save(self, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    for broken, message in ((without_weights, "has no weights"), (with_others, r"found: model\.norm\.weight")):
+        monkeypatch.setattr(type(model), "save_pretrained", broken)
+        with pytest.raises(LayerboostError, match=f"could not be written[^$]+{message}"):
+            save_boosted(model, tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="{}\n")
+        assert not list(tmp_path.iterdir())
+
+
+def with_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Source:
+    """A model of this tokenizer, as MODEL."""
+    save_tiny(folder, layers=2, **config)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(folder)
+    return find_model(str(folder))
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    source = with_tokenizer(tmp_path / "base", tokenizer, vocab_size=300)
+    with caplog.at_level("WARNING"):
+        load_tokenizer(source)
+    assert not caplog.text
+    # DeepSeek-R1-Distill-Llama: Transformers 5 builds that class with another pre-tokenizer.
+    edit_json(source.folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    (source.folder / "special_tokens_map.json").write_text("{}")
+    text = "hello world  2023\n ok"
+    wanted = Tokenizer.from_file(str(source.folder / "tokenizer.json")).encode(text).ids
+    assert AutoTokenizer.from_pretrained(source.folder)(text, add_special_tokens=False)["input_ids"] != wanted
+    with caplog.at_level("WARNING"):
+        loaded = load_tokenizer(source)
+    assert loaded(text, add_special_tokens=False)["input_ids"] == wanted
+    assert loaded.decode(wanted) == text
+    assert "is read as it is written" in caplog.text
+    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
+    model = apply_plan(load_model(source, RUNTIME), plan.layers)
+    save_boosted(model, loaded, plan, tmp_path / "out", recipe_yaml="{}\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
+
+
+def test_a_tokenizer_puts_nothing_behind_a_text(tmp_path: Path) -> None:
+    for name, tokenizer, opening in (("plain", tiny_tokenizer(), []), ("opening", opening_tokenizer(), [0])):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=["<s>", "$A", "</s>"] if opening else ["$A", "</s>", "</s>"],
+            special_tokens=[("<s>", 0), ("</s>", 1)],
+        )
+        source = with_tokenizer(tmp_path / name, tokenizer)
+        assert AutoTokenizer.from_pretrained(source.folder)("w5 w6")["input_ids"][-1] == 1
+        assert load_tokenizer(source)("w5 w6")["input_ids"] == [*opening, 5, 6]
+        # As Transformers 5 says it.
+        edit_json(source.folder / "tokenizer_config.json", add_eos_token=True, add_bos_token=bool(opening))
+        assert load_tokenizer(source)("w5 w6")["input_ids"] == [*opening, 5, 6]
+
+
+def test_the_end_of_a_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    source = with_tokenizer(tmp_path / "m", tokenizer)
+    ends: list[Any] = [1, [1, 2]]
+    for named in ends:
+        edit_json(source.folder / "config.json", eos_token_id=named)
+        found = load_tokenizer(source)
+        assert (found.eos_token_id, found.pad_token_id) == (1, 1)
+    odd: list[Any] = [None, 500, []]
+    for named in odd:
+        edit_json(source.folder / "config.json", eos_token_id=named)
+        with pytest.raises(ConfigError, match=r"no end-of-text token[^$]+eos_token_id"):
+            load_tokenizer(source)
+
+
+def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
+    source = with_tokenizer(tmp_path / "m", tokenizer)
+    # Gemma 3's text models: a token that no text has. Without it, text that has it is read like any other.
+    assert load_tokenizer(source)("w5 <image> w6")["input_ids"] == [5, 2, 6]
+    edit_json(source.folder / "tokenizer_config.json", chat_template="{{ '<|im_start|>' }}")
+    with pytest.raises(
+        ConfigError, match=r"gives ids up to 201 where the model has 200 rows\nfound: <\|im_start\|> 200"
+    ):
+        load_tokenizer(source)
+    tokenizer.eos_token = "<image>"
+    with pytest.raises(ConfigError, match="gives ids up to 201"):
+        load_tokenizer(with_tokenizer(tmp_path / "end", tokenizer))
+    with pytest.raises(ConfigError, match=r"ids up to 199 where the model has 150 rows\nfound: w150 150"):
+        load_tokenizer(with_tokenizer(tmp_path / "less", tiny_tokenizer(), vocab_size=150))
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path / "m", tiny_tokenizer())
+    kept = Path(shutil.copytree(source.folder, tmp_path / "kept"))
+    for file in source.folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_tokenizer(source)
+    (source.folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ConfigError, match="Git LFS pointer"):
+        load_tokenizer(source)
+    for broken in ("{", "{}", '{"model": {"type": "New"}}'):
+        (kept / "tokenizer.json").write_text(broken)
+        with pytest.raises(ConfigError, match="cannot load the tokenizer"):
+            load_tokenizer(find_model(str(kept)))

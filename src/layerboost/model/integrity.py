@@ -1,49 +1,97 @@
-"""Whether a model directory is whole and agrees with itself, told from its config, its plan and its files' headers."""
+"""Whether a model directory is whole and agrees with itself, told from its config, its plan and its weights."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import PLAN, PlanFile, read_plan
 from layerboost.errors import ConfigError
+from layerboost.model.families import FAMILIES
+from layerboost.model.files import (
+    PICKLED,
+    SINGLE,
+    Tensors,
+    check_finite_weights,
+    check_readable,
+    first_line,
+    headers,
+    plain_config,
+    read_weights,
+    some,
+    weight_files,
+)
 from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
 
 ARCHITECTURE = "LayerBoostForCausalLM"
-INDEX = "model.safetensors.index.json"
-SHOWN = 3
-Shape = tuple[int, ...]
+# Weights of another type are quantised.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
+def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """The plain config of a model directory, stock or boosted, in which nothing is missing and nothing disagrees.
 
-    Reads no weight: of safetensors files only the headers. Raises ConfigError for shards that are missing or damaged
-    and, in a boosted checkpoint, for a plan, a config and weights that are not of the same model.
+    Reads no weight, only the headers of the weight files. Raises ConfigError for files that are missing or damaged, for
+    weights that Transformers could not load or would load in a way nobody asked for and, in a boosted checkpoint, for a
+    plan, a config and weights that are not of the same model.
     """
-    plain = _plain_config(folder)
-    shapes = tensor_shapes(folder)
+    plain = plain_config(folder)
+    if plain.get("transformers_weights"):
+        raise ConfigError(
+            f"{folder / 'config.json'} has Transformers load other weights than vLLM does",
+            found=f"transformers_weights {plain['transformers_weights']}",
+            do=f"name the file {SINGLE} and remove the setting",
+        )
+    tensors = headers(folder)
     if ARCHITECTURE in (plain.get("architectures") or []):
         config = read_config(folder, str(folder))
         recorded = _recorded(folder, config)
         if (folder / PLAN).is_file():
             _check_plan(folder, recorded, read_plan(folder / PLAN))
-        if shapes:
-            _check_tensors(folder, config, shapes)
+        _check_tensors(folder, config, tensors)
     elif "attention_sink_layers" in plain:
         raise ConfigError(
             f"{folder / 'config.json'} is of a boosted checkpoint and no longer names {ARCHITECTURE}",
             found=f"architectures {plain.get('architectures')}",
             do="make the checkpoint again; its own files are not for editing",
         )
+    elif plain["model_type"] in FAMILIES:
+        config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
+        _check_tensors(folder, config, tensors, trust_remote_code)
     return plain
+
+
+def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    """Raise ConfigError for a directory that cannot be MODEL, to be loaded in `dtype`. Reads every weight.
+
+    Besides what `check_checkpoint` refuses: quantised and boosted models, weights that are not finite, tied weights and
+    weights in two formats that differ.
+    """
+    plain = plain_config(folder)
+    for key in ("quantization_config", "compression_config"):
+        if plain.get(key) is not None:
+            raise _quantised(folder, f"{key} {json.dumps(plain[key])[:200]}")
+    if ARCHITECTURE in (plain.get("architectures") or []):
+        raise ConfigError(f"{folder} is a boosted checkpoint", do="give the base that it was made from as MODEL")
+    check_checkpoint(folder, trust_remote_code)
+    weights = read_weights(folder)
+    check_finite_weights(str(folder), weights, dtype)
+    config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
+    for name, other in _on_meta(folder, config, trust_remote_code).all_tied_weights_keys.items():
+        if {name, other} <= weights.keys() and not torch.equal(weights[name], weights[other]):
+            raise ConfigError(
+                f"weights and configuration of {folder} disagree",
+                found=f"{name} and {other} differ, by the configuration (tie_word_embeddings) they are one",
+                do=f"set tie_word_embeddings to false in config.json, or remove {name}, whichever the model means",
+            )
+    _check_formats(folder, weights)
 
 
 def is_intact(folder: Path) -> bool:
@@ -58,74 +106,39 @@ def is_intact(folder: Path) -> bool:
 
 def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
     """Transformers' config of a directory; raises ConfigError with the first line of whatever is wrong with it."""
+    if "gguf_file" not in kwargs:
+        check_readable(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in as many ways as its class has fields
         raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error)) from None
 
 
-def tensor_shapes(folder: Path) -> dict[str, Shape]:
-    """Every tensor in a directory's safetensors files with its shape; none where it has weights of another format.
-
-    Raises ConfigError for files that are missing, truncated or not what the index says.
-    """
-    files, index = _weight_files(folder)
-    shapes: dict[str, Shape] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{file} is damaged", found=first_line(error), do="copy, download or write it again"
-            ) from None
-        absent = sorted(name for name, shard in index.items() if shard == file.name and name not in found)
-        if absent:
-            raise ConfigError(f"{file} does not hold what {INDEX} says", found=f"no {_some(absent)}")
-        shapes |= found
-    return shapes
+def _quantised(folder: Path, found: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} is quantised, which MODEL cannot be",
+        found=found,
+        do="use the original that it was quantised from, and quantise after healing",
+    )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _plain_config(folder: Path) -> dict[str, Any]:
+def _check_formats(folder: Path, weights: Tensors) -> None:
+    """Raise ConfigError where a second, readable copy of the weights says something else."""
+    if not any(os.path.lexists(folder / name) for name in PICKLED) or weight_files(folder)[0].suffix == ".bin":
+        return
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        found = "no config.json in it" if isinstance(error, FileNotFoundError) else str(error)
-        raise ConfigError(f"{folder} is not a model directory", found=found) from None
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
-    return config
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files that Transformers loads, and the index: file by tensor, empty for a single file."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single], {}
-    if (folder / INDEX).is_file():
-        try:
-            index = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder / INDEX} cannot be read", found=first_line(error)) from None
-        names = sorted(set(index.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+        others = read_weights(folder, PICKLED)
+    except Exception as error:  # nobody loads it
+        log.warning("%s: other weights than safetensors are left aside (%s)", folder, first_line(error))
+        return
+    for name in others.keys() & weights.keys():
+        coarser, finer = sorted((weights[name], others[name]), key=lambda values: values.dtype.itemsize)
+        if not torch.equal(coarser, finer.to(coarser.dtype)):
             raise ConfigError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards",
-                found=f"no {_some(missing)}",
-                do="copy, download or write them again",
+                f"{folder} has weights twice, and they differ",
+                found=f"{name} in safetensors and in pytorch_model",
+                do="remove the files that are not the model's",
             )
-        return [folder / name for name in names], index
-    if any(folder.glob("model-*-of-*.safetensors")):
-        raise ConfigError(f"{folder} has shards but no {INDEX}", do="copy, download or write it again")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ConfigError(f"{folder} has no weights", found="neither *.safetensors nor *.bin")
-    return [], {}
 
 
 def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
@@ -140,7 +153,7 @@ def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
     if differing:
         raise ConfigError(
             f"plan and configuration of {folder} disagree",
-            found=_some(differing, "; "),
+            found=some(differing, "; "),
             do="change RUN/plan.yaml and run `layerboost convert`; a checkpoint's own files are not for editing",
         )
 
@@ -179,37 +192,57 @@ def _words(attention: str, window: int | None, sink: bool) -> str:
     return attention + (f" {window}" if window else "") + (" with sink" if sink else "")
 
 
-def _check_tensors(folder: Path, config: PreTrainedConfig, found: dict[str, Shape]) -> None:
+def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, without memory."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in read_config
         raise ConfigError(f"no model can be built from {folder / 'config.json'}", found=first_line(error)) from None
-    wanted: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
+
+
+def _loaded_on_meta(folder: Path, kind: Any, config: PreTrainedConfig, found: Tensors) -> dict[str, Any]:
+    """What Transformers would say of loading these tensors."""
+    try:
+        _, loading = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=found,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as in read_config
+        raise ConfigError(f"cannot load {folder}", found=first_line(error)) from None
+    return dict(loading)
+
+
+def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust_remote_code: bool = False) -> None:
+    """Raise ConfigError for tensors that the config's model lacks, has in another shape, or would be left without."""
+    model = _on_meta(folder, config, trust_remote_code)
     if getattr(config, "quantization_config", None):
         # Quantised layers hold other tensors than the model's own: compare the modules.
-        wanted, found = _modules(wanted), _modules(found)
-        tied = set(_modules(tied))
-    problems = [f"no {name}" for name in sorted(wanted.keys() - found.keys() - tied)]
-    problems += [f"{name} is not in the configuration's model" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {list(found[name])}, by the configuration {list(shape)}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
-    ]
+        wanted, there = _modules(model.state_dict()), _modules(found)
+        missing, unexpected = wanted - there - _modules(model.all_tied_weights_keys), there - wanted
+        mismatched: Iterable[Any] = ()
+    else:
+        if strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
+            raise _quantised(folder, f"{some(strange)} of type {found[strange[0]].dtype}, no quantization_config")
+        # Transformers says itself what it would rename, leave out and make up.
+        loading = _loaded_on_meta(folder, type(model), config, found)
+        missing, unexpected, mismatched = (loading[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    problems = [f"no {name}" for name in sorted(missing)]
+    problems += [f"{name} is not in the configuration's model" for name in sorted(unexpected)]
+    problems += [f"{name} is {list(a)}, by the configuration {list(b)}" for name, a, b in sorted(mismatched)]
     if problems:
         raise ConfigError(
             f"weights and configuration of {folder} disagree",
-            found=_some(problems, "; "),
-            do="make the checkpoint again with `layerboost convert` or `layerboost heal`",
+            found=some(problems, "; "),
+            do="make the checkpoint again with `layerboost convert` or `layerboost heal`"
+            if (folder / PLAN).is_file()
+            else "download or write them again, together",
         )
 
 
-def _modules(tensors: Iterable[str]) -> dict[str, Shape]:
-    return {name.rpartition(".")[0]: () for name in tensors}
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    more = [f"{len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return separator.join([*items[:SHOWN], *more])
+def _modules(tensors: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in tensors}

@@ -126,15 +126,19 @@ def add_sinks(attention: Any) -> None:
 def base_layer_types(config: PreTrainedConfig) -> list[str]:
     """Per layer of a stock or a boosted config: `full_attention`, or `sliding_attention` where the base itself slides.
 
-    Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide.
+    Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide. A window no shorter than the
+    context drops nothing: such layers are full, unless their type says more of them.
     """
     full = ["full_attention"] * config.num_hidden_layers
     if hasattr(config, "attention_sink_layers"):  # boosted
         return list(getattr(config, "base_layer_types", full))
+    window = getattr(config, "sliding_window", None) if hasattr(type(config), "sliding_window") else None
+    family = FAMILIES.get(config.model_type)
+    if window is not None and window >= config.max_position_embeddings and not (family and family.rotary_by_type):
+        return full
     if hasattr(type(config), "layer_types"):
         return list(config.layer_types)
-    slides = hasattr(type(config), "sliding_window") and config.sliding_window is not None
-    return ["sliding_attention"] * config.num_hidden_layers if slides else full
+    return full if window is None else ["sliding_attention"] * config.num_hidden_layers
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:

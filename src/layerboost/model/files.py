@@ -1,0 +1,198 @@
+"""The files of a model directory: which of them are loaded, whether they are there, what their headers say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import load_state_dict
+
+from layerboost.errors import ConfigError
+
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# In the order in which Transformers looks for them.
+WEIGHTS = (SINGLE, INDEX, *PICKLED)
+POINTER = b"version https://git-lfs"
+SHOWN = 3
+Tensors = dict[str, torch.Tensor]
+
+
+def check_readable(file: Path) -> None:
+    """Raise ConfigError for a file that cannot be read, a link to nothing or a Git LFS pointer."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(POINTER))
+    except OSError as error:
+        dangling = file.is_symlink() and not file.exists()
+        found = f"a link to {file.readlink()}, which does not exist" if dangling else first_line(error)
+        raise ConfigError(f"{file} cannot be read", found=found, do="copy or download it again") from None
+    if start == POINTER:
+        raise ConfigError(
+            f"{file} is not there", found="a Git LFS pointer in its place", do="run `git lfs pull`, or download it"
+        )
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """The JSON of a directory's config; raises ConfigError where that is no model's."""
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        found = f"{ADAPTER} alone: an adapter" if (folder / ADAPTER).is_file() else "no config.json in it"
+        raise ConfigError(f"{folder} is not a model directory", found=found)
+    check_readable(file)
+    try:
+        config = json.loads(file.read_text(), parse_constant=_not_finite)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
+    return config
+
+
+def _not_finite(constant: str) -> None:
+    raise ValueError(f"{constant} among its numbers")
+
+
+def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
+    """The files that Transformers loads a directory's weights from, shards in order; `names` limits where it looks.
+
+    Raises ConfigError for files that are missing or cannot be read, and where others lie beside them whose weights
+    Transformers or vLLM would take for the model's.
+    """
+    if os.path.lexists(folder / ADAPTER):
+        raise ConfigError(
+            f"{folder} holds an adapter, which Transformers would add to the weights",
+            found=ADAPTER,
+            do=f"merge it into the model and save that; if its weights are merged already, remove {ADAPTER}",
+        )
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if not there:
+        if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("pytorch_model-*-of-*.bin")):
+            raise ConfigError(f"{folder} has shards but no {INDEX}", do="copy, download or write it again")
+        raise ConfigError(
+            f"{folder} has no weights",
+            found=f"none of {', '.join(WEIGHTS)}",
+            do="download them; of a Hub id only safetensors are taken",
+        )
+    check_readable(folder / there[0])
+    if there[:2] == [SINGLE, INDEX] and set(_index(folder / INDEX).values()) != {SINGLE}:
+        raise ConfigError(
+            f"{folder} has weights twice: Transformers loads one, vLLM the other",
+            found=f"{SINGLE} and {INDEX}",
+            do="remove the one that is not the model's",
+        )
+    if not there[0].endswith(".json"):
+        return [folder / there[0]]
+    shards = sorted(set(_index(folder / there[0]).values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards",
+            found=f"no {some(missing)}",
+            do="copy, download or write them again",
+        )
+    for name in shards:
+        check_readable(folder / name)
+    return [folder / name for name in shards]
+
+
+def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
+    """Every tensor that Transformers loads from a directory. The files are mapped, not read into memory."""
+    weights: Tensors = {}
+    for file in weight_files(folder, names):
+        weights |= load_state_dict(file)
+    return weights
+
+
+def headers(folder: Path) -> Tensors:
+    """Every tensor of a directory on the meta device: its name, shape and type."""
+    tensors: Tensors = {}
+    files = weight_files(folder)
+    # Not Mistral's own format, which has names of its own.
+    more = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in files}
+    more = {name for name in more if not name.startswith("consolidated")}
+    if more and not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{folder} has weights that Transformers leaves aside and vLLM loads",
+            found=some(sorted(more)),
+            do="remove them, or those that are not the model's",
+        )
+    index = _index(folder / INDEX) if files[0].suffix == ".safetensors" and files[0].name != SINGLE else {}
+    for file in files:
+        try:
+            found = dict(load_state_dict(file, map_location="meta"))
+        except Exception as error:  # each format has its own
+            raise ConfigError(
+                f"{file} is damaged", found=first_line(error), do="copy, download or write it again"
+            ) from None
+        other = sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor))
+        if other:
+            raise ConfigError(f"{file} does not hold a model's weights", found=f"{some(other)} instead of tensors")
+        absent = sorted(name for name, shard in index.items() if shard == file.name and name not in found)
+        if absent:
+            raise ConfigError(f"{file} does not hold what {INDEX} says", found=f"no {some(absent)}")
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ConfigError(f"{folder} holds tensors twice", found=f"{some(twice)} in {file.name} and before it")
+        tensors |= found
+    return tensors
+
+
+def check_finite_weights(name: str, weights: Tensors, dtype: torch.dtype) -> None:
+    """Raise ConfigError for weights that are not finite, or not once they are cast to `dtype`."""
+    for tensor, values in weights.items():
+        wrong = ~values.to(dtype).isfinite()
+        if not wrong.any():
+            continue
+        place = wrong.nonzero()[0].tolist()
+        first = values[tuple(place)].item()
+        of_token = f", token {place[0]}" if "emb" in tensor or "head" in tensor else ""
+        overflows = math.isfinite(first) and dtype == torch.float16
+        raise ConfigError(
+            f"weights of {name} are not finite" + (" in float16" if overflows else ""),
+            found=f"{tensor}: {int(wrong.sum()):,} of {wrong.numel():,}, the first is {first} at {place}{of_token}",
+            do="--set dtype=float32, or bfloat16"
+            if overflows
+            else "download the model again, or use another checkpoint",
+        )
+
+
+def check_gguf(file: Path) -> None:
+    """Raise ConfigError for a GGUF file that is cut short or damaged, or whose weights are not finite."""
+    from gguf import GGUFReader, dequantize
+
+    try:
+        for tensor in GGUFReader(file).tensors:
+            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+            check_finite_weights(str(file), {tensor.name: values}, torch.float32)
+    except ConfigError:
+        raise
+    except Exception as error:  # numpy's, of a shape or a size
+        raise ConfigError(f"{file} cannot be read", found=first_line(error), do="copy or download it again") from None
+
+
+def _index(file: Path) -> dict[str, str]:
+    """An index: file by tensor."""
+    check_readable(file)
+    try:
+        index = json.loads(file.read_text())
+        names, _ = index["weight_map"], index["metadata"]  # Transformers wants both
+        return {str(name): str(shard) for name, shard in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ConfigError(f"{file} cannot be read", found=found) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some(items: list[str], separator: str = ", ") -> str:
+    """The first few of them, and how many more there are."""
+    more = [f"{len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return separator.join([*items[:SHOWN], *more])
