@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,18 +45,15 @@ def test_a_finished_run_fills_every_panel(run: Path) -> None:
     assert "layerboost " not in "".join(page.text[name] for name in ("top", *PANELS) if name != "provenance")
     for name, files in PANELS.items():
         assert all(file in page.text[name] for file in files)
-    top = page.text["top"]
-    assert "30.4 %" in top
-    assert "13.7 MiB a request against 45.0 MiB" in top
-    assert "over 3 interleaved repeats: faster in every repeat" in top
-    assert "Quality gate: passed by healed in 1 of 1 checks." in top
-    assert "healed − base: −0.6 (−2.1 to +0.8) points; no difference shown, of which these items show 2.1 points" in top
-    assert "no worse than 1 point: not shown" in top
-    assert "healed − base: +0.0310 (+0.0257 to +0.0363) nats per token; KL 0.0641 (0.0604 to 0.0678)" in top
-    assert "base itself answers fewer than half of key-value at 256 tokens" in page.text["long-context"]
     assert [f"layer {layer}: " in page.text["layers"] for layer in range(31)] == [True] * 30 + [False]
-    assert "model: SmolLM2-135M-Instruct" in page.text["provenance"]
-    assert "4 h 09 min in all, every attempt counted: measure 13 min 32 s, plan 1.3 s" in page.text["provenance"]
+
+
+def test_what_a_report_says(run: Path, golden: Callable[[str, str], None]) -> None:
+    run_report(run)
+    golden("report.md", (run / "report.md").read_text())
+    text = Elements((run / "report.html").read_text()).text
+    shown = {name: "\n".join(line.strip() for line in part.splitlines() if line.strip()) for name, part in text.items()}
+    golden("report.txt", "".join(f"== {name}\n{part}\n" for name, part in shown.items() if name != "layers"))
 
 
 def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
@@ -218,23 +216,13 @@ def test_odd_names_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in (run / "report.md").read_text().split("```yaml")[0]
 
 
-def test_markdown_holds_the_tables(run: Path) -> None:
+def test_markdown_tables_have_a_cell_for_every_column(run: Path) -> None:
     run_report(run)
     text = (run / "report.md").read_text()
-    for heading in ("## Layers", "## Quality", "### Tasks", "## Healing", "## Throughput", "### Latency", "### Recipe"):
-        assert heading in text
-    differences = "+0.0310 (+0.0257 to +0.0363) | 0.0641 (0.0604 to 0.0678)"
-    assert f"| healed | 14.91 | 2.702 ± 0.039 | {differences} |" in text
-    assert "| piqa | healed | −0.6 (−3.3 to +2.1) | not shown | 3.9 |" in text
-    assert (
-        "| 512 to 1,024 | 14.88 | 22.20 | 15.80 | +0.4000 (+0.3902 to +0.4098) | +0.0600 (+0.0502 to +0.0698) |" in text
-    )
-    assert "| key-value at 256 tokens | healed | 16 | 12 % (base cannot) |" in text
-    assert "| passkey at 2,048 tokens | healed | 16 | 50 % | −3.10 ± 0.60 | −2.5 (−3.9 to −1.2) |" in text
-    assert "| KL to the base | 0.0641 (0.0600 to 0.0680) | 0.100 | passed |" in text
-    assert "| 0 | full |" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith(("| piqa | acc", "| task | metric"))]
-    assert len(set(widths)) == 1
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) > 8
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table.splitlines()[0]
 
 
 def test_figures_are_valid_plotly(run: Path) -> None:
