@@ -23,14 +23,8 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    """Directories that pass for models until something loads them."""
-    found = {}
-    for name in ("base", "healed"):
-        folder = found[name] = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64}))
-        (folder / "pytorch_model.bin").touch()
-    return found
+    """Small ones with a short context."""
+    return {name: save_tiny(tmp_path / name, layers=1, max_position_embeddings=64) for name in ("base", "healed")}
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -99,7 +93,8 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str,
 @needs_vllm
 def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
-    (models["healed"] / "config.json").write_text(json.dumps({"model_type": "llama", "sliding_window": 8}))
+    config = json.loads((models["healed"] / "config.json").read_text())
+    (models["healed"] / "config.json").write_text(json.dumps(config | {"rope_theta": 8.0}))
     with pytest.raises(ConfigError, match="config of healed was"):
         run_bench(recipe(), tmp_path, models)
 
