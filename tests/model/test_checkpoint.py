@@ -295,6 +295,9 @@ def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path / "m", tokenizer)
     # Gemma 3's text models: a token that no text has. Without it, text that has it is read like any other.
     assert load_tokenizer(source)("w5 <image> w6")["input_ids"] == [5, 2, 6]
+    # Alpaca's: a token for padding beyond the embedding, in no text either.
+    edit_json(source.folder / "tokenizer_config.json", pad_token="<image>")
+    assert load_tokenizer(source).pad_token_id == 1
     edit_json(source.folder / "tokenizer_config.json", chat_template="{{ '<|im_start|>' }}")
     with pytest.raises(
         ConfigError, match=r"gives ids up to 201 where the model has 200 rows\nfound: <\|im_start\|> 200"

@@ -42,8 +42,9 @@ def plain_config(folder: Path) -> dict[str, Any]:
     """The JSON of a directory's config; raises ConfigError where that is no model's."""
     file = folder / "config.json"
     if not os.path.lexists(file):
-        found = f"{ADAPTER} alone: an adapter" if (folder / ADAPTER).is_file() else "no config.json in it"
-        raise ConfigError(f"{folder} is not a model directory", found=found)
+        if (folder / ADAPTER).is_file():
+            raise ConfigError(f"{folder} is an adapter, not a model", do="merge it into its model and give that")
+        raise ConfigError(f"{folder} is not a model directory", found="no config.json in it")
     check_readable(file)
     try:
         config = json.loads(file.read_text(), parse_constant=_not_finite)
@@ -188,8 +189,9 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, with the next one where it announces that, or its kind."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def some(items: list[str], separator: str = ", ") -> str:

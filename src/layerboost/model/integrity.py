@@ -111,7 +111,8 @@ def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in as many ways as its class has fields
-        raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error)) from None
+        do = "copy or download it again" if "gguf_file" in kwargs else ""
+        raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error), do=do) from None
 
 
 def _quantised(folder: Path, found: str) -> ConfigError:

@@ -51,7 +51,11 @@ def open_tokenizer(
         if file.is_file() and not gguf:
             tokenizer = _as_written(tokenizer, file)
     except Exception as error:  # each kind of tokenizer has its own
-        raise ConfigError(f"cannot load the tokenizer of {name}", found=first_line(error)) from None
+        raise ConfigError(
+            f"cannot load the tokenizer of {name}",
+            found=first_line(error),
+            do="copy or download its tokenizer files again",
+        ) from None
     _set_end(tokenizer, config, name)
     _check_ids(tokenizer, config, name)
     _put_nothing_behind(tokenizer, name)
@@ -110,7 +114,7 @@ def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
                 do="name one in tokenizer_config.json (eos_token)",
             )
         tokenizer.eos_token = token
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -131,7 +135,7 @@ def _check_ids(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
     beyond = {token: place for token, place in vocabulary.items() if place >= rows}
     if not beyond:
         return
-    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     used = [token for token in beyond if token in needed or token in str(tokenizer.chat_template)]
     if used or beyond.keys() - tokenizer.get_added_vocab().keys() or not tokenizer.is_fast:
         shown = ", ".join(f"{token} {place}" for token, place in sorted(beyond.items(), key=lambda item: item[1])[:3])
