@@ -190,10 +190,14 @@ def test_thinking_is_scored_as_the_model_writes_it(tmp_path: Path) -> None:
 
 
 def test_white_space_around_an_answer_is_the_templates_affair(tmp_path: Path) -> None:
-    rows = [conversation("w3", " w4 \n"), conversation("w3", "\n\nw4", "w5", "w6\n")]
-    for written in ("m.content", "m.content.strip()", "m.content.lstrip()"):
-        template = TEMPLATE.replace("m.content", written)
-        assert scored_texts(tmp_path, *rows, template=template) == [["w4"], ["w4", "w6"]]
+    rows = [conversation("w3", "\n w4 \n"), conversation("w3", "\n\nw4\n", "w5", "w6\n\n")]
+    for written in ("c", "c.strip()", "c.lstrip()", "c.lstrip('\\n')", "c.rstrip('\\n')"):
+        for frame in (" </s> ", "\\n", " \\n", ""):
+            template = TEMPLATE.replace(
+                "m.content", written.replace("c.", "m.content.") if "." in written else "m.content"
+            )
+            template = template.replace(" </s> ", frame)
+            assert scored_texts(tmp_path, *rows, template=template) == [["w4"], ["w4", "w6"]], (written, frame)
 
 
 def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

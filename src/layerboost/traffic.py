@@ -175,21 +175,30 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[str, bool]]:
-    """`whole` as frames and the answers between them, white space around which counts as frame; empty if it is not
-    made so."""
+    """`whole` as frames with the answers between them, or nothing if it is not made so.
+
+    White space around an answer, of which a template may take some away, counts as frame.
+    """
     if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
         return []
     pieces, done, at = list[tuple[str, bool]](), 0, len(frames[0])
-    for answer, frame in zip(answers, frames[1:], strict=True):
-        forms = dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip()))
-        written = next((form for form in forms if whole.startswith(form + frame, at)), None)
-        if written is None:
+    for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
+        text = answer.strip()
+        before, after = answer.split(text, 1)
+        start = whole.find(text, at, at + len(before) + len(text))
+        end = start + len(text)
+        follows = whole.find(frame, end, end + len(after) + len(frame))
+        if number == len(answers):
+            follows = len(whole) - len(frame) if whole.endswith(frame) else -1
+        if (
+            start < 0
+            or follows < end
+            or not (before.endswith(whole[at:start]) and after.startswith(whole[end:follows]))
+        ):
             return []
-        start = at + len(written) - len(written.lstrip())
-        end = start + len(answer.strip())
         pieces += [(whole[done:start], False), (whole[start:end], True)]
-        done, at = end, at + len(written) + len(frame)
-    return pieces if at == len(whole) else []
+        done, at = end, follows + len(frame)
+    return pieces
 
 
 def _joined(pieces: Pieces, most: int) -> tuple[list[int], list[bool]]:

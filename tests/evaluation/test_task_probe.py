@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from tiny_bench import rows, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan, LayerSensitivity
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.evaluation.task_probe import TaskProbe, load_choices
 from layerboost.evaluation.tasks import BenchTask, load_validation, run_task, task_value
 from layerboost.model.stream import LayerStream
@@ -88,3 +89,21 @@ def test_tasks_without_choices_are_refused(monkeypatch: pytest.MonkeyPatch, benc
     monkeypatch.setattr(task_probe, "load_validation", generated)
     with pytest.raises(ConfigError, match=r"arc_easy is not multiple choice(.|\n)*generate_until"):
         load_choices(["arc_easy"], str(bench), 2)
+
+
+def test_likelihoods_that_are_not_finite_are_no_accuracy(bench: Path) -> None:
+    """lm-eval takes the first NaN for the best choice, and a layer would seem to lose nothing."""
+    tasks, tokenizer, ids = load_choices(["arc_easy"], str(bench), 4), tiny_tokenizer(), torch.randint(3, 200, (2, 20))
+    stream = LayerStream(tiny_model(), SINKS | {(1, WINDOW): torch.full((4,), math.nan)})
+    probe = TaskProbe(stream, tokenizer, tasks, 400)
+    [found] = probe.damages([layer_plans("fS", WINDOW)])
+    assert found["benchmark"].isnan().all()
+    with pytest.raises(
+        LayerboostError, match=r"(kl|benchmark) of layer 1 made sliding is nan(.|\n)*the base is finite"
+    ):
+        sweep([TextProbe(stream, [ids]), probe], (WINDOW,), [], lambda layers: None)
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(LayerboostError, match=r"arc_easy of the base is nan\nfound: first in layer 1 "):
+        TaskProbe(LayerStream(broken), tokenizer, tasks, 400)
