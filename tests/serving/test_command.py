@@ -200,3 +200,13 @@ def test_a_path_that_vllm_takes_for_a_pattern_is_refused(name: str, tmp_path: Pa
         check_server(Bench(port=free_port), [tmp_path, folder])
     (tmp_path / "plain").symlink_to(folder)
     assert serve_argv(tmp_path / "plain", free_port)[0][2] == str(tmp_path / "plain")
+
+
+def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.serving.command.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="may see none"):
+        check_vllm()
+    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: True)
+    check_vllm()

@@ -41,6 +41,12 @@ def check_vllm() -> str:
             found=f"no module vllm for {sys.executable}",
             do='in a checkout of layerboost: pip install ".[serve]" on NVIDIA, pip install ".[serve-cpu]" on a CPU',
         )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and not _is_cpu_build():
+        raise ConfigError(
+            "this vLLM is a build for GPUs, and it may see none",
+            found=f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}",
+            do="unset it, or name a GPU there",
+        )
     if not any(point.value.startswith("layerboost.") for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
@@ -62,14 +68,18 @@ def vllm_version() -> str | None:
 
 def runs_on_cpu() -> bool:
     """Whether vLLM here is a build for CPUs, or has no accelerator to run on."""
-    try:
-        if "cpu" in importlib.metadata.version("vllm"):
-            return True
-    except importlib.metadata.PackageNotFoundError:
+    if _is_cpu_build():
         return True
     import torch
 
     return not torch.accelerator.is_available()
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
 
 
 def engine_here() -> Engine:

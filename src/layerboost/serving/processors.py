@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -19,7 +20,10 @@ class Processors:
     def used(self) -> dict[str, float]:
         """Cores in use on average: by this process with all that it started, and by others."""
         wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
-        return {"own_cores": round(own / wall, 3), "other_cores": round(max(busy - own, 0.0) / wall, 3)}
+        found = {"own_cores": round(own / wall, 3)}
+        if _has_quota():  # then these cores are not ours, and what others do there takes nothing from us
+            return found
+        return found | {"other_cores": round(max(busy - own, 0.0) / wall, 3)}
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
@@ -37,6 +41,13 @@ def _busy_s() -> float:
             without = ("idle", "iowait", "guest", "guest_nice")
             busy += sum(times) - sum(getattr(times, name, 0.0) for name in without)
     return busy
+
+
+def _has_quota() -> bool:
+    """Whether a container limits processor time to less than its cores give."""
+    file = Path("/sys/fs/cgroup/cpu.max")
+    quota = file.read_text().split()[0] if file.is_file() else "max"
+    return quota != "max"
 
 
 def _own_s() -> float:

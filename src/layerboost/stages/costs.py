@@ -27,7 +27,9 @@ from layerboost.model.memory import Engine, admission_bytes, block_bytes, reside
 from layerboost.model.surgery import apply_plan, check_plan, family_of
 from layerboost.runtime import Runtime, log, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
-from layerboost.serving.command import GIB, check_vllm, engine_here, runs_on_cpu, vllm_environment
+from layerboost.serving.command import GIB, check_vllm, cores, engine_here, runs_on_cpu, vllm_environment
+from layerboost.serving.processors import Processors
+from layerboost.serving.results import disturbance
 
 CONTEXTS = (1024, 2048)
 # Of --max-num-batched-tokens; decoding is timed at one of them.
@@ -65,8 +67,11 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     for layers in chosen.values():
         check_plan(config, layers)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | vllm_environment()
+    processors = Processors()
     with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as root:
         measured = measure(source, info, chosen, Path(root), int(cache_gib * GIB))
+    if why := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if runs_on_cpu() else "cuda"}):
+        log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", why)
     names, work, times, kinds = work_rows(info, measured)
     rates, timing = fit(work, times), []
     for name, row, taken, kind in zip(names, work, times, kinds, strict=True):
