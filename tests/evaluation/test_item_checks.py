@@ -102,7 +102,7 @@ LONG = " ".join(["one"] * CONTEXT)
 UNSCORABLE: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "no choices": ({"c": []}, "template", "its choices are []"),
     "an answer that is null": ({"a": None}, "field", "its answer is None"),
-    "an index far below 0": ({"a": -7}, "field", "its answer is -7"),
+    "an index far below 0": ({"a": -7}, "field", "acc of its answer -7 ends in IndexError"),
     "a choice longer than the context": ({"c": ["one", LONG]}, "template", "tokens, in a model with a context of 512"),
     "an empty prompt": ({"q": "  "}, "template", "its prompt is empty"),
     "a prompt that is null": ({"q": None}, "template", "AssertionError: Context is not a string"),
@@ -154,9 +154,43 @@ def test_generated_answers_are_checked(tokenizer: Any, tmp_path: Path, caplog: p
     task = load(tmp_path, [ITEM, ITEM | {"a": 7}, ITEM | {"q": ""}], TARGETS["field"], **kinds)
     told = refusal(task, tokenizer)
     assert "2 of 3 items" in told
-    assert "its answer 7 is the index of none of its 3 choices" in told
+    assert "its answer 7 is none of its 3 choices" in told
     check_items([load(tmp_path, [ITEM, ITEM | {"q": LONG}], TARGETS["field"], **kinds)], tokenizer, CONTEXT)
     assert "1 of 2 items of task own are longer than the model's context" in caplog.text
+
+
+def test_the_examples_before_a_question_are_lm_evals_own(tokenizer: Any, tmp_path: Path) -> None:
+    """Too few of them, or one that cannot be shown, ends lm-eval; and reading them does not change what is drawn."""
+    items = [ITEM | {"q": f"who {index}", "a": index % 3} for index in range(6)]
+    more = "num_fewshot: {}\nfewshot_split: test\n"
+    assert "6 of 6 items" in refusal(load(tmp_path, items, more=more.format(7)), tokenizer)
+    assert "cannot be scored" in refusal(load(tmp_path, [*items, ITEM | {"a": 7}], more=more.format(6)), tokenizer)
+    results = []
+    for check in (False, True):
+        task = load(tmp_path, items, more=more.format(2))
+        if check:
+            check_items([task], tokenizer, CONTEXT)
+        results.append(json.loads(run_task(task, tiny_model(), tokenizer, 8, lambda items: None))["samples"])
+    assert results[0] == results[1]
+
+
+def test_a_metric_without_a_score_for_each_item_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    told = refusal(load(tmp_path, [ITEM], metric="brier_score"), tokenizer)
+    assert "brier_score of its answer 0 ends in TypeError" in told
+
+
+def test_answers_to_generate_that_are_missing(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {"output": "generate_until", "choices": "", "metric": "exact_match"}
+    more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n'
+    items: list[dict[str, Any]] = [ITEM | {"a": "x"}, ITEM | {"a": None}]
+    check_items([load(tmp_path, items, TARGETS["field"], more, **kinds)], tokenizer, CONTEXT)
+    assert "1 of 2 items of task own have no answer" in caplog.text
+    several = load(tmp_path, [ITEM | {"a": ["x"]}, ITEM | {"a": None}], TARGETS["field"], more, **kinds)
+    assert "its answer is None, not a list" in refusal(several, tokenizer)
+    more = more.replace("8", "many")
+    assert "generation_kwargs that lm-eval cannot read" in refusal(
+        load(tmp_path, [ITEM], more=more, **kinds), tokenizer
+    )
 
 
 def test_several_right_choices(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

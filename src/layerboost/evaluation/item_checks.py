@@ -20,10 +20,11 @@ from layerboost.sensitivity.metrics import check_values
 if TYPE_CHECKING:
     from layerboost.evaluation.tasks import BenchTask
 
-# lm-eval's own, for a task that names none.
-GENERATED_TOKENS = 256
-# What lm-eval scores in a way of its own; of the first two, items that say nothing about a model.
+# lm-eval's own: tokens of an answer where a task says nothing, and what draws the examples before a question.
+GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
+# What lm-eval scores in a way of its own; items of the first kinds say nothing about a model.
 NO_ANSWER = "have an answer that is none of their choices: they count as wrong for every model"
+NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
 ONE_CHOICE = "have one choice alone: they count as right for every model"
 SAME_CHOICES = "have two choices that are the same"
 EMPTY_CHOICE = "have an empty choice"
@@ -47,16 +48,18 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
     odd: dict[str, list[tuple[str, int]]] = {}
     for name, leaf in task.leaves.items():
         _check_generation(name, leaf, context_tokens)
+        leaf.set_fewshot_seed(EXAMPLES_SEED)
         samples = task.samples[name] if task.samples else None
         docs = leaf.task_docs.select(samples) if samples else leaf.task_docs
         for item, doc in zip(samples or range(len(docs)), docs, strict=True):
             try:
-                for kind in {*_answer_kinds(leaf, doc), *_request_kinds(leaf, doc, tokenizer, context_tokens)}:
+                for kind in {*_answer_kinds(leaf, doc), *_request_kinds(task, leaf, doc, tokenizer, context_tokens)}:
                     odd.setdefault(kind, []).append((name, item))
             except Exception as error:  # templates and functions of the task's own raise anything
                 first = (str(error).splitlines() or [""])[0]
                 reason = first if isinstance(error, _Unscorable) else f"{type(error).__name__}: {first}"
                 wrong.append(f"{'' if wrong else _place(task, name, item)}: {reason}")
+        leaf.set_fewshot_seed(EXAMPLES_SEED)
     if wrong:
         raise ConfigError(
             f"{len(wrong)} of {task.items} items of task {task.name} cannot be scored",
@@ -66,10 +69,8 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
     for kind, places in odd.items():
         which = f"{len(places)} of {task.items} items of task {task.name}"
         first = f"the first is {_place(task, *places[0])}"
-        if kind in (NO_ANSWER, ONE_CHOICE) and len(places) == task.items:
-            raise ConfigError(
-                f"{which} {kind}", found=first, do="mend the task's choices and answers, or drop the task"
-            )
+        if kind in (NO_ANSWER, NULL_ANSWER, ONE_CHOICE) and len(places) == task.items:
+            raise ConfigError(f"{which} {kind}", found=first, do="mend its choices and answers, or drop the task")
         warn_once(f"{which} {kind}; {first}")
 
 
@@ -90,46 +91,47 @@ def right_choice(gold: Any, choices: list[str]) -> int | None:
 
 
 def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
-    """What is odd about an item's choices and answer; raises _Unscorable."""
+    """What is odd about an item's choices and answer; raises _Unscorable for what lm-eval makes no sense of."""
+    if callable(leaf.config.process_results) or leaf.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
+        return
+    gold = answer_of(leaf, doc)
     if leaf.config.doc_to_choice is None:
+        if leaf.multiple_target and not isinstance(gold, list | str):
+            raise _Unscorable(f"its answer is {_short(gold)}, not a list as the first item's")
+        if gold is None:
+            yield NULL_ANSWER
         return
     choices = leaf.doc_to_choice(doc)
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise _Unscorable(f"its choices are {_short(choices)}, not a list of texts")
+    if not isinstance(gold, int | str | list):
+        raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
     if len(choices) == 1:
         yield ONE_CHOICE
     elif len(set(choices)) < len(choices):
         yield SAME_CHOICES
     if not all(map(str.strip, choices)):
         yield EMPTY_CHOICE
-    if not callable(leaf.config.process_results) and not _is_answered(leaf, doc, choices):
+    if all(right_choice(each, choices) is None for each in (gold if isinstance(gold, list) else [gold])):
+        if leaf.OUTPUT_TYPE == "generate_until":
+            raise _Unscorable(f"its answer {_short(gold)} is none of its {len(choices)} choices")
         yield NO_ANSWER
 
 
-def _is_answered(leaf: Any, doc: Any, choices: list[str]) -> bool:
-    """Whether an item's answer is one of its choices; raises _Unscorable for one that lm-eval fails on."""
-    gold = answer_of(leaf, doc)
-    if leaf.OUTPUT_TYPE == "generate_until":
-        if not isinstance(gold, int) or right_choice(gold, choices) is None:
-            raise _Unscorable(f"its answer {_short(gold)} is the index of none of its {len(choices)} choices")
-    elif leaf.multiple_target:
-        if not isinstance(gold, list) or not all(isinstance(each, int) for each in gold):
-            raise _Unscorable(f"its answer is {_short(gold)}, not a list of indices as the first item's")
-        return any(0 <= each < len(choices) for each in gold)
-    elif not isinstance(gold, int | str) or (isinstance(gold, int) and gold < -len(choices)):
-        raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
-    return right_choice(gold, choices) is not None
-
-
-def _request_kinds(leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
-    """What is odd about what a model will be asked of an item; raises _Unscorable.
-
-    Examples of other items, if the task has some before each question, are left out: they make a prompt longer alone.
-    """
-    prompt = leaf.fewshot_context(doc, num_fewshot=0, gen_prefix=leaf.doc_to_prefix(doc))
-    if leaf.config.num_fewshot:
-        prompt = [f"…{each}" for each in prompt] if isinstance(prompt, list) else f"…{prompt}"
+def _request_kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
+    """What is odd about what a model will be asked of an item; raises what lm-eval will raise, or _Unscorable."""
+    examples = leaf.config.num_fewshot or 0
+    prompt = leaf.fewshot_context(doc, num_fewshot=examples, gen_prefix=leaf.doc_to_prefix(doc))
     found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
+    if leaf.OUTPUT_TYPE != "generate_until":  # metrics of generated text may run code, or take long
+        likelihoods = [(-1.0, False)] * (len(found) if isinstance(found, list) else 1)
+        try:
+            float(leaf.process_results(doc, likelihoods)[task.metric])
+        except Exception as error:
+            reason = (
+                f"{task.metric} of its answer {_short(answer_of(leaf, doc))} ends in {type(error).__name__}: {error}"
+            )
+            raise _Unscorable(reason) from None
     for request in found if isinstance(found, list) else [found]:
         context, asked = request.args[:2]
         if isinstance(asked, dict):
@@ -167,12 +169,18 @@ def _pair_tokens(tokenizer: Any, context: str, answer: str) -> tuple[int, int]:
 
 
 def _check_generation(name: str, leaf: Any, context_tokens: int) -> None:
-    wanted = _generated_tokens(leaf.config.generation_kwargs or {}) if leaf.OUTPUT_TYPE == "generate_until" else 0
-    if wanted >= context_tokens:
+    if leaf.OUTPUT_TYPE != "generate_until":
+        return
+    settings = leaf.config.generation_kwargs or {}
+    try:
+        wanted = _generated_tokens(settings)
+    except (TypeError, ValueError):
+        raise ConfigError(f"task {name} has generation_kwargs that lm-eval cannot read", found=str(settings)) from None
+    if not 0 < wanted < context_tokens:
         raise ConfigError(
             f"task {name} lets a model generate {wanted:,} tokens",
             found=f"a context of {context_tokens:,} tokens, prompt included",
-            do="lower max_gen_toks in the task's generation_kwargs (in a YAML file of your own), or drop the task",
+            do="change max_gen_toks in the task's generation_kwargs (in a YAML file of your own), or drop the task",
         )
 
 

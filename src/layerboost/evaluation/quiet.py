@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from layerboost.runtime import git_revision
 
 CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
@@ -34,6 +36,8 @@ def quiet() -> Iterator[None]:
     with ExitStack() as restored:
         # Its search for a batch size prints; standard output is for results.
         restored.enter_context(redirect_stdout(io.StringIO()))
+        # It divides by the length of empty choices.
+        restored.enter_context(np.errstate(divide="ignore", invalid="ignore"))
         for logger, level in zip(loggers, levels, strict=True):
             restored.callback(logger.setLevel, level)
             logger.setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, json_text, write_text
+from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, json_text, not_finite, write_text
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import (
     check_same_model,
@@ -93,6 +93,8 @@ class KeptByPlan:
         for line in file.read_text().splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
+                if wrong := not_finite(entry):
+                    raise ValueError(wrong)
             except ValueError:
                 raise ConfigError(f"{file} cannot be read", found=line[:80], do="delete it") from None
             self.lines.append(line)
