@@ -115,7 +115,7 @@ def check_server(bench: Bench, folders: Iterable[Path]) -> str:
         if len(name) > 4 and any(reserved.startswith(name) for reserved in RESERVED):
             raise ConfigError(
                 f"bench.server_args may not have {name}",
-                found="the benchmark reaches its server under a name, address and port of its own choice",
+                found="the benchmark itself says how its server is reached, and reads the numbers there",
                 do="leave it out; the port is bench.port",
             )
     check_port(bench.port)
