@@ -106,9 +106,9 @@ def is_intact(folder: Path) -> bool:
 
 def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
     """Transformers' config of a directory; raises ConfigError with the first line of whatever is wrong with it."""
-    if "gguf_file" not in kwargs:
-        check_readable(folder / "config.json")
     try:
+        if "gguf_file" not in kwargs:
+            check_readable(folder / "config.json")
         return AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in as many ways as its class has fields
         do = "copy or download it again" if "gguf_file" in kwargs else ""
