@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import layer_plans, tiny_model
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.stream import LayerStream
 from layerboost.sensitivity.calibration import KeptByPlan, MeasuredPlans
 from layerboost.sensitivity.probe import TextProbe
@@ -48,5 +49,18 @@ def test_a_plan_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert KeptByPlan(file, "here").found
     assert KeptByPlan(file, "another text").found
     file.write_text("half a li")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KeptByPlan(file, "here")
+
+
+def test_what_is_not_finite_is_neither_kept_nor_read(tmp_path: Path) -> None:
+    file, plan = tmp_path / "kept.jsonl", layer_plans("fsff", 8)
+    broken = probe()
+    with torch.no_grad():
+        broken.streams.stream.model.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(LayerboostError, match=r"kl of a plan that was tried is nan"):
+        MeasuredPlans(broken, KeptByPlan(file, "here"))(plan)
+    assert not file.exists()
+    file.write_text('{"made_from": "here", "plan": "a", "found": {"kl": NaN}}\n')
     with pytest.raises(ConfigError, match="cannot be read"):
         KeptByPlan(file, "here")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from layerboost.serving.results import Comparison, Measurement, compare, disturbance
+from layerboost.serving.results import FROM_VLLM, Comparison, Measurement, compare, disturbance, metrics_of
 
 CPU = {"device": "cpu", "cores": 2}
 
@@ -79,3 +81,8 @@ def test_concurrencies_are_apart_and_in_order() -> None:
     assert (two.concurrency, eight.concurrency) == (2, 8)
     assert eight.ratios == {}
     assert two.ratios["healed"]["kv_cache_tokens"].median == 1
+
+
+def test_a_number_that_is_not_finite_is_not_compared() -> None:
+    raw = dict.fromkeys(FROM_VLLM.values(), 1.0) | {"median_tpot_ms": math.nan, "p99_itl_ms": math.inf}
+    assert metrics_of(raw) == {ours: 1.0 for ours in FROM_VLLM if ours not in ("tpot_ms_median", "itl_ms_p99")}

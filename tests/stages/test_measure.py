@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_pipeline import layerboost, write_recipe
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_bench import rows, write_jsonl
 
 from layerboost.artifacts import SENSITIVITY
+from layerboost.errors import ConfigError
+from layerboost.recipe import parse_recipe
+from layerboost.stages.measure import validate_inputs
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +127,20 @@ def test_text_shorter_than_a_sequence_is_refused(folder: Path, tmp_path: Path) -
     assert found.returncode == 2
     assert "the calibration text is too short" in found.stderr
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".lock"}
+
+
+def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder: Path, tmp_path: Path) -> None:
+    """As `check` does: no text is there, but tasks and traffic are."""
+    settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+    settings["text"] |= {"source": "self"}
+
+    def validate(**measure: Any) -> None:
+        recipe = parse_recipe(settings | {"measure": settings["measure"] | measure}, "test")
+        validate_inputs(recipe, tiny_tokenizer(), tmp_path, 512)
+
+    validate()
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "w3", "answer": ""}] * 3)
+    with pytest.raises(ConfigError, match="must hold two rows to score"):
+        validate(traffic=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ConfigError, match="layers cannot be chosen on task piqa"):
+        validate(tasks=["piqa"])
