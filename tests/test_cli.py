@@ -109,6 +109,7 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "run").glob("*")} <= {"run.json", ".lock"}
 
 
+@pytest.mark.pipeline
 def test_frontier_difference_and_comparison(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     before = (run / "plan.yaml").read_text()
@@ -218,6 +219,7 @@ def test_healing_is_refused_before_it_begins(measured: Path, tmp_path: Path) -> 
     assert not (run / "heal").exists()
 
 
+@pytest.mark.pipeline
 def test_healing_goes_on_with_the_same_settings_only(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     layerboost("heal", "--run", run)
@@ -237,6 +239,7 @@ def edit_plan(run: Path, letters: str) -> None:
     write_plan(run / "plan.yaml", plan.model_copy(update={"layers": layer_plans(letters)}))
 
 
+@pytest.mark.pipeline
 def test_a_compat_export_is_of_the_last_checkpoint_of_this_plan(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     edit_plan(run, "fsnf")

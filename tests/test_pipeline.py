@@ -108,6 +108,7 @@ def models_alive() -> list[object]:
     return [found for found in gc.get_objects() if issubclass(type(found), PreTrainedModel)]
 
 
+@pytest.mark.pipeline
 def test_no_stage_leaves_a_model_behind(tmp_path: Path) -> None:
     """On a GPU the next stage, or its server, would start on a full card."""
     before = {id(model) for model in models_alive()}
@@ -124,6 +125,7 @@ def test_no_stage_leaves_a_model_behind(tmp_path: Path) -> None:
 ODD = "-a [b] {c} %s é\n;'x'"
 
 
+@pytest.mark.pipeline
 def test_a_run_goes_on_from_another_directory_and_under_odd_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def test_the_models_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     layerboost("convert", "--run", run)
 
 
+@pytest.mark.pipeline
 def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
@@ -244,6 +247,7 @@ def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_p
     assert "Quality gate: missed by converted in 1 of 2 checks" in (run / "report.md").read_text()
 
 
+@pytest.mark.pipeline
 def test_a_missed_gate_ends_a_run_with_a_report_and_no_benchmark(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     recipe = write_recipe(tmp_path, model, evaluate={"max_kl": 1e-9}, bench={"engine": "transformers"})

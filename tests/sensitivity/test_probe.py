@@ -23,7 +23,7 @@ WINDOW = 8
 SINKS = {(layer, WINDOW): torch.linspace(-2, 2, 4) + layer for layer in range(4)}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(letters=st.lists(st.text("fsSn", min_size=4, max_size=4), min_size=1, max_size=3), batch=st.integers(1, 5))
 def test_any_plans_lose_what_full_forward_passes_say_in_batches_of_any_size(letters: list[str], batch: int) -> None:
     base = tiny_model(layers=4)

@@ -206,6 +206,7 @@ def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp
         run_evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]}, RUNTIME)
 
 
+@pytest.mark.pipeline
 def test_validation_finds_mistakes_without_a_model(data: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     validate_evaluate(recipe(data), tokenizer, tmp_path, 512)

@@ -51,6 +51,7 @@ def copy_of(converted: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.pipeline
 def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path) -> None:
     run = copy_of(converted, tmp_path / "run")
     healed = run_stage("heal", recipe_of(converted), run)
@@ -90,6 +91,7 @@ def test_a_fit_alone_heals(converted: Path, tmp_path: Path) -> None:
     assert others == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in fitted}
 
 
+@pytest.mark.pipeline
 def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     converted: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +114,7 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
 
 
+@pytest.mark.pipeline
 def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Path) -> None:
     run, text = copy_of(converted, tmp_path / "run"), tmp_path / "text.jsonl"
     shutil.copy(converted / "text.jsonl", text)

@@ -71,6 +71,7 @@ def test_traffic_takes_the_place_of_the_calibration_text(folder: Path, tmp_path:
     layerboost("convert", "--run", tmp_path)
 
 
+@pytest.mark.pipeline
 def test_on_a_plan_and_no_plan_from_it(folder: Path, tmp_path: Path) -> None:
     measured(folder, tmp_path / "base", "measure.tasks=[]")
     layerboost("plan", "--run", tmp_path / "base")
