@@ -251,7 +251,7 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
         loaded = load_tokenizer(source)
     assert loaded(text, add_special_tokens=False)["input_ids"] == wanted
     assert loaded.decode(wanted) == text
-    assert "is read as it is written" in caplog.text
+    assert "is used as it is" in caplog.text
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
     model = apply_plan(load_model(source, RUNTIME), plan.layers)
     save_boosted(model, loaded, plan, tmp_path / "out", recipe_yaml="{}\n")

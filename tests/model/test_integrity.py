@@ -304,7 +304,7 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised in no way": (lambda f: edit_config(f, quantization_config={}), "is quantised"),
     "another file": (
         lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors"),
-        "Transformers leaves aside and vLLM loads\nfound: model.fp16.safetensors",
+        "Transformers ignores and vLLM loads\nfound: model.fp16.safetensors",
     ),
     "fp8 unnamed": (
         lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.float8_e4m3fn)})),
@@ -319,7 +319,10 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"not finite\nfound: {OTHER}: 96 of 6,144, the first is nan at \[5, 0\]",
     ),
     "infinite": (number_at(float("-inf"), EMBEDDING, 17), rf"{EMBEDDING}: 64 of 12,800.*-inf at \[17, 0\], token 17"),
-    "nan in the config": (lambda f: edit_config(f, rms_norm_eps=float("nan")), "config.json: NaN among its numbers"),
+    "nan in the config": (
+        lambda f: edit_config(f, rms_norm_eps=float("nan")),
+        "config.json: NaN is not a finite number",
+    ),
     "padding beyond": (lambda f: edit_config(f, pad_token_id=200), "no model can be built from"),
 }
 

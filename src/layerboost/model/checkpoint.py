@@ -79,7 +79,7 @@ def find_model(name: str, run: Path | None = None) -> Source:
         return _unpacked(Source(name, *_package_gguf(name.removeprefix("package:"))), run)
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # a ~name that is nobody's
+    except RuntimeError:  # ~name of no user
         path = Path(name)
     if path.is_dir():
         plain_config(path)
@@ -106,7 +106,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
 
 @functools.lru_cache(maxsize=1)
 def _gguf_config(source: Source) -> PreTrainedConfig:
-    """Of a file whose header takes seconds to read."""
+    """Return the config of a GGUF file, whose header takes seconds to read."""
     config = read_config(source.folder, source.name, gguf_file=source.gguf)
     family_of(config)
     return config
@@ -127,8 +127,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
         }
     else:
         check_checkpoint(source.folder, trust_remote_code)
-        # Its own settings of generation are not for us: they would change samples, and may be such that no model can
-        # be saved with them.
+        # Not the model's own generation settings: they would change samples, and Transformers refuses to save some.
         ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         kwargs["generation_config"] = GenerationConfig(**ids)
     try:
@@ -151,7 +150,7 @@ def load_model(source: Source, runtime: Runtime, trust_remote_code: bool = False
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, as `open_tokenizer` gives it."""
+    """Return the tokenizer of a model; raise ConfigError as `open_tokenizer` does."""
     config = load_config(source, trust_remote_code)
     return open_tokenizer(source.folder, source.name, config, trust_remote_code, source.gguf)
 
@@ -203,7 +202,7 @@ def model_fingerprint(source: Source) -> str:
 
 
 def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Source:
-    """The recipe's model, looked through but for a GGUF file; raises ConfigError for one that cannot be used."""
+    """Return the recipe's model, checked unless it is a GGUF file; raise ConfigError if it cannot be used."""
     source = find_model(model_of(recipe), run)
     load_config(source, recipe.trust_remote_code)
     if source.gguf is None:
@@ -263,7 +262,7 @@ def save_boosted(
 
 
 def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
-    """Raise LayerboostError when what lies in `folder` is not this very model."""
+    """Raise LayerboostError if the checkpoint in `folder` does not load to the weights of `model`."""
     try:
         check_checkpoint(folder)
         written, state = read_weights(folder), model.state_dict()

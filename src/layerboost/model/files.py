@@ -1,4 +1,4 @@
-"""The files of a model directory: which of them are loaded, whether they are there, what their headers say."""
+"""The files of a model directory: which ones are loaded, whether they exist, and what is in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def check_readable(file: Path) -> None:
-    """Raise ConfigError for a file that cannot be read, a link to nothing or a Git LFS pointer."""
+    """Raise ConfigError if a file cannot be read, is a dangling link or a Git LFS pointer."""
     try:
         with file.open("rb") as opened:
             start = opened.read(len(POINTER))
@@ -39,7 +39,7 @@ def check_readable(file: Path) -> None:
 
 
 def plain_config(folder: Path) -> dict[str, Any]:
-    """The JSON of a directory's config; raises ConfigError where that is no model's."""
+    """Return the JSON of a directory's config.json; raise ConfigError if it is not that of a model."""
     file = folder / "config.json"
     if not os.path.lexists(file):
         if (folder / ADAPTER).is_file():
@@ -56,14 +56,13 @@ def plain_config(folder: Path) -> dict[str, Any]:
 
 
 def _not_finite(constant: str) -> None:
-    raise ValueError(f"{constant} among its numbers")
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
-    """The files that Transformers loads a directory's weights from, shards in order; `names` limits where it looks.
+    """Return the files that Transformers loads a directory's weights from; `names` limits which it looks for.
 
-    Raises ConfigError for files that are missing or cannot be read, and where others lie beside them whose weights
-    Transformers or vLLM would take for the model's.
+    Raise ConfigError if one is missing or unreadable, or if others beside them would be loaded too or instead.
     """
     if os.path.lexists(folder / ADAPTER):
         raise ConfigError(
@@ -103,7 +102,7 @@ def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
 
 
 def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
-    """Every tensor that Transformers loads from a directory. The files are mapped, not read into memory."""
+    """Return every tensor that Transformers loads from a directory, memory-mapped."""
     weights: Tensors = {}
     for file in weight_files(folder, names):
         weights |= load_state_dict(file)
@@ -111,17 +110,20 @@ def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
 
 
 def headers(folder: Path) -> Tensors:
-    """Every tensor of a directory on the meta device: its name, shape and type."""
+    """Return every tensor of a directory on the meta device: only its name, shape and type are read.
+
+    Raise ConfigError if a file is damaged, a tensor is in two files, or vLLM would load other safetensors too.
+    """
     tensors: Tensors = {}
     files = weight_files(folder)
-    # Not Mistral's own format, which has names of its own.
-    more = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in files}
-    more = {name for name in more if not name.startswith("consolidated")}
-    if more and not (folder / INDEX).is_file():
+    others = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in files}
+    # Mistral's own format is another model to vLLM, with its own tensor names.
+    others = {name for name in others if not name.startswith("consolidated")}
+    if others and not (folder / INDEX).is_file():
         raise ConfigError(
-            f"{folder} has weights that Transformers leaves aside and vLLM loads",
-            found=some(sorted(more)),
-            do="remove them, or those that are not the model's",
+            f"{folder} has weights that Transformers ignores and vLLM loads",
+            found=some(sorted(others)),
+            do="remove the files that are not the model's",
         )
     index = _index(folder / INDEX) if files[0].suffix == ".safetensors" and files[0].name != SINGLE else {}
     for file in files:
@@ -131,20 +133,21 @@ def headers(folder: Path) -> Tensors:
             raise ConfigError(
                 f"{file} is damaged", found=first_line(error), do="copy, download or write it again"
             ) from None
-        other = sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor))
-        if other:
-            raise ConfigError(f"{file} does not hold a model's weights", found=f"{some(other)} instead of tensors")
+        if strange := sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor)):
+            raise ConfigError(f"{file} does not hold a model's weights", found=f"{some(strange)}: not a tensor")
         absent = sorted(name for name, shard in index.items() if shard == file.name and name not in found)
         if absent:
             raise ConfigError(f"{file} does not hold what {INDEX} says", found=f"no {some(absent)}")
         if twice := sorted(found.keys() & tensors.keys()):
-            raise ConfigError(f"{folder} holds tensors twice", found=f"{some(twice)} in {file.name} and before it")
+            raise ConfigError(
+                f"{folder} holds tensors twice", found=f"{some(twice)} in {file.name} and an earlier file"
+            )
         tensors |= found
     return tensors
 
 
 def check_finite_weights(name: str, weights: Tensors, dtype: torch.dtype) -> None:
-    """Raise ConfigError for weights that are not finite, or not once they are cast to `dtype`."""
+    """Raise ConfigError if weights are not finite in `dtype`, naming the tensor and the place in it."""
     for tensor, values in weights.items():
         wrong = ~values.to(dtype).isfinite()
         if not wrong.any():
@@ -163,7 +166,7 @@ def check_finite_weights(name: str, weights: Tensors, dtype: torch.dtype) -> Non
 
 
 def check_gguf(file: Path) -> None:
-    """Raise ConfigError for a GGUF file that is cut short or damaged, or whose weights are not finite."""
+    """Raise ConfigError if a GGUF file is damaged or its weights are not finite."""
     from gguf import GGUFReader, dequantize
 
     try:
@@ -177,7 +180,7 @@ def check_gguf(file: Path) -> None:
 
 
 def _index(file: Path) -> dict[str, str]:
-    """An index: file by tensor."""
+    """Return an index: file by tensor."""
     check_readable(file)
     try:
         index = json.loads(file.read_text())
@@ -189,12 +192,12 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with the next one where it announces that, or its kind."""
+    """Return the first line of an error's message, joined with the second after a colon, or the error's type."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def some(items: list[str], separator: str = ", ") -> str:
-    """The first few of them, and how many more there are."""
+    """Return the first few items and how many more there are."""
     more = [f"{len(items) - SHOWN} more"] if len(items) > SHOWN else []
     return separator.join([*items[:SHOWN], *more])

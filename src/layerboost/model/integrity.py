@@ -1,4 +1,4 @@
-"""Whether a model directory is whole and agrees with itself, told from its config, its plan and its weights."""
+"""Whether a model directory is complete and its config, plan and weights agree, and whether it can be MODEL."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The plain config of a model directory, stock or boosted, in which nothing is missing and nothing disagrees.
+    """Return the plain config of a model directory, stock or boosted; only the headers of weight files are read.
 
-    Reads no weight, only the headers of the weight files. Raises ConfigError for files that are missing or damaged, for
-    weights that Transformers could not load or would load in a way nobody asked for and, in a boosted checkpoint, for a
-    plan, a config and weights that are not of the same model.
+    Raise ConfigError if files are missing or damaged, if Transformers could not load the weights or would silently
+    replace, ignore or add some and, in a boosted checkpoint, if plan, config and weights are of different models.
     """
     plain = plain_config(folder)
     if plain.get("transformers_weights"):
@@ -69,10 +68,10 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
 
 
 def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-    """Raise ConfigError for a directory that cannot be MODEL, to be loaded in `dtype`. Reads every weight.
+    """Raise ConfigError if a directory cannot be MODEL, loaded in `dtype`. Reads every weight.
 
-    Besides what `check_checkpoint` refuses: quantised and boosted models, weights that are not finite, tied weights and
-    weights in two formats that differ.
+    Refused besides what `check_checkpoint` refuses: quantised and boosted models, weights that are not finite, tied
+    weights that differ, and a second format of the weights that differs.
     """
     plain = plain_config(folder)
     for key in ("quantization_config", "compression_config"):
@@ -124,13 +123,13 @@ def _quantised(folder: Path, found: str) -> ConfigError:
 
 
 def _check_formats(folder: Path, weights: Tensors) -> None:
-    """Raise ConfigError where a second, readable copy of the weights says something else."""
+    """Raise ConfigError if the directory has the weights in a second format too, and they differ."""
     if not any(os.path.lexists(folder / name) for name in PICKLED) or weight_files(folder)[0].suffix == ".bin":
         return
     try:
         others = read_weights(folder, PICKLED)
     except Exception as error:  # nobody loads it
-        log.warning("%s: other weights than safetensors are left aside (%s)", folder, first_line(error))
+        log.warning("%s: weights other than safetensors are ignored (%s)", folder, first_line(error))
         return
     for name in others.keys() & weights.keys():
         coarser, finer = sorted((weights[name], others[name]), key=lambda values: values.dtype.itemsize)
@@ -194,7 +193,7 @@ def _words(attention: str, window: int | None, sink: bool) -> str:
 
 
 def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config, without memory."""
+    """Return the model of a config on the meta device."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -203,7 +202,7 @@ def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = F
 
 
 def _loaded_on_meta(folder: Path, kind: Any, config: PreTrainedConfig, found: Tensors) -> dict[str, Any]:
-    """What Transformers would say of loading these tensors."""
+    """Return what Transformers reports after loading these tensors, without memory."""
     try:
         _, loading = kind.from_pretrained(
             None,
@@ -219,7 +218,7 @@ def _loaded_on_meta(folder: Path, kind: Any, config: PreTrainedConfig, found: Te
 
 
 def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust_remote_code: bool = False) -> None:
-    """Raise ConfigError for tensors that the config's model lacks, has in another shape, or would be left without."""
+    """Raise ConfigError if tensors are missing, unexpected or of another shape than in the config's model."""
     model = _on_meta(folder, config, trust_remote_code)
     if getattr(config, "quantization_config", None):
         # Quantised layers hold other tensors than the model's own: compare the modules.
@@ -229,7 +228,7 @@ def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust
     else:
         if strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
             raise _quantised(folder, f"{some(strange)} of type {found[strange[0]].dtype}, no quantization_config")
-        # Transformers says itself what it would rename, leave out and make up.
+        # Transformers itself knows which tensors it renames, ignores and initialises.
         loading = _loaded_on_meta(folder, type(model), config, found)
         missing, unexpected, mismatched = (loading[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     problems = [f"no {name}" for name in sorted(missing)]

@@ -1,4 +1,4 @@
-"""A model's tokenizer: held to its files and to its model when it is loaded, passed on as its files are."""
+"""A model's tokenizer: checked against its files and its model when loaded, copied file by file when saved."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from layerboost.model.files import check_readable, first_line
 from layerboost.runtime import log
 from layerboost.text import opening_ids
 
-# What a tokenizer is made from, and the settings of generation: a boosted checkpoint has the base's own.
-PASSED_ON = (
+# The files of a tokenizer, and the generation settings: a boosted checkpoint gets copies of the base's.
+COPIED = (
     "tokenizer*",
     "tokenization_*.py",
     "special_tokens_map.json",
@@ -31,18 +31,18 @@ PASSED_ON = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
-# On which AutoTokenizer and tokenizer.json must agree: cases, digits, runs of spaces, lines, signs, other scripts.
+# AutoTokenizer and tokenizer.json must agree on it: case, digits, runs of spaces, newlines, punctuation, other scripts.
 SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
 
 def open_tokenizer(
     folder: Path, name: str, config: PreTrainedConfig, trust_remote_code: bool = False, gguf: str | None = None
 ) -> Any:
-    """The tokenizer of a model as its files say, with a token for the end of a text and one for padding.
+    """Load a tokenizer that encodes as its files say, appends nothing and has an end-of-text and a padding token.
 
-    It puts nothing behind a text. Raises ConfigError for a tokenizer that is not of this model.
+    Raise ConfigError if it cannot be the tokenizer of the model with this config.
     """
-    for file in [] if gguf else passed_on(folder):
+    for file in [] if gguf else copied_files(folder):
         check_readable(file)
     kwargs = {"gguf_file": gguf} if gguf else {}
     try:
@@ -58,19 +58,19 @@ def open_tokenizer(
         ) from None
     _set_end(tokenizer, config, name)
     _check_ids(tokenizer, config, name)
-    _put_nothing_behind(tokenizer, name)
+    _append_nothing(tokenizer, name)
     return tokenizer
 
 
-def passed_on(folder: Path) -> list[Path]:
-    """The files of a base that its boosted checkpoints have as they are, beside its licence."""
-    return sorted({file for pattern in PASSED_ON for file in folder.glob(pattern) if not file.is_dir()})
+def copied_files(folder: Path) -> list[Path]:
+    """Return the files of a base that boosted checkpoints get copies of."""
+    return sorted({file for pattern in COPIED for file in folder.glob(pattern) if not file.is_dir()})
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The files that a tokenizer was loaded from, and those beside them; one that was not loaded is saved."""
+    """Copy the files of the directory that a tokenizer was loaded from; save one that was not loaded from any."""
     base = Path(tokenizer.name_or_path)
-    files = passed_on(base) if tokenizer.name_or_path else []
+    files = copied_files(base) if tokenizer.name_or_path else []
     for file in files:
         target = folder / file.relative_to(base)
         target.parent.mkdir(exist_ok=True)
@@ -80,9 +80,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _as_written(tokenizer: Any, file: Path) -> Any:
-    """The tokenizer if it reads a sentence as its tokenizer.json says, else one that does.
+    """Return the tokenizer if it encodes a sentence as its tokenizer.json does, else one that does.
 
-    Transformers builds some classes anew, with another treatment of spaces, from no more than the file's vocabulary.
+    Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer.
     """
     plain = Tokenizer.from_file(str(file))
     plain.no_truncation()
@@ -94,7 +94,7 @@ def _as_written(tokenizer: Any, file: Path) -> Any:
     if as_written(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
         raise ValueError(f"{file} and what Transformers makes of it disagree")
     log.warning(
-        "%s is read as it is written: Transformers' %s splits text in another way, and so may vLLM",
+        "%s is used as it is: Transformers' %s splits text in another way, and vLLM may do so too",
         file,
         type(tokenizer).__name__,
     )
@@ -102,34 +102,34 @@ def _as_written(tokenizer: Any, file: Path) -> Any:
 
 
 def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
-    """Give a tokenizer without an end-of-text token the one of the config; raises ConfigError without either."""
-    if tokenizer.eos_token is None:
+    """Set a missing end-of-text token, from the config, and padding token; raise ConfigError if neither names one."""
+    if tokenizer.eos_token_id is None:
         named = config.eos_token_id
         end = named[0] if isinstance(named, list) and named else named
         token = tokenizer.convert_ids_to_tokens(end) if isinstance(end, int) and 0 <= end < len(tokenizer) else None
         if token is None:
             raise ConfigError(
-                f"the tokenizer of {name} has no end-of-text token, which parts documents",
+                f"the tokenizer of {name} has no end-of-text token to separate documents",
                 found=f"no eos_token, and eos_token_id {named} in config.json",
                 do="name one in tokenizer_config.json (eos_token)",
             )
         tokenizer.eos_token = token
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= config.vocab_size:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def _check_ids(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
-    """Raise ConfigError for a tokenizer without words, or with ids beyond the model's embedding.
+    """Raise ConfigError if a tokenizer has no vocabulary, or ids beyond the model's embedding.
 
-    Gemma 3's text models come with a token for images beyond theirs. Tokens that are added and that neither the end of
-    a text nor the chat template needs are taken out: such text is then read like any other.
+    Gemma 3's text models ship with an image token beyond their embedding. Added tokens that neither the special tokens
+    nor the chat template use are removed, so that their text is encoded as any other text.
     """
     vocabulary, rows = tokenizer.get_vocab(), config.vocab_size
     special = set(tokenizer.all_special_ids)
     if not set(vocabulary.values()) - special:
         raise ConfigError(
             f"{name} has no tokenizer",
-            found=f"a vocabulary of nothing but {', '.join(sorted(vocabulary))}",
+            found=f"a vocabulary of {', '.join(sorted(vocabulary)) or 'nothing'}",
             do="copy or download its tokenizer files",
         )
     beyond = {token: place for token, place in vocabulary.items() if place >= rows}
@@ -149,14 +149,14 @@ def _check_ids(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
-def _put_nothing_behind(tokenizer: Any, name: str) -> None:
-    """Have a tokenizer that closes every text leave that out: a prompt goes on with its answer."""
+def _append_nothing(tokenizer: Any, name: str) -> None:
+    """Stop a tokenizer from appending tokens to every text: a prompt is followed by its answer."""
     opening = opening_ids(tokenizer)
     if tokenizer("a")["input_ids"] == opening + tokenizer("a", add_special_tokens=False)["input_ids"]:
         return
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"the tokenizer of {name} puts tokens behind every text",
+            f"the tokenizer of {name} appends tokens to every text",
             do="set add_eos_token to false in tokenizer_config.json",
         )
     tokens = tokenizer.convert_ids_to_tokens(opening)
