@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-import click
 import pytest
+from click.testing import CliRunner
 from pydantic import BaseModel
 from tiny import boosted, fitted
 
@@ -46,9 +46,8 @@ def test_the_schemas_of_files(golden: Hold, schema: type[BaseModel]) -> None:
 
 
 def test_help(golden: Hold) -> None:
-    context = click.Context(cli, info_name="layerboost", max_content_width=100, terminal_width=100)
-    pages = [cli.get_help(context)]
-    for name, command in cli.commands.items():
-        inner = click.Context(command, parent=context, info_name=name, max_content_width=100, terminal_width=100)
-        pages.append(command.get_help(inner))
-    golden("help.txt", "\n\n\n".join(pages) + "\n")
+    shown = [
+        CliRunner().invoke(cli, [*words, "--help"], prog_name="layerboost", terminal_width=100).output
+        for words in ([], *([name] for name in cli.commands))
+    ]
+    golden("help.txt", "\n\n".join(shown))

@@ -91,6 +91,7 @@ def zombies() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.multiprocess
 def test_a_killed_server_and_a_deleted_model_leave_what_was_measured(
     tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
 ) -> None:
