@@ -45,7 +45,7 @@ def test_commands_and_settings_exist(page: Path) -> None:
     for line in commands(page):
         for verb, *rest in ours(line):
             command = cli.commands[verb]
-            given = command.make_parser(click.Context(command)).parse_args(args=rest)[0]
+            given = command.make_parser(click.Context(command, **cli.context_settings)).parse_args(args=rest)[0]
             # Raises for a key that no recipe has.
             load_recipe([], dict(map(set_option, given.get("settings") or [])))
 
