@@ -37,14 +37,13 @@ def copy_run(measured: Path, target: Path) -> Path:
     return target
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
-    script = "import sys, time; t = time.process_time(); from layerboost.cli import cli\n" \
+def test_help_imports_nothing_that_takes_long() -> None:
+    heavy = {"torch", "transformers", "datasets", "lm_eval", "numpy", "pandas", "scipy", "plotly", "vllm"}
+    script = "import sys; from layerboost.cli import cli\n" \
         "try: cli(['--help'])\nexcept SystemExit: pass\n" \
-        "print(time.process_time() - t, 'torch' in sys.modules, 'transformers' in sys.modules)"  # fmt: skip
+        f"print(sorted({heavy} & set(sys.modules)))"  # fmt: skip
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    seconds, torch, transformers = out.splitlines()[-1].split()
-    assert float(seconds) < 0.5
-    assert (torch, transformers) == ("False", "False")
+    assert out.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", cli.commands)

@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -161,9 +160,7 @@ def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> Non
     assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
     assert first["throughput_ratio"]["median"] > 0
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
-    started = time.monotonic()
     second = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
-    assert time.monotonic() - started < 60
     assert second == first
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == made
     stages = json.loads((run / "run.json").read_text())["stages"]
