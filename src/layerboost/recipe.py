@@ -99,10 +99,10 @@ class Measure(Section):
 class Plan(Section):
     """How strategies are chosen from the sensitivities."""
 
-    method: Literal["budget", "greedy", "refine", "threshold", "uniform", "random", "cosine"] = Field(
+    method: Literal["budget", "greedy", "threshold", "uniform", "random", "cosine"] = Field(
         "budget",
         description="budget: least damage within the budget by single scores; greedy: measured again as layers change; "
-        "refine: greedy, then exchanges; threshold: the paper's tiers by removal score; controls: uniform or random "
+        "threshold: the paper's tiers by removal score; controls: uniform or random "
         "full layers, the rest sliding; cosine: LLM-Drop",
     )
     metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
@@ -127,7 +127,7 @@ class Plan(Section):
     parameter_fraction: float | None = Field(None, gt=0, le=1, description="budget: parameters against the base's")
     context_tokens: int = Field(1024, ge=1, description="context length at which costs are counted")
     concurrency: int = Field(64, ge=1, description="requests decoding at once at which time is counted")
-    search_tokens: int = Field(4096, ge=32, description="greedy, refine: calibration tokens that plans are measured on")
+    search_tokens: int = Field(4096, ge=32, description="greedy: calibration tokens that plans are measured on")
     costs: OnDisk | None = Field(None, description="costs.json: this machine's rates; see docs/plan.md")
     full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
     none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")

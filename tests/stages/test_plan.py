@@ -1,4 +1,4 @@
-"""The plan stage where it measures whole plans: each measurement kept, exchanges never for the worse."""
+"""The plan stage where it measures whole plans: each measurement is kept."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: P
     run = tmp_path / "run"
     layerboost("measure", "--config", tmp_path / "recipe.yaml", "--run", run)
 
-    def plan(method: str) -> list[LayerPlan]:
-        layerboost("plan", "--run", run, "--set", f"plan.method={method}", "--set", "plan.kv_fraction=0.6")
+    def plan() -> list[LayerPlan]:
+        layerboost("plan", "--run", run, "--set", "plan.method=greedy", "--set", "plan.kv_fraction=0.6")
         return read_plan(run / PLAN).layers
 
-    greedy = plan("greedy")
+    found = plan()
     lines = (run / MEASURED).read_text().splitlines()
-    refined = plan("refine")
-    after = (run / MEASURED).read_text().splitlines()
-    assert after[: len(lines)] == lines
-    found = {entry["plan"]: entry["found"]["kl"] for entry in map(json.loads, after)}
-    damages = [found[fingerprint([entry.model_dump() for entry in layers])] for layers in (greedy, refined)]
-    assert damages[1] <= damages[0]
+    measured = {entry["plan"] for entry in map(json.loads, lines)}
+    assert fingerprint([entry.model_dump() for entry in found]) in measured
     # All of it was measured: a second search asks the model for nothing.
     (run / PLAN).unlink()
-    assert plan("refine") == refined
-    assert (run / MEASURED).read_text().splitlines() == after
+    assert plan() == found
+    assert (run / MEASURED).read_text().splitlines() == lines
     # A killed search goes on from the plans it has measured.
-    (run / MEASURED).write_text("\n".join(after[:3]) + "\n")
+    (run / MEASURED).write_text("\n".join(lines[:3]) + "\n")
     (run / PLAN).unlink()
-    assert plan("refine") == refined
-    assert (run / MEASURED).read_text().splitlines()[:3] == after[:3]
+    assert plan() == found
+    assert (run / MEASURED).read_text().splitlines()[:3] == lines[:3]

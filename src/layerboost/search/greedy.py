@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 from layerboost.artifacts import LayerPlan, Sensitivity
-from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
-from layerboost.runtime import Progress, log
+from layerboost.runtime import Progress
 from layerboost.search.choices import Choice, blended, choices, metric_limits, metric_scales, windows
 from layerboost.search.costs import KV_BYTES, Budget
 from layerboost.search.selection import budget, infeasible
@@ -18,8 +16,6 @@ from layerboost.search.selection import budget, infeasible
 Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
 # Beyond a limit of the settings, damage counts this many times as much as the share by which it exceeds.
 PENALTY = 1e3
-# A round of refinement measures so many changes of each kind (saving, costing, neither), and so many exchanges.
-MOVES, TRIES = 8, 8
 
 
 class Objective:
@@ -74,54 +70,6 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
             added[layer, index] = objective(_with(plan, choice.plan)) - damage
             heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))
     return plan
-
-
-def refine(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
-    """The greedy plan or that of single scores, whichever measures better, then exchanges within the limits that lower
-    the measured damage of the whole plan.
-
-    Each round measures the single changes that look best by single scores, on the plan as it is; what two of them do
-    together is foretold by their sum, and the most promising are measured, best first, until none is left that helps.
-    """
-    limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
-    starts = [greedy(sensitivity, settings, measure)]
-    with suppress(InfeasibleBudget):  # a limit of a metric may hold as measured and not by single scores
-        starts.append(budget(sensitivity, settings))
-    plan = min(starts, key=objective)
-    # Under limits on damage the plan of single scores may slide at another window than greedy's.
-    window = next((entry.window for entry in plan if entry.window), None)
-    table = choices(sensitivity, settings, window) if window else _table(sensitivity, settings)
-    damage = objective(plan)
-    while True:
-        moves = _moves(table, plan, limits)
-        effect = {id(choice): objective(_with(plan, choice.plan)) - damage for choice in moves}
-        steps: list[tuple[float, list[LayerPlan]]] = []
-        for index, first in enumerate(moves):
-            steps.append((effect[id(first)], _with(plan, first.plan)))
-            for second in moves[index + 1 :]:
-                if second.plan.layer != first.plan.layer:
-                    both = _with(_with(plan, first.plan), second.plan)
-                    steps.append((effect[id(first)] + effect[id(second)], both))
-        helpful = sorted((step for step in steps if step[0] < 0 and limits.met(step[1])), key=lambda step: step[0])
-        for _, changed in helpful[:TRIES]:
-            if (found := objective(changed)) < damage:
-                log.info("refine: damage %.4f, was %.4f", found, damage)
-                plan, damage = changed, found
-                break
-        else:
-            return plan
-
-
-def _moves(table: list[list[Choice]], plan: list[LayerPlan], limits: Budget) -> list[Choice]:
-    """The changes of one layer most promising by single scores: that save, that cost, and that do neither."""
-    kinds: dict[int, list[tuple[float, Choice]]] = {}
-    for options, entry in zip(table, plan, strict=True):
-        now = next(choice for choice in options if choice.plan == entry)
-        for choice in options:
-            if choice is not now:
-                saved = _saved(limits, plan, choice)
-                kinds.setdefault((saved > 0) - (saved < 0), []).append((choice.damage - now.damage, choice))
-    return [choice for moves in kinds.values() for _, choice in sorted(moves, key=lambda move: move[0])[:MOVES]]
 
 
 def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:

@@ -9,11 +9,11 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.search.choices import metric_limits
 from layerboost.search.costs import Budget
-from layerboost.search.greedy import Measure, greedy, refine
+from layerboost.search.greedy import Measure, greedy
 from layerboost.search.selection import budget, infeasible, least_cosine, spread, threshold
 
 # Methods that measure whole plans on the model.
-MEASURING = ("greedy", "refine")
+MEASURING = ("greedy",)
 
 
 def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Measure | None = None) -> list[LayerPlan]:
@@ -30,7 +30,7 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
         raise ConfigError(
             f"plan.method {settings.method} keeps to no limit on damage",
             found=", ".join(f"plan.max_{metric} {most:g}" for metric, most in unheard.items()),
-            do="leave the limit out, or use budget, greedy or refine",
+            do="leave the limit out, or use budget or greedy",
         )
     controls: dict[str, Callable[[], list[LayerPlan]]] = {
         "threshold": lambda: threshold(sensitivity, settings),
@@ -43,7 +43,7 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
 
 def _measured(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
     """A plan by the methods that measure; the search only leans towards limits on damage, so they are looked at."""
-    plan = (greedy if settings.method == "greedy" else refine)(sensitivity, settings, measure)
+    plan = greedy(sensitivity, settings, measure)
     limits = metric_limits(settings)
     found = measure(plan) if any(entry.attention != "full" for entry in plan) else dict.fromkeys(limits, 0.0)
     if any(found[metric] > most + 1e-9 for metric, most in limits.items()):
