@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from test_pipeline import layerboost, write_recipe
-from tiny import save_tiny
+from tiny import RUNTIME, save_tiny
 
 from layerboost.artifacts import LayerPlan, PlanFile, read_plan
 from layerboost.compare import Unsuited, check_all_sliding, rows
-from layerboost.model.checkpoint import Source, load_config, model_info
+from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
 
 ROWS = list(rows(load_recipe([], {})))
@@ -69,9 +68,8 @@ def test_every_plan_is_compared_at_equal_cost_and_goes_on(tmp_path: Path) -> Non
 def test_what_cannot_slide_is_known_before_anything_is_healed(
     tmp_path: Path, family: str, sequence_tokens: int, sink: bool, why: str | None
 ) -> None:
-    source = Source("tiny", save_tiny(tmp_path / "model", family))
-    config = load_config(source)
-    info = model_info(source, config, torch.float32)
+    base = find_model(str(save_tiny(tmp_path / "model", family)), RUNTIME)
+    config, info = base.config, base.info
     slides = [LayerPlan(layer=n, attention="sliding", window=25, sink=sink) for n in range(info.layers)]
     plan = PlanFile(model=info, method="all sliding", layers=slides)
     if why is None:

@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 from layerboost import pipeline
 from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
+from layerboost.check import Estimate, check_room
 from layerboost.cli import main
 from layerboost.compare import run_compare
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.pipeline import Estimate, check_room, run_all, run_stage
+from layerboost.pipeline import run_all, run_stage
 from layerboost.recipe import load_recipe, parse_recipe, recipe_yaml
 
 
@@ -260,7 +261,7 @@ def test_a_late_refusal_leaves_a_run_the_recipe_of_what_it_made(
     def refuse(*_: Any) -> None:
         raise ConfigError("not today")
 
-    monkeypatch.setattr(pipeline, "check", lambda *_: None)
+    monkeypatch.setattr("layerboost.check.check", lambda *_: None)
     monkeypatch.setattr(pipeline, "STAGES", {"measure": lambda *_: None, "plan": refuse})
     first, second = (parse_recipe({"model": "m", "seed": seed}, "test") for seed in (1, 2))
     for recipe in (first, second):

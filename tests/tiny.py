@@ -20,9 +20,10 @@ from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import apply_plan
+from layerboost.runtime import Runtime
 
 VOCABULARY, WINDOW, HEADS = 200, 16, 4
-
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.

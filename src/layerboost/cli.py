@@ -230,7 +230,7 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Check a recipe."""
-    from layerboost.pipeline import check
+    from layerboost.check import check
 
     show(
         check(recipe, run), as_json, lambda found: [["what", "found"], *([k, str(v)] for k, v in plain(found).items())]

@@ -28,7 +28,7 @@ from layerboost.evaluation.statistics import difference
 from layerboost.evaluation.tasks import BenchTask, load_bench
 from layerboost.healing.least_squares import check_fit
 from layerboost.healing.training import batch_of_process
-from layerboost.model.checkpoint import load_config, open_base
+from layerboost.model.base import open_base
 from layerboost.model.surgery import check_plan
 from layerboost.pipeline import kept_recipe, only_one_process, run_stage
 from layerboost.recipe import Recipe
@@ -80,7 +80,6 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
     measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
     runtime = start_runtime(recipe)
     base = open_base(recipe, run, runtime)
-    config = load_config(base, recipe.trust_remote_code)
     models, left_out = {"base": base.folder}, {}
     _prepare(run, run / FOLDER)  # the evaluation reads it too
     for row, changes in rows(recipe).items():
@@ -93,7 +92,7 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
         try:
             run_stage("plan", settings, folder)
             if row in ALL_SLIDING:
-                check_all_sliding(read_plan(folder / PLAN), config, recipe.text.sequence_tokens)
+                check_all_sliding(read_plan(folder / PLAN), base.config, recipe.text.sequence_tokens)
         except (InfeasibleBudget, Unsuited) as error:
             left_out[row] = error.wrong
             log.warning("%s is left out: %s", row, error)

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import info, layer_plans, tiny_model
+from tiny import RUNTIME, info, layer_plans, tiny_model
 
 from layerboost.healing import estimate
 from layerboost.healing.estimate import estimate_healing, matmul_flops_per_s
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime
-
-RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
 def recipe(**heal: object) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, info, layer_plans, opening_tokenizer, save_tiny, tiny_model, tiny_tokenizer
+from tiny import RUNTIME, byte_tokenizer, info, layer_plans, opening_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -18,14 +18,9 @@ from transformers import AutoTokenizer
 from layerboost.artifacts import PlanFile, read_plan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
+from layerboost.model.base import Base, find_model
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import (
-    Source,
-    find_model,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    model_info,
     modeling_source,
     plan_in,
     save_boosted,
@@ -33,10 +28,13 @@ from layerboost.model.checkpoint import (
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card
-from layerboost.runtime import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 IDS = torch.arange(3, 43)[None]
+
+
+def again(base: Base) -> Base:
+    """The same model as a later stage opens it: nothing is known of it yet."""
+    return find_model(base.name, RUNTIME)
 
 
 def saved(folder: Path, letters: str = "nfSs", **changes: Any) -> tuple[Path, torch.Tensor]:
@@ -61,7 +59,7 @@ def test_a_checkpoint_is_complete_and_speaks_hugging_face(tmp_path: Path) -> Non
     card = (folder / "README.md").read_text()
     assert "| 2 | sliding | 16 | yes |" in card
     assert plan_in(folder) == read_plan(folder / "plan.yaml")
-    loaded = load_model(find_model(str(folder)), RUNTIME)
+    loaded = find_model(str(folder), RUNTIME).load()
     assert torch.equal(loaded(IDS).logits, logits)
 
 
@@ -88,7 +86,7 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
     monkeypatch.setattr(checkpoint, "MAX_SHARD_SIZE", "100KB")
     folder, logits = saved(tmp_path / "out", tie_word_embeddings=tied)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert torch.equal(load_model(find_model(str(folder)), RUNTIME)(IDS).logits, logits)
+    assert torch.equal(find_model(str(folder), RUNTIME).load()(IDS).logits, logits)
     subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "logits.pt"], check=True, capture_output=True)
     alone, generated = torch.load(tmp_path / "logits.pt")
     assert torch.equal(alone, logits)
@@ -97,7 +95,7 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
 
 
 def test_stock_checkpoints_keep_their_stock_class(tmp_path: Path) -> None:
-    model = load_model(find_model(str(save_tiny(tmp_path))), RUNTIME)
+    model = find_model(str(save_tiny(tmp_path)), RUNTIME).load()
     assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {OneDNNLinear}
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
 
@@ -108,25 +106,25 @@ def test_weights_that_disagree_with_the_plan(tmp_path: Path) -> None:
     sinks = weights.pop("model.layers.2.self_attn.sinks")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"disagree[\s\S]*sinks"):
-        load_model(find_model(str(folder)), RUNTIME)
+        find_model(str(folder), RUNTIME).load()
     weights |= {"model.layers.2.self_attn.sinks": sinks, "model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"disagree[\s\S]*q_proj"):
-        load_model(find_model(str(folder)), RUNTIME)
+        find_model(str(folder), RUNTIME).load()
 
 
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a directory, a GGUF file nor a Hub id"):
-        find_model("nobody/nothing")
+        find_model("nobody/nothing", RUNTIME)
     with pytest.raises(ConfigError, match="no such GGUF file"):
-        find_model(str(tmp_path / "x.gguf"))
+        find_model(str(tmp_path / "x.gguf"), RUNTIME)
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), RUNTIME)
     with pytest.raises(ConfigError, match="package no-such-package is not installed"):
-        find_model("package:no-such-package")
+        find_model("package:no-such-package", RUNTIME)
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no weights"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), RUNTIME)
 
 
 @pytest.mark.parametrize(("model_type", "message"), [("bert", "not supported"), ("t5", "encoder-decoder")])
@@ -136,27 +134,26 @@ def test_other_kinds_of_models_are_refused(model_type: str, message: str, tmp_pa
     transformers.CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=message):
-        load_model(find_model(str(tmp_path)), RUNTIME)
+        find_model(str(tmp_path), RUNTIME).load()
 
 
 def test_a_truncated_config_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     (folder / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ConfigError, match=r"is not a model directory\nfound: config.json: "):
-        load_model(find_model(str(folder)), RUNTIME)
+        find_model(str(folder), RUNTIME).load()
 
 
 def test_model_info(tmp_path: Path) -> None:
-    source = find_model(str(save_tiny(tmp_path)))
-    model = load_model(source, RUNTIME)
-    found = model_info(source, model.config, torch.float32)
+    source = find_model(str(save_tiny(tmp_path)), RUNTIME)
+    model, found = source.load(), source.info
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.kv_bytes_per_token == 2 * 2 * 32 * 4
-    before = model_fingerprint(source)
+    before = source.fingerprint
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][40, 40] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert model_fingerprint(source) != before
+    assert again(source).fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -165,21 +162,21 @@ def test_model_info(tmp_path: Path) -> None:
 def test_directories_of_unusual_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny(Path(name), layers=2)
-    source = find_model(name)
-    assert source == Source(name, tmp_path / name)
-    base = load_model(source, RUNTIME)
-    tokenizer = load_tokenizer(source)
+    source = find_model(name, RUNTIME)
+    assert (source.name, source.folder, source.gguf) == (name, tmp_path / name, None)
+    base = source.load()
+    tokenizer = again(source).tokenizer
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
     origin = origin_of(source.folder, source.name, Card())
     target = Path(f"{name} out")
     save_boosted(apply_plan(base, plan.layers), tokenizer, plan, target, recipe_yaml="{}\n", origin=origin)
-    assert load_model(find_model(str(target)), RUNTIME)(IDS).logits.isfinite().all()
+    assert find_model(str(target), RUNTIME).load()(IDS).logits.isfinite().all()
     assert AutoTokenizer.from_pretrained(target).vocab_size == 200
 
 
 def test_packages_of_no_name() -> None:
     with pytest.raises(ConfigError, match="is not installed"):
-        find_model("package:")
+        find_model("package:", RUNTIME)
 
 
 GENERATION = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.2, "max_new_tokens": 0}
@@ -191,8 +188,8 @@ def test_settings_of_generation_are_passed_on_as_they_are_and_not_used(tmp_path:
     # As in Llama 2's config.json.
     config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "max_length": 4096, "top_k": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    source = find_model(str(folder))
-    model, tokenizer = load_model(source, RUNTIME), load_tokenizer(source)
+    source = find_model(str(folder), RUNTIME)
+    model, tokenizer = source.load(), again(source).tokenizer
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert model.generation_config.eos_token_id == 1
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
@@ -221,13 +218,13 @@ def test_what_is_not_the_model_once_read_back_takes_no_name(tmp_path: Path, monk
         assert not list(tmp_path.iterdir())
 
 
-def with_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Source:
+def with_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Base:
     """A model of this tokenizer, as MODEL."""
     save_tiny(folder, layers=2, **config)
     for file in folder.glob("*token*"):
         file.unlink()
     tokenizer.save_pretrained(folder)
-    return find_model(str(folder))
+    return find_model(str(folder), RUNTIME)
 
 
 def edit_json(file: Path, **changes: Any) -> None:
@@ -239,7 +236,7 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     source = with_tokenizer(tmp_path / "base", tokenizer, vocab_size=300)
     with caplog.at_level("WARNING"):
-        load_tokenizer(source)
+        _ = again(source).tokenizer
     assert not caplog.text
     # DeepSeek-R1-Distill-Llama: Transformers 5 builds that class with another pre-tokenizer.
     edit_json(source.folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
@@ -248,12 +245,12 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     wanted = Tokenizer.from_file(str(source.folder / "tokenizer.json")).encode(text).ids
     assert AutoTokenizer.from_pretrained(source.folder)(text, add_special_tokens=False)["input_ids"] != wanted
     with caplog.at_level("WARNING"):
-        loaded = load_tokenizer(source)
+        loaded = again(source).tokenizer
     assert loaded(text, add_special_tokens=False)["input_ids"] == wanted
     assert loaded.decode(wanted) == text
     assert "is used as it is" in caplog.text
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
-    model = apply_plan(load_model(source, RUNTIME), plan.layers)
+    model = apply_plan(source.load(), plan.layers)
     save_boosted(model, loaded, plan, tmp_path / "out", recipe_yaml="{}\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
@@ -267,10 +264,10 @@ def test_a_tokenizer_puts_nothing_behind_a_text(tmp_path: Path) -> None:
         )
         source = with_tokenizer(tmp_path / name, tokenizer)
         assert AutoTokenizer.from_pretrained(source.folder)("w5 w6")["input_ids"][-1] == 1
-        assert load_tokenizer(source)("w5 w6")["input_ids"] == [*opening, 5, 6]
+        assert again(source).tokenizer("w5 w6")["input_ids"] == [*opening, 5, 6]
         # As Transformers 5 says it.
         edit_json(source.folder / "tokenizer_config.json", add_eos_token=True, add_bos_token=bool(opening))
-        assert load_tokenizer(source)("w5 w6")["input_ids"] == [*opening, 5, 6]
+        assert again(source).tokenizer("w5 w6")["input_ids"] == [*opening, 5, 6]
 
 
 def test_the_end_of_a_text(tmp_path: Path) -> None:
@@ -280,13 +277,13 @@ def test_the_end_of_a_text(tmp_path: Path) -> None:
     ends: list[Any] = [1, [1, 2]]
     for named in ends:
         edit_json(source.folder / "config.json", eos_token_id=named)
-        found = load_tokenizer(source)
+        found = again(source).tokenizer
         assert (found.eos_token_id, found.pad_token_id) == (1, 1)
     odd: list[Any] = [None, 500, []]
     for named in odd:
         edit_json(source.folder / "config.json", eos_token_id=named)
         with pytest.raises(ConfigError, match=r"no end-of-text token[^$]+eos_token_id"):
-            load_tokenizer(source)
+            _ = again(source).tokenizer
 
 
 def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
@@ -294,20 +291,20 @@ def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
     source = with_tokenizer(tmp_path / "m", tokenizer)
     # Gemma 3's text models: a token that no text has. Without it, text that has it is read like any other.
-    assert load_tokenizer(source)("w5 <image> w6")["input_ids"] == [5, 2, 6]
+    assert again(source).tokenizer("w5 <image> w6")["input_ids"] == [5, 2, 6]
     # Alpaca's: a token for padding beyond the embedding, in no text either.
     edit_json(source.folder / "tokenizer_config.json", pad_token="<image>")
-    assert load_tokenizer(source).pad_token_id == 1
+    assert again(source).tokenizer.pad_token_id == 1
     edit_json(source.folder / "tokenizer_config.json", chat_template="{{ '<|im_start|>' }}")
     with pytest.raises(
         ConfigError, match=r"gives ids up to 201 where the model has 200 rows\nfound: <\|im_start\|> 200"
     ):
-        load_tokenizer(source)
+        _ = again(source).tokenizer
     tokenizer.eos_token = "<image>"
     with pytest.raises(ConfigError, match="gives ids up to 201"):
-        load_tokenizer(with_tokenizer(tmp_path / "end", tokenizer))
+        _ = with_tokenizer(tmp_path / "end", tokenizer).tokenizer
     with pytest.raises(ConfigError, match=r"ids up to 199 where the model has 150 rows\nfound: w150 150"):
-        load_tokenizer(with_tokenizer(tmp_path / "less", tiny_tokenizer(), vocab_size=150))
+        _ = with_tokenizer(tmp_path / "less", tiny_tokenizer(), vocab_size=150).tokenizer
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
@@ -316,11 +313,11 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     for file in source.folder.glob("*token*"):
         file.unlink()
     with pytest.raises(ConfigError, match="tokenizer"):
-        load_tokenizer(source)
+        _ = again(source).tokenizer
     (source.folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ConfigError, match="Git LFS pointer"):
-        load_tokenizer(source)
+        _ = again(source).tokenizer
     for broken in ("{", "{}", '{"model": {"type": "New"}}'):
         (kept / "tokenizer.json").write_text(broken)
         with pytest.raises(ConfigError, match="cannot load the tokenizer"):
-            load_tokenizer(find_model(str(kept)))
+            _ = find_model(str(kept), RUNTIME).tokenizer

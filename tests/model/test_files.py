@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from tiny import RUNTIME
 
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import find_model
+from layerboost.model.base import find_model
 from layerboost.model.files import check_gguf, first_line
 
 
@@ -33,13 +34,13 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         check_gguf(write_gguf(tmp_path / "nan.gguf", float("nan")))
     (tmp_path / "pointer.GGUF").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ConfigError, match="Git LFS pointer"):
-        find_model(str(tmp_path / "pointer.GGUF"))
+        find_model(str(tmp_path / "pointer.GGUF"), RUNTIME)
 
 
 def test_a_directory_that_holds_an_adapter_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is an adapter, not a model"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), RUNTIME)
 
 
 def test_the_line_that_says_something() -> None:

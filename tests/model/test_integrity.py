@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from tiny import RUNTIME, boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.artifacts import PLAN, PlanFile, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
-from layerboost.model.checkpoint import find_model, load_model, model_fingerprint, save_boosted
+from layerboost.model.base import find_model
+from layerboost.model.checkpoint import save_boosted
 from layerboost.model.families import FAMILIES
 from layerboost.model.files import INDEX
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
-from layerboost.runtime import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 LETTERS = "nfSs"
 
 
@@ -74,7 +73,7 @@ def test_shards_and_plan_and_config_that_agree(whole: Path) -> None:
     assert check_checkpoint(whole)["model_type"] == "llama"
     assert is_intact(whole)
     ids = torch.arange(3, 43)[None]
-    assert torch.equal(load_model(find_model(str(whole)), RUNTIME)(ids).logits, boosted(LETTERS)(ids).logits)
+    assert torch.equal(find_model(str(whole), RUNTIME).load()(ids).logits, boosted(LETTERS)(ids).logits)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -159,7 +158,7 @@ def test_one_message_before_any_weight_is_loaded(case: str, folder: Path) -> Non
         check_checkpoint(folder)
     assert not is_intact(folder)
     with pytest.raises(ConfigError, match=message):
-        load_model(find_model(str(folder)), RUNTIME)
+        find_model(str(folder), RUNTIME).load()
 
 
 def test_weights_that_disagree_where_no_plan_travels(folder: Path) -> None:
@@ -201,7 +200,7 @@ def test_a_stock_model_with_other_weights_than_safetensors(tmp_path: Path) -> No
     (folder / "model.safetensors").unlink()
     assert check_checkpoint(folder)["model_type"] == "llama"
     check_base(folder, torch.float32)
-    assert load_model(find_model(str(folder)), RUNTIME)(torch.arange(3, 9)[None]).logits.isfinite().all()
+    assert find_model(str(folder), RUNTIME).load()(torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -372,4 +371,4 @@ def test_what_transformers_knows_to_leave_out(stock: Path, tmp_path: Path) -> No
         link_to_nothing(folder, name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model.safetensors"}}))
     check_base(folder, torch.float32)
-    assert model_fingerprint(find_model(str(folder))) != model_fingerprint(find_model(str(stock)))
+    assert find_model(str(folder), RUNTIME).fingerprint != find_model(str(stock), RUNTIME).fingerprint

@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from tiny import (
+    HEADS,
+    RUNTIME,
+    SLIDING_BASES,
+    WINDOW,
+    boosted,
+    fitted,
+    layer_plans,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import find_model, model_info
+from layerboost.model.base import find_model
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
@@ -179,8 +190,7 @@ def test_windows_that_no_plan_can_have_are_not_measured() -> None:
 
 
 def test_files_record_which_layers_slide_in_the_base(tmp_path: Path) -> None:
-    source = find_model(str(save_tiny(tmp_path, "gemma3_text")))
-    info = model_info(source, tiny_model("gemma3_text", 4).config, torch.float32)
+    info = find_model(str(save_tiny(tmp_path, "gemma3_text")), RUNTIME).info
     assert (info.sliding_layers, info.sliding_window) == ([0, 1, 3], WINDOW)
 
 

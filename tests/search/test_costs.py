@@ -10,7 +10,7 @@ from tiny import info, layer_plans, tiny_model
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import count_parameters
+from layerboost.model.base import count_parameters
 from layerboost.model.families import FAMILIES
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Plan

@@ -14,7 +14,7 @@ from offline import Vllm
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import find_model, load_tokenizer
+from layerboost.model.base import Base, find_model
 from layerboost.recipe import Text, load_recipe
 from layerboost.runtime import Runtime
 from layerboost.serving import samples
@@ -44,10 +44,9 @@ def test_the_models_own_samples(tmp_path: Path) -> None:
 
 def sampled(folder: Path, run: Path) -> list[str]:
     """Have the run folder's samples written; return their texts."""
-    source = find_model(str(folder))
     values = {"model": str(folder), "text.source": "self", "text.sequence_tokens": 16, "text.self_samples": 70}
     runtime = Runtime(torch.device("cpu"), torch.float32)
-    write_samples(load_recipe([], values), run, source, load_tokenizer(source), runtime)
+    write_samples(load_recipe([], values), run, find_model(str(folder), runtime))
     return [json.loads(line)["text"] for line in (run / SAMPLES).read_text().splitlines()]
 
 
@@ -76,7 +75,7 @@ def test_vllm_samples(vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return subprocess.Popen(["true"], stdin=subprocess.PIPE)
 
     monkeypatch.setattr(samples, "guarded", in_the_session)
-    monkeypatch.setattr(samples, "load_model", None)
+    monkeypatch.setattr(Base, "load", None)
     check_samples(sampled(save_tiny(tmp_path / "model", layers=2), tmp_path))
 
 
@@ -84,5 +83,5 @@ def test_vllm_samples(vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_samples_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "load_model", None)
+    monkeypatch.setattr(Base, "load", None)
     check_samples(sampled(save_tiny(tmp_path / "model", layers=2), tmp_path))

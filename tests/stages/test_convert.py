@@ -3,12 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from tiny import layer_plans, save_text, save_tiny
+from tiny import RUNTIME, layer_plans, save_text, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, write_plan
-from layerboost.model.checkpoint import find_model, load_config, model_info
+from layerboost.model.base import find_model
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, parse_recipe
 
@@ -26,9 +25,9 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 def test_a_checkpoint_of_the_same_plan_stays_and_one_of_another_dtype_does_not(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", layers=3)
     save_text(tmp_path / "text.jsonl")
-    source, run = find_model(str(tmp_path / "model")), tmp_path / "run"
+    source, run = find_model(str(tmp_path / "model"), RUNTIME), tmp_path / "run"
     run.mkdir()
-    info = model_info(source, load_config(source), torch.float32)
+    info = source.info
     write_plan(run / PLAN, PlanFile(model=info, method="test", layers=layer_plans("fSn", 8)))
     weights = run / "converted" / "model.safetensors"
     for dtype, made in (("float32", True), ("float32", False), ("bfloat16", True)):

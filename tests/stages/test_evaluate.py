@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import info, save_tiny
+from tiny import RUNTIME, info, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 from layerboost.artifacts import LayerPlan, PlanFile, Score, Sensitivity, write_json
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.evaluation.quality import compare_text
-from layerboost.model.checkpoint import find_model, load_config, model_info, save_boosted
+from layerboost.model.base import find_model
+from layerboost.model.checkpoint import save_boosted
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.runtime import Runtime
-from layerboost.stages.evaluate import run_evaluate, validate_evaluate
+from layerboost.stages.evaluate import check, run_evaluate
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TASKS = ("piqa", "mmlu_anatomy")
 
 
@@ -42,9 +41,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("base", "same"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    source = find_model(str(folder / "base"))
+    source = find_model(str(folder / "base"), RUNTIME)
     layers = [LayerPlan(layer=0, attention="sliding", window=4), LayerPlan(layer=1, attention="none")]
-    plan = PlanFile(model=model_info(source, load_config(source), torch.float32), method="hand", layers=layers)
+    plan = PlanFile(model=source.info, method="hand", layers=layers)
     save_boosted(apply_plan(model, layers), tokenizer, plan, folder / "healed", recipe_yaml="schema_version: 1\n")
     return {name: folder / name for name in ("base", "healed", "same")}
 
@@ -207,19 +206,19 @@ def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp
 
 
 @pytest.mark.pipeline
-def test_validation_finds_mistakes_without_a_model(data: Path, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    validate_evaluate(recipe(data), tokenizer, tmp_path, 512)
+def test_validation_finds_mistakes_without_a_model(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = find_model(str(models["base"]), RUNTIME)
+    check(recipe(data), tmp_path, base)
     with pytest.raises(ConfigError, match="unknown lm-eval task"):
-        validate_evaluate(recipe(data, tasks=("piqqa",)), tokenizer, tmp_path, 512)
+        check(recipe(data, tasks=("piqqa",)), tmp_path, base)
     with pytest.raises(ConfigError, match="held_out text is too short"):
-        validate_evaluate(recipe(data, perplexity_tokens=10**7), tokenizer, tmp_path, 512)
+        check(recipe(data, perplexity_tokens=10**7), tmp_path, base)
     with pytest.raises(ConfigError, match=r"no text 'nowhere\.txt'"):
-        validate_evaluate(recipe(data, perplexity_text="nowhere.txt"), tokenizer, tmp_path, 512)
+        check(recipe(data, perplexity_text="nowhere.txt"), tmp_path, base)
     with pytest.raises(ConfigError, match=r"within the model's context(.|\n)*1,024 tokens, a context of 512"):
-        validate_evaluate(recipe(data, retrieval_tokens=(1024,)), tokenizer, tmp_path, 512)
+        check(recipe(data, retrieval_tokens=(1024,)), tmp_path, base)
     with pytest.raises(ConfigError, match="max_average_drop is set"):
-        validate_evaluate(recipe(data, tasks=(), max_average_drop=0.1), tokenizer, tmp_path, 512)
+        check(recipe(data, tasks=(), max_average_drop=0.1), tmp_path, base)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,14 +265,17 @@ def test_a_perplexity_too_large_for_a_float_is_still_a_number() -> None:
 
 
 def test_text_longer_than_the_context_is_refused(data: Path, tmp_path: Path) -> None:
+    short = find_model(str(save_tiny(tmp_path / "short", max_position_embeddings=48)), RUNTIME)
     with pytest.raises(ConfigError, match=r"text.sequence_tokens(.|\n)*64 tokens, a context of 48"):
-        validate_evaluate(recipe(data, position_tokens=0, retrieval_tokens=[]), tiny_tokenizer(), tmp_path, 48)
+        check(recipe(data, position_tokens=0, retrieval_tokens=[]), tmp_path, short)
 
 
-def test_items_that_cannot_be_scored_are_found_without_a_model(data: Path, tmp_path: Path) -> None:
+def test_items_that_cannot_be_scored_are_found_without_a_model(
+    data: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
     items = rows("piqa", 9)
     items[4]["sol1"] = "x" * 600
     write_jsonl(tmp_path / "piqa.jsonl", items)
     changed = recipe(data, tasks=("piqa",), limit=None, bench_data=str(tmp_path))
     with pytest.raises(ConfigError, match=r"1 of 9 items of task piqa(.|\n)*line 5 of .*piqa.jsonl: an answer of"):
-        validate_evaluate(changed, tiny_tokenizer(), tmp_path, 512)
+        check(changed, tmp_path, find_model(str(models["base"]), RUNTIME))

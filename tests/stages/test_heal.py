@@ -10,13 +10,13 @@ import pytest
 import torch
 from processes import Forked, finish, ranks, run_module
 from safetensors.torch import load_file
-from tiny import layer_plans, save_text, save_tiny
+from tiny import RUNTIME, layer_plans, save_text, save_tiny
 from transformers import AutoModelForCausalLM
 
 from layerboost.artifacts import HEALED, PLAN, PlanFile, read_plan, write_plan
 from layerboost.errors import ConfigError
 from layerboost.healing.metrics import read_metrics
-from layerboost.model.checkpoint import find_model, load_config, model_info
+from layerboost.model.base import find_model
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, Text, parse_recipe
 
@@ -38,9 +38,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heal")
     save_tiny(folder / "model", layers=4)
     save_text(folder / "text.jsonl")
-    source = find_model(str(folder / "model"))
+    source = find_model(str(folder / "model"), RUNTIME)
     (folder / "run").mkdir()
-    info = model_info(source, load_config(source), torch.float32)
+    info = source.info
     write_plan(folder / "run" / PLAN, PlanFile(model=info, method="test", layers=layer_plans("fSns", 8)))
     run_stage("convert", recipe_of(folder), folder / "run")
     return folder

@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from test_pipeline import layerboost, write_recipe
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny import RUNTIME, save_tiny, tiny_model, tiny_tokenizer
 from tiny_bench import rows, write_jsonl
 
 from layerboost.artifacts import SENSITIVITY
 from layerboost.errors import ConfigError
+from layerboost.model.base import find_model
 from layerboost.recipe import parse_recipe
-from layerboost.stages.measure import validate_inputs
+from layerboost.stages.measure import check
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +132,14 @@ def test_text_shorter_than_a_sequence_is_refused(folder: Path, tmp_path: Path) -
 
 
 def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder: Path, tmp_path: Path) -> None:
-    """As `check` does: no text is there, but tasks and traffic are."""
+    """No text is there, but tasks and traffic are."""
+    base = find_model(str(folder / "model"), RUNTIME)
     settings = yaml.safe_load((folder / "recipe.yaml").read_text())
-    settings["text"] |= {"source": "self"}
+    settings["text"] |= {"source": "self", "self_samples": 200}
 
     def validate(**measure: Any) -> None:
         recipe = parse_recipe(settings | {"measure": settings["measure"] | measure}, "test")
-        validate_inputs(recipe, tiny_tokenizer(), tmp_path, 512)
+        check(recipe, tmp_path, base)
 
     validate()
     write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "w3", "answer": ""}] * 3)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.modeling_utils import load_state_dict
 
-from layerboost.errors import ConfigError
+from layerboost.artifacts import fingerprint, write_text
+from layerboost.errors import ConfigError, LayerboostError
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -189,6 +192,28 @@ def _index(file: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(f"{file} cannot be read", found=found) from None
+
+
+def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str:
+    """Return `find()`, or what it returned before, in any process, if these files have not changed since.
+
+    A file counts as unchanged if path, inode, size and both times are the same. What was changed within the last two
+    seconds is not remembered: a second change could leave the same times.
+    """
+    states = [(str(file.resolve()), file.stat()) for file in sorted(files)]
+    old_enough = all(time.time() - state.st_ctime > 2 for _, state in states)
+    key = [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states]
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerboost" / fingerprint(what, key)
+        if cache.is_file():
+            return cache.read_text()
+    except (OSError, RuntimeError):  # no home, or not ours to read
+        return find()
+    found = find()
+    if old_enough:
+        with suppress(LayerboostError):
+            write_text(cache, found)
+    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -9,14 +9,8 @@ from typing import Any
 
 from layerboost.artifacts import LayerPlan, Sensitivity, fingerprint, json_text, not_finite, write_text
 from layerboost.errors import ConfigError
-from layerboost.model.checkpoint import (
-    check_same_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_base,
-)
+from layerboost.model.base import open_base
+from layerboost.model.checkpoint import check_same_model
 from layerboost.model.stream import LayerStream
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
@@ -60,13 +54,12 @@ def open_measured(
 
     Sinks are those of `measure`; the text is its first `plan.search_tokens` tokens. Raises ConfigError.
     """
-    source = open_base(recipe, run, runtime)
-    check_same_model(sensitivity, model_info(source, load_config(source, recipe.trust_remote_code), runtime.dtype), run)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    every = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
-    text = load_calibration(recipe, tokenizer, recipe.plan.search_tokens, run)
-    prompts = load_prompts(recipe, tokenizer, run)
-    model = load_model(source, runtime, recipe.trust_remote_code)
+    base = open_base(recipe, run, runtime)
+    check_same_model(sensitivity, base.info, run)
+    every = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
+    text = load_calibration(recipe, base.tokenizer, recipe.plan.search_tokens, run)
+    prompts = load_prompts(recipe, base.tokenizer, run)
+    model = base.load()
     size, device = recipe.measure.batch_sequences, runtime.device
     sinks = calibrate_sinks(
         model, [part.to(device) for part in every.batches(size)], range(len(sensitivity.layers)), windows

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from layerboost.artifacts import json_text, write_text
 from layerboost.errors import LayerboostError
-from layerboost.model.checkpoint import Source, load_model
+from layerboost.model.base import find_model
 from layerboost.recipe import Recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.serving.benchmark import WARMUP_OUTPUT_TOKENS, Load
@@ -150,7 +150,7 @@ def main(job_text: str, result: Path) -> None:
     """Do a job and write its result."""
     job = json.loads(job_text)
     recipe, folder = Recipe(**job["settings"]), Path(job["folder"])
-    model = load_model(Source(folder.name, folder), start_runtime(recipe), recipe.trust_remote_code)
+    model = find_model(str(folder), start_runtime(recipe), None, recipe.trust_remote_code).load()
     write_text(result, json_text(measure(model, Load(**job["load"])), str(result)))
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from layerboost.model.checkpoint import Source, load_model, model_fingerprint
+from layerboost.model.base import Base
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.runtime import Runtime, log
+from layerboost.runtime import log
 from layerboost.serving.command import GIB, runs_on_cpu, vllm_environment, vllm_version
 from layerboost.serving.server import MODULE, guarded, stop_guarded
 from layerboost.text import Generate, sample_documents, samples_missing
 
 
-def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, runtime: Runtime) -> None:
+def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
     """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder.
 
     Plain ancestral sampling at temperature 1 from the begin-of-text token, by vLLM in a process of its own; should that
@@ -25,13 +25,12 @@ def write_samples(recipe: Recipe, run: Path, source: Source, tokenizer: Any, run
     """
     if "self" not in recipe.text.sources:
         return
-    made_from = {"model": model_fingerprint(source), "seed": recipe.seed, "text": recipe.text.model_dump(mode="json")}
+    made_from = {"model": base.fingerprint, "seed": recipe.seed, "text": recipe.text.model_dump(mode="json")}
     if not samples_missing(recipe.text, run, made_from):
         return
-    if vllm_version() and _sampled_by_vllm(recipe, run, source.folder, tokenizer, runtime, made_from):
+    if vllm_version() and _sampled_by_vllm(recipe, run, base, made_from):
         return
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    generate = transformers_generate(model, tokenizer, recipe.text.sequence_tokens)
+    generate = transformers_generate(base.load(), base.tokenizer, recipe.text.sequence_tokens)
     sample_documents(generate, recipe.text, run, recipe.seed, made_from)
 
 
@@ -81,11 +80,16 @@ def vllm_generate(folder: str, start: int, tokens: int, dtype: str, trust_remote
     return generate
 
 
-def _sampled_by_vllm(
-    recipe: Recipe, run: Path, folder: Path, tokenizer: Any, runtime: Runtime, made_from: dict[str, Any]
-) -> bool:
+def _sampled_by_vllm(recipe: Recipe, run: Path, base: Base, made_from: dict[str, Any]) -> bool:
     """Whether a process of this module's own has written all samples; vLLM's words go to RUN/self_samples.log."""
-    job = [recipe.model_dump(mode="json"), str(run), str(folder), _start(tokenizer), runtime.dtype_name, made_from]
+    job = [
+        recipe.model_dump(mode="json"),
+        str(run),
+        str(base.folder),
+        _start(base.tokenizer),
+        base.runtime.dtype_name,
+        made_from,
+    ]
     log_file = run / "self_samples.log"
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
     with log_file.open("wb") as output:

@@ -11,6 +11,8 @@ from typing import Any
 
 from layerboost.artifacts import file_hash, fingerprint, finite, read_json, write_json
 from layerboost.errors import ConfigError
+from layerboost.model.base import Base
+from layerboost.model.checkpoint import check_further
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
@@ -73,6 +75,14 @@ class Job:
 
     def stem(self, name: str, point: Point, repeat: int) -> str:
         return f"{name}-{f'decode{point[1]}' if point[1] else f'c{point[0]}'}-r{repeat}"
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for what `run_bench` could not serve or load."""
+    check_further(recipe.bench.checkpoints, run)
+    check_lengths(recipe.bench, "the model", base.config.max_position_embeddings)
+    if recipe.bench.engine == "vllm":
+        check_server(recipe.bench, (base.folder, run))
 
 
 def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:

@@ -5,27 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerboost.artifacts import COMPAT, CONVERTED, HEALED, PLAN, PlanFile, read_plan
+from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.card import origin_of
-from layerboost.model.checkpoint import (
-    Source,
-    check_same_model,
-    check_same_plan,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_base,
-    plan_in,
-    save_boosted,
-)
+from layerboost.model.checkpoint import check_same_model, check_same_plan, plan_in, save_boosted
 from layerboost.model.compat import check_compat, export_compat
 from layerboost.model.integrity import is_intact
 from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import Runtime, log, start_runtime
+from layerboost.runtime import log, start_runtime
 from layerboost.sensitivity.sinks import calibrate_sinks
 from layerboost.serving.samples import write_samples
 from layerboost.traffic import load_calibration
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for a plan, if there is one yet, that the base cannot take."""
+    if (run / PLAN).is_file():
+        check_plan(base.config, read_plan(run / PLAN).layers)
 
 
 def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
@@ -35,39 +31,36 @@ def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
     or RUN/converted where there is none, as RUN/compat, for vLLM without layerboost. Returns what was written last.
     """
     plan = read_plan(run / PLAN)
-    runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
-    config = load_config(source, recipe.trust_remote_code)
-    check_plan(config, plan.layers)
-    check_same_model(plan, model_info(source, config, runtime.dtype), run / PLAN)
+    base = open_base(recipe, run, start_runtime(recipe))
+    check_plan(base.config, plan.layers)
+    check_same_model(plan, base.info, run / PLAN)
     if compat:
-        check_compat(config, plan)
-    _convert(recipe, run, plan, source, runtime)
+        check_compat(base.config, plan)
+    _convert(recipe, run, plan, base)
     return _export(run) if compat else run / CONVERTED
 
 
-def _convert(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime) -> None:
-    target = run / CONVERTED
+def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
+    target, runtime = run / CONVERTED, base.runtime
     if (
         (there := plan_in(target))
         and there.hash() == plan.hash()
         and is_intact(target)
-        and load_config(Source(target.name, target)).dtype == runtime.dtype
+        and find_model(str(target), runtime).config.dtype == runtime.dtype
     ):
         log.info("%s is up to date", target)
         return
-    model = load_model(source, runtime, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe.trust_remote_code)
+    model, tokenizer = base.load(), base.tokenizer
     sinks = {}
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
-        write_samples(recipe, run, source, tokenizer, runtime)
+        write_samples(recipe, run, base)
         calibration = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
         batches = [batch.to(runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
         found = calibrate_sinks(model, batches, with_sink, [plan.window])
         sinks = {layer: found[layer, plan.window] for layer in with_sink}
     apply_plan(model, plan.layers, sinks)
-    origin = origin_of(source.folder, source.name, recipe.card)
+    origin = origin_of(base.folder, base.name, recipe.card)
     save_boosted(model, tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
 
 

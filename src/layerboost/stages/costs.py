@@ -21,7 +21,8 @@ from scipy.optimize import nnls
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.model.checkpoint import Source, find_model, load_config, load_model, model_info, plan_in
+from layerboost.model.base import Base, find_model
+from layerboost.model.checkpoint import plan_in
 from layerboost.model.files import first_line
 from layerboost.model.memory import Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.model.surgery import apply_plan, check_plan, family_of
@@ -48,19 +49,19 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     the engine fails.
     """
     version = check_vllm()
-    source = find_model(model)
-    config = load_config(source)
-    if source.gguf or plan_in(source.folder):
+    cpu = Runtime(torch.device("cpu"), torch.float32 if runs_on_cpu() else torch.bfloat16)
+    base = find_model(model, cpu)
+    config, info = base.config, base.info
+    if base.gguf or plan_in(base.folder):
         raise ConfigError(
             "rates are measured with a base in Hugging Face's format",
-            found="a GGUF file" if source.gguf else "a boosted checkpoint",
+            found="a GGUF file" if base.gguf else "a boosted checkpoint",
             do="give the base that the run folder has: RUN/base",
         )
-    info = model_info(source, config, torch.float32 if runs_on_cpu() else torch.bfloat16)
     if info.max_context_tokens < max(CONTEXTS):
         raise ConfigError(
             f"rates are measured at a context of {max(CONTEXTS)} tokens",
-            found=f"{source.name} has one of {info.max_context_tokens}",
+            found=f"{base.name} has one of {info.max_context_tokens}",
             do="measure with a larger model, or write the rates down yourself: docs/plan.md",
         )
     chosen = plans(info.layers, sink="sink" in family_of(config).supports)
@@ -69,7 +70,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | vllm_environment()
     processors = Processors()
     with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as root:
-        measured = measure(source, info, chosen, Path(root), int(cache_gib * GIB))
+        measured = measure(base, info, chosen, Path(root), int(cache_gib * GIB))
     if why := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if runs_on_cpu() else "cuda"}):
         log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", why)
     names, work, times, kinds = work_rows(info, measured)
@@ -108,9 +109,9 @@ def _plan(layers: int, full: int, none: int, window: int, sink: bool) -> list[La
     ]
 
 
-def boost(source: Source, layers: list[LayerPlan], folder: Path) -> None:
+def boost(base: Base, layers: list[LayerPlan], folder: Path) -> None:
     """Save a model with a plan applied; its sinks are zero, which costs the same."""
-    loaded = load_model(source, Runtime(torch.device("cpu"), torch.float32))
+    loaded = base.load()
     apply_plan(loaded, layers)
     loaded.save_pretrained(folder)
 
@@ -222,7 +223,7 @@ def add_requests(engine: Any, info: ModelInfo, name: str, requests: int, tokens:
 
 
 def measure(
-    source: Source, info: ModelInfo, chosen: dict[str, list[LayerPlan]], root: Path, cache_bytes: int
+    base: Base, info: ModelInfo, chosen: dict[str, list[LayerPlan]], root: Path, cache_bytes: int
 ) -> list[dict[str, Any]]:
     """A dictionary per plan: `memory`, `prefill` and `decode` rows."""
     default = engine_here()
@@ -231,7 +232,7 @@ def measure(
     found, clock = [], time.monotonic()
     for number, (name, layers) in enumerate(chosen.items()):
         folder = root / str(number)
-        boost(source, layers, folder)
+        boost(base, layers, folder)
         entry: dict[str, Any] = {"plan": name, "layers": layers, "memory": [], "prefill": [], "decode": []}
         for engine, context in settings:
             llm = start(folder, engine, context, cache_bytes)

@@ -30,14 +30,8 @@ from layerboost.evaluation.long_context import (
 from layerboost.evaluation.quality import base_losses, changed_losses, compare_text, hidden_states, perplexity
 from layerboost.evaluation.results import Facts, Results
 from layerboost.evaluation.tasks import BenchTask, load_bench, run_task, task_value
-from layerboost.model.checkpoint import (
-    Source,
-    find_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-)
+from layerboost.model.base import Base, find_model
+from layerboost.model.checkpoint import check_further
 from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
@@ -48,13 +42,11 @@ from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 BASE = "base"
 
 
-def validate_evaluate(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
-    """Read everything but the models that `run_evaluate` reads, so that a mistake shows before hours of compute.
-
-    `context_tokens`: the longest text the model takes. Raises ConfigError. Text that the model has yet to write (source
-    `self`) is not looked for.
-    """
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for what `run_evaluate` could not use. Text that the model has yet to write is left out."""
+    tokenizer, context_tokens = base.tokenizer, base.config.max_position_embeddings
     _check_settings(recipe, context_tokens)
+    check_further(recipe.evaluate.checkpoints, run)
     check_items(load_bench(recipe.evaluate), tokenizer, context_tokens)
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, tokenizer, run)
@@ -90,26 +82,23 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
     if BASE not in models:
         raise ConfigError("nothing to compare with: no model is named base", found=", ".join(models))
     names = [BASE, *(name for name in models if name != BASE)]
-    sources = {name: find_model(str(models[name]), run) for name in names}
-    tokenizer = load_tokenizer(sources[BASE], recipe.trust_remote_code)
-    configs = {name: load_config(source, recipe.trust_remote_code) for name, source in sources.items()}
-    for name, config in configs.items():
-        if config.vocab_size != configs[BASE].vocab_size:
+    found = {name: find_model(str(models[name]), runtime, run, recipe.trust_remote_code) for name in names}
+    base = found[BASE]
+    for name, model in found.items():
+        if model.config.vocab_size != base.config.vocab_size:
             raise ConfigError(
                 f"{name} cannot be compared with the base: another vocabulary",
-                found=f"{config.vocab_size:,} tokens, {configs[BASE].vocab_size:,} of the base",
+                found=f"{model.config.vocab_size:,} tokens, {base.config.vocab_size:,} of the base",
             )
-    _check_settings(recipe, configs[BASE].max_position_embeddings)
+    _check_settings(recipe, base.config.max_position_embeddings)
     work = _Work(
         recipe=recipe,
         runtime=runtime,
-        sources=sources,
-        fingerprints={name: model_fingerprint(source) for name, source in sources.items()},
-        tokenizer=tokenizer,
+        models=found,
         tasks=load_bench(recipe.evaluate),
-        texts=_load_texts(recipe, tokenizer, run),
+        texts=_load_texts(recipe, base.tokenizer, run),
     )
-    check_items(work.tasks, tokenizer, configs[BASE].max_position_embeddings)
+    check_items(work.tasks, base.tokenizer, base.config.max_position_embeddings)
     jobs = {name: _jobs(work, name) for name in names}
     results = Results(run / "eval", {job.file: job.facts for found in jobs.values() for job in found})
     _fill(work, jobs, results)
@@ -134,9 +123,7 @@ class _Work:
 
     recipe: Recipe
     runtime: Runtime
-    sources: dict[str, Source]
-    fingerprints: dict[str, str]
-    tokenizer: Any
+    models: dict[str, Base]
     tasks: list[BenchTask]
     texts: _Texts
 
@@ -149,7 +136,7 @@ class _Work:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The base, loaded when it is first needed."""
-        return load_model(self.sources[BASE], self.runtime, self.recipe.trust_remote_code)
+        return self.models[BASE].load()
 
     @cached_property
     def base_hidden(self) -> list[torch.Tensor]:
@@ -209,10 +196,10 @@ def _selection(run: Path) -> list[str]:
 def _jobs(work: _Work, name: str) -> list[_Job]:
     """Every result file of one model."""
     texts = work.texts
-    made_from: Facts = {"model": work.fingerprints[name], "dtype": work.runtime.dtype_name}
+    made_from: Facts = {"model": work.models[name].fingerprint, "dtype": work.runtime.dtype_name}
     jobs = []
     if texts.text:
-        facts = {**made_from, "base": work.fingerprints[BASE], "text": texts.text.fingerprint}
+        facts = {**made_from, "base": work.models[BASE].fingerprint, "text": texts.text.fingerprint}
         jobs.append(_Job(_text_file(name), facts, lambda model: _text_losses(work, name, model)))
     if texts.long:
         facts = {**made_from, "text": texts.long.fingerprint}
@@ -233,7 +220,7 @@ def _jobs(work: _Work, name: str) -> list[_Job]:
 
 def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None:
     """Make every result file that is missing, each model loaded once."""
-    for name, source in work.sources.items():
+    for name, handle in work.models.items():
         missing = [job for job in jobs[name] if results.missing(job.file)]
         if not missing:
             log.info("%s: results are there already", name)
@@ -242,7 +229,7 @@ def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None
             model = work.base
         else:
             work.free_base(any(job.file == _text_file(name) for job in missing))
-            model = load_model(source, work.runtime, work.recipe.trust_remote_code)
+            model = handle.load()
         for job in missing:
             results.save(job.file, job.make(model))
         del model  # before the next one is loaded
@@ -296,7 +283,9 @@ def _retrieval_result(work: _Work, name: str, model: PreTrainedModel) -> str:
 def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel) -> str:
     started = time.monotonic()
     with Progress(f"{task.name}: {name}", task.items, "items") as progress:
-        result = run_task(task, model, work.tokenizer, work.recipe.evaluate.batch_size, progress.advance, name)
+        result = run_task(
+            task, model, work.models[BASE].tokenizer, work.recipe.evaluate.batch_size, progress.advance, name
+        )
     value, seconds = task_value(task, json.loads(result)), time.monotonic() - started
     log.info("%s: %s %s %.4f (%d items, %.1f s)", name, task.name, task.metric, value, task.items, seconds)
     return result
@@ -304,7 +293,7 @@ def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel
 
 def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, Any]:
     """The content of comparison.json, from the result files alone."""
-    settings, names, texts = work.recipe.evaluate, list(work.sources), work.texts
+    settings, names, texts = work.recipe.evaluate, list(work.models), work.texts
 
     def read(file: Callable[[str], str]) -> dict[str, dict[str, Any]]:
         return {name: results.read(file(name)) for name in names}
@@ -322,7 +311,7 @@ def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, A
             "dtype": work.runtime.dtype_name,
             "lm_eval": importlib.metadata.version("lm-eval"),
         },
-        "models": work.fingerprints,
+        "models": {name: handle.fingerprint for name, handle in work.models.items()},
         "selection": selection,
         "text": _text_info(work),
         "perplexity": compare_text(read(_text_file), BASE) if texts.text else {},

@@ -26,27 +26,28 @@ from layerboost.healing.training import (
     load_result,
     train_stage,
 )
+from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
-from layerboost.model.checkpoint import (
-    Source,
-    check_same_model,
-    check_same_plan,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_base,
-    save_boosted,
-)
+from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.recipe import Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.sensitivity.metrics import SequenceLosses, check_values, token_losses
 from layerboost.serving.samples import write_samples
-from layerboost.text import Split, Tokens, load_tokens
+from layerboost.text import Split, Tokens, check_samples, is_local, load_tokens
 
 VALIDATION_SEQUENCES = 8
 IDENTITY, TEXT = "heal.json", "text.json"
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for settings and text that `run_heal` could not use."""
+    check_report_to(recipe.heal.report_to)
+    check_fit(recipe)
+    longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+    check_samples(recipe.text, longest, "train")
+    if all(map(is_local, recipe.text.sources)):
+        load_tokens(recipe.text, base.tokenizer, "train", longest)
 
 
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
@@ -68,21 +69,19 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     batch_of_process(recipe.heal)
     check_fit(recipe)
     with main_process_first():
-        source = open_base(recipe, run, runtime)
-        tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-        write_samples(recipe, run, source, tokenizer, runtime)
-    config = load_config(source, recipe.trust_remote_code)
-    check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
-    lessons = load_lessons(recipe, run, plan, tokenizer)
+        base = open_base(recipe, run, runtime)
+        write_samples(recipe, run, base)
+    check_same_model(plan, base.info, run / CONVERTED / PLAN)
+    lessons = load_lessons(recipe, run, plan, base.tokenizer)
     check_same_text(run / HEAL, lessons)
-    pair = load_pair(recipe, run, plan, source, runtime, lessons)
+    pair = load_pair(recipe, run, plan, base, lessons)
     if is_main_process():
         write_json(run / HEAL / TEXT, {"fingerprint": lessons.fingerprint})
         write_json(run / HEAL / IDENTITY, identity)
-    fitted = train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
+    fitted = train(recipe, run / HEAL, plan, pair, lessons, base.tokenizer.eos_token_id, runtime.device)
     if is_main_process():
         if recipe.heal.shard:
-            pair = load_healed(recipe, run, plan, source, runtime, lessons)
+            pair = load_healed(recipe, run, plan, base, lessons)
         # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
         healing = (
@@ -94,9 +93,9 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
                 f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
                 f"{lessons.fit_tokens:,} tokens by least squares."
             )
-        origin = origin_of(source.folder, source.name, recipe.card)
+        origin = origin_of(base.folder, base.name, recipe.card)
         save_boosted(
-            merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
+            merged, base.tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
         )
         write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
@@ -165,14 +164,14 @@ class Pair:
     adapted: dict[str, frozenset[str]]
 
 
-def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
+def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, lessons: Lessons) -> Pair:
     """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded.
 
     Raises ConfigError for targets that do not exist or leave nothing to train.
     """
     if recipe.heal.shard:
-        runtime = replace(runtime, device=torch.device("cpu"))
-    teacher = load_model(source, runtime, recipe.trust_remote_code)
+        base = replace(base, runtime=replace(base.runtime, device=torch.device("cpu")))
+    teacher = base.load()
     adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
     if lessons.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
         raise ConfigError(
@@ -187,9 +186,9 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
-def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
+def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, lessons: Lessons) -> Pair:
     """The pair anew on this process's CPU, with what the stages left in RUN/heal: no device need hold the model."""
-    pair = load_pair(recipe, run, plan, source, runtime, lessons)
+    pair = load_pair(recipe, run, plan, base, lessons)
     for stage in lessons.stages:
         train_only(pair.student, pair.adapted[stage])
         load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)

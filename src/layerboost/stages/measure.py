@@ -21,14 +21,9 @@ from layerboost.errors import ConfigError
 from layerboost.evaluation.item_checks import check_items
 from layerboost.evaluation.task_probe import TaskProbe, load_choices
 from layerboost.evaluation.tasks import BenchTask
-from layerboost.model.checkpoint import (
-    check_same_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_base,
-)
+from layerboost.model.base import Base, open_base
+from layerboost.model.checkpoint import check_same_model
+from layerboost.model.files import check_gguf
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import check_plan, check_windows
 from layerboost.recipe import Recipe, model_of
@@ -79,6 +74,21 @@ def validate_measure(recipe: Recipe) -> None:
         )
 
 
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for what `run_measure` could not use. Text that the model has yet to write is left out."""
+    validate_measure(recipe)
+    if base.gguf:
+        check_gguf(base.folder / base.gguf)
+    check_windows(base.config, recipe.measure.windows)
+    context_tokens = base.config.max_position_embeddings
+    if "self" not in recipe.text.sources:
+        load_inputs(recipe, base.tokenizer, run, context_tokens)
+        return
+    load_tasks(recipe, base.tokenizer, context_tokens)
+    if recipe.measure.traffic:
+        load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
+
+
 def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     """Measure every layer that the run folder does not hold yet; the file is saved after each layer.
 
@@ -87,20 +97,18 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     validate_measure(recipe)
     runtime = start_runtime(recipe)
     with main_process_first():  # which unpacks and samples
-        source = open_base(recipe, run, runtime)
-        config, remote = load_config(source, recipe.trust_remote_code), recipe.trust_remote_code
-        check_windows(config, recipe.measure.windows)
-        tokenizer = load_tokenizer(source, remote)
-        write_samples(recipe, run, source, tokenizer, runtime)
-    info = model_info(source, config, runtime.dtype)
-    plan = _plan(recipe, config, info)
-    inputs = load_inputs(recipe, tokenizer, run, info.max_context_tokens)
+        base = open_base(recipe, run, runtime)
+        check_windows(base.config, recipe.measure.windows)
+        write_samples(recipe, run, base)
+    info = base.info
+    plan = _plan(recipe, base.config, info)
+    inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
     settings = _settings(recipe, inputs, plan, runtime)
     found = _resume(run / SENSITIVITY, info, inputs.text, settings)
     if found is not None and found.complete:
         log.info("%s is complete", run / SENSITIVITY)
         return found
-    model = load_model(source, runtime, remote)
+    model = base.load()
     batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
     sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
     stream = LayerStream(model, sinks)
@@ -109,7 +117,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     probes: list[Probe] = [text]
     if inputs.tasks:
         batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
-        probes.append(tasks := TaskProbe(stream, tokenizer, inputs.tasks, batch_tokens))
+        probes.append(tasks := TaskProbe(stream, base.tokenizer, inputs.tasks, batch_tokens))
 
     def save(layers: list[LayerSensitivity]) -> None:
         nonlocal found
@@ -141,16 +149,6 @@ def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) 
     )
     _check_context(recipe, inputs, context_tokens)
     return inputs
-
-
-def validate_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> None:
-    """Read what `load_inputs` reads, but not text that the model has yet to write (`self`); raises ConfigError."""
-    if "self" not in recipe.text.sources:
-        load_inputs(recipe, tokenizer, run, context_tokens)
-        return
-    load_tasks(recipe, tokenizer, context_tokens)
-    if recipe.measure.traffic:
-        load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
 
 
 def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[BenchTask]:

@@ -16,6 +16,7 @@ from layerboost.artifacts import (
     write_plan,
 )
 from layerboost.errors import ConfigError
+from layerboost.model.base import Base
 from layerboost.model.memory import plan_serving
 from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
@@ -29,7 +30,7 @@ from layerboost.sensitivity.calibration import open_measured
 from layerboost.serving.command import engine_here
 
 
-def validate_plan(recipe: Recipe) -> None:
+def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for a plan that needs what measuring by the same recipe would not give it."""
     settings, measure = recipe.plan, recipe.measure
     asked = _asked(settings)

@@ -1,0 +1,111 @@
+"""check: everything that could go wrong in a run, looked for before hours of compute."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan
+from layerboost.errors import LayerboostError
+from layerboost.healing.estimate import estimate_healing
+from layerboost.healing.training import less_memory
+from layerboost.model.base import find_base
+from layerboost.recipe import Recipe, model_of
+from layerboost.runtime import no_run_folder, start_runtime
+from layerboost.serving.command import vllm_version
+
+GIB = 1 << 30
+# The stages that have something to check: `check(recipe, run, base)`, which raises ConfigError.
+STAGES = ("measure", "plan", "convert", "heal", "evaluate", "bench")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `check` found: the model, and what the run will need against what there is."""
+
+    model: str
+    family: str
+    layers: int
+    parameters: int
+    device: str
+    memory_needed_gib: float
+    memory_free_gib: float
+    disk_needed_gib: float
+    disk_free_gib: float
+    calibration_tokens: int
+    healing_tokens_per_s: float
+    healing_hours: float
+    vllm: str
+
+
+def check(recipe: Recipe, run: Path) -> Estimate:
+    """Check the model, then what each stage needs of recipe, model, text, tasks and engine, then memory and disk.
+
+    Memory is that of healing, the largest, on its device, without the adapters and their optimizer; with a GPU the
+    host must hold the model once, to merge it. Speed is estimated from this machine's matrix product.
+    Raises ConfigError for what cannot work and LayerboostError when memory or disk do not suffice.
+    """
+    model_of(recipe)
+    free_bytes = shutil.disk_usage(_place_of(run)).free
+    runtime = start_runtime(recipe)
+    base = find_base(recipe, run, runtime)
+    for stage in STAGES:
+        importlib.import_module(f"layerboost.stages.{stage}").check(recipe, run, base)
+    info = base.info
+    weights_gib = info.parameters * info.bytes_per_element / GIB
+    copies = 2 + bool(base.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
+    plan = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
+    healing = estimate_healing(recipe, base.config, info, runtime, plan)
+    estimate = Estimate(
+        model=base.name,
+        family=info.model_type,
+        layers=info.layers,
+        parameters=info.parameters,
+        device=str(runtime.device),
+        memory_needed_gib=healing.memory_gib,
+        memory_free_gib=free_memory_gib(runtime.device),
+        disk_needed_gib=round(copies * weights_gib, 2),
+        disk_free_gib=round(free_bytes / GIB, 2),
+        calibration_tokens=recipe.measure.tokens,
+        healing_tokens_per_s=healing.tokens_per_s,
+        healing_hours=healing.hours,
+        vllm="not needed" if recipe.bench.engine == "transformers" else vllm_version() or "not installed",
+    )
+    check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
+    return estimate
+
+
+def check_room(estimate: Estimate, weights_gib: float, device: torch.device, advice: str) -> None:
+    """Raise LayerboostError when memory or disk do not suffice; `advice` is for healing's memory."""
+    wants = [
+        (f"memory on {device}", estimate.memory_needed_gib, estimate.memory_free_gib, f"free some, or {advice}"),
+        ("disk", estimate.disk_needed_gib, estimate.disk_free_gib, "free some, or use a smaller model"),
+    ]
+    if device.type != "cpu":
+        wants.append(("host memory", round(weights_gib, 2), free_memory_gib("cpu"), "free some: merging needs it once"))
+    for kind, needed, free, do in wants:
+        if needed > free:
+            raise LayerboostError(f"not enough {kind}: {needed} GiB needed", found=f"{free} GiB free", do=do)
+
+
+def free_memory_gib(device: torch.device | str) -> float:
+    """Return the memory that a process could still take on a device."""
+    cpu = torch.device(device).type == "cpu"
+    free: int = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(device)[0]
+    return round(free / GIB, 2)
+
+
+def _place_of(run: Path) -> Path:
+    """The run folder, or the nearest directory above it that exists; raises ConfigError where it cannot be made."""
+    place = run.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise no_run_folder(run, f"{place} is not a directory that can be written")
+    return place

