@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from tiny import RUNTIME
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
-from layerboost.model.files import check_gguf, first_line
+from layerboost.model.files import check_gguf, first_line, remembered
 
 
 def write_gguf(file: Path, number: float) -> Path:
@@ -47,3 +49,32 @@ def test_the_line_that_says_something() -> None:
     assert first_line(ValueError("field x is wrong:\n    too long\nmore")) == "field x is wrong: too long"
     assert first_line(ValueError("plain\nmore")) == "plain"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_what_is_known_of_files_is_found_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, calls = tmp_path / "weights", []
+
+    def find() -> str:
+        calls.append(file.read_text())
+        return file.read_text().upper()
+
+    def remember(text: str | None = None) -> str:
+        if text:
+            file.write_text(text)
+        return remembered("upper", [file], find)
+
+    # Just written: it could change again within the clock's resolution.
+    assert [remember("a"), remember(), len(calls)] == ["A", "A", 2]
+    now = time.time()
+    monkeypatch.setattr("layerboost.model.files.time.time", lambda: now + 3)
+    assert [remember(), remember(), len(calls)] == ["A", "A", 3]
+    assert [remember("b"), len(calls)] == ["B", 4]
+    state = file.stat()
+    file.write_text("c")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert [remember(), len(calls)] == ["C", 5]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no directory can be made there
+    assert [remember(), remember(), len(calls)] == ["C", "C", 7]
