@@ -20,6 +20,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["layerboost.cli", "layerboost.stages.heal", "layerboost.stages.measure"])
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 class Forked:
     """A process that runs `target(*arguments)`; what it prints goes to `output` and `errors`."""
 
@@ -115,11 +123,8 @@ class Guarded(Forked):
 
 def ranks(target: Callable[..., None], *arguments: Any, folder: Path, processes: int = 2) -> list[Forked]:
     """Start the processes that `torchrun --nproc-per-node` would start, in one process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Forked(
             target,

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from processes import command
+from processes import command, free_port
 from safetensors.torch import load_file, save_file
 from tiny import save_text, save_tiny
 from tiny_bench import rows, write_jsonl
@@ -83,7 +83,7 @@ def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
             "input_tokens": 24,
             "output_tokens": 8,
             "kv_cache_gib": 1,
-            "port": 18_471,
+            "port": free_port(),
         },
     }
     for section, values in changes.items():

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing.forkserver import ensure_running
 
+import processes
 import psutil
 import pytest
 from offline import Vllm
@@ -15,10 +15,7 @@ MARK = "LAYERBOOST_TEST_MARK"
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return processes.free_port()
 
 
 @pytest.fixture

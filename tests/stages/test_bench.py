@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import Guarded
+from processes import Guarded, free_port
 from tiny import info, layer_plans, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, read_json, write_json, write_plan
@@ -31,11 +31,8 @@ def models(tmp_path: Path) -> dict[str, Path]:
 
 
 def recipe(**changes: Any) -> Recipe:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     small = {"concurrency": [1, 2], "requests_per_concurrency": 1, "input_tokens": 32, "output_tokens": 8, "repeats": 1}
-    return parse_recipe({"bench": {**small, "port": port, **changes}}, "test")
+    return parse_recipe({"bench": {**small, "port": free_port(), **changes}}, "test")
 
 
 def opened(asked: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> Comparison:
