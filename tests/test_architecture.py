@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "layerboost"
 # From the bottom up; a module may import from its own folder and from lower rows.
 FLOORS = [
-    {"errors", "terminal"},
+    {"errors", "terminal", "strategies"},
     {"artifacts", "recipe"},
     {"runtime"},
     {"rows"},
@@ -63,7 +63,7 @@ def test_floors_are_complete() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_files_and_functions_stay_short(file: Path) -> None:
     text = file.read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 450
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name

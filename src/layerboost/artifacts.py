@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,14 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.strategies import FULL, STRATEGIES, WINDOW, Strategy, StrategyName
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 # What lies in a run folder, in the order it is made.
 BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
 HEAL, HEALED, COMPAT = "heal", "healed", "compat"
 
-Strategy = Literal["full", "sliding", "none"]
 Record = TypeVar("Record", bound="Artifact")
 
 
@@ -94,10 +94,14 @@ class Variant(BaseModel):
     """One layer under one replacement, in every metric measured (keys of METRICS)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    attention: Literal["sliding", "none"]
+    attention: StrategyName
     window: int | None = None
     sink: bool = False
     scores: dict[str, Score]
+
+    def plan(self, layer: int) -> LayerPlan:
+        """The entry of a plan that has this replacement."""
+        return LayerPlan(layer=layer, attention=self.attention, window=self.window, sink=self.sink)
 
 
 class LayerSensitivity(BaseModel):
@@ -134,17 +138,56 @@ class LayerPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
-    attention: Strategy
+    attention: StrategyName
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
 
     @model_validator(mode="after")
-    def _window_only_where_sliding(self) -> LayerPlan:
-        if self.attention == "sliding" and self.window is None:
-            raise ValueError("a sliding layer needs a window")
-        if self.attention != "sliding" and (self.window is not None or self.sink):
+    def _only_its_own_settings(self) -> LayerPlan:
+        takes = self.strategy.settings
+        if WINDOW in takes and self.window is None:
+            raise ValueError(f"a {self.attention} layer needs a window")
+        if WINDOW not in takes and (self.window is not None or self.sink):
             raise ValueError(f"a {self.attention} layer takes neither window nor sink")
         return self
+
+    @property
+    def strategy(self) -> Strategy:
+        return STRATEGIES[self.attention]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the layer is another than in the base."""
+        return self.attention != FULL
+
+    def kv_tokens(self, context_tokens: int) -> int:
+        """Tokens whose keys and values the layer holds for one request of a context."""
+        return self.strategy.kv_tokens(context_tokens, self.window)
+
+    @property
+    def label(self) -> str:
+        """The strategy with its settings: full, sliding 64, sliding 64 + sink, none."""
+        return self.attention + (f" {self.window}" if self.window else "") + (" + sink" if self.sink else "")
+
+
+def all_full(model: ModelInfo) -> list[LayerPlan]:
+    """The base as a plan."""
+    return [LayerPlan(layer=layer, attention=FULL) for layer in range(model.layers)]
+
+
+def window_of(layers: Iterable[LayerPlan]) -> int | None:
+    """The one window of a plan's layers; None where none has one."""
+    return next((entry.window for entry in layers if entry.window), None)
+
+
+def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+    """How many layers have each strategy, in the table's order."""
+    return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
+
+
+def counted(layers: Sequence[LayerPlan]) -> str:
+    """The counts as words: 8 full, 22 sliding, 0 none."""
+    return ", ".join(f"{count} {name}" for name, count in counts(layers).items())
 
 
 class Predicted(BaseModel):
@@ -190,7 +233,7 @@ class PlanFile(Artifact):
 
     @property
     def window(self) -> int | None:
-        return next((entry.window for entry in self.layers if entry.window), None)
+        return window_of(self.layers)
 
     @property
     def foretold(self) -> Predicted | None:
@@ -200,10 +243,10 @@ class PlanFile(Artifact):
     @property
     def sliding_as_base(self) -> list[int]:
         """The layers left full that slide in the base already."""
-        return [e.layer for e in self.layers if e.attention == "full" and e.layer in self.model.sliding_layers]
+        return [e.layer for e in self.layers if not e.changed and e.layer in self.model.sliding_layers]
 
-    def count(self, attention: Strategy) -> int:
-        return sum(entry.attention == attention for entry in self.layers)
+    def count(self, attention: StrategyName) -> int:
+        return counts(self.layers)[attention]
 
     def hash(self) -> str:
         """Identity of what the plan does: the model and the layers, not how they were chosen."""
@@ -318,7 +361,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def disk_error(path: Path, error: OSError) -> LayerboostError:
     """The message for a write that failed; an error without a number is a library's word for a full disk."""
-    full = error.errno is None or error.errno in FULL
+    full = error.errno is None or error.errno in DISK_FULL
     do = "free space" if full else "make it writable"
     return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another --run folder")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from layerboost.artifacts import PlanFile, Sensitivity, Variant
+    from layerboost.artifacts import PlanFile, Sensitivity
 
 Rows = list[list[str]]
 PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
@@ -51,7 +51,7 @@ def plain(result: Any) -> Any:
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
     """By layer, the metrics that plans are made by, one a line; the file has all of them with their standard errors."""
-    variants = [{_name(variant): variant.scores for variant in entry.variants} for entry in sensitivity.layers]
+    variants = [{variant.plan(0).label: variant.scores for variant in entry.variants} for entry in sensitivity.layers]
     names = list(dict.fromkeys(name for layer in variants for name in layer))
     measured = {metric for layer in variants for scores in layer.values() for metric in scores}
     metrics = [metric for metric in ("kl", "retrieval", "benchmark") if metric in measured]
@@ -165,8 +165,3 @@ def supported_rows(families: dict[str, dict[str, Any]]) -> Rows:
         for name, row in families.items()
     ]
     return [["family", *kinds, "vLLM"], *body]
-
-
-def _name(variant: Variant) -> str:
-    name = variant.attention + (f" {variant.window}" if variant.window else "")
-    return name + (" + sink" if variant.sink else "")

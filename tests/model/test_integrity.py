@@ -110,11 +110,11 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sizes edited": (lambda f: edit_config(f, intermediate_size=128), r"disagree\nfound: .*up_proj.*\[128, 64\]"),
     "window edited": (
         lambda f: edit_config(f, sliding_window=8),
-        "disagree\nfound: layer 2: sliding 16 with sink in plan.yaml, sliding 8 with sink in config.json; layer 3",
+        "disagree\nfound: layer 2: sliding 16 \+ sink in plan.yaml, sliding 8 \+ sink in config.json; layer 3",
     ),
     "sink edited": (
         lambda f: edit_config(f, attention_sink_layers=[2, 3]),
-        "layer 3: sliding 16 in plan.yaml, sliding 16 with sink in config.json",
+        "layer 3: sliding 16 in plan.yaml, sliding 16 \+ sink in config.json",
     ),
     "none edited": (
         lambda f: edit_config(f, per_layer_config={}),
@@ -122,7 +122,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "layer types edited": (
         lambda f: edit_config(f, layer_types=["full_attention"] * 4),
-        "layer 2: sliding 16 with sink in plan.yaml, full with sink in config.json",
+        "layer 2: sliding 16 \+ sink in plan.yaml, full \+ sink in config.json",
     ),
     "layer types too short": (lambda f: edit_config(f, layer_types=["full_attention"]), "cannot read the config"),
     "per_layer_config of no layer": (
@@ -144,7 +144,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config of nonsense": (lambda f: edit_config(f, num_attention_heads="many"), "cannot read the configuration"),
     "plan edited": (
         lambda f: replace(f, "attention: sliding, window: 16, sink: true", "attention: none"),
-        "disagree\nfound: layer 2: none in plan.yaml, sliding 16 with sink in config.json",
+        "disagree\nfound: layer 2: none in plan.yaml, sliding 16 \+ sink in config.json",
     ),
     "plan of nonsense": (lambda f: replace(f, "attention: full", "attention: some"), "plan.yaml is not a valid"),
 }

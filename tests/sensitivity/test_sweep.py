@@ -125,8 +125,7 @@ def test_local_scores(family: str) -> None:
     found = swept(base, (8,))
     changed = changed_model(family, layer_plans("fnff"))(IDS, output_hidden_states=True).hidden_states
     error = (changed[2][:, :-1] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
-    removed = found[1].variants[0]
-    assert removed.attention == "none"
+    [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
     assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
     # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
     seen: list[torch.Tensor] = []
@@ -136,7 +135,7 @@ def test_local_scores(family: str) -> None:
     base(IDS)
     cosine = 1 - torch.cosine_similarity(states[1], seen[0][:, :-1], dim=-1).mean()
     assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
-    assert "cosine" not in found[1].variants[1].scores
+    assert not any("cosine" in variant.scores for variant in found[1].variants if variant is not removed)
 
 
 def test_a_sweep_goes_on_where_it_stopped() -> None:
@@ -183,5 +182,10 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
 
 def test_candidates_follow_what_a_family_takes() -> None:
     found = candidates(boosted("f"), 0, (8, 16))
-    kinds = [(plan.attention, plan.window, plan.sink) for plan in found]
-    assert kinds == [("none", None, False)] + [("sliding", w, sink) for w in (8, 16) for sink in (False, True)]
+    assert [plan.label for plan in found] == [
+        "sliding 8",
+        "sliding 8 + sink",
+        "sliding 16",
+        "sliding 16 + sink",
+        "none",
+    ]

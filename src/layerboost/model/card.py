@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from layerboost.artifacts import PlanFile
+from layerboost.artifacts import PlanFile, counted
 from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, plan_serving
 from layerboost.recipe import Card
 
@@ -81,7 +81,6 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         f"| {entry.layer} | {entry.attention} | {entry.window or ''} | {'yes' if entry.sink else ''} |"
         for entry in plan.layers
     ]
-    counts = ", ".join(f"{plan.count(kind)} {kind}" for kind in ("full", "sliding", "none"))
     name = origin.base_model or Path(plan.model.name).name
     predicted = plan.foretold
     cache = (
@@ -95,7 +94,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
 # {name}, boosted
 
 Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
-Of {plan.model.layers} layers: {counts}.{cache}
+Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
 {licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}

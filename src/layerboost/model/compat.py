@@ -37,14 +37,14 @@ CONFIGURATION = "configuration_decilm.py"
 def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
     """Raise ConfigError for what `DeciLMForCausalLM` cannot hold; `config` is the base's or a boosted checkpoint's."""
     found = None
-    sliding = [entry.layer for entry in plan.layers if entry.attention == "sliding"]
+    sliding = [entry.layer for entry in plan.layers if entry.window]
     if config.model_type not in LLAMA_SHAPED:
         found = f"family {config.model_type}; Llama-shaped are {', '.join(LLAMA_SHAPED)}"
     elif sliding:
         found = f"sliding layers {', '.join(map(str, sliding))}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "sliding_window", None):
         found = f"a family that slides by itself, window {config.sliding_window}"
-    elif plan.layers[0].attention == "none":
+    elif not plan.layers[0].strategy.keeps_weights:
         found = "no attention in layer 0, with which vLLM's class cannot begin"
     if found:
         raise ConfigError(

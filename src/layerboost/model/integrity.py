@@ -142,7 +142,7 @@ def _check_formats(folder: Path, weights: Tensors) -> None:
 
 
 def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
-    planned = [_words(entry.attention, entry.window, entry.sink) for entry in plan.layers]
+    planned = [entry.label for entry in plan.layers]
     differing = [
         f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json"
         for layer, (ours, theirs) in enumerate(zip(planned, recorded, strict=False))
@@ -189,7 +189,7 @@ def _strategies(config: PreTrainedConfig) -> list[str]:
 
 
 def _words(attention: str, window: int | None, sink: bool) -> str:
-    return attention + (f" {window}" if window else "") + (" with sink" if sink else "")
+    return attention + (f" {window}" if window else "") + (" + sink" if sink else "")
 
 
 def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from layerboost.artifacts import LayerPlan, ModelInfo, PlanFile
+from layerboost.artifacts import LayerPlan, ModelInfo, PlanFile, all_full, counts, window_of
 
 # A request may reserve this much more than it holds while decoding, before smaller batches are advised.
 SPARE = 1.25
@@ -98,7 +98,7 @@ def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     window = model.sliding_window
     return [
         LayerPlan(layer=entry.layer, attention="sliding", window=window)
-        if entry.attention == "full" and entry.layer in model.sliding_layers
+        if not entry.changed and entry.layer in model.sliding_layers
         else entry
         for entry in layers
     ]
@@ -113,7 +113,7 @@ def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_token
     layers = as_served(model, layers)
     found = _groups(layers)
     in_flight = engine.max_batched_tokens * engine.batches_in_flight
-    reserved = min(_window(layers) - 1 + in_flight, context_tokens)
+    reserved = min((window_of(layers) or 1) - 1 + in_flight, context_tokens)
     blocks = found.full * math.ceil(context_tokens / engine.block_size)
     blocks += found.sliding * (math.ceil(reserved / engine.block_size) + 1)
     return blocks * block_bytes(model, layers, engine)
@@ -124,7 +124,7 @@ def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens
     layers = as_served(model, layers)
     found = _groups(layers)
     whole = math.ceil(context_tokens / engine.block_size)
-    blocks = found.full * whole + found.sliding * min(whole, (_window(layers) - 1) / engine.block_size + 1)
+    blocks = found.full * whole + found.sliding * min(whole, ((window_of(layers) or 1) - 1) / engine.block_size + 1)
     return round(blocks * block_bytes(model, layers, engine))
 
 
@@ -157,7 +157,7 @@ def serving(
     of `context_tokens` by so many tokens at once, where it is known.
     """
     engine = _advised(model, layers, context_tokens, concurrency, default)
-    base = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
+    base = all_full(model)
 
     def ratio(settings: Engine) -> float:
         own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache
@@ -165,7 +165,7 @@ def serving(
 
     flags: tuple[str, ...] = ()
     # vLLM's own batch depends on the GPU, which may be another one than here: where a layer slides it is always named.
-    unknown = default == GPU_ENGINE and any(entry.attention == "sliding" for entry in layers)
+    unknown = default == GPU_ENGINE and window_of(layers) is not None
     if unknown or engine.max_batched_tokens != default.max_batched_tokens:
         flags += ("--max-num-batched-tokens", str(engine.max_batched_tokens))
     if engine.block_size != default.block_size:
@@ -187,7 +187,7 @@ def serving(
 def _advised(
     model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, concurrency: int, default: Engine
 ) -> Engine:
-    if not any(entry.attention == "sliding" for entry in layers):
+    if window_of(layers) is None:
         return default
     # Blocks of 32 suit every backend; longer ones round a short window up.
     engine = replace(default, block_size=min(default.block_size, 32))
@@ -201,9 +201,5 @@ def _advised(
 
 
 def _groups(layers: Sequence[LayerPlan]) -> Groups:
-    counts = [sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding")]
-    return groups(*counts)
-
-
-def _window(layers: Sequence[LayerPlan]) -> int:
-    return next((entry.window for entry in layers if entry.window), 1)
+    found = counts(layers)
+    return groups(found["full"], found["sliding"])

@@ -105,7 +105,7 @@ class LayerStream:
 
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
         """One decoder layer on its input `[B, T, D]`, for a batch shape that `forward` has seen."""
-        if plan is not None and plan.attention != "full":
+        if plan is not None and plan.changed:
             sinks = self.sinks[index, plan.window] if plan.sink and plan.window else None
             with replaced(self.model, index, plan, sinks):
                 return self.layer(index, hidden)

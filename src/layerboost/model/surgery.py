@@ -6,14 +6,14 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from layerboost.artifacts import LayerPlan
+from layerboost.artifacts import LayerPlan, window_of
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, Family
 from layerboost.model.modeling import apply_config, base_layer_types, boosted_class, decoder_layers, make_sliding
@@ -69,9 +69,9 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
         )
     types, native = base_layer_types(config), native_window(config)
-    kept = [e.layer for e in layers if e.attention == "full" and types[e.layer] == "sliding_attention"]
+    kept = [e.layer for e in layers if not e.changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
-        if entry.attention != "full" and entry.attention not in family.supports:
+        if entry.changed and entry.attention not in family.supports:
             raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
         if entry.window is None:
             continue
@@ -103,7 +103,7 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     check_plan(config, layers)
     types = base_layer_types(config)
     config = copy.deepcopy(config)
-    window = next((entry.window for entry in layers if entry.window), None)
+    window = window_of(layers)
     if window is not None:
         for flag, value in family_of(config).config_flags:
             setattr(config, flag, value)
@@ -112,7 +112,7 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
         config.base_layer_types = types
     config.layer_types = ["sliding_attention" if entry.window else types[entry.layer] for entry in layers]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
-    none = [entry.layer for entry in layers if entry.attention == "none"]
+    none = [entry.layer for entry in layers if not entry.strategy.keeps_weights]
     config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
     config.architectures = ["LayerBoostForCausalLM"]
     config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
@@ -140,7 +140,7 @@ def apply_plan(
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
     """Inside the block, one layer of a stock model runs under another strategy; outside, everything is as before."""
-    if plan.attention == "full":
+    if not plan.changed:
         yield
         return
     decoder_layer = decoder_layers(model)[layer]
@@ -148,13 +148,18 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
     attention: Any = getattr(decoder_layer, name)
     config = attention.config
     try:
-        if plan.attention == "none":
-            # The norms stay: their output is not used, and a stock layer calls them.
-            setattr(decoder_layer, name, _Silent())
-        else:
-            assert plan.window is not None
-            make_sliding(attention, plan.window, sink=False)
-            attention.sinks = sinks
+        match plan.attention:
+            case "none":
+                # The norms stay: their output is not used, and a stock layer calls them.
+                setattr(decoder_layer, name, _Silent())
+            case "sliding":
+                assert plan.window is not None
+                make_sliding(attention, plan.window, sink=False)
+                attention.sinks = sinks
+            case "full":
+                pass
+            case _:
+                assert_never(plan.attention)
         yield
     finally:
         setattr(decoder_layer, name, attention)

@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PlanFile, Strategy, finite, json_text
+from layerboost.artifacts import PlanFile, finite, json_text
 from layerboost.reporting.text import strategy
+from layerboost.strategies import StrategyName
 
 # Nothing may be fetched: a browser enforces what the page promises.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -172,7 +173,7 @@ def _html_layers(plan: PlanFile, lines: dict[int, list[str]]) -> str:
             f"{''.join(f'<span>{escape(line)}</span>' for line in lines.get(entry.layer, []))}</div></li>"
         )
     slide = len(plan.sliding_as_base)
-    keys: dict[Strategy, str] = {
+    keys: dict[StrategyName, str] = {
         "full": "full attention" + (f" ({slide} of them slide as in the base)" if slide else ""),
         "sliding": f"sliding window of {plan.window} tokens" + (" (• with a learned sink)" if _has_sink(plan) else ""),
         "none": "no attention",

@@ -9,6 +9,7 @@ from layerboost.artifacts import LayerPlan, LayerSensitivity, Predicted, Sensiti
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.search.costs import KV_BYTES, PARAMETERS, Budget
+from layerboost.strategies import FULL
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,9 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
     scales = metric_scales(sensitivity, settings)
     table = []
     for entry in sensitivity.layers:
-        options = [Choice(LayerPlan(layer=entry.layer, attention="full"), 0.0, {})]
+        options = [Choice(LayerPlan(layer=entry.layer, attention=FULL), 0.0, {})]
         options += [
-            _choice(entry, variant, settings, scales)
-            for variant in entry.variants
-            if variant.attention == "none" or variant.window == window
+            _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
         table.append(options)
     return table
@@ -60,14 +59,14 @@ def metric_limits(settings: Plan) -> dict[str, float]:
 
 def score_in(choice: Choice, metric: str) -> float:
     """What a choice does in one metric; raises ConfigError when that was not measured."""
-    if choice.plan.attention == "full":
+    if not choice.plan.changed:
         return 0.0
     return _measured(choice.plan.layer, choice.plan.attention, choice.scores, metric)
 
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
     """The window with or without a sink, whichever does less damage; full where it slides in the base already."""
-    sliding = [choice for choice in options if choice.plan.attention == "sliding"]
+    sliding = [choice for choice in options if choice.plan.window]
     return min(sliding, key=lambda choice: choice.damage).plan if sliding else options[0].plan
 
 
@@ -79,11 +78,10 @@ def removal(entry: LayerSensitivity, metric: str) -> float:
 def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
     """The measurement of one strategy; raises ConfigError without one."""
     for variant in entry.variants:
-        if (variant.attention, variant.window, variant.sink) == (plan.attention, plan.window, plan.sink):
+        if variant.plan(entry.layer) == plan:
             return variant
     raise ConfigError(
-        f"layer {entry.layer} was not measured as {plan.attention}"
-        + (f" with window {plan.window}, sink {plan.sink}" if plan.attention == "sliding" else ""),
+        f"layer {entry.layer} was not measured as {plan.label}",
         do="measure again with it in measure.windows",
     )
 
@@ -137,9 +135,7 @@ def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
 
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:
     """What the single-layer scores add up to, and the costs. The whole plan's damage is larger: scores interact."""
-    chosen = [
-        variant_of(sensitivity.layers[entry.layer], entry).scores for entry in layers if entry.attention != "full"
-    ]
+    chosen = [variant_of(sensitivity.layers[entry.layer], entry).scores for entry in layers if entry.changed]
     metrics = set.intersection(*(set(scores) for scores in chosen)) if chosen else set()
     first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
@@ -157,6 +153,5 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
 
 
 def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:
-    plan = LayerPlan(layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink)
     damage = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
-    return Choice(plan, damage, {metric: score.mean for metric, score in variant.scores.items()})
+    return Choice(variant.plan(entry.layer), damage, {metric: score.mean for metric, score in variant.scores.items()})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, Strategy, read_json
+from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, all_full, counts, read_json
 from layerboost.errors import ConfigError
 from layerboost.model.memory import as_served, padded_full
 from layerboost.recipe import Plan
@@ -20,21 +20,14 @@ from layerboost.runtime import machine
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 
-def layer_kv_bytes(model: ModelInfo, attention: Strategy, window: int | None, context_tokens: int) -> int:
-    """Bytes one layer holds for one request of `context_tokens`: all of it, its window, or nothing."""
-    return _held(attention, window, context_tokens) * model.kv_bytes_per_token
-
-
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
     """Bytes a whole plan holds for one request of `context_tokens`."""
-    held = (layer_kv_bytes(model, e.attention, e.window, context_tokens) for e in as_served(model, layers))
-    return sum(held)
+    return sum(entry.kv_tokens(context_tokens) for entry in as_served(model, layers)) * model.kv_bytes_per_token
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
     """Bytes the base holds for one request of `context_tokens`."""
-    full = [LayerPlan(layer=layer, attention="full") for layer in range(model.layers)]
-    return plan_kv_bytes(model, full, context_tokens)
+    return plan_kv_bytes(model, all_full(model), context_tokens)
 
 
 class Rates(BaseModel):
@@ -88,7 +81,7 @@ def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, co
 
     Passes, layers with attention, weight bytes, FLOPs of products with weights, KV bytes, FLOPs of prefill attention.
     """
-    attention = sum(entry.attention != "none" for entry in layers)
+    attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
     held = requests * plan_kv_bytes(model, layers, context_tokens)
     return np.array([1, attention, weights * model.bytes_per_element, 2 * weights * requests, held, 0], dtype=float)
@@ -98,11 +91,11 @@ def prefill_work(
     model: ModelInfo, layers: Sequence[LayerPlan], prompt_tokens: int, max_batched_tokens: int
 ) -> np.ndarray:
     """A prompt read in steps of `max_batched_tokens`; the columns of `decode_work`. The head sees the last token."""
-    attention = sum(entry.attention != "none" for entry in layers)
+    attention = sum(entry.strategy.keeps_weights for entry in layers)
     body, head = _body_parameters(model), model.hidden_size * model.vocabulary
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
-    pairs = sum(_pairs(entry.attention, entry.window, prompt_tokens) for entry in as_served(model, layers))
+    pairs = sum(_pairs(entry, prompt_tokens) for entry in as_served(model, layers))
     flops = 2 * (weights * prompt_tokens + head * passes)
     read = passes * (weights + head) * model.bytes_per_element
     return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
@@ -150,7 +143,7 @@ class Budget:
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Every cost of a plan, for one request of the budget's context; no layers: what is left without attention."""
-        attention = sum(entry.attention != "none" for entry in layers)
+        attention = sum(entry.strategy.keeps_weights for entry in layers)
         body = self.model.parameters - self.model.layers * self.model.attention_parameters
         costs = {
             KV_BYTES: float(plan_kv_bytes(self.model, layers, self.context_tokens)),
@@ -168,7 +161,7 @@ class Budget:
 
     def base(self) -> dict[str, float]:
         """The costs of the base."""
-        return self.plan([LayerPlan(layer=layer, attention="full") for layer in range(self.model.layers)])
+        return self.plan(all_full(self.model))
 
     def share(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """The costs of a plan against the base's."""
@@ -178,8 +171,8 @@ class Budget:
     def held(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """The costs that are held to the limits, against the base's: `share` with the padding in the KV bytes."""
         share = self.share(layers)
-        counts = [sum(entry.attention == kind for entry in layers) for kind in ("full", "sliding")]
-        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(*counts)}
+        found = counts(layers)
+        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(found["full"], found["sliding"])}
 
     def padding_share(self, full: int, sliding: int) -> float:
         """KV bytes of the full layers that vLLM pads with, against the base's KV bytes; 0 where they do not count."""
@@ -191,13 +184,9 @@ class Budget:
         return all(held[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
 
 
-def _held(attention: Strategy, window: int | None, context_tokens: int) -> int:
-    return {"full": context_tokens, "sliding": min(window or 0, context_tokens), "none": 0}[attention]
-
-
-def _pairs(attention: Strategy, window: int | None, tokens: int) -> int:
-    """Query-key pairs of a prompt: a query sees at most the window's keys up to itself."""
-    seen = _held(attention, window, tokens)
+def _pairs(entry: LayerPlan, tokens: int) -> int:
+    """Return the query-key pairs of a prompt: a query attends to as many tokens up to itself as the layer holds."""
+    seen = entry.kv_tokens(tokens)
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 

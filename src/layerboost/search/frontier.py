@@ -6,12 +6,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Predicted, Sensitivity
+from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Predicted, Sensitivity, counts, window_of
 from layerboost.errors import InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import predict
 from layerboost.search.greedy import Measure
 from layerboost.search.methods import select
+from layerboost.strategies import StrategyName
 
 FRONTIER = "frontier.json"
 STEPS = 40
@@ -24,12 +25,12 @@ class FrontierPoint(BaseModel):
     predicted: Predicted
     layers: list[LayerPlan]
 
-    def count(self, attention: str) -> int:
-        return sum(entry.attention == attention for entry in self.layers)
+    def count(self, attention: StrategyName) -> int:
+        return counts(self.layers)[attention]
 
     @property
     def window(self) -> int | None:
-        return next((entry.window for entry in self.layers if entry.window), None)
+        return window_of(self.layers)
 
 
 class Frontier(Artifact):

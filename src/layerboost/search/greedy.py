@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 
-from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.artifacts import LayerPlan, Sensitivity, window_of
 from layerboost.recipe import Plan
 from layerboost.runtime import Progress
 from layerboost.search.choices import Choice, blended, choices, metric_limits, metric_scales, windows
@@ -26,7 +26,7 @@ class Objective:
 
     def __call__(self, plan: Sequence[LayerPlan]) -> float:
         """Measured damage of a plan."""
-        if all(entry.attention == "full" for entry in plan):
+        if not any(entry.changed for entry in plan):
             return 0.0
         found = self.measure(plan)
         excess = sum(max(0.0, (found[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
@@ -78,7 +78,7 @@ def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
     if len(measured) > 1:
         # Limits on damage hold for what is measured, not for sums of single scores.
         costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
-        best = next((entry.window for entry in budget(sensitivity, costs_alone) if entry.window), measured[0])
+        best = window_of(budget(sensitivity, costs_alone)) or measured[0]
     else:
         best = measured[0]
     return choices(sensitivity, settings, best)

@@ -45,7 +45,7 @@ def _measured(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> lis
     """A plan by the methods that measure; the search only leans towards limits on damage, so they are looked at."""
     plan = greedy(sensitivity, settings, measure)
     limits = metric_limits(settings)
-    found = measure(plan) if any(entry.attention != "full" for entry in plan) else dict.fromkeys(limits, 0.0)
+    found = measure(plan) if any(entry.changed for entry in plan) else dict.fromkeys(limits, 0.0)
     if any(found[metric] > most + 1e-9 for metric, most in limits.items()):
         raise infeasible(Budget.of(sensitivity, settings), settings, plan, found, "measured")
     return plan

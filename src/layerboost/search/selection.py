@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.artifacts import LayerPlan, Sensitivity, counted
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.recipe import Plan
 from layerboost.search.choices import Choice, best_sliding, choices, metric_limits, removal, score_in, windows
@@ -129,9 +129,9 @@ def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
         return table
     kept = []
     for options in table:
-        sliding = [choice for choice in options if choice.plan.attention == "sliding"]
+        sliding = [choice for choice in options if choice.plan.window]
         best = min(sliding, key=lambda choice: score_in(choice, settings.metric), default=None)
-        kept.append([choice for choice in options if choice.plan.attention != "sliding" or choice is best])
+        kept.append([choice for choice in options if not choice.plan.window or choice is best])
     return kept
 
 
@@ -260,11 +260,8 @@ def infeasible(
             wanted.append(f"a {how} {metric} of at most {most:g}")
             found.append(f"a {how} {metric} of {scores[metric]:.3g}")
             do.append(f"plan.max_{metric} to {math.ceil(scores[metric] * 1000) / 1000:g}")
-    counts = ", ".join(
-        f"{sum(entry.attention == kind for entry in layers)} {kind}" for kind in ("full", "sliding", "none")
-    )
     return InfeasibleBudget(
         f"no plan by {settings.method} keeps " + " and ".join(wanted),
-        found=f"the nearest ({counts}) has " + " and ".join(found),
+        found=f"the nearest ({counted(layers)}) has " + " and ".join(found),
         do=f"raise {' and '.join(do)} or more, or measure a shorter window",
     )

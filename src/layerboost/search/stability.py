@@ -9,22 +9,23 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import rankdata
 
-from layerboost.artifacts import SENSITIVITY, Artifact, Sensitivity, Strategy, read_json
+from layerboost.artifacts import SENSITIVITY, Artifact, Sensitivity, read_json
 from layerboost.errors import ConfigError
+from layerboost.strategies import StrategyName
 
 STABILITY = "stability.json"
 DRAWS = 2000
 SEED = 0
 LEAST_LAYERS = 4
 
-Kind = tuple[Strategy, int | None, bool]
+Kind = tuple[StrategyName, int | None, bool]
 
 
 class Agreement(BaseModel):
     """Rank correlation over layers of one replacement's scores, and its 95 % bootstrap interval over layers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    attention: Strategy
+    attention: StrategyName
     window: int | None
     sink: bool
     metric: str

@@ -11,6 +11,7 @@ from layerboost.artifacts import LayerPlan, Score
 from layerboost.model.stream import Beginning, LayerStream
 from layerboost.retrieval import Prompts
 from layerboost.sensitivity.metrics import BasePrompts, BaseText, check_values, score
+from layerboost.strategies import FULL
 from layerboost.traffic import Traffic
 
 # Damage by metric, one value a sequence, prompt or item: `[N]`.
@@ -45,7 +46,7 @@ class Streams:
     ) -> None:
         self.stream = stream
         self.beginnings = beginnings or [None] * len(first)
-        self.kept = [LayerPlan(layer=layer, attention="full") for layer in range(len(stream.layers))]
+        self.kept = [LayerPlan(layer=layer, attention=FULL) for layer in range(len(stream.layers))]
         self.inputs = {0: first}
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Streams:
 
     def _unchanged(self, batch: int, start: int, plan: Sequence[LayerPlan]) -> Beginning | None:
         """What is kept of the positions that a plan leaves as they are, if its layers above `start` are full."""
-        beginning, changed = self.beginnings[batch], [entry for entry in plan if entry.attention != "full"]
+        beginning, changed = self.beginnings[batch], [entry for entry in plan if entry.changed]
         windows = [entry.window for entry in changed if entry.window and not entry.sink]
         if beginning is None or not windows or len(windows) < len(changed) or changed[-1].layer > start:
             return None

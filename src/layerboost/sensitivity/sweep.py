@@ -13,6 +13,7 @@ from layerboost.model.surgery import family_of
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.sensitivity.metrics import BaseText, check_finite, score
 from layerboost.sensitivity.probe import Damages, Probe, TextProbe
+from layerboost.strategies import FULL, STRATEGIES, WINDOW
 
 
 @torch.no_grad()
@@ -61,19 +62,21 @@ def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> li
     A layer that slides in the base already can only be removed.
     """
     supports = family_of(model.config).supports
-    plans = [LayerPlan(layer=layer, attention="none")] if "none" in supports else []
-    if base_layer_types(model.config)[layer] == "sliding_attention":
-        return plans
     sinks = (False, True) if "sink" in supports else (False,)
-    plans += [LayerPlan(layer=layer, attention="sliding", window=w, sink=sink) for w in windows for sink in sinks]
-    return plans
+    slides = base_layer_types(model.config)[layer] == "sliding_attention"
+    return [
+        LayerPlan(layer=layer, attention=name, **fields)
+        for name, strategy in STRATEGIES.items()
+        if name in supports and not (slides and WINDOW in strategy.settings)
+        for fields in strategy.variants(windows, sinks)
+    ]
 
 
 def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool) -> LayerSensitivity:
     kept = probes[0].streams.kept
     options = candidates(probes[0].streams.stream.model, index, windows)
     if on_plan:  # what the others lose with this layer full
-        options.append(LayerPlan(layer=index, attention="full"))
+        options.append(LayerPlan(layer=index, attention=FULL))
     plans = [[*kept[:index], option, *kept[index + 1 :]] for option in options]
     found: list[Damages] = [{} for _ in plans]
     for probe in probes:
@@ -87,12 +90,11 @@ def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_p
     counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
     variants = []
     for option, damages in zip(options, found, strict=False):
-        if option.attention == "none":
+        if not option.strategy.keeps_weights:
             damages["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
         means = {metric: one.mean for metric, one in scores.items()}
         check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
-        assert option.attention != "full"
         variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
     return LayerSensitivity(layer=index, variants=variants)
 
