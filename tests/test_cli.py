@@ -152,10 +152,17 @@ def test_a_budget_that_cannot_be_met_exits_with_3(measured: Path, tmp_path: Path
 def test_a_refused_budget_leaves_the_recipe_alone(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     before = (run / "recipe.yaml").read_text()
-    sensitivity = (run / "sensitivity.json").read_text().replace('"none"', '"sliding"')
-    (run / "sensitivity.json").write_text(sensitivity)
+    text = (run / "sensitivity.json").read_text()
+    sensitivity = json.loads(text)
+    for layer in sensitivity["layers"]:
+        layer["variants"] = [variant for variant in layer["variants"] if variant["window"]]
+    (run / "sensitivity.json").write_text(json.dumps(sensitivity))
     assert layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.001", check=False).returncode == 3
     assert (run / "recipe.yaml").read_text() == before
+    (run / "sensitivity.json").write_text(text.replace('"none"', '"sliding"'))
+    broken = layerboost("plan", "--run", run, check=False)
+    assert broken.returncode == 2
+    assert "a sliding layer needs a window" in broken.stderr
 
 
 def test_two_commands_do_not_share_a_run_folder(measured: Path, tmp_path: Path) -> None:
@@ -284,6 +291,17 @@ def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
         )
     assert refused.returncode == 2
     assert str(port) in refused.stderr
+
+
+def test_a_broken_history_is_found_before_a_stage_runs(measured: Path, tmp_path: Path) -> None:
+    run = copy_run(measured, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("plan.yaml", "recipe.yaml") if (run / name).exists()}
+    (run / "run.json").write_text("{")
+    refused = layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.6", check=False)
+    assert refused.returncode == 2
+    assert "run.json" in refused.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert (run / "plan.yaml").exists() == ("plan.yaml" in before)
 
 
 @pytest.mark.parametrize(

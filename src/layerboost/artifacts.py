@@ -99,6 +99,11 @@ class Variant(BaseModel):
     sink: bool = False
     scores: dict[str, Score]
 
+    @model_validator(mode="after")
+    def _a_strategy_with_its_settings(self) -> Variant:
+        self.plan(0)
+        return self
+
     def plan(self, layer: int) -> LayerPlan:
         """The entry of a plan that has this replacement."""
         return LayerPlan(layer=layer, attention=self.attention, window=self.window, sink=self.sink)
@@ -307,6 +312,16 @@ def json_text(value: Any, what: str, **options: Any) -> str:
         raise LayerboostError(
             f"{what} cannot be written: a number in it is not finite", found=not_finite(value)
         ) from None
+
+
+def check_path(path: Path) -> None:
+    """Raise ConfigError for a path that is not UTF-8: safetensors, tokenizers and vLLM cannot open it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        found = os.fsencode(path.absolute())
+        raise ConfigError("a path is not UTF-8, which the libraries that read it want", found=repr(found)[1:],
+                          do="rename it, or link to it by another name") from None  # fmt: skip
 
 
 def file_hash(path: Path) -> str:

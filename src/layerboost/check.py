@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan
+from layerboost.artifacts import CONVERTED, HEALED, PLAN, check_path, read_plan
 from layerboost.errors import LayerboostError
 from layerboost.healing.estimate import estimate_healing
 from layerboost.healing.training import less_memory
@@ -52,6 +52,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     Raises ConfigError for what cannot work and LayerboostError when memory or disk do not suffice.
     """
     model_of(recipe)
+    check_path(run)
     free_bytes = shutil.disk_usage(_place_of(run)).free
     runtime = start_runtime(recipe)
     base = find_base(recipe, run, runtime)

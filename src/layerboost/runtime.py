@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from layerboost.artifacts import RunFile, StageRecord, read_json, write_json
+from layerboost.artifacts import RunFile, StageRecord, check_path, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 
@@ -229,6 +229,9 @@ class Progress:
 def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
     """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    file = run / "run.json"
+    # Before the stage: a file that cannot be read must not cost its work.
+    history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
     status, error = "done", None
     try:
         yield
@@ -240,8 +243,6 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
         raise
     finally:
         if run.is_dir() and is_main_process():
-            file = run / "run.json"
-            history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
             record = {
                 "stage": stage,
                 "argv": sys.argv,
@@ -265,6 +266,7 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises ConfigError, also where no run folder can be. On a file system without locks a warning takes their place.
     """
+    check_path(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".lock").open("w") if is_main_process() else None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,10 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="package no-such-package is not installed"):
         find_model("package:no-such-package", RUNTIME)
     tiny_model().config.save_pretrained(tmp_path)
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    with pytest.raises(ConfigError, match=r"a path is not UTF-8[^$]+odd\\xff"):
+        find_model(str(odd), RUNTIME)
     with pytest.raises(ConfigError, match="no weights"):
         find_model(str(tmp_path), RUNTIME)
 
@@ -135,6 +140,14 @@ def test_other_kinds_of_models_are_refused(model_type: str, message: str, tmp_pa
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=message):
         find_model(str(tmp_path), RUNTIME).load()
+
+
+@pytest.mark.parametrize("key", ["is_causal", "use_bidirectional_attention"])
+def test_attention_that_sees_what_follows_is_refused(key: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    edit_json(folder / "config.json", **{key: key != "is_causal"})
+    with pytest.raises(ConfigError, match="bidirectional attention are not supported"):
+        find_model(str(folder), RUNTIME).load()
 
 
 def test_a_truncated_config_is_refused(tmp_path: Path) -> None:
@@ -270,7 +283,7 @@ def test_a_tokenizer_puts_nothing_behind_a_text(tmp_path: Path) -> None:
         assert again(source).tokenizer("w5 w6")["input_ids"] == [*opening, 5, 6]
 
 
-def test_the_end_of_a_text(tmp_path: Path) -> None:
+def test_the_end_of_a_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = None
     source = with_tokenizer(tmp_path / "m", tokenizer)
@@ -279,6 +292,13 @@ def test_the_end_of_a_text(tmp_path: Path) -> None:
         edit_json(source.folder / "config.json", eos_token_id=named)
         found = again(source).tokenizer
         assert (found.eos_token_id, found.pad_token_id) == (1, 1)
+    # Transformers would add it under a new id, which no model learned.
+    edit_json(source.folder / "config.json", eos_token_id=1, vocab_size=300)
+    edit_json(source.folder / "tokenizer_config.json", eos_token="<|end|>")
+    with caplog.at_level("WARNING"):
+        assert again(source).tokenizer.eos_token_id == 1
+    assert "has no <|end|>" in caplog.text
+    edit_json(source.folder / "tokenizer_config.json", eos_token=None)
     odd: list[Any] = [None, 500, []]
     for named in odd:
         edit_json(source.folder / "config.json", eos_token_id=named)

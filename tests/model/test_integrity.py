@@ -238,6 +238,20 @@ def in_place_of_safetensors(folder: Path) -> Path:
     return folder / "pytorch_model.bin"
 
 
+def pickled(folder: Path) -> Path:
+    """Keep the weights in pytorch_model.bin alone."""
+    file = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), file)
+    (folder / "model.safetensors").unlink()
+    return file
+
+
+def edit_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 def pointer(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_text(LFS)
@@ -274,6 +288,18 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
             json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}})
         ),
         "has weights twice: Transformers loads one, vLLM the other",
+    ),
+    "a shard of pickled weights left": (
+        lambda f: shutil.copy(pickled(f), f / "pytorch_model-00002-of-00002.bin"),
+        "has weights that Transformers ignores and vLLM loads\nfound: pytorch_model-00002-of-00002.bin",
+    ),
+    "a window that its class does not know": (
+        lambda f: edit_config(f, sliding_window=8),
+        "a sliding window that Transformers ignores and vLLM does not\nfound: sliding_window 8",
+    ),
+    "a number too large": (
+        lambda f: edit_text(f / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e999'),
+        "1e999 is not a finite number",
     ),
     "tensor missing": (lambda f: change_weights(f, lambda t: t.pop(OTHER)), f"disagree\nfound: no {OTHER}"),
     "tensor more": (
@@ -332,6 +358,13 @@ def test_a_directory_that_cannot_be_the_base(case: str, stock: Path, tmp_path: P
     check_base(folder, torch.float32)
     spoil(folder)
     with pytest.raises(ConfigError, match=message):
+        check_base(folder, torch.float32)
+
+
+def test_sliding_layers_without_a_window(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "qwen3", layers=2)
+    edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=False)
+    with pytest.raises(ConfigError, match=r"has sliding layers without a window\nfound: [^$]+use_sliding_window False"):
         check_base(folder, torch.float32)
 
 

@@ -222,6 +222,27 @@ def test_validation_finds_mistakes_without_a_model(data: Path, models: dict[str,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_further_checkpoint_is_looked_through(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = find_model(str(models["base"]), RUNTIME)
+
+    def look(folder: Path) -> None:
+        check(recipe(data, checkpoints={"other": str(folder)}), tmp_path / "run", base)
+
+    look(models["healed"])
+    with pytest.raises(ConfigError, match=r"not finite[^$]+mlp.down_proj.weight"):
+        look(damaged(models, tmp_path / "damaged"))
+    other = Path(shutil.copytree(models["same"], tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = sorted(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ConfigError, match=rf"another vocabulary\nfound: '{one}' is {vocabulary[one]}, {vocabulary[two]} in the base"
+    ):
+        look(other)
+
+
 def damaged(models: dict[str, Path], folder: Path) -> Path:
     """The healed model with a weight that is not finite."""
     shutil.copytree(models["healed"], folder)

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import BASE, ModelInfo, new_folder
+from layerboost.artifacts import BASE, ModelInfo, check_path, file_hash, new_folder
 from layerboost.errors import ConfigError
+from layerboost.model import files as model_files
+from layerboost.model import integrity
 from layerboost.model.card import CARD, LICENCE_FILES, Origin, front_matter, licence_files, licence_sentence
 from layerboost.model.files import (
     check_finite_weights,
@@ -107,8 +110,10 @@ class Base:
         """Raise ConfigError if the directory cannot be MODEL. Every weight is read, once for the same files."""
         if self.gguf:
             return
-        files = [file for file in self.folder.iterdir() if file.is_file()]
-        what = f"base {self.runtime.dtype_name} {self.trust_remote_code} {importlib.metadata.version('layerboost')}"
+        files = {*weight_files(self.folder), *(file for file in self.folder.iterdir() if file.is_file())}
+        # Another version of the checks, or of Transformers, may find what this one did not.
+        checks = [file_hash(Path(module.__file__ or "")) for module in (integrity, model_files)]
+        what = f"base {self.runtime.dtype_name} {self.trust_remote_code} {checks} {transformers.__version__}"
 
         def check() -> str:
             check_base(self.folder, self.runtime.dtype, self.trust_remote_code)
@@ -163,6 +168,7 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
     if name.startswith("package:"):
         folder, gguf = _package_gguf(name.removeprefix("package:"))
     elif path.is_dir():
+        check_path(path)
         plain_config(path)
         weight_files(path)
         folder = path.absolute()

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from layerboost.artifacts import PLAN, ModelInfo, PlanFile, Sensitivity, disk_error, new_folder, read_plan, write_plan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import attention, families, modeling
+from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
 from layerboost.model.files import read_weights
-from layerboost.model.integrity import check_checkpoint
-from layerboost.model.tokenizer import save_tokenizer
+from layerboost.model.integrity import check_checkpoint, check_weights
+from layerboost.model.tokenizer import SENTENCE, save_tokenizer
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.
@@ -92,11 +93,32 @@ def check_same_plan(made_from: PlanFile, folder: Path, file: Path, command: str)
         )
 
 
-def check_further(given: Mapping[str, str], run: Path) -> None:
-    """Raise ConfigError for a damaged one of a recipe's further checkpoints. Those in the run folder may come later."""
+def check_further(given: Mapping[str, str], run: Path, base: Base) -> None:
+    """Raise ConfigError for a recipe's further checkpoint that is damaged or cannot be compared with the base.
+
+    Those in the run folder may be made later.
+    """
     for folder in {Path(name).expanduser() for name in given.values()}:
         if not folder.absolute().is_relative_to(run.absolute()):
-            check_checkpoint(folder)
+            other = find_model(str(folder), base.runtime, None, base.trust_remote_code)
+            check_comparable(other, base)
+            if "quantization_config" not in check_checkpoint(folder, base.trust_remote_code):
+                check_weights(folder, base.runtime.dtype, base.trust_remote_code)
+
+
+def check_comparable(other: Base, base: Base) -> None:
+    """Raise ConfigError for a model that does not encode text as the base does."""
+    rows, ours = base.config.vocab_size, base.tokenizer.get_vocab()
+    theirs = other.tokenizer.get_vocab()
+    found = ""
+    if other.config.vocab_size != rows:
+        found = f"{other.config.vocab_size:,} tokens, {rows:,} of the base"
+    elif moved := [token for token, index in ours.items() if theirs.get(token, index) != index]:
+        found = f"{moved[0]!r} is {theirs[moved[0]]}, {ours[moved[0]]} in the base"
+    elif other.tokenizer(SENTENCE)["input_ids"] != base.tokenizer(SENTENCE)["input_ids"]:
+        found = f"other ids for {SENTENCE!r}"
+    if found:
+        raise ConfigError(f"{other.name} cannot be compared with the base: another vocabulary", found=found)
 
 
 def modeling_source() -> str:

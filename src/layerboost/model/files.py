@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.modeling_utils import load_state_dict
@@ -22,6 +22,8 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In the order in which Transformers looks for them.
 WEIGHTS = (SINGLE, INDEX, *PICKLED)
 POINTER = b"version https://git-lfs"
+# Mistral's own format is another model to vLLM, with its own tensor names; a trainer's files are no weights to it.
+NOT_LOADED = ("consolidated", "training_args", "optimizer", "scheduler")
 SHOWN = 3
 Tensors = dict[str, torch.Tensor]
 
@@ -50,7 +52,7 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found="no config.json in it")
     check_readable(file)
     try:
-        config = json.loads(file.read_text(), parse_constant=_not_finite)
+        config = json.loads(file.read_text(), parse_constant=_not_finite, parse_float=_finite)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
@@ -58,8 +60,13 @@ def plain_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _not_finite(constant: str) -> None:
+def _not_finite(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a finite number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _not_finite(number)
 
 
 def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
@@ -119,10 +126,10 @@ def headers(folder: Path) -> Tensors:
     """
     tensors: Tensors = {}
     files = weight_files(folder)
-    others = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in files}
-    # Mistral's own format is another model to vLLM, with its own tensor names.
-    others = {name for name in others if not name.startswith("consolidated")}
-    if others and not (folder / INDEX).is_file():
+    others = {file.name for file in folder.glob(f"*{files[0].suffix}")} - {file.name for file in files}
+    others = {name for name in others if not name.startswith(NOT_LOADED)}
+    indexed = files[0].suffix == ".safetensors" and (folder / INDEX).is_file()
+    if others and not indexed:
         raise ConfigError(
             f"{folder} has weights that Transformers ignores and vLLM loads",
             found=some(sorted(others)),

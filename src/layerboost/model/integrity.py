@@ -63,6 +63,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
         )
     elif plain["model_type"] in FAMILIES:
         config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
+        _check_window(folder, plain, config)
         _check_tensors(folder, config, tensors, trust_remote_code)
     return plain
 
@@ -80,6 +81,11 @@ def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
     if ARCHITECTURE in (plain.get("architectures") or []):
         raise ConfigError(f"{folder} is a boosted checkpoint", do="give the base that it was made from as MODEL")
     check_checkpoint(folder, trust_remote_code)
+    check_weights(folder, dtype, trust_remote_code)
+
+
+def check_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    """Read every weight; raise ConfigError if one is not finite, or if tied ones or a second format differ."""
     weights = read_weights(folder)
     check_finite_weights(str(folder), weights, dtype)
     config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
@@ -112,6 +118,25 @@ def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
     except Exception as error:  # a config edited by hand fails in as many ways as its class has fields
         do = "copy or download it again" if "gguf_file" in kwargs else ""
         raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error), do=do) from None
+
+
+def _check_window(folder: Path, plain: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Raise ConfigError where Transformers and vLLM would not give a stock model's layers the same window."""
+    window = plain.get("sliding_window") if plain.get("use_sliding_window", True) else None
+    ignored = not hasattr(type(config), "sliding_window") and "layer_types" not in plain
+    if window is not None and window < config.max_position_embeddings and ignored:
+        raise ConfigError(
+            f"{folder / 'config.json'} has a sliding window that Transformers ignores and vLLM does not",
+            found=f"sliding_window {window}, model_type {plain['model_type']}",
+            do="remove sliding_window if the model was trained without, or name the model_type that has it",
+        )
+    if "sliding_attention" in base_layer_types(config) and not getattr(config, "sliding_window", None):
+        raise ConfigError(
+            f"{folder / 'config.json'} has sliding layers without a window",
+            found=f"sliding_window {plain.get('sliding_window')}, "
+            f"use_sliding_window {plain.get('use_sliding_window')}, sliding_attention in layer_types",
+            do="set sliding_window (and use_sliding_window), or make the layer_types full_attention",
+        )
 
 
 def _quantised(folder: Path, found: str) -> ConfigError:

@@ -25,7 +25,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The table's row for a model; raises ConfigError when its family is not supported."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
-    if getattr(config, "use_bidirectional_attention", False):
+    # Embedding models say it in either way.
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         raise ConfigError("models with bidirectional attention are not supported", found=config.model_type)
     if config.model_type not in FAMILIES:
         raise ConfigError(

@@ -50,6 +50,7 @@ def open_tokenizer(
         file = folder / "tokenizer.json"
         if file.is_file() and not gguf:
             tokenizer = _as_written(tokenizer, file)
+            _forget_new_end(tokenizer, file)
     except Exception as error:  # each kind of tokenizer has its own
         raise ConfigError(
             f"cannot load the tokenizer of {name}",
@@ -99,6 +100,13 @@ def _as_written(tokenizer: Any, file: Path) -> Any:
         type(tokenizer).__name__,
     )
     return as_written
+
+
+def _forget_new_end(tokenizer: Any, file: Path) -> None:
+    """Forget an end-of-text token that tokenizer.json lacks: Transformers gives it a new id, which no model learned."""
+    if tokenizer.eos_token is not None and Tokenizer.from_file(str(file)).token_to_id(tokenizer.eos_token) is None:
+        log.warning("%s has no %s, which tokenizer_config.json calls the end of a text", file, tokenizer.eos_token)
+        tokenizer.eos_token = None
 
 
 def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:

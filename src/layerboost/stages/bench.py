@@ -79,7 +79,7 @@ class Job:
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_bench` could not serve or load."""
-    check_further(recipe.bench.checkpoints, run)
+    check_further(recipe.bench.checkpoints, run, base)
     check_lengths(recipe.bench, "the model", base.config.max_position_embeddings)
     if recipe.bench.engine == "vllm":
         check_server(recipe.bench, (base.folder, run))

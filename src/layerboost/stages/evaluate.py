@@ -31,7 +31,7 @@ from layerboost.evaluation.quality import base_losses, changed_losses, compare_t
 from layerboost.evaluation.results import Facts, Results
 from layerboost.evaluation.tasks import BenchTask, load_bench, run_task, task_value
 from layerboost.model.base import Base, find_model
-from layerboost.model.checkpoint import check_further
+from layerboost.model.checkpoint import check_comparable, check_further
 from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
@@ -46,7 +46,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_evaluate` could not use. Text that the model has yet to write is left out."""
     tokenizer, context_tokens = base.tokenizer, base.config.max_position_embeddings
     _check_settings(recipe, context_tokens)
-    check_further(recipe.evaluate.checkpoints, run)
+    check_further(recipe.evaluate.checkpoints, run, base)
     check_items(load_bench(recipe.evaluate), tokenizer, context_tokens)
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, tokenizer, run)
@@ -84,12 +84,8 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
     names = [BASE, *(name for name in models if name != BASE)]
     found = {name: find_model(str(models[name]), runtime, run, recipe.trust_remote_code) for name in names}
     base = found[BASE]
-    for name, model in found.items():
-        if model.config.vocab_size != base.config.vocab_size:
-            raise ConfigError(
-                f"{name} cannot be compared with the base: another vocabulary",
-                found=f"{model.config.vocab_size:,} tokens, {base.config.vocab_size:,} of the base",
-            )
+    for model in found.values():
+        check_comparable(model, base)
     _check_settings(recipe, base.config.max_position_embeddings)
     work = _Work(
         recipe=recipe,
