@@ -60,15 +60,15 @@ def boosted(family: str, folder: Path) -> None:
 
 def engine(folder: Path, native: bool) -> Any:
     """A vLLM engine that serves a boosted checkpoint by the one class or the other."""
-    from layerboost.serving import vllm_model
+    from layerboost.vllm_plugin import model as served
 
-    own = dict(vllm_model.NATIVE)
+    own = dict(served.NATIVE)
     if not native:
-        vllm_model.NATIVE.clear()
+        served.NATIVE.clear()
     try:
         return start(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, **ALONE).llm_engine
     finally:
-        vllm_model.NATIVE.update(own)
+        served.NATIVE.update(own)
 
 
 class Clock:

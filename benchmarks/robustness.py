@@ -22,9 +22,9 @@ from typing import Any
 
 import aiohttp
 
+from layerboost.engines.server import Server, running_server
+from layerboost.engines.vllm import GIB
 from layerboost.recipe import Bench
-from layerboost.serving.command import GIB
-from layerboost.serving.server import Server, running_server
 
 INPUT_TOKENS, OUTPUT_TOKENS = (8, 512), (8, 128)
 # Shares of the requests that are cancelled after some tokens, and dropped before the first.

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
+from layerboost.engines.vllm import GIB, number_given, runs_on_cpu
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.model.linear import linear
 from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
@@ -31,7 +32,6 @@ from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.runtime import machine, versions
 from layerboost.search.costs import decode_work, prefill_work
-from layerboost.serving.command import GIB, number_given, runs_on_cpu
 from layerboost.serving.results import Comparison, Spread
 from layerboost.stages.bench import BASE, run_bench
 

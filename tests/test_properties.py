@@ -16,11 +16,11 @@ from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
 from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.engines.vllm import with_flags
 from layerboost.evaluation.statistics import average_difference, difference
 from layerboost.model.memory import Engine, admission_bytes, groups, resident_bytes
 from layerboost.model.modeling import skipped_layers
 from layerboost.model.surgery import boosted_config
-from layerboost.serving.command import with_flags
 from layerboost.text import _pack
 
 OPENING = st.sampled_from([[], [0]])

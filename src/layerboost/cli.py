@@ -253,8 +253,8 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     """Serve a checkpoint."""
     import shlex
 
+    from layerboost.engines.vllm import serve_argv
     from layerboost.runtime import settle_environment
-    from layerboost.serving.command import serve_argv
 
     settle_environment()
     argv, added = serve_argv(folder, port, extra)

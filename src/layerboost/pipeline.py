@@ -322,7 +322,7 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
 
 def _check_bench(bench: Bench, context_tokens: int, folders: Sequence[Path]) -> str:
     """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.serving.command import check_server
+    from layerboost.engines.vllm import check_server
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)

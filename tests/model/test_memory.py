@@ -1,4 +1,4 @@
-"""The arithmetic of vLLM's KV cache; tests/serving/test_vllm.py and `layerboost costs` hold it to vLLM itself."""
+"""The arithmetic of vLLM's KV cache; tests/vllm_plugin/test_vllm.py and `layerboost costs` hold it to vLLM itself."""
 
 from __future__ import annotations
 

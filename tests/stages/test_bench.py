@@ -13,10 +13,10 @@ from processes import Guarded
 from tiny import info, layer_plans, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, read_json, write_json, write_plan
+from layerboost.engines import transformers as generation
 from layerboost.errors import ConfigError
 from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, serving
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.serving import generation
 from layerboost.serving.results import Comparison, Measurement
 from layerboost.stages.bench import _checked, _opened, run_bench
 from layerboost.tables import decoded_rows
@@ -142,7 +142,7 @@ def test_every_model_is_served_with_the_flags_of_the_plan(
     engine: Engine, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those for the machine that serves, wherever the plan was made."""
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: engine == CPU_ENGINE)
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: engine == CPU_ENGINE)
     plan = advise(models["healed"])
     flags = serving(plan.model, plan.layers, 512, 4, engine).flags
     assert flags[0] == "--max-num-batched-tokens"

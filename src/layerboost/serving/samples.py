@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from layerboost.engines.server import MODULE, guarded, stop_guarded
+from layerboost.engines.vllm import GIB, runs_on_cpu, vllm_environment, vllm_version
 from layerboost.model.checkpoint import Source, load_model, model_fingerprint
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import Runtime, log
-from layerboost.serving.command import GIB, runs_on_cpu, vllm_environment, vllm_version
-from layerboost.serving.server import MODULE, guarded, stop_guarded
 from layerboost.text import Generate, sample_documents, samples_missing
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import file_hash, fingerprint, finite, read_json, write_json
+from layerboost.engines.load import Load, load_generator, run_benchmark, warm_up
+from layerboost.engines.server import running_server
+from layerboost.engines.transformers import run_generation
+from layerboost.engines.vllm import advised_flags, check_server, check_vllm, cores, runs_on_cpu, with_flags
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, log, start_runtime
-from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
-from layerboost.serving.command import advised_flags, check_server, check_vllm, cores, runs_on_cpu, with_flags
-from layerboost.serving.generation import run_generation
 from layerboost.serving.processors import Processors
 from layerboost.serving.results import SPEED, Comparison, Measurement, Point, metrics_of
-from layerboost.serving.server import running_server
 
 FOLDER = "bench"
 COMPARISON, DECODE_SWEEP = "comparison.json", "decode_sweep.json"

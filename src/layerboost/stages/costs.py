@@ -20,6 +20,7 @@ import torch
 from scipy.optimize import nnls
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
+from layerboost.engines.vllm import GIB, check_vllm, cores, engine_here, runs_on_cpu, vllm_environment
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.checkpoint import Source, find_model, load_config, load_model, model_info, plan_in
 from layerboost.model.files import first_line
@@ -27,7 +28,6 @@ from layerboost.model.memory import Engine, admission_bytes, block_bytes, reside
 from layerboost.model.surgery import apply_plan, check_plan, family_of
 from layerboost.runtime import Runtime, log, machine
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
-from layerboost.serving.command import GIB, check_vllm, cores, engine_here, runs_on_cpu, vllm_environment
 from layerboost.serving.processors import Processors
 from layerboost.serving.results import disturbance
 

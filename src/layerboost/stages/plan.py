@@ -15,6 +15,7 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
+from layerboost.engines.vllm import engine_here
 from layerboost.errors import ConfigError
 from layerboost.model.memory import plan_serving
 from layerboost.recipe import Plan, Recipe
@@ -26,7 +27,6 @@ from layerboost.search.greedy import Measure
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
 from layerboost.sensitivity.calibration import open_measured
-from layerboost.serving.command import engine_here
 
 
 def validate_plan(recipe: Recipe) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerboost.engines.server import DIRECT, MODULE, Server, guarded, last_words, stop_guarded
+from layerboost.engines.vllm import GIB, HOST
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.serving.command import GIB, HOST
-from layerboost.serving.server import DIRECT, MODULE, Server, guarded, last_words, stop_guarded
 
 WARMUP_REQUESTS = 4
 WARMUP_OUTPUT_TOKENS = 8
@@ -66,7 +66,7 @@ def load_arguments(folder: Path, port: int, load: Load, result: Path) -> list[st
 
 def load_generator_command() -> list[str]:
     """Return the command of the process that sends loads to a server."""
-    return [*MODULE, "layerboost.serving.load_generator"]
+    return [*MODULE, "layerboost.engines.load_generator"]
 
 
 @contextmanager

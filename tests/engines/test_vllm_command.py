@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
-from layerboost.errors import ConfigError
-from layerboost.recipe import Bench
-from layerboost.serving.command import (
+from layerboost.engines.vllm import (
     check_port,
     check_server,
     check_vllm,
@@ -23,6 +21,8 @@ from layerboost.serving.command import (
     vllm_environment,
     with_flags,
 )
+from layerboost.errors import ConfigError
+from layerboost.recipe import Bench
 
 
 def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
     added = vllm_environment()
@@ -81,10 +81,10 @@ def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_process_has_cores_of_its_own(
     flags: tuple[str, ...], processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
     # As Intel numbers threads: the second ones of all cores after the first.
-    monkeypatch.setattr("layerboost.serving.command._place", lambda core: (0, core % 4))
+    monkeypatch.setattr("layerboost.engines.vllm._place", lambda core: (0, core % 4))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     bound = [part.split(",") for part in vllm_environment(flags)["VLLM_CPU_OMP_THREADS_BIND"].split("|")]
     assert len(bound) == processes
@@ -104,15 +104,15 @@ def test_each_process_has_cores_of_its_own(
 def test_models_run_uncompiled_on_a_cpu_unless_asked(
     flags: tuple[str, ...], eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [0, 1])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
     argv, _ = serve_command(tmp_path, Bench(server_args=list(flags), concurrency=[2]))
     assert ("--enforce-eager" in argv) == eager
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [0, 1])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     flags = ("-tp", "2", "-pp", "2")
     with pytest.raises(ConfigError, match="4 processes of vLLM need a core each") as raised:
@@ -203,10 +203,10 @@ def test_a_path_that_vllm_takes_for_a_pattern_is_refused(name: str, tmp_path: Pa
 
 
 def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.vllm_version", lambda: "0.32.0")
-    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: False)
+    monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="may see none"):
         check_vllm()
-    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()

@@ -16,16 +16,16 @@ from offline import Vllm, check_same_model
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
+from layerboost.engines.load import Load, load_generator, run_benchmark, warm_up
+from layerboost.engines.server import Server, running_server
+from layerboost.engines.vllm import GIB, check_port
 from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
 from layerboost.model.memory import Engine, admission_bytes, block_bytes
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench
-from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
-from layerboost.serving.command import GIB, check_port
 from layerboost.serving.results import metrics_of
-from layerboost.serving.server import Server, running_server
 
 pytestmark = pytest.mark.server
 

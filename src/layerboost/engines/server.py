@@ -19,12 +19,12 @@ from typing import IO
 
 import psutil
 
+from layerboost.engines import guard
+from layerboost.engines.vllm import GIB, HOST, check_port, runs_on_cpu, serve_command
 from layerboost.errors import LayerboostError
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench
 from layerboost.runtime import RANKS, log, release_memory, settle_environment
-from layerboost.serving import guard
-from layerboost.serving.command import GIB, HOST, check_port, runs_on_cpu, serve_command
 
 POLL_S = 0.5
 REPORT_EVERY_S = 30.0

@@ -24,13 +24,13 @@ from processes import Forked, run_module
 from tiny import save_tiny
 
 from layerboost.artifacts import read_json
+from layerboost.engines import load as benchmark
+from layerboost.engines import vllm as serving_command
+from layerboost.engines.server import running_server
+from layerboost.engines.vllm import check_port
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench, Recipe, parse_recipe
-from layerboost.serving import benchmark
-from layerboost.serving import command as serving_command
-from layerboost.serving.command import check_port
 from layerboost.serving.results import Comparison
-from layerboost.serving.server import running_server
 from layerboost.stages import bench as stage
 from layerboost.stages.bench import run_bench
 

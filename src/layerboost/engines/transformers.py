@@ -1,6 +1,6 @@
 """The load of a benchmark answered by Transformers, one batch after the other, for machines without vLLM.
 
-`python -m layerboost.serving.generation JOB RESULT` is a process of its own: its peak memory is the model's.
+`python -m layerboost.engines.transformers JOB RESULT` is a process of its own: its peak memory is the model's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from layerboost.artifacts import json_text, write_text
+from layerboost.engines.load import WARMUP_OUTPUT_TOKENS, Load
+from layerboost.engines.server import MODULE, guarded, last_words, stop_guarded
+from layerboost.engines.vllm import GIB
 from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
-from layerboost.serving.benchmark import WARMUP_OUTPUT_TOKENS, Load
-from layerboost.serving.command import GIB
-from layerboost.serving.server import MODULE, guarded, last_words, stop_guarded
 
 # Special tokens lie below, as a rule.
 FIRST_TOKEN = 3

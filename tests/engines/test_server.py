@@ -15,11 +15,8 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from layerboost.errors import ConfigError
-from layerboost.recipe import Bench
-from layerboost.serving import guard
-from layerboost.serving.command import check_port
-from layerboost.serving.server import (
+from layerboost.engines import guard
+from layerboost.engines.server import (
     COUNTERS,
     Server,
     _gpu_bytes,
@@ -29,6 +26,9 @@ from layerboost.serving.server import (
     running_server,
     stop_guarded,
 )
+from layerboost.engines.vllm import check_port
+from layerboost.errors import ConfigError
+from layerboost.recipe import Bench
 
 # A command that starts a child which does not listen to SIGTERM, as a hanging worker would.
 COMMAND = """

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import VOCABULARY, boosted, save_tiny
 
+from layerboost.engines.load import Load
+from layerboost.engines.transformers import answer, measure, prompts, run_generation
 from layerboost.errors import LayerboostError
 from layerboost.recipe import parse_recipe
-from layerboost.serving.benchmark import Load
-from layerboost.serving.generation import answer, measure, prompts, run_generation
 from layerboost.serving.results import FROM_VLLM, metrics_of
 
 

@@ -1,0 +1,1 @@
+"""What serves a model: vLLM, and Transformers where there is no vLLM."""
