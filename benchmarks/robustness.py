@@ -22,9 +22,10 @@ from typing import Any
 
 import aiohttp
 
-from layerboost.engines.server import Server, running_server
-from layerboost.engines.vllm import GIB
+from layerboost.engines.server import Server
+from layerboost.engines.vllm_server import counters, served
 from layerboost.recipe import Bench
+from layerboost.runtime import GIB
 
 INPUT_TOKENS, OUTPUT_TOKENS = (8, 512), (8, 128)
 # Shares of the requests that are cancelled after some tokens, and dropped before the first.
@@ -104,7 +105,7 @@ def settled(server: Server) -> dict[str, float]:
     """The server's counters once it has noticed that all clients are gone."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        found = server.counters()
+        found = counters(server)
         if not found["num_requests_running"] + found["num_requests_waiting"] or time.monotonic() > deadline:
             return found
         time.sleep(1)
@@ -128,7 +129,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as root:
         started = time.monotonic()
-        with running_server("the model", asked.model, bench, Path(root) / "server.log") as server:
+        with served("the model", asked.model, bench, Path(root) / "server.log") as server:
             ends, memory = asyncio.run(load(server, asked.requests, asked.concurrency))
             after = settled(server)
             server.check_alive()

@@ -14,6 +14,7 @@ from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget, LayerboostError
 from layerboost.recipe import Bench, Recipe, recipe_yaml
 from layerboost.runtime import (
+    GIB,
     Runtime,
     is_main_process,
     locked,
@@ -28,7 +29,6 @@ from layerboost.runtime import (
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
 RECIPE = "recipe.yaml"
 # Stages that torchrun's processes share.
 SPREAD = ("measure", "heal")
@@ -321,14 +321,12 @@ def check_room(estimate: Estimate, weights_gib: float, device: torch.device, adv
 
 
 def _check_bench(bench: Bench, context_tokens: int, folders: Sequence[Path]) -> str:
-    """vLLM's version, where the benchmark needs it; raises ConfigError for what it could not run."""
-    from layerboost.engines.vllm import check_server
+    """Return the version of the benchmark's engine; raise ConfigError for what it could not run."""
+    from layerboost.engines import open_engine
     from layerboost.stages.bench import check_lengths
 
     check_lengths(bench, "the model", context_tokens)
-    if bench.engine == "transformers":
-        return "not needed"
-    return check_server(bench, folders)
+    return open_engine(bench.engine).check(bench, folders)
 
 
 def free_memory_gib(device: torch.device | str) -> float:

@@ -1,59 +1,95 @@
-"""The load of a benchmark answered by Transformers, one batch after the other, for machines without vLLM.
+"""Transformers as an engine: a load answered one batch after the other, for machines without vLLM.
 
 `python -m layerboost.engines.transformers JOB RESULT` is a process of its own: its peak memory is the model's.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
+import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from layerboost.artifacts import json_text, write_text
-from layerboost.engines.load import WARMUP_OUTPUT_TOKENS, Load
-from layerboost.engines.server import MODULE, guarded, last_words, stop_guarded
-from layerboost.engines.vllm import GIB
-from layerboost.errors import LayerboostError
+from layerboost.artifacts import PlanFile, json_text, write_text
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.server import MODULE, guarded, last_words
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.checkpoint import Source, load_model
-from layerboost.recipe import Recipe
-from layerboost.runtime import peak_rss_bytes, start_runtime
+from layerboost.recipe import Bench, Recipe
+from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
 
-# Special tokens lie below, as a rule.
+UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args"})
+# Special tokens come first, as a rule.
 FIRST_TOKEN = 3
 
 
-def run_generation(name: str, folder: Path, recipe: Recipe, load: Load, log_file: Path) -> dict[str, Any]:
-    """Answer `load` in a process of its own; returns its JSON, with vLLM's names where it has them.
+def check(bench: Bench, folders: Iterable[Path]) -> str:
+    """Return what stands in place of a server's version: it needs none."""
+    return "not needed"
 
-    Its output goes to `log_file`. Raises LayerboostError when it fails.
-    """
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    result = log_file.with_suffix(".result")
-    result.unlink(missing_ok=True)
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Return the version of Transformers, and what it computes on and in."""
+    runtime = start_runtime(recipe)
+    version = importlib.metadata.version("transformers")
+    return {"transformers": version, "device": runtime.device.type, "dtype": runtime.dtype_name}
+
+
+def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return no flags: a plan's memory is real as it is."""
+    return ()
+
+
+def serve_command(folder: Path, port: int, given: tuple[str, ...]) -> Command:
+    """Raise ConfigError: this engine answers benchmarks alone."""
+    raise ConfigError("Transformers does not serve here", do=f"serve {folder} with vLLM")
+
+
+@dataclass(frozen=True)
+class RunningTransformers:
+    """A model directory; each load gets a process of its own, whose output goes to `output`, the file `log_file`."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    log_file: Path
+    output: IO[bytes]
+
+    def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
+        """Answer `load` in a process of its own. Raise LayerboostError when it fails."""
+        job = {"folder": str(self.folder.absolute()), "settings": self.settings, "load": asdict(load)}
+        with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
+            result = Path(scratch) / "result.json"
+            with guarded([*MODULE, __name__, json.dumps(job), str(result)], {}, self.output) as process:
+                process.wait()
+            if not result.is_file():
+                raise LayerboostError(
+                    f"Transformers failed at concurrency {load.concurrency} on {self.name}",
+                    found=last_words(self.log_file),
+                    do=f"read {self.log_file}",
+                )
+            raw: dict[str, Any] = json.loads(result.read_text())
+        advance(load.tokens)
+        return Answer(raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw})
+
+
+@contextmanager
+def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[RunningTransformers]:
+    """Yield a model directory that answers loads; nothing is started before the first."""
     settings = recipe.model_dump(include={"device", "dtype", "trust_remote_code"})
-    job = {"folder": str(folder.absolute()), "settings": settings, "load": asdict(load)}
+    log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as output:
-        process = guarded([*MODULE, __name__, json.dumps(job), str(result)], {}, output)
-        try:
-            process.wait()
-        finally:
-            stop_guarded(process)
-    if not result.is_file():
-        raise LayerboostError(
-            f"Transformers failed at concurrency {load.concurrency} on {name}",
-            found=last_words(log_file),
-            do=f"read {log_file}",
-        )
-    measured: dict[str, Any] = json.loads(result.read_text())
-    result.unlink()
-    return measured
+        yield RunningTransformers(name, folder, settings, log_file, output)
 
 
 class Clock(StoppingCriteria):
@@ -70,19 +106,18 @@ class Clock(StoppingCriteria):
 
 
 def prompts(load: Load, vocabulary: int) -> torch.Tensor:
-    """Random prompts `[requests, shared prefix + input]`, the same for every model with this vocabulary."""
+    """Return random prompts `[requests, shared prefix + input]`, the same for every model with this vocabulary."""
     draw = torch.Generator().manual_seed(load.seed)
     prefix = torch.randint(FIRST_TOKEN, vocabulary, (1, load.shared_prefix_tokens), generator=draw)
     own = torch.randint(FIRST_TOKEN, vocabulary, (load.requests, load.input_tokens), generator=draw)
     return torch.cat([prefix.expand(load.requests, -1), own], 1)
 
 
-def answer(
+def generate(
     model: PreTrainedModel, batch: torch.Tensor, prefix_tokens: int, output_tokens: int
 ) -> tuple[torch.Tensor, list[float]]:
-    """Greedy answers `[B, output]` to prompts `[B, T]`, and the seconds at which each step's tokens were there.
-
-    The first `prefix_tokens` lie in the cache when the clock starts.
+    """Return greedy answers `[B, output]` to prompts `[B, T]`, and the seconds after which each step's tokens were
+    there. The first `prefix_tokens` are in the cache when the clock starts.
     """
     cache = None
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -106,39 +141,37 @@ def answer(
 
 
 def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
-    """Answer all requests, `concurrency` in a batch; throughput and latency under vLLM's names for them."""
+    """Answer all requests, `concurrency` per batch; return throughput and latency under vLLM's names for them."""
     text = prompts(load, model.config.vocab_size).to(model.device)
     warm = min(WARMUP_OUTPUT_TOKENS, load.output_tokens)
-    answer(model, text[: load.concurrency], load.shared_prefix_tokens, warm)
+    generate(model, text[: load.concurrency], load.shared_prefix_tokens, warm)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     runs = []
     for batch in text.split(load.concurrency):
-        _, times = answer(model, batch, load.shared_prefix_tokens, load.output_tokens)
+        _, times = generate(model, batch, load.shared_prefix_tokens, load.output_tokens)
         runs.append((len(batch), np.array(times)))
     duration = sum(times[-1] for _, times in runs)
     sizes = [size for size, _ in runs]
     tokens = sum(size * len(times) for size, times in runs)
 
-    def spread(name: str, values: list[float]) -> dict[str, float]:
-        of_requests = np.repeat(values, sizes) * 1e3
-        return {
-            f"median_{name}_ms": float(np.median(of_requests)),
-            f"p99_{name}_ms": float(np.percentile(of_requests, 99)),
-        }
+    def spread(name: str, values: np.ndarray) -> dict[str, float]:
+        ms = values * 1e3 if len(values) else np.zeros(1)
+        return {f"median_{name}_ms": float(np.median(ms)), f"p99_{name}_ms": float(np.percentile(ms, 99))}
 
-    steps = np.concatenate([np.repeat(np.diff(times), size) for size, times in runs]) * 1e3
+    def per_request(values: list[float]) -> np.ndarray:
+        return np.repeat(values, sizes)
+
     found = {
         "completed": load.requests,
         "duration": float(duration),
         "total_output_tokens": tokens,
         "request_throughput": float(load.requests / duration),
         "output_throughput": float(tokens / duration),
-        **spread("ttft", [times[0] for _, times in runs]),
-        **spread("tpot", [(times[-1] - times[0]) / max(len(times) - 1, 1) for _, times in runs]),
-        **spread("e2el", [times[-1] for _, times in runs]),
-        "median_itl_ms": float(np.median(steps)) if len(steps) else 0.0,
-        "p99_itl_ms": float(np.percentile(steps, 99)) if len(steps) else 0.0,
+        **spread("ttft", per_request([times[0] for _, times in runs])),
+        **spread("tpot", per_request([(times[-1] - times[0]) / max(len(times) - 1, 1) for _, times in runs])),
+        **spread("e2el", per_request([times[-1] for _, times in runs])),
+        **spread("itl", np.concatenate([np.repeat(np.diff(times), size) for size, times in runs])),
         "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
     }
     if torch.cuda.is_available():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from layerboost.engines.vllm import cores
+from layerboost.runtime import cores
 
 
 class Processors:

@@ -15,7 +15,7 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
-from layerboost.engines.vllm import engine_here
+from layerboost.engines.vllm import cache_defaults
 from layerboost.errors import ConfigError
 from layerboost.model.memory import plan_serving
 from layerboost.recipe import Plan, Recipe
@@ -151,7 +151,7 @@ def _say(plan: PlanFile, budget: Budget) -> None:
         assert rates
         return rates.milliseconds(prefill_work(plan.model, plan.layers, budget.context_tokens, size))
 
-    found = plan_serving(plan, engine_here(), prefill_ms if rates else None)
+    found = plan_serving(plan, cache_defaults(), prefill_ms if rates else None)
     if found and found.flags:
         log.info("with %s %s", " ".join(found.flags), found.gain)
 
