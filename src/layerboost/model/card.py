@@ -107,8 +107,10 @@ PATH is this directory or its Hub id.
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or: import layerboost
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```
+
+Without `trust_remote_code=True` the class must come from layerboost: `from layerboost import AutoModelForCausalLM`.
 
 ## Serve
 
