@@ -17,7 +17,6 @@ import torch
 from layerboost.engines import guard
 from layerboost.engines.protocol import Command
 from layerboost.engines.server import Server, check_port, gpu_bytes, guarded, last_words, running_server
-from layerboost.engines.vllm_server import COUNTERS, counters
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 
@@ -115,7 +114,7 @@ class Metrics(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         labels = ('engine="0",model_name="/a} {b [c]"', 'engine="1",model_name="/a} {b [c]"')
-        text = "".join(f"{name}{{{each}}} 2.0\n" for name in COUNTERS.values() for each in labels)
+        text = "".join(f"vllm:num_requests_running{{{each}}} 2.0\n" for each in labels)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -135,8 +134,7 @@ def test_a_server_is_asked_without_a_proxy(tmp_path: Path, monkeypatch: pytest.M
             url = f"http://127.0.0.1:{answering.server_port}"
             server = Server("vLLM", "m", tmp_path, url, tmp_path / "log", process)
             try:
-                # Sums over the engines; of a fraction the greatest.
-                assert counters(server) == dict.fromkeys(COUNTERS, 4.0) | {"kv_cache_usage_perc": 2.0}
+                assert server.metrics() == {"vllm:num_requests_running": [2.0, 2.0]}
                 server.wait_until_ready(5)
             finally:
                 process.kill()

@@ -18,7 +18,7 @@ from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.engines.protocol import Load
 from layerboost.engines.server import Server, check_port
-from layerboost.engines.vllm_server import counters, launched
+from layerboost.engines.vllm_server import launched
 from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
 from layerboost.model.memory import CacheSettings, admission_bytes, block_bytes
@@ -133,7 +133,7 @@ def test_a_real_server_answers_loads_survives_an_aborted_request_and_is_missed_w
 
         abort_a_request(server)
         assert running.answer(load, counted.append).raw["completed"] == 4
-        assert counters(server)["num_requests_running"] == 0
+        assert sum(server.metrics()["vllm:num_requests_running"]) == 0
 
         for process in psutil.Process(server.process.pid).children(recursive=True):
             process.kill()

@@ -50,19 +50,13 @@ def check_vllm() -> str:
             do="unset it, or name a GPU there",
         )
     ours = [p for p in importlib.metadata.entry_points(group=PLUGIN_GROUP) if p.value.startswith("layerboost.")]
-    if not any(_exists(point.module) for point in ours):
+    if not any(importlib.util.find_spec(point.module) for point in ours):
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
             found="another version of layerboost is installed" if ours else "layerboost is imported, not installed",
             do="pip install . in a checkout (-e to go on editing it)",
         )
     return version
-
-
-def _exists(module: str) -> bool:
-    with suppress(ModuleNotFoundError):
-        return importlib.util.find_spec(module) is not None
-    return False
 
 
 def vllm_version() -> str | None:

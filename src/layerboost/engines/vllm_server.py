@@ -28,17 +28,10 @@ POLL_S = 1.0
 RESULT_POLL_S = 0.1
 # A server that is dying takes its requests with it some seconds before it is gone.
 DYING_S = 5.0
-# What a benchmark reads of /metrics: the first is a fraction, the others are sums over the server's engines.
-USAGE = "kv_cache_usage_perc"
-COUNTERS = {
-    USAGE: "vllm:kv_cache_usage_perc",
-    "generation_tokens": "vllm:generation_tokens_total",
-    "num_preemptions": "vllm:num_preemptions_total",
-    "prefix_cache_hits": "vllm:prefix_cache_hits_total",
-    "prefix_cache_queries": "vllm:prefix_cache_queries_total",
-    "num_requests_running": "vllm:num_requests_running",
-    "num_requests_waiting": "vllm:num_requests_waiting",
-}
+# What a benchmark reads of /metrics: a fraction, and counts.
+USAGE, TOKENS = "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total"
+PREEMPTIONS = "vllm:num_preemptions_total"
+HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class RunningVllm:
             done = 0.0
             for state in self._progress(result):
                 seen.append(state)
-                now = min(state["generation_tokens"] - seen[0]["generation_tokens"], load.tokens)
+                now = min(state[TOKENS] - seen[0][TOKENS], load.tokens)
                 advance(now - done)
                 done = now
             self.server.check_alive()
@@ -106,22 +99,25 @@ class RunningVllm:
                     yield self._state()
 
     def _state(self) -> dict[str, float]:
-        """Return the counters and the memory in use now."""
-        return {**counters(self.server), "rss": self.server.rss_bytes(), "gpu": 0 if runs_on_cpu() else gpu_bytes()}
+        """Return counts, summed over the server's engines, the greatest usage of a cache, and the memory in use now."""
+        found = self.server.metrics()
+        counts = {name: sum(found[name]) for name in (TOKENS, PREEMPTIONS, HITS, QUERIES)}
+        gpu = 0 if runs_on_cpu() else gpu_bytes()
+        return {**counts, USAGE: max(found[USAGE], default=0.0), "rss": self.server.rss_bytes(), "gpu": gpu}
 
     def _metrics(self, seen: list[dict[str, float]], prefix: bool) -> dict[str, float]:
         """Return memory and KV cache of one load from the states seen, the first before it and the last after it."""
         peak = {name: max(state[name] for state in seen) for name in (USAGE, "rss", "gpu")}
-        counted = {name: seen[-1][name] - seen[0][name] for name in COUNTERS}
+        counted = {name: seen[-1][name] - seen[0][name] for name in (PREEMPTIONS, HITS, QUERIES)}
         metrics = {
             "peak_rss_gib": round(peak["rss"] / GIB, 3),
             "kv_usage_peak": round(peak[USAGE], 4),
-            "preemptions": counted["num_preemptions"],
+            "preemptions": counted[PREEMPTIONS],
         }
         if peak["gpu"]:
             metrics["gpu_memory_gib"] = round(peak["gpu"] / GIB, 3)
         if prefix:
-            metrics["prefix_hit_share"] = counted["prefix_cache_hits"] / max(counted["prefix_cache_queries"], 1)
+            metrics["prefix_hit_share"] = counted[HITS] / max(counted[QUERIES], 1)
         if self.cache:
             metrics |= {"kv_cache_tokens": self.cache.tokens, "kv_max_concurrency": self.cache.max_concurrency}
             if self.cache.bytes:
@@ -202,15 +198,6 @@ def load_arguments(server: Server, load: Load, result: Path) -> list[str]:
         # The warm-up is the first request: it leaves the prefix in the server's cache before the clock starts.
         argv += ["--random-prefix-len", str(load.shared_prefix_tokens), "--num-warmups", "1"]
     return argv
-
-
-def counters(server: Server) -> dict[str, float]:
-    """Return COUNTERS as they are now; raise LayerboostError when the server does not answer."""
-    found = server.metrics()
-    return {
-        name: (max(found[theirs], default=0.0) if name == USAGE else sum(found[theirs]))
-        for name, theirs in COUNTERS.items()
-    }
 
 
 def kv_cache(log_file: Path, given_bytes: int | None) -> KvCache | None:

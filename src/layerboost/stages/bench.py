@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PLAN, file_hash, fingerprint, finite, read_json, read_plan, write_json
+from layerboost.artifacts import PLAN, file_hash, finite, read_json, read_plan, write_json
 from layerboost.engines import open_engine
 from layerboost.engines.protocol import Engine, Load, Running
 from layerboost.errors import ConfigError
@@ -57,7 +57,7 @@ class Job:
         return [(concurrency, None) for concurrency in dict.fromkeys(self.bench.concurrency)]
 
     def load(self, point: Point) -> Load:
-        """The same prompts for every model, others at another concurrency or length."""
+        """Return the load of a point: the same prompts for every model, others at another point."""
         (concurrency, length), bench = point, self.bench
         return Load(
             concurrency=concurrency,
@@ -204,13 +204,12 @@ def _opened(job: Job) -> Comparison:
     if not job.file.exists():
         return new
     old = read_json(job.file, Comparison, "layerboost bench")
-    if fingerprint(_identity(old)) != fingerprint(_identity(new)):
-        before, now = _identity(old), _identity(new)
-        changed = [
-            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key)
-        ]
+    before, now = _identity(old), _identity(new)
+    if changed := [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]:
         raise ConfigError(
             f"{job.file} holds results of other settings or models",
             found="; ".join(changed),
