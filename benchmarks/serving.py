@@ -24,8 +24,7 @@ from typing import Any
 import torch
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
-from layerboost.engines.vllm import cache_defaults
-from layerboost.engines.vllm_command import flags_given, runs_on_cpu
+from layerboost.engines.vllm import cache_defaults, flags_given, runs_on_cpu
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.model.linear import linear
 from layerboost.model.memory import (

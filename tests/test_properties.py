@@ -16,7 +16,7 @@ from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
 from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
-from layerboost.engines.vllm_command import unless_given
+from layerboost.engines.vllm import unless_given
 from layerboost.evaluation.statistics import average_difference, difference
 from layerboost.model.memory import CacheSettings, admission_bytes, groups, resident_bytes
 from layerboost.model.modeling import skipped_layers

@@ -24,7 +24,7 @@ from processes import Forked, run_module
 from tiny import save_tiny
 
 from layerboost.artifacts import read_json
-from layerboost.engines import vllm, vllm_command, vllm_server
+from layerboost.engines import vllm, vllm_server
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm_server import served
 from layerboost.errors import ConfigError, LayerboostError
@@ -40,7 +40,7 @@ LOADS = {"repeats": 1, "concurrency": [1, 8], "requests_per_concurrency": 2, "in
 
 def use_the_stand_in(replace: Callable[[Any, str, Any], None]) -> None:
     """Put the stand-in where vLLM's commands are made."""
-    replace(vllm_command, "vllm_command", lambda: STAND_IN)
+    replace(vllm, "vllm_command", lambda: STAND_IN)
     replace(vllm_server, "load_generator_command", lambda: [*STAND_IN, "load"])
     replace(vllm, "check_vllm", lambda: "0.0")
 

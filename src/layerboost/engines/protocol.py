@@ -77,12 +77,6 @@ class Engine(Protocol):
         """Return the arguments of the engine's command, each followed by its value, that make the plan's memory real on
         this machine; without those that are among the arguments `given`."""
 
-    def serve_command(self, folder: Path, port: int, given: tuple[str, ...]) -> Command:
-        """Return the command that serves a model directory until interrupted, with the serving flags of its plan.
-
-        `given` are further arguments of the engine's own command; they win. Raise ConfigError where it cannot serve.
-        """
-
     def launch(self, name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractContextManager[Running]:
         """Start a model directory, wait until it is ready, and end it with the block, however that ends.
 

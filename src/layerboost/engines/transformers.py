@@ -21,9 +21,9 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from layerboost.artifacts import PlanFile, json_text, write_text
-from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
 from layerboost.engines.server import MODULE, guarded, last_words
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import LayerboostError
 from layerboost.model.checkpoint import Source, load_model
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
@@ -48,11 +48,6 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
     """Return no flags: a plan's memory is real as it is."""
     return ()
-
-
-def serve_command(folder: Path, port: int, given: tuple[str, ...]) -> Command:
-    """Raise ConfigError: this engine answers benchmarks alone."""
-    raise ConfigError("Transformers does not serve here", do=f"serve {folder} with vLLM")
 
 
 @dataclass(frozen=True)

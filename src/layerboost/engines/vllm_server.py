@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
 from layerboost.engines.server import HOST, MODULE, Server, gpu_bytes, guarded, last_words, running_server
-from layerboost.engines.vllm_command import flags_given, runs_on_cpu, serve_line
+from layerboost.engines.vllm import bench_command, cache_bytes, runs_on_cpu
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
-from layerboost.runtime import GIB, log
+from layerboost.runtime import GIB
 
-# Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
-CPU_SEQS, GPU_SEQS = 128, 256
-BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
 WARMUP_REQUESTS = 4
 POLL_S = 1.0
 RESULT_POLL_S = 0.1
@@ -137,7 +134,7 @@ def launched(name: str, folder: Path, bench: Bench, log_file: Path) -> Iterator[
         guarded(load_generator_command(), environment, output) as generator,
         served(name, folder, bench, log_file) as server,
     ):
-        running = RunningVllm(server, generator, load_log, kv_cache(log_file, _cache_bytes(bench)))
+        running = RunningVllm(server, generator, load_log, kv_cache(log_file, cache_bytes(bench)))
         # As long as the measured ones beyond a shared prefix, so that none of those pays for first-time work.
         warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
         running.answer(Load(WARMUP_REQUESTS, WARMUP_REQUESTS, 0, bench.input_tokens, warm, seed=0), lambda _: None)
@@ -152,34 +149,6 @@ def served(name: str, folder: Path, bench: Bench, log_file: Path) -> AbstractCon
 def load_generator_command() -> list[str]:
     """Return the command of the process that sends loads to a server."""
     return [*MODULE, "layerboost.engines.load_generator"]
-
-
-def bench_command(folder: Path, bench: Bench) -> Command:
-    """Return the command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
-    on_cpu = runs_on_cpu()
-    # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
-    # refuse to start.
-    defaults = {"--host": HOST, "--port": str(bench.port), "--max-model-len": "auto"}
-    if not bench.shared_prefix_tokens:
-        # Requests share no prefixes, and a warm-up must not make the first of them free.
-        defaults["--no-enable-prefix-caching"] = ""
-    # As many as are concurrent, and as the tokens of one step allow: vLLM wants no more sequences than those.
-    wanted = max(*bench.concurrency, bench.decode_batch)
-    most = flags_given(bench.server_args).get("max_num_batched_tokens", BATCHED_TOKENS)
-    if most < wanted:
-        log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
-    if min(most, wanted) > (CPU_SEQS if on_cpu else GPU_SEQS):
-        defaults["--max-num-seqs"] = str(min(most, wanted))
-    if on_cpu:
-        defaults["--kv-cache-memory-bytes"] = str(_cache_bytes(bench))
-    argv, environment = serve_line(folder, bench.server_args, defaults)
-    return argv, {**environment, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
-
-
-def _cache_bytes(bench: Bench) -> int | None:
-    """Return the memory of the KV cache where it is settled before the server starts."""
-    own = int(bench.kv_cache_gib * GIB) if runs_on_cpu() else None
-    return flags_given(bench.server_args).get("kv_cache_memory_bytes", own)
 
 
 def load_arguments(server: Server, load: Load, result: Path) -> list[str]:

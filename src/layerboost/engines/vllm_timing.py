@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layerboost.engines.vllm_command import runs_on_cpu, vllm_environment
+from layerboost.engines.vllm import runs_on_cpu, vllm_environment
 from layerboost.errors import LayerboostError
 from layerboost.model.files import first_line
 from layerboost.model.memory import CacheSettings

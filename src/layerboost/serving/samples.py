@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerboost.engines.server import MODULE, guarded
-from layerboost.engines.vllm_command import runs_on_cpu, vllm_environment, vllm_version
+from layerboost.engines.vllm import runs_on_cpu, vllm_environment, vllm_version
 from layerboost.model.checkpoint import Source, load_model, model_fingerprint
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime, log

@@ -20,8 +20,7 @@ import torch
 from scipy.optimize import nnls
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
-from layerboost.engines.vllm import cache_defaults
-from layerboost.engines.vllm_command import check_vllm, runs_on_cpu
+from layerboost.engines.vllm import cache_defaults, check_vllm, runs_on_cpu
 from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
 from layerboost.model.checkpoint import Source, find_model, load_config, load_model, model_info, plan_in

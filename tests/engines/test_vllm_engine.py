@@ -12,9 +12,15 @@ import pytest
 from tiny import save_tiny
 
 from layerboost.engines.server import check_port
-from layerboost.engines.vllm import check, serve_command
-from layerboost.engines.vllm_command import check_vllm, flags_given, unless_given, vllm_environment
-from layerboost.engines.vllm_server import bench_command
+from layerboost.engines.vllm import (
+    bench_command,
+    check,
+    check_vllm,
+    flags_given,
+    serve_command,
+    unless_given,
+    vllm_environment,
+)
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
@@ -50,7 +56,7 @@ def test_the_command_that_serves(tmp_path: Path, free_port: int, monkeypatch: py
 
 
 def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.engines.vllm_command.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
     added = vllm_environment()
@@ -76,10 +82,10 @@ def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_process_has_cores_of_its_own(
     flags: tuple[str, ...], processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.engines.vllm_command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.engines.vllm_command.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
     # As Intel numbers threads: the second ones of all cores after the first.
-    monkeypatch.setattr("layerboost.engines.vllm_command._place", lambda core: (0, core % 4))
+    monkeypatch.setattr("layerboost.engines.vllm._place", lambda core: (0, core % 4))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     bound = [part.split(",") for part in vllm_environment(flags)["VLLM_CPU_OMP_THREADS_BIND"].split("|")]
     assert len(bound) == processes
@@ -99,15 +105,15 @@ def test_each_process_has_cores_of_its_own(
 def test_models_run_uncompiled_on_a_cpu_unless_asked(
     flags: tuple[str, ...], eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.engines.vllm_command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.engines.vllm_command.cores", lambda: [0, 1])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
     argv, _ = bench_command(tmp_path, Bench(server_args=list(flags), concurrency=[2]))
     assert ("--enforce-eager" in argv) == eager
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.engines.vllm_command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.engines.vllm_command.cores", lambda: [0, 1])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     flags = ("-tp", "2", "-pp", "2")
     with pytest.raises(ConfigError, match="4 processes of vLLM need a core each") as raised:
@@ -211,10 +217,10 @@ def test_a_path_that_vllm_takes_for_a_pattern_is_refused(name: str, tmp_path: Pa
 
 
 def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.engines.vllm_command.vllm_version", lambda: "0.32.0")
-    monkeypatch.setattr("layerboost.engines.vllm_command._is_cpu_build", lambda: False)
+    monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="may see none"):
         check_vllm()
-    monkeypatch.setattr("layerboost.engines.vllm_command._is_cpu_build", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()
