@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from costs import start  # sets what vLLM reads from the environment, too
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost.artifacts import LayerPlan
-from layerboost.model.memory import Engine
+from layerboost.engines.vllm_timing import TimedVllm
+from layerboost.model.memory import CacheSettings
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import machine, versions
 
@@ -37,7 +37,7 @@ SHAPE = {
     "max_position_embeddings": 8192,
 }
 WINDOW, CONTEXT_TOKENS, CACHE_BYTES = 64, 2048, 1 << 30
-ENGINE = Engine(max_batched_tokens=256, block_size=32, batches_in_flight=1)
+ENGINE = CacheSettings(max_batched_tokens=256, block_size=32, concurrent_batches=1)
 # Without asynchronous scheduling a step's time is its own. The two engines share a GPU.
 ALONE = {"async_scheduling": False, **({"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {})}
 
@@ -60,15 +60,15 @@ def boosted(family: str, folder: Path) -> None:
 
 def engine(folder: Path, native: bool) -> Any:
     """A vLLM engine that serves a boosted checkpoint by the one class or the other."""
-    from layerboost.serving import vllm_model
+    from layerboost.vllm_plugin import model as served
 
-    own = dict(vllm_model.NATIVE)
+    own = dict(served.NATIVE)
     if not native:
-        vllm_model.NATIVE.clear()
+        served.NATIVE.clear()
     try:
-        return start(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, **ALONE).llm_engine
+        return TimedVllm(folder, ENGINE, CONTEXT_TOKENS, CACHE_BYTES, **ALONE).engine
     finally:
-        vllm_model.NATIVE.update(own)
+        served.NATIVE.update(own)
 
 
 class Clock:

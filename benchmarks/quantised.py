@@ -24,10 +24,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-import layerboost  # noqa: F401  (teaches Transformers boosted checkpoints)
+from layerboost import AutoModelForCausalLM  # Transformers' own, which then loads boosted checkpoints too
 
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 1024
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 8, 32, 32

@@ -22,15 +22,18 @@ from typing import Any
 
 import aiohttp
 
+from layerboost.engines.server import Server
+from layerboost.engines.vllm_server import served
 from layerboost.recipe import Bench
-from layerboost.serving.command import GIB
-from layerboost.serving.server import Server, running_server
+from layerboost.runtime import GIB
 
 INPUT_TOKENS, OUTPUT_TOKENS = (8, 512), (8, 128)
 # Shares of the requests that are cancelled after some tokens, and dropped before the first.
 CANCELLED, DROPPED = 0.15, 0.15
 DROP_AFTER_S = 0.5
 SETTLE_S = 60
+# What is to be zero afterwards.
+LEFT = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 # Allocators and caches fill in the first part; from there on memory is to stay within a few per cent.
 WARM, FLAT = 0.3, 1.03
 
@@ -104,7 +107,8 @@ def settled(server: Server) -> dict[str, float]:
     """The server's counters once it has noticed that all clients are gone."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        found = server.counters()
+        metrics = server.metrics()
+        found = {name: sum(metrics[f"vllm:{name}"]) for name in (*LEFT, "num_preemptions_total")}
         if not found["num_requests_running"] + found["num_requests_waiting"] or time.monotonic() > deadline:
             return found
         time.sleep(1)
@@ -128,7 +132,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as root:
         started = time.monotonic()
-        with running_server("the model", asked.model, bench, Path(root) / "server.log") as server:
+        with served("the model", asked.model, bench, Path(root) / "server.log") as server:
             ends, memory = asyncio.run(load(server, asked.requests, asked.concurrency))
             after = settled(server)
             server.check_alive()
@@ -137,9 +141,9 @@ def main() -> None:
     growth = warm[-1] / warm[0]
     wrong = {end: count for end, count in ends.items() if end not in {"complete", "cancelled", "dropped"}}
     lost = asked.requests - ends.total()
-    left = {name: after[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")}
+    left = {name: after[name] for name in LEFT}
     print(f"{asked.requests} requests, concurrency {asked.concurrency}, {seconds} s: {dict(ends)}, lost: {lost}")
-    print(f"afterwards: {left}; preemptions {after['num_preemptions']:.0f}")
+    print(f"afterwards: {left}; preemptions {after['num_preemptions_total']:.0f}")
     print(
         f"resident memory from {WARM:.0%} of the requests on: {warm[0]:.3f} to {warm[-1]:.3f} GiB, times {growth:.3f}"
     )

@@ -24,14 +24,19 @@ from typing import Any
 import torch
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
+from layerboost.engines.vllm import cache_defaults, flags_given, runs_on_cpu
 from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
 from layerboost.model.linear import linear
-from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
+from layerboost.model.memory import (
+    CacheSettings,
+    admission_bytes,
+    block_bytes,
+    resident_bytes,
+)
 from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.runtime import machine, versions
+from layerboost.runtime import GIB, machine, versions
 from layerboost.search.costs import decode_work, prefill_work
-from layerboost.serving.command import GIB, number_given, runs_on_cpu
 from layerboost.serving.results import Comparison, Spread
 from layerboost.stages.bench import BASE, run_bench
 
@@ -105,7 +110,9 @@ def measured_rates(file: Path) -> Rates:
     return rates
 
 
-def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Engine, rates: Rates) -> float | None:
+def ideal_tokens_per_s(
+    model: Model, bench: Bench, concurrency: int, engine: CacheSettings, rates: Rates
+) -> float | None:
     """Output tokens a second if nothing took time but this machine's reading and multiplying, all requests in step.
 
     Products with weights take the longer of the two, the KV cache its reading, prefill its FLOPs. As many requests
@@ -129,7 +136,7 @@ def ideal_tokens_per_s(model: Model, bench: Bench, concurrency: int, engine: Eng
 
 def benches(asked: argparse.Namespace, reference: Model) -> dict[str, Bench]:
     """The settings of each workload."""
-    engine, found = own_engine(), {}
+    engine, found = cache_defaults(), {}
     for name in asked.workloads:
         lengths = {key: max(1, tokens // asked.shorter) for key, tokens in WORKLOADS[name].items()}
         top = max(asked.concurrency)
@@ -159,18 +166,13 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
     return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
 
 
-def own_engine() -> Engine:
-    """vLLM's own settings on this machine."""
-    return CPU_ENGINE if runs_on_cpu() else GPU_ENGINE
-
-
-def used_engine(comparison: Comparison) -> Engine:
+def used_engine(comparison: Comparison) -> CacheSettings:
     """The settings that the KV arithmetic depends on, as the servers had them."""
-    default, given = own_engine(), tuple(comparison.settings["server_args"])
-    return Engine(
-        number_given(given, "--max-num-batched-tokens", default=default.max_batched_tokens),
-        number_given(given, "--block-size", default=default.block_size),
-        default.batches_in_flight,
+    default, given = cache_defaults(), flags_given(comparison.settings["server_args"])
+    return CacheSettings(
+        given.get("max_num_batched_tokens", default.max_batched_tokens),
+        given.get("block_size", default.block_size),
+        default.concurrent_batches,
     )
 
 

@@ -15,9 +15,8 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
-from transformers import AutoModelForCausalLM
 
-import layerboost  # noqa: F401  (teaches Transformers boosted checkpoints)
+from layerboost import AutoModelForCausalLM  # Transformers' own, which then loads boosted checkpoints too
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 

@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 # lm-eval asks pip and the system for a page about the machine each time it scores; it starts eleven processes.
 torch.utils.collect_env.get_pretty_env_info = lambda: "not asked for in tests"
 
+pytest_plugins = ["served"]
 
 MARKED = {"server", "multiprocess", "pipeline", "real", "gpu", "exhaustive"}
 UNMARKED_S = 5.0

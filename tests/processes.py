@@ -3,7 +3,6 @@ once."""
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import runpy
@@ -11,8 +10,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +111,11 @@ def command(*words: object, folder: Path, **options: Any) -> Forked:
     return Forked(run_module, "layerboost.cli", *map(str, words), folder=folder, **options)
 
 
-class Guarded(Forked):
-    """What `serving.server.guarded` returns for `python -m MODULE WORDS...`, without the wait for its imports."""
-
-    def __init__(self, argv: list[str], _: dict[str, str], output: Any, **__: Any) -> None:
-        log = Path(output.name)
-        super().__init__(run_module, *argv[argv.index("-m") + 1 :], folder=log.parent, name=log.stem)
-        self.stdin = io.BytesIO()
+@contextmanager
+def forked(argv: list[str], _: dict[str, str], output: Any, **__: Any) -> Iterator[Forked]:
+    """What `engines.server.guarded` yields for `python -m MODULE WORDS...`, without the wait for its imports."""
+    log = Path(output.name)
+    yield Forked(run_module, *argv[argv.index("-m") + 1 :], folder=log.parent, name=log.stem)
 
 
 def ranks(target: Callable[..., None], *arguments: Any, folder: Path, processes: int = 2) -> list[Forked]:

@@ -17,6 +17,7 @@ FLOORS = [
     {"text"},
     {"retrieval", "traffic"},
     {"model"},
+    {"engines", "vllm_plugin"},
     {"sensitivity", "search", "healing", "serving"},
     {"evaluation", "reporting"},
     {"stages"},
@@ -75,10 +76,15 @@ def test_what_travels_in_a_checkpoint_stands_alone() -> None:
     assert set(imports(SOURCE / "model" / "modeling.py")) == {"layerboost.model.families", "layerboost.model.attention"}
 
 
+def test_what_runs_inside_vllm_imports_the_model_alone() -> None:
+    for file in (SOURCE / "vllm_plugin").glob("*.py"):
+        assert all(name.startswith(("layerboost.model.", "layerboost.vllm_plugin.")) for name in imports(file)), file
+
+
 def test_json_files_are_written_in_one_place() -> None:
     """Which refuses numbers that are not finite. Not files: arguments of processes, a request, a message, a row that is
     read; and a model's config as its library writes it."""
-    others = {"serving/samples.py", "serving/generation.py", "serving/benchmark.py", "rows.py"}
+    others = {"serving/samples.py", "engines/transformers.py", "engines/vllm_server.py", "rows.py"}
     others |= {f"model/{name}.py" for name in ("base", "integrity", "tokenizer")}
     dumping = {str(file.relative_to(SOURCE)) for file in FILES if "json.dump" in file.read_text()}
     assert dumping - others == {"artifacts.py", "model/compat.py"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
 from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.engines.vllm import unless_given
 from layerboost.evaluation.statistics import average_difference, difference
-from layerboost.model.memory import Engine, admission_bytes, groups, resident_bytes
+from layerboost.model.memory import CacheSettings, admission_bytes, groups, resident_bytes
 from layerboost.model.modeling import skipped_layers
 from layerboost.model.surgery import boosted_config
-from layerboost.serving.command import with_flags
 from layerboost.text import _pack
 
 OPENING = st.sampled_from([[], [0]])
@@ -79,24 +79,23 @@ def plan_in(config: Any) -> list[LayerPlan]:
     return layers
 
 
-WORD = st.text("abcdefgh", min_size=2, max_size=6)
-FLAGS = st.dictionaries(WORD, st.one_of(st.none(), WORD), max_size=5)
-ADVISED = st.dictionaries(WORD, WORD, max_size=5)  # each has a value
+FLAGS = ("--max-num-batched-tokens", "--block-size", "--max-num-seqs", "--port", "--seed", "--no-such-flag")
+NUMBER = st.integers(1, 9999).map(str)
 
 
-@given(given_flags=FLAGS, advised=ADVISED, joined=st.booleans())
+@given(
+    given_flags=st.dictionaries(st.sampled_from(FLAGS), NUMBER),
+    advised=st.dictionaries(st.sampled_from(FLAGS[:4]), NUMBER),
+    joined=st.booleans(),
+    spell=st.sampled_from([str, lambda flag: "--" + flag[2:].replace("-", "_")]),
+)
 def test_flags_that_are_given_win_over_advised_ones_and_the_others_stay(
-    given_flags: dict[str, str | None], advised: dict[str, str], joined: bool
+    given_flags: dict[str, str], advised: dict[str, str], joined: bool, spell: Callable[[str], str]
 ) -> None:
-    def words(flags: Mapping[str, str | None], joined: bool = False) -> tuple[str, ...]:
-        parts: list[str] = []
-        for name, value in flags.items():
-            parts += [f"--{name}"] if value is None else [f"--{name}={value}"] if joined else [f"--{name}", value]
-        return tuple(parts)
-
-    found = with_flags(words(given_flags, joined), words(advised))
-    others = {name: value for name, value in advised.items() if name not in given_flags}
-    assert found == (*words(others), *words(given_flags, joined))
+    pairs = [(spell(flag), number) for flag, number in given_flags.items()]
+    words = [f"{flag}={number}" for flag, number in pairs] if joined else [word for pair in pairs for word in pair]
+    missing = [(flag, number) for flag, number in advised.items() if flag not in given_flags]
+    assert unless_given(words, advised) == tuple(word for pair in missing for word in pair)
 
 
 @given(full=st.integers(0, 128), sliding=st.integers(0, 128))
@@ -116,7 +115,7 @@ def test_kv_groups_hold_every_layer_and_pad_less_than_a_group_of_each_kind(full:
     batched=st.sampled_from([128, 512, 2048]),
 )
 def test_a_longer_context_never_needs_less_kv_memory(letters: str, context: int, batched: int) -> None:
-    model, layers, engine = info(len(letters)), layer_plans(letters), Engine(batched, 32, 1)
+    model, layers, engine = info(len(letters)), layer_plans(letters), CacheSettings(batched, 32, 1)
     for count in (admission_bytes, resident_bytes):
         assert count(model, layers, context, engine) <= count(model, layers, 2 * context, engine)
     assert resident_bytes(model, layers, context, engine) <= admission_bytes(model, layers, context, engine)

@@ -12,13 +12,13 @@ import psutil
 import torch
 
 from layerboost.artifacts import CONVERTED, HEALED, PLAN, check_path, read_plan
+from layerboost.engines import open_engine
 from layerboost.errors import LayerboostError
 from layerboost.healing.estimate import estimate_healing
 from layerboost.healing.training import less_memory
 from layerboost.model.base import find_base
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import no_run_folder, start_runtime
-from layerboost.serving.command import vllm_version
 
 GIB = 1 << 30
 # The stages that have something to check: `check(recipe, run, base)`, which raises ConfigError.
@@ -76,7 +76,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         calibration_tokens=recipe.measure.tokens,
         healing_tokens_per_s=healing.tokens_per_s,
         healing_hours=healing.hours,
-        vllm="not needed" if recipe.bench.engine == "transformers" else vllm_version() or "not installed",
+        vllm=open_engine(recipe.bench.engine).check(recipe.bench, ()),
     )
     check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
     return estimate

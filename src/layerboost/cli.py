@@ -162,7 +162,7 @@ _stage(
     ),
 )
 @click.option("--decode-sweep", is_flag=True, help="Latency and memory against the length of the answers instead.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: bench.engine, which is vllm.")
+@click.option("--engine", metavar="NAME", help="vllm or transformers. Default: bench.engine, which is vllm.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     """Run the bench stage."""
@@ -253,11 +253,11 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     """Serve a checkpoint."""
     import shlex
 
+    from layerboost.engines.vllm import serve_command
     from layerboost.runtime import settle_environment
-    from layerboost.serving.command import serve_argv
 
     settle_environment()
-    argv, added = serve_argv(folder, port, extra)
+    argv, added = serve_command(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
 

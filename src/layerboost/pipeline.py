@@ -24,7 +24,6 @@ from layerboost.runtime import (
 if TYPE_CHECKING:
     pass
 
-GIB = 1 << 30
 RECIPE = "recipe.yaml"
 # Stages that torchrun's processes share.
 SPREAD = ("measure", "heal")

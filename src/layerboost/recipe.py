@@ -43,6 +43,7 @@ def _full_sources(given: Sources) -> Sources:
 Task = Annotated[str, AfterValidator(lambda name: _full_path(name) if name.endswith(".yaml") else name)]
 # Names of further models, and their directories.
 Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
+EngineName = Literal["vllm", "transformers"]
 
 
 class Section(BaseModel):
@@ -229,9 +230,7 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted under a real server."""
 
-    engine: Literal["vllm", "transformers"] = Field(
-        "vllm", description="transformers: one batch after the other, for machines without vLLM"
-    )
+    engine: EngineName = Field("vllm", description="transformers: one batch after the other, for machines without vLLM")
     checkpoints: Checkpoints = Field(
         {}, description="further models to bench beside base and healed: a name and a directory each"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
+import errno
 import gc
 import importlib.metadata
 import logging
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("layerboost")
+GIB = 1 << 30
+# What a file system says that has no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 # Which process of torchrun's this one is.
 RANKS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -264,27 +267,29 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
 def locked(run: Path) -> Iterator[None]:
     """Keep a second command out of a run folder; the lock ends with the process.
 
-    Raises ConfigError, also where no run folder can be. On a file system without locks a warning takes their place.
+    Raise ConfigError where another command holds it, and where `run` cannot be a run folder. Only warn on a file system
+    without locks.
     """
     check_path(run)
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run / ".lock", blocking=False, fallback_to_soft=False)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w") if is_main_process() else None
+        if is_main_process():
+            lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another layerboost command works in {run}", do="wait for it, or use another --run folder"
+        ) from None
     except OSError as error:
-        raise no_run_folder(run, str(error)) from None
-    if file is None:
+        if error.errno not in NO_LOCKS:
+            raise no_run_folder(run, str(error)) from None
+        log.warning("%s cannot be locked (%s): start no second command in it", run, error.strerror)
+    try:
         yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another layerboost command works in {run}", do="wait for it, or use another --run folder"
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): start no second command in it", run, error.strerror)
-        yield
+    finally:
+        lock.release()
 
 
 def no_run_folder(run: Path, found: str) -> ConfigError:
@@ -304,14 +309,18 @@ def machine() -> str:
 
         if torch.cuda.is_available():
             return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         if info.is_file()
         else []
     )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(cores())} cores"
+
+
+def cores() -> list[int]:
+    """Return the CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def peak_rss_bytes() -> int:

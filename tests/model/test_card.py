@@ -9,7 +9,7 @@ from tiny import info, layer_plans
 
 from layerboost.artifacts import PlanFile
 from layerboost.model.card import UNKNOWN, model_card, origin_of
-from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, serving
+from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, serving
 from layerboost.recipe import Card
 
 PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
@@ -74,7 +74,7 @@ def test_the_card_names_the_flags_that_make_the_memory_real_on_each_kind_of_engi
     settings = {"context_tokens": 2048, "concurrency": 100}
     plan = PlanFile(model=info(8), method="budget", settings=settings, layers=layer_plans("ffssssss", 64))
     card = model_card(plan, UNKNOWN)
-    for engine, where in ((CPU_ENGINE, "On a CPU"), (GPU_ENGINE, "On a GPU")):
+    for engine, where in ((CPU_DEFAULTS, "On a CPU"), (GPU_DEFAULTS, "On a GPU")):
         flags = serving(plan.model, plan.layers, 2048, 100, engine).flags
         assert f"vllm serve PATH {' '.join(flags)}    # {where}\n" in card
     assert "`--max-model-len 2048`: On a GPU vLLM admits" in card

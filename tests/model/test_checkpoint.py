@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import RUNTIME, byte_tokenizer, info, layer_plans, opening_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+import layerboost
 from layerboost.artifacts import PlanFile, read_plan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
@@ -93,6 +95,25 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
     assert torch.equal(alone, logits)
     assert generated.shape == (1, 45)
     assert not any("import" in line and "layerboost" in line for line in modeling_source().splitlines())
+
+
+def test_layerboosts_auto_class_is_transformers_own_and_loads_boosted_checkpoints(tmp_path: Path) -> None:
+    folder, logits = saved(tmp_path / "out")
+    assert layerboost.AutoModelForCausalLM is transformers.AutoModelForCausalLM
+    model = layerboost.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(model).__name__ == "LayerBoostForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, logits)
+    with pytest.raises(AttributeError, match="no attribute 'AutoModel'"):
+        layerboost.AutoModel  # noqa: B018
+
+
+def test_the_package_the_command_line_and_the_plugin_import_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, layerboost.cli, layerboost.vllm_plugin.plugin; print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout == "set()\n"
 
 
 def test_stock_checkpoints_keep_their_stock_class(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,9 @@ def test_where_vllm_fails_transformers_goes_on_from_where_it_stopped(
 
 @pytest.mark.server
 def test_vllm_samples(vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_the_session(argv: list[str], *_: object, **__: object) -> subprocess.Popen[bytes]:
+    def in_the_session(argv: list[str], *_: object, **__: object) -> AbstractContextManager[subprocess.Popen[bytes]]:
         assert vllm.ask({"samples": argv[-1]}) is None
-        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
+        return subprocess.Popen(["true"])
 
     monkeypatch.setattr(samples, "guarded", in_the_session)
     monkeypatch.setattr(Base, "load", None)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import Guarded, free_port
+from processes import forked, free_port
 from tiny import info, layer_plans, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, read_json, write_json, write_plan
+from layerboost.engines import transformers
 from layerboost.errors import ConfigError
-from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, serving
+from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, serving
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.serving import generation
 from layerboost.serving.results import Comparison, Measurement
 from layerboost.stages.bench import _checked, _opened, run_bench
 from layerboost.tables import decoded_rows
@@ -134,12 +134,12 @@ def advise(folder: Path, context_tokens: int = 512) -> PlanFile:
 
 
 @needs_vllm
-@pytest.mark.parametrize("engine", [CPU_ENGINE, GPU_ENGINE])
+@pytest.mark.parametrize("engine", [CPU_DEFAULTS, GPU_DEFAULTS])
 def test_every_model_is_served_with_the_flags_of_the_plan(
-    engine: Engine, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    engine: CacheSettings, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those for the machine that serves, wherever the plan was made."""
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: engine == CPU_ENGINE)
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: engine == CPU_DEFAULTS)
     plan = advise(models["healed"])
     flags = serving(plan.model, plan.layers, 512, 4, engine).flags
     assert flags[0] == "--max-num-batched-tokens"
@@ -170,7 +170,7 @@ def test_flags_are_those_of_the_layers_that_are_there(tmp_path: Path, models: di
 
 
 def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "guarded", Guarded)
+    monkeypatch.setattr(transformers, "guarded", forked)
     models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
     asked = recipe(engine="transformers", concurrency=[2])
     found = run_bench(asked, tmp_path, models)
@@ -185,7 +185,7 @@ def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_decode_sweep_has_a_result_per_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "guarded", Guarded)
+    monkeypatch.setattr(transformers, "guarded", forked)
     models = {"base": save_tiny(tmp_path / "base")}
     settings = {"engine": "transformers", "decode_batch": 2}
     sweep = run_bench(recipe(**settings, decode_lengths=[4, 128]), tmp_path, models, decode_sweep=True)

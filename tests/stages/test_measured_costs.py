@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from tiny import info, layer_plans, save_tiny
 
 from layerboost.artifacts import PLAN, PlanFile, write_plan
 from layerboost.errors import ConfigError
-from layerboost.search.costs import Rates
-from layerboost.stages.costs import BATCHES, LOADS, fit, plans, run_costs, work_rows
+from layerboost.search.costs import Rates, decode_work, prefill_work
+from layerboost.stages.costs import BATCHES, LOADS, Timed, fit, plans, run_costs
 from layerboost.tables import costs_rows
 
 RATES = Rates(
@@ -21,32 +20,18 @@ RATES = Rates(
 )
 
 
-def measured() -> list[dict[str, Any]]:
-    """What a machine with these rates would show."""
-    entries: list[dict[str, Any]] = [
-        {
-            "plan": name,
-            "layers": layers,
-            "memory": [
-                {"context_tokens": 1024, "max_batched_tokens": 64, "concurrency": 4.0, "concurrency_predicted": 5.0}
-            ],
-            "prefill": [{"max_batched_tokens": size, "ms": 0.0} for size in BATCHES],
-            "decode": [{"requests": requests, "tokens": tokens, "ms": 0.0} for requests, tokens in LOADS],
-        }
-        for name, layers in plans(12, sink=True).items()
-    ]
-    rows = iter(work_rows(info(12), entries)[1])
-    for entry in entries:
-        for row in (*entry["prefill"], *entry["decode"]):
-            row["ms"] = RATES.milliseconds(next(rows))
-    return entries
-
-
 def test_rates_are_those_that_explain_the_times() -> None:
-    names, work, times, kinds = work_rows(info(12), measured())
-    assert len(names) == len(work) == len(times) == len(kinds) == 4 * (len(BATCHES) + len(LOADS))
-    found = fit(work, times)
-    assert np.allclose([found.milliseconds(row) for row in work], times, rtol=1e-3)
+    model = info(12)
+    timed = [
+        Timed(name, "", work, RATES.milliseconds(work))
+        for name, layers in plans(12, sink=True).items()
+        for work in (
+            *(prefill_work(model, layers, 1024, size) for size in BATCHES),
+            *(decode_work(model, layers, requests, tokens) for requests, tokens in LOADS),
+        )
+    ]
+    found = fit(timed)
+    assert np.allclose([found.milliseconds(row.work) for row in timed], [row.ms for row in timed], rtol=1e-3)
 
 
 def test_plans_are_of_every_kind_and_take_no_sink_where_there_is_none() -> None:
@@ -61,7 +46,8 @@ def test_plans_are_of_every_kind_and_take_no_sink_where_there_is_none() -> None:
 
 def test_the_table_sets_measured_beside_predicted() -> None:
     timing = [{"plan": "base", "what": "decode, 1 x 64", "ms": 10.0, "predicted_ms": 11.0}]
-    header, *rows = costs_rows({"timing": timing, "plans": measured()})
+    memory = [{"context_tokens": 1024, "max_batched_tokens": 64, "concurrency": 4.0, "concurrency_predicted": 5.0}]
+    header, *rows = costs_rows({"timing": timing, "plans": [{"plan": "base", "memory": memory}]})
     assert rows[0] == ["base", "decode, 1 x 64, ms", "10", "11", "+10.0%"]
     assert rows[1] == ["base", "requests of 1,024 by 64", "4", "5", "+25.0%"]
     assert {len(row) for row in rows} == {len(header)}

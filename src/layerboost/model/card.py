@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.artifacts import PlanFile, counted
-from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, plan_serving
+from layerboost.model.memory import plan_serving
 from layerboost.recipe import Card
 
 CARD = "README.md"
@@ -142,7 +142,7 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """The commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
-    kinds = {"On a GPU": GPU_ENGINE, "On a CPU": CPU_ENGINE}
+    kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
         return "vllm serve PATH\n```\n"

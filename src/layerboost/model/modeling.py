@@ -322,8 +322,6 @@ def register_auto_classes() -> None:
     for model_type in FAMILIES:
         config = transformers.CONFIG_MAPPING[model_type]
         AutoModelForCausalLM.register(config, registered, exist_ok=True)
-        # Before 5.18 that passes over Transformers' own configs in silence.
-        AutoModelForCausalLM._model_mapping._extra_content.setdefault(config, registered)
 
 
 # Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.

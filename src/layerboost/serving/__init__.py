@@ -1,1 +1,1 @@
-"""Serving with vLLM: the plugin that loads boosted checkpoints, starting and stopping servers, benchmarking them."""
+"""Results of the benchmark, processor time, and the base's own samples."""

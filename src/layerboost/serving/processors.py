@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from layerboost.serving.command import cores
+from layerboost.runtime import cores
 
 
 class Processors:

@@ -118,11 +118,8 @@ class Comparison(Artifact):
     @model_validator(mode="before")
     @classmethod
     def _without_results(cls, values: Any) -> Any:
-        """Version 1 differs in its results, which were means."""
-        if not isinstance(values, dict):
-            return values
-        kept = {key: value for key, value in values.items() if key != "results"}
-        return kept | {"schema_version": 2} if kept.get("schema_version") == 1 else kept
+        """They are computed from the measurements."""
+        return {key: value for key, value in values.items() if key != "results"} if isinstance(values, dict) else values
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from layerboost.engines.server import MODULE, guarded
+from layerboost.engines.vllm import runs_on_cpu, vllm_environment, vllm_version
 from layerboost.model.base import Base
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.runtime import log
-from layerboost.serving.command import GIB, runs_on_cpu, vllm_environment, vllm_version
-from layerboost.serving.server import MODULE, guarded, stop_guarded
+from layerboost.runtime import GIB, log
 from layerboost.text import Generate, sample_documents, samples_missing
 
 
 def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
-    """Where the text is the model's own (`text.source: self`), see that its samples lie in the run folder.
+    """Where the text is the model's own (`text.source: self`), write its samples to the run folder if they are missing.
 
     Plain ancestral sampling at temperature 1 from the begin-of-text token, by vLLM in a process of its own; should that
     fail, by Transformers, from where it stopped.
@@ -35,7 +35,7 @@ def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def transformers_generate(model: Any, tokenizer: Any, tokens: int) -> Generate:
-    """Samples of at most `tokens` tokens by Transformers."""
+    """Return what samples texts of at most `tokens` tokens by Transformers."""
 
     def generate(count: int, seed: int) -> list[str]:
         torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def transformers_generate(model: Any, tokenizer: Any, tokens: int) -> Generate:
 
 
 def vllm_generate(folder: str, start: int, tokens: int, dtype: str, trust_remote_code: bool) -> Generate:
-    """Samples of at most `tokens` tokens by vLLM."""
+    """Return what samples texts of at most `tokens` tokens by vLLM."""
     from vllm import LLM, SamplingParams
 
     on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": GIB} if runs_on_cpu() else {}
@@ -81,7 +81,7 @@ def vllm_generate(folder: str, start: int, tokens: int, dtype: str, trust_remote
 
 
 def _sampled_by_vllm(recipe: Recipe, run: Path, base: Base, made_from: dict[str, Any]) -> bool:
-    """Whether a process of this module's own has written all samples; vLLM's words go to RUN/self_samples.log."""
+    """Return whether a process of this module's own has written all samples; it logs to RUN/self_samples.log."""
     job = [
         recipe.model_dump(mode="json"),
         str(run),
@@ -92,13 +92,10 @@ def _sampled_by_vllm(recipe: Recipe, run: Path, base: Base, made_from: dict[str,
     ]
     log_file = run / "self_samples.log"
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
-    with log_file.open("wb") as output:
-        # Its errors are not caught: they are its progress.
-        process = guarded([*MODULE, __name__, json.dumps(job)], vllm_environment(), output, errors=None)
-        try:
-            process.wait()
-        finally:
-            stop_guarded(process)
+    command = [*MODULE, __name__, json.dumps(job)]
+    # Its errors are not caught: they are its progress.
+    with log_file.open("wb") as output, guarded(command, vllm_environment(), output, errors=None) as process:
+        process.wait()
     if samples_missing(recipe.text, run, made_from):
         log.warning("vLLM could not sample (%s says why); Transformers does", log_file)
         return False

@@ -1,27 +1,23 @@
-"""`layerboost bench`: base and boosted models under a real vLLM server, in interleaved repeats."""
+"""`layerboost bench`: base and boosted models under the engine that serves them, in interleaved repeats."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import file_hash, fingerprint, finite, read_json, write_json
+from layerboost.artifacts import PLAN, file_hash, finite, read_json, read_plan, write_json
+from layerboost.engines import open_engine
+from layerboost.engines.protocol import Engine, Load, Running
 from layerboost.errors import ConfigError
 from layerboost.model.base import Base
 from layerboost.model.checkpoint import check_further
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
-from layerboost.runtime import Progress, log, start_runtime
-from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
-from layerboost.serving.command import advised_flags, check_server, check_vllm, cores, runs_on_cpu, with_flags
-from layerboost.serving.generation import run_generation
+from layerboost.runtime import Progress, cores, log
 from layerboost.serving.processors import Processors
 from layerboost.serving.results import SPEED, Comparison, Measurement, Point, metrics_of
-from layerboost.serving.server import running_server
 
 FOLDER = "bench"
 COMPARISON, DECODE_SWEEP = "comparison.json", "decode_sweep.json"
@@ -31,11 +27,8 @@ FREE_SETTINGS = {"port", "startup_timeout_s", "repeats", "concurrency", "decode_
 # What means nothing in the other kind of benchmark.
 OF_LOAD = {"concurrency", "requests_per_concurrency", "output_tokens"}
 OF_SWEEP = {"decode_batch", "decode_lengths"}
-OF_VLLM = {"port", "startup_timeout_s", "kv_cache_gib", "server_args"}
 # A prompt of a decode sweep: next to nothing, so that the length is that of the answer.
 SWEEP_INPUT_TOKENS = 16
-# Answers a load, with a file for its log and whom to tell of tokens: the raw result, further metrics, vLLM's context.
-Answering = Callable[[Load, Path, Callable[[float], None]], tuple[dict[str, Any], dict[str, float], int | None]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,10 @@ class Job:
     run: Path
     models: dict[str, Path]
     decode_sweep: bool
+
+    @property
+    def engine(self) -> Engine:
+        return open_engine(self.bench.engine)
 
     @property
     def bench(self) -> Bench:
@@ -62,7 +59,7 @@ class Job:
         return [(concurrency, None) for concurrency in dict.fromkeys(self.bench.concurrency)]
 
     def load(self, point: Point) -> Load:
-        """The same prompts for every model, others at another concurrency or length."""
+        """Return the load of a point: the same prompts for every model, others at another point."""
         (concurrency, length), bench = point, self.bench
         return Load(
             concurrency=concurrency,
@@ -81,19 +78,18 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_bench` could not serve or load."""
     check_further(recipe.bench.checkpoints, run, base)
     check_lengths(recipe.bench, "the model", base.config.max_position_embeddings)
-    if recipe.bench.engine == "vllm":
-        check_server(recipe.bench, (base.folder, run))
+    open_engine(recipe.bench.engine).check(recipe.bench, (base.folder, run))
 
 
 def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:
-    """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; returns the comparison.
+    """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; return the comparison.
 
-    In each repeat every model gets a fresh server, warmed up. vLLM's JSON goes to
-    `{model}-c{concurrency}-r{repeat}.json`, ours to `comparison.json`. With `decode_sweep` it is lengths instead of
-    concurrencies, and `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on
-    where it stopped. Raises ConfigError before anything is served where the engine is missing, the port taken, a model
-    not whole or its context too short, or the results there are of other settings or models; LayerboostError when a
-    server or a request fails.
+    In each repeat every model is started anew. The engine's JSON goes to `{model}-c{concurrency}-r{repeat}.json`, ours
+    to `comparison.json`. With `decode_sweep` it is lengths instead of concurrencies, and
+    `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on where it stopped.
+    Raise ConfigError before anything is started if the engine is missing, the port taken, a model incomplete or its
+    context too short, or if the results there are of other settings or models; LayerboostError when the engine or a
+    request fails.
     """
     job = _checked(recipe, run, models, decode_sweep)
     comparison = _opened(job)
@@ -114,9 +110,9 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
         for name, measurements in planned:
             if not measurements:
                 continue
-            with _engine(job, name, measurements[0][0]) as answered:
+            with _launched(job, name, measurements[0][0]) as running:
                 for repeat, point in measurements:
-                    comparison.measurements.append(_measure(job, answered, name, point, repeat, progress))
+                    comparison.measurements.append(_measure(job, running, name, point, repeat, progress))
                     missing -= 1
                     comparison.complete = missing == 0
                     write_json(job.file, comparison)
@@ -125,33 +121,15 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
     return comparison.model_dump(mode="json")
 
 
-@contextmanager
-def _engine(job: Job, name: str, repeat: int) -> Iterator[Answering]:
-    """What answers the loads of one model in one repeat."""
+def _launched(job: Job, name: str, repeat: int) -> AbstractContextManager[Running]:
+    """Start one model of one repeat."""
     folder = job.models[name]
-    if job.bench.engine == "transformers":
-
-        def generated(load: Load, log_file: Path, advance: Callable[[float], None]) -> Any:
-            raw = run_generation(name, folder, job.recipe, load, log_file)
-            advance(load.tokens)
-            return raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw}, None
-
-        yield generated
-        return
+    check_checkpoint(folder)  # once more: it may have changed since the first look
     log_file = job.run / FOLDER / "logs" / f"{name}{'-decode' if job.decode_sweep else ''}-r{repeat}.log"
-    load_log = log_file.with_suffix(".load.log")
-    # The generator first: it imports vLLM while the server starts.
-    with load_generator(load_log) as generator, running_server(name, folder, job.bench, log_file) as server:
-        warm_up(server, job.bench)
-        cache = server.kv_cache()
-
-        def served(load: Load, _: Path, advance: Callable[[float], None]) -> Any:
-            return *run_benchmark(server, generator, load, load_log, advance), cache.context_tokens if cache else None
-
-        yield served
+    return job.engine.launch(name, folder, job.recipe, log_file)
 
 
-def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
+def _measure(job: Job, running: Running, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
     load, stem = job.load(point), job.stem(name, point, repeat)
     log.info(
         "measuring %s at concurrency %d, %d tokens out, repeat %d of %d",
@@ -162,9 +140,9 @@ def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int
         job.bench.repeats,
     )
     processors = Processors()
-    raw, further, context_tokens = answered(load, job.run / FOLDER / "logs" / f"{stem}.log", progress.advance)
+    answer = running.answer(load, progress.advance)
     used = processors.used()
-    write_json(job.run / FOLDER / f"{stem}.json", finite(raw))
+    write_json(job.run / FOLDER / f"{stem}.json", finite(answer.raw))
     return Measurement(
         model=name,
         concurrency=point[0],
@@ -172,13 +150,13 @@ def _measure(job: Job, answered: Answering, name: str, point: Point, repeat: int
         repeat=repeat,
         file=f"{stem}.json",
         seed=load.seed,
-        metrics={**metrics_of(raw), **further, **used},
-        kv_context_tokens=context_tokens,
+        metrics={**metrics_of(answer.raw), **answer.metrics, **used},
+        kv_context_tokens=answer.context_tokens,
     )
 
 
 def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool) -> Job:
-    """The job with the flags that every server gets; raises ConfigError."""
+    """Return the job with the flags that every model is served with; raise ConfigError."""
     if not models:
         raise ConfigError("nothing to benchmark", do="give at least one model directory")
     bench = recipe.bench
@@ -188,9 +166,9 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         context = check_checkpoint(folder).get("max_position_embeddings")
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
-    if bench.engine == "vllm":
-        check_server(bench, models.values())
-        bench = bench.model_copy(update={"server_args": with_flags(bench.server_args, _flags(models))})
+    engine = open_engine(bench.engine)
+    engine.check(bench, models.values())
+    bench = bench.model_copy(update={"server_args": (*_flags(engine, models, bench.server_args), *bench.server_args)})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
 
@@ -207,45 +185,40 @@ def check_lengths(bench: Bench, name: str, context_tokens: int, decode_sweep: bo
         )
 
 
-def _flags(models: dict[str, Path]) -> tuple[str, ...]:
-    """The serving flags that the models' plans advise, one set for all of them, the base included: else a ratio would
-    compare settings too. Raises ConfigError when plans differ."""
-    advised = {name: flags for name, folder in models.items() if (flags := advised_flags(folder))}
-    if len(set(advised.values())) > 1:
+def _flags(engine: Engine, models: dict[str, Path], given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the serving flags that the models' plans need beside those `given`, one set for all of them, the base
+    included: else a ratio would compare settings too. Raise ConfigError when plans differ.
+    """
+    plans = {name: read_plan(folder / PLAN) for name, folder in models.items() if (folder / PLAN).is_file()}
+    needed = {name: flags for name, plan in plans.items() if (flags := engine.serving_flags(plan, given))}
+    if len(set(needed.values())) > 1:
         raise ConfigError(
             "the plans of the models advise different serving flags, and all must be served alike",
-            found="; ".join(f"{name}: {' '.join(flags)}" for name, flags in advised.items()),
+            found="; ".join(f"{name}: {' '.join(flags)}" for name, flags in needed.items()),
             do="choose for all of them: bench.server_args",
         )
-    return next(iter(advised.values()), ())
+    return next(iter(needed.values()), ())
 
 
 def _opened(job: Job) -> Comparison:
-    """The comparison so far, or an empty one; raises ConfigError when it is of something else."""
-    engine, bench = job.bench.engine, job.bench
-    of_other = (OF_LOAD if job.decode_sweep else OF_SWEEP) | (OF_VLLM if engine == "transformers" else set())
-    if engine == "vllm":
-        runs_on = {"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator"}
-    else:
-        runtime = start_runtime(job.recipe)
-        version = importlib.metadata.version("transformers")
-        runs_on = {"transformers": version, "device": runtime.device.type, "dtype": runtime.dtype_name}
+    """Return the comparison so far, or an empty one; raise ConfigError if it is of something else."""
+    engine, bench = job.engine, job.bench
+    of_other = (OF_LOAD if job.decode_sweep else OF_SWEEP) | engine.UNUSED
     new = Comparison(
         settings={**bench.model_dump(mode="json", exclude={"checkpoints", *of_other}), "seed": job.recipe.seed},
-        environment={**runs_on, "cores": len(cores())},
+        environment={**engine.environment(job.recipe), "cores": len(cores())},
         models={name: file_hash(folder / "config.json") for name, folder in job.models.items()},
         reference=BASE if BASE in job.models else next(iter(job.models)),
     )
     if not job.file.exists():
         return new
     old = read_json(job.file, Comparison, "layerboost bench")
-    if fingerprint(_identity(old)) != fingerprint(_identity(new)):
-        before, now = _identity(old), _identity(new)
-        changed = [
-            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key)
-        ]
+    before, now = _identity(old), _identity(new)
+    if changed := [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]:
         raise ConfigError(
             f"{job.file} holds results of other settings or models",
             found="; ".join(changed),

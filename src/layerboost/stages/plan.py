@@ -15,6 +15,7 @@ from layerboost.artifacts import (
     write_json,
     write_plan,
 )
+from layerboost.engines.vllm import cache_defaults
 from layerboost.errors import ConfigError
 from layerboost.model.base import Base
 from layerboost.model.memory import plan_serving
@@ -27,7 +28,6 @@ from layerboost.search.greedy import Measure
 from layerboost.search.methods import MEASURING, select
 from layerboost.search.stability import read_sensitivity
 from layerboost.sensitivity.calibration import open_measured
-from layerboost.serving.command import engine_here
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -152,7 +152,7 @@ def _say(plan: PlanFile, budget: Budget) -> None:
         assert rates
         return rates.milliseconds(prefill_work(plan.model, plan.layers, budget.context_tokens, size))
 
-    found = plan_serving(plan, engine_here(), prefill_ms if rates else None)
+    found = plan_serving(plan, cache_defaults(), prefill_ms if rates else None)
     if found and found.flags:
         log.info("with %s %s", " ".join(found.flags), found.gain)
 

@@ -1,14 +1,19 @@
+"""Fixtures of the tests with servers: a port, processes that outlive a test, the session's process of vLLM."""
+
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing.forkserver import ensure_running
+from typing import TYPE_CHECKING
 
 import processes
 import psutil
 import pytest
-from offline import Vllm
+
+if TYPE_CHECKING:
+    from offline import Vllm
 
 MARK = "LAYERBOOST_TEST_MARK"
 
@@ -47,6 +52,8 @@ def survivors(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str]]:
 @pytest.fixture(scope="session")
 def vllm_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Vllm]]:
     """The session's process of vLLM in a given environment, started when it is first asked for."""
+    from offline import Vllm
+
     folder = tmp_path_factory.mktemp("vllm")
     started: dict[str, Vllm] = {}
 

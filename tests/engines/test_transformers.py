@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import VOCABULARY, boosted, save_tiny
 
+from layerboost.engines.protocol import Load
+from layerboost.engines.transformers import generate, launch, measure, prompts
 from layerboost.errors import LayerboostError
 from layerboost.recipe import parse_recipe
-from layerboost.serving.benchmark import Load
-from layerboost.serving.generation import answer, measure, prompts, run_generation
 from layerboost.serving.results import FROM_VLLM, metrics_of
 
 
@@ -23,8 +23,8 @@ def test_a_prefix_in_the_cache_changes_no_answer(letters: str) -> None:
     model = boosted(letters)
     asked = load(shared_prefix_tokens=24)
     batch = prompts(asked, VOCABULARY)[:2]
-    plain, times = answer(model, batch, 0, 6)
-    cached, _ = answer(model, batch, 24, 6)
+    plain, times = generate(model, batch, 0, 6)
+    cached, _ = generate(model, batch, 24, 6)
     assert torch.equal(plain, cached)
     assert plain.shape == (2, 6)
     assert len(times) == 6
@@ -59,12 +59,15 @@ def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path / "here")
     folder = save_tiny(tmp_path / "model", "llama", "nSsf")
     recipe = parse_recipe({"device": "cpu"}, "test")
-    found = run_generation("it", folder, recipe, load(), tmp_path / "run.log")
-    assert found["completed"] == 5
-    assert found["peak_rss_gib"] > 0.1
-    (folder / "config.json").unlink()
-    with pytest.raises(
-        LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"
-    ):
-        run_generation("it", folder, recipe, load(), tmp_path / "run.log")
+    counted: list[float] = []
+    with launch("it", folder, recipe, tmp_path / "run.log") as running:
+        found = running.answer(load(), counted.append)
+        assert found.raw["completed"] == 5
+        assert sum(counted) == 30
+        assert found.metrics["peak_rss_gib"] > 0.1
+        (folder / "config.json").unlink()
+        with pytest.raises(
+            LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"
+        ):
+            running.answer(load(), counted.append)
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log" and file.name != "here"] == ["model"]

@@ -16,16 +16,17 @@ from offline import Vllm, check_same_model
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
+from layerboost.engines.protocol import Load
+from layerboost.engines.server import Server, check_port
+from layerboost.engines.vllm_server import launched
 from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
-from layerboost.model.memory import Engine, admission_bytes, block_bytes
+from layerboost.model.memory import CacheSettings, admission_bytes, block_bytes
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench
-from layerboost.serving.benchmark import Load, load_generator, run_benchmark, warm_up
-from layerboost.serving.command import GIB, check_port
+from layerboost.runtime import GIB
 from layerboost.serving.results import metrics_of
-from layerboost.serving.server import Server, running_server
 
 pytestmark = pytest.mark.server
 
@@ -78,7 +79,11 @@ def test_log_probabilities_are_those_of_transformers(served: Served, case: str) 
 @pytest.mark.parametrize("case", EACH_CASE)
 def test_the_memory_model_says_what_vllm_does(served: Served, case: str) -> None:
     family, letters = CASES[case]
-    layers, engine, base = layer_plans(letters), Engine(BATCHED_TOKENS, BLOCK_SIZE, 1), tiny_model(family, len(letters))
+    layers, engine, base = (
+        layer_plans(letters),
+        CacheSettings(BATCHED_TOKENS, BLOCK_SIZE, 1),
+        tiny_model(family, len(letters)),
+    )
     slides = [index for index, kind in enumerate(base_layer_types(base.config)) if kind == "sliding_attention"]
     model = info(len(letters)).model_copy(
         update={"sliding_layers": slides, "sliding_window": native_window(base.config)}
@@ -110,10 +115,8 @@ def test_a_real_server_answers_loads_survives_an_aborted_request_and_is_missed_w
 ) -> None:
     folder = save_tiny(tmp_path / "model", "llama", "nSnf")
     bench = Bench.model_validate({**SETTINGS, "port": free_port, "startup_timeout_s": 300})
-    log_file, load_log = tmp_path / "server.log", tmp_path / "load.log"
-    with load_generator(load_log) as generator, running_server("it", folder, bench, log_file) as server:
-        warm_up(server, bench)
-        cache = server.kv_cache()
+    with launched("it", folder, bench, tmp_path / "server.log") as running:
+        server, cache = running.server, running.cache
         assert cache
         assert cache.bytes == GIB // 4
         # 0.25 GiB of one full and one sliding layer of 2 heads of 32 numbers in float32.
@@ -121,16 +124,16 @@ def test_a_real_server_answers_loads_survives_an_aborted_request_and_is_missed_w
         for concurrency in bench.concurrency:
             load = Load(concurrency, 4, 0, bench.input_tokens, bench.output_tokens, seed=concurrency)
             counted: list[float] = []
-            raw, told = run_benchmark(server, generator, load, load_log, counted.append)
+            answer = running.answer(load, counted.append)
+            raw = answer.raw
             assert (raw["completed"], raw["total_output_tokens"], sum(counted)) == (4, 32, 32)
             assert metrics_of(raw)["output_tokens_per_s"] == raw["output_throughput"]
-            assert told["peak_rss_gib"] > 0.1
-            assert told["kv_cache_tokens"] == cache.tokens
+            assert answer.metrics["peak_rss_gib"] > 0.1
+            assert answer.metrics["kv_cache_tokens"] == cache.tokens
 
         abort_a_request(server)
-        raw, _ = run_benchmark(server, generator, load, load_log, counted.append)
-        assert raw["completed"] == 4
-        assert server.counters()["num_requests_running"] == 0
+        assert running.answer(load, counted.append).raw["completed"] == 4
+        assert sum(server.metrics()["vllm:num_requests_running"]) == 0
 
         for process in psutil.Process(server.process.pid).children(recursive=True):
             process.kill()
@@ -158,7 +161,7 @@ def test_a_server_that_dies_says_why(tmp_path: Path, free_port: int, survivors: 
     log_file = tmp_path / "server.log"
     with (
         pytest.raises(LayerboostError, match=r"vLLM died while serving it\n.*--no-such-option") as raised,
-        running_server("it", folder, bench, log_file),
+        launched("it", folder, bench, log_file),
     ):
         raise AssertionError("it answered")
     assert raised.value.exit_code == 1

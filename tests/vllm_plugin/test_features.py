@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from layerboost.serving.command import cores
+from layerboost.runtime import cores
 
 pytestmark = [
     pytest.mark.server,

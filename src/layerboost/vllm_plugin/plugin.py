@@ -31,7 +31,7 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = BoostedConfig
     # As a string, vLLM imports the class only when a checkpoint names it.
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"layerboost.serving.vllm_model:{ARCHITECTURE}")
+        ModelRegistry.register_model(ARCHITECTURE, f"layerboost.vllm_plugin.model:{ARCHITECTURE}")
         if multiprocessing.parent_process() is None:
             _warn_if_untested(__version__)
 

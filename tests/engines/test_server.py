@@ -13,22 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
 
+from layerboost.engines import guard
+from layerboost.engines.protocol import Command
+from layerboost.engines.server import Server, check_port, gpu_bytes, guarded, last_words, running_server
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
-from layerboost.serving import guard
-from layerboost.serving.command import check_port
-from layerboost.serving.server import (
-    COUNTERS,
-    Server,
-    _gpu_bytes,
-    _wait_until_healthy,
-    guarded,
-    last_words,
-    running_server,
-    stop_guarded,
-)
 
 # A command that starts a child which does not listen to SIGTERM, as a hanging worker would.
 COMMAND = """
@@ -71,7 +61,6 @@ def test_the_guard_ends_with_its_command(survivors: Callable[[float], list[str]]
 
 
 def test_a_taken_port_is_found_before_anything_starts(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", "llama", "")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -80,7 +69,8 @@ def test_a_taken_port_is_found_before_anything_starts(tmp_path: Path) -> None:
             check_port(port)
         assert raised.value.exit_code == 2
         log_file = tmp_path / "server.log"
-        with pytest.raises(ConfigError), running_server("model", folder, Bench(port=port), log_file):
+        command: Command = (["sleep", "600"], {})
+        with pytest.raises(ConfigError), running_server("it", "model", tmp_path, command, Bench(port=port), log_file):
             raise AssertionError("it started")
         assert not log_file.exists()
     check_port(port)
@@ -88,9 +78,9 @@ def test_a_taken_port_is_found_before_anything_starts(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_gpu_memory_in_use() -> None:
-    before = _gpu_bytes()
+    before = gpu_bytes()
     held = torch.zeros(1 << 28, device="cuda")
-    assert _gpu_bytes() - before >= held.numel()
+    assert gpu_bytes() - before >= held.numel()
 
 
 def test_last_words_are_the_root_cause_first(tmp_path: Path) -> None:
@@ -123,7 +113,8 @@ class Metrics(BaseHTTPRequestHandler):
     """Answers as vLLM does, of a model in a folder with an odd name."""
 
     def do_GET(self) -> None:
-        text = "".join(f'vllm:{name}{{engine="0",model_name="/a}} {{b [c]"}} 2.0\n' for name in COUNTERS)
+        labels = ('engine="0",model_name="/a} {b [c]"', 'engine="1",model_name="/a} {b [c]"')
+        text = "".join(f"vllm:num_requests_running{{{each}}} 2.0\n" for each in labels)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -140,13 +131,13 @@ def test_a_server_is_asked_without_a_proxy(tmp_path: Path, monkeypatch: pytest.M
     with HTTPServer(("127.0.0.1", 0), Metrics) as answering:
         threading.Thread(target=answering.serve_forever, daemon=True).start()
         with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE) as process:
-            server = Server("m", tmp_path, f"http://127.0.0.1:{answering.server_port}", tmp_path / "log", process)
+            url = f"http://127.0.0.1:{answering.server_port}"
+            server = Server("vLLM", "m", tmp_path, url, tmp_path / "log", process)
             try:
-                assert server.counters() == dict.fromkeys(COUNTERS, 2.0)
-                _wait_until_healthy(server, 5)
+                assert server.metrics() == {"vllm:num_requests_running": [2.0, 2.0]}
+                server.wait_until_ready(5)
             finally:
                 process.kill()
-                server.stop()
         answering.shutdown()
 
 
@@ -155,10 +146,9 @@ def test_a_process_that_we_start_gets_an_environment_of_its_own(
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "VLLM_API_KEY": "secret"})
     script = "import json, os; print(json.dumps(dict(os.environ)))"
-    with (tmp_path / "out").open("wb") as output:
-        process = guarded([sys.executable, "-c", script], {"ADDED": "1"}, output)
+    command = [sys.executable, "-c", script]
+    with (tmp_path / "out").open("wb") as output, guarded(command, {"ADDED": "1"}, output) as process:
         process.wait(20)
-        stop_guarded(process)
     found = json.loads((tmp_path / "out").read_text())
     assert "127.0.0.1" in found["no_proxy"].split(",")
     assert found["NO_PROXY"] == found["no_proxy"]

@@ -24,14 +24,12 @@ from processes import Forked, run_module
 from tiny import save_tiny
 
 from layerboost.artifacts import read_json
+from layerboost.engines import vllm, vllm_server
+from layerboost.engines.server import check_port
+from layerboost.engines.vllm_server import served
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench, Recipe, parse_recipe
-from layerboost.serving import benchmark
-from layerboost.serving import command as serving_command
-from layerboost.serving.command import check_port
 from layerboost.serving.results import Comparison
-from layerboost.serving.server import running_server
-from layerboost.stages import bench as stage
 from layerboost.stages.bench import run_bench
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
@@ -42,10 +40,9 @@ LOADS = {"repeats": 1, "concurrency": [1, 8], "requests_per_concurrency": 2, "in
 
 def use_the_stand_in(replace: Callable[[Any, str, Any], None]) -> None:
     """Put the stand-in where vLLM's commands are made."""
-    replace(serving_command, "vllm_command", lambda: STAND_IN)
-    replace(benchmark, "load_generator_command", lambda: [*STAND_IN, "load"])
-    for module in (serving_command, stage):
-        replace(module, "check_vllm", lambda: "0.0")
+    replace(vllm, "vllm_command", lambda: STAND_IN)
+    replace(vllm_server, "load_generator_command", lambda: [*STAND_IN, "load"])
+    replace(vllm, "check_vllm", lambda: "0.0")
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +173,7 @@ def test_a_server_that_dies_says_why(tmp_path: Path, free_port: int, survivors: 
     log_file = tmp_path / "server.log"
     with (
         pytest.raises(LayerboostError, match=r"vLLM died while serving it\n.*no such option") as raised,
-        running_server("it", folder, Bench(port=free_port), log_file),
+        served("it", folder, Bench(port=free_port), log_file),
     ):
         raise AssertionError("it answered")
     assert raised.value.exit_code == 1

@@ -21,8 +21,8 @@ from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
-from layerboost.serving.vllm_int8 import check_int8, int8_through_onednn
-from layerboost.serving.vllm_native import BoostedLlama, BoostedQwen3, check_attending
+from layerboost.vllm_plugin.int8 import check_int8, int8_through_onednn
+from layerboost.vllm_plugin.native import BoostedLlama, BoostedQwen3, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
 SINKS = ast.parse("self.sinks", mode="eval").body

@@ -1,0 +1,24 @@
+"""What serves a model, behind one protocol. A further engine is a module here, a name below and in `bench.engine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+if TYPE_CHECKING:
+    from layerboost.engines.protocol import Engine
+    from layerboost.recipe import EngineName
+
+
+def open_engine(name: EngineName) -> Engine:
+    """Return the engine of a recipe's `bench.engine`; each imports what it needs when it is opened."""
+    match name:
+        case "vllm":
+            from layerboost.engines import vllm
+
+            return vllm
+        case "transformers":
+            from layerboost.engines import transformers
+
+            return transformers
+        case _:
+            assert_never(name)

