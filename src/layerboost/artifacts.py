@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EACCES, errno.EIO)
@@ -367,7 +367,7 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
                 f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()[:3]
             )
         else:
-            found = str(error).splitlines()[0]
+            found = first_line(error)
         raise ConfigError(
             f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
             found=found,

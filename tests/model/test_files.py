@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.model.checkpoint import find_model
-from layerboost.model.files import check_gguf, first_line
+from layerboost.model.files import check_gguf
 
 
 def write_gguf(file: Path, number: float) -> Path:

@@ -28,7 +28,7 @@ from layerboost.artifacts import (
     read_plan,
     write_plan,
 )
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.model import attention, families, modeling
 from layerboost.model.card import (
     CARD,
@@ -43,7 +43,6 @@ from layerboost.model.card import (
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
-    first_line,
     plain_config,
     read_weights,
     weight_files,

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers.modeling_utils import load_state_dict
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
+from layerboost.rows import LFS_POINTER
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In the order in which Transformers looks for them.
 WEIGHTS = (SINGLE, INDEX, *PICKLED)
-POINTER = b"version https://git-lfs"
 SHOWN = 3
 Tensors = dict[str, torch.Tensor]
 
@@ -27,12 +27,12 @@ def check_readable(file: Path) -> None:
     """Raise ConfigError if a file cannot be read, is a dangling link or a Git LFS pointer."""
     try:
         with file.open("rb") as opened:
-            start = opened.read(len(POINTER))
+            start = opened.read(len(LFS_POINTER))
     except OSError as error:
         dangling = file.is_symlink() and not file.exists()
         found = f"a link to {file.readlink()}, which does not exist" if dangling else first_line(error)
         raise ConfigError(f"{file} cannot be read", found=found, do="copy or download it again") from None
-    if start == POINTER:
+    if start == LFS_POINTER.encode():
         raise ConfigError(
             f"{file} is not there", found="a Git LFS pointer in its place", do="run `git lfs pull`, or download it"
         )
@@ -189,12 +189,6 @@ def _index(file: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(f"{file} cannot be read", found=found) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, joined with the second after a colon, or the error's type."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def some(items: list[str], separator: str = ", ") -> str:

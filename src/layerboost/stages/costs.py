@@ -20,9 +20,8 @@ import torch
 from scipy.optimize import nnls
 
 from layerboost.artifacts import LayerPlan, ModelInfo, write_json
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.model.checkpoint import Source, find_model, load_config, load_model, model_info, plan_in
-from layerboost.model.files import first_line
 from layerboost.model.memory import Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.model.surgery import apply_plan, check_plan, family_of
 from layerboost.runtime import Runtime, log, machine
