@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -76,6 +76,19 @@ class Score(BaseModel):
     mean: float
     standard_error: float
     count: int | None = Field(None, description="tokens, answers or items behind it")
+
+    @classmethod
+    def of(cls, values: Sequence[float], count: int | None = None) -> Score:
+        """Return the mean of values; its error is 0 of one value alone and NaN where one is not finite.
+
+        `count`: what lies behind the values, if not one item each.
+        """
+        import numpy as np
+
+        array = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else 0.0
+        return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
 
 
 # What one replacement does, larger is worse.

@@ -8,8 +8,8 @@ from pathlib import Path
 from made_run import change
 from shown import report_text
 
-from layerboost.reporting.comparison import Change
 from layerboost.reporting.verdict import certainty
+from layerboost.schemas.evaluation import Change
 
 
 def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from layerboost.reporting.comparison import EvalComparison
 from layerboost.reporting.figures import layout, model_color
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, percent
+from layerboost.schemas.evaluation import EvalComparison
 from layerboost.serving.results import SPEED, AtConcurrency, Comparison, Spread
 
 FILE = "bench/comparison.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from layerboost.reporting.comparison import Change, EvalComparison, Perplexity
 from layerboost.reporting.figures import layout
 from layerboost.reporting.page import Chart, Page, Panel, Table, html_page, markdown_page
 from layerboost.reporting.text import ABSENT, interval, number, percent
+from layerboost.schemas.evaluation import Change, EvalComparison, Perplexity
 
 STAGES = {"converted": "var(--converted)", "healed": "var(--healed)"}
 

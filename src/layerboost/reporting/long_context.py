@@ -7,11 +7,11 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from layerboost.reporting.comparison import Positions, Retrieval, RetrievalGroup
 from layerboost.reporting.figures import layout, model_color
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, percent, with_error
+from layerboost.schemas.evaluation import Positions, Retrieval, RetrievalGroup
 
 FILE = "eval/comparison.json"
 KINDS = {"passkey": "passkey", "key_value": "key-value"}

@@ -6,11 +6,11 @@ from html import escape
 from typing import Any
 
 from layerboost.artifacts import Score
-from layerboost.reporting.comparison import Change, EvalComparison, Gate, Task
 from layerboost.reporting.figures import layout, model_color
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error
+from layerboost.schemas.evaluation import Change, EvalComparison, Gate, Task
 
 FILE = "eval/comparison.json"
 VERDICTS = {True: "passed", False: "missed", None: "not judged"}

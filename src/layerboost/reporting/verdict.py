@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from layerboost.reporting.benchmark import Ratio, bench_ratio
-from layerboost.reporting.comparison import Change, EvalComparison
 from layerboost.reporting.page import Finding
 from layerboost.reporting.quality import nll_difference
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, percent, size
+from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 
 
