@@ -16,8 +16,7 @@ from shown import Elements, report_text
 
 from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
 from layerboost.errors import ConfigError
-from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
-from layerboost.reporting.decode import decode_panel
+from layerboost.reporting.benchmark import accuracy_figure, decode_panel, throughput_figure
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
@@ -197,7 +196,8 @@ def test_the_page_loads_nothing_and_stays_small(run: Path) -> None:
     loads = [values[key] for _, values in page.tags for key in ("src", "href", "srcset", "data") if key in values]
     assert loads == []
     assert not re.search(
-        r"@import|url\(", (Path(run_report.__code__.co_filename).parents[1] / "reporting/page.css").read_text()
+        r"@import|url\(",
+        (Path(run_report.__code__.co_filename).parents[1] / "reporting/templates/page.css").read_text(),
     )
     assert any("default-src 'none'" in str(values.get("content")) for tag, values in page.tags if tag == "meta")
     assert file.stat().st_size < 6_000_000

@@ -50,7 +50,7 @@ def write_images(html: str, folder: Path) -> list[Path]:
 
 
 def _draw(html: str, browser: str) -> dict[str, bytes]:
-    script = Path(__file__).with_name("images.js").read_text()
+    script = (Path(__file__).parent / "templates" / "images.js").read_text()
     # Plotly paints a chart on its way to PNG as an image of its own making.
     page = html.replace("img-src data:", "img-src data: blob:", 1).replace(
         "</body>", f"<script>{script}</script></body>"
