@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from layerboost.artifacts import PlanFile, finite
+from layerboost.artifacts import PlanFile, finite, json_text
 from layerboost.reporting.text import strategy
 
 Row = TypeVar("Row")
@@ -98,8 +98,9 @@ def html_page(page: Page) -> str:
 
     # A healing that diverged may have left numbers that are not finite.
     figures = finite({chart.name: chart.figure for panel in page.panels for chart in panel.charts})
-    plotly = Markup(get_plotlyjs()) if figures else ""
-    return _templates().get_template("page.html").render(page=page, figures=figures, plotly=plotly)
+    # "<" is written as an escape: a model's name must not end the script element.
+    data = Markup(json_text(figures, "the report").replace("<", "\\u003c")) if figures else ""
+    return _templates().get_template("page.html").render(page=page, figures=data, plotly=Markup(get_plotlyjs()))
 
 
 def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
@@ -131,8 +132,6 @@ def _templates() -> Environment:
         "markdown": markdown_table,
         "layer_table": _layer_table,
     }
-    # The order of charts is that of the page.
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     return environment
 
 
