@@ -309,6 +309,8 @@ def _load_task(
     try:
         loaded = manager.load([name])
     except (OSError, ValueError) as error:
+        if items:
+            raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
         raise ConfigError(
             f"cannot load the items of task {name} from the Hub",
             found=first_line(error),
