@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "layerboost"
 FLOORS = [
     {"errors", "terminal", "strategies"},
     {"artifacts", "recipe"},
+    {"schemas"},
     {"runtime"},
     {"rows"},
     {"text"},

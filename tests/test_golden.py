@@ -17,7 +17,7 @@ from layerboost.artifacts import PlanFile, RunFile, Sensitivity
 from layerboost.cli import cli
 from layerboost.model.checkpoint import modeling_source
 from layerboost.recipe import Recipe
-from layerboost.reporting.comparison import EvalComparison
+from layerboost.schemas.evaluation import EvalComparison
 from layerboost.search.frontier import Frontier
 from layerboost.search.stability import Stability
 from layerboost.serving.results import Comparison

@@ -127,8 +127,8 @@ def test_intervals_cover_the_true_difference(items: int, lost: float, won: float
     draw, truth = np.random.default_rng(7), won - lost
     samples = draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(150, items))
     found = [difference(sample.tolist(), right_or_wrong=True) for sample in samples]
-    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.897
-    assert np.mean([each["at_least"] <= truth for each in found]) >= 0.897
+    assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.897
+    assert np.mean([each.at_least <= truth for each in found]) >= 0.897
 
 
 def test_intervals_of_an_average_cover_the_true_difference() -> None:
@@ -141,7 +141,7 @@ def test_intervals_of_an_average_cover_the_true_difference() -> None:
             draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=n).tolist() for n, lost, won in tasks
         ]
         found.append(average_difference(samples))
-    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) >= 0.88
+    assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.88
 
 
 def test_a_plan_file_is_one_line_per_layer_that_a_person_can_edit(tmp_path: Path) -> None:

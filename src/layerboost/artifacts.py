@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.strategies import FULL, STRATEGIES, WINDOW, Strategy, StrategyName
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,6 +76,19 @@ class Score(BaseModel):
     mean: float
     standard_error: float
     count: int | None = Field(None, description="tokens, answers or items behind it")
+
+    @classmethod
+    def of(cls, values: Sequence[float], count: int | None = None) -> Score:
+        """Return the mean of values; its error is 0 of one value alone and NaN where one is not finite.
+
+        `count`: what lies behind the values, if not one item each.
+        """
+        import numpy as np
+
+        array = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else 0.0
+        return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
 
 
 # What one replacement does, larger is worse.
@@ -425,7 +438,7 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
                 f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()[:3]
             )
         else:
-            found = str(error).splitlines()[0]
+            found = first_line(error)
         raise ConfigError(
             f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
             found=found,

@@ -72,11 +72,9 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
     """Run the measure stage."""
     from layerboost.pipeline import run_stage
-    from layerboost.reporting.search import stability_rows
 
-    show(
-        run_stage("measure", recipe, run, compare=compare), as_json, stability_rows if compare else tables.measured_rows
-    )
+    found = run_stage("measure", recipe, run, compare=compare)
+    show(found, as_json, tables.stability_rows if compare else tables.measured_rows)
 
 
 @cli.command(
@@ -95,12 +93,15 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     """Run the plan stage."""
     from layerboost.pipeline import run_stage
     from layerboost.reporting.difference import difference_table, plan_difference
-    from layerboost.reporting.search import frontier_rows
 
     if diff:
         show(plan_difference(*diff), as_json, difference_table)
         return
-    show(run_stage("plan", recipe, run, curve=frontier), as_json, frontier_rows if frontier else tables.planned_rows)
+    show(
+        run_stage("plan", recipe, run, curve=frontier),
+        as_json,
+        tables.frontier_rows if frontier else tables.planned_rows,
+    )
 
 
 @cli.command(

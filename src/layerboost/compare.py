@@ -33,8 +33,8 @@ from layerboost.model.surgery import check_plan
 from layerboost.pipeline import kept_recipe, only_one_process, run_stage
 from layerboost.recipe import Recipe
 from layerboost.reporting.compared import compared_page
-from layerboost.reporting.comparison import EvalComparison
 from layerboost.runtime import locked, log, recorded, start_runtime
+from layerboost.schemas.evaluation import EvalComparison
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 from layerboost.sensitivity.calibration import MEASURED
 from layerboost.stages.evaluate import run_evaluate
@@ -115,7 +115,7 @@ def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
         "evaluation": "eval/comparison.json",
     }
     write_json(run / FOLDER / "comparison.json", compared)
-    html, markdown = compared_page(compared, EvalComparison.model_validate(found))
+    html, markdown = compared_page(compared, found)
     write_text(run / FOLDER / "comparison.html", html)
     write_text(run / FOLDER / "comparison.md", markdown)
     return compared
@@ -166,7 +166,7 @@ def _prepare(run: Path, folder: Path) -> None:
 
 
 def _row(
-    row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: dict[str, Any], tasks: list[BenchTask]
+    row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: EvalComparison, tasks: list[BenchTask]
 ) -> dict[str, Any]:
     """One row: what the plan is and costs, and what ours leads it by after healing."""
     plan, context = read_plan(folder / row / PLAN), recipe.plan.context_tokens
@@ -180,7 +180,7 @@ def _row(
     }
 
 
-def _lead(row: str, results: Path, found: dict[str, Any], tasks: list[BenchTask]) -> dict[str, Any]:
+def _lead(row: str, results: Path, found: EvalComparison, tasks: list[BenchTask]) -> dict[str, Any]:
     """Ours healed less this row healed, paired over the same tokens and items: `kl` (below 0 is better), `average`."""
     pair = {name: f"{name}-{HEALED}" for name in (OURS, row)}
 
@@ -189,10 +189,11 @@ def _lead(row: str, results: Path, found: dict[str, Any], tasks: list[BenchTask]
         return values
 
     lead: dict[str, Any] = {"kl": None, "average": None}
-    if found["perplexity"]:
+    if found.perplexity:
         kl = [read(name, "text")["kl"] for name in (OURS, row)]
-        lead["kl"] = difference([own - other for own, other in zip(*kl, strict=True)])
-    if found["average"]:
-        headline = [task for task in tasks if task.name in found["average"]["tasks"]]
-        lead["average"] = average_against([(task, read(row, task.name), read(OURS, task.name)) for task in headline])
+        lead["kl"] = difference([own - other for own, other in zip(*kl, strict=True)]).model_dump()
+    if found.average:
+        headline = [task for task in tasks if task.name in found.average.tasks]
+        pairs = [(task, read(row, task.name), read(OURS, task.name)) for task in headline]
+        lead["average"] = average_against(pairs).model_dump()
     return lead

@@ -34,3 +34,9 @@ class GateMissed(LayerboostError):
     """The boosted model lost more quality than the recipe's gate allows. Exit code 4."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, joined with the second after a colon, or the error's type."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

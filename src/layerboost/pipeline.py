@@ -70,7 +70,7 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
     found = checkpoints(recipe, run, runtime)
     others = further(recipe.evaluate.checkpoints, found, "evaluate")
     comparison = run_evaluate(recipe, run, found | others, runtime)
-    check_gate(comparison)
+    check_gate(comparison.gate)
     return comparison
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 
 # Where a JSON string may hold half of a surrogate pair.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -54,8 +54,7 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
     except UnicodeEncodeError:
         raise ConfigError(f"{where} is not UTF-8", do=f"convert it: iconv -f ENCODING -t UTF-8 {file}") from None
     except (OSError, EOFError, zlib.error) as error:
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot read {file}", found=found) from None
+        raise ConfigError(f"cannot read {file}", found=first_line(error)) from None
 
 
 def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
@@ -71,7 +70,7 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"row {number} of {file}", row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"cannot read {file}", found=str(error).splitlines()[0]) from None
+        raise ConfigError(f"cannot read {file}", found=first_line(error)) from None
 
 
 def _well_formed(row: Any) -> Any:

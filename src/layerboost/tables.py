@@ -13,6 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from layerboost.artifacts import PlanFile, Sensitivity
+    from layerboost.search.frontier import Frontier
+    from layerboost.search.stability import Stability
 
 Rows = list[list[str]]
 PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
@@ -82,6 +84,20 @@ def planned_rows(plan: PlanFile) -> Rows:
     return [["layer", "attention", "window", "sink"], *body]
 
 
+def frontier_rows(frontier: Frontier) -> Rows:
+    """The plans of every budget, as the report's table has them."""
+    from layerboost.reporting.search import frontier_table
+
+    return frontier_table(frontier).lines
+
+
+def stability_rows(stability: Stability) -> Rows:
+    """How well two measurements agree, as the report's table has it."""
+    from layerboost.reporting.search import stability_table
+
+    return stability_table(stability).lines
+
+
 def written_rows(result: Any) -> Rows:
     """What a stage wrote."""
     return [["written"], [str(result)]]
@@ -102,34 +118,11 @@ def reported_rows(run: Path) -> Rows:
 
 
 def decoded_rows(sweep: dict[str, Any]) -> Rows:
-    """A decode sweep: per length and model the latency of an answer with its ratio to the reference, and memory."""
-    from layerboost.serving.results import Spread
+    """A decode sweep, as the report's table has it."""
+    from layerboost.reporting.benchmark import decode_table
+    from layerboost.serving.results import Comparison
 
-    memory = {"kv_used_gib": "KV cache used, GiB", "peak_rss_gib": "peak RSS, GiB", "gpu_memory_gib": "GPU, GiB"}
-    known = [key for key in memory if any(key in found for at in sweep["results"] for found in at["models"].values())]
-    head = ["tokens", "model", "latency, s", f"of {sweep['reference']}'s", "TPOT, ms", *(memory[key] for key in known)]
-
-    def text(found: dict[str, dict[str, float]], key: str, scale: float = 1.0) -> str:
-        return Spread.model_validate(found[key]).text(lambda value: f"{value * scale:.3g}") if key in found else ""
-
-    def ratio(at: dict[str, Any], name: str) -> str:
-        disturbed = {name, sweep["reference"]} & at["disturbed"].keys()
-        found = text(at["ratios"].get(name, {}), "latency_ms_median")
-        return f"{found}, disturbed" if found and disturbed else found
-
-    body = [
-        [
-            str(at["output_tokens"]),
-            name,
-            text(found, "latency_ms_median", 1e-3),
-            ratio(at, name),
-            text(found, "tpot_ms_median"),
-            *(text(found, key) for key in known),
-        ]
-        for at in sweep["results"]
-        for name, found in at["models"].items()
-    ]
-    return [head, *body]
+    return decode_table(Comparison.model_validate(sweep)).lines
 
 
 def costs_rows(found: dict[str, Any]) -> Rows:

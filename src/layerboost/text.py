@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from layerboost.artifacts import fingerprint, json_text, write_text
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.recipe import Text
 from layerboost.rows import read_lines, read_rows
 from layerboost.runtime import Progress, log, warn_once
@@ -347,6 +347,6 @@ def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:
     except (OSError, ValueError, ConnectionError) as error:
         raise ConfigError(
             f"no text {source!r}: neither a file, a folder nor a Hub data set that can be reached",
-            found=(str(error).splitlines() or [type(error).__name__])[0],
+            found=first_line(error),
             do="check the spelling; offline, give a file, package:NAME or self",
         ) from None

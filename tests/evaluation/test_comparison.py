@@ -32,26 +32,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str
 def test_margins_and_scores_stand_side_by_side(found: tuple[list[Any], dict[str, dict[str, Any]]]) -> None:
     compared, average = compare_tasks(*found, "base", [])
     assert average is not None
-    assert average["tasks"] == list(NAMES)
-    assert average["items"] == 24
-    values = [compared[name]["difference"]["healed"]["mean"] for name in NAMES]
-    assert average["difference"]["healed"]["mean"] == pytest.approx(sum(values) / 2)
-    assert compared["piqa"]["margin"]["unit"] == "nats"
-    assert compared["arc_easy"]["margin"]["unit"] == "nats per character"
-    for task in compared.values():
-        margin = task["margin"]
-        means = [margin["models"][model]["mean"] for model in ("base", "healed")]
-        assert margin["difference"]["healed"]["mean"] == pytest.approx(means[1] - means[0])
+    assert average.tasks == list(NAMES)
+    assert average.items == 24
+    values = [compared[name].difference["healed"].mean for name in NAMES]
+    assert average.difference["healed"].mean == pytest.approx(sum(values) / 2)
+    for task, unit in zip(compared.values(), ("nats", "nats per character"), strict=True):
+        assert task.margin
+        assert task.margin.unit == unit
+        means = [task.margin.models[model].mean for model in ("base", "healed")]
+        assert task.margin.difference["healed"].mean == pytest.approx(means[1] - means[0])
         # Scores of 12 items are coarse; margins of two random models always differ.
-        assert margin["difference"]["healed"]["standard_error"] > 0
+        assert task.margin.difference["healed"].standard_error > 0
 
 
 def test_tasks_that_chose_layers_are_not_in_the_headline(found: tuple[list[Any], dict[str, dict[str, Any]]]) -> None:
     compared, average = compare_tasks(*found, "base", ["arc_easy"])
-    assert {name: task["selection"] for name, task in compared.items()} == {"piqa": False, "arc_easy": True}
+    assert {name: task.selection for name, task in compared.items()} == {"piqa": False, "arc_easy": True}
     assert average is not None
-    assert average["tasks"] == ["piqa"]
-    assert average["models"]["base"]["value"] == compared["piqa"]["models"]["base"]["value"]
+    assert average.tasks == ["piqa"]
+    assert average.models["base"].value == compared["piqa"].models["base"].value
     assert compare_tasks(*found, "base", list(NAMES))[1] is None
 
 

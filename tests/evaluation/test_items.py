@@ -5,10 +5,13 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_bench import rows, write_bench, write_jsonl
+from tiny_bench import rows, tiny_tokenizer, write_bench, write_jsonl
 
 from layerboost.errors import ConfigError
+from layerboost.evaluation.item_checks import check_items
 from layerboost.evaluation.items import BENCHMARKS, read_items
+from layerboost.evaluation.tasks import load_bench
+from layerboost.recipe import Evaluate
 
 
 @pytest.mark.parametrize("task", sorted(BENCHMARKS))
@@ -36,10 +39,8 @@ def test_line_separators_inside_an_item_do_not_cut_it(tmp_path: Path) -> None:
     [
         ("piqa", {"label": "1"}, "label"),
         ("piqa", {"goal": None}, "goal"),
-        ("winogrande", {"sentence": "no gap"}, "sentence"),
         ("winogrande", {"answer": 1}, "answer"),
-        ("arc_easy", {"answerKey": "F"}, "answerKey"),
-        ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "A"}, "choices"),
+        ("arc_easy", {"choices": {"text": ["a"]}}, "choices"),
         ("mmlu", {"choices": ["a", "b", "c"]}, "choices"),
         ("mmlu", {"answer": 4}, "answer"),
         ("hellaswag", {"label": ""}, "label"),
@@ -52,6 +53,18 @@ def test_a_wrong_field_is_named_with_its_file_and_item(
     write_jsonl(tmp_path / f"{task}.jsonl", [good[0], good[1] | change])
     with pytest.raises(ConfigError, match=rf"1 of 2 items .* in .*{task}\.jsonl\n.*line 2 of .*: .*{named}"):
         read_items(str(tmp_path), task)
+
+
+@pytest.mark.parametrize(("task", "change"), [("winogrande", {"sentence": "no gap"}), ("arc_easy", {"answerKey": "F"})])
+@pytest.mark.parametrize("line", [1, 2])
+def test_an_answer_that_its_task_makes_nothing_of_is_refused(
+    task: str, change: dict[str, Any], line: int, tmp_path: Path
+) -> None:
+    items = rows(task, 2)
+    items[line - 1] |= change
+    write_jsonl(tmp_path / f"{task}.jsonl", items)
+    with pytest.raises(ConfigError, match=rf"{task}.jsonl" if line == 1 else rf"line 2 of .*{task}.jsonl"):
+        check_items(load_bench(Evaluate(tasks=(task,), bench_data=str(tmp_path))), tiny_tokenizer(), 512)
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import random
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from layerboost.evaluation.statistics import average_difference, difference, mean_and_error, paired, resampled_means
+from layerboost.artifacts import Score
+from layerboost.evaluation.statistics import average_difference, difference, paired
 
 
 def accuracies(items: int, lost: int, won: int) -> list[float]:
@@ -15,19 +17,18 @@ def accuracies(items: int, lost: int, won: int) -> list[float]:
     return values
 
 
-def test_mean_and_error() -> None:
-    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == {
-        "mean": 3.0,
-        "standard_error": pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4)),
-    }
-    assert mean_and_error([2.0]) == {"mean": 2.0, "standard_error": 0.0}
+def test_a_mean_and_its_error() -> None:
+    found = Score.of([1.0, 2.0, 3.0, 6.0])
+    assert (found.mean, found.count) == (3.0, 4)
+    assert found.standard_error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+    assert Score.of([2.0]) == Score(mean=2.0, standard_error=0.0, count=1)
 
 
 def test_a_value_that_is_not_finite_stays_visible() -> None:
     for odd in (math.nan, math.inf):
         found = difference([1.0, odd, 2.0])
-        assert not math.isfinite(found["mean"])
-        assert math.isnan(found["standard_error"])
+        assert not math.isfinite(found.mean)
+        assert math.isnan(found.standard_error)
 
 
 def test_differences_are_paired_over_items_in_any_order() -> None:
@@ -36,12 +37,12 @@ def test_differences_are_paired_over_items_in_any_order() -> None:
     assert paired(base, changed) == [-1.0, 1.0, 0.0, -1.0]
 
 
-def test_bootstrap_means_spread_as_the_standard_error_does() -> None:
+def test_bounds_are_those_of_the_standard_error_where_a_sample_is_large_and_the_same_every_time() -> None:
     values = accuracies(1000, 80, 50)
-    means = resampled_means(values)
-    assert means.shape == (10_000,)
-    assert means.std() == pytest.approx(mean_and_error(values)["standard_error"], rel=0.03)
-    assert np.array_equal(means, resampled_means(values))
+    found = difference(values)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * found.standard_error, rel=0.05)
+    assert found.mean - found.at_least == pytest.approx(1.64 * found.standard_error, rel=0.08)
+    assert found == difference(values)
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -49,36 +50,39 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     draw = np.random.default_rng(5)
     kinds = draw.choice([-1.0, 1.0, 0.0], p=[0.12, 0.08, 0.8], size=(200, 300))
     found = [difference(sample.tolist()) for sample in kinds]
-    assert 0.90 <= np.mean([each["low"] <= -0.04 <= each["high"] for each in found]) <= 0.99
+    assert 0.90 <= np.mean([each.low <= -0.04 <= each.high for each in found]) <= 0.99
     # "No worse than" is claimed of a truth just below it in one of twenty samples.
-    assert np.mean([each["at_least"] > -0.04 for each in found]) <= 0.10
-    assert all(each["low"] <= each["at_least"] <= each["mean"] <= each["high"] for each in found)
+    assert np.mean([each.at_least > -0.04 for each in found]) <= 0.10
+    assert all(each.low <= each.at_least <= each.mean <= each.high for each in found)
 
 
 def test_what_a_sample_could_have_seen_shrinks_with_its_root() -> None:
     few, many = difference(accuracies(100, 10, 10)), difference(accuracies(10_000, 1000, 1000))
-    assert few["detectable"] == pytest.approx(2.8 * few["standard_error"])
-    assert few["detectable"] / many["detectable"] == pytest.approx(10, rel=0.01)
+    assert few.detectable == pytest.approx(2.8 * few.standard_error)
+    assert few.detectable / many.detectable == pytest.approx(10, rel=0.01)
+
+
+def unseen(items: int) -> float:
+    """The largest share of items of which none is among so many, with 97.5 % probability."""
+    return float(binomtest(0, items).proportion_ci(0.95).high)
 
 
 def test_items_that_never_differ_still_leave_room() -> None:
     found = difference([0.0] * 50, right_or_wrong=True)
-    assert (found["mean"], found["standard_error"]) == (0.0, 0.0)
-    # Had 7.38 % of all items differed, 50 of them would all be alike with 2.5 % probability (2.2 % exactly).
-    assert found["high"] == -found["low"] == found["detectable"] == pytest.approx(3.69 / 50)
-    assert (1 - found["high"]) ** 50 == pytest.approx(0.025, rel=0.15)
-    assert difference([0.0] * 50)["high"] == 0
+    assert (found.mean, found.standard_error) == (0.0, 0.0)
+    assert found.high == -found.low == found.detectable == pytest.approx(unseen(50))
+    assert difference([0.0] * 50).high == 0
 
 
 def test_one_item_that_differs_proves_no_more_than_none() -> None:
     gained = accuracies(60, 0, 1)
     found = difference(gained, right_or_wrong=True)
-    assert found["at_least"] == found["low"] == pytest.approx(1 / 60 - 3.69 / 60)
-    assert found["detectable"] >= 3.69 / 60
+    assert found.at_least == found.low == pytest.approx(1 / 60 - unseen(60))
+    assert found.detectable == pytest.approx(unseen(60))
     none = accuracies(60, 0, 0)
-    assert average_difference([gained, none, none])["at_least"] == pytest.approx(1 / 180 - 3.69 / 180)
+    assert average_difference([gained, none, none]).at_least == pytest.approx((1 / 60 - unseen(60)) / 3)
     # Tasks weigh alike, so what a small one cannot see is not made up for by a large one.
-    assert average_difference([[0.0] * 50, [0.0] * 14_000])["at_least"] == pytest.approx(-3.69 / 50 / 2)
+    assert average_difference([[0.0] * 50, [0.0] * 14_000]).at_least == pytest.approx(-unseen(50) / 2)
     # Where many differ, the bootstrap says more than the items unseen.
     many = accuracies(1000, 80, 50)
     assert difference(many, right_or_wrong=True) == difference(many)
@@ -87,11 +91,11 @@ def test_one_item_that_differs_proves_no_more_than_none() -> None:
 def test_the_average_weighs_tasks_alike() -> None:
     small, large = accuracies(100, 10, 0), accuracies(2000, 0, 100)
     found = average_difference([small, large])
-    assert found["mean"] == pytest.approx((-0.1 + 0.05) / 2)
-    errors = [mean_and_error(values)["standard_error"] for values in (small, large)]
-    assert found["standard_error"] == pytest.approx(math.hypot(*errors) / 2)
+    assert found.mean == pytest.approx((-0.1 + 0.05) / 2)
+    errors = [Score.of(values).standard_error for values in (small, large)]
+    assert found.standard_error == pytest.approx(math.hypot(*errors) / 2)
     # Independent samples: the interval is that of the sum of squares.
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * found["standard_error"], rel=0.08)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * found.standard_error, rel=0.08)
     twice = average_difference([small, small])
-    assert twice["standard_error"] == pytest.approx(errors[0] / math.sqrt(2))
-    assert twice["high"] - twice["low"] == pytest.approx(2 * 1.96 * twice["standard_error"], rel=0.08)
+    assert twice.standard_error == pytest.approx(errors[0] / math.sqrt(2))
+    assert twice.high - twice.low == pytest.approx(2 * 1.96 * twice.standard_error, rel=0.08)

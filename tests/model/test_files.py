@@ -9,9 +9,9 @@ import pytest
 from gguf import GGUFWriter
 from tiny import RUNTIME
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.model.base import find_model
-from layerboost.model.files import check_gguf, first_line, remembered
+from layerboost.model.files import check_gguf, remembered
 
 
 def write_gguf(file: Path, number: float) -> Path:

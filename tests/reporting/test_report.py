@@ -14,10 +14,9 @@ from made_run import FILES, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
 from shown import Elements, report_text
 
-from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
+from layerboost.artifacts import write_json
 from layerboost.errors import ConfigError
-from layerboost.reporting.benchmark import accuracy_figure, throughput_figure
-from layerboost.reporting.decode import decode_panel
+from layerboost.reporting.benchmark import accuracy_figure, decode_panel, throughput_figure
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
@@ -36,16 +35,6 @@ PANELS = {
     "decode": ["bench/decode_sweep.json"],
     "provenance": ["run.json", "recipe.yaml"],
 }
-
-
-def test_a_finished_run_fills_every_panel(run: Path) -> None:
-    summary = run_report(run)
-    page = Elements((run / "report.html").read_text())
-    assert summary["report"] == run / "report.html"
-    assert "layerboost " not in "".join(page.text[name] for name in ("top", *PANELS) if name != "provenance")
-    for name, files in PANELS.items():
-        assert all(file in page.text[name] for file in files)
-    assert [f"layer {layer}: " in page.text["layers"] for layer in range(31)] == [True] * 30 + [False]
 
 
 def test_what_a_report_says(run: Path, golden: Callable[[str, str], None]) -> None:
@@ -142,53 +131,19 @@ def test_a_diverged_healing_is_reported(run: Path) -> None:
     assert "not finite" in Elements((run / "report.html").read_text()).text["healing"]
 
 
-def test_an_edited_plan_is_counted_anew(run: Path) -> None:
-    plan = read_plan(run / "plan.yaml")
-    full = [entry.model_copy(update={"attention": "full", "window": None, "sink": False}) for entry in plan.layers]
-    write_plan(run / "plan.yaml", plan.model_copy(update={"layers": full}))
-    assert run_report(run)["kv_fraction"] == 1
-    assert "predicted 30.0 %: its layers were edited" in Elements((run / "report.html").read_text()).text["top"]
-
-
-def test_a_newer_sensitivity_is_pointed_out(run: Path) -> None:
-    cut = sensitivity(model_info())
-    write_json(run / "sensitivity.json", cut.model_copy(update={"layers": cut.layers[:12]}))
-    run_report(run)
-    text = Elements((run / "report.html").read_text()).text["layers"]
-    assert "changed after plan.yaml was made" in text
-    assert "12 of 30 layers" in text
-
-
-def test_one_repeat_claims_no_difference_and_has_no_range(run: Path) -> None:
+def test_the_summary_tells_one_repeat_and_what_disturbed_it(run: Path) -> None:
     file = run / "bench" / "comparison.json"
     values = json.loads(file.read_text())
     values["measurements"] = [entry for entry in values["measurements"] if entry["repeat"] == 0]
-    write_json(file, values)
-    summary = run_report(run)
-    page = Elements((run / "report.html").read_text())
-    assert "one repeat, so its range is unknown" in page.text["top"]
-    assert "faster" not in page.text["top"]
-    assert summary["throughput_ratio"]["low"] is summary["throughput_ratio"]["high"] is None
-    assert re.fullmatch(r"\d\.\d\d \(one repeat\)", summary_table(summary)[2][3])
-    assert " to " not in page.text["throughput"].split("Throughput and memory")[1].split("Latency")[0].replace(
-        "ratio to base", ""
-    )
-
-
-def test_a_disturbed_benchmark_says_so_wherever_its_ratio_stands(run: Path) -> None:
-    file = run / "bench" / "comparison.json"
-    values = json.loads(file.read_text())
     for entry in values["measurements"]:
-        taken = 0.9 if (entry["model"], entry["concurrency"], entry["repeat"]) == ("base", 200, 0) else 0.02
-        entry["metrics"] |= {"own_cores": 1.0, "other_cores": taken}
+        entry["metrics"] |= {"own_cores": 1.0, "other_cores": 0.9 * (entry["model"] == "base")}
     write_json(file, values)
     summary = run_report(run)
-    why = "disturbed (base: other processes used up to 0.9 of 2 cores)"
-    page = Elements((run / "report.html").read_text())
-    assert why in page.text["top"]
-    assert f"concurrency 200; {why}" in page.text["throughput"]
-    assert page.text["throughput"].count("repeats), disturbed") == 2  # converted and healed, at 200 alone
-    assert summary_table(summary)[2][3].endswith(why)
+    assert summary["throughput_ratio"]["low"] is summary["throughput_ratio"]["high"] is None
+    told = r"\d\.\d\d \(one repeat\); disturbed \(base: other processes used up to 0\.9 of 2 cores\)"
+    assert re.fullmatch(told, summary_table(summary)[2][3])
+    text = Elements((run / "report.html").read_text()).text["throughput"]
+    assert text.count("repeat), disturbed") == 6  # converted and healed, at each of three concurrencies
 
 
 def test_the_page_loads_nothing_and_stays_small(run: Path) -> None:
@@ -197,7 +152,8 @@ def test_the_page_loads_nothing_and_stays_small(run: Path) -> None:
     loads = [values[key] for _, values in page.tags for key in ("src", "href", "srcset", "data") if key in values]
     assert loads == []
     assert not re.search(
-        r"@import|url\(", (Path(run_report.__code__.co_filename).parents[1] / "reporting/page.css").read_text()
+        r"@import|url\(",
+        (Path(run_report.__code__.co_filename).parents[1] / "reporting/templates/page.css").read_text(),
     )
     assert any("default-src 'none'" in str(values.get("content")) for tag, values in page.tags if tag == "meta")
     assert file.stat().st_size < 6_000_000
@@ -214,15 +170,6 @@ def test_odd_names_are_escaped(tmp_path: Path) -> None:
     assert sum(tag == "script" for tag, _ in page.tags) == 3
     assert not any(tag in {"img", "b"} and values for tag, values in page.tags)
     assert "<script" not in (run / "report.md").read_text().split("```yaml")[0]
-
-
-def test_markdown_tables_have_a_cell_for_every_column(run: Path) -> None:
-    run_report(run)
-    text = (run / "report.md").read_text()
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) > 8
-    for table in tables:
-        assert len({line.count("|") for line in table.splitlines()}) == 1, table.splitlines()[0]
 
 
 def test_figures_are_valid_plotly(run: Path) -> None:
@@ -256,28 +203,6 @@ def test_report_needs_neither_torch_nor_transformers(run: Path) -> None:
     assert answer.stdout.strip() == "[]"
 
 
-def test_a_missed_gate_is_in_the_verdict_and_selection_tasks_are_marked(run: Path) -> None:
-    file = run / "eval" / "comparison.json"
-    values = json.loads(file.read_text())
-    values["gate"]["checks"].append(values["gate"]["checks"][0] | {"what": "piqa, drop", "passed": False})
-    values["tasks"]["arc_easy"]["selection"] = True
-    file.write_text(json.dumps(values))
-    run_report(run)
-    page = Elements((run / "report.html").read_text())
-    assert "Quality gate: missed by healed in 1 of 2 checks (piqa, drop 0.0641)." in page.text["top"]
-    assert "3 tasks (without 1 that layers were chosen on)" in page.text["top"]
-    assert "Layers were chosen on arc_easy (*)" in page.text["quality"]
-
-
-def test_long_contexts_that_were_not_measured_name_their_command(run: Path) -> None:
-    file = run / "eval" / "comparison.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"positions": None, "retrieval": None}))
-    run_report(run)
-    text = Elements((run / "report.html").read_text()).text["long-context"]
-    assert "layerboost evaluate --set evaluate.position_tokens=2048" in text
-    assert "evaluate.retrieval_tokens" in text
-
-
 def test_accuracy_stands_against_throughput_where_both_are_known(run: Path) -> None:
     sources = read_sources(run)
     assert sources.bench
@@ -293,15 +218,6 @@ def test_accuracy_stands_against_throughput_where_both_are_known(run: Path) -> N
     assert sources.quality.average
     lost = sources.quality.average.difference["converted"]
     assert converted["error_y"]["array"][0] == pytest.approx(100 * (lost.high - lost.mean))
-    file = run / "eval" / "comparison.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"average": None}))
-    run_report(run)
-    text = Elements((run / "report.html").read_text()).text["throughput"]
-    assert "accuracy against throughput: no model has both; run layerboost evaluate" in text
-    file.unlink()
-    run_report(run)
-    text = Elements((run / "report.html").read_text()).text["throughput"]
-    assert "accuracy against throughput: no eval/comparison.json: run layerboost evaluate" in text
 
 
 def test_decoding_draws_the_memory_that_the_model_needs(run: Path) -> None:
@@ -314,19 +230,8 @@ def test_decoding_draws_the_memory_that_the_model_needs(run: Path) -> None:
     assert memory.figure["layout"]["yaxis"]["title"]["text"] == "KV cache in use, GiB"
     assert memory.figure["data"][0]["y"] == pytest.approx([0.175, 0.35, 0.7, 1.4])
     file = run / "bench" / "decode_sweep.json"
-    file.write_text(file.read_text().replace("kv_used_gib", "other").replace('"complete": true', '"complete": false'))
+    file.write_text(file.read_text().replace("kv_used_gib", "other"))
     assert charts()[1].figure["layout"]["yaxis"]["title"]["text"] == "peak RSS, GiB"
-    assert "layerboost bench --decode-sweep continues it" in report_text(run, "decode")
-
-
-def test_a_model_that_changed_after_its_benchmark_is_pointed_out(run: Path) -> None:
-    config = run / "healed" / "config.json"
-    config.parent.mkdir()
-    config.write_text("{}")
-    assert "healed changed after the benchmark" in report_text(run, "throughput")
-    file = run / "bench" / "comparison.json"
-    file.write_text(file.read_text().replace("5555666677778888", file_hash(config)))
-    assert "changed after the benchmark" not in report_text(run, "throughput")
 
 
 def test_a_layer_tells_its_sensitivities(run: Path) -> None:
@@ -335,5 +240,6 @@ def test_a_layer_tells_its_sensitivities(run: Path) -> None:
     assert found
     kl = with_error(found.layers[5].variants[0].scores["kl"])
     assert f"layer 5: nonenone: KL {kl}, retrieval " in text
+    assert [f"layer {layer}: " in text for layer in range(31)] == [True] * 30 + [False]
     (run / "sensitivity.json").unlink()
     assert "layer 5: none" in report_text(run, "layers")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from made_run import model_info, sensitivity
 from plotly import graph_objects
-from shown import report_text
 
-from layerboost.artifacts import read_plan, write_json, write_plan
+from layerboost.artifacts import read_plan, write_plan
 from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
-from layerboost.stages.report import run_report
 
 
 def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
@@ -29,9 +26,6 @@ def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
     ended = sources.frontier.model_copy(update={"points": [*sources.frontier.points, whole]})
     curve = frontier_figure(ended, sources.plan, "kl")["data"][0]
     assert (curve["x"][-1], curve["y"][-1]) == (100.0, 0.0)
-    write_json(run / "sensitivity.json", sensitivity(model_info()).model_copy(update={"text": "another"}))
-    run_report(run)
-    assert "changed after frontier.json was made" in (run / "report.md").read_text()
 
 
 def test_a_plan_for_another_context_is_not_drawn_on_the_frontier(run: Path) -> None:
@@ -42,4 +36,3 @@ def test_a_plan_for_another_context_is_not_drawn_on_the_frontier(run: Path) -> N
     sources = read_sources(run)
     assert sources.frontier
     assert len(frontier_figure(sources.frontier, sources.plan, "kl")["data"]) == 1
-    assert "so the chart leaves the plan out" in report_text(run, "search")

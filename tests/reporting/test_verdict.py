@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from made_run import change
-from shown import report_text
 
-from layerboost.reporting.comparison import Change
 from layerboost.reporting.verdict import certainty
+from layerboost.schemas.evaluation import Change
 
 
 def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
@@ -23,14 +19,3 @@ def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
     )
     assert said(-0.005, 0.001) == "a loss beyond the 95 % interval; no worse than 1 point: yes"
     assert said(-0.05, 0.01) == "a loss beyond the 95 % interval; no worse than 1 point: no"
-
-
-def test_the_verdict_is_of_the_healed_model_beside_further_ones(run: Path) -> None:
-    file = run / "eval" / "comparison.json"
-    values = json.loads(file.read_text())
-    values["perplexity"]["longer"] = values["perplexity"]["healed"]
-    values["average"]["models"]["longer"] = values["average"]["models"]["base"]
-    file.write_text(json.dumps(values))
-    top = report_text(run, "top")
-    assert "(healed − base:" in top
-    assert "(longer − base:" not in top

@@ -40,9 +40,9 @@ def test_correlations_are_scipys_and_lie_in_their_interval() -> None:
 def test_the_same_ranks_agree_wholly_and_reversed_ones_not() -> None:
     values = [0.1, 0.5, 0.3, 0.9, 0.7, 0.2]
     (same,) = compare_files(removal(values), removal([value**2 for value in values]), "b").agreements
-    assert (same.spearman, same.low, same.high) == (1, 1, 1)
+    assert (same.spearman, same.low, same.high) == pytest.approx((1, 1, 1))
     (reverse,) = compare_files(removal(values), removal([-value for value in values]), "b").agreements
-    assert reverse.spearman == -1
+    assert reverse.spearman == pytest.approx(-1)
 
 
 def test_models_of_different_depth_are_compared_by_relative_depth() -> None:

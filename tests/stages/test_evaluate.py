@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import RUNTIME, info, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
-from layerboost.artifacts import LayerPlan, PlanFile, Score, Sensitivity, write_json
+from layerboost.artifacts import LayerPlan, PlanFile, Score, Sensitivity, read_json, write_json
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.evaluation.quality import compare_text
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe, parse_recipe
+from layerboost.schemas.evaluation import EvalComparison
 from layerboost.stages.evaluate import check, run_evaluate
 
 TASKS = ("piqa", "mmlu_anatomy")
@@ -65,7 +66,7 @@ def recipe(data: Path, **evaluate: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def done(data: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def done(data: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvalComparison]:
     run = tmp_path_factory.mktemp("run")
     return run, run_evaluate(recipe(data), run, models, RUNTIME)
 
@@ -75,22 +76,24 @@ def stamps(run: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in results}
 
 
-def test_the_comparison_holds_every_model_and_task(done: tuple[Path, dict[str, Any]]) -> None:
+def test_the_comparison_holds_every_model_and_task(done: tuple[Path, EvalComparison]) -> None:
     run, found = done
-    assert json.loads((run / "eval" / "comparison.json").read_text()) == found
-    assert list(found["models"]) == ["base", "healed", "same"]
-    assert found["models"]["base"] == found["models"]["same"] != found["models"]["healed"]
-    assert found["text"]["tokens"] == 256
-    assert {name: task["items"] for name, task in found["tasks"].items()} == {"piqa": 6, "mmlu_anatomy": 3}
-    for task in (*found["tasks"].values(), found["average"]):
-        assert set(task["models"]) == {"base", "healed", "same"}
-        assert set(task["difference"]) == {"healed", "same"}
+    assert read_json(run / "eval" / "comparison.json", EvalComparison, "layerboost evaluate") == found
+    assert list(found.models) == ["base", "healed", "same"]
+    assert found.models["base"] == found.models["same"] != found.models["healed"]
+    assert found.text
+    assert found.average
+    assert found.text.tokens == 256
+    assert {name: task.items for name, task in found.tasks.items()} == {"piqa": 6, "mmlu_anatomy": 3}
+    for task in (*found.tasks.values(), found.average):
+        assert set(task.models) == {"base", "healed", "same"}
+        assert set(task.difference) == {"healed", "same"}
     raw = json.loads((run / "eval" / "healed.piqa.json").read_text())
-    assert raw["results"]["piqa"]["acc,none"] == found["tasks"]["piqa"]["models"]["healed"]["value"]
+    assert raw["results"]["piqa"]["acc,none"] == found.tasks["piqa"].models["healed"].value
     assert len(raw["samples"]["piqa"]) == 6
 
 
-def test_differences_are_paired_by_item(done: tuple[Path, dict[str, Any]]) -> None:
+def test_differences_are_paired_by_item(done: tuple[Path, EvalComparison]) -> None:
     run, found = done
     base, healed = (
         torch.tensor(
@@ -101,39 +104,43 @@ def test_differences_are_paired_by_item(done: tuple[Path, dict[str, Any]]) -> No
         )
         for name in ("base", "healed")
     )
-    difference = found["tasks"]["piqa"]["difference"]["healed"]
-    assert difference["mean"] == pytest.approx(float((healed - base).mean()))
-    assert difference["standard_error"] == pytest.approx(float((healed - base).std()) / 6**0.5)
+    difference = found.tasks["piqa"].difference["healed"]
+    assert difference.mean == pytest.approx(float((healed - base).mean()))
+    assert difference.standard_error == pytest.approx(float((healed - base).std()) / 6**0.5)
 
 
-def test_the_same_weights_lose_nothing(done: tuple[Path, dict[str, Any]]) -> None:
+def test_the_same_weights_lose_nothing(done: tuple[Path, EvalComparison]) -> None:
     _, found = done
-    assert found["perplexity"]["same"]["nll"] == found["perplexity"]["base"]["nll"]
-    assert found["perplexity"]["same"]["kl"]["high"] == 0
-    assert found["perplexity"]["healed"]["kl"]["low"] > 0
-    assert all(bucket["mean"] == 0 for bucket in found["positions"]["difference"]["same"])
-    assert all(bucket["mean"] != 0 for bucket in found["positions"]["difference"]["healed"])
-    for task in found["tasks"].values():
-        assert task["difference"]["same"]["mean"] == task["margin"]["difference"]["same"]["high"] == 0
-        assert task["difference"]["same"]["high"] == pytest.approx(min(1, 3.69 / task["items"]))
+    assert found.perplexity["same"].nll == found.perplexity["base"].nll
+    assert found.perplexity["same"].kl.high == 0
+    assert found.perplexity["healed"].kl.low > 0
+    assert found.positions
+    assert all(bucket.mean == 0 for bucket in found.positions.difference["same"])
+    assert all(bucket.mean != 0 for bucket in found.positions.difference["healed"])
+    for task in found.tasks.values():
+        assert task.margin
+        assert task.difference["same"].mean == task.margin.difference["same"].high == 0
+        assert task.difference["same"].high > 0
 
 
-def test_long_contexts_are_in_the_comparison(done: tuple[Path, dict[str, Any]]) -> None:
+def test_long_contexts_are_in_the_comparison(done: tuple[Path, EvalComparison]) -> None:
     run, found = done
-    assert found["positions"]["edges"] == [0, 128, 192]
-    assert found["positions"]["sequences"] == 3
-    assert [group["kind"] for group in found["retrieval"]["groups"]] == ["key_value", "passkey"]
+    assert found.positions
+    assert found.retrieval
+    assert found.positions.edges == [0, 128, 192]
+    assert found.positions.sequences == 3
+    assert [group.kind for group in found.retrieval.groups] == ["key_value", "passkey"]
     # A random model finds nothing, so nothing is judged; the log-probabilities are there.
-    assert found["retrieval"]["able"] is None
-    for group in found["retrieval"]["groups"]:
-        assert set(group["log_probability"]) == {"base", "healed", "same"}
-        assert group["log_probability_difference"]["same"]["mean"] == 0
+    assert found.retrieval.able is None
+    for group in found.retrieval.groups:
+        assert set(group.log_probability) == {"base", "healed", "same"}
+        assert group.log_probability_difference["same"].mean == 0
     raw = json.loads((run / "eval" / "healed.retrieval.json").read_text())
     assert len(raw["answers"]) == 4
 
 
 def test_tasks_that_chose_layers_are_marked(
-    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+    done: tuple[Path, EvalComparison], data: Path, models: dict[str, Path]
 ) -> None:
     run, found = done
     score = Score(mean=1.0, standard_error=0.1)
@@ -143,9 +150,10 @@ def test_tasks_that_chose_layers_are_marked(
     write_json(run / "sensitivity.json", measured)
     again = run_evaluate(recipe(data), run, models, RUNTIME)
     (run / "sensitivity.json").unlink()
-    assert again["selection"] == ["mmlu"]
-    assert again["tasks"]["mmlu_anatomy"] == found["tasks"]["mmlu_anatomy"] | {"selection": True}
-    assert again["average"]["tasks"] == ["piqa"]
+    assert again.selection == ["mmlu"]
+    assert again.tasks["mmlu_anatomy"] == found.tasks["mmlu_anatomy"].model_copy(update={"selection": True})
+    assert again.average
+    assert again.average.tasks == ["piqa"]
 
 
 def test_a_model_of_another_vocabulary_is_refused(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_a_model_of_another_vocabulary_is_refused(data: Path, models: dict[str, 
 
 
 def test_only_a_missing_result_is_made_again(
-    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+    done: tuple[Path, EvalComparison], data: Path, models: dict[str, Path]
 ) -> None:
     run, found = done
     before = stamps(run)
@@ -167,7 +175,7 @@ def test_only_a_missing_result_is_made_again(
 
 
 def test_results_of_other_settings_are_refused(
-    done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]
+    done: tuple[Path, EvalComparison], data: Path, models: dict[str, Path]
 ) -> None:
     run, _ = done
     with pytest.raises(ConfigError, match=r"base\.piqa\.json \(limit: 6 there, 5 now(.|\n)*delete .*base\.piqa\.json"):
@@ -178,7 +186,7 @@ def test_results_of_other_settings_are_refused(
         run_evaluate(recipe(data, perplexity_tokens=400), run, models, RUNTIME)
 
 
-def test_a_damaged_result_is_named(done: tuple[Path, dict[str, Any]], data: Path, models: dict[str, Path]) -> None:
+def test_a_damaged_result_is_named(done: tuple[Path, EvalComparison], data: Path, models: dict[str, Path]) -> None:
     run, found = done
     file = run / "eval" / "base.piqa.json"
     file.write_text("{")
@@ -191,16 +199,16 @@ def test_a_damaged_result_is_named(done: tuple[Path, dict[str, Any]], data: Path
 def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     short: dict[str, Any] = {"position_tokens": 0, "retrieval_tokens": []}
     only_text = run_evaluate(recipe(data, tasks=(), **short), tmp_path / "a", models, RUNTIME)
-    assert (only_text["tasks"], only_text["average"]) == ({}, None)
-    assert only_text["positions"] is only_text["retrieval"] is only_text["gate"] is None
-    assert set(only_text["perplexity"]) == set(models)
+    assert (only_text.tasks, only_text.average) == ({}, None)
+    assert (only_text.positions, only_text.retrieval, only_text.gate) == (None, None, None)
+    assert set(only_text.perplexity) == set(models)
     only_tasks = run_evaluate(
         recipe(data, tasks=("piqa",), limit=2, perplexity_tokens=0, **short),
         tmp_path / "b",
         {"base": models["base"]},
         RUNTIME,
     )
-    assert (only_tasks["text"], only_tasks["perplexity"]) == (None, {})
+    assert (only_tasks.text, only_tasks.perplexity) == (None, {})
     with pytest.raises(ConfigError, match="no model is named base"):
         run_evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]}, RUNTIME)
 
@@ -282,7 +290,7 @@ def test_a_model_that_is_not_finite_is_named_and_nothing_of_it_written(
 
 def test_a_perplexity_too_large_for_a_float_is_still_a_number() -> None:
     losses = {"base": {"nll": [800.0, 900.0], "kl": [0.0, 0.0]}}
-    assert math.isfinite(compare_text(losses, "base")["base"]["perplexity"])
+    assert math.isfinite(compare_text(losses, "base")["base"].perplexity)
 
 
 def test_text_longer_than_the_context_is_refused(data: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerboost.engines.vllm import runs_on_cpu, vllm_environment
-from layerboost.errors import LayerboostError
-from layerboost.model.files import first_line
+from layerboost.errors import LayerboostError, first_line
 from layerboost.model.memory import CacheSettings
 
 REPEATS, DECODE_STEPS = 3, 12

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from layerboost.errors import ConfigError, GateMissed
 from layerboost.recipe import Evaluate
+from layerboost.schemas.evaluation import Check, EvalComparison, Gate, RetrievalScores, Task
 
 
 def validate_gate(settings: Evaluate) -> None:
@@ -22,63 +20,60 @@ def validate_gate(settings: Evaluate) -> None:
             raise ConfigError(f"evaluate.{gate} is set, but nothing is measured for it", do=f"set evaluate.{key}")
 
 
-def gate_checks(comparison: Mapping[str, Any], settings: Evaluate) -> dict[str, Any] | None:
-    """The model judged and each threshold of the recipe against what was found; None without either.
+def gate_checks(comparison: EvalComparison, settings: Evaluate) -> Gate | None:
+    """Return the model judged and each threshold of the recipe against what was found; None without either.
 
     Judged is the healed model, else the converted one, else the last. A check compares the mean; `low` and `high` are
     the 95 % interval that tells whether the sample could have seen the loss. `passed` is None where nothing could be
     judged: the base cannot do the task, or every task chose layers.
     """
-    changed = [name for name in comparison["models"] if name != "base"]
+    changed = [name for name in comparison.models if name != "base"]
     if not changed:
         return None
     model = next((name for name in ("healed", "converted") if name in changed), changed[-1])
     checks = []
     if settings.max_kl is not None:
-        kl = comparison["perplexity"][model]["kl"]
-        checks.append(_check("KL to the base", kl["mean"], settings.max_kl, kl["low"], kl["high"]))
+        kl = comparison.perplexity[model].kl
+        checks.append(_check("KL to the base", kl.mean, settings.max_kl, kl.low, kl.high))
     if settings.max_average_drop is not None:
-        average = comparison["average"]
-        checks.append(_drop("average accuracy, drop", average, model, settings.max_average_drop))
+        checks.append(_drop("average accuracy, drop", comparison.average, model, settings.max_average_drop))
     if settings.max_task_drop is not None:
         checks += [
             _drop(f"{name}, drop", task, model, settings.max_task_drop)
-            for name, task in comparison["tasks"].items()
-            if not task["selection"]
+            for name, task in comparison.tasks.items()
+            if not task.selection
         ]
     if settings.max_retrieval_drop is not None:
-        retrieval = comparison["retrieval"]
-        able = retrieval["able"] or None
+        able = comparison.retrieval.able if comparison.retrieval else None
         checks.append(_drop("retrieval, drop of exact match", able, model, settings.max_retrieval_drop))
-    return {"model": model, "checks": checks} if checks else None
+    return Gate(model=model, checks=checks) if checks else None
 
 
-def check_gate(comparison: Mapping[str, Any]) -> None:
+def check_gate(gate: Gate | None) -> None:
     """Raise GateMissed, with a table of every check, when one of them was missed."""
-    gate = comparison["gate"]
-    if gate is None or all(check["passed"] is not False for check in gate["checks"]):
+    if gate is None or not gate.missed:
         return
     rows = [("check", "found", "95 % interval", "at most", "")]
-    for check in gate["checks"]:
-        verdict = {True: "passed", False: "MISSED", None: "not judged"}[check["passed"]]
-        found = "–" if check["found"] is None else f"{check['found']:.4f}"
-        interval = "–" if check["found"] is None else f"{check['low']:.4f} to {check['high']:.4f}"
-        rows.append((check["what"], found, interval, f"{check['at_most']:g}", verdict))
+    for check in gate.checks:
+        verdict = {True: "passed", False: "MISSED", None: "not judged"}[check.passed]
+        found = "–" if check.found is None else f"{check.found:.4f}"
+        interval = "–" if check.found is None else f"{check.low:.4f} to {check.high:.4f}"
+        rows.append((check.what, found, interval, f"{check.at_most:g}", verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     raise GateMissed(
-        f"the quality gate was missed by {gate['model']}",
+        f"the quality gate was missed by {gate.model}",
         found="\n  " + "\n  ".join(lines),
         do="heal longer or plan a larger budget",
     )
 
 
-def _drop(what: str, part: Mapping[str, Any] | None, model: str, at_most: float) -> dict[str, Any]:
+def _drop(what: str, part: Task | RetrievalScores | None, model: str, at_most: float) -> Check:
     if part is None:
-        return {"what": what, "found": None, "low": None, "high": None, "at_most": at_most, "passed": None}
-    change = part["difference"][model]
-    return _check(what, 0.0 - change["mean"], at_most, 0.0 - change["high"], 0.0 - change["low"])  # never -0.0
+        return Check(what=what, found=None, low=None, high=None, at_most=at_most, passed=None)
+    change = part.difference[model]
+    return _check(what, 0.0 - change.mean, at_most, 0.0 - change.high, 0.0 - change.low)  # never -0.0
 
 
-def _check(what: str, found: float, at_most: float, low: float, high: float) -> dict[str, Any]:
-    return {"what": what, "found": found, "low": low, "high": high, "at_most": at_most, "passed": found <= at_most}
+def _check(what: str, found: float, at_most: float, low: float, high: float) -> Check:
+    return Check(what=what, found=found, low=low, high=high, at_most=at_most, passed=found <= at_most)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.evaluation.quiet import quiet
 from layerboost.rows import read_lines
 from layerboost.runtime import warn_once
@@ -56,9 +56,8 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
                 for kind in {*_answer_kinds(leaf, doc), *_request_kinds(task, leaf, doc, tokenizer, context_tokens)}:
                     odd.setdefault(kind, []).append((name, item))
             except Exception as error:  # templates and functions of the task's own raise anything
-                first = (str(error).splitlines() or [""])[0]
-                reason = first if isinstance(error, _Unscorable) else f"{type(error).__name__}: {first}"
-                wrong.append(f"{'' if wrong else _place(task, name, item)}: {reason}")
+                raised = "" if isinstance(error, _Unscorable) else f"{type(error).__name__}: "
+                wrong.append(f"{'' if wrong else _place(task, name, item)}: {raised}{first_line(error)}")
         leaf.set_fewshot_seed(EXAMPLES_SEED)
     if wrong:
         raise ConfigError(

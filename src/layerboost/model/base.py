@@ -16,14 +16,13 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import BASE, ModelInfo, check_path, file_hash, new_folder
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.model import files as model_files
 from layerboost.model import integrity
 from layerboost.model.card import CARD, LICENCE_FILES, Origin, front_matter, licence_files, licence_sentence
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
-    first_line,
     plain_config,
     remembered,
     weight_files,

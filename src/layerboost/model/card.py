@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.artifacts import PlanFile, counted
-from layerboost.model.memory import plan_serving
+from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
 
 CARD = "README.md"

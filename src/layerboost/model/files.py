@@ -15,13 +15,13 @@ import torch
 from transformers.modeling_utils import load_state_dict
 
 from layerboost.artifacts import fingerprint, write_text
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
+from layerboost.rows import LFS_POINTER
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In the order in which Transformers looks for them.
 WEIGHTS = (SINGLE, INDEX, *PICKLED)
-POINTER = b"version https://git-lfs"
 # Mistral's own format is another model to vLLM, with its own tensor names; a trainer's files are no weights to it.
 NOT_LOADED = ("consolidated", "training_args", "optimizer", "scheduler")
 SHOWN = 3
@@ -32,12 +32,12 @@ def check_readable(file: Path) -> None:
     """Raise ConfigError if a file cannot be read, is a dangling link or a Git LFS pointer."""
     try:
         with file.open("rb") as opened:
-            start = opened.read(len(POINTER))
+            start = opened.read(len(LFS_POINTER))
     except OSError as error:
         dangling = file.is_symlink() and not file.exists()
         found = f"a link to {file.readlink()}, which does not exist" if dangling else first_line(error)
         raise ConfigError(f"{file} cannot be read", found=found, do="copy or download it again") from None
-    if start == POINTER:
+    if start == LFS_POINTER.encode():
         raise ConfigError(
             f"{file} is not there", found="a Git LFS pointer in its place", do="run `git lfs pull`, or download it"
         )
@@ -221,12 +221,6 @@ def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str
         with suppress(LayerboostError):
             write_text(cache, found)
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, joined with the second after a colon, or the error's type."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def some(items: list[str], separator: str = ", ") -> str:

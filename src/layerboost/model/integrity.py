@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layerboost.artifacts import PLAN, PlanFile, read_plan
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.model.families import FAMILIES
 from layerboost.model.files import (
     PICKLED,
@@ -20,7 +20,6 @@ from layerboost.model.files import (
     Tensors,
     check_finite_weights,
     check_readable,
-    first_line,
     headers,
     plain_config,
     read_weights,

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from layerboost.errors import ConfigError
-from layerboost.model.files import check_readable, first_line
+from layerboost.errors import ConfigError, first_line
+from layerboost.model.files import check_readable
 from layerboost.runtime import log
 from layerboost.text import opening_ids
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from layerboost.reporting.comparison import Change, EvalComparison, Perplexity
-from layerboost.reporting.figures import layout
+from layerboost.reporting.figures import figure, scatter
 from layerboost.reporting.page import Chart, Page, Panel, Table, html_page, markdown_page
-from layerboost.reporting.text import ABSENT, interval, number, percent
+from layerboost.reporting.text import ABSENT, interval, number, percent, with_interval
+from layerboost.schemas.evaluation import Change, EvalComparison, Perplexity
 
 STAGES = {"converted": "var(--converted)", "healed": "var(--healed)"}
 
@@ -35,28 +35,13 @@ def kl_figure(compared: dict[str, Any], quality: EvalComparison) -> dict[str, An
     traces = []
     for stage, color in STAGES.items():
         found = [quality.perplexity[f"{name}-{stage}"].kl for name in names]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": stage,
-                "x": [kl.mean for kl in found],
-                "y": [escape(name) for name in names],
-                "error_x": {
-                    "type": "data",
-                    "array": [kl.high - kl.mean for kl in found],
-                    "arrayminus": [kl.mean - kl.low for kl in found],
-                    "color": color,
-                    "width": 0,
-                },
-                "marker": {"color": color, "size": 9},
-                "customdata": [interval(kl.mean, kl.low, kl.high) for kl in found],
-                "hovertemplate": "%{y}: %{customdata}<extra>%{fullData.name}</extra>",
-            }
+        means, hover = (
+            [kl.mean for kl in found],
+            [f"{escape(n)}: {with_interval(kl, signed=False)}" for n, kl in zip(names, found, strict=True)],
         )
-    figure: dict[str, Any] = {"data": traces, "layout": layout("KL, nats per token", "")}
-    figure["layout"]["xaxis"] |= {"type": "log", "showgrid": True}
-    return figure
+        ends = [(kl.low, kl.high) for kl in found]
+        traces.append(scatter(stage, means, map(escape, names), color, hover, "markers", x_ends=ends))
+    return figure(traces, "KL, nats per token", "", {"type": "log", "showgrid": True})
 
 
 def _table(compared: dict[str, Any], quality: EvalComparison) -> Table:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PLAN, LayerPlan, PlanFile, read_plan
+from layerboost.artifacts import PLAN, PlanFile, read_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.text import ABSENT, number, strategy
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 
 
 def plan_difference(first: Path, second: Path) -> dict[str, Any]:
-    """Two plans, files or run folders: per layer, how many of each kind, KV bytes, predicted damage.
+    """Return of two plans, files or run folders: per layer, how many of each kind, KV bytes, predicted damage.
 
     KV bytes are of one request at the first plan's context. Raises ConfigError for models of different depth.
     """
-    plans = [read_plan(path / PLAN if path.is_dir() else path) for path in (first, second)]
-    a, b = plans
+    a, b = (read_plan(path / PLAN if path.is_dir() else path) for path in (first, second))
     if a.model.layers != b.model.layers:
         raise ConfigError(
             "the plans are of models of different depth",
@@ -28,34 +27,31 @@ def plan_difference(first: Path, second: Path) -> dict[str, Any]:
     return {
         "plans": [str(first), str(second)],
         "context_tokens": context,
-        "totals": [_totals(plan, context) for plan in plans],
+        "totals": [_totals(plan, context) for plan in (a, b)],
         "layers": [
-            {"layer": one.layer, "first": _named(one), "second": _named(other), "differs": one != other}
+            {"layer": one.layer, "first": strategy(one), "second": strategy(other), "differs": one != other}
             for one, other in zip(a.layers, b.layers, strict=True)
         ],
     }
 
 
 def difference_table(found: dict[str, Any]) -> list[list[str]]:
-    """Rows for a terminal, header first; layers that differ are marked."""
-    rows = [["layer", *found["plans"], ""]]
-    rows += [[str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in found["layers"]]
+    """Return rows for a terminal, header first; layers that differ are marked."""
+
+    def cell(value: Any) -> str:
+        return number(value) if isinstance(value, float) else str(value)
+
+    layers = [
+        [str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in found["layers"]
+    ]
     names = dict.fromkeys(name for total in found["totals"] for name in total)
-    return rows + [[name, *(_cell(total.get(name)) for total in found["totals"]), ""] for name in names]
+    totals = [[name, *(cell(total.get(name, ABSENT)) for total in found["totals"]), ""] for name in names]
+    return [["layer", *found["plans"], ""], *layers, *totals]
 
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
-    totals: dict[str, Any] = {"method": plan.method}
-    totals |= {kind: plan.count(kind) for kind in ("full", "sliding", "none")}
-    totals["KV of base"] = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
-    if plan.foretold:
-        totals |= {f"{metric}, predicted": value for metric, value in plan.foretold.damage.items()}
-    return totals
-
-
-def _named(entry: LayerPlan) -> str:
-    return strategy(entry.attention, entry.window, entry.sink)
-
-
-def _cell(value: Any) -> str:
-    return ABSENT if value is None else number(value) if isinstance(value, float) else str(value)
+    counts = {kind: plan.count(kind) for kind in ("full", "sliding", "none")}
+    kept = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
+    damage = plan.foretold.damage if plan.foretold else {}
+    predicted = {f"{metric}, predicted": value for metric, value in damage.items()}
+    return {"method": plan.method, **counts, "KV of base": kept, **predicted}

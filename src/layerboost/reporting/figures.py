@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from layerboost.artifacts import PlanFile, Sensitivity, Variant
 from layerboost.reporting.sources import MODELS, MetricLine
 from layerboost.reporting.text import strategy, with_error
+
+Trace = dict[str, Any]
+Figure = dict[str, Any]
+# Attention, window, sink.
+Kind = tuple[str, int | None, bool]
+# The low and the high end of each point's bar.
+Ends = Sequence[tuple[float, float]]
 
 # The metrics that plans are made by: title and axis of their charts.
 SENSITIVITIES = {
@@ -20,187 +28,169 @@ SHADES = ("var(--sliding)", "var(--sliding-2)", "var(--sliding-3)")
 OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
 
 
-def layout(x_title: str, y_title: str) -> dict[str, Any]:
-    """A plain layout: no box, faint horizontal lines, legend above."""
+def figure(
+    traces: list[Trace], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
+) -> Figure:
+    """Return a plain figure: no box, faint horizontal lines, legend above; `x`, `y`: what else the axes need."""
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
-    return {
+    ticks = {"showgrid": False, "ticks": "outside", "tickcolor": "var(--rule)"}
+    font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12.5, "color": "var(--ink)"}
+    layout = {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {
-            "family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif",
-            "size": 12.5,
-            "color": "var(--ink)",
-        },
+        "font": font,
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"bgcolor": "var(--page)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}},
-        "xaxis": {
-            **axis,
-            "title": {"text": x_title},
-            "showgrid": False,
-            "ticks": "outside",
-            "tickcolor": "var(--rule)",
-        },
-        "yaxis": {**axis, "title": {"text": y_title}},
+        "xaxis": {**axis, "title": {"text": x_title}, **ticks, **(x or {})},
+        "yaxis": {**axis, "title": {"text": y_title}, **(y or {})},
     }
+    return {"data": traces, "layout": layout}
 
 
-def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: str = "kl") -> dict[str, Any]:
-    """One metric of each layer under each replacement, bars of one standard error; the plan's choices ringed.
+def scatter(
+    name: str,
+    x: Iterable[Any],
+    y: Iterable[Any],
+    color: str,
+    hover: str | list[str],
+    mode: str = "lines+markers",
+    x_ends: Ends | None = None,
+    y_ends: Ends | None = None,
+    **more: Any,
+) -> Trace:
+    """Return points of one colour, joined or not.
+
+    `hover`: plotly's template, or a text per point. `x_ends`, `y_ends`: the low and high end of each point's bar.
+    `more`: further keys of plotly's trace, in place of those here.
+    """
+    points = {"x": list(x), "y": list(y)}
+    texts = {"customdata": hover, "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>"}
+    trace = {
+        "type": "scatter",
+        "mode": mode,
+        "name": escape(name),  # plotly reads tags in names
+        **points,
+        "line": {"color": color, "width": 2},
+        "marker": {"color": color, "size": 8},
+        **(texts if isinstance(hover, list) else {"hovertemplate": hover}),
+    }
+    for axis, ends in (("x", x_ends), ("y", y_ends)):
+        if ends is not None:
+            trace[f"error_{axis}"] = {
+                "type": "data",
+                "array": [high - value for value, (_, high) in zip(points[axis], ends, strict=True)],
+                "arrayminus": [value - low for value, (low, _) in zip(points[axis], ends, strict=True)],
+                "color": color,
+                "thickness": 1.5,
+                "width": 4 if mode.startswith("lines") else 0,
+            }
+    return {**trace, **more}
+
+
+def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: str = "kl") -> Figure:
+    """Return one metric of each layer under each replacement, bars of one standard error; the plan's choices ringed.
 
     KL has a log axis. With a plan, windows it does not use start hidden: a click on the legend shows them.
     """
-    kinds = variant_kinds(sensitivity)
-    windows = sorted({kind[1] for kind in kinds if kind[1]})
-    planned = plan.window if plan else None
-    hidden = [kind for kind in kinds if planned and kind[1] and kind[1] != planned]
-    shown = [kind for kind in kinds if kind not in hidden]
-    traces: list[dict[str, Any]] = []
+    measured: dict[Kind, list[tuple[int, Variant]]] = {}
+    for entry in sensitivity.layers:
+        for variant in entry.variants:
+            # A log axis cannot show zero; the panel says how many values it leaves out.
+            if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
+                measured.setdefault(_kind(variant), []).append((entry.layer, variant))
+    kinds = sorted(measured, key=lambda kind: (kind[0] != "none", kind[1] or 0, kind[2]))
+    windows = sorted({window for _, window, _ in kinds if window})
+    hidden = [kind for kind in kinds if plan and plan.window and kind[1] not in (None, plan.window)]
+    traces = {}
     for kind in kinds:
-        attention, window, sink = kind
-        rank = windows.index(window) if window else 0
-        color = "var(--none)" if attention == "none" else SHADES[rank % len(SHADES)]
-        symbol = "x" if attention == "none" else SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
-        side = hidden if kind in hidden else shown
+        side = hidden if kind in hidden else [other for other in kinds if other not in hidden]
         offset = 0.5 * ((side.index(kind) + 0.5) / len(side) - 0.5)
-        found = [
-            (entry.layer, variant)
-            for entry in sensitivity.layers
-            for variant in entry.variants
-            if _kind(variant) == kind and metric in variant.scores
-        ]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": strategy(*kind),
-                "x": [layer + offset for layer, _ in found],
-                "y": [
-                    variant.scores[metric].mean if metric != "kl" else _positive(variant.scores["kl"].mean)
-                    for _, variant in found
-                ],
-                "error_y": {
-                    "type": "data",
-                    "array": [variant.scores[metric].standard_error for _, variant in found],
-                    "color": color,
-                    "thickness": 1.2,
-                    "width": 0,
-                },
-                "marker": {"color": color, "symbol": symbol, "size": 7},
-                "customdata": [_hover(layer, variant) for layer, variant in found],
-                "hovertemplate": "%{customdata}<extra></extra>",
-                "visible": "legendonly" if kind in hidden else True,
-            }
+        scores = [variant.scores[metric] for _, variant in measured[kind]]
+        color, symbol = _mark(kind, windows)
+        traces[kind] = scatter(
+            strategy(measured[kind][0][1]),
+            [layer + offset for layer, _ in measured[kind]],
+            [score.mean for score in scores],
+            color,
+            [_hover(layer, variant) for layer, variant in measured[kind]],
+            "markers",
+            y_ends=[(score.mean - score.standard_error, score.mean + score.standard_error) for score in scores],
+            marker={"color": color, "symbol": symbol, "size": 7},
+            visible="legendonly" if kind in hidden else True,
         )
-    figure: dict[str, Any] = {"data": traces, "layout": layout("layer", SENSITIVITIES[metric][1])}
-    if metric == "kl":
-        figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
-    else:
-        figure["layout"]["yaxis"] |= {"zeroline": True, "zerolinecolor": "var(--soft)"}
-    figure["layout"]["xaxis"] |= {"range": [-0.7, sensitivity.model.layers - 0.3]}
-    if plan and plan.count("full") < len(plan.layers):
-        traces.append(_chosen(traces, kinds, plan))
-    return figure
+    log = {"type": "log", "dtick": 1, "exponentformat": "power"}
+    y = log if metric == "kl" else {"zeroline": True, "zerolinecolor": "var(--soft)"}
+    chosen = [_chosen(traces, plan)] if plan and plan.count("full") < len(plan.layers) else []
+    x = {"range": [-0.7, sensitivity.model.layers - 0.3]}
+    return figure([*traces.values(), *chosen], "layer", SENSITIVITIES[metric][1], x, y)
 
 
-def variant_kinds(sensitivity: Sensitivity) -> list[tuple[str, int | None, bool]]:
-    """The replacements measured, as attention, window and sink: none first, then windows from short to long."""
-    kinds = {_kind(variant) for entry in sensitivity.layers for variant in entry.variants}
-    return sorted(kinds, key=lambda kind: (kind[0] != "none", kind[1] or 0, kind[2]))
-
-
-def healing_figure(lines: list[MetricLine]) -> dict[str, Any]:
-    """Loss of one healing stage against its tokens, with the validation KL where it was measured."""
-    training = [line for line in lines if line.loss is not None]
-    validation = [line for line in lines if line.validation_kl is not None]
-    color = "var(--healed)"
-    losses = [line.loss or 0.0 for line in training]
-    smooth = running_mean(losses, half=len(losses) // 40)
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines" if len(losses) > 1 else "markers",
-            "name": "training loss",
-            "x": [line.tokens for line in training],
-            "y": losses,
-            "line": {"color": color, "width": 1},
-            "opacity": 0.4 if smooth != losses else 1.0,
-            "hovertemplate": "%{x:,} tokens: loss %{y:.4g}<extra></extra>",
-        }
-    ]
+def healing_figure(lines: list[MetricLine]) -> Figure:
+    """Return the loss of one healing stage against its tokens, with the validation KL where it was measured."""
+    training = [(line.tokens, line.loss) for line in lines if line.loss is not None]
+    validation = [(line.tokens, line.validation_kl) for line in lines if line.validation_kl is not None]
+    losses = [loss for _, loss in training]
+    half = len(losses) // 40
+    smooth = running_mean(losses, half)
+    x, color = [tokens for tokens, _ in training], "var(--healed)"
+    mode, hover = "lines" if len(losses) > 1 else "markers", "%{x:,} tokens: loss %{y:.4g}<extra></extra>"
+    faint: dict[str, Any] = {"line": {"color": color, "width": 1}, "opacity": 0.4 if smooth != losses else 1.0}
+    traces = [scatter("training loss", x, losses, color, hover, mode, **faint)]
     if smooth != losses:
-        mean = {"name": f"mean over {2 * (len(losses) // 40) + 1} lines", "y": smooth, "opacity": 1.0}
-        traces.append({**traces[0], **mean, "line": {"color": color, "width": 2}})
+        traces.append(scatter(f"mean over {2 * half + 1} lines", x, smooth, color, hover, mode))
     if validation:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "validation KL",
-                "x": [line.tokens for line in validation],
-                "y": [line.validation_kl for line in validation],
-                "marker": {"color": "var(--converted)", "size": 9, "symbol": "diamond"},
-                "hovertemplate": "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>",
-            }
-        )
+        at, values = [tokens for tokens, _ in validation], [kl for _, kl in validation]
+        hover = "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>"
+        marker = {"color": "var(--converted)", "size": 9, "symbol": "diamond"}
+        traces.append(scatter("validation KL", at, values, "var(--converted)", hover, "markers", marker=marker))
     # Stage 1's loss is of another kind than the validation KL beside it.
-    local = bool(training) and training[0].stage == "attention"
+    local = any(line.stage == "attention" and line.loss is not None for line in lines)
     title = "normalised MSE of all layers (KL: nats per token)" if local else "nats per token" if validation else "loss"
-    figure: dict[str, Any] = {"data": traces, "layout": layout("tokens", title)}
-    values = [*losses, *(line.validation_kl or 0.0 for line in validation)]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~g"}
-    return figure
+    values = [value for _, value in (*training, *validation)]
+    wide = values and min(values) > 0 and max(values) > 20 * min(values)
+    return figure(traces, "tokens", title, y={"type": "log", "dtick": "D2", "tickformat": "~g"} if wide else None)
 
 
 def running_mean(values: list[float], half: int) -> list[float]:
-    """Each value's mean with its `half` neighbours on both sides, fewer at the ends."""
-    means = []
-    for index in range(len(values)):
-        near = values[max(0, index - half) : index + half + 1]
-        means.append(sum(near) / len(near))
-    return means
+    """Return each value's mean with its `half` neighbours on both sides, fewer at the ends."""
+    near = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(part) / len(part) for part in near]
 
 
 def model_color(name: str, among: Iterable[str]) -> str:
-    """The colour of a model in charts of `among`: base, converted and healed have their own, the others take turns."""
+    """Return a model's colour in charts of `among`: base, converted and healed have their own, others take turns."""
     if name in MODELS:
         return f"var(--{name})"
     return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
 
 
-def _kind(variant: Variant) -> tuple[str, int | None, bool]:
-    return (variant.attention, variant.window, variant.sink)
+def _kind(of: Variant) -> Kind:
+    return of.attention, of.window, of.sink
 
 
-def _positive(value: float) -> float | None:
-    # A log axis cannot show zero; the panel says how many values it leaves out.
-    return value if value > 0 else None
+def _mark(kind: Kind, windows: list[int]) -> tuple[str, str]:
+    """Return the colour and symbol of a replacement."""
+    attention, window, sink = kind
+    if attention == "none" or window is None:
+        return "var(--none)", "x"
+    rank = windows.index(window)
+    return SHADES[rank % len(SHADES)], SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
 
 
 def _hover(layer: int, variant: Variant) -> str:
-    scores = "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
-    return f"layer {layer}, {strategy(*_kind(variant))}{scores}"
+    return f"layer {layer}" + "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
 
 
-def _chosen(traces: list[dict[str, Any]], kinds: list[tuple[str, int | None, bool]], plan: PlanFile) -> dict[str, Any]:
-    """Rings around what the plan chose, where that was measured."""
-    x, y = [], []
-    for entry in plan.layers:
-        kind = (entry.attention, entry.window, entry.sink)
-        if kind not in kinds:
-            continue
-        trace = traces[kinds.index(kind)]
-        for at, value in zip(trace["x"], trace["y"], strict=True):
-            if round(at) == entry.layer and value is not None:
-                x.append(at)
-                y.append(value)
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "chosen by the plan",
-        "x": x,
-        "y": y,
-        "marker": {"symbol": "circle-open", "size": 14, "color": "var(--ink)", "line": {"width": 1.5}},
-        "hoverinfo": "skip",
-    }
+def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
+    """Return rings around what the plan chose, where that was measured."""
+    found = [
+        (x, y)
+        for entry in plan.layers
+        if (trace := traces.get((entry.attention, entry.window, entry.sink)))
+        for x, y in zip(trace["x"], trace["y"], strict=True)
+        if round(x) == entry.layer
+    ]
+    marker = {"symbol": "circle-open", "size": 14, "color": "var(--ink)", "line": {"width": 1.5}}
+    x, y = [x for x, _ in found], [y for _, y in found]
+    return scatter("chosen by the plan", x, y, "var(--ink)", "", "markers", marker=marker, hoverinfo="skip")

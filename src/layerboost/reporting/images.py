@@ -13,7 +13,7 @@ from html import unescape
 from pathlib import Path
 
 from layerboost.artifacts import new_folder
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import ConfigError, LayerboostError, first_line
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # Patience with a browser, in seconds, and how long it may let the page's own clock run, in milliseconds.
@@ -50,7 +50,7 @@ def write_images(html: str, folder: Path) -> list[Path]:
 
 
 def _draw(html: str, browser: str) -> dict[str, bytes]:
-    script = Path(__file__).with_name("images.js").read_text()
+    script = (Path(__file__).parent / "templates" / "images.js").read_text()
     # Plotly paints a chart on its way to PNG as an image of its own making.
     page = html.replace("img-src data:", "img-src data: blob:", 1).replace(
         "</body>", f"<script>{script}</script></body>"
@@ -63,7 +63,7 @@ def _draw(html: str, browser: str) -> dict[str, bytes]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         except (OSError, subprocess.SubprocessError) as error:
-            raise LayerboostError(f"{browser} could not draw the figures", found=str(error).splitlines()[0]) from None
+            raise LayerboostError(f"{browser} could not draw the figures", found=first_line(error)) from None
     found = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
     if not found:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]

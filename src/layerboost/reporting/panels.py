@@ -1,14 +1,16 @@
-"""The report's panels; each names the files its numbers come from, and the command that makes a missing one."""
+"""The panels of layers, healing and provenance; each names the files its numbers come from."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from functools import partial
 
 import yaml
 
-from layerboost.artifacts import Sensitivity, StageRecord
+from layerboost.artifacts import Sensitivity, StageRecord, Variant
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
-from layerboost.reporting.page import Chart, Panel, Table
+from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import MADE_BY, MetricLine, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
 
@@ -20,7 +22,7 @@ STAGES = {
 
 
 def layers_panel(sources: Sources) -> Panel:
-    """The layer map and the sensitivities it was chosen from."""
+    """Return the layer map and the sensitivities it was chosen from."""
     plan, sensitivity = sources.plan, sources.sensitivity
     missing, warnings, notes, charts, tables = [], [], [], [], []
     if plan is None:
@@ -39,8 +41,7 @@ def layers_panel(sources: Sources) -> Panel:
             f"Base NLL: {with_error(sensitivity.base_nll)} nats per token."
         )
         variants = [variant for entry in sensitivity.layers for variant in entry.variants]
-        hidden = sum(variant.scores["kl"].mean <= 0 for variant in variants)
-        if hidden:
+        if hidden := sum(variant.scores["kl"].mean <= 0 for variant in variants):
             notes.append(f"{hidden} of {len(variants)} values are zero or below, off the log axis; the table has them.")
         if variants:
             for metric in _metrics(sensitivity):
@@ -56,56 +57,50 @@ def layers_panel(sources: Sources) -> Panel:
 
 
 def _metrics(sensitivity: Sensitivity) -> list[str]:
-    """Those of SENSITIVITIES that were measured."""
+    """Return those of SENSITIVITIES that were measured."""
     found = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
     return [metric for metric in SENSITIVITIES if metric in found]
 
 
 def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
-    """By layer, a line a replacement: what it alone does to each metric."""
-    metrics = _metrics(sensitivity)
-    return {
-        entry.layer: [
-            f"{strategy(variant.attention, variant.window, variant.sink)}: "
-            + ", ".join(
-                f"{'KL' if metric == 'kl' else metric} {with_error(variant.scores[metric], signed=metric != 'kl')}"
-                for metric in metrics
-                if metric in variant.scores
-            )
-            for variant in entry.variants
+    """Return by layer a line per replacement: what it alone does to each metric."""
+
+    def line(variant: Variant) -> str:
+        scores = [
+            f"{'KL' if metric == 'kl' else metric} {with_error(variant.scores[metric], signed=metric != 'kl')}"
+            for metric in SENSITIVITIES
+            if metric in variant.scores
         ]
-        for entry in sensitivity.layers
-    }
+        return f"{strategy(variant)}: {', '.join(scores)}"
+
+    return {entry.layer: [line(variant) for variant in entry.variants] for entry in sensitivity.layers}
 
 
 def _sensitivity_table(sensitivity: Sensitivity) -> Table:
-    further = [metric for metric in _metrics(sensitivity) if metric != "kl"]
-    rows = [
-        [
-            str(entry.layer),
-            strategy(variant.attention, variant.window, variant.sink),
-            with_error(variant.scores["kl"]),
-            with_error(variant.scores["nll"], signed=True),
-            *(
-                with_error(variant.scores[metric], signed=True) if metric in variant.scores else ABSENT
-                for metric in further
-            ),
-        ]
-        for entry in sensitivity.layers
-        for variant in entry.variants
-    ]
-    header = ["layer", "replaced by", "KL, nats per token", "NLL − base, nats per token"]
-    header += [f"{metric}: {SENSITIVITIES[metric][1]}" for metric in further]
-    return Table("Every sensitivity", header, rows, text_columns=(0, 1), folded=True)
+    Row = tuple[int, Variant]
+
+    def score(metric: str, row: Row) -> str:
+        found = row[1].scores.get(metric)
+        return with_error(found, signed=metric != "kl") if found else ABSENT
+
+    titles = {"kl": "KL, nats per token", "nll": "NLL − base, nats per token"}
+    titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in _metrics(sensitivity) if metric != "kl"}
+    columns: dict[str, Callable[[Row], str]] = {
+        "layer": lambda row: str(row[0]),
+        "replaced by": lambda row: strategy(row[1]),
+        **{title: partial(score, metric) for metric, title in titles.items()},
+    }
+    rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in entry.variants]
+    return tabulate("Every sensitivity", rows, columns, text_columns=(0, 1), folded=True)
 
 
 def healing_panel(sources: Sources) -> Panel:
-    """Loss against tokens of the stages that have one, and the validation points."""
-    files = ["heal/metrics.jsonl"]
+    """Return loss against tokens of the stages that have one, and the validation points."""
+    panel = partial(Panel, "healing", "Healing", ["heal/metrics.jsonl"])
     if sources.metrics is None:
-        return Panel("healing", "Healing", files, [absent("heal/metrics.jsonl")])
+        return panel([absent("heal/metrics.jsonl")])
     if not sources.metrics:
-        return Panel("healing", "Healing", files, ["heal/metrics.jsonl holds no line yet: run `layerboost heal`"])
+        return panel(["heal/metrics.jsonl holds no line yet: run `layerboost heal`"])
     charts, rows = [], []
     for stage, title in STAGES.items():
         lines = [line for line in sources.metrics if line.stage == stage]
@@ -117,46 +112,42 @@ def healing_panel(sources: Sources) -> Panel:
     tables = [Table("Stages", header, rows)]
     validation = [line for line in sources.metrics if line.validation_kl is not None or line.validation_nll is not None]
     if validation:
-        cells = [
-            [
-                line.stage,
-                f"{line.step:,}",
-                f"{line.tokens:,}",
-                ABSENT if line.validation_kl is None else number(line.validation_kl, 4),
-                ABSENT if line.validation_nll is None else number(line.validation_nll, 4),
-            ]
-            for line in validation
-        ]
-        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
-        tables.append(Table("Validation", header, cells, text_columns=(0,), folded=len(cells) > 12))
-    return Panel("healing", "Healing", files, charts=charts, tables=tables)
+        columns: dict[str, Callable[[MetricLine], str]] = {
+            "stage": lambda line: line.stage,
+            "step": lambda line: f"{line.step:,}",
+            "tokens": lambda line: f"{line.tokens:,}",
+            "KL, nats per token": lambda line: _number(line.validation_kl),
+            "NLL, nats per token": lambda line: _number(line.validation_nll),
+        }
+        tables.append(tabulate("Validation", validation, columns, folded=len(validation) > 12))
+    return panel(charts=charts, tables=tables)
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else number(value, 4)
 
 
 def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
-    losses = [line.loss for line in lines if line.loss is not None]
-    ends = [number(losses[0], 4), number(losses[-1], 4)] if losses else [ABSENT, ABSENT]
+    losses: list[float | None] = [line.loss for line in lines if line.loss is not None] or [None]
     last = lines[-1]
-    return [title, f"{last.step:,}", f"{last.tokens:,}", duration(last.seconds), *ends]
+    taken = [f"{last.step:,}", f"{last.tokens:,}", duration(last.seconds)]
+    return [title, *taken, _number(losses[0]), _number(losses[-1])]
 
 
 def provenance_panel(sources: Sources) -> Panel:
-    """What ran, when, where, on what, for how long, and with which settings."""
-    missing, notes = [], []
-    tables = []
-    if sources.history is None or not sources.history.stages:
+    """Return what ran, when, where, on what, for how long, and with which settings."""
+    missing, notes, tables = [], [], []
+    stages = sources.history.stages if sources.history else []
+    if not stages:
         missing.append(absent("run.json"))
     else:
-        stages = sources.history.stages
         tables += [_stage_table(stages), _version_table(stages)]
         notes.append(_cost(stages))
-    prints = _fingerprints(sources)
-    if prints:
+    if prints := _fingerprints(sources):
         tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
-    if sources.history and sources.history.stages:
+    if stages:
         # As typed: where this machine keeps the program is nobody's business.
-        commands = [
-            [record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in sources.history.stages
-        ]
+        commands = [[record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in stages]
         tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
     listing = None
     if sources.recipe is None:
@@ -169,7 +160,7 @@ def provenance_panel(sources: Sources) -> Panel:
 
 
 def _cost(stages: list[StageRecord]) -> str:
-    """Time by stage, attempts that failed or were interrupted included."""
+    """Return the time by stage, attempts that failed or were interrupted included."""
     seconds: dict[str, float] = {}
     for record in stages:
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
@@ -178,20 +169,16 @@ def _cost(stages: list[StageRecord]) -> str:
 
 
 def _stage_table(stages: list[StageRecord]) -> Table:
-    rows = [
-        [
-            record.stage,
-            record.status + (f": {record.error}" if record.error else ""),
-            duration(record.seconds),
-            record.device,
-            str(record.seed),
-            record.started[:16].replace("T", " "),
-            (record.git_revision or ABSENT)[:12],
-        ]
-        for record in stages
-    ]
-    header = ["stage", "status", "time", "device", "seed", "started (UTC)", "git revision"]
-    return Table("Stages run", header, rows, text_columns=(0, 1, 3, 5, 6))
+    columns: dict[str, Callable[[StageRecord], str]] = {
+        "stage": lambda record: record.stage,
+        "status": lambda record: record.status + (f": {record.error}" if record.error else ""),
+        "time": lambda record: duration(record.seconds),
+        "device": lambda record: record.device,
+        "seed": lambda record: str(record.seed),
+        "started (UTC)": lambda record: record.started[:16].replace("T", " "),
+        "git revision": lambda record: (record.git_revision or ABSENT)[:12],
+    }
+    return tabulate("Stages run", stages, columns, text_columns=(0, 1, 3, 5, 6))
 
 
 def _version_table(stages: list[StageRecord]) -> Table:
@@ -203,23 +190,20 @@ def _version_table(stages: list[StageRecord]) -> Table:
 
 
 def _fingerprints(sources: Sources) -> list[list[str]]:
+    sensitivity, plan, quality, bench = sources.sensitivity, sources.plan, sources.quality, sources.bench
     rows = []
-    if sources.sensitivity:
-        rows.append(
-            [f"model {sources.sensitivity.model.name}", sources.sensitivity.model.fingerprint, "sensitivity.json"]
-        )
-        rows.append(["calibration text", sources.sensitivity.text, "sensitivity.json"])
-    if sources.plan:
-        rows.append([f"model {sources.plan.model.name}", sources.plan.model.fingerprint, "plan.yaml"])
-        rows.append(["what the plan does", sources.plan.hash(), "plan.yaml"])
-    if sources.quality:
-        models = sources.quality.models
-        rows += [[f"evaluated {name}", models[name], "eval/comparison.json"] for name in model_order(models)]
-        if sources.quality.text:
-            rows.append(["held-out text", sources.quality.text.fingerprint, "eval/comparison.json"])
-    if sources.bench:
-        models = sources.bench.models
-        rows += [
-            [f"config of benchmarked {name}", models[name], "bench/comparison.json"] for name in model_order(models)
-        ]
-    return [[row[0], f"`{row[1]}`", f"`{row[2]}`"] for row in rows]
+    if sensitivity:
+        model = sensitivity.model
+        rows += [(f"model {model.name}", model.fingerprint, "sensitivity.json")]
+        rows += [("calibration text", sensitivity.text, "sensitivity.json")]
+    if plan:
+        rows += [(f"model {plan.model.name}", plan.model.fingerprint, "plan.yaml")]
+        rows += [("what the plan does", plan.hash(), "plan.yaml")]
+    if quality:
+        file, models = "eval/comparison.json", quality.models
+        rows += [(f"evaluated {name}", models[name], file) for name in model_order(models)]
+        rows += [("held-out text", quality.text.fingerprint, file)] if quality.text else []
+    if bench:
+        file, models = "bench/comparison.json", bench.models
+        rows += [(f"config of benchmarked {name}", models[name], file) for name in model_order(models)]
+    return [[what, f"`{found}`", f"`{file}`"] for what, found, file in rows]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layerboost.artifacts import (
     PlanFile,
@@ -20,7 +20,7 @@ from layerboost.artifacts import (
 )
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, load_recipe
-from layerboost.reporting.comparison import EvalComparison, Part
+from layerboost.schemas.evaluation import EvalComparison
 from layerboost.search.frontier import Frontier
 from layerboost.search.stability import Stability
 from layerboost.serving.results import Comparison as BenchComparison
@@ -43,9 +43,10 @@ MADE_BY = {
 }
 
 
-class MetricLine(Part):
+class MetricLine(BaseModel):
     """One line of `heal/metrics.jsonl`; `tokens` and `seconds` count from the start of the stage."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)
     stage: Literal["fit", "attention", "lora"]
     step: int
     tokens: int

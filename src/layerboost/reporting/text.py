@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from layerboost.artifacts import Score
+from layerboost.artifacts import LayerPlan, Score, Variant
+from layerboost.schemas.evaluation import Change
+
+if TYPE_CHECKING:
+    from layerboost.search.stability import Agreement
 
 ABSENT = "–"
 
@@ -56,6 +61,11 @@ def interval(mean: float, low: float, high: float, signed: bool = False) -> str:
     return f"{written(mean)} ({written(low)} to {written(high)})"
 
 
+def with_interval(change: Change, signed: bool = True, scale: float = 1.0) -> str:
+    """A change times `scale` with its 95 % interval; 100 makes points of fractions."""
+    return interval(scale * change.mean, scale * change.low, scale * change.high, signed)
+
+
 def percent(fraction: float, digits: int = 1) -> str:
     """A fraction as a percentage: 0.4231 is 42.3 %."""
     return minus(f"{100 * fraction:.{digits}f} %")
@@ -84,8 +94,8 @@ def minus(text: str) -> str:
     return f"−{text[1:]}" if text.startswith("-") else text
 
 
-def strategy(attention: str, window: int | None, sink: bool) -> str:
-    """The name of a layer's attention: full, none, sliding 64, sliding 64 + sink."""
-    if attention != "sliding":
-        return attention
-    return f"sliding {window} + sink" if sink else f"sliding {window}"
+def strategy(of: LayerPlan | Variant | Agreement) -> str:
+    """Return the name of a layer's attention: full, none, sliding 64, sliding 64 + sink."""
+    if of.attention != "sliding":
+        return of.attention
+    return f"sliding {of.window} + sink" if of.sink else f"sliding {of.window}"

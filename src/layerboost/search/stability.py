@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import rankdata
+from scipy.stats import ConstantInputWarning, bootstrap, pearsonr, rankdata
 
 from layerboost.artifacts import SENSITIVITY, Artifact, Sensitivity, read_json
 from layerboost.errors import ConfigError
 from layerboost.strategies import StrategyName
 
 STABILITY = "stability.json"
-DRAWS = 2000
-SEED = 0
+RESAMPLES = 2000
 LEAST_LAYERS = 4
 
 Kind = tuple[StrategyName, int | None, bool]
@@ -133,29 +134,27 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
     a, b = mine[both], theirs[both]
     if len(a) < LEAST_LAYERS or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    draws = np.random.default_rng(SEED).integers(0, len(a), (DRAWS, len(a)))
-    low, high = np.nanpercentile(_spearman(a[draws], b[draws]), [2.5, 97.5])
+    # By percentiles: BCa is undefined where leaving out any one layer gives the same correlation, as equal ranks do.
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    low, high = bootstrap((a, b), _spearman, n_resamples=RESAMPLES, **options).confidence_interval
     return Agreement(
         attention=kind[0],
         window=kind[1],
         sink=kind[2],
         metric=metric,
         other_metric=other,
-        spearman=float(_spearman(a[None], b[None])[0]),
+        spearman=float(_spearman(a, b)),
         low=float(low),
         high=float(high),
         layers=len(a),
     )
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row, `[N]` of `[N, layers]`; NaN where a row is constant."""
-    ranks = [rankdata(rows, axis=1) for rows in (a, b)]
-    x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
-    scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    with np.errstate(invalid="ignore"):
-        found: np.ndarray = (x * y).sum(1) / scale
-    return found
+def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+    """Return Spearman's rank correlation along an axis; 0 where one side is constant, as a resample may be."""
+    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+        found = pearsonr(rankdata(a, axis=axis), rankdata(b, axis=axis), axis=axis).statistic
+    return np.nan_to_num(found)
 
 
 def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:

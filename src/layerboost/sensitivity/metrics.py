@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,7 +18,6 @@ from layerboost.retrieval import Prompts
 CHUNK_TOKENS = 256
 # Tokens and words of the vocabulary whose logits a changed model holds at once: 4 MiB, so that they stay in a cache.
 ROWS, VOCABULARY = 1024, 1024
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -219,8 +217,6 @@ def check_finite(what: str, values: Mapping[str, float], dtype: torch.dtype) -> 
             )
 
 
-def score(values: torch.Tensor, count: int | None = None) -> Score:
-    """Mean of `[N]` sequences or items and its standard error by bootstrap; `count`: what lies behind it."""
-    found = values.double().cpu().numpy()
-    draws = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
-    return Score(mean=float(found.mean()), standard_error=float(found[draws].mean(-1).std()), count=count)
+def score(values: torch.Tensor, count: int) -> Score:
+    """Return the mean of `[N]` sequences or items and its standard error; `count`: what lies behind it."""
+    return Score.of(values.double().tolist(), count)

@@ -36,6 +36,7 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.recipe import Recipe
 from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
+from layerboost.schemas.evaluation import EvalComparison, TextInfo
 from layerboost.sensitivity.metrics import check_values
 from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 
@@ -73,7 +74,7 @@ def _check_settings(recipe: Recipe, context_tokens: int) -> None:
         )
 
 
-def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime: Runtime) -> dict[str, Any]:
+def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime: Runtime) -> EvalComparison:
     """Evaluate `models` (directories by name, `base` among them) and write RUN/eval/comparison.json; returns it.
 
     Results already in RUN/eval are kept. One model at a time is in memory, beside the head of the base. Raises
@@ -287,7 +288,7 @@ def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel
     return result
 
 
-def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, Any]:
+def _compare(work: _Work, results: Results, selection: list[str]) -> EvalComparison:
     """The content of comparison.json, from the result files alone."""
     settings, names, texts = work.recipe.evaluate, list(work.models), work.texts
 
@@ -297,9 +298,8 @@ def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, A
     found = {task.name: read(partial(_task_file, task=task)) for task in work.tasks}
     tasks, average = compare_tasks(work.tasks, found, BASE, selection)
     answers = {name: result["answers"] for name, result in read(_retrieval_file).items()} if texts.prompts else {}
-    comparison = {
-        "schema_version": 2,
-        "settings": {
+    comparison = EvalComparison(
+        settings={
             "tasks": list(settings.tasks),
             "limit": settings.limit,
             "bench_data": settings.bench_data,
@@ -307,29 +307,29 @@ def _compare(work: _Work, results: Results, selection: list[str]) -> dict[str, A
             "dtype": work.runtime.dtype_name,
             "lm_eval": importlib.metadata.version("lm-eval"),
         },
-        "models": {name: handle.fingerprint for name, handle in work.models.items()},
-        "selection": selection,
-        "text": _text_info(work),
-        "perplexity": compare_text(read(_text_file), BASE) if texts.text else {},
-        "tasks": tasks,
-        "average": average,
-        "positions": compare_positions(read(_positions_file), BASE) if texts.long else None,
-        "retrieval": compare_retrieval(answers, BASE) if answers else None,
-    }
-    return comparison | {"gate": gate_checks(comparison, settings)}
+        models={name: handle.fingerprint for name, handle in work.models.items()},
+        selection=selection,
+        text=_text_info(work),
+        perplexity=compare_text(read(_text_file), BASE) if texts.text else {},
+        tasks=tasks,
+        average=average,
+        positions=compare_positions(read(_positions_file), BASE) if texts.long else None,
+        retrieval=compare_retrieval(answers, BASE) if answers else None,
+    )
+    return comparison.model_copy(update={"gate": gate_checks(comparison, settings)})
 
 
-def _text_info(work: _Work) -> dict[str, Any] | None:
+def _text_info(work: _Work) -> TextInfo | None:
     if work.texts.text is None:
         return None
     source = work.recipe.evaluate.perplexity_text or f"{work.recipe.text.name} (held-out split)"
     sequences, length = work.texts.text.ids.shape
-    return {
-        "source": source,
-        "tokens": sequences * length,
-        "sequence_tokens": length,
-        "fingerprint": work.texts.text.fingerprint,
-    }
+    return TextInfo(
+        source=source,
+        tokens=sequences * length,
+        sequence_tokens=length,
+        fingerprint=work.texts.text.fingerprint,
+    )
 
 
 def _items(task: BenchTask) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.artifacts import write_text
-from layerboost.reporting.benchmark import throughput_panel
-from layerboost.reporting.decode import decode_panel
+from layerboost.reporting.benchmark import decode_panel, throughput_panel
 from layerboost.reporting.images import write_images
 from layerboost.reporting.long_context import long_context_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
@@ -49,7 +48,9 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
     ]
     page = Page(title, facts, findings(sources), panels)
     html = html_page(page)
-    images = {file.stem: f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
+    images = (
+        {f"chart-{file.stem}": f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
+    )
     write_text(run / "report.html", html)
     write_text(run / "report.md", markdown_page(page, images))
     return {**summary(sources), "report": run / "report.html"}

@@ -1,6 +1,8 @@
-"""`eval/comparison.json` as the report reads it; keys the report does not show are left alone."""
+"""`eval/comparison.json`: every model of one evaluation, and its paired differences from the base."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,9 +13,9 @@ ONE_POINT = 0.01
 
 
 class Part(BaseModel):
-    """A piece of a file that the report reads."""
+    """A piece of the file."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Change(Part):
@@ -43,6 +45,7 @@ class TextInfo(Part):
 
     source: str
     tokens: int
+    sequence_tokens: int | None = None
     fingerprint: str
 
 
@@ -79,10 +82,11 @@ class Task(Part):
     models: dict[str, TaskValue]
     difference: dict[str, Change]
     margin: Margin | None = None
+    tasks: list[str] = Field(default=[], description="of an average: the tasks it is over")
 
 
 class Positions(Part):
-    """NLL by position in long texts, nats per token: one entry a bucket between two `edges`, by model."""
+    """NLL by position in long texts, nats per token: one entry per bucket between two `edges`, by model."""
 
     edges: list[int]
     sequences: int
@@ -100,24 +104,30 @@ class Depth(Part):
     log_probability: dict[str, float]
 
 
-class RetrievalGroup(Part):
-    """The retrieval prompts of one kind and length. `able`: the base answers at least half of them."""
+class RetrievalScores(Part):
+    """Retrieval prompts: exact match and log-probability by model. `able`: the base answers at least half of them."""
 
-    kind: str
-    length_tokens: int
     prompts: int
     able: bool
     models: dict[str, TaskValue]
     difference: dict[str, Change]
     log_probability: dict[str, Score]
     log_probability_difference: dict[str, Change]
+
+
+class RetrievalGroup(RetrievalScores):
+    """The retrieval prompts of one kind and length."""
+
+    kind: str
+    length_tokens: int
     depths: list[Depth]
 
 
 class Retrieval(Part):
-    """Every retrieval prompt of every model."""
+    """Every retrieval prompt of every model; `able`: all prompts of the groups that the base is able to answer."""
 
     groups: list[RetrievalGroup]
+    able: RetrievalScores | None = None
 
 
 class Check(Part):
@@ -145,9 +155,10 @@ class Gate(Part):
 class EvalComparison(Artifact):
     """`eval/comparison.json`."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
     schema_version: int = 2
+    settings: dict[str, Any] = Field(default={}, description="what was evaluated: tasks and their items, dtype")
     models: dict[str, str] = Field(description="fingerprint of each model")
+    selection: list[str] = Field(default=[], description="tasks that layers were chosen on")
     text: TextInfo | None = None
     perplexity: dict[str, Perplexity]
     tasks: dict[str, Task]
