@@ -50,6 +50,12 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and line.startswith(LFS_POINTER):
                     raise ConfigError(f"{file} is a Git LFS pointer, not the data", do="fetch it with `git lfs pull`")
                 line.encode()
+                if "\0" in line:
+                    raise ConfigError(
+                        f"{where} holds NUL characters",
+                        found="UTF-16 without a byte order mark, or data that is not text",
+                        do=f"convert text: iconv -f UTF-16LE -t UTF-8 {file}",
+                    )
                 yield where, line.removeprefix("\ufeff")
     except UnicodeEncodeError:
         raise ConfigError(f"{where} is not UTF-8", do=f"convert it: iconv -f ENCODING -t UTF-8 {file}") from None
