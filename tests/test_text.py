@@ -15,6 +15,7 @@ from layerboost.recipe import Text
 from layerboost.text import (
     Split,
     check_samples,
+    is_local,
     load_tokens,
     opening_ids,
     read_documents,
@@ -116,8 +117,10 @@ def test_bad_text(content: str, message: str, tmp_path: Path) -> None:
 def test_sources_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="package no-such-package is not installed"):
         list(read_documents("package:no-such-package", "text"))
-    with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
-        list(read_documents("nobody/nothing", "text"))
+    for name in ("nobody/nothing", "x" * 300, "~no-such-user/x"):
+        assert not is_local(name)
+        with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
+            list(read_documents(name, "text"))
 
 
 def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:

@@ -109,6 +109,13 @@ def test_bad_traffic_is_one_message(name: str, tmp_path: Path) -> None:
         load_traffic(file, tiny_tokenizer(), 64, 1000)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x"])
+def test_a_name_that_is_no_path_is_one_message(name: str) -> None:
+    recipe = Recipe.model_validate({"measure": {"traffic": name}})
+    with pytest.raises(ConfigError, match=f"cannot read {name}"):
+        load_calibration(recipe, tiny_tokenizer(), 1000, None)
+
+
 def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE

@@ -157,15 +157,23 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
         return _local([run / SAMPLES] if run else [], "text", source, seen)
     if source.startswith("package:"):
         return _local(_package_files(source.removeprefix("package:")), column, source, seen)
-    path = Path(source).expanduser()
-    if path.exists():
+    if path := local_path(source):
         return _local(_files(path) if path.is_dir() else [path], column, source, seen)
     return _hub(source, column, seen)
 
 
 def is_local(source: str) -> bool:
     """Whether a source lies on this disk, and so has an end that is soon found."""
-    return source != "self" and (source.startswith("package:") or Path(source).expanduser().exists())
+    return source != "self" and (source.startswith("package:") or local_path(source) is not None)
+
+
+def local_path(source: str) -> Path | None:
+    """Return the path of a file or directory that exists, None for any other source."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, a user who does not exist
+        return None
 
 
 def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 from layerboost.rows import read_rows
 from layerboost.runtime import warn_once
-from layerboost.text import Tokens, load_tokens, opening_ids, token_ids
+from layerboost.text import Tokens, load_tokens, local_path, opening_ids, token_ids
 
 # Token ids of a row's pieces, each with whether damage is scored on it.
 Pieces = list[tuple[list[int], bool]]
@@ -67,7 +67,7 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     """
     settings = recipe.measure
     if settings.traffic:
-        file = Path(settings.traffic).expanduser()
+        file = local_path(settings.traffic) or Path(settings.traffic)
         return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens)
     length = recipe.text.sequence_tokens
     skipped = -(-settings.skip_tokens // length)
