@@ -202,13 +202,17 @@ def save_rows(file: Path, rows: list[Any], column: str = "text") -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_missing_values_are_passed_over(name: str, tmp_path: Path) -> None:
-    missing: list[Any] = [None, "nan", "None", "<NA>", "", " "] + ([float("nan")] if name == "a.jsonl" else [])
+    words = ["nan", "None", "<NA>", "null", "NULL", "NaN", "N/A", " NaN\n", "", " "]
+    missing: list[Any] = [None, *words] + ([float("nan")] if name == "a.jsonl" else [])
     assert documents(save_rows(tmp_path / name, ["w3", *missing, "w4", "a nan of None"])) == [
         "a nan of None",
         "w3",
         "w4",
     ]
-    assert "no text" in refusal(save_rows(tmp_path / name, [None, None]))
+    for rows in ([None, None], words):
+        assert "no text" in refusal(save_rows(tmp_path / name, rows))
+    (tmp_path / "a.txt").write_text("null\n")
+    assert "no text" in refusal(tmp_path / "a.txt")
 
 
 def refusal(source: Path, column: str = "text") -> str:

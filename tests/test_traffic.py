@@ -228,6 +228,35 @@ def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplo
     assert f"rows of {tmp_path / 't.jsonl'} left out that cannot be scored: 9; the first is line 2 of" in caplog.text
 
 
+@pytest.mark.parametrize("word", [None, "nan", "None", "null", " N/A\n", "", "  ", float("nan")])
+def test_missing_values_are_neither_scored_nor_in_the_way(word: Any, tmp_path: Path) -> None:
+    missing: list[dict[str, Any]] = [
+        {"prompt": "w3", "answer": word},
+        {"prompt": word, "answer": "w3"},
+        {"text": word},
+    ]
+    if not isinstance(word, float):
+        missing.append(conversation("w3", word))
+    good = [{"messages": word, "text": "w5"}, {"prompt": "w3", "answer": word, "text": "w6"}]
+    with pytest.raises(ConfigError, match=r"0 in .*; line 1 of .*: no prompt and answer"):
+        scored_texts(tmp_path, *missing)
+    assert scored_texts(tmp_path, *missing, *good) == [["w5"], ["w6"]]
+
+
+def test_fields_of_other_messages_in_a_parquet_column_are_left_out(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [conversation("w3", "w4"), conversation("w3", None, "w5", "w6")]
+    rows[1]["messages"][1]["tool_calls"] = [{"name": "f"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    template = TEMPLATE.replace(
+        "{{ m.content }}", "{% if 'tool_calls' in m %}{{ m.tool_calls[0].name }}{% endif %}{{ m.content }}"
+    )
+    found = load_traffic(tmp_path / "t.parquet", with_template(template), 1000, 100_000)
+    assert found.lengths[0] > found.lengths[1] > 0
+
+
 def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:
     row = conversation("w3", None, "w4", "w5")
     row["messages"][1]["tool_calls"], row["messages"][2]["role"] = [{"function": {"name": "f"}}], "tool"

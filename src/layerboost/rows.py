@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,15 @@ from layerboost.errors import ConfigError
 # Where a JSON string may hold half of a surrogate pair.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LFS_POINTER = "version https://git-lfs"
+# What stands for a missing value in a column that was made into text.
+NO_VALUE = {"nan", "NaN", "NaT", "None", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL"}
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a field of a row holds nothing: null, not a number, blank, or a word that stands for these."""
+    if isinstance(value, str):
+        return not (word := value.strip()) or word in NO_VALUE
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:

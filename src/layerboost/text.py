@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ import torch
 from layerboost.artifacts import fingerprint, json_text, write_text
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.rows import read_lines, read_rows
+from layerboost.rows import is_missing, read_lines, read_rows
 from layerboost.runtime import Progress, log, warn_once
 
 Split = Literal["calibration", "held_out", "train", "all"]
@@ -28,8 +27,6 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
 # What stands beside documents in a folder and is none of them.
 ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|citation|changelog)\b", re.IGNORECASE)
-# What pandas writes for a missing value where a column was made into text.
-NO_VALUE = {"nan", "None", "<NA>", "NaT"}
 # So many rows without text, and no text before them: this is the wrong column.
 HOPELESS_ROWS = 1000
 # Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
@@ -245,7 +242,7 @@ def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
 
 
 def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
-    every = [text for file in files for text in _read_file(file, column) if text.strip()]
+    every = [text for file in files for text in _read_file(file, column) if not is_missing(text)]
     if not every:
         raise ConfigError(
             f"no text in {source}",
@@ -311,12 +308,11 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
     for where, row in rows:
         if isinstance(row, dict) and column in row:
             value = row[column]
+            if is_missing(value):
+                continue
             if isinstance(value, str):
                 texts += 1
-                if value.strip() not in NO_VALUE:
-                    yield value
-                continue
-            if value is None or (isinstance(value, float) and math.isnan(value)):
+                yield value
                 continue
             wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
             do = "name a column of text (text.column); chats are for measure.traffic, docs/measure.md"

@@ -11,7 +11,7 @@ import torch
 from layerboost.artifacts import fingerprint
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
-from layerboost.rows import read_rows
+from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
 from layerboost.text import Tokens, load_tokens, local_path, opening_ids, token_ids
 
@@ -118,8 +118,9 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
 
 def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
     """The pieces of a row; raises _Unscorable for one of another form, ConfigError where no row can be used."""
-    fields = row if isinstance(row, dict) else {}
-    strings = {key for key, value in fields.items() if isinstance(value, str) and value}
+    names = row if isinstance(row, dict) else {}
+    fields = {key: value for key, value in names.items() if not is_missing(value)}
+    strings = {key for key, value in fields.items() if isinstance(value, str)}
     opening = (opening_ids(tokenizer), False)
 
     def encode(text: str) -> list[int]:
@@ -136,7 +137,7 @@ def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
         return [(encode(text), answer) for text, answer in _turns(fields["messages"], tokenizer)]
     if "text" in strings:
         return [opening, (encode(row["text"]), True)]
-    named = ", ".join(map(str, fields)) or type(row).__name__
+    named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
@@ -149,11 +150,14 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
     """
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unscorable("its messages are not a list of messages")
-    # As vLLM does with what is null, such as an answer beside tool calls.
-    turns = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in messages]
+    # As vLLM does with content that is null, such as an answer beside tool calls. Other fields that are null are those
+    # of other messages of a Parquet column.
+    turns = [{"content": ""} | {key: value for key, value in turn.items() if value is not None} for turn in messages]
     if odd := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
         raise _Unscorable(f"the content of a message is a {type(odd[0]).__name__}, not a text")
-    answers = [at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and turn["content"].strip()]
+    answers = [
+        at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
+    ]
     if not answers:
         raise _Unscorable("it has no answer")
     marked = [*turns]
