@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,17 @@ def test_a_text_that_occurs_twice_is_in_one_split(how: str, tmp_path: Path, capl
     for one, other in (("calibration", "held_out"), ("calibration", "train"), ("held_out", "train")):
         assert not (found[one] & found[other]) - {190}
     assert "repeat others" in caplog.text
+
+
+@pytest.mark.parametrize("again", ["{}", "{}\n", " {} ", "NFD"])
+@pytest.mark.parametrize("end", ["\r", "\r\n", " \n", "\n\n", "\n  "])
+def test_a_text_is_the_same_however_it_was_saved(again: str, end: str, tmp_path: Path) -> None:
+    rows = [f"Café {index}\nline" for index in range(40)]
+    for row in rows[:]:
+        text = unicodedata.normalize("NFD", row) if again == "NFD" else again.format(row)
+        rows.append(text.replace("\n", end))
+    found = documents(save_rows(tmp_path / "a.jsonl", rows))
+    assert found == sorted(rows[:40])  # as it stands in the file
 
 
 def test_one_long_row_among_others_is_packed(tmp_path: Path) -> None:

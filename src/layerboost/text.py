@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,9 +263,9 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
-    """Each text once, whatever its line ends; `seen` gets the hashes."""
+    """Each text once, whatever its white space and Unicode normalisation form; `seen` gets the hashes."""
     for text in documents:
-        if (key := hash(text.replace("\r\n", "\n").strip())) not in seen:
+        if (key := hash(unicodedata.normalize("NFC", " ".join(text.split())))) not in seen:
             seen.add(key)
             yield text
 
