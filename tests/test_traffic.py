@@ -23,6 +23,9 @@ TEMPLATE = (
 )
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+
+
 def write(file: Path, *rows: Any) -> Path:
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return file
@@ -123,7 +126,9 @@ def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path
     for template, row, message in (
         (TEMPLATE, {"messages": [{"role": "assistant"}]}, "line 1 of .*: it has no answer"),
         (TEMPLATE, {"messages": "w3"}, "its messages are not a list"),
-        (TEMPLATE, {"messages": [{"role": "user", "content": [{"type": "text", "text": "w3"}]}]}, "a list, not a text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": 7}]}, "is or holds int, not text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [IMAGE]}]}, "is or holds image_url, not text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [["w3"]]}]}, "is or holds list, not text"),
         (TEMPLATE + "{{ raise_exception('odd roles') }}", chat, r"cannot render it \(TemplateError: odd roles"),
         (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "in another way than they were given"),
         (TEMPLATE + "{{ messages[-1].content }}", chat, "in another way than they were given"),
@@ -146,7 +151,7 @@ THINKING = (
 )
 
 
-def conversation(*turns: str | None, **more: Any) -> dict[str, Any]:
+def conversation(*turns: Any, **more: Any) -> dict[str, Any]:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]} | more
 
@@ -241,6 +246,19 @@ def test_missing_values_are_neither_scored_nor_in_the_way(word: Any, tmp_path: P
     with pytest.raises(ConfigError, match=r"0 in .*; line 1 of .*: no prompt and answer"):
         scored_texts(tmp_path, *missing)
     assert scored_texts(tmp_path, *missing, *good) == [["w5"], ["w6"]]
+
+
+def test_parts_of_text_are_lines(tmp_path: Path) -> None:
+    turns = [["w3", "w4"], ["w5", "w6"], ["w7"], ["w8", "w9"]]
+    row = conversation(*["\n".join(turn) for turn in turns])
+    parts = {
+        "messages": [
+            turn | {"content": [{"type": "text", "text": text} for text in texts]}
+            for turn, texts in zip(row["messages"], turns, strict=True)
+        ]
+    }
+    mixed = conversation("w3\nw4", ["w5", {"type": "text", "text": "w6", "image_url": None}], "w7", "w8\nw9")
+    assert scored_texts(tmp_path, row, parts, mixed) == [["w5\nw6", "w8\nw9"]] * 3
 
 
 def test_fields_of_other_messages_in_a_parquet_column_are_left_out(tmp_path: Path) -> None:

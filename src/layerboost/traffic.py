@@ -150,11 +150,7 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
     """
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unscorable("its messages are not a list of messages")
-    # As vLLM does with content that is null, such as an answer beside tool calls. Other fields that are null are those
-    # of other messages of a Parquet column.
-    turns = [{"content": ""} | {key: value for key, value in turn.items() if value is not None} for turn in messages]
-    if odd := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
-        raise _Unscorable(f"the content of a message is a {type(odd[0]).__name__}, not a text")
+    turns = [_with_text(turn) for turn in messages]
     answers = [
         at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
     ]
@@ -176,6 +172,22 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
     if not found:
         raise _Unscorable("the chat template writes its answers in another way than they were given")
     return found
+
+
+def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """The message with its content as one text, as vLLM gives it to a template: null is empty, parts are lines.
+
+    Other fields that are null are left out: in a Parquet column they are those of other messages.
+    """
+    content = turn.get("content")
+    texts = []
+    for part in content if isinstance(content, list) else [] if content is None else [content]:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if kind == "text" else part
+        if not isinstance(text, str):
+            raise _Unscorable(f"the content of a message is or holds {kind}, not text")
+        texts.append(text)
+    return {key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)}
 
 
 def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[str, bool]]:
