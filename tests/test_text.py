@@ -275,6 +275,27 @@ def test_of_a_folder_of_texts_the_readme_is_left_out(tmp_path: Path) -> None:
     assert "no text in" in refusal(tmp_path / "empty")
 
 
+def test_run_folders_and_models_in_a_folder_hold_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run's own files were read as soon as there were any: in the run's default folder, with `--text .`."""
+    for name in ("a.txt", "runs.txt", "sub/b.txt", "sub/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path) == ["a.txt", "runs.txt", "sub/b.txt"]
+    for folder, mark in (("begun", ".lock"), ("runs/ended", "run.json"), ("runs/ended/converted", "config.json")):
+        (tmp_path / folder / "heal").mkdir(parents=True)
+        (tmp_path / folder / mark).write_text('{"model_type": "llama"}')
+        (tmp_path / folder / "report.md").write_text("report")
+        save_rows(tmp_path / folder / "heal" / "metrics.jsonl", ["metrics"], "loss")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert documents(tmp_path) == ["a.txt", "runs.txt", "sub/b.txt"]
+    assert "3 texts are read; left out: begun, model, runs/ended, sub/config.json" in caplog.text
+    for folder in ("begun", "model", "runs/ended"):
+        assert "its files are not documents" in refusal(tmp_path / folder)
+    assert documents(tmp_path / "model" / "merges.txt") == ["#version: 0.2\na b\n"]
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     save_rows(tmp_path / "a.jsonl", ["w3"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")

@@ -273,23 +273,36 @@ def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
 def _files(folder: Path) -> list[Path]:
     """The files of a folder that hold documents, in order: data files, or where there are none, texts.
 
-    Hidden files and what is written about the data (README, licence) are left out.
+    Hidden files, run folders, model directories and what is written about the data (README, licence) are left out.
+    Raises ConfigError for a folder that is itself of a run or a model.
     """
-    every = sorted(
-        file
-        for file in folder.rglob("*")
-        if (file.is_file() or file.is_symlink())
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    data = [file for file in every if file.name.lower().endswith(DATA_SUFFIXES)]
-    texts = [file for file in every if file.name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(file.name)]
+    paths = sorted(folder.rglob("*"))
+    own = {path.parent for path in paths if _marks_own(path)}
+    if folder in own:
+        raise ConfigError(
+            f"{folder} is a run folder or a model directory: its files are not documents",
+            do="name the file, or put the text into a folder of its own (text.source)",
+        )
+    seen = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    seen = [path for path in seen if own.isdisjoint(path.parents)]
+    files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
+    data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
+    texts = [file for file in files if file.name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(file.name)]
     kept = data or texts
-    read = set(kept)
-    if left_out := [str(file.relative_to(folder)) for file in every if file not in read]:
+    left_out = sorted({*files, *own.intersection(seen)} - set(kept))
+    if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         kind = "data files" if data else "texts"
-        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {', '.join(left_out[:5])}{more}")
+        names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
+        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {names}{more}")
     return kept
+
+
+def _marks_own(path: Path) -> bool:
+    """Whether a file shows that its directory is a run folder or a model's."""
+    if path.name == "config.json" and path.is_file():
+        return '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.name in ("run.json", ".lock")
 
 
 def _read_file(file: Path, column: str) -> Iterator[str]:
