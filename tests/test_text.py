@@ -275,6 +275,42 @@ def test_of_a_folder_of_texts_the_readme_is_left_out(tmp_path: Path) -> None:
     assert "no text in" in refusal(tmp_path / "empty")
 
 
+ABOUT = (
+    "README_zh.md README2.md readme.en.txt LICENSE_DATA.txt LICENSES.txt licence-mit.txt NOTICES.txt NOTICE.md "
+    "COPYING.txt CITATION.md CHANGELOG-2.md THIRD_PARTY_NOTICES.md ThirdPartyNotices.txt third-party-licenses.txt "
+    "CONTRIBUTING.md CODE_OF_CONDUCT.md USE_POLICY.md requirements.txt AUTHORS.txt Contributors.md COPYRIGHT.txt"
+)
+NOT_ABOUT = (
+    "licensed.txt noticed.txt citations.txt author_3.txt authors_of_rome.txt requirements_elicitation.txt "
+    "about_licences.txt third.txt history.md security.txt policy.txt copy.txt"
+)
+
+
+def test_documentation_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ABOUT.split(), *NOT_ABOUT.split()):
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path) == sorted(NOT_ABOUT.split())
+    # Of an installed package too, whose metadata are not read either.
+    metadata = tmp_path / "site" / "speeches-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Name: speeches\nVersion: 1\n")
+    for name in ("speeches/data/one.TXT", "speeches/data/README_zh.md", "speeches-1.dist-info/entry_points.txt"):
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(name)
+        with (metadata / "RECORD").open("a") as record:
+            record.write(f"{name},,\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert list(read_documents("package:speeches", "text")) == ["speeches/data/one.TXT"]
+
+
+def test_data_is_read_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("readmes.jsonl", "licenses.parquet", "README.jsonl"):
+        save_rows(tmp_path / name, [name])
+    with gzip.open(tmp_path / "authors.jsonl.gz", "wt") as file:
+        file.write('{"text": "authors"}')
+    assert documents(tmp_path) == ["README.jsonl", "authors", "licenses.parquet", "readmes.jsonl"]
+
+
 def test_run_folders_and_models_in_a_folder_hold_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A run's own files were read as soon as there were any: in the run's default folder, with `--text .`."""
     for name in ("a.txt", "runs.txt", "sub/b.txt", "sub/config.json"):

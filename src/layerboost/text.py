@@ -26,8 +26,13 @@ SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "tr
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
-# What stands beside documents in a folder and is none of them.
-ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|citation|changelog)\b", re.IGNORECASE)
+# Names of texts about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
+ABOUT = re.compile(
+    r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])"
+    r"|(authors|contributors|contributing|copyright|datasheet|requirements|code[ _-]?of[ _-]?conduct"
+    r"|(acceptable[ _-]?)?use[ _-]?policy|third[ _-]?party[ _-]?(notices?|licen[cs]es?))\.",
+    re.IGNORECASE,
+)
 # So many rows without text, and no text before them: this is the wrong column.
 HOPELESS_ROWS = 1000
 # Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
@@ -287,7 +292,7 @@ def _files(folder: Path) -> list[Path]:
     seen = [path for path in seen if own.isdisjoint(path.parents)]
     files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
     data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
-    texts = [file for file in files if file.name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(file.name)]
+    texts = [file for file in files if _is_text(file.name)]
     kept = data or texts
     left_out = sorted({*files, *own.intersection(seen)} - set(kept))
     if left_out:
@@ -296,6 +301,10 @@ def _files(folder: Path) -> list[Path]:
         names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
         warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {names}{more}")
     return kept
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(name)
 
 
 def _marks_own(path: Path) -> bool:
@@ -351,8 +360,8 @@ def _package_files(package: str) -> list[Path]:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    # Documents only: a package's licence and metadata are text files too.
-    return sorted(Path(str(f.locate())) for f in files if f.suffix in TEXT_SUFFIXES and "dist-info" not in str(f))
+    # A package's metadata are text files too.
+    return sorted(Path(str(f.locate())) for f in files if _is_text(f.name) and "dist-info" not in str(f))
 
 
 def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:
