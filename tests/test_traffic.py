@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, layer_plans, save_text, tiny_model, tiny_tokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
 from layerboost.model.stream import LayerStream
@@ -47,7 +53,7 @@ def test_answers_are_scored_and_of_text_every_token(tmp_path: Path) -> None:
     chat = [("user", "w20"), ("assistant", "w21 w22"), ("user", "w23"), ("assistant", "w24"), ("user", "w25")]
     file = write(
         tmp_path / "t.jsonl",
-        {"prompt": words(10, 4), "answer": words(30, 2)},
+        {"prompt": words(10, 4), "answer": " " + words(30, 2)},
         "",
         {"messages": [{"role": role, "content": content} for role, content in chat], "id": 7},
         {"text": words(40, 14), "source": "x"},
@@ -68,11 +74,84 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(opening: list[str], tmp
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*opening, "$A", "</s>", "<s>"], special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    file = write(tmp_path / "t.jsonl", {"prompt": words(10, 4), "answer": words(30, 2)}, {"text": words(40, 3)})
+    file = write(tmp_path / "t.jsonl", {"prompt": words(10, 4), "answer": " " + words(30, 2)}, {"text": words(40, 3)})
     found = load_traffic(file, tokenizer, 64, 10_000)
     start = [0] if opening else []
     assert shown(found, 0) == ([*start, 10, 11, 12, 13, 30, 31], [30, 31])
     assert shown(found, 1)[0] == [*start, 40, 41, 42]
+
+
+# Pieces of a text have other tokens than the whole: a mark in front, as of Llama 2, one token over the border.
+WORDS = ["Y", "e", "s", "2", "+", "=", "<", ">", "q", "é", "\n", "Ye", "Yes", "▁Yes"]
+MERGES = [("Y", "e"), ("Ye", "s"), ("▁", "Yes")]
+NORMALIZERS: dict[str, Any] = {
+    "Prepend": Sequence([Prepend("▁"), Replace(" ", "▁")]),
+    "Metaspace first": Metaspace(prepend_scheme="first", split=False),
+    "Metaspace always": Metaspace(prepend_scheme="always", split=False),
+}
+
+
+def llama_tokenizer(kind: str = "Prepend") -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *WORDS])}
+    bpe = Tokenizer(BPE(vocabulary, MERGES, unk_token="<unk>"))
+    if kind == "Prepend":
+        bpe.normalizer = NORMALIZERS[kind]
+    else:
+        bpe.pre_tokenizer = NORMALIZERS[kind]
+    bpe.decoder = MetaspaceDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "scored"),
+    [
+        ("2+2=", "Yes", ["Yes"]),
+        ("2+2= ", "Yes", ["▁Yes"]),
+        ("2+2=Ye", "s+", ["Yes", "+"]),
+        ("2+2", " Yes", ["▁Yes"]),
+        ("2+2\n", "YesYes\n", ["Yes", "Yes", "\n"]),
+        ("Yes", "\n2", ["\n", "2"]),
+        ("é", "éé", ["é", "é"]),
+    ],
+)
+def test_a_row_has_the_tokens_of_its_whole_text(
+    kind: str, prompt: str, answer: str, scored: list[str], tmp_path: Path
+) -> None:
+    tokenizer = llama_tokenizer(kind)
+    found = load_traffic(write(tmp_path / "t.jsonl", *[{"prompt": prompt, "answer": answer}] * 2), tokenizer, 64, 1000)
+    whole, answers = shown(found, 0)
+    assert whole == tokenizer(prompt + answer)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(answers) == scored
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_a_conversation_has_the_tokens_that_it_is_served_with(kind: str, tmp_path: Path) -> None:
+    tokenizer = llama_tokenizer(kind)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ 'q' if m.role == 'user' else '=' }}>{{ m.content }}</s>{% endfor %}"
+    )
+    row = conversation("2+2=", "Yes 2", "é", "Yes\n2")
+    whole, answers = shown(load_traffic(write(tmp_path / "t.jsonl", row, row), tokenizer, 64, 1000), 0)
+    served = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    assert whole == served[:-1]
+    assert tokenizer.convert_ids_to_tokens(answers) == ["Yes", "▁", "2", "Yes", "\n", "2"]
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_white_space_of_an_answer_is_scored_whatever_the_offsets_say(trimmed: bool, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)
+    rows = [{"prompt": "a: \n ", "answer": "  é  \n\n 日 "}, {"prompt": "a", "answer": " "}, {"text": " a "}]
+    found = load_traffic(write(tmp_path / "t.jsonl", *rows), tokenizer, 64, 1000)
+    assert tokenizer.decode(shown(found, 0)[1]) == "  é  \n\n 日 "
+    assert [tokenizer.decode(part) for part in shown(found, 1)] == [" a ", " a "]
+    assert len(found.lengths) == 2
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs a fast tokenizer(.|\n)*ByT5Tokenizer"):
+        load_traffic(write(tmp_path / "t.jsonl", {"text": "a"}), ByT5Tokenizer(), 64, 1000)
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
@@ -81,7 +160,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
 
 
 def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"prompt": words(10, 3 + index), "answer": words(50 + index, 3)} for index in range(6)]
+    rows = [{"prompt": words(10, 3 + index), "answer": " " + words(50 + index, 3)} for index in range(6)]
     file = write(tmp_path / "t.jsonl", *rows)
     assert load_traffic(file, tiny_tokenizer(), 64, 10_000).lengths == [11, 10, 9, 8, 7, 6]
     assert load_traffic(file, tiny_tokenizer(), 64, 13).lengths == [7, 6]
@@ -293,7 +372,7 @@ def test_rows_of_other_files(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"prompt": words(10, 4), "answer": words(30 + n, 2)} for n in range(3)]
+    rows = [{"prompt": words(10, 4), "answer": " " + words(30 + n, 2)} for n in range(3)]
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     for name in ("t.jsonl", "t.parquet"):
@@ -317,7 +396,7 @@ def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:
 def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_path: Path) -> None:
     """Damage on the answers from full logits of one row at a time; sinks do not see the padding either."""
     file = write(tmp_path / "t.jsonl", *[
-        {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": words(3 + 20 * index, 4 + 5 * index)}
+        {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": " " + words(3 + 20 * index, 4 + 5 * index)}
         for index in range(4)
     ])  # fmt: skip
     traffic, base = load_traffic(file, tiny_tokenizer(), 64, 10_000), tiny_model(layers=2)

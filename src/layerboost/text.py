@@ -115,15 +115,23 @@ def opening_ids(tokenizer: Any) -> list[int]:
 def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
     """The token ids of a text, nothing put before or after; of a very long one the first `most` at least."""
     ids: list[int] = []
+    for _, piece in text_pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= most:
+            break
+    return ids
+
+
+def text_pieces(text: str) -> Iterator[tuple[int, str]]:
+    """Cut a very long text into pieces to tokenize, each with its place in the text."""
     start = 0
-    while start < len(text) and len(ids) < most:
+    while start < len(text):
         end = start + TOKENIZED_CHARACTERS
         if end < len(text):
             space = text.rfind(" ", start + 1, end)  # a word begins there, so no token is cut
             end = space if space > 0 else end
-        ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        yield start, text[start:end]
         start = end
-    return ids
 
 
 def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:

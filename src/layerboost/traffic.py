@@ -13,10 +13,10 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
-from layerboost.text import Tokens, load_tokens, local_path, opening_ids, token_ids
+from layerboost.text import Tokens, load_tokens, local_path, opening_ids, text_pieces
 
-# Token ids of a row's pieces, each with whether damage is scored on it.
-Pieces = list[tuple[list[int], bool]]
+# Where the answers of a text begin and end, in characters and in order.
+Spans = list[tuple[int, int]]
 # Stands for an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
 
@@ -87,12 +87,20 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Single
     rows that cannot be scored are left out and counted. Raises ConfigError.
     """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "traffic needs a fast tokenizer, which tells where in a text its tokens are",
+            found=type(tokenizer).__name__,
+            do="use a model with a tokenizer.json, or measure on text alone",
+        )
+    opening = opening_ids(tokenizer)
     rows: list[tuple[list[int], list[bool]]] = []
     left_out: list[str] = []
     seen = 0
     for where, row in read_rows(file):
         try:
-            ids, scored = _joined(_pieces(row, tokenizer, most), most)
+            before, text, answers = _read(row, tokenizer, opening)
+            ids, scored = _encoded(before, text, answers, tokenizer, most)
         except _Unscorable as reason:
             left_out.append(f"{where}: {reason}".splitlines()[0])
             continue
@@ -116,33 +124,32 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
 
 
-def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
-    """The pieces of a row; raises _Unscorable for one of another form, ConfigError where no row can be used."""
+def _read(row: Any, tokenizer: Any, opening: list[int]) -> tuple[list[int], str, Spans]:
+    """The ids before a row's text, the text and its answers.
+
+    Raises _Unscorable for a row of another form, ConfigError where no row can be used.
+    """
     names = row if isinstance(row, dict) else {}
     fields = {key: value for key, value in names.items() if not is_missing(value)}
     strings = {key for key, value in fields.items() if isinstance(value, str)}
-    opening = (opening_ids(tokenizer), False)
-
-    def encode(text: str) -> list[int]:
-        return token_ids(tokenizer, text, most)
-
     if {"prompt", "answer"} <= strings:
-        return [opening, (encode(row["prompt"]), False), (encode(row["answer"]), True)]
+        text = row["prompt"] + row["answer"]
+        return opening, text, [(len(row["prompt"]), len(text))]
     if "messages" in fields:
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
         # The template writes its special tokens itself.
-        return [(encode(text), answer) for text, answer in _turns(fields["messages"], tokenizer)]
+        return [], *_turns(fields["messages"], tokenizer)
     if "text" in strings:
-        return [opening, (encode(row["text"]), True)]
+        return opening, row["text"], [(-1, len(row["text"]))]  # a space at the beginning may end where it begins
     named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
-def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
-    """A conversation in the chat template, cut where the assistant's answers begin and end.
+def _turns(messages: Any, tokenizer: Any) -> tuple[str, Spans]:
+    """A conversation in the chat template, and the assistant's answers in it.
 
     It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
     own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
@@ -171,7 +178,7 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
         raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
     if not found:
         raise _Unscorable("the chat template writes its answers in another way than they were given")
-    return found
+    return whole, found
 
 
 def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +197,14 @@ def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)}
 
 
-def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[str, bool]]:
-    """`whole` as frames with the answers between them, or nothing if it is not made so.
+def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
+    """Where the answers are in `whole`, which is frames with answers between them; nothing if it is not made so.
 
     White space around an answer, of which a template may take some away, counts as frame.
     """
     if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
         return []
-    pieces, done, at = list[tuple[str, bool]](), 0, len(frames[0])
+    spans, at = list[tuple[int, int]](), len(frames[0])
     for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
         text = answer.strip()
         before, after = answer.split(text, 1)
@@ -212,15 +219,32 @@ def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[st
             or not (before.endswith(whole[at:start]) and after.startswith(whole[end:follows]))
         ):
             return []
-        pieces += [(whole[done:start], False), (whole[start:end], True)]
-        done, at = end, follows + len(frame)
-    return pieces
+        spans.append((start, end))
+        at = follows + len(frame)
+    return spans
 
 
-def _joined(pieces: Pieces, most: int) -> tuple[list[int], list[bool]]:
-    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted."""
-    ids = [token for piece, _ in pieces for token in piece][:most]
-    scored = [answer for piece, answer in pieces for _ in piece][:most]
+def _encoded(opening: list[int], text: str, answers: Spans, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
+    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted.
+
+    The text is tokenized as a whole, as a model is given it: parts of it may have other tokens. A token that holds any
+    of an answer is scored.
+    """
+    ids, scored = [*opening], [False] * len(opening)
+    passed = done = 0  # answers, and characters
+    for place, piece in text_pieces(text):
+        tokens = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        ids += tokens["input_ids"]
+        for first, last in tokens["offset_mapping"]:
+            # Tokens of spaces alone may have no length, and end where they end.
+            start, end = place + first if first < last else done, place + last
+            while passed < len(answers) and answers[passed][1] <= start:
+                passed += 1
+            scored.append(passed < len(answers) and answers[passed][0] < end)
+            done = end
+        if len(ids) >= most:
+            break
+    ids, scored = ids[:most], scored[:most]
     last = max((at for at, answer in enumerate(scored) if answer), default=0)
     if not last:
         raise _Unscorable(f"it has no answer within {most:,} tokens")
