@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import opening_tokenizer, save_text, tiny_tokenizer
+from tiny import byte_tokenizer, opening_tokenizer, save_text, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFKD, Lowercase, Sequence, StripAccents
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
@@ -167,22 +172,77 @@ def test_samples_that_cannot_fill_a_split_are_refused() -> None:
 
 
 def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Bytes:
-        eos_token_id, bos_token_id = 0, None
-
-        def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
-            return {"input_ids": list(words.encode())}
-
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "!"
     (tmp_path / "t.txt").write_text("слово " * 400)
     with caplog.at_level("WARNING"):
-        load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+        load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     assert "11.0 tokens per word" in caplog.text
     caplog.clear()
     (tmp_path / "t.txt").write_text("言葉" * 400)  # no spaces: three bytes a sign are not shredded more than most
-    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     (tmp_path / "t.txt").write_text("of a word or two " * 400)
-    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     assert not caplog.text
+
+
+def bpe_tokenizer(characters: str, **settings: Any) -> PreTrainedTokenizerFast:
+    """Of single characters, without an unknown token."""
+    bpe = Tokenizer(BPE({each: index for index, each in enumerate(["</s>", *characters])}, []))
+    for name, part in settings.items():
+        setattr(bpe, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+
+
+ENGLISH = "The quick brown fox, no. 7, jumps over the lazy dog. "
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (tiny_tokenizer(), ENGLISH),  # nothing but <unk>
+        (bpe_tokenizer(LETTERS[:10] + ". "), ENGLISH),  # characters dropped
+        (bpe_tokenizer(LETTERS + LETTERS.upper() + ",. 7"), "Съешь же ещё этих мягких французских булок. "),
+        (tiny_tokenizer(), "w3 w4 w5 w6 w200 w201 "),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_text_that_the_tokenizer_does_not_know_is_refused(
+    tokenizer: Any, text: str, rows: int, tmp_path: Path
+) -> None:
+    """Of one long document, and of many that are each too short to judge by."""
+    file = save_rows(tmp_path / "a.jsonl", [f"{text * (200 // rows)} w{index}" for index in range(rows)])
+    with pytest.raises(ConfigError, match=r"does not know the text of .*a.jsonl(.|\n)*% of its characters are lost"):
+        load_tokens(settings(file), tokenizer, "all", 64)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (bpe_tokenizer(LETTERS + ",. 7", normalizer=Lowercase()), ENGLISH),
+        (
+            bpe_tokenizer(LETTERS + " ", normalizer=Sequence([NFKD(), StripAccents(), Lowercase()])),
+            "Ça ﬁne naïve ÅNGSTRÖM ",
+        ),
+        (bpe_tokenizer(LETTERS.upper() + LETTERS + ".,7", pre_tokenizer=WhitespaceSplit()), ENGLISH),
+        (bpe_tokenizer(LETTERS.upper() + LETTERS + ".,7▁", pre_tokenizer=Metaspace()), ENGLISH),
+        (byte_tokenizer(), "Съешь же 🙂 北京 ещё\u0301 한국어 \u200b"),
+        (tiny_tokenizer(), "w3 w4 </s> <unk> w5\u2028w6 "),
+    ],
+)
+def test_what_a_tokenizer_normalises_is_known(
+    tokenizer: Any, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.eos_token = tokenizer.eos_token or "!"
+    load_tokens(settings(save_rows(tmp_path / "a.jsonl", [text * 100])), tokenizer, "all", 64)
+    assert "does not know" not in caplog.text
+
+
+def test_a_text_that_is_known_in_part_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 ☃ " * 100)
+    load_tokens(settings(tmp_path / "a.txt"), TOKENIZER, "all", 64)
+    assert f"does not know all of {tmp_path / 'a.txt'}: 3% of its characters are lost in tokens: ☃" in caplog.text
 
 
 def documents(source: Path, column: str = "text") -> list[str]:

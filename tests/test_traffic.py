@@ -149,6 +149,19 @@ def test_white_space_of_an_answer_is_scored_whatever_the_offsets_say(trimmed: bo
     assert len(found.lengths) == 2
 
 
+def test_traffic_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = [
+        {"prompt": "What is it? ", "answer": "A fox."},
+        {"text": "A quick brown fox"},
+        conversation("What?", "A fox."),
+    ]
+    for row in rows:
+        with pytest.raises(ConfigError, match=r"does not know the text of .*t.jsonl(.|\n)*characters are lost"):
+            load_traffic(write(tmp_path / "t.jsonl", row, row), tokenizer, 64, 1000)
+
+
 def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs a fast tokenizer(.|\n)*ByT5Tokenizer"):
         load_traffic(write(tmp_path / "t.jsonl", {"text": "a"}), ByT5Tokenizer(), 64, 1000)

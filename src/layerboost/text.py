@@ -7,6 +7,7 @@ import json
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ TOKENIZED_CHARACTERS = 1 << 20
 # A word, or one sign of a script without spaces. English takes 1.3 tokens a word, source code 2 to 3.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
+# A text is refused if more of its characters than this fraction are lost on the way to token ids, and warned of here.
+LOST, SOME_LOST = 0.1, 0.01
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
 SAMPLES_AT_ONCE = 64
 # So many samples of a model, from a seed.
@@ -80,6 +83,7 @@ def load_tokens(
         documents[source] = _select(read_documents(source, text.column, run, seen), split)
         if split == "train":
             documents[source] = _shuffled(documents[source], seed)
+        documents[source] = _checked(documents[source], tokenizer, source)
     opening = opening_ids(tokenizer)
     rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
@@ -94,8 +98,6 @@ def load_tokens(
                 do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
             )
         ids = token_ids(tokenizer, document, (needed + 1) * length)
-        if not taken[source]:
-            _warn_if_shredded(document, tokenizer, source)
         _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
         taken[source] += len(ids) + 1
     return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
@@ -146,15 +148,50 @@ def _pack(rows: list[list[int]], document: list[int], opening: list[int], length
             rows.append([])
 
 
-def _warn_if_shredded(document: str, tokenizer: Any, source: str) -> None:
-    sample = document[:PIECE_CHARACTERS]
-    words, tokens = len(WORD.findall(sample)), len(token_ids(tokenizer, sample, PIECE_CHARACTERS))
-    if words and tokens > SHREDDED * words:
-        log.warning(
-            "the tokenizer shreds %s: %.1f tokens per word. It hardly knows this language, and nor will the model",
-            source,
-            tokens / words,
+def _checked(documents: Iterator[str], tokenizer: Any, source: str) -> Iterator[str]:
+    """Pass documents on, once the tokenizer has been found to know the first of them."""
+    first, characters = list[str](), 0
+    while characters < PIECE_CHARACTERS and (document := next(documents, None)) is not None:
+        first.append(document)
+        characters += len(document)
+    check_known("\n".join(first), tokenizer, source)
+    yield from first
+    yield from documents
+
+
+def check_known(text: str, tokenizer: Any, source: str) -> None:
+    """Raise ConfigError if much of the beginning of a text is lost when it is tokenized and decoded again.
+
+    Unknown tokens lose characters, and so do tokenizers that have none and drop what they do not know. White space,
+    case, accents and compatibility forms do not count: tokenizers may normalise them. Warns of a text that is lost in
+    part or makes many tokens.
+    """
+    sample = text[:PIECE_CHARACTERS]
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    given = _characters(sample)
+    lost = given - _characters(tokenizer.decode(ids))
+    fraction = lost.total() / max(given.total(), 1)
+    found = f"{fraction:.0%} of its characters are lost in tokens: {' '.join(each for each, _ in lost.most_common(9))}"
+    if fraction > LOST:
+        raise ConfigError(
+            f"the tokenizer does not know the text of {source}",
+            found=found,
+            do="give text in the language and script of the model (text.source, measure.traffic), or another model",
         )
+    if fraction > SOME_LOST:
+        log.warning("the tokenizer does not know all of %s: %s", source, found)
+    words = len(WORD.findall(sample))
+    if words and len(ids) > SHREDDED * words:
+        log.warning(
+            "the tokenizer shreds %s: %.1f tokens per word. It barely knows this language, and nor will the model",
+            source,
+            len(ids) / words,
+        )
+
+
+def _characters(text: str) -> Counter[str]:
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(each for each in plain if not each.isspace() and not unicodedata.combining(each))
 
 
 def read_documents(source: str, column: str, run: Path | None = None, seen: set[int] | None = None) -> Iterator[str]:

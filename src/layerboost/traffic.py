@@ -13,7 +13,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
-from layerboost.text import Tokens, load_tokens, local_path, opening_ids, text_pieces
+from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, local_path, opening_ids, text_pieces
 
 # Where the answers of a text begin and end, in characters and in order.
 Spans = list[tuple[int, int]]
@@ -96,10 +96,11 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     opening = opening_ids(tokenizer)
     rows: list[tuple[list[int], list[bool]]] = []
     left_out: list[str] = []
-    seen = 0
+    sample, seen = "", 0
     for where, row in read_rows(file):
         try:
             before, text, answers = _read(row, tokenizer, opening)
+            sample += text if len(sample) < PIECE_CHARACTERS else ""
             ids, scored = _encoded(before, text, answers, tokenizer, most)
         except _Unscorable as reason:
             left_out.append(f"{where}: {reason}".splitlines()[0])
@@ -109,6 +110,7 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
         seen += len(ids)
         if seen >= skip + tokens:
             break
+    check_known(sample, tokenizer, str(file))
     if len(rows) < 2:
         found = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
         raise ConfigError(
