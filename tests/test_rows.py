@@ -48,6 +48,8 @@ BROKEN = {
     "nested without end": (GOOD + b"[" * 100_000, "line 3 of .* is not JSON"),
     "Latin-1": (GOOD + b'{"text": "caf\xe9"}\n', r"line 3 of .* is not UTF-8(.|\n)*iconv"),
     "UTF-16, as PowerShell writes it": (GOOD.decode().encode("utf-16"), "line 1 of .* is not UTF-8"),
+    "UTF-16 without a byte order mark": (GOOD.decode().encode("utf-16-le"), "line 1 of .* holds NUL characters"),
+    "a block of zeros": (GOOD + bytes(512), r"line 3 of .* holds NUL characters(.|\n)*UTF-16"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
 }
 
@@ -89,3 +91,9 @@ def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path: Path)
 def test_lines_of_text_end_where_files_end_them(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffone\u2028two\r\nthree".encode())
     assert [line for _, line in read_lines(tmp_path / "a.txt")] == ["one\u2028two\n", "three"]
+
+
+def test_binary_data_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(b"one\n" + bytes(range(128)))
+    with pytest.raises(ConfigError, match=r"line 2 of .*a.raw holds NUL characters"):
+        list(read_lines(tmp_path / "a.raw"))

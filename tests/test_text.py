@@ -2,19 +2,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import opening_tokenizer, save_text, tiny_tokenizer
+from tiny import byte_tokenizer, opening_tokenizer, save_text, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFKD, Lowercase, Sequence, StripAccents
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
 from layerboost.text import (
     Split,
     check_samples,
+    is_local,
     load_tokens,
     opening_ids,
     read_documents,
@@ -116,8 +123,10 @@ def test_bad_text(content: str, message: str, tmp_path: Path) -> None:
 def test_sources_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="package no-such-package is not installed"):
         list(read_documents("package:no-such-package", "text"))
-    with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
-        list(read_documents("nobody/nothing", "text"))
+    for name in ("nobody/nothing", "x" * 300, "~no-such-user/x"):
+        assert not is_local(name)
+        with pytest.raises(ConfigError, match="neither a file, a folder nor a Hub data set"):
+            list(read_documents(name, "text"))
 
 
 def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
@@ -163,22 +172,77 @@ def test_samples_that_cannot_fill_a_split_are_refused() -> None:
 
 
 def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Bytes:
-        eos_token_id, bos_token_id = 0, None
-
-        def __call__(self, words: str, **_: object) -> dict[str, list[int]]:
-            return {"input_ids": list(words.encode())}
-
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "!"
     (tmp_path / "t.txt").write_text("слово " * 400)
     with caplog.at_level("WARNING"):
-        load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+        load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     assert "11.0 tokens per word" in caplog.text
     caplog.clear()
     (tmp_path / "t.txt").write_text("言葉" * 400)  # no spaces: three bytes a sign are not shredded more than most
-    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     (tmp_path / "t.txt").write_text("of a word or two " * 400)
-    load_tokens(settings(tmp_path / "t.txt"), Bytes(), "all", 64)
+    load_tokens(settings(tmp_path / "t.txt"), tokenizer, "all", 64)
     assert not caplog.text
+
+
+def bpe_tokenizer(characters: str, **settings: Any) -> PreTrainedTokenizerFast:
+    """Of single characters, without an unknown token."""
+    bpe = Tokenizer(BPE({each: index for index, each in enumerate(["</s>", *characters])}, []))
+    for name, part in settings.items():
+        setattr(bpe, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+
+
+ENGLISH = "The quick brown fox, no. 7, jumps over the lazy dog. "
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (tiny_tokenizer(), ENGLISH),  # nothing but <unk>
+        (bpe_tokenizer(LETTERS[:10] + ". "), ENGLISH),  # characters dropped
+        (bpe_tokenizer(LETTERS + LETTERS.upper() + ",. 7"), "Съешь же ещё этих мягких французских булок. "),
+        (tiny_tokenizer(), "w3 w4 w5 w6 w200 w201 "),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_text_that_the_tokenizer_does_not_know_is_refused(
+    tokenizer: Any, text: str, rows: int, tmp_path: Path
+) -> None:
+    """Of one long document, and of many that are each too short to judge by."""
+    file = save_rows(tmp_path / "a.jsonl", [f"{text * (200 // rows)} w{index}" for index in range(rows)])
+    with pytest.raises(ConfigError, match=r"does not know the text of .*a.jsonl(.|\n)*% of its characters are lost"):
+        load_tokens(settings(file), tokenizer, "all", 64)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (bpe_tokenizer(LETTERS + ",. 7", normalizer=Lowercase()), ENGLISH),
+        (
+            bpe_tokenizer(LETTERS + " ", normalizer=Sequence([NFKD(), StripAccents(), Lowercase()])),
+            "Ça ﬁne naïve ÅNGSTRÖM ",
+        ),
+        (bpe_tokenizer(LETTERS.upper() + LETTERS + ".,7", pre_tokenizer=WhitespaceSplit()), ENGLISH),
+        (bpe_tokenizer(LETTERS.upper() + LETTERS + ".,7▁", pre_tokenizer=Metaspace()), ENGLISH),
+        (byte_tokenizer(), "Съешь же 🙂 北京 ещё\u0301 한국어 \u200b"),
+        (tiny_tokenizer(), "w3 w4 </s> <unk> w5\u2028w6 "),
+    ],
+)
+def test_what_a_tokenizer_normalises_is_known(
+    tokenizer: Any, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.eos_token = tokenizer.eos_token or "!"
+    load_tokens(settings(save_rows(tmp_path / "a.jsonl", [text * 100])), tokenizer, "all", 64)
+    assert "does not know" not in caplog.text
+
+
+def test_a_text_that_is_known_in_part_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 ☃ " * 100)
+    load_tokens(settings(tmp_path / "a.txt"), TOKENIZER, "all", 64)
+    assert f"does not know all of {tmp_path / 'a.txt'}: 3% of its characters are lost in tokens: ☃" in caplog.text
 
 
 def documents(source: Path, column: str = "text") -> list[str]:
@@ -199,13 +263,17 @@ def save_rows(file: Path, rows: list[Any], column: str = "text") -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_missing_values_are_passed_over(name: str, tmp_path: Path) -> None:
-    missing: list[Any] = [None, "nan", "None", "<NA>", "", " "] + ([float("nan")] if name == "a.jsonl" else [])
+    words = ["nan", "None", "<NA>", "null", "NULL", "NaN", "N/A", " NaN\n", "", " "]
+    missing: list[Any] = [None, *words] + ([float("nan")] if name == "a.jsonl" else [])
     assert documents(save_rows(tmp_path / name, ["w3", *missing, "w4", "a nan of None"])) == [
         "a nan of None",
         "w3",
         "w4",
     ]
-    assert "no text" in refusal(save_rows(tmp_path / name, [None, None]))
+    for rows in ([None, None], words):
+        assert "no text" in refusal(save_rows(tmp_path / name, rows))
+    (tmp_path / "a.txt").write_text("null\n")
+    assert "no text" in refusal(tmp_path / "a.txt")
 
 
 def refusal(source: Path, column: str = "text") -> str:
@@ -267,6 +335,63 @@ def test_of_a_folder_of_texts_the_readme_is_left_out(tmp_path: Path) -> None:
     assert "no text in" in refusal(tmp_path / "empty")
 
 
+ABOUT = (
+    "README_zh.md README2.md readme.en.txt LICENSE_DATA.txt LICENSES.txt licence-mit.txt NOTICES.txt NOTICE.md "
+    "COPYING.txt CITATION.md CHANGELOG-2.md THIRD_PARTY_NOTICES.md ThirdPartyNotices.txt third-party-licenses.txt "
+    "CONTRIBUTING.md CODE_OF_CONDUCT.md USE_POLICY.md requirements.txt AUTHORS.txt Contributors.md COPYRIGHT.txt"
+)
+NOT_ABOUT = (
+    "licensed.txt noticed.txt citations.txt author_3.txt authors_of_rome.txt requirements_elicitation.txt "
+    "about_licences.txt third.txt history.md security.txt policy.txt copy.txt"
+)
+
+
+def test_documentation_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ABOUT.split(), *NOT_ABOUT.split()):
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path) == sorted(NOT_ABOUT.split())
+    # Of an installed package too, whose metadata are not read either.
+    metadata = tmp_path / "site" / "speeches-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Name: speeches\nVersion: 1\n")
+    for name in ("speeches/data/one.TXT", "speeches/data/README_zh.md", "speeches-1.dist-info/entry_points.txt"):
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(name)
+        with (metadata / "RECORD").open("a") as record:
+            record.write(f"{name},,\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert list(read_documents("package:speeches", "text")) == ["speeches/data/one.TXT"]
+
+
+def test_data_is_read_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("readmes.jsonl", "licenses.parquet", "README.jsonl"):
+        save_rows(tmp_path / name, [name])
+    with gzip.open(tmp_path / "authors.jsonl.gz", "wt") as file:
+        file.write('{"text": "authors"}')
+    assert documents(tmp_path) == ["README.jsonl", "authors", "licenses.parquet", "readmes.jsonl"]
+
+
+def test_run_folders_and_models_in_a_folder_hold_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run's own files were read as soon as there were any: in the run's default folder, with `--text .`."""
+    for name in ("a.txt", "runs.txt", "sub/b.txt", "sub/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path) == ["a.txt", "runs.txt", "sub/b.txt"]
+    for folder, mark in (("begun", ".lock"), ("runs/ended", "run.json"), ("runs/ended/converted", "config.json")):
+        (tmp_path / folder / "heal").mkdir(parents=True)
+        (tmp_path / folder / mark).write_text('{"model_type": "llama"}')
+        (tmp_path / folder / "report.md").write_text("report")
+        save_rows(tmp_path / folder / "heal" / "metrics.jsonl", ["metrics"], "loss")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert documents(tmp_path) == ["a.txt", "runs.txt", "sub/b.txt"]
+    assert "3 texts are read; left out: begun, model, runs/ended, sub/config.json" in caplog.text
+    for folder in ("begun", "model", "runs/ended"):
+        assert "its files are not documents" in refusal(tmp_path / folder)
+    assert documents(tmp_path / "model" / "merges.txt") == ["#version: 0.2\na b\n"]
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     save_rows(tmp_path / "a.jsonl", ["w3"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
@@ -299,6 +424,17 @@ def test_a_text_that_occurs_twice_is_in_one_split(how: str, tmp_path: Path, capl
     for one, other in (("calibration", "held_out"), ("calibration", "train"), ("held_out", "train")):
         assert not (found[one] & found[other]) - {190}
     assert "repeat others" in caplog.text
+
+
+@pytest.mark.parametrize("again", ["{}", "{}\n", " {} ", "NFD"])
+@pytest.mark.parametrize("end", ["\r", "\r\n", " \n", "\n\n", "\n  "])
+def test_a_text_is_the_same_however_it_was_saved(again: str, end: str, tmp_path: Path) -> None:
+    rows = [f"Café {index}\nline" for index in range(40)]
+    for row in rows[:]:
+        text = unicodedata.normalize("NFD", row) if again == "NFD" else again.format(row)
+        rows.append(text.replace("\n", end))
+    found = documents(save_rows(tmp_path / "a.jsonl", rows))
+    assert found == sorted(rows[:40])  # as it stands in the file
 
 
 def test_one_long_row_among_others_is_packed(tmp_path: Path) -> None:

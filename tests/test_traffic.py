@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, layer_plans, save_text, tiny_model, tiny_tokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
 from layerboost.model.stream import LayerStream
@@ -21,6 +27,9 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }}{{ ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
 )
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
 
 
 def write(file: Path, *rows: Any) -> Path:
@@ -44,7 +53,7 @@ def test_answers_are_scored_and_of_text_every_token(tmp_path: Path) -> None:
     chat = [("user", "w20"), ("assistant", "w21 w22"), ("user", "w23"), ("assistant", "w24"), ("user", "w25")]
     file = write(
         tmp_path / "t.jsonl",
-        {"prompt": words(10, 4), "answer": words(30, 2)},
+        {"prompt": words(10, 4), "answer": " " + words(30, 2)},
         "",
         {"messages": [{"role": role, "content": content} for role, content in chat], "id": 7},
         {"text": words(40, 14), "source": "x"},
@@ -65,11 +74,97 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(opening: list[str], tmp
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*opening, "$A", "</s>", "<s>"], special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    file = write(tmp_path / "t.jsonl", {"prompt": words(10, 4), "answer": words(30, 2)}, {"text": words(40, 3)})
+    file = write(tmp_path / "t.jsonl", {"prompt": words(10, 4), "answer": " " + words(30, 2)}, {"text": words(40, 3)})
     found = load_traffic(file, tokenizer, 64, 10_000)
     start = [0] if opening else []
     assert shown(found, 0) == ([*start, 10, 11, 12, 13, 30, 31], [30, 31])
     assert shown(found, 1)[0] == [*start, 40, 41, 42]
+
+
+# Pieces of a text have other tokens than the whole: a mark in front, as of Llama 2, one token over the border.
+WORDS = ["Y", "e", "s", "2", "+", "=", "<", ">", "q", "é", "\n", "Ye", "Yes", "▁Yes"]
+MERGES = [("Y", "e"), ("Ye", "s"), ("▁", "Yes")]
+NORMALIZERS: dict[str, Any] = {
+    "Prepend": Sequence([Prepend("▁"), Replace(" ", "▁")]),
+    "Metaspace first": Metaspace(prepend_scheme="first", split=False),
+    "Metaspace always": Metaspace(prepend_scheme="always", split=False),
+}
+
+
+def llama_tokenizer(kind: str = "Prepend") -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *WORDS])}
+    bpe = Tokenizer(BPE(vocabulary, MERGES, unk_token="<unk>"))
+    if kind == "Prepend":
+        bpe.normalizer = NORMALIZERS[kind]
+    else:
+        bpe.pre_tokenizer = NORMALIZERS[kind]
+    bpe.decoder = MetaspaceDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "scored"),
+    [
+        ("2+2=", "Yes", ["Yes"]),
+        ("2+2= ", "Yes", ["▁Yes"]),
+        ("2+2=Ye", "s+", ["Yes", "+"]),
+        ("2+2", " Yes", ["▁Yes"]),
+        ("2+2\n", "YesYes\n", ["Yes", "Yes", "\n"]),
+        ("Yes", "\n2", ["\n", "2"]),
+        ("é", "éé", ["é", "é"]),
+    ],
+)
+def test_a_row_has_the_tokens_of_its_whole_text(
+    kind: str, prompt: str, answer: str, scored: list[str], tmp_path: Path
+) -> None:
+    tokenizer = llama_tokenizer(kind)
+    found = load_traffic(write(tmp_path / "t.jsonl", *[{"prompt": prompt, "answer": answer}] * 2), tokenizer, 64, 1000)
+    whole, answers = shown(found, 0)
+    assert whole == tokenizer(prompt + answer)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(answers) == scored
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_a_conversation_has_the_tokens_that_it_is_served_with(kind: str, tmp_path: Path) -> None:
+    tokenizer = llama_tokenizer(kind)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ 'q' if m.role == 'user' else '=' }}>{{ m.content }}</s>{% endfor %}"
+    )
+    row = conversation("2+2=", "Yes 2", "é", "Yes\n2")
+    whole, answers = shown(load_traffic(write(tmp_path / "t.jsonl", row, row), tokenizer, 64, 1000), 0)
+    served = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    assert whole == served[:-1]
+    assert tokenizer.convert_ids_to_tokens(answers) == ["Yes", "▁", "2", "Yes", "\n", "2"]
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_white_space_of_an_answer_is_scored_whatever_the_offsets_say(trimmed: bool, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)
+    rows = [{"prompt": "a: \n ", "answer": "  é  \n\n 日 "}, {"prompt": "a", "answer": " "}, {"text": " a "}]
+    found = load_traffic(write(tmp_path / "t.jsonl", *rows), tokenizer, 64, 1000)
+    assert tokenizer.decode(shown(found, 0)[1]) == "  é  \n\n 日 "
+    assert [tokenizer.decode(part) for part in shown(found, 1)] == [" a ", " a "]
+    assert len(found.lengths) == 2
+
+
+def test_traffic_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = [
+        {"prompt": "What is it? ", "answer": "A fox."},
+        {"text": "A quick brown fox"},
+        conversation("What?", "A fox."),
+    ]
+    for row in rows:
+        with pytest.raises(ConfigError, match=r"does not know the text of .*t.jsonl(.|\n)*characters are lost"):
+            load_traffic(write(tmp_path / "t.jsonl", row, row), tokenizer, 64, 1000)
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs a fast tokenizer(.|\n)*ByT5Tokenizer"):
+        load_traffic(write(tmp_path / "t.jsonl", {"text": "a"}), ByT5Tokenizer(), 64, 1000)
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
@@ -78,7 +173,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
 
 
 def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"prompt": words(10, 3 + index), "answer": words(50 + index, 3)} for index in range(6)]
+    rows = [{"prompt": words(10, 3 + index), "answer": " " + words(50 + index, 3)} for index in range(6)]
     file = write(tmp_path / "t.jsonl", *rows)
     assert load_traffic(file, tiny_tokenizer(), 64, 10_000).lengths == [11, 10, 9, 8, 7, 6]
     assert load_traffic(file, tiny_tokenizer(), 64, 13).lengths == [7, 6]
@@ -109,6 +204,13 @@ def test_bad_traffic_is_one_message(name: str, tmp_path: Path) -> None:
         load_traffic(file, tiny_tokenizer(), 64, 1000)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x"])
+def test_a_name_that_is_no_path_is_one_message(name: str) -> None:
+    recipe = Recipe.model_validate({"measure": {"traffic": name}})
+    with pytest.raises(ConfigError, match=f"cannot read {name}"):
+        load_calibration(recipe, tiny_tokenizer(), 1000, None)
+
+
 def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -116,7 +218,9 @@ def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path
     for template, row, message in (
         (TEMPLATE, {"messages": [{"role": "assistant"}]}, "line 1 of .*: it has no answer"),
         (TEMPLATE, {"messages": "w3"}, "its messages are not a list"),
-        (TEMPLATE, {"messages": [{"role": "user", "content": [{"type": "text", "text": "w3"}]}]}, "a list, not a text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": 7}]}, "is or holds int, not text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [IMAGE]}]}, "is or holds image_url, not text"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [["w3"]]}]}, "is or holds list, not text"),
         (TEMPLATE + "{{ raise_exception('odd roles') }}", chat, r"cannot render it \(TemplateError: odd roles"),
         (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "in another way than they were given"),
         (TEMPLATE + "{{ messages[-1].content }}", chat, "in another way than they were given"),
@@ -139,7 +243,7 @@ THINKING = (
 )
 
 
-def conversation(*turns: str | None, **more: Any) -> dict[str, Any]:
+def conversation(*turns: Any, **more: Any) -> dict[str, Any]:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]} | more
 
@@ -221,6 +325,48 @@ def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplo
     assert f"rows of {tmp_path / 't.jsonl'} left out that cannot be scored: 9; the first is line 2 of" in caplog.text
 
 
+@pytest.mark.parametrize("word", [None, "nan", "None", "null", " N/A\n", "", "  ", float("nan")])
+def test_missing_values_are_neither_scored_nor_in_the_way(word: Any, tmp_path: Path) -> None:
+    missing: list[dict[str, Any]] = [
+        {"prompt": "w3", "answer": word},
+        {"prompt": word, "answer": "w3"},
+        {"text": word},
+    ]
+    if not isinstance(word, float):
+        missing.append(conversation("w3", word))
+    good = [{"messages": word, "text": "w5"}, {"prompt": "w3", "answer": word, "text": "w6"}]
+    with pytest.raises(ConfigError, match=r"0 in .*; line 1 of .*: no prompt and answer"):
+        scored_texts(tmp_path, *missing)
+    assert scored_texts(tmp_path, *missing, *good) == [["w5"], ["w6"]]
+
+
+def test_parts_of_text_are_lines(tmp_path: Path) -> None:
+    turns = [["w3", "w4"], ["w5", "w6"], ["w7"], ["w8", "w9"]]
+    row = conversation(*["\n".join(turn) for turn in turns])
+    parts = {
+        "messages": [
+            turn | {"content": [{"type": "text", "text": text} for text in texts]}
+            for turn, texts in zip(row["messages"], turns, strict=True)
+        ]
+    }
+    mixed = conversation("w3\nw4", ["w5", {"type": "text", "text": "w6", "image_url": None}], "w7", "w8\nw9")
+    assert scored_texts(tmp_path, row, parts, mixed) == [["w5\nw6", "w8\nw9"]] * 3
+
+
+def test_fields_of_other_messages_in_a_parquet_column_are_left_out(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [conversation("w3", "w4"), conversation("w3", None, "w5", "w6")]
+    rows[1]["messages"][1]["tool_calls"] = [{"name": "f"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    template = TEMPLATE.replace(
+        "{{ m.content }}", "{% if 'tool_calls' in m %}{{ m.tool_calls[0].name }}{% endif %}{{ m.content }}"
+    )
+    found = load_traffic(tmp_path / "t.parquet", with_template(template), 1000, 100_000)
+    assert found.lengths[0] > found.lengths[1] > 0
+
+
 def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:
     row = conversation("w3", None, "w4", "w5")
     row["messages"][1]["tool_calls"], row["messages"][2]["role"] = [{"function": {"name": "f"}}], "tool"
@@ -239,7 +385,7 @@ def test_rows_of_other_files(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"prompt": words(10, 4), "answer": words(30 + n, 2)} for n in range(3)]
+    rows = [{"prompt": words(10, 4), "answer": " " + words(30 + n, 2)} for n in range(3)]
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     for name in ("t.jsonl", "t.parquet"):
@@ -263,7 +409,7 @@ def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:
 def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_path: Path) -> None:
     """Damage on the answers from full logits of one row at a time; sinks do not see the padding either."""
     file = write(tmp_path / "t.jsonl", *[
-        {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": words(3 + 20 * index, 4 + 5 * index)}
+        {"prompt": words(10 + 9 * index, 5 + 7 * index), "answer": " " + words(3 + 20 * index, 4 + 5 * index)}
         for index in range(4)
     ])  # fmt: skip
     traffic, base = load_traffic(file, tiny_tokenizer(), 64, 10_000), tiny_model(layers=2)

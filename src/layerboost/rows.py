@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,15 @@ from layerboost.errors import ConfigError, first_line
 # Where a JSON string may hold half of a surrogate pair.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LFS_POINTER = "version https://git-lfs"
+# What stands for a missing value in a column that was made into text.
+NO_VALUE = {"nan", "NaN", "NaT", "None", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL"}
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a field of a row holds nothing: null, not a number, blank, or a word that stands for these."""
+    if isinstance(value, str):
+        return not (word := value.strip()) or word in NO_VALUE
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -50,6 +60,12 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and line.startswith(LFS_POINTER):
                     raise ConfigError(f"{file} is a Git LFS pointer, not the data", do="fetch it with `git lfs pull`")
                 line.encode()
+                if "\0" in line:
+                    raise ConfigError(
+                        f"{where} holds NUL characters",
+                        found="UTF-16 without a byte order mark, or data that is not text",
+                        do=f"convert text: iconv -f UTF-16LE -t UTF-8 {file}",
+                    )
                 yield where, line.removeprefix("\ufeff")
     except UnicodeEncodeError:
         raise ConfigError(f"{where} is not UTF-8", do=f"convert it: iconv -f ENCODING -t UTF-8 {file}") from None

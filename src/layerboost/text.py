@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import random
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from layerboost.artifacts import fingerprint, json_text, write_text
 from layerboost.errors import ConfigError, first_line
 from layerboost.recipe import Text
-from layerboost.rows import read_lines, read_rows
+from layerboost.rows import is_missing, read_lines, read_rows
 from layerboost.runtime import Progress, log, warn_once
 
 Split = Literal["calibration", "held_out", "train", "all"]
@@ -26,10 +27,13 @@ SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "tr
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
-# What stands beside documents in a folder and is none of them.
-ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|citation|changelog)\b", re.IGNORECASE)
-# What pandas writes for a missing value where a column was made into text.
-NO_VALUE = {"nan", "None", "<NA>", "NaT"}
+# Names of texts about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
+ABOUT = re.compile(
+    r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])"
+    r"|(authors|contributors|contributing|copyright|datasheet|requirements|code[ _-]?of[ _-]?conduct"
+    r"|(acceptable[ _-]?)?use[ _-]?policy|third[ _-]?party[ _-]?(notices?|licen[cs]es?))\.",
+    re.IGNORECASE,
+)
 # So many rows without text, and no text before them: this is the wrong column.
 HOPELESS_ROWS = 1000
 # Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
@@ -37,6 +41,8 @@ TOKENIZED_CHARACTERS = 1 << 20
 # A word, or one sign of a script without spaces. English takes 1.3 tokens a word, source code 2 to 3.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
+# A text is refused if more of its characters than this fraction are lost on the way to token ids, and warned of here.
+LOST, SOME_LOST = 0.1, 0.01
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
 SAMPLES_AT_ONCE = 64
 # So many samples of a model, from a seed.
@@ -77,6 +83,7 @@ def load_tokens(
         documents[source] = _select(read_documents(source, text.column, run, seen), split)
         if split == "train":
             documents[source] = _shuffled(documents[source], seed)
+        documents[source] = _checked(documents[source], tokenizer, source)
     opening = opening_ids(tokenizer)
     rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
@@ -91,8 +98,6 @@ def load_tokens(
                 do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
             )
         ids = token_ids(tokenizer, document, (needed + 1) * length)
-        if not taken[source]:
-            _warn_if_shredded(document, tokenizer, source)
         _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
         taken[source] += len(ids) + 1
     return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
@@ -112,15 +117,23 @@ def opening_ids(tokenizer: Any) -> list[int]:
 def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
     """The token ids of a text, nothing put before or after; of a very long one the first `most` at least."""
     ids: list[int] = []
+    for _, piece in text_pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= most:
+            break
+    return ids
+
+
+def text_pieces(text: str) -> Iterator[tuple[int, str]]:
+    """Cut a very long text into pieces to tokenize, each with its place in the text."""
     start = 0
-    while start < len(text) and len(ids) < most:
+    while start < len(text):
         end = start + TOKENIZED_CHARACTERS
         if end < len(text):
             space = text.rfind(" ", start + 1, end)  # a word begins there, so no token is cut
             end = space if space > 0 else end
-        ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        yield start, text[start:end]
         start = end
-    return ids
 
 
 def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:
@@ -135,15 +148,50 @@ def _pack(rows: list[list[int]], document: list[int], opening: list[int], length
             rows.append([])
 
 
-def _warn_if_shredded(document: str, tokenizer: Any, source: str) -> None:
-    sample = document[:PIECE_CHARACTERS]
-    words, tokens = len(WORD.findall(sample)), len(token_ids(tokenizer, sample, PIECE_CHARACTERS))
-    if words and tokens > SHREDDED * words:
-        log.warning(
-            "the tokenizer shreds %s: %.1f tokens per word. It hardly knows this language, and nor will the model",
-            source,
-            tokens / words,
+def _checked(documents: Iterator[str], tokenizer: Any, source: str) -> Iterator[str]:
+    """Pass documents on, once the tokenizer has been found to know the first of them."""
+    first, characters = list[str](), 0
+    while characters < PIECE_CHARACTERS and (document := next(documents, None)) is not None:
+        first.append(document)
+        characters += len(document)
+    check_known("\n".join(first), tokenizer, source)
+    yield from first
+    yield from documents
+
+
+def check_known(text: str, tokenizer: Any, source: str) -> None:
+    """Raise ConfigError if much of the beginning of a text is lost when it is tokenized and decoded again.
+
+    Unknown tokens lose characters, and so do tokenizers that have none and drop what they do not know. White space,
+    case, accents and compatibility forms do not count: tokenizers may normalise them. Warns of a text that is lost in
+    part or makes many tokens.
+    """
+    sample = text[:PIECE_CHARACTERS]
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    given = _characters(sample)
+    lost = given - _characters(tokenizer.decode(ids))
+    fraction = lost.total() / max(given.total(), 1)
+    found = f"{fraction:.0%} of its characters are lost in tokens: {' '.join(each for each, _ in lost.most_common(9))}"
+    if fraction > LOST:
+        raise ConfigError(
+            f"the tokenizer does not know the text of {source}",
+            found=found,
+            do="give text in the language and script of the model (text.source, measure.traffic), or another model",
         )
+    if fraction > SOME_LOST:
+        log.warning("the tokenizer does not know all of %s: %s", source, found)
+    words = len(WORD.findall(sample))
+    if words and len(ids) > SHREDDED * words:
+        log.warning(
+            "the tokenizer shreds %s: %.1f tokens per word. It barely knows this language, and nor will the model",
+            source,
+            len(ids) / words,
+        )
+
+
+def _characters(text: str) -> Counter[str]:
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(each for each in plain if not each.isspace() and not unicodedata.combining(each))
 
 
 def read_documents(source: str, column: str, run: Path | None = None, seen: set[int] | None = None) -> Iterator[str]:
@@ -157,15 +205,23 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
         return _local([run / SAMPLES] if run else [], "text", source, seen)
     if source.startswith("package:"):
         return _local(_package_files(source.removeprefix("package:")), column, source, seen)
-    path = Path(source).expanduser()
-    if path.exists():
+    if path := local_path(source):
         return _local(_files(path) if path.is_dir() else [path], column, source, seen)
     return _hub(source, column, seen)
 
 
 def is_local(source: str) -> bool:
     """Whether a source lies on this disk, and so has an end that is soon found."""
-    return source != "self" and (source.startswith("package:") or Path(source).expanduser().exists())
+    return source != "self" and (source.startswith("package:") or local_path(source) is not None)
+
+
+def local_path(source: str) -> Path | None:
+    """Return the path of a file or directory that exists, None for any other source."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, a user who does not exist
+        return None
 
 
 def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
@@ -237,7 +293,7 @@ def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
 
 
 def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
-    every = [text for file in files for text in _read_file(file, column) if text.strip()]
+    every = [text for file in files for text in _read_file(file, column) if not is_missing(text)]
     if not every:
         raise ConfigError(
             f"no text in {source}",
@@ -257,9 +313,9 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
-    """Each text once, whatever its line ends; `seen` gets the hashes."""
+    """Each text once, whatever its white space and Unicode normalisation form; `seen` gets the hashes."""
     for text in documents:
-        if (key := hash(text.replace("\r\n", "\n").strip())) not in seen:
+        if (key := hash(unicodedata.normalize("NFC", " ".join(text.split())))) not in seen:
             seen.add(key)
             yield text
 
@@ -267,23 +323,40 @@ def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
 def _files(folder: Path) -> list[Path]:
     """The files of a folder that hold documents, in order: data files, or where there are none, texts.
 
-    Hidden files and what is written about the data (README, licence) are left out.
+    Hidden files, run folders, model directories and what is written about the data (README, licence) are left out.
+    Raises ConfigError for a folder that is itself of a run or a model.
     """
-    every = sorted(
-        file
-        for file in folder.rglob("*")
-        if (file.is_file() or file.is_symlink())
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    data = [file for file in every if file.name.lower().endswith(DATA_SUFFIXES)]
-    texts = [file for file in every if file.name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(file.name)]
+    paths = sorted(folder.rglob("*"))
+    own = {path.parent for path in paths if _marks_own(path)}
+    if folder in own:
+        raise ConfigError(
+            f"{folder} is a run folder or a model directory: its files are not documents",
+            do="name the file, or put the text into a folder of its own (text.source)",
+        )
+    seen = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    seen = [path for path in seen if own.isdisjoint(path.parents)]
+    files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
+    data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
+    texts = [file for file in files if _is_text(file.name)]
     kept = data or texts
-    read = set(kept)
-    if left_out := [str(file.relative_to(folder)) for file in every if file not in read]:
+    left_out = sorted({*files, *own.intersection(seen)} - set(kept))
+    if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         kind = "data files" if data else "texts"
-        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {', '.join(left_out[:5])}{more}")
+        names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
+        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {names}{more}")
     return kept
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(name)
+
+
+def _marks_own(path: Path) -> bool:
+    """Whether a file shows that its directory is a run folder or a model's."""
+    if path.name == "config.json" and path.is_file():
+        return '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.name in ("run.json", ".lock")
 
 
 def _read_file(file: Path, column: str) -> Iterator[str]:
@@ -303,12 +376,11 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
     for where, row in rows:
         if isinstance(row, dict) and column in row:
             value = row[column]
+            if is_missing(value):
+                continue
             if isinstance(value, str):
                 texts += 1
-                if value.strip() not in NO_VALUE:
-                    yield value
-                continue
-            if value is None or (isinstance(value, float) and math.isnan(value)):
+                yield value
                 continue
             wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
             do = "name a column of text (text.column); chats are for measure.traffic, docs/measure.md"
@@ -333,8 +405,8 @@ def _package_files(package: str) -> list[Path]:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    # Documents only: a package's licence and metadata are text files too.
-    return sorted(Path(str(f.locate())) for f in files if f.suffix in TEXT_SUFFIXES and "dist-info" not in str(f))
+    # A package's metadata are text files too.
+    return sorted(Path(str(f.locate())) for f in files if _is_text(f.name) and "dist-info" not in str(f))
 
 
 def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:

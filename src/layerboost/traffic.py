@@ -11,12 +11,12 @@ import torch
 from layerboost.artifacts import fingerprint
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
-from layerboost.rows import read_rows
+from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
-from layerboost.text import Tokens, load_tokens, opening_ids, token_ids
+from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, local_path, opening_ids, text_pieces
 
-# Token ids of a row's pieces, each with whether damage is scored on it.
-Pieces = list[tuple[list[int], bool]]
+# Where the answers of a text begin and end, in characters and in order.
+Spans = list[tuple[int, int]]
 # Stands for an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
 
@@ -67,7 +67,7 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     """
     settings = recipe.measure
     if settings.traffic:
-        file = Path(settings.traffic).expanduser()
+        file = local_path(settings.traffic) or Path(settings.traffic)
         return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens)
     length = recipe.text.sequence_tokens
     skipped = -(-settings.skip_tokens // length)
@@ -87,12 +87,21 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Single
     rows that cannot be scored are left out and counted. Raises ConfigError.
     """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "traffic needs a fast tokenizer, which tells where in a text its tokens are",
+            found=type(tokenizer).__name__,
+            do="use a model with a tokenizer.json, or measure on text alone",
+        )
+    opening = opening_ids(tokenizer)
     rows: list[tuple[list[int], list[bool]]] = []
     left_out: list[str] = []
-    seen = 0
+    sample, seen = "", 0
     for where, row in read_rows(file):
         try:
-            ids, scored = _joined(_pieces(row, tokenizer, most), most)
+            before, text, answers = _read(row, tokenizer, opening)
+            sample += text if len(sample) < PIECE_CHARACTERS else ""
+            ids, scored = _encoded(before, text, answers, tokenizer, most)
         except _Unscorable as reason:
             left_out.append(f"{where}: {reason}".splitlines()[0])
             continue
@@ -101,6 +110,7 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
         seen += len(ids)
         if seen >= skip + tokens:
             break
+    check_known(sample, tokenizer, str(file))
     if len(rows) < 2:
         found = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
         raise ConfigError(
@@ -116,32 +126,32 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
 
 
-def _pieces(row: Any, tokenizer: Any, most: int) -> Pieces:
-    """The pieces of a row; raises _Unscorable for one of another form, ConfigError where no row can be used."""
-    fields = row if isinstance(row, dict) else {}
-    strings = {key for key, value in fields.items() if isinstance(value, str) and value}
-    opening = (opening_ids(tokenizer), False)
+def _read(row: Any, tokenizer: Any, opening: list[int]) -> tuple[list[int], str, Spans]:
+    """The ids before a row's text, the text and its answers.
 
-    def encode(text: str) -> list[int]:
-        return token_ids(tokenizer, text, most)
-
+    Raises _Unscorable for a row of another form, ConfigError where no row can be used.
+    """
+    names = row if isinstance(row, dict) else {}
+    fields = {key: value for key, value in names.items() if not is_missing(value)}
+    strings = {key for key, value in fields.items() if isinstance(value, str)}
     if {"prompt", "answer"} <= strings:
-        return [opening, (encode(row["prompt"]), False), (encode(row["answer"]), True)]
+        text = row["prompt"] + row["answer"]
+        return opening, text, [(len(row["prompt"]), len(text))]
     if "messages" in fields:
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
         # The template writes its special tokens itself.
-        return [(encode(text), answer) for text, answer in _turns(fields["messages"], tokenizer)]
+        return [], *_turns(fields["messages"], tokenizer)
     if "text" in strings:
-        return [opening, (encode(row["text"]), True)]
-    named = ", ".join(map(str, fields)) or type(row).__name__
+        return opening, row["text"], [(-1, len(row["text"]))]  # a space at the beginning may end where it begins
+    named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
-def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
-    """A conversation in the chat template, cut where the assistant's answers begin and end.
+def _turns(messages: Any, tokenizer: Any) -> tuple[str, Spans]:
+    """A conversation in the chat template, and the assistant's answers in it.
 
     It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
     own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
@@ -149,11 +159,10 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
     """
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unscorable("its messages are not a list of messages")
-    # As vLLM does with what is null, such as an answer beside tool calls.
-    turns = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in messages]
-    if odd := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
-        raise _Unscorable(f"the content of a message is a {type(odd[0]).__name__}, not a text")
-    answers = [at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and turn["content"].strip()]
+    turns = [_with_text(turn) for turn in messages]
+    answers = [
+        at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
+    ]
     if not answers:
         raise _Unscorable("it has no answer")
     marked = [*turns]
@@ -171,17 +180,33 @@ def _turns(messages: Any, tokenizer: Any) -> list[tuple[str, bool]]:
         raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
     if not found:
         raise _Unscorable("the chat template writes its answers in another way than they were given")
-    return found
+    return whole, found
 
 
-def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[str, bool]]:
-    """`whole` as frames with the answers between them, or nothing if it is not made so.
+def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """The message with its content as one text, as vLLM gives it to a template: null is empty, parts are lines.
+
+    Other fields that are null are left out: in a Parquet column they are those of other messages.
+    """
+    content = turn.get("content")
+    texts = []
+    for part in content if isinstance(content, list) else [] if content is None else [content]:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if kind == "text" else part
+        if not isinstance(text, str):
+            raise _Unscorable(f"the content of a message is or holds {kind}, not text")
+        texts.append(text)
+    return {key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)}
+
+
+def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
+    """Where the answers are in `whole`, which is frames with answers between them; nothing if it is not made so.
 
     White space around an answer, of which a template may take some away, counts as frame.
     """
     if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
         return []
-    pieces, done, at = list[tuple[str, bool]](), 0, len(frames[0])
+    spans, at = list[tuple[int, int]](), len(frames[0])
     for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
         text = answer.strip()
         before, after = answer.split(text, 1)
@@ -196,15 +221,32 @@ def _between(whole: str, frames: list[str], answers: list[str]) -> list[tuple[st
             or not (before.endswith(whole[at:start]) and after.startswith(whole[end:follows]))
         ):
             return []
-        pieces += [(whole[done:start], False), (whole[start:end], True)]
-        done, at = end, follows + len(frame)
-    return pieces
+        spans.append((start, end))
+        at = follows + len(frame)
+    return spans
 
 
-def _joined(pieces: Pieces, most: int) -> tuple[list[int], list[bool]]:
-    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted."""
-    ids = [token for piece, _ in pieces for token in piece][:most]
-    scored = [answer for piece, answer in pieces for _ in piece][:most]
+def _encoded(opening: list[int], text: str, answers: Spans, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
+    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted.
+
+    The text is tokenized as a whole, as a model is given it: parts of it may have other tokens. A token that holds any
+    of an answer is scored.
+    """
+    ids, scored = [*opening], [False] * len(opening)
+    passed = done = 0  # answers, and characters
+    for place, piece in text_pieces(text):
+        tokens = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        ids += tokens["input_ids"]
+        for first, last in tokens["offset_mapping"]:
+            # Tokens of spaces alone may have no length, and end where they end.
+            start, end = place + first if first < last else done, place + last
+            while passed < len(answers) and answers[passed][1] <= start:
+                passed += 1
+            scored.append(passed < len(answers) and answers[passed][0] < end)
+            done = end
+        if len(ids) >= most:
+            break
+    ids, scored = ids[:most], scored[:most]
     last = max((at for at, answer in enumerate(scored) if answer), default=0)
     if not last:
         raise _Unscorable(f"it has no answer within {most:,} tokens")
