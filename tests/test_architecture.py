@@ -20,7 +20,7 @@ FLOORS = [
     {"sensitivity", "search", "healing", "serving"},
     {"evaluation", "reporting"},
     {"stages"},
-    {"pipeline", "tables", "options"},
+    {"pipeline", "tables", "options", "settings"},
     {"compare"},
     {"cli"},
 ]
