@@ -21,12 +21,22 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("build", "hatchling"):
         pytest.importorskip(name, reason='pip install ".[dev]"')
     folder = tmp_path_factory.mktemp("package")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
+    build: list[str | Path] = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("layerboost-*.whl")
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(pip, check=True, capture_output=True)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     # Paths in a .pth file are searched last, and .pth files there are not read: an editable install is not found.
