@@ -286,7 +286,7 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
     "ls",
     cls=Command,
     help="List the supported model families, the recipes that come with layerboost, or every setting of a recipe.",
-    examples=("layerboost ls families", "layerboost ls recipes", "layerboost ls settings"),
+    examples=("layerboost ls recipes", "layerboost ls settings"),
 )
 @click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
