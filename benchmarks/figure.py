@@ -23,7 +23,7 @@ SERIES = (
     ("uniform", "full layers evenly spaced, the rest sliding", "#009e73"),
     ("budget, a fifth retrieval", "layerboost", "#0072b2"),
 )
-WIDTH, HEIGHT = 840, 400
+WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 520, 40, 340
 KV = (0.2, 0.55)  # fraction of the base's bytes, linear
 KL = (0.05, 5.0)  # nats per token, logarithmic

@@ -64,6 +64,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in names, target
 
 
+@pytest.mark.parametrize("folder", ["src", "recipes", "benchmarks"])
+def test_messages_and_comments_name_pages_that_exist(folder: str) -> None:
+    files = [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml")]
+    named = {page for file in files for page in re.findall(r"\bdocs/[\w./-]*\w", file.read_text())}
+    # Named without a suffix: the page and its JSON file.
+    assert not [page for page in named if not (ROOT / page).exists() and not (ROOT / f"{page}.md").exists()]
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
 
