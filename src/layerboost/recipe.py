@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from pydantic.fields import FieldInfo
 
 from layerboost.errors import ConfigError
 
@@ -141,38 +140,31 @@ class Heal(Section):
         ge=0,
         description="tokens from the start of stage 1's text for the closed-form fit of sliding layers; 0: no fit",
     )
-    attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0: skip it")
-    attention_repeats: int = Field(
-        1, ge=1, description="optimizer passes of stage 1 per chunk of text; the base runs over each chunk once"
-    )
+    attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
+    attention_repeats: int = Field(1, ge=1, description="times stage 1 repeats a stretch of text; the base runs once")
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0: skip it")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="learning-rate schedule after the warm-up, of both stages: cosine, linear or constant"
+        "cosine", description="of all rates, after a warm-up: cosine, linear or constant"
     )
     lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="linear layers that stage 2 adapts, from the first changed layer up; default: v, o and the MLPs",
     )
-    retrieval_share: float = Field(
-        0.0, ge=0, le=1, description="fraction of training sequences that state facts and ask for them later"
-    )
-    temperature: float = Field(1.0, gt=0, description="temperature of the distillation's KL")
-    ce_weight: float = Field(0.0, ge=0, description="weight of next-token cross entropy, added to the KL")
+    retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
+    temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
+    ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
     hidden_weight: float = Field(
         0.0, ge=0, description="weight of the layers' normalised MSE to the base beside the KL"
     )
-    batch_sequences: int = Field(2, ge=1, description="sequences per batch")
-    gradient_accumulation: int = Field(1, ge=1, description="batches per step, divided among processes")
-    shard: bool = Field(
-        False, description="shard weights, gradients and optimizer over the processes of torchrun (FSDP2)"
-    )
+    batch_sequences: int = Field(2, ge=1, description="sequences a batch")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
+    shard: bool = Field(False, description="shard weights, gradients and optimizer over torchrun's processes (FSDP2)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective",
-        description="none: keep all activations; selective: keep matrix products; full: keep the inputs of layers",
+        "selective", description="kept for the backward pass: all (none), products (selective), layers' inputs (full)"
     )
     validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
@@ -222,9 +214,11 @@ class Bench(Section):
     """Throughput of base and boosted model under a real server."""
 
     engine: Literal["vllm", "transformers"] = Field(
-        "vllm", description="vllm, or transformers: one batch after another, for machines without vLLM"
+        "vllm", description="transformers: one batch after the other, for machines without vLLM"
     )
-    checkpoints: Checkpoints = Field({}, description="more models to benchmark: {NAME: DIRECTORY}")
+    checkpoints: Checkpoints = Field(
+        {}, description="further models to bench beside base and healed: a name and a directory each"
+    )
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="concurrent requests")
     requests_per_concurrency: PositiveFloat = Field(
         4.0, description="requests per level of concurrency, as a multiple of it"
@@ -325,16 +319,16 @@ def set_option(text: str) -> tuple[str, Any]:
     return key.strip(), _value(key, value)
 
 
-def settings() -> dict[str, FieldInfo]:
-    """Return every setting of a recipe by its dotted key, in order."""
-    fields: dict[str, FieldInfo] = {}
+def known_keys() -> list[str]:
+    """Every dotted key of a recipe, in order."""
+    keys: list[str] = []
     for name, field in Recipe.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
-            fields |= {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+            keys += [f"{name}.{key}" for key in section.model_fields]
         else:
-            fields[name] = field
-    return fields
+            keys.append(name)
+    return keys
 
 
 def find_recipe(name: str) -> Path:
@@ -383,7 +377,7 @@ def _value(key: str, text: str) -> Any:
 def _explain(problem: Any) -> str:
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(dotted, settings(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
         return f"unknown key {dotted}" + (f" (did you mean {near[0]}?)" if near else "")
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerboost.recipe import Recipe, settings
+from layerboost.recipe import Recipe, Section, known_keys
 
 PAGE = """# Recipe
 
@@ -35,7 +35,12 @@ This page is generated from the fields in `src/layerboost/recipe.py`: `pytest te
 def described_settings() -> dict[str, dict[str, str]]:
     """Return each setting's default and meaning by its dotted key."""
     found = {}
-    for key, field in settings().items():
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        model = Recipe.model_fields[section].annotation if section else Recipe
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
+        field = model.model_fields[name]
         value = field.default
         shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
         found[key] = {"default": shown, "meaning": field.description or ""}
