@@ -152,7 +152,8 @@ class Heal(Section):
     lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers that stage 2 adapts, from the first changed layer up; default: v, o and the MLPs",
+        description="linear layers that stage 2 adapts from the first changed layer up; default: v and o of changed "
+        "layers, and the MLPs",
     )
     retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
