@@ -143,7 +143,7 @@ def seconds(llm: LLM, prompts: list[dict[str, list[int]]], output_tokens: int) -
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """The table, as it stands in docs/serve.md."""
+    """The table, as it stands in docs/guide/serving.md."""
     print("| | weights, MiB | perplexity | KL | prefill, tokens/s | ratio | decode, tokens/s | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for name, row in found.items():

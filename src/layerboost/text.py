@@ -383,7 +383,7 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
                 yield value
                 continue
             wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
-            do = "name a column of text (text.column); chats are for measure.traffic, docs/measure.md"
+            do = "name a column of text (text.column); chats are for measure.traffic, docs/reference/measure.md"
         else:
             wrong, found = (
                 f"{where} has no column {column!r}",

@@ -342,7 +342,8 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
         raise ConfigError(
             f"{file} is no task that lm-eval can load",
             found=f"{type(cause).__name__}: {first_line(cause)}",
-            do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/evaluate.md has an example",
+            do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/reference/evaluate.md has "
+            "an example",
         ) from None
 
 

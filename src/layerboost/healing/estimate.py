@@ -61,7 +61,7 @@ def estimate_healing(
     weights = float(info.parameters)
     if recipe.heal.shard and runtime.device.type == "cuda":
         # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine. Embeddings, head
-        # and three layers are whole on each (docs/gpu.md).
+        # and three layers are whole on each (docs/guide/gpus.md).
         weights /= world_size() if world_size() > 1 else torch.cuda.device_count()
         weights += info.parameters - body + 3 * body / layers
     weights *= info.bytes_per_element

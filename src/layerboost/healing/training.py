@@ -143,7 +143,7 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
         raise ConfigError(
             "heal.shard shares the model out among the processes of torchrun",
             found="one process",
-            do="start `layerboost heal` with torchrun (docs/gpu.md has the commands), or --set heal.shard=false",
+            do="start `layerboost heal` with torchrun (docs/guide/gpus.md has the commands), or --set heal.shard=false",
         )
     if accumulation % processes == 0:
         return batch, accumulation // processes

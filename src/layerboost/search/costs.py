@@ -71,7 +71,7 @@ def read_costs(file: Path, model: ModelInfo) -> Rates:
             raise ConfigError(
                 f"{file} was measured on another {what}",
                 found=f"{there} there, {here} here",
-                do="measure here (`layerboost costs`), or write the rates down yourself: docs/plan.md",
+                do="measure here (`layerboost costs`), or write the rates down yourself: docs/reference/plan.md",
             )
     return costs.rates
 

@@ -122,7 +122,7 @@ def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
     """In a blend with retrieval, each layer's window with or without its sink by the blend's other metric alone.
 
     A sink costs nothing, and a few prompts cannot tell with from without: by the blend, noise chooses, and a wrong sink
-    does far more damage among changed layers than alone (docs/log.md).
+    does far more damage among changed layers than alone (docs/log/selection.md).
     """
     limited = metric_limits(settings).keys() - {settings.metric}
     if not 0 < settings.retrieval_weight < 1 or settings.metric == "retrieval" or limited:

@@ -160,7 +160,7 @@ def compare(measurements: Sequence[Measurement], reference: str, environment: Ma
     return results
 
 
-# Beyond these a measurement counts as disturbed; docs/bench.md has the rule.
+# Beyond these a measurement counts as disturbed; docs/reference/bench.md has the rule.
 OTHERS, BUSY, APART = 0.05, 0.9, 0.15
 
 

@@ -70,7 +70,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
         raise ConfigError(
             f"rates are measured at a context of {max(CONTEXTS)} tokens",
             found=f"{base.name} has one of {info.max_context_tokens}",
-            do="measure with a larger model, or write the rates down yourself: docs/plan.md",
+            do="measure with a larger model, or write the rates down yourself: docs/reference/plan.md",
         )
     chosen = plans(info.layers, sink="sink" in family_of(config).supports)
     for layers in chosen.values():

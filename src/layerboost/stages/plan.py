@@ -51,7 +51,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
             do="choose one of them, or add it there",
         )
     if settings.costs and not Path(settings.costs).is_file():
-        raise ConfigError(f"plan.costs {settings.costs} is no file", do="docs/plan.md says how to make it")
+        raise ConfigError(f"plan.costs {settings.costs} is no file", do="docs/reference/plan.md says how to make it")
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
