@@ -156,11 +156,8 @@ def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settin
     distiller = LogitDistiller(student, teacher, plan.layers, checkpointing=settings.activation_checkpointing)
     distiller.register_forward_pre_hook(wait_for_turn)
     no_validation = {"validation_kl": 0.0}
-    train_stage(
-        "lora", distiller, ids, ids.numel(), settings.lr, settings, folder, seed=0, validate=lambda: no_validation
-    )
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return [row["loss"] for row in rows]
+    train_stage("lora", distiller, ids, ids.numel(), settings.lr, settings, folder, validate=lambda: no_validation)
+    return [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
 
 
 def load_plainly(source: Source) -> PreTrainedModel:

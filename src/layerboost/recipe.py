@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
 
@@ -145,15 +146,13 @@ class Heal(Section):
         "closed form before it; 0 leaves it out",
     )
     attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_repeats: int = Field(
-        1, ge=1, description="times stage 1 learns from each stretch of text, over which the base runs once"
-    )
+    attention_repeats: int = Field(1, ge=1, description="times stage 1 repeats a stretch of text; the base runs once")
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0 leaves it out")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="of both rates, after a warm-up: cosine, linear or constant"
+        "cosine", description="of all rates, after a warm-up: cosine, linear or constant"
     )
     lora_rank: int = Field(16, ge=1, description="rank of every adapter; alpha is twice it")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
@@ -161,28 +160,30 @@ class Heal(Section):
         description="linear layers that stage 2 adapts from the first changed layer up; default: v and o of changed "
         "layers, and the MLPs",
     )
-    retrieval_share: float = Field(
-        0.0, ge=0, le=1, description="share of the sequences that state facts and ask for them further on"
-    )
+    retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
     ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
-    hidden_weight: float = Field(
-        0.0, ge=0, description="weight of the layers' normalised MSE to the base beside the KL"
-    )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
-    shard: bool = Field(
-        False, description="spread weights, gradients and optimizer over torchrun's processes (FSDP2), one copy in all"
-    )
+    shard: bool = Field(False, description="shard weights, gradients and optimizer over torchrun's processes (FSDP2)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective",
-        description="kept for the backward pass: all (none), products (selective) or the layers' inputs (full)",
+        "selective", description="kept for the backward pass: all (none), products (selective), layers' inputs (full)"
     )
     validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers besides heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_hidden_weight(cls, values: Any) -> Any:
+        """Read recipes of release 0.1, which name `hidden_weight`; raise ConfigError where it is not 0."""
+        if not isinstance(values, dict) or "hidden_weight" not in values:
+            return values
+        if weight := values["hidden_weight"]:
+            raise ConfigError("heal.hidden_weight was removed: it gained nothing", found=str(weight), do="leave it out")
+        return {name: value for name, value in values.items() if name != "hidden_weight"}
 
 
 class Evaluate(Section):

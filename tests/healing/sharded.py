@@ -40,7 +40,7 @@ class Case:
         for name, parameter in self.student.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        terms = LogitLoss(hidden_weight=0.5, ce_weight=0.5)
+        terms = LogitLoss(ce_weight=0.5)
         models = self.student, self.teacher, plans
         self.distillers: dict[str, Distiller] = {
             "attention": AttentionDistiller(*models, 1),
@@ -52,7 +52,7 @@ class Case:
         """The loss of ids `[B, T]` and the whole gradient of each parameter that the stage trains."""
         train_only(self.student, self.adapted[stage])
         self.student.zero_grad()
-        loss = self.distillers[stage](ids)["loss"]
+        loss = self.distillers[stage](ids)
         loss.backward()
         gradients = {name: whole(parameter.grad).clone() for name, parameter in self.distillers[stage].trained.items()}
         return {"loss": loss.detach(), **gradients}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -50,10 +49,9 @@ def next_tokens(ids: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 class Distiller(nn.Module):
-    """A student that learns from a frozen teacher; `end` is the token that ends a document.
+    """A student that learns from a frozen teacher; `end` is the token that ends a document."""
 
-    Its state is what is trained and nothing else, so a checkpoint holds the adapters and the sinks.
-    """
+    first_bad_layer: Callable[..., int | None]  # of a batch, where its loss is not finite
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, layers: list[LayerPlan], end: int | None = None
@@ -74,21 +72,18 @@ class Distiller(nn.Module):
         """The trainable parameters by name, this process's shards where they are sharded."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable parameters by name, whole; where they are sharded, every process must ask."""
-        trained = self.trained
-        full = super().state_dict(*args, **kwargs)
-        return {name: whole(value) for name, value in full.items() if name in trained}
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return the trainable parameters by name, as whole tensors; where they are sharded, every process must ask."""
+        return {name: whole(parameter.detach()) for name, parameter in self.trained.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trainable parameters, given whole; raises KeyError when the state is of another set of them."""
+    @torch.no_grad()
+    def load_trained(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what `trained_state` returned; raise KeyError when it is of another set of parameters."""
         trained = self.trained
-        missing = trained.keys() ^ state_dict.keys()
-        if missing:
-            raise KeyError(f"checkpoint of other parameters: {sorted(missing)[:3]}")
-        own = {name: like(value, trained[name]) for name, value in state_dict.items()}
-        super().load_state_dict(own, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])  # the frozen rest is not missing
+        if other := trained.keys() ^ state.keys():
+            raise KeyError(f"checkpoint of other parameters: {sorted(other)[:3]}")
+        for name, parameter in trained.items():
+            parameter.copy_(like(state[name], parameter))
 
     def weights_or_mean(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """`weights` `[B, T]`; where none are given, all tokens weigh the same and the loss is their mean."""
@@ -138,11 +133,12 @@ class AttentionDistiller(Distiller):
 
     def forward(
         self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`, sequences' `number`
-        `[B]`.
+    ) -> torch.Tensor:
+        """Return the sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`.
+
+        `number` `[B]`: of the sequences, under which what the base did with them is kept.
         """
-        return {"loss": torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()}
+        return torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()
 
     def layer_losses(
         self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
@@ -208,23 +204,21 @@ class AttentionDistiller(Distiller):
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """Weights and settings of stage 2's terms: KL with its temperature, cross entropy, hidden states."""
+    """Settings of stage 2's terms: the KL's temperature, the weight of the cross entropy."""
 
     temperature: float = 1.0
     ce_weight: float = 0.0
-    hidden_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, the
-    arguments of each layer from there up, and these layers' outputs if the loss wants them.
+    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, and
+    the arguments of each layer from there up.
     """
 
     start: torch.Tensor
     arguments: dict[int, dict[str, Any]]
     output: torch.Tensor
-    states: dict[int, torch.Tensor]
 
 
 class LogitDistiller(Distiller):
@@ -247,52 +241,44 @@ class LogitDistiller(Distiller):
         self.first = self.changed[0].layer if self.changed else 0
         self.loss, self.checkpointing = loss or LogitLoss(), checkpointing
 
-    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The weighted sum of the terms for ids and token weights `[B, T]`: `{"loss": …}`."""
-        weights = self.weights_or_mean(input_ids, weights)
+    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum of the terms for ids and token weights `[B, T]`."""
         lesson = self.teach(input_ids)
-        extra = weights.new_zeros(())
-        hidden = lesson.start
-        for layer, hidden in self.layer_outputs(lesson):
-            if self.loss.hidden_weight:
-                extra = extra + normalized_mse(hidden, lesson.states[layer], weights, size=lesson.states[layer])
-        loss = distillation_loss(
+        *_, (_, hidden) = self.layer_outputs(lesson)
+        return distillation_loss(
             self.student.get_decoder().norm(hidden),
             lesson.output,
             lambda rows: head_logits(self.student, rows),
             lambda rows: head_logits(self.teacher, rows),
-            weights,
+            self.weights_or_mean(input_ids, weights),
             temperature=self.loss.temperature,
             labels=next_tokens(input_ids, self.end),
             ce_weight=self.loss.ce_weight,
         )
-        return {"loss": loss + self.loss.hidden_weight * extra / max(1, len(lesson.states))}
 
     @torch.no_grad()
     def teach(self, ids: torch.Tensor) -> Lesson:
         """Run the teacher on ids `[B, T]`."""
         layers = decoder_layers(self.teacher)
         arguments: dict[int, dict[str, Any]] = {}
-        states: dict[int, torch.Tensor] = {}
 
         def record(index: int) -> Any:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 if index == self.first:
                     start.append(_hidden(args, kwargs))
-                if self.loss.hidden_weight:
-                    states[index] = _tensor(output)
 
             return hook
 
         start: list[torch.Tensor] = []
-        hooks = [layers[i].register_forward_hook(record(i), with_kwargs=True) for i in range(self.first, len(layers))]
+        indices = range(self.first, len(layers))
+        hooks = [layers[index].register_forward_pre_hook(record(index), with_kwargs=True) for index in indices]
         try:
             output = self.run_teacher(ids)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Lesson(start[0], arguments, output, states)
+        return Lesson(start[0], arguments, output)
 
     def layer_outputs(self, lesson: Lesson) -> Iterator[tuple[int, torch.Tensor]]:
         """The outputs `[B, T, D]` of the student's layers from the first changed one up, one after the other."""

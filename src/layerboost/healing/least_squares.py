@@ -19,7 +19,7 @@ from torch import nn
 from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller
-from layerboost.healing.metrics import Metrics
+from layerboost.healing.metrics import METRICS, Metrics
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
@@ -101,7 +101,7 @@ def fit_stage(
     file = folder / f"{STAGE}.safetensors"
     with main_process_first():
         if not file.is_file():
-            metrics = Metrics(STAGE, folder / "metrics.jsonl", after_step=-1)
+            metrics = Metrics(STAGE, folder / METRICS, after_step=-1)
             before = validate()
             metrics.write(0, 0, before)
             fitted = fit_outputs(distiller, ids, tokens)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from layerboost.artifacts import PlanFile, Sensitivity, Variant
-from layerboost.reporting.sources import MODELS, MetricLine
+from layerboost.healing.metrics import MetricLine
+from layerboost.reporting.sources import MODELS
 from layerboost.reporting.text import strategy, with_error
 
 # The metrics that plans are made by: title and axis of their charts.

@@ -59,7 +59,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
     runtime = start_runtime(recipe)
     identity = heal_identity(recipe, plan, runtime)
-    if healed_from(run / HEALED) == fingerprint(identity) and is_intact(run / HEALED):
+    if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
     check_begun(run / HEAL, identity, resume)
@@ -103,8 +103,8 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
 
 
 STAGES = ("attention", "lora")
-# Left out of the identity where they change nothing, as in folders from before they were there.
-NEUTRAL = {"fit_tokens": 0, "attention_repeats": 1}
+# Settings that older releases did not have, with the values that change nothing, and those that only they had.
+ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -197,59 +197,62 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runti
 
 
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
-    """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
+    """Return everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
-    free |= {name for name, value in NEUTRAL.items() if getattr(recipe.heal, name) == value}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
     )
-    text = recipe.text.model_dump(mode="json")
     return {
         "schema_version": 1,
         "plan": plan.hash(),
         "seed": recipe.seed,
         "dtype": runtime.dtype_name,
         "heal": settings,
-        "text": text,
+        "text": recipe.text.model_dump(mode="json"),
     }
 
 
-def healed_from(folder: Path) -> str | None:
-    """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
-    file = folder / IDENTITY
-    return fingerprint(_identity_in(file)) if file.is_file() else None
-
-
-def _identity_in(file: Path) -> dict[str, Any]:
-    """The identity that a file holds, with full paths: older versions kept them as they were typed."""
+def read_identity(file: Path) -> dict[str, Any] | None:
+    """Return the identity that a file holds, as this release would write it; None if there is no file."""
+    if not file.is_file():
+        return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found | {"text": Text.model_validate(found["text"]).model_dump(mode="json")}
+    settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
+    # Older releases kept paths as they were typed.
+    text = Text.model_validate(found["text"]).model_dump(mode="json")
+    return found | {"heal": ADDED | settings, "text": text}
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raise ConfigError when RUN/heal holds the work of other settings, or any work that is not to be resumed."""
-    file = work / IDENTITY
-    if not file.is_file():
+    """Raise ConfigError when RUN/heal holds work that cannot be continued, or any work and `resume` is False."""
+    there = read_identity(work / IDENTITY)
+    if there is None:
         return
-    there = _identity_in(file)
     if there != identity:
-        changed = [
-            f"{section}.{key}: {there[section].get(key, NEUTRAL.get(key))} there, "
-            f"{identity[section].get(key, NEUTRAL.get(key))} here"
-            for section in ("heal", "text")
-            for key in {**identity[section], **there[section]}
-            if there[section].get(key) != identity[section].get(key)
-        ]
-        changed += [f"{key} differs" for key in ("plan", "seed", "dtype") if there.get(key) != identity[key]]
+        old, new = _flat(there), _flat(identity)
+        changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         raise ConfigError(
             f"{work} was begun with other settings",
-            found="; ".join(changed),
+            found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
             do=f"use another --run folder, or delete {work}",
         )
     if not resume:
         raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
+    for stage in STAGES:
+        if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
+            raise ConfigError(
+                f"{work} holds a stage that layerboost 0.1 began; this release cannot continue from its checkpoints",
+                found=f"{work / 'checkpoints' / stage}",
+                do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
+            )
     log.info("going on with %s", work)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an identity by their dotted keys in the recipe."""
+    sections = {f"{name}.{key}": value for name in ("heal", "text") for key, value in identity[name].items()}
+    return sections | {key: value for key, value in identity.items() if key not in ("heal", "text")}
 
 
 def check_same_text(work: Path, lessons: Lessons) -> None:
@@ -277,7 +280,7 @@ def train(
     `end`: the token that ends a document.
     """
     settings, teacher, student = recipe.heal, pair.teacher, pair.student
-    loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
+    loss = LogitLoss(settings.temperature, settings.ce_weight)
     whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
     kept = batches_kept(settings, lessons.validation.shape[1])
     local = AttentionDistiller(student, teacher, plan.layers, end, kept)
@@ -305,7 +308,6 @@ def train(
             folder,
             repeats=settings.attention_repeats if stage == "attention" else 1,
             ce_weight=settings.ce_weight if stage == "lora" else 0.0,
-            seed=recipe.seed,
             validate=validation,
         )
         local.kept.clear()
