@@ -8,7 +8,6 @@ from layerboost.healing import distillers
 from layerboost.healing.distillers import (
     AttentionDistiller,
     LogitDistiller,
-    LogitLoss,
     next_tokens,
     positions_of,
 )
@@ -85,7 +84,7 @@ def test_further_terms_of_the_loss() -> None:
     plain = made("fSns")(IDS)
     logits = made("fSns").student(IDS).logits
     entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
-    with_entropy = made("fSns", loss=LogitLoss(ce_weight=0.5))(IDS)
+    with_entropy = made("fSns", ce_weight=0.5)(IDS)
     torch.testing.assert_close(with_entropy, plain + 0.5 * entropy / IDS.numel(), rtol=1e-4, atol=1e-4)
 
 
@@ -93,10 +92,10 @@ def test_further_terms_of_the_loss() -> None:
 def test_documents_of_a_packed_sequence_do_not_see_each_other(kind: str) -> None:
     packed = torch.cat([IDS[:1, :17], torch.tensor([[END]]), IDS[1:, :22]], 1)
     alone = made(f"fS{kind}")
-    whole = alone.teach(packed)
-    parts = [alone.teach(packed[:, :18]), alone.teach(packed[:, 18:])]
+    whole = alone.compute_targets(packed)
+    parts = [alone.compute_targets(packed[:, :18]), alone.compute_targets(packed[:, 18:])]
     torch.testing.assert_close(whole.output, torch.cat([part.output for part in parts], 1), rtol=1e-4, atol=1e-4)
-    ends = [list(alone.layer_outputs(lesson))[-1][1] for lesson in (whole, *parts)]
+    ends = [alone.student_output(targets) for targets in (whole, *parts)]
     torch.testing.assert_close(ends[0], torch.cat(ends[1:], 1), rtol=1e-4, atol=1e-4)
 
 

@@ -97,13 +97,13 @@ def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: in
         update={"batch_sequences": batch, "gradient_accumulation": accumulation, "attention_repeats": 3}
     )
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
-    for keeps in (0, batches_kept(settings, 24)):
+    for size in (0, batches_kept(settings, 24)):
         student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
         teacher.model.register_forward_hook(lambda *_: runs.append(1))
-        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), keeps=keeps)
-        folder = tmp_path / str(keeps)
+        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), cache_size=size)
+        folder = tmp_path / str(size)
         folder.mkdir()
         train_stage("attention", made, IDS, tokens, 1e-3, settings, folder, repeats=3, validate=unchanged)
         rows = read_metrics(folder / "metrics.jsonl")
@@ -271,7 +271,7 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path: P
     train(tmp_path, made)
     assert [file.name for file in checkpoints_in(folder)] == ["step-00000015.pt", "step-00000016.pt"]
     expected = load_file(tmp_path / "lora.safetensors")
-    (tmp_path / "lora.safetensors").rename(tmp_path / "lora.best.safetensors")
+    (tmp_path / "lora.safetensors").unlink()
     (folder / "step-00000016.pt").unlink()
     (folder / "step-00000016.tmp").write_bytes(b"PK")
     train(tmp_path, distiller())

@@ -20,6 +20,7 @@ from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.metrics import METRICS, Metrics
+from layerboost.healing.training import replacing
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
@@ -119,9 +120,8 @@ def fit_stage(
                 )
                 put(distiller, before_fit)
                 fitted = {}
-            temporary = file.with_suffix(".tmp")
-            save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
-            temporary.replace(file)
+            with replacing(file) as temporary:
+                save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
     kept = {int(layer): weight for layer, weight in load_file(file).items()}
     put(distiller, kept)
     return sorted(kept)
@@ -196,13 +196,15 @@ def _errors(
     distiller: AttentionDistiller, entries: Sequence[LayerPlan], ids: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Of each layer, what its output projection gets `[B, T, I]` and what it lacks to the base's output `[B, T, E]`."""
-    for entry, lesson in distiller.lessons(ids, entries):
+    calls = distiller.teacher_calls(ids, entries)
+    for entry in entries:
+        call = calls.pop(entry.layer)
         inputs: list[torch.Tensor] = []
         hook = projection_of(distiller, entry.layer).register_forward_pre_hook(
             lambda _, args, inputs=inputs: inputs.append(args[0])
         )
         try:
-            output = distiller.answer(entry, lesson)
+            output = distiller.student_output(entry, call)
         finally:
             hook.remove()
-        yield entry.layer, inputs[0], lesson.target.float() - output.float()
+        yield entry.layer, inputs[0], call.output.float() - output.float()

@@ -83,37 +83,40 @@ def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.devi
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the parameters are spread over the processes."""
+    """Return whether the parameters are spread over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def whole(value: Any) -> Any:
-    """A shard's whole tensor, on the CPU, for which every process must ask; anything else as it is."""
+def to_full_tensor(value: Any) -> Any:
+    """Return a shard's full tensor, on the CPU, in which every process must take part; anything else as it is."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def like(value: Any, parameter: torch.Tensor) -> Any:
-    """This process's shard of a whole tensor of `parameter`'s shape, if that is sharded; anything else as it is."""
+def distribute_like(value: Any, parameter: torch.Tensor) -> Any:
+    """Return this process's shard of a full tensor of `parameter`'s shape, if that is sharded; else the value."""
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
-    # Every process has read the whole tensor: none is sent around.
+    # Every process has the full tensor: nothing is sent.
     local = value.to(parameter.device)
     return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-class WholeAdamW(torch.optim.AdamW):
-    """AdamW whose state dict holds whole tensors, sharded or not: a checkpoint fits any number of processes."""
+class FullStateAdamW(torch.optim.AdamW):
+    """AdamW whose state dict holds full tensors, sharded or not: a checkpoint fits any number of processes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Every process must ask."""
+        """Return the state; every process must take part."""
         packed = super().state_dict()
-        state = {index: {key: whole(value) for key, value in kept.items()} for index, kept in packed["state"].items()}
+        state = {
+            index: {key: to_full_tensor(value) for key, value in kept.items()}
+            for index, kept in packed["state"].items()
+        }
         return {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         state = {
-            index: {key: like(value, parameters[index]) for key, value in kept.items()}
+            index: {key: distribute_like(value, parameters[index]) for key, value in kept.items()}
             for index, kept in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
@@ -23,7 +23,7 @@ from layerboost.artifacts import DISK_ERRORS, disk_error
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import METRICS, Metrics
-from layerboost.healing.sharding import WholeAdamW, is_sharded, whole
+from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log, rank, world_size
 
@@ -64,8 +64,6 @@ def train_stage(
     with clean_end(folder, settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, lr, settings, folder, ce_weight, validate)
         training.run(sigterm)
-        if sigterm.is_set():  # it came during the last validation
-            raise KeyboardInterrupt
         training.keep_best()
 
 
@@ -83,30 +81,36 @@ class _Training:
         ce_weight: float,
         validate: Validate,
     ) -> None:
-        self.name, self.distiller, self.data, self.settings = name, distiller, data, settings
+        self.name, self.distiller, self.data, self.settings, self.folder = name, distiller, data, settings, folder
         self.ce_weight, self.validate = ce_weight, validate
-        self.best_file = folder / f"{name}.best.safetensors"
-        self.result = folder / f"{name}.safetensors"
         self.checkpoints = folder / "checkpoints" / name
         weight = next(distiller.student.parameters())
         self.device = weight.device
         self.mixed = weight.device.type == "cuda" and weight.dtype == torch.bfloat16
         self.sharded = is_sharded(distiller)
-        # Frozen weights have no part in a step but their values, so DDP need not send buffers around.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        trackers = list(settings.report_to) or None
-        self.accelerator = Accelerator(log_with=trackers, project_dir=folder, kwargs_handlers=[ddp])
-        self.model = distiller.eval()  # without dropout nothing of a step is random
-        if not self.sharded:  # FSDP2 averages the gradients by itself
+        self.accelerator = Accelerator(
+            log_with=list(settings.report_to) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.model = distiller.eval()  # without dropout nothing in a step is random
+        if not self.sharded:  # FSDP2 averages the gradients itself; elsewhere DDP does
             self.model = self.accelerator.prepare_model(distiller, device_placement=False)
-        self.optimizer = WholeAdamW(_parameter_groups(distiller, lr, settings.sink_lr), weight_decay=0.0)
+        self.optimizer = FullStateAdamW(_parameter_groups(distiller, lr, settings.sink_lr), weight_decay=0.0)
         self.schedule = get_scheduler(settings.scheduler, self.optimizer, max(1, data.steps // 20), data.steps)
-        done = self.load_checkpoint()
-        self.done, self.best = done, float(self.kept()["score"]) if done else math.inf
-        self.metrics = Metrics(name, folder / METRICS, done if done else -1, self.start_trackers(folder.parent.name))
+        self.best: dict[str, Any] = {"score": math.inf}
+        self.done = self.load_checkpoint()
+        if settings.report_to:  # one run of each tracker for each stage
+            run = {"name": f"{folder.parent.name}-{name}"}
+            self.accelerator.init_trackers("layerboost", init_kwargs={"wandb": run, "trackio": run})
+        after_step = self.done if self.done else -1
+        self.metrics = Metrics(name, folder / METRICS, after_step, self.accelerator.trackers)
 
     def run(self, sigterm: threading.Event) -> None:
-        """Train from the newest checkpoint to the last step; after a SIGTERM to the end of the step, then raise."""
+        """Train from the newest checkpoint to the last step.
+
+        After a SIGTERM, end the step, write a checkpoint and raise KeyboardInterrupt.
+        """
         data, settings = self.data, self.settings
         with Progress(f"healing, {self.name} stage", data.tokens, "tokens") as progress:
             progress.skip(data.seen(self.done))
@@ -117,7 +121,7 @@ class _Training:
                 loss, stop = self.mean(self.forward_backward(batches), sigterm.is_set())
                 if not math.isfinite(loss):
                     raise self.bad_loss(loss, step, batches)
-                norm = float(whole(clip_grad_norm_(self.distiller.trained.values(), MAX_GRADIENT_NORM)))
+                norm = float(to_full_tensor(clip_grad_norm_(self.distiller.trained.values(), MAX_GRADIENT_NORM)))
                 if not math.isfinite(norm):
                     raise not_finite(self.name, f"norm of the gradient is {norm}", step)
                 lr = self.schedule.get_last_lr()[0]
@@ -132,7 +136,7 @@ class _Training:
                     self.judge(step)
                 if last or step % settings.save_steps == 0 or stop:
                     self.save_checkpoint(step)
-                if stop:
+                if stop or (last and sigterm.is_set()):
                     raise KeyboardInterrupt
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -158,38 +162,16 @@ class _Training:
         score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
         if step == 0 and not math.isfinite(score):
             raise not_finite(self.name, f"validation loss is {score}", step)
-        if score < self.best:
-            self.best = score
-            state = {name: value.contiguous() for name, value in self.distiller.trained_state().items()}
-            if is_main_process():
-                temporary = self.best_file.with_suffix(".tmp")
-                save_file(state, temporary, {"step": str(step), "score": repr(score)})
-                temporary.replace(self.best_file)
-
-    def kept(self) -> dict[str, str]:
-        """Return `step` and `score` of the best step so far."""
-        with safe_open(self.best_file, "pt") as file:
-            found: dict[str, str] = file.metadata()
-            return found
-
-    def keep_best(self) -> None:
-        """Load the best step and make it the stage's result."""
-        if self.kept()["step"] == "0":
-            log.warning(KEPT_START, self.name)
-        self.distiller.load_trained(load_file(self.best_file))
-        self.accelerator.wait_for_everyone()  # nobody moves the file before all have read it
-        if is_main_process():
-            self.best_file.replace(self.result)
+        if score < self.best["score"]:
+            self.best = {"score": score, "step": step, "trained": self.distiller.trained_state()}
 
     def save_checkpoint(self, step: int) -> None:
-        """Write all that later steps depend on, as whole tensors: every process takes part, the first one writes."""
+        """Write all that later steps depend on, in full tensors: every process takes part, the first one writes."""
         parts = {"trained": self.distiller.trained_state(), "optimizer": self.optimizer.state_dict()}
         if is_main_process():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            file = self.checkpoints / f"step-{step:08}.pt"
-            temporary = file.with_suffix(".tmp")
-            torch.save({"step": step, **parts, "schedule": self.schedule.state_dict()}, temporary)
-            temporary.replace(file)
+            with replacing(self.checkpoints / f"step-{step:08}.pt") as file:
+                torch.save({"step": step, "best": self.best, "schedule": self.schedule.state_dict(), **parts}, file)
             for old in checkpoints_in(self.checkpoints)[:-KEPT_CHECKPOINTS]:
                 old.unlink()
 
@@ -201,37 +183,35 @@ class _Training:
         self.distiller.load_trained(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.best = state["best"]
         return int(state["step"])
 
-    def start_trackers(self, run: str) -> list[Any]:
-        """Start the experiment trackers of the recipe, one run for each stage."""
-        if self.settings.report_to:
-            named = {"name": f"{run}-{self.name}"}
-            self.accelerator.init_trackers("layerboost", init_kwargs={"wandb": named, "trackio": named})
-        return list(self.accelerator.trackers)
+    def keep_best(self) -> None:
+        """Load the best step and write it as the stage's result."""
+        if self.best["step"] == 0:
+            log.warning(KEPT_START, self.name)
+        self.distiller.load_trained(self.best["trained"])
+        if is_main_process():
+            with replacing(self.folder / f"{self.name}.safetensors") as file:
+                save_file(self.best["trained"], file)
 
     def mean(self, *values: float) -> list[float]:
         """Return the mean of each value over the processes."""
-        found: torch.Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
         return list(self.accelerator.reduce(found, "mean").tolist())
 
     def bad_loss(self, loss: float, step: int, batches: list[Batch]) -> LayerboostError:
-        """Return the error for a loss that is not finite, with the lowest layer that any process found."""
-        found = [layer for batch in batches if (layer := self.distiller.first_bad_layer(**batch)) is not None]
-        lowest = torch.tensor([min(found, default=math.inf)], device=self.device)
-        first = float(self.accelerator.gather(lowest).min())
-        where = f", first in layer {first:.0f}" if math.isfinite(first) else ""
-        # The base is explained layer by layer, which sharded ones cannot be.
-        causes = [] if self.sharded else [self.distiller.explain_teacher(batch["input_ids"]) for batch in batches]
-        base = next(filter(any, causes), ("", ""))
-        return not_finite(self.name, f"loss is {loss}", step, where, base)
+        """Return the error for a loss that is not finite; only an unsharded model can be searched for the place."""
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(ids)
+        return not_finite(self.name, f"loss is {loss}", step, *places)
 
 
 class Data:
     """The rows of a stage in the order of training, in full steps.
 
-    The weights of a step's tokens sum to the number of batches its loss is the mean of: the loss is then the mean over
-    the tokens that count, however the step is cut. Rows without a token that counts fill the last step.
+    A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
+    has them: their weights sum to the number of batches. Rows without a token that counts fill the last step.
     """
 
     def __init__(self, ids: torch.Tensor, tokens: int, settings: Heal, repeats: int = 1) -> None:
@@ -241,11 +221,8 @@ class Data:
         self.batch, self.accumulation = batch_of_process(settings)
         self.per_step = settings.batch_sequences * settings.gradient_accumulation
         ids = ids[: -(-tokens // length)]
-        missing = -len(ids) % self.per_step
-        counted = torch.arange((len(ids) + missing) * length).view(-1, self.per_step, length) < tokens
-        batches = self.per_step // self.batch
-        self.ids = torch.cat([ids, ids[:1].expand(missing, -1)])
-        self.weights = (counted * (batches / counted.sum((1, 2), keepdim=True))).view_as(self.ids)
+        self.ids = torch.cat([ids, ids[:1].expand(-len(ids) % self.per_step, -1)])
+        self.counts = torch.arange(self.ids.numel()).view_as(self.ids) < tokens
         stretches = torch.arange(len(self.ids)).split(self.per_step * stretch_steps(settings, length))
         self.order = torch.cat([stretch.repeat(repeats) for stretch in stretches])
         self.steps = len(self.order) // self.per_step
@@ -256,11 +233,12 @@ class Data:
         Where text is repeated, also the `number` `[B]` of each row.
         """
         rows = self.order[(step - 1) * self.per_step : step * self.per_step]
-        return [
-            {"input_ids": self.ids[numbers].to(device), "weights": self.weights[numbers].to(device)}
-            | ({"number": numbers} if self.repeats > 1 else {})
-            for numbers in rows.view(self.accumulation, -1, self.batch)[:, rank()]
-        ]
+        weights = self.counts[rows] * (self.per_step // self.batch / self.counts[rows].sum())
+        batches = []
+        for own in torch.arange(self.per_step).view(self.accumulation, -1, self.batch)[:, rank()]:
+            batch = {"input_ids": self.ids[rows[own]].to(device), "weights": weights[own].to(device)}
+            batches.append(batch | ({"number": rows[own]} if self.repeats > 1 else {}))
+        return batches
 
     def seen(self, step: int) -> int:
         """Return the tokens of text trained on after `step` steps."""
@@ -321,6 +299,14 @@ def check_report_to(names: tuple[str, ...]) -> None:
 
 
 @contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `file` when the block ends well."""
+    temporary = file.with_suffix(".tmp")
+    yield temporary
+    temporary.replace(file)
+
+
+@contextmanager
 def until_sigterm() -> Iterator[threading.Event]:
     """Inside the block, a SIGTERM sets the event and does nothing else."""
     event = threading.Event()
@@ -364,12 +350,13 @@ def less_memory(settings: Heal) -> str:
 
 
 def not_finite(stage: str, what: str, step: int, where: str = "", base: tuple[str, str] = ("", "")) -> LayerboostError:
-    """Return the error for a loss or gradient that is not finite; `base`: as from `explain_teacher`."""
+    """Return the error for a loss or gradient that is not finite; `where` and `base` as from `explain_not_finite`."""
     do = "lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step"
     if step <= 1:  # the rate has changed nothing yet
         do = "look for the cause in the converted model: `layerboost evaluate` names layer and token"
     found = f"the base is not finite on this text either: {base[0]}" if base[0] else ""
-    return LayerboostError(f"the {what} at step {step} of the {stage} stage{where}", found=found, do=base[1] or do)
+    wrong = ", ".join(filter(None, (f"the {what} at step {step} of the {stage} stage", where)))
+    return LayerboostError(wrong, found=found, do=base[1] or do)
 
 
 def _parameter_groups(distiller: Distiller, lr: float, sink_lr: float) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
-from layerboost.healing.distillers import AttentionDistiller, Distiller, Lesson, LogitDistiller, LogitLoss
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
@@ -280,18 +280,24 @@ def train(
     `end`: the token that ends a document.
     """
     settings, teacher, student = recipe.heal, pair.teacher, pair.student
-    loss = LogitLoss(settings.temperature, settings.ce_weight)
-    whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
-    kept = batches_kept(settings, lessons.validation.shape[1])
-    local = AttentionDistiller(student, teacher, plan.layers, end, kept)
+    whole = LogitDistiller(
+        student,
+        teacher,
+        plan.layers,
+        end,
+        temperature=settings.temperature,
+        ce_weight=settings.ce_weight,
+        checkpointing=settings.activation_checkpointing,
+    )
+    local = AttentionDistiller(student, teacher, plan.layers, end, batches_kept(settings, lessons.validation.shape[1]))
     distillers = {"attention": local, "lora": whole}
     rates = {"attention": settings.attention_lr, "lora": settings.lr}
     validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
     if settings.shard:
         shards = shard(teacher, student, device)
-        shards.gather_for(validation, "teach", "measure")
+        shards.gather_for(validation, "compute_targets", "measure")
         for distiller in distillers.values():
-            shards.gather_for(distiller, "forward", "first_bad_layer")
+            shards.gather_for(distiller, "forward")
     fitted = []
     if lessons.fit_tokens:
         with clean_end(folder, settings):
@@ -310,7 +316,7 @@ def train(
             ce_weight=settings.ce_weight if stage == "lora" else 0.0,
             validate=validation,
         )
-        local.kept.clear()
+        local.cache.clear()
     return fitted
 
 
@@ -320,27 +326,27 @@ class Validation:
     def __init__(self, distiller: LogitDistiller, ids: torch.Tensor, batch_sequences: int) -> None:
         self.distiller = distiller
         self.batches = ids.split(batch_sequences)
-        self.lessons: list[Lesson] = []
+        self.targets: list[Targets] = []
 
     def __call__(self) -> dict[str, float]:
-        """`validation_kl` and `validation_nll`, in nats per token."""
-        self.lessons = self.lessons or self.teach()
+        """Return `validation_kl` and `validation_nll`, in nats per token."""
+        self.targets = self.targets or self.compute_targets()
         found = self.measure()
         kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
         return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
 
-    def teach(self) -> list[Lesson]:
-        """What the base does with each batch."""
-        return [self.distiller.teach(ids) for ids in self.batches]
+    def compute_targets(self) -> list[Targets]:
+        """Return what the base does with each batch."""
+        return [self.distiller.compute_targets(ids) for ids in self.batches]
 
     @torch.no_grad()
     def measure(self) -> list[SequenceLosses]:
-        """What the student loses on each batch."""
+        """Return what the student loses on each batch."""
         teacher, student = self.distiller.teacher, self.distiller.student
         found = []
-        for ids, lesson in zip(self.batches, self.lessons, strict=True):
-            *_, (_, hidden) = self.distiller.layer_outputs(lesson)
-            base, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+        for ids, targets in zip(self.batches, self.targets, strict=True):
+            outputs = [self.distiller.student_output(targets)]
+            base, (losses,) = token_losses(teacher, targets.output, ids, outputs, student)
             check_values("NLL of the base on a validation sequence", base, teacher, ids)
             found.append(losses)
         return found
