@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_losses import distillation_loss_reference
 from tiny import Products, boosted, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
@@ -11,7 +12,6 @@ from layerboost.healing.distillers import (
     next_tokens,
     positions_of,
 )
-from layerboost.healing.losses import distillation_loss_reference
 from layerboost.model import linear
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
