@@ -156,7 +156,7 @@ def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settin
     distiller = LogitDistiller(student, teacher, plan.layers, checkpointing=settings.activation_checkpointing)
     distiller.register_forward_pre_hook(wait_for_turn)
     no_validation = {"validation_kl": 0.0}
-    train_stage("lora", distiller, ids, ids.numel(), settings.lr, settings, folder, validate=lambda: no_validation)
+    train_stage("lora", distiller, ids, ids.numel(), settings, folder, lambda: no_validation)
     return [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
 
 

@@ -31,7 +31,7 @@ from layerboost.healing.training import (
 from layerboost.recipe import Heal
 
 IDS = torch.randint(3, 200, (8, 24), generator=torch.Generator().manual_seed(1)).repeat(8, 1)
-SETTINGS = Heal(batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
+SETTINGS = Heal(lr=1e-2, attention_lr=1e-2, batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
 TOKENS = IDS.numel()
 
 
@@ -59,7 +59,8 @@ def unchanged() -> dict[str, float]:
 
 
 def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
-    train_stage(name, made, IDS, tokens, lr, SETTINGS, folder, validate=validation(made))
+    settings = SETTINGS.model_copy(update={"lr": lr, "attention_lr": lr})
+    train_stage(name, made, IDS, tokens, settings, folder, validation(made))
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:
@@ -94,7 +95,12 @@ def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
     settings = SETTINGS.model_copy(
-        update={"batch_sequences": batch, "gradient_accumulation": accumulation, "attention_repeats": 3}
+        update={
+            "batch_sequences": batch,
+            "gradient_accumulation": accumulation,
+            "attention_repeats": 3,
+            "attention_lr": 1e-3,
+        }
     )
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
     for size in (0, batches_kept(settings, 24)):
@@ -105,7 +111,7 @@ def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: in
         made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), cache_size=size)
         folder = tmp_path / str(size)
         folder.mkdir()
-        train_stage("attention", made, IDS, tokens, 1e-3, settings, folder, repeats=3, validate=unchanged)
+        train_stage("attention", made, IDS, tokens, settings, folder, unchanged)
         rows = read_metrics(folder / "metrics.jsonl")
         assert rows[-1].tokens == tokens
         assert max(line.step for line in rows) == 30
@@ -160,7 +166,7 @@ def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
         ids[5, 3:] = tail
         made = distiller()
         (tmp_path / name).mkdir()
-        train_stage("lora", made, ids, 5 * 24 + 3, 1e-2, SETTINGS, tmp_path / name, validate=validation(made))
+        train_stage("lora", made, ids, 5 * 24 + 3, SETTINGS, tmp_path / name, validation(made))
         ends.append(made.trained_state())
         assert read_metrics(tmp_path / name / "metrics.jsonl")[-1].tokens == 123
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
@@ -170,10 +176,11 @@ def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
     ends = []
     for batch, accumulation in ((4, 1), (1, 4)):
         made = distiller()
-        settings = SETTINGS.model_copy(update={"batch_sequences": batch, "gradient_accumulation": accumulation})
+        cut = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
+        settings = SETTINGS.model_copy(update=cut)
         folder = tmp_path / str(batch)
         folder.mkdir()
-        train_stage("lora", made, IDS[:10], 230, 1e-3, settings, folder, validate=validation(made))
+        train_stage("lora", made, IDS[:10], 230, settings, folder, validation(made))
         losses = [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
         ends.append((losses, made))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
@@ -196,7 +203,7 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
         seen.append({name: value.clone() for name, value in made.trained_state().items()})
         return {"validation_kl": [5.0, 3.0, 4.0, float("nan"), 3.5][len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, validate=validate)
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, validate)
     assert len(seen) == 5
     assert all(torch.equal(value, seen[1][name]) for name, value in made.trained_state().items())
     kept = load_file(tmp_path / "lora.safetensors")
@@ -211,7 +218,7 @@ def test_where_the_loss_holds_cross_entropy_the_best_step_is_judged_by_both(tmp_
         kls, nlls = [5.0, 3.0, 3.1, 3.1, 3.3], [9.0, 9.0, 7.0, 8.0, 6.0]
         return {"validation_kl": kls[len(seen) - 1], "validation_nll": nlls[len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, ce_weight=0.1, validate=validate)
+    train_stage("lora", made, IDS, TOKENS, SETTINGS.model_copy(update={"ce_weight": 0.1}), tmp_path, validate)
     assert all(torch.equal(value, seen[2][name]) for name, value in made.trained_state().items())
 
 
@@ -221,7 +228,7 @@ def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
     made = distiller()
     start = {name: value.clone() for name, value in made.trained_state().items()}
     values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, validate=lambda: {"validation_kl": next(values)})
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     assert "no step of the lora stage is better on the validation slice than its start" in caplog.text
     assert all(torch.equal(value, start[name]) for name, value in made.trained_state().items())
 
@@ -303,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_pa
 
 def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     made, values = distiller(), iter([5.0, math.inf, 4.0, math.nan, 3.5])
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, validate=lambda: {"validation_kl": next(values)})
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["validation_kl"] for row in rows if "validation_kl" in row] == [5.0, None, 4.0, None, 3.5]
@@ -312,7 +319,7 @@ def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> N
 def test_no_rate_is_blamed_for_a_start_that_is_not_finite(tmp_path: Path) -> None:
     found = {"validation_kl": math.nan}
     with pytest.raises(LayerboostError, match="validation loss is nan at step 0 of the lora stage") as caught:
-        train_stage("lora", distiller(), IDS, TOKENS, 1e-2, SETTINGS, tmp_path, validate=lambda: found)
+        train_stage("lora", distiller(), IDS, TOKENS, SETTINGS, tmp_path, lambda: found)
     assert "rate" not in str(caught.value)
     assert not (tmp_path / "lora.safetensors").exists()
 
@@ -330,7 +337,7 @@ def test_a_base_that_is_not_finite_on_a_text_is_named(tmp_path: Path, stage: str
     with torch.no_grad():
         made.teacher.get_input_embeddings().weight[199] = math.nan
     with pytest.raises(LayerboostError, match=rf"loss is nan at step 6 of the {stage} stage") as caught:
-        train_stage(stage, made, ids, TOKENS, 1e-2, SETTINGS, tmp_path, validate=lambda: {"validation_kl": 1.0})
+        train_stage(stage, made, ids, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": 1.0})
     assert "the base is not finite on this text either: first in the embedding (token 6, id 199)" in str(caught.value)
     assert "rate" not in str(caught.value)
 

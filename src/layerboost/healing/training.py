@@ -40,29 +40,25 @@ def train_stage(
     distiller: Distiller,
     ids: torch.Tensor,
     tokens: int,
-    lr: float,
     settings: Heal,
     folder: Path,
-    *,
-    repeats: int = 1,
-    ce_weight: float = 0.0,
     validate: Validate,
 ) -> None:
-    """Train one stage on the first `tokens` tokens of ids `[N, T]`, in order; leave `distiller` at its best step.
+    """Train a stage, `attention` or `lora`, on the first `tokens` tokens of ids `[N, T]`, in order.
 
-    `repeats`: times each stretch of text is trained on, for a distiller that keeps the base's part of it. The best step
-    has the lowest `validation_kl` of `validate()`, plus `ce_weight` times `validation_nll` where the stage's loss holds
-    cross entropy; the start counts too. `folder/NAME.safetensors` keeps it. Resumes from the newest checkpoint in
-    `folder/checkpoints/NAME`; a stage that ended is only loaded. Each step is a line of `folder/metrics.jsonl`.
+    Leaves `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
+    `heal.ce_weight` times `validation_nll` where the stage's loss holds cross entropy. `folder/NAME.safetensors` keeps
+    it; a stage that ended is only loaded. Resumes from the newest checkpoint in `folder/checkpoints/NAME`. Each step
+    and each validation is a line of `folder/metrics.jsonl`.
 
     Raises LayerboostError when the loss is not finite, memory does not suffice or nothing can be written, and
     KeyboardInterrupt after a SIGTERM.
     """
     if load_result(name, distiller, folder):
         return
-    data = Data(ids, tokens, settings, repeats)
+    data = Data(ids, tokens, settings, settings.attention_repeats if name == "attention" else 1)
     with clean_end(folder, settings), until_sigterm() as sigterm:
-        training = _Training(name, distiller, data, lr, settings, folder, ce_weight, validate)
+        training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)
         training.keep_best()
 
@@ -75,14 +71,13 @@ class _Training:
         name: str,
         distiller: Distiller,
         data: Data,
-        lr: float,
         settings: Heal,
         folder: Path,
-        ce_weight: float,
         validate: Validate,
     ) -> None:
         self.name, self.distiller, self.data, self.settings, self.folder = name, distiller, data, settings, folder
-        self.ce_weight, self.validate = ce_weight, validate
+        self.validate = validate
+        lr, self.ce_weight = (settings.attention_lr, 0.0) if name == "attention" else (settings.lr, settings.ce_weight)
         self.checkpoints = folder / "checkpoints" / name
         weight = next(distiller.student.parameters())
         self.device = weight.device

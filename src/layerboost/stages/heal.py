@@ -73,33 +73,43 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         write_samples(recipe, run, source, tokenizer, runtime)
     config = load_config(source, recipe.trust_remote_code)
     check_same_model(plan, model_info(source, config, runtime.dtype), run / CONVERTED / PLAN)
-    lessons = load_lessons(recipe, run, plan, tokenizer)
-    check_same_text(run / HEAL, lessons)
-    pair = load_pair(recipe, run, plan, source, runtime, lessons)
+    text = load_text(recipe, run, plan, tokenizer)
+    check_same_text(run / HEAL, text)
+    pair = load_pair(recipe, run, plan, source, runtime, text)
     if is_main_process():
-        write_json(run / HEAL / TEXT, {"fingerprint": lessons.fingerprint})
+        write_json(run / HEAL / TEXT, {"fingerprint": text.fingerprint})
         write_json(run / HEAL / IDENTITY, identity)
-    fitted = train(recipe, run / HEAL, plan, pair, lessons, tokenizer.eos_token_id, runtime.device)
+    fitted = train(recipe, run / HEAL, plan, pair, text, tokenizer.eos_token_id, runtime.device)
     if is_main_process():
         if recipe.heal.shard:
-            pair = load_healed(recipe, run, plan, source, runtime, lessons)
-        # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
+            pair = load_healed(recipe, run, plan, source, runtime, text)
+        # The base shares the weights that the adapters are merged into: it is damaged from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
-        healing = (
-            f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
-        )
-        if fitted:
-            healing += (
-                f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
-                f"{lessons.fit_tokens:,} tokens by least squares."
-            )
-        origin = origin_of(source.folder, source.name, recipe.card)
         save_boosted(
-            merged, tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
+            merged,
+            tokenizer,
+            plan,
+            run / HEALED,
+            recipe_yaml=recipe_yaml(recipe),
+            origin=origin_of(source.folder, source.name, recipe.card),
+            healing=card_text(recipe, text, fitted),
         )
         write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
+
+
+def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
+    """Return what the model card says about healing."""
+    said = (
+        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+    )
+    if fitted:
+        said += (
+            f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
+            f"{text.fit_tokens:,} tokens by least squares."
+        )
+    return said
 
 
 STAGES = ("attention", "lora")
@@ -108,10 +118,10 @@ ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`.
+class HealingText:
+    """Token ids `[N, T]` of each stage, of which the first `tokens[stage]` are trained on, and for validation.
 
-    `fit_tokens`: of the attention stage's, for the fit before it. `fingerprint`: of all that was read.
+    `fit_tokens`: those of the attention stage that the fit before it uses. `fingerprint`: of all that was read.
     """
 
     ids: dict[str, torch.Tensor]
@@ -125,8 +135,8 @@ class Lessons:
         return [stage for stage in STAGES if self.tokens[stage]]
 
 
-def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Lessons:
-    """All text of the run, so that too little of it shows before anything is trained. Raises ConfigError."""
+def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
+    """Read all text of the run before anything is trained; raise ConfigError where there is too little."""
     changed = plan.model.layers - plan.count("full")
     tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
     fit_tokens = recipe.heal.fit_tokens if plan.count("sliding") else 0
@@ -138,20 +148,20 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
             do="give one of the stages some tokens",
         )
 
-    def read(split: Split, count: int, seed: int = 0) -> Tokens:
+    def tokens_of(split: Split, count: int, seed: int = 0) -> Tokens:
         return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
 
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
     wanted = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
-    train = {name: read("train", count, seeds[name]) for name, count in wanted.items() if count}
-    validation = read("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
+    train = {name: tokens_of("train", count, seeds[name]) for name, count in wanted.items() if count}
+    validation = tokens_of("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
     share = recipe.heal.retrieval_share
-    return Lessons(
-        ids={name: with_recall(text.ids, tokenizer, share, seeds[name]) for name, text in train.items()},
+    return HealingText(
+        ids={name: with_recall(read.ids, tokenizer, share, seeds[name]) for name, read in train.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
-        fingerprint=fingerprint(*(text.fingerprint for text in (*train.values(), validation))),
+        fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation))),
     )
 
 
@@ -165,8 +175,8 @@ class Pair:
     adapted: dict[str, frozenset[str]]
 
 
-def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
-    """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded.
+def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, text: HealingText) -> Pair:
+    """Load base and converted model, with the same new adapters on every process; on the CPU if they will be sharded.
 
     Raises ConfigError for targets that do not exist or leave nothing to train.
     """
@@ -174,23 +184,23 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime
         runtime = replace(runtime, device=torch.device("cpu"))
     teacher = load_model(source, runtime, recipe.trust_remote_code)
     adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
-    if lessons.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
+    if text.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
         raise ConfigError(
             "heal.lora_targets leave stage 2 nothing to train",
-            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is left from the first changed layer up",
+            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
             do="name layers of the MLPs too, or set heal.tokens to 0",
         )
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
     # A fit alone trains no adapter, but peft wants some.
-    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages or STAGES))
+    names = frozenset[str]().union(*(adapted[stage] for stage in text.stages or STAGES))
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
-def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, lessons: Lessons) -> Pair:
-    """The pair anew on this process's CPU, with what the stages left in RUN/heal: no device need hold the model."""
-    pair = load_pair(recipe, run, plan, source, runtime, lessons)
-    for stage in lessons.stages:
+def load_healed(recipe: Recipe, run: Path, plan: PlanFile, source: Source, runtime: Runtime, text: HealingText) -> Pair:
+    """Load the pair again on this process's CPU, with the results in RUN/heal: no device need hold the whole model."""
+    pair = load_pair(recipe, run, plan, source, runtime, text)
+    for stage in text.stages:
         train_only(pair.student, pair.adapted[stage])
         load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)
     return pair
@@ -255,10 +265,10 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     return sections | {key: value for key, value in identity.items() if key not in ("heal", "text")}
 
 
-def check_same_text(work: Path, lessons: Lessons) -> None:
+def check_same_text(work: Path, text: HealingText) -> None:
     """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
     file = work / TEXT
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != lessons.fingerprint:
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
         raise ConfigError(
             f"{work} was begun on another text",
             found="the tokens read from text.source are others now",
@@ -271,51 +281,37 @@ def train(
     folder: Path,
     plan: PlanFile,
     pair: Pair,
-    lessons: Lessons,
+    text: HealingText,
     end: int | None,
     device: torch.device,
 ) -> list[int]:
-    """All stages, each kept in `folder` when it ends; the layers whose output projection was fitted.
+    """Run all stages, each kept in `folder` when it ends; return the layers whose output projection was fitted.
 
     `end`: the token that ends a document.
     """
-    settings, teacher, student = recipe.heal, pair.teacher, pair.student
-    whole = LogitDistiller(
-        student,
-        teacher,
-        plan.layers,
-        end,
+    settings, student = recipe.heal, pair.student
+    models = student, pair.teacher, plan.layers, end
+    logits = LogitDistiller(
+        *models,
         temperature=settings.temperature,
         ce_weight=settings.ce_weight,
         checkpointing=settings.activation_checkpointing,
     )
-    local = AttentionDistiller(student, teacher, plan.layers, end, batches_kept(settings, lessons.validation.shape[1]))
-    distillers = {"attention": local, "lora": whole}
-    rates = {"attention": settings.attention_lr, "lora": settings.lr}
-    validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
+    local = AttentionDistiller(*models, batches_kept(settings, text.validation.shape[1]))
+    distillers = {"attention": local, "lora": logits}
+    validation = Validation(logits, text.validation.to(device), settings.batch_sequences)
     if settings.shard:
-        shards = shard(teacher, student, device)
+        shards = shard(pair.teacher, student, device)
         shards.gather_for(validation, "compute_targets", "measure")
         for distiller in distillers.values():
             shards.gather_for(distiller, "forward")
     fitted = []
-    if lessons.fit_tokens:
+    if text.fit_tokens:
         with clean_end(folder, settings):
-            fitted = fit_stage(local, lessons.ids["attention"], lessons.fit_tokens, folder, validation)
-    for stage in lessons.stages:
+            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation)
+    for stage in text.stages:
         train_only(student, pair.adapted[stage])
-        train_stage(
-            stage,
-            distillers[stage],
-            lessons.ids[stage],
-            lessons.tokens[stage],
-            rates[stage],
-            settings,
-            folder,
-            repeats=settings.attention_repeats if stage == "attention" else 1,
-            ce_weight=settings.ce_weight if stage == "lora" else 0.0,
-            validate=validation,
-        )
+        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation)
         local.cache.clear()
     return fitted
 
