@@ -31,7 +31,7 @@ KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; rank
 
 
 def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
-    """Position of each token in its own document, `[B, T]`: after the end-of-text token `end` they begin at 0 again.
+    """Return each token's position in its document, `[B, T]`: after the end-of-text token `end` they restart at 0.
 
     Transformers reads packed documents off such positions and masks attention between them.
     """
@@ -44,7 +44,7 @@ def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 def next_tokens(ids: torch.Tensor, end: int | None) -> torch.Tensor:
-    """The label of each token, `[B, T]`: the next one of its document, NO_LABEL at the end."""
+    """Return each token's label, `[B, T]`: the next token of its document, NO_LABEL at the end."""
     labels = torch.full_like(ids, NO_LABEL)
     labels[:, :-1] = ids[:, 1:]
     return labels if end is None else labels.masked_fill(ids == end, NO_LABEL)
@@ -282,7 +282,7 @@ def _recorded(modules: Mapping[int, nn.Module], keep: Callable[..., Kept]) -> It
 
 
 def _matrix_products() -> Any:
-    """What selective checkpointing keeps: attention of full layers and the products that take time, not LoRA's thin
+    """Return what selective checkpointing keeps: attention of full layers and the large products, not LoRA's thin
     ones; what is cheap to compute again (norms, activations, windows) is most of the memory.
     """
     return create_selective_checkpoint_contexts(_worth_keeping)

@@ -24,7 +24,7 @@ from layerboost.runtime import world_size
 
 
 class Shards(nn.Module):
-    """Holds modules whose parameters are gathered together while one of their methods runs, a shared one once.
+    """Hold modules whose parameters are gathered together while one of their methods runs, a shared one once.
 
     FSDP2 gathers before the forward pass of the module that owns the parameters and frees them after it. A layer of the
     base and the student's own are two modules on the same tensors, so their owner is a third one: this.
@@ -36,11 +36,11 @@ class Shards(nn.Module):
         self.gathered = False
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`run(...)`, between FSDP2's hooks."""
+        """Return `run(...)`, called between FSDP2's hooks."""
         return run(*args, **kwargs)
 
     def gather_for(self, owner: object, *methods: str, layer: bool = False) -> None:
-        """Have these methods of `owner` run with the parameters whole; inside one another they gather once.
+        """Make these methods of `owner` gather the parameters while they run; nested calls gather once.
 
         `layer`: the methods take hidden states first, as decoder layers do.
         """
@@ -64,7 +64,7 @@ class Shards(nn.Module):
 
 
 def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> Shards:
-    """Spread both models, whole on the CPU of every process, over the processes in place; the shards are on `device`.
+    """Shard both models in place, from full ones on the CPU of every process; the shards are on `device`.
 
     A layer of the base and the student's own are one group, which gathers when either runs. The returned one holds the
     rest (embeddings, final norm, head) and must gather for every method that runs layers.
@@ -123,7 +123,7 @@ class FullStateAdamW(torch.optim.AdamW):
 
 
 def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules with parameters or buffers of their own that are not in a decoder layer."""
+    """Return the modules with parameters or buffers of their own that are not in a decoder layer."""
     inside = set(decoder_layers(model).modules())
     return [
         module
@@ -133,7 +133,7 @@ def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer, its hidden states with a gradient.
+    """Return the arguments of a layer, its hidden states with a gradient.
 
     FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay whole to
     the end of the pass.
