@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from layerboost.artifacts import CONVERTED, PLAN, LayerPlan, PlanFile, read_plan, write_plan
 from layerboost.healing.distillers import LogitDistiller
-from layerboost.healing.losses import distillation_loss_reference
 from layerboost.healing.metrics import read_metrics
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.healing.training import train_stage
@@ -156,11 +156,8 @@ def train_cheaply(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settin
     distiller = LogitDistiller(student, teacher, plan.layers, checkpointing=settings.activation_checkpointing)
     distiller.register_forward_pre_hook(wait_for_turn)
     no_validation = {"validation_kl": 0.0}
-    train_stage(
-        "lora", distiller, ids, ids.numel(), settings.lr, settings, folder, seed=0, validate=lambda: no_validation
-    )
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return [row["loss"] for row in rows]
+    train_stage("lora", distiller, ids, ids.numel(), settings, folder, lambda: no_validation)
+    return [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
 
 
 def load_plainly(source: Source) -> PreTrainedModel:
@@ -180,9 +177,10 @@ class PlainDistiller(torch.nn.Module):
         with torch.no_grad():
             target = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         hidden = self.student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        weights = torch.full(input_ids.shape, 1 / input_ids.numel())
-        heads = [lambda rows: head_logits(self.student, rows), lambda rows: head_logits(teacher, rows)]
-        return {"loss": distillation_loss_reference(hidden, target, *heads, weights)}
+        student, base = (
+            head_logits(model, rows).log_softmax(-1) for model, rows in ((self.student, hidden), (teacher, target))
+        )
+        return {"loss": kl_div(student, base, log_target=True, reduction="sum") / input_ids.numel()}
 
 
 def train_plainly(teacher: PreTrainedModel, run: Path, ids: torch.Tensor, settings: Heal, folder: Path) -> list[float]:

@@ -356,7 +356,7 @@ def read_page(file: Path) -> dict[str, Any]:
 def curve_of(run: Path) -> list[list[float]]:
     """Validation KL against tokens of stage 2, as far as a run has come."""
     steps = read_metrics(run / HEAL / "metrics.jsonl")
-    return [[e["tokens"], e["validation_kl"]] for e in steps if e["stage"] == "lora" and "validation_kl" in e]
+    return [[e.tokens, e.validation_kl] for e in steps if e.stage == "lora" and e.validation_kl is not None]
 
 
 def write_page(

@@ -15,6 +15,7 @@ from tiny import boosted, fitted
 
 from layerboost.artifacts import PlanFile, RunFile, Sensitivity
 from layerboost.cli import cli
+from layerboost.healing.metrics import MetricLine
 from layerboost.model.checkpoint import modeling_source
 from layerboost.recipe import Recipe
 from layerboost.schemas.evaluation import EvalComparison
@@ -39,7 +40,7 @@ def test_the_modeling_file_that_travels_in_a_checkpoint(golden: Hold) -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [Recipe, PlanFile, Sensitivity, Frontier, Stability, EvalComparison, Comparison, RunFile]
+    "schema", [Recipe, PlanFile, Sensitivity, Frontier, Stability, EvalComparison, Comparison, RunFile, MetricLine]
 )
 def test_the_schemas_of_files(golden: Hold, schema: type[BaseModel]) -> None:
     golden(f"schema-{schema.__name__}.json", json.dumps(schema.model_json_schema(), indent=1, sort_keys=True) + "\n")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
 
@@ -159,9 +160,6 @@ class Heal(Section):
     retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
     temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
     ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
-    hidden_weight: float = Field(
-        0.0, ge=0, description="weight of the layers' normalised MSE to the base beside the KL"
-    )
     batch_sequences: int = Field(2, ge=1, description="sequences a batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
     shard: bool = Field(False, description="shard weights, gradients and optimizer over torchrun's processes (FSDP2)")
@@ -173,6 +171,16 @@ class Heal(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers, in addition to heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_hidden_weight(cls, values: Any) -> Any:
+        """Read recipes of release 0.1, which name `hidden_weight`; raise ConfigError where it is not 0."""
+        if not isinstance(values, dict) or "hidden_weight" not in values:
+            return values
+        if weight := values["hidden_weight"]:
+            raise ConfigError("heal.hidden_weight was removed: it gained nothing", found=str(weight), do="leave it out")
+        return {name: value for name, value in values.items() if name != "hidden_weight"}
 
 
 class Evaluate(Section):

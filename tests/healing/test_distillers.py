@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_losses import distillation_loss_reference
 from tiny import Products, boosted, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
 from layerboost.healing.distillers import (
     AttentionDistiller,
     LogitDistiller,
-    LogitLoss,
     next_tokens,
     positions_of,
 )
-from layerboost.healing.losses import distillation_loss_reference
 from layerboost.model import linear
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
@@ -43,7 +42,7 @@ def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) ->
     heads = [lambda rows, model=model: head_logits(model, rows) for model in models]
     torch.testing.assert_close(heads[0](hidden), cheap.student(IDS).logits)
     plain = distillation_loss_reference(hidden, target, heads[0], heads[1], weights)
-    found = cheap(IDS, weights)["loss"]
+    found = cheap(IDS, weights)
     torch.testing.assert_close(found, plain)
     trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(plain, trained)
@@ -56,7 +55,7 @@ def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
     for model in (cheap.student, cheap.teacher):
         for index, layer in enumerate(model.model.layers):
             layer.register_forward_hook(lambda *_, at=(model is cheap.student, index): calls.append(at))
-    cheap(IDS)["loss"].backward()
+    cheap(IDS).backward()
     assert calls == [(False, 0), (False, 1), (False, 2), (False, 3), (False, 4), (True, 2), (True, 3), (True, 4)]
     assert all(parameter.grad is None for parameter in cheap.teacher.parameters())
     assert all(parameter.grad is None for parameter in cheap.student.model.layers[:2].parameters())
@@ -71,7 +70,7 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatc
         cheap = made("fSns", checkpointing=checkpointing)
         linear.use_onednn(cheap)
         with Products(kind) as counted:
-            cheap(IDS)["loss"].backward()
+            cheap(IDS).backward()
         products.append(len(counted.rows))
         gradients.append({name: p.grad for name, p in cheap.named_parameters() if p.requires_grad})
     for name, value in gradients[0].items():
@@ -82,22 +81,21 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_further_terms_of_the_loss() -> None:
-    plain = made("fSns")(IDS)["loss"]
+    plain = made("fSns")(IDS)
     logits = made("fSns").student(IDS).logits
     entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
-    with_entropy = made("fSns", loss=LogitLoss(ce_weight=0.5))(IDS)["loss"]
+    with_entropy = made("fSns", ce_weight=0.5)(IDS)
     torch.testing.assert_close(with_entropy, plain + 0.5 * entropy / IDS.numel(), rtol=1e-4, atol=1e-4)
-    assert made("fSns", loss=LogitLoss(hidden_weight=0.5))(IDS)["loss"] > plain + 1e-3
 
 
 @pytest.mark.parametrize("kind", ["S", "s", "n", "f"])
 def test_documents_of_a_packed_sequence_do_not_see_each_other(kind: str) -> None:
     packed = torch.cat([IDS[:1, :17], torch.tensor([[END]]), IDS[1:, :22]], 1)
     alone = made(f"fS{kind}")
-    whole = alone.teach(packed)
-    parts = [alone.teach(packed[:, :18]), alone.teach(packed[:, 18:])]
+    whole = alone.compute_targets(packed)
+    parts = [alone.compute_targets(packed[:, :18]), alone.compute_targets(packed[:, 18:])]
     torch.testing.assert_close(whole.output, torch.cat([part.output for part in parts], 1), rtol=1e-4, atol=1e-4)
-    ends = [list(alone.layer_outputs(lesson))[-1][1] for lesson in (whole, *parts)]
+    ends = [alone.student_output(targets) for targets in (whole, *parts)]
     torch.testing.assert_close(ends[0], torch.cat(ends[1:], 1), rtol=1e-4, atol=1e-4)
 
 

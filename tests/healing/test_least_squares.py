@@ -38,7 +38,7 @@ def test_the_solution_is_the_one_that_ridge_regression_has() -> None:
     hessian = 2 * (inputs[0].T @ inputs[0] + penalty * torch.eye(6))
     torch.testing.assert_close(sums.solve(0.3).float(), -torch.linalg.solve(hessian, slope.float().T).T)
     left = (error - inputs @ sums.solve(0.3).T.float()).square().sum() / error.square().sum()
-    assert sums.left(sums.solve(0.3)) == pytest.approx(float(left), rel=1e-5)
+    assert sums.remaining(sums.solve(0.3)) == pytest.approx(float(left), rel=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -2,9 +2,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from layerboost.healing import losses
-from layerboost.healing.losses import NO_LABEL, distillation_loss, distillation_loss_reference, normalized_mse
+from layerboost.healing.losses import NO_LABEL, Head, distillation_loss, normalized_mse
+
+
+def distillation_loss_reference(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    weights: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
+    ce_weight: float = 0.0,
+) -> torch.Tensor:
+    """The same with the logits of all tokens, `[B, T, V]`, in memory at once."""
+    logits = student_head(student_hidden).float()
+    student = (logits / temperature).log_softmax(-1)
+    teacher = (teacher_head(teacher_hidden).float() / temperature).log_softmax(-1)
+    loss = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
+    if labels is not None and ce_weight:
+        entropy = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none")
+        loss = loss + ce_weight * entropy
+    return (loss * weights).sum()
 
 
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.5)])

@@ -7,7 +7,7 @@ import torch
 from processes import finish, ranks, run_script
 from torch import nn
 
-from layerboost.healing.sharding import WholeAdamW, is_sharded, like, whole
+from layerboost.healing.sharding import FullStateAdamW, distribute_like, is_sharded, to_full_tensor
 
 
 @pytest.mark.multiprocess
@@ -19,10 +19,10 @@ def test_two_processes_have_the_gradients_of_one_with_half_the_weights_each(tmp_
 def test_what_is_not_sharded_stays_as_it_is() -> None:
     layer = nn.Linear(3, 2)
     assert not is_sharded(layer)
-    assert whole(layer.weight) is layer.weight
-    assert like(layer.bias, layer.weight) is layer.bias
+    assert to_full_tensor(layer.weight) is layer.weight
+    assert distribute_like(layer.bias, layer.weight) is layer.bias
     layer(torch.ones(1, 3)).sum().backward()
-    optimizer, plain = (kind(layer.parameters(), lr=0.1) for kind in (WholeAdamW, torch.optim.AdamW))
+    optimizer, plain = (kind(layer.parameters(), lr=0.1) for kind in (FullStateAdamW, torch.optim.AdamW))
     plain.step()
     optimizer.load_state_dict(plain.state_dict())
     ours, theirs = (made.state_dict()["state"][0] for made in (optimizer, plain))

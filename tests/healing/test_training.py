@@ -14,27 +14,24 @@ import torch
 from processes import Forked
 from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
-from transformers import TrainingArguments
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
-from layerboost.healing.metrics import read_metrics
+from layerboost.healing.metrics import MetricLine, read_metrics
 from layerboost.healing.training import (
+    Data,
     Validate,
-    _arguments,
     batch_of_process,
     batches_kept,
     check_report_to,
-    newest_checkpoint,
-    repeated,
+    checkpoints_in,
     stretch_steps,
     train_stage,
-    weighted_rows,
 )
 from layerboost.recipe import Heal
 
 IDS = torch.randint(3, 200, (8, 24), generator=torch.Generator().manual_seed(1)).repeat(8, 1)
-SETTINGS = Heal(batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
+SETTINGS = Heal(lr=1e-2, attention_lr=1e-2, batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
 TOKENS = IDS.numel()
 
 
@@ -51,7 +48,7 @@ def validation(made: Distiller) -> Validate:
 
     def validate() -> dict[str, float]:
         with torch.no_grad():
-            return {"validation_kl": made(held)["loss"].item()}
+            return {"validation_kl": made(held).item()}
 
     return validate
 
@@ -62,19 +59,8 @@ def unchanged() -> dict[str, float]:
 
 
 def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
-    train_stage(name, made, IDS, tokens, lr, SETTINGS, folder, seed=0, validate=validation(made))
-
-
-def test_one_process_heals_on_one_device_wherever_there_are_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def four_gpus(arguments: TrainingArguments) -> torch.device:
-        arguments._n_gpu = 4
-        return torch.device("cpu")
-
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(four_gpus))
-    found = _arguments(tmp_path, distiller(), 1e-3, SETTINGS, 10, 4, 1, 0)
-    assert (found.n_gpu, found.train_batch_size) == (1, 4)
+    settings = SETTINGS.model_copy(update={"lr": lr, "attention_lr": lr})
+    train_stage(name, made, IDS, tokens, settings, folder, validation(made))
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:
@@ -82,14 +68,14 @@ def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: P
     before = copy.deepcopy(made.student.state_dict())
     train(tmp_path, made, lr=3e-3)
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [line.loss for line in rows if line.loss is not None]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert [row["step"] for row in rows if "validation_kl" in row] == [0, 4, 8, 12, 16]
-    assert rows[-1]["tokens"] == 16 * 4 * 24
+    assert [line.step for line in rows if line.validation_kl is not None] == [0, 4, 8, 12, 16]
+    assert rows[-1].tokens == 16 * 4 * 24
     changed = [name for name, value in made.student.state_dict().items() if not torch.equal(value, before[name])]
     assert changed
     assert all("mlp" in name or name.endswith("sinks") for name in changed)
-    assert load_file(tmp_path / "lora.safetensors").keys() == made.state_dict().keys()
+    assert load_file(tmp_path / "lora.safetensors").keys() == made.trained_state().keys()
 
 
 def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
@@ -109,30 +95,38 @@ def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
     settings = SETTINGS.model_copy(
-        update={"batch_sequences": batch, "gradient_accumulation": accumulation, "attention_repeats": 3}
+        update={
+            "batch_sequences": batch,
+            "gradient_accumulation": accumulation,
+            "attention_repeats": 3,
+            "attention_lr": 1e-3,
+        }
     )
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
-    for keeps in (0, batches_kept(settings, 24)):
+    for size in (0, batches_kept(settings, 24)):
         student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
         teacher.model.register_forward_hook(lambda *_: runs.append(1))
-        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), keeps=keeps)
-        folder = tmp_path / str(keeps)
+        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), cache_size=size)
+        folder = tmp_path / str(size)
         folder.mkdir()
-        train_stage("attention", made, IDS, tokens, 1e-3, settings, folder, repeats=3, seed=0, validate=unchanged)
+        train_stage("attention", made, IDS, tokens, settings, folder, unchanged)
         rows = read_metrics(folder / "metrics.jsonl")
-        assert rows[-1]["tokens"] == tokens
-        assert max(row["step"] for row in rows) == 30
-        ends.append([row["loss"] for row in rows if "loss" in row])
+        assert rows[-1].tokens == tokens
+        assert max(line.step for line in rows) == 30
+        ends.append([line.loss for line in rows if line.loss is not None])
     assert ends[0] == ends[1]
     assert len(runs) == (3 + 1) * 10 * accumulation
 
 
 def test_repeats_come_a_stretch_at_a_time() -> None:
-    rows = [{"input_ids": torch.tensor([row])} for row in range(5)]
-    numbers = [row["number"].item() for row in repeated(rows, 2, 2)]
-    assert numbers == [row["input_ids"].item() for row in repeated(rows, 2, 2)] == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]
+    settings, ids = Heal(batch_sequences=1), torch.arange(5 * 1024).view(5, 1024)
+    data = Data(ids, ids.numel(), settings, repeats=2)
+    assert data.order.tolist() == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]
+    numbers = [batch["number"].item() for step in range(1, 11) for batch in data.batches(step, ids.device)]
+    assert numbers == data.order.tolist()
+    assert [data.seen(step) for step in (0, 4, 10)] == [0, 2048, 5 * 1024]
     assert stretch_steps(Heal(batch_sequences=1), 256) == 8
     assert stretch_steps(Heal(batch_sequences=1, gradient_accumulation=8), 2048) == 1
     assert batches_kept(Heal(gradient_accumulation=8, attention_repeats=2), 2048) == 8
@@ -141,13 +135,28 @@ def test_repeats_come_a_stretch_at_a_time() -> None:
 
 def test_the_exact_count_of_tokens_is_trained_on() -> None:
     ids = torch.arange(5 * 10).view(5, 10)
-    rows = weighted_rows(ids, 43, per_step=4, batches=2)
-    assert len(rows) == 8
-    weights = torch.stack([row["weights"] for row in rows])
+    data = Data(ids, 43, Heal(batch_sequences=2, gradient_accumulation=2))
+    assert data.steps == 2
+    steps = [data.batches(step, ids.device) for step in (1, 2)]
+    assert [len(batches) for batches in steps] == [2, 2]
+    weights = torch.cat([batch["weights"] for batches in steps for batch in batches])
     assert torch.equal(weights[:4], torch.full((4, 10), 2 / 40))
     assert torch.equal(weights[4, :3], torch.full((3,), 2 / 3))
     assert weights[4, 3:].sum() == weights[5:].sum() == 0
-    assert torch.equal(torch.stack([row["input_ids"] for row in rows])[:5], ids)
+    assert torch.equal(torch.cat([batch["input_ids"] for batches in steps for batch in batches])[:5], ids)
+
+
+def test_processes_share_a_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch of a step goes to one of them, whichever of the two is cut."""
+    ids = torch.arange(16).view(16, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for batch, accumulation in ((2, 2), (4, 1)):
+        seen = []
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            data = Data(ids, 16, Heal(batch_sequences=batch, gradient_accumulation=accumulation))
+            seen += [own["input_ids"].flatten().tolist() for own in data.batches(2, ids.device)]
+        assert seen == [[4, 5], [6, 7]]
 
 
 def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
@@ -157,9 +166,9 @@ def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
         ids[5, 3:] = tail
         made = distiller()
         (tmp_path / name).mkdir()
-        train_stage("lora", made, ids, 5 * 24 + 3, 1e-2, SETTINGS, tmp_path / name, seed=0, validate=validation(made))
-        ends.append(made.state_dict())
-        assert read_metrics(tmp_path / name / "metrics.jsonl")[-1]["tokens"] == 123
+        train_stage("lora", made, ids, 5 * 24 + 3, SETTINGS, tmp_path / name, validation(made))
+        ends.append(made.trained_state())
+        assert read_metrics(tmp_path / name / "metrics.jsonl")[-1].tokens == 123
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
 
 
@@ -167,14 +176,16 @@ def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
     ends = []
     for batch, accumulation in ((4, 1), (1, 4)):
         made = distiller()
-        settings = SETTINGS.model_copy(update={"batch_sequences": batch, "gradient_accumulation": accumulation})
+        cut = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
+        settings = SETTINGS.model_copy(update=cut)
         folder = tmp_path / str(batch)
         folder.mkdir()
-        train_stage("lora", made, IDS[:10], 230, 1e-3, settings, folder, seed=0, validate=validation(made))
-        ends.append(([row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row], made))
+        train_stage("lora", made, IDS[:10], 230, settings, folder, validation(made))
+        losses = [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
+        ends.append((losses, made))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
-    for name, value in ends[0][1].state_dict().items():
-        torch.testing.assert_close(ends[1][1].state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    for name, value in ends[0][1].trained_state().items():
+        torch.testing.assert_close(ends[1][1].trained_state()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_step_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +200,12 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
     made, seen = distiller(), []
 
     def validate() -> dict[str, float]:
-        seen.append({name: value.clone() for name, value in made.state_dict().items()})
+        seen.append({name: value.clone() for name, value in made.trained_state().items()})
         return {"validation_kl": [5.0, 3.0, 4.0, float("nan"), 3.5][len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=validate)
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, validate)
     assert len(seen) == 5
-    assert all(torch.equal(value, seen[1][name]) for name, value in made.state_dict().items())
+    assert all(torch.equal(value, seen[1][name]) for name, value in made.trained_state().items())
     kept = load_file(tmp_path / "lora.safetensors")
     assert all(torch.equal(value, seen[1][name]) for name, value in kept.items())
 
@@ -203,25 +214,23 @@ def test_where_the_loss_holds_cross_entropy_the_best_step_is_judged_by_both(tmp_
     made, seen = distiller(), []
 
     def validate() -> dict[str, float]:
-        seen.append({name: value.clone() for name, value in made.state_dict().items()})
+        seen.append({name: value.clone() for name, value in made.trained_state().items()})
         kls, nlls = [5.0, 3.0, 3.1, 3.1, 3.3], [9.0, 9.0, 7.0, 8.0, 6.0]
         return {"validation_kl": kls[len(seen) - 1], "validation_nll": nlls[len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, ce_weight=0.1, seed=0, validate=validate)
-    assert all(torch.equal(value, seen[2][name]) for name, value in made.state_dict().items())
+    train_stage("lora", made, IDS, TOKENS, SETTINGS.model_copy(update={"ce_weight": 0.1}), tmp_path, validate)
+    assert all(torch.equal(value, seen[2][name]) for name, value in made.trained_state().items())
 
 
 def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = distiller()
-    start = {name: value.clone() for name, value in made.state_dict().items()}
+    start = {name: value.clone() for name, value in made.trained_state().items()}
     values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
-    train_stage(
-        "lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": next(values)}
-    )
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     assert "no step of the lora stage is better on the validation slice than its start" in caplog.text
-    assert all(torch.equal(value, start[name]) for name, value in made.state_dict().items())
+    assert all(torch.equal(value, start[name]) for name, value in made.trained_state().items())
 
 
 def heal_in(folder: Path) -> None:
@@ -230,7 +239,7 @@ def heal_in(folder: Path) -> None:
 
 def reached(folder: Path, step: int) -> Callable[[], bool]:
     """Whether the run in a folder has noted a step."""
-    return lambda: any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl"))
+    return lambda: any(line.step >= step for line in read_metrics(folder / "metrics.jsonl"))
 
 
 @pytest.mark.multiprocess
@@ -248,7 +257,7 @@ def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, .
     expected, found = load_file(whole / "lora.safetensors"), load_file(killed / "lora.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
-    timeless = [[{key: value for key, value in row.items() if key != "seconds"} for row in run] for run in rows]
+    timeless = [[line.model_dump(exclude={"seconds"}) for line in run] for run in rows]
     assert timeless[0] == timeless[1]
 
 
@@ -259,22 +268,21 @@ def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
     process.send(signal.SIGTERM)
     assert process.wait() != 0
     assert "KeyboardInterrupt" in process.errors.read_text()
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
-    found = newest_checkpoint(tmp_path / "checkpoints" / "lora")
-    assert found is not None
-    assert found.name == f"checkpoint-{last}"
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1].step
+    assert checkpoints_in(tmp_path / "checkpoints" / "lora")[-1].name == f"step-{last:08}.pt"
     assert last < 16
 
 
-def test_half_written_checkpoints_are_dropped(tmp_path: Path) -> None:
-    for step, complete in ((3, True), (6, True), (9, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "checkpoint-6"
-    assert not (tmp_path / "checkpoint-9").exists()
+def test_two_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path: Path) -> None:
+    folder, made = tmp_path / "checkpoints" / "lora", distiller()
+    train(tmp_path, made)
+    assert [file.name for file in checkpoints_in(folder)] == ["step-00000015.pt", "step-00000016.pt"]
+    expected = load_file(tmp_path / "lora.safetensors")
+    (tmp_path / "lora.safetensors").unlink()
+    (folder / "step-00000016.pt").unlink()
+    (folder / "step-00000016.tmp").write_bytes(b"PK")
+    train(tmp_path, distiller())
+    assert all(torch.equal(load_file(tmp_path / "lora.safetensors")[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("stage", ["attention", "lora"])
@@ -295,17 +303,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_pa
     made.register_forward_pre_hook(lambda *_: break_it() if torch.is_grad_enabled() else None)
     with pytest.raises(LayerboostError, match=f"loss is nan at step 5 of the {stage} stage, first in layer 2"):
         train(tmp_path, made, stage)
-    found = newest_checkpoint(tmp_path / "checkpoints" / stage)
-    assert found is not None
-    assert found.name == "checkpoint-3"
-    assert all(value.isfinite().all() for value in load_file(found / "model.safetensors").values())
+    (found,) = checkpoints_in(tmp_path / "checkpoints" / stage)
+    assert found.name == "step-00000003.pt"
+    assert all(value.isfinite().all() for value in torch.load(found)["trained"].values())
 
 
 def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     made, values = distiller(), iter([5.0, math.inf, 4.0, math.nan, 3.5])
-    train_stage(
-        "lora", made, IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": next(values)}
-    )
+    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["validation_kl"] for row in rows if "validation_kl" in row] == [5.0, None, 4.0, None, 3.5]
@@ -314,7 +319,7 @@ def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> N
 def test_no_rate_is_blamed_for_a_start_that_is_not_finite(tmp_path: Path) -> None:
     found = {"validation_kl": math.nan}
     with pytest.raises(LayerboostError, match="validation loss is nan at step 0 of the lora stage") as caught:
-        train_stage("lora", distiller(), IDS, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: found)
+        train_stage("lora", distiller(), IDS, TOKENS, SETTINGS, tmp_path, lambda: found)
     assert "rate" not in str(caught.value)
     assert not (tmp_path / "lora.safetensors").exists()
 
@@ -332,7 +337,7 @@ def test_a_base_that_is_not_finite_on_a_text_is_named(tmp_path: Path, stage: str
     with torch.no_grad():
         made.teacher.get_input_embeddings().weight[199] = math.nan
     with pytest.raises(LayerboostError, match=rf"loss is nan at step 6 of the {stage} stage") as caught:
-        train_stage(stage, made, ids, TOKENS, 1e-2, SETTINGS, tmp_path, seed=0, validate=lambda: {"validation_kl": 1.0})
+        train_stage(stage, made, ids, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": 1.0})
     assert "the base is not finite on this text either: first in the embedding (token 6, id 199)" in str(caught.value)
     assert "rate" not in str(caught.value)
 
@@ -354,7 +359,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(LayerboostError, match="cannot write") as caught:
         train(tmp_path, distiller())
     assert "No space left" in str(caught.value)
-    assert newest_checkpoint(tmp_path / "checkpoints" / "lora") is None
+    assert checkpoints_in(tmp_path / "checkpoints" / "lora") == []
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,5 +370,6 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text(json.dumps({"step": 1}) + '\n{"step": ')
-    assert read_metrics(file) == [{"step": 1}]
+    line = {"stage": "lora", "step": 1, "tokens": 96, "loss": 0.5, "lr": 0.0, "seconds": 1.5}
+    file.write_text(json.dumps(line) + '\n{"step": ')
+    assert read_metrics(file) == [MetricLine.model_validate(line)]

@@ -56,9 +56,9 @@ def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path)
     run = copy_of(converted, tmp_path / "run")
     healed = run_stage("heal", recipe_of(converted), run)
     rows = read_metrics(run / "heal" / "metrics.jsonl")
-    tokens = {row["stage"]: row["tokens"] for row in rows}
+    tokens = {line.stage: line.tokens for line in rows}
     assert tokens == {"fit": 4800, "attention": 300, "lora": 500}
-    validated = [row["validation_kl"] for row in rows if row["stage"] == "lora" and "validation_kl" in row]
+    validated = [line.validation_kl for line in rows if line.stage == "lora" and line.validation_kl is not None]
     assert min(validated) < validated[0]
     model = AutoModelForCausalLM.from_pretrained(healed)
     assert "LoRA distillation" in (healed / "README.md").read_text()
@@ -81,7 +81,7 @@ def test_a_fit_alone_heals(converted: Path, tmp_path: Path) -> None:
     run = copy_of(converted, tmp_path / "run")
     healed = run_stage("heal", recipe_of(converted, attention_tokens=0, tokens=0), run)
     fitted, states = (load_file(file) for file in (run / "heal" / "fit.safetensors", healed / "model.safetensors"))
-    before, after = (row["validation_kl"] for row in read_metrics(run / "heal" / "metrics.jsonl"))
+    before, after = (line.validation_kl or 0.0 for line in read_metrics(run / "heal" / "metrics.jsonl"))
     assert after < before
     assert fitted
     for layer, weight in fitted.items():
@@ -102,16 +102,51 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
         run_stage("heal", recipe_of(converted, attention_tokens=0, lr=1e-4, lora_rank=4), run)
     assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
     with pytest.raises(
-        ConfigError, match=r"heal\.attention_repeats: 1 there, 2 here; heal\.fit_tokens: 4800 there, 0 here"
+        ConfigError, match=r"heal\.fit_tokens: 4800 there, 0 here; heal\.attention_repeats: 1 there, 2 here"
     ):
         run_stage("heal", recipe_of(converted, attention_tokens=0, fit_tokens=0, attention_repeats=2), run)
     half = recipe_of(converted, attention_tokens=0).model_copy(update={"dtype": "bfloat16"})
-    with pytest.raises(ConfigError, match="dtype differs"):
+    with pytest.raises(ConfigError, match="dtype: float32 there, bfloat16 here"):
         run_stage("heal", half, run)
     with pytest.raises(ConfigError, match="unfinished healing"):
         run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
     smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}
     assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
+
+
+@pytest.mark.pipeline
+def test_what_release_0_1_healed_stands_and_what_it_left_half_done_is_refused(converted: Path, tmp_path: Path) -> None:
+    run, recipe = copy_of(converted, tmp_path / "run"), recipe_of(converted, fit_tokens=0, attention_tokens=0)
+    healed = run_stage("heal", recipe, run)
+    before = (healed / "model.safetensors").stat().st_mtime_ns
+    for file in (healed / "heal.json", run / "heal" / "heal.json"):
+        identity = json.loads(file.read_text())
+        del identity["heal"]["fit_tokens"], identity["heal"]["attention_repeats"]
+        identity["heal"]["hidden_weight"] = 0.0
+        file.write_text(json.dumps(identity))
+    run_stage("heal", recipe, run)
+    assert (healed / "model.safetensors").stat().st_mtime_ns == before
+    shutil.rmtree(healed)
+    checkpoint = run / "heal" / "checkpoints" / "lora" / "checkpoint-2"
+    checkpoint.mkdir()
+    assert run_stage("heal", recipe, run) == healed  # the stage had ended
+    shutil.rmtree(healed)
+    (run / "heal" / "lora.safetensors").unlink()
+    with pytest.raises(
+        ConfigError, match=r"layerboost 0\.1 began.*\n.*\ndo: finish it with layerboost 0\.1, or delete"
+    ):
+        run_stage("heal", recipe, run)
+    checkpoint.rmdir()
+    identity["heal"]["hidden_weight"] = 0.3
+    file.write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match=r"heal\.hidden_weight: 0\.3 there, None here"):
+        run_stage("heal", recipe, run)
+
+
+def test_recipes_of_release_0_1_name_hidden_weight() -> None:
+    assert parse_recipe({"heal": {"hidden_weight": 0.0, "lr": 0.5}}, "the test").heal.lr == 0.5
+    with pytest.raises(ConfigError, match=r"heal\.hidden_weight was removed"):
+        parse_recipe({"heal": {"hidden_weight": 0.3}}, "the test")
 
 
 @pytest.mark.pipeline
@@ -173,9 +208,9 @@ def two_processes(run: Path, *settings: str) -> list[Forked]:
 
 def check_same_healing(run: Path, other: Path) -> None:
     rows = [read_metrics(folder / "heal" / "metrics.jsonl") for folder in (run, other)]
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    assert [line.step for line in rows[0]] == [line.step for line in rows[1]]
     for key in ("loss", "validation_kl"):
-        values = [[row[key] for row in found if key in row] for found in rows]
+        values = [[value for line in found if (value := getattr(line, key)) is not None] for found in rows]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
     ours, theirs = (load_file(folder / HEALED / "model.safetensors") for folder in (run, other))
     assert ours.keys() == theirs.keys()
@@ -208,8 +243,8 @@ def test_a_killed_sharded_run_goes_on_sharded_or_whole(converted: Path, tmp_path
         group = two_processes(killed, "heal.shard=true")
         group[0].wait_until(
             lambda: any(
-                (row["stage"], row["step"]) >= (stage, step)  # noqa: B023
-                for row in read_metrics(killed / "heal" / "metrics.jsonl")
+                (line.stage, line.step) >= (stage, step)  # noqa: B023
+                for line in read_metrics(killed / "heal" / "metrics.jsonl")
             )
         )
         for process in group:

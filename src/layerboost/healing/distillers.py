@@ -1,14 +1,14 @@
-"""Teacher and student in one module whose forward returns the loss, one class for each healing stage."""
+"""Base and student in one module whose forward returns the loss, one class for each healing stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,18 +19,19 @@ from transformers import PreTrainedModel
 
 from layerboost.artifacts import LayerPlan
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
-from layerboost.healing.sharding import like, whole
+from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import explain_not_finite, head_logits
 from layerboost.model.surgery import attention_of
 
 Checkpointing = Literal["none", "selective", "full"]
+Kept = TypeVar("Kept")
 KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
 
 
 def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
-    """Position of each token in its own document, `[B, T]`: after the end-of-text token `end` they begin at 0 again.
+    """Return each token's position in its document, `[B, T]`: after the end-of-text token `end` they restart at 0.
 
     Transformers reads packed documents off such positions and masks attention between them.
     """
@@ -43,26 +44,23 @@ def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 def next_tokens(ids: torch.Tensor, end: int | None) -> torch.Tensor:
-    """The label of each token, `[B, T]`: the next one of its document, NO_LABEL at the end."""
+    """Return each token's label, `[B, T]`: the next token of its document, NO_LABEL at the end."""
     labels = torch.full_like(ids, NO_LABEL)
     labels[:, :-1] = ids[:, 1:]
     return labels if end is None else labels.masked_fill(ids == end, NO_LABEL)
 
 
 class Distiller(nn.Module):
-    """A student that learns from a frozen teacher; `end` is the token that ends a document.
-
-    Its state is what is trained and nothing else, so a checkpoint holds the adapters and the sinks.
-    """
+    """A student that learns from a frozen base, the teacher; `end` is the token that ends a document."""
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, layers: list[LayerPlan], end: int | None = None
     ) -> None:
         super().__init__()
         self.student = student
-        # In a tuple the teacher is no submodule: not trained, not saved, not wrapped by DDP.
+        # In a tuple the teacher is not a submodule: not trained, not saved, not wrapped by DDP.
         self._teacher = (teacher.eval(),)
-        self.changed = [entry for entry in layers if entry.attention != "full"]
+        self.changed = [plan for plan in layers if plan.attention != "full"]
         self.end = end
 
     @property
@@ -74,54 +72,58 @@ class Distiller(nn.Module):
         """The trainable parameters by name, this process's shards where they are sharded."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable parameters by name, whole; where they are sharded, every process must ask."""
-        trained = self.trained
-        full = super().state_dict(*args, **kwargs)
-        return {name: whole(value) for name, value in full.items() if name in trained}
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the trainable parameters by name, in full on the CPU; every process must take part."""
+        full = {name: to_full_tensor(parameter.detach()) for name, parameter in self.trained.items()}
+        return {name: value.to("cpu", copy=True) for name, value in full.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trainable parameters, given whole; raises KeyError when the state is of another set of them."""
+    @torch.no_grad()
+    def load_trained(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what `trained_state` returned; raise KeyError when it is of another set of parameters."""
         trained = self.trained
-        missing = trained.keys() ^ state_dict.keys()
-        if missing:
-            raise KeyError(f"checkpoint of other parameters: {sorted(missing)[:3]}")
-        own = {name: like(value, trained[name]) for name, value in state_dict.items()}
-        super().load_state_dict(own, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])  # the frozen rest is not missing
+        if other := trained.keys() ^ state.keys():
+            raise KeyError(f"checkpoint of other parameters: {sorted(other)[:3]}")
+        for name, parameter in trained.items():
+            parameter.copy_(distribute_like(state[name], parameter))
 
-    def weights_or_mean(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """`weights` `[B, T]`; where none are given, all tokens weigh the same and the loss is their mean."""
+    def token_weights(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Return `weights` `[B, T]`, or those of a mean over all tokens where there are none."""
         return torch.full(ids.shape, 1 / ids.numel(), device=ids.device) if weights is None else weights
 
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's normed output `[B, T, D]` on ids `[B, T]`, documents apart."""
-        output: torch.Tensor = (
-            self.teacher.get_decoder()(input_ids=ids, position_ids=positions_of(ids, self.end), use_cache=False)
-        ).last_hidden_state
+        """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, documents apart."""
+        decoder, positions = self.teacher.get_decoder(), positions_of(ids, self.end)
+        output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return output
 
-    def explain_teacher(self, ids: torch.Tensor) -> tuple[str, str]:
-        """Where the teacher itself is not finite on ids `[B, T]`, and what to do; empty where it is finite."""
-        return next((found for row in ids if any(found := explain_not_finite(self.teacher, row))), ("", ""))
+    def explain_not_finite(self, ids: torch.Tensor) -> tuple[str, tuple[str, str]]:
+        """Return where the student is not finite on ids `[B, T]`; where the teacher is not, and what to do about that.
+
+        Empty where all is finite.
+        """
+        student, teacher = (
+            next((found for row in ids if any(found := explain_not_finite(model, row))), ("", ""))
+            for model in (self.student, self.teacher)
+        )
+        return student[0], teacher
 
 
 @dataclass(frozen=True)
-class AttentionLesson:
-    """The arguments of one of the base's modules, and its output `[B, T, D]`."""
+class ModuleCall:
+    """The arguments of one of the teacher's modules, and its output `[B, T, D]`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    target: torch.Tensor
+    output: torch.Tensor
 
 
 class AttentionDistiller(Distiller):
-    """Stage 1: each changed layer learns from the base's own activations; no gradient crosses a layer.
+    """Stage 1: each changed layer learns from the teacher's own activations; no gradient crosses a layer.
 
-    A sliding layer's attention sees what the base's attention saw and learns its output. A layer without attention has
-    only its MLP: it sees what the base's layer saw and learns what the layer added to the stream. One forward pass of
-    the base serves all layers, and again when the same batch comes back soon: the lessons of `keeps` numbered batches
-    are kept.
+    A sliding layer's attention sees what the teacher's attention saw and learns its output. A layer without attention
+    has only its MLP: it sees what the teacher's layer saw and learns what the layer added to the stream. One forward
+    pass of the teacher serves all layers, and again when the same batch comes back soon: what the teacher did with the
+    last `cache_size` numbered batches is kept.
     """
 
     def __init__(
@@ -130,101 +132,69 @@ class AttentionDistiller(Distiller):
         teacher: PreTrainedModel,
         layers: list[LayerPlan],
         end: int | None = None,
-        keeps: int = 0,
+        cache_size: int = 0,
     ) -> None:
         super().__init__(student, teacher, layers, end)
-        self.keeps = keeps
-        self.kept: dict[tuple[int, ...], list[tuple[LayerPlan, AttentionLesson]]] = {}
+        self.cache_size = cache_size
+        self.cache: dict[tuple[int, ...], dict[int, ModuleCall]] = {}
 
     def forward(
         self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Sum over the changed layers of the normalised MSE, for ids and token weights `[B, T]`, sequences' `number`
-        `[B]`.
-        """
-        return {"loss": torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()}
+    ) -> torch.Tensor:
+        """Return the sum of `layer_losses`."""
+        return torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()
 
     def layer_losses(
         self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:
-        """The normalised MSE of each changed layer."""
-        weights = self.weights_or_mean(input_ids, weights)
+        """Return each changed layer's normalised MSE for ids and token weights `[B, T]`.
+
+        `number` `[B]`: of the sequences, the key under which the teacher's activations are cached.
+        """
+        weights = self.token_weights(input_ids, weights)
+        calls = self._cached_calls(input_ids, number)
         losses = {}
-        for entry, lesson in self._lessons_kept(input_ids, number):
-            output, target = self.answer(entry, lesson), lesson.target
-            added = target if entry.attention == "sliding" else target - _hidden(lesson.args, lesson.kwargs)
-            losses[entry.layer] = normalized_mse(output, target, weights, size=added)
+        for plan in self.changed:
+            call = calls.pop(plan.layer)  # freed as soon as its loss is there
+            added = call.output if plan.attention == "sliding" else call.output - _hidden(call.args, call.kwargs)
+            losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
-    def _lessons_kept(
-        self, ids: torch.Tensor, number: torch.Tensor | None
-    ) -> Iterable[tuple[LayerPlan, AttentionLesson]]:
-        if number is None or not self.keeps:
-            return self.lessons(ids, self.changed)
+    def _cached_calls(self, ids: torch.Tensor, number: torch.Tensor | None) -> dict[int, ModuleCall]:
+        if number is None or not self.cache_size:
+            return self.teacher_calls(ids, self.changed)
         key = tuple(number.tolist())
-        if key not in self.kept:
-            while len(self.kept) >= self.keeps:
-                del self.kept[next(iter(self.kept))]
-            self.kept[key] = list(self.lessons(ids, self.changed))
-        return self.kept[key]
+        if key not in self.cache:
+            while len(self.cache) >= self.cache_size:
+                del self.cache[next(iter(self.cache))]
+            self.cache[key] = self.teacher_calls(ids, self.changed)
+        return dict(self.cache[key])
 
-    def lessons(self, ids: torch.Tensor, entries: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, AttentionLesson]]:
-        """What the base's modules do with ids `[B, T]`, all from one forward pass without a gradient."""
-        seen: dict[int, AttentionLesson] = {}
+    def teacher_calls(self, ids: torch.Tensor, layers: Sequence[LayerPlan]) -> dict[int, ModuleCall]:
+        """Return what the teacher's modules do with ids `[B, T]`, by layer, in one forward pass without a gradient."""
+        modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
+        with torch.no_grad(), _recorded(modules, ModuleCall) as calls:
+            self.run_teacher(ids)
+        return calls
 
-        def record(layer: int) -> Any:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                seen[layer] = AttentionLesson(args, kwargs, _tensor(output))
-
-            return hook
-
-        modules = {entry.layer: self._module(self.teacher, entry) for entry in entries}
-        hooks = [module.register_forward_hook(record(i), with_kwargs=True) for i, module in modules.items()]
-        try:
-            with torch.no_grad():
-                self.run_teacher(ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for entry in entries:
-            yield entry, seen.pop(entry.layer)
-
-    def answer(self, entry: LayerPlan, lesson: AttentionLesson) -> torch.Tensor:
-        """The output `[B, T, D]` of the student's module on what the base's saw."""
-        return _tensor(self._module(self.student, entry)(*lesson.args, **lesson.kwargs))
-
-    @torch.no_grad()
-    def first_bad_layer(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
-    ) -> int | None:
-        """The lowest layer whose loss is not finite; None if there is none."""
-        losses = self.layer_losses(input_ids, weights, number)
-        return next((layer for layer, loss in losses.items() if not loss.isfinite()), None)
+    def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
+        """Return the output `[B, T, D]` of the student's module on what the teacher's saw."""
+        return _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
 
     @staticmethod
-    def _module(model: PreTrainedModel, entry: LayerPlan) -> nn.Module:
-        return attention_of(model, entry.layer) if entry.attention == "sliding" else decoder_layers(model)[entry.layer]
+    def _module(model: PreTrainedModel, plan: LayerPlan) -> nn.Module:
+        return attention_of(model, plan.layer) if plan.attention == "sliding" else decoder_layers(model)[plan.layer]
 
 
 @dataclass(frozen=True)
-class LogitLoss:
-    """Weights and settings of stage 2's terms: KL with its temperature, cross entropy, hidden states."""
-
-    temperature: float = 1.0
-    ce_weight: float = 0.0
-    hidden_weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, the
-    arguments of each layer from there up, and these layers' outputs if the loss wants them.
+class Targets:
+    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, and
+    the arguments of each layer from there up.
     """
 
     start: torch.Tensor
     arguments: dict[int, dict[str, Any]]
     output: torch.Tensor
-    states: dict[int, torch.Tensor]
 
 
 class LogitDistiller(Distiller):
@@ -240,84 +210,79 @@ class LogitDistiller(Distiller):
         teacher: PreTrainedModel,
         layers: list[LayerPlan],
         end: int | None = None,
-        loss: LogitLoss | None = None,
+        *,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
         checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__(student, teacher, layers, end)
         self.first = self.changed[0].layer if self.changed else 0
-        self.loss, self.checkpointing = loss or LogitLoss(), checkpointing
+        self.temperature, self.ce_weight, self.checkpointing = temperature, ce_weight, checkpointing
 
-    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The weighted sum of the terms for ids and token weights `[B, T]`: `{"loss": …}`."""
-        weights = self.weights_or_mean(input_ids, weights)
-        lesson = self.teach(input_ids)
-        extra = weights.new_zeros(())
-        hidden = lesson.start
-        for layer, hidden in self.layer_outputs(lesson):
-            if self.loss.hidden_weight:
-                extra = extra + normalized_mse(hidden, lesson.states[layer], weights, size=lesson.states[layer])
-        loss = distillation_loss(
-            self.student.get_decoder().norm(hidden),
-            lesson.output,
+    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return KL and cross entropy, summed with token weights, for ids and weights `[B, T]`."""
+        targets = self.compute_targets(input_ids)
+        return distillation_loss(
+            self.student_output(targets),
+            targets.output,
             lambda rows: head_logits(self.student, rows),
             lambda rows: head_logits(self.teacher, rows),
-            weights,
-            temperature=self.loss.temperature,
+            self.token_weights(input_ids, weights),
+            temperature=self.temperature,
             labels=next_tokens(input_ids, self.end),
-            ce_weight=self.loss.ce_weight,
+            ce_weight=self.ce_weight,
         )
-        return {"loss": loss + self.loss.hidden_weight * extra / max(1, len(lesson.states))}
 
     @torch.no_grad()
-    def teach(self, ids: torch.Tensor) -> Lesson:
+    def compute_targets(self, ids: torch.Tensor) -> Targets:
         """Run the teacher on ids `[B, T]`."""
-        layers = decoder_layers(self.teacher)
-        arguments: dict[int, dict[str, Any]] = {}
-        states: dict[int, torch.Tensor] = {}
-
-        def record(index: int) -> Any:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                if index == self.first:
-                    start.append(_hidden(args, kwargs))
-                if self.loss.hidden_weight:
-                    states[index] = _tensor(output)
-
-            return hook
-
         start: list[torch.Tensor] = []
-        hooks = [layers[i].register_forward_hook(record(i), with_kwargs=True) for i in range(self.first, len(layers))]
-        try:
-            output = self.run_teacher(ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return Lesson(start[0], arguments, output, states)
 
-    def layer_outputs(self, lesson: Lesson) -> Iterator[tuple[int, torch.Tensor]]:
-        """The outputs `[B, T, D]` of the student's layers from the first changed one up, one after the other."""
-        hidden = lesson.start
-        for index, arguments in lesson.arguments.items():
+        def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], _: torch.Tensor) -> dict[str, Any]:
+            if not start:
+                start.append(_hidden(args, kwargs))
+            return {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        layers = dict(enumerate(decoder_layers(self.teacher)))
+        with _recorded({i: layer for i, layer in layers.items() if i >= self.first}, arguments) as calls:
+            output = self.run_teacher(ids)
+        return Targets(start[0], calls, output)
+
+    def student_output(self, targets: Targets) -> torch.Tensor:
+        """Return the student's normed output `[B, T, D]`, its layers run from the first changed one up."""
+        hidden = targets.start
+        for index, arguments in targets.arguments.items():
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
                 kept = _matrix_products if self.checkpointing == "selective" else noop_context_fn
                 hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=kept, **arguments))
             else:
                 hidden = _tensor(layer(hidden, **arguments))
-            yield index, hidden
+        normed: torch.Tensor = self.student.get_decoder().norm(hidden)
+        return normed
 
-    @torch.no_grad()
-    def first_bad_layer(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> int | None:
-        """The lowest layer of the student whose output is not finite; None if there is none.
 
-        Runs all layers whatever it finds: where they are sharded, processes that find different ones must not part.
-        """
-        outputs = self.layer_outputs(self.teach(input_ids))
-        return min((layer for layer, hidden in outputs if not hidden.isfinite().all()), default=None)
+@contextmanager
+def _recorded(modules: Mapping[int, nn.Module], keep: Callable[..., Kept]) -> Iterator[dict[int, Kept]]:
+    """Inside the block, collect `keep(args, kwargs, output)` of each module's call."""
+    kept: dict[int, Kept] = {}
+
+    def recorder(index: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kept[index] = keep(args, kwargs, _tensor(output))
+
+        return hook
+
+    hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _matrix_products() -> Any:
-    """What selective checkpointing keeps: attention of full layers and the products that take time, not LoRA's thin
+    """Return what selective checkpointing keeps: attention of full layers and the large products, not LoRA's thin
     ones; what is cheap to compute again (norms, activations, windows) is most of the memory.
     """
     return create_selective_checkpoint_contexts(_worth_keeping)

@@ -24,7 +24,7 @@ LOGIT_COPIES = 6
 
 @dataclass(frozen=True)
 class HealingEstimate:
-    """Expected of all stages together; memory is one process's, on its device."""
+    """Of all stages together; memory is that of one process on its device."""
 
     tokens_per_s: float
     hours: float
@@ -34,7 +34,7 @@ class HealingEstimate:
 def estimate_healing(
     recipe: Recipe, config: PreTrainedConfig, info: ModelInfo, runtime: Runtime, plan: list[LayerPlan] | None
 ) -> HealingEstimate:
-    """Arithmetic from the model's sizes and this machine's matrix product, measured here in a moment.
+    """Estimate from the model's sizes and the speed of this machine's matrix product, which is measured.
 
     `plan`: its lowest changed layer decides what base and student share; without one nothing is.
     """
@@ -73,7 +73,7 @@ def estimate_healing(
 
 
 def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
-    """Numbers a layer keeps for the backward pass, a token: its input; its matrix products; everything."""
+    """Return how many numbers a layer keeps per token for the backward pass."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     query, keys = config.num_attention_heads * head_dim, 2 * config.num_key_value_heads * head_dim
@@ -92,7 +92,7 @@ def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
 
 
 def matmul_flops_per_s(runtime: Runtime, size: int) -> float:
-    """Floating-point operations a second of this device's matrix product at a model's width, best of five."""
+    """Return the floating-point operations per second of a matrix product of width `size`, best of five."""
     left = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
     right = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
     best = float("inf")

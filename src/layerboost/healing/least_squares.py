@@ -19,14 +19,15 @@ from torch import nn
 from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller
-from layerboost.healing.metrics import Metrics
+from layerboost.healing.metrics import METRICS, Metrics
+from layerboost.healing.training import replacing
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
 
 # In units of the inputs' mean square; the best on held-out sequences is taken, layer by layer.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # the last one in so many sequences
+HELD_OUT = 5  # one sequence in five is held out
 MOST_BYTES = 2 << 30  # of sums at once: a wide model takes several passes of the base
 STAGE = "fit"
 
@@ -41,12 +42,12 @@ class Sums:
 
     @staticmethod
     def zeros(projection: nn.Linear) -> Sums:
-        """Float64, on the projection's device."""
+        """Return sums of nothing: float64, on the projection's device."""
         cross = torch.zeros_like(projection.weight, dtype=torch.float64, requires_grad=False)
         return Sums(cross, cross.new_zeros(cross.shape[1], cross.shape[1]))
 
     def add(self, inputs: torch.Tensor, error: torch.Tensor) -> None:
-        """Count the tokens of inputs `[B, T, I]` and errors `[B, T, E]`."""
+        """Add the tokens of inputs `[B, T, I]` and errors `[B, T, E]`."""
         inputs, error = inputs.flatten(0, 1).float(), error.flatten(0, 1).float()
         self.cross += error.T @ inputs
         self.square += inputs.T @ inputs
@@ -56,14 +57,14 @@ class Sums:
         return Sums(self.cross + other.cross, self.square + other.square, self.error + other.error)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
+        """Return the M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
         diagonal = self.square.diagonal()
         # No inputs at all (a dead layer) leave a matrix that is still positive.
         regular = self.square + torch.diag(torch.full_like(diagonal, ridge * float(diagonal.mean()) + 1e-12))
         return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(regular)).T
 
-    def left(self, change: torch.Tensor) -> float:
-        """Share of the squared error that is left after a change M `[E, I]` of the projection."""
+    def remaining(self, change: torch.Tensor) -> float:
+        """Return the fraction of the squared error that remains after a change M `[E, I]` of the projection."""
         gain = 2 * (change * self.cross).sum() - ((change @ self.square) * change).sum()
         return 1 - float(gain) / self.error if self.error else 1.0
 
@@ -92,7 +93,7 @@ def fit_stage(
     folder: Path,
     validate: Callable[[], dict[str, float]],
 ) -> list[int]:
-    """Give the student the output projections that the first `tokens` tokens of ids `[N, T]` fit best; their layers.
+    """Fit the student's output projections to the first `tokens` tokens of ids `[N, T]`; return the layers changed.
 
     `folder/fit.safetensors` keeps them; a fit that is there is only loaded. One that does not lower `validation_kl` of
     `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raises
@@ -101,7 +102,7 @@ def fit_stage(
     file = folder / f"{STAGE}.safetensors"
     with main_process_first():
         if not file.is_file():
-            metrics = Metrics(STAGE, folder / "metrics.jsonl", after_step=-1)
+            metrics = Metrics(STAGE, folder / METRICS, after_step=-1)
             before = validate()
             metrics.write(0, 0, before)
             fitted = fit_outputs(distiller, ids, tokens)
@@ -119,9 +120,8 @@ def fit_stage(
                 )
                 put(distiller, before_fit)
                 fitted = {}
-            temporary = file.with_suffix(".tmp")
-            save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
-            temporary.replace(file)
+            with replacing(file) as temporary:
+                save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
     kept = {int(layer): weight for layer, weight in load_file(file).items()}
     put(distiller, kept)
     return sorted(kept)
@@ -129,12 +129,12 @@ def fit_stage(
 
 @torch.no_grad()
 def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -> dict[int, torch.Tensor]:
-    """The fitted output projection `[E, I]` of each sliding layer, from the first `tokens` tokens of ids `[N, T]`.
+    """Return the output projection `[E, I]` of each sliding layer fitted to the first `tokens` tokens of ids `[N, T]`.
 
     The student's attention sees what the base's attention saw, as in stage 1; the target is the base's output. Left out
     are layers where no ridge leaves less error on the held-out fifth of the sequences.
     """
-    # Whole sequences: a last one cut short might lie within the window, and would judge nothing.
+    # Full sequences: a shortened last one might fit into the window, and would judge nothing.
     rows = ids.to(next(distiller.student.parameters()).device)[: tokens // ids.shape[1]]
     fitting = len(rows) - -(-len(rows) // HELD_OUT)
     sliding = [entry for entry in distiller.changed if entry.attention == "sliding"]
@@ -156,34 +156,34 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
                         f"the attention of layer {layer} is not finite on the text it is fitted to",
                         do="look for the cause in the base: `layerboost evaluate` names layer and token",
                     )
-                left, ridge = min((held_out.left(seen.solve(ridge)), ridge) for ridge in RIDGES)
-                if left < 1:
+                remaining, ridge = min((held_out.remaining(seen.solve(ridge)), ridge) for ridge in RIDGES)
+                if remaining < 1:
                     weight = projection_of(distiller, layer).weight
                     fitted[layer] = (weight.double() + (seen + held_out).solve(ridge)).to(weight.dtype)
     return fitted
 
 
 def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
-    """The student's output projection; where an adapter sits on it, the linear layer below."""
+    """Return the student's output projection; where it has an adapter, the linear layer below."""
     module: Any = attention_of(distiller.student, layer).o_proj
     found: nn.Linear = getattr(module, "base_layer", module)
     return found
 
 
 def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None:
-    """Replace output projections by layer. The base keeps its own, which were the student's too."""
+    """Replace the student's output projections, by layer. The base keeps its own, which were the student's too."""
     for layer, weight in weights.items():
         projection = projection_of(distiller, layer)
         projection.weight = nn.Parameter(weight.to(projection.weight.device), requires_grad=False)
 
 
 def sums_bytes(outer: int, inner: int) -> int:
-    """Of the sums of a layer with a projection `[outer, inner]`, of the sequences fitted and of those held out."""
+    """Return the bytes of a layer's sums, for a projection `[outer, inner]`: sequences fitted and held out."""
     return 2 * 8 * inner * (inner + outer)
 
 
 def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """The layers in groups whose sums stay within MOST_BYTES."""
+    """Yield the layers in groups whose sums stay within MOST_BYTES."""
     if not entries:
         return
     outer, inner = projection_of(distiller, entries[0].layer).weight.shape
@@ -195,14 +195,16 @@ def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iter
 def _errors(
     distiller: AttentionDistiller, entries: Sequence[LayerPlan], ids: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Of each layer, what its output projection gets `[B, T, I]` and what it lacks to the base's output `[B, T, E]`."""
-    for entry, lesson in distiller.lessons(ids, entries):
+    """Yield each layer, its output projection's input `[B, T, I]`, and the base's output less its own `[B, T, E]`."""
+    calls = distiller.teacher_calls(ids, entries)
+    for entry in entries:
+        call = calls.pop(entry.layer)
         inputs: list[torch.Tensor] = []
         hook = projection_of(distiller, entry.layer).register_forward_pre_hook(
             lambda _, args, inputs=inputs: inputs.append(args[0])
         )
         try:
-            output = distiller.answer(entry, lesson)
+            output = distiller.student_output(entry, call)
         finally:
             hook.remove()
-        yield entry.layer, inputs[0], lesson.target.float() - output.float()
+        yield entry.layer, inputs[0], call.output.float() - output.float()

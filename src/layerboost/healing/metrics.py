@@ -1,45 +1,84 @@
-"""`heal/metrics.jsonl`: one JSON object a logged step, kept in step with the checkpoints."""
+"""`heal/metrics.jsonl`: its lines, the one reader of them, and the writer that keeps them in step with checkpoints."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layerboost.artifacts import finite, json_text, write_text
+from layerboost.errors import ConfigError
+from layerboost.runtime import is_main_process
+
+METRICS = "metrics.jsonl"
+
+
+class MetricLine(BaseModel):
+    """One logged step or validation; `tokens` and `seconds` count from the start of the stage."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    stage: Literal["fit", "attention", "lora"]
+    step: int
+    tokens: int
+    loss: float | None = None
+    lr: float | None = None
+    validation_kl: float | None = None
+    validation_nll: float | None = None
+    seconds: float
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`; what a killed run logged after its last checkpoint is cut off first."""
+    """Appends one stage's lines; what a killed run wrote after its last checkpoint is removed first."""
 
-    def __init__(self, stage: str, file: Path, after_step: int, writes: bool = True) -> None:
-        self.stage, self.file, self.writes = stage, file, writes
-        rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= after_step]
-        own = [row for row in rows if row["stage"] == stage]
-        self.started = time.monotonic() - (own[-1]["seconds"] if own else 0.0)
-        # A run that was killed before its first checkpoint or after its last validates there again.
-        self.validated = {row["step"] for row in own if "validation_kl" in row}
-        if writes:
-            write_text(file, "".join(json_text(finite(row), str(file)) + "\n" for row in rows))
+    def __init__(self, stage: Any, file: Path, after_step: int, trackers: Sequence[Any] = ()) -> None:
+        """Keep the lines of the other stages, and of this one those up to `after_step`.
+
+        `trackers` of accelerate's get every later line too.
+        """
+        self.stage, self.file, self.trackers = stage, file, trackers
+        lines = [line for line in read_metrics(file) if line.stage != stage or line.step <= after_step]
+        self.started = time.monotonic() - max((line.seconds for line in lines if line.stage == stage), default=0.0)
+        if is_main_process():
+            write_text(file, "".join(self._text(line) for line in lines))
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One line: stage, step, tokens of this stage so far, the values (null if not finite), seconds."""
-        if "validation_kl" in values and step in self.validated:
-            return
+        """Append one line; a value that is not finite becomes null."""
         seconds = round(time.monotonic() - self.started, 2)
-        row = {"stage": self.stage, "step": step, "tokens": tokens, **values, "seconds": seconds}
-        if self.writes:
+        line = MetricLine(stage=self.stage, step=step, tokens=tokens, seconds=seconds, **values)
+        if is_main_process():
             with self.file.open("a") as file:
-                file.write(json_text(finite(row), str(self.file)) + "\n")
+                file.write(self._text(line))
+        for tracker in self.trackers:
+            tracker.log({f"{self.stage}/{name}": value for name, value in values.items()}, step=step)
+
+    def _text(self, line: MetricLine) -> str:
+        return json_text(finite(line.model_dump(exclude_unset=True)), str(self.file)) + "\n"
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a kill cut short is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+def read_metrics(file: Path) -> list[MetricLine]:
+    """Return the lines of `metrics.jsonl`; of two for one step and kind, the later one. No file: no lines.
+
+    A last line without its newline was cut short by a kill and is left out. Raises ConfigError for any other line that
+    is not valid.
+    """
+    lines: dict[tuple[str, int, bool], MetricLine] = {}
+    texts = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            line = MetricLine.model_validate(json.loads(text))
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise ConfigError(
+                f"{file}, line {number}, is not a metrics line",
+                found=error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error),
+                do="delete the line, or delete the file and run `layerboost heal` again",
+            ) from None
+        lines[line.stage, line.step, line.loss is None] = line
+    return list(lines.values())

@@ -1,4 +1,4 @@
-"""Training sequences that state facts and ask for them further on: what a window forgets, text alone hardly teaches.
+"""Training sequences that state facts and ask for them further on: ordinary text seldom trains what a window forgets.
 
 The wording is not that of the retrieval tests in `layerboost.retrieval`, nor are the things asked for.
 """
@@ -24,7 +24,7 @@ TOKENS_A_FACT, MOST_FACTS = 128, len(NAMES)
 
 
 def with_recall(ids: torch.Tensor, tokenizer: Any, share: float, seed: int) -> torch.Tensor:
-    """Ids `[N, T]` of which `share`, spread evenly, have facts put in and asked for later; T stays, text gives way.
+    """Return ids `[N, T]` of which a fraction `share`, spread evenly, state facts and ask for them; text is truncated.
 
     One fact for 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
     sequence become one. Sequences too short for a fact stay as they are.

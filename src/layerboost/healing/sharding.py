@@ -24,7 +24,7 @@ from layerboost.runtime import world_size
 
 
 class Shards(nn.Module):
-    """Holds modules whose parameters are gathered together while one of their methods runs, a shared one once.
+    """Hold modules whose parameters are gathered together while one of their methods runs, a shared one once.
 
     FSDP2 gathers before the forward pass of the module that owns the parameters and frees them after it. A layer of the
     base and the student's own are two modules on the same tensors, so their owner is a third one: this.
@@ -36,11 +36,11 @@ class Shards(nn.Module):
         self.gathered = False
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`run(...)`, between FSDP2's hooks."""
+        """Return `run(...)`, called between FSDP2's hooks."""
         return run(*args, **kwargs)
 
     def gather_for(self, owner: object, *methods: str, layer: bool = False) -> None:
-        """Have these methods of `owner` run with the parameters whole; inside one another they gather once.
+        """Make these methods of `owner` gather the parameters while they run; nested calls gather once.
 
         `layer`: the methods take hidden states first, as decoder layers do.
         """
@@ -64,7 +64,7 @@ class Shards(nn.Module):
 
 
 def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> Shards:
-    """Spread both models, whole on the CPU of every process, over the processes in place; the shards are on `device`.
+    """Shard both models in place, from full ones on the CPU of every process; the shards are on `device`.
 
     A layer of the base and the student's own are one group, which gathers when either runs. The returned one holds the
     rest (embeddings, final norm, head) and must gather for every method that runs layers.
@@ -83,44 +83,47 @@ def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.devi
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the parameters are spread over the processes."""
+    """Return whether the parameters are spread over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def whole(value: Any) -> Any:
-    """A shard's whole tensor, on the CPU, for which every process must ask; anything else as it is."""
+def to_full_tensor(value: Any) -> Any:
+    """Return a shard's full tensor, on the CPU, in which every process must take part; anything else as it is."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def like(value: Any, parameter: torch.Tensor) -> Any:
-    """This process's shard of a whole tensor of `parameter`'s shape, if that is sharded; anything else as it is."""
+def distribute_like(value: Any, parameter: torch.Tensor) -> Any:
+    """Return this process's shard of a full tensor of `parameter`'s shape, if that is sharded; else the value."""
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
-    # Every process has read the whole tensor: none is sent around.
+    # Every process has the full tensor: nothing is sent.
     local = value.to(parameter.device)
     return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-class WholeAdamW(torch.optim.AdamW):
-    """AdamW whose state dict holds whole tensors, sharded or not: a checkpoint fits any number of processes."""
+class FullStateAdamW(torch.optim.AdamW):
+    """AdamW whose state dict holds full tensors, sharded or not: a checkpoint fits any number of processes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Every process must ask."""
+        """Return the state; every process must take part."""
         packed = super().state_dict()
-        state = {index: {key: whole(value) for key, value in kept.items()} for index, kept in packed["state"].items()}
+        state = {
+            index: {key: to_full_tensor(value) for key, value in kept.items()}
+            for index, kept in packed["state"].items()
+        }
         return {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         state = {
-            index: {key: like(value, parameters[index]) for key, value in kept.items()}
+            index: {key: distribute_like(value, parameters[index]) for key, value in kept.items()}
             for index, kept in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
 
 
 def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules with parameters or buffers of their own that are not in a decoder layer."""
+    """Return the modules with parameters or buffers of their own that are not in a decoder layer."""
     inside = set(decoder_layers(model).modules())
     return [
         module
@@ -130,7 +133,7 @@ def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer, its hidden states with a gradient.
+    """Return the arguments of a layer, its hidden states with a gradient.
 
     FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay whole to
     the end of the pass.

@@ -22,7 +22,7 @@ VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
 
 
 def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[LayerPlan]) -> PreTrainedModel:
-    """The boosted model in `checkpoint`, holding only what differs from `teacher`: equal weights are the same tensors.
+    """Return the boosted model in `checkpoint`; weights that equal those of `teacher` are the same tensors.
 
     Frozen. Raises ConfigError when the checkpoint's weights are not those of the plan.
     """
@@ -52,7 +52,7 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
 def adapted_layers(
     model: PreTrainedModel, layers: list[LayerPlan], targets: tuple[str, ...] | None
 ) -> dict[str, frozenset[str]]:
-    """Names of the linear layers of a stock model that get an adapter in each stage, `attention` and `lora`.
+    """Return the names of a stock model's linear layers that get an adapter in each stage, `attention` and `lora`.
 
     Stage 1: all of what it teaches, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
     from the first changed layer up, in full layers too; below it student and base are one. With None v and o of sliding
@@ -86,7 +86,7 @@ def adapted_layers(
 
 
 def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) -> PeftModel:
-    """LoRA on the named linear layers, alpha twice the rank; sinks become float32, in which they are trained."""
+    """Add LoRA to the named linear layers, alpha twice the rank; make sinks float32, in which they are trained."""
     for name, parameter in list(student.named_parameters()):
         if name.endswith(".sinks"):
             parameter.data = parameter.data.float()
@@ -96,7 +96,7 @@ def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) ->
 
 
 def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:
-    """Leave a gradient to the adapters of the named layers and to every sink, and to nothing else."""
+    """Require a gradient of the adapters of the named layers and of every sink, and of nothing else."""
     for name, parameter in student.named_parameters():
         adapted = "lora_" in name and name.partition(".lora_")[0] in names
         parameter.requires_grad_(adapted or name.endswith(".sinks"))

@@ -1,35 +1,37 @@
-"""One healing stage under `transformers.Trainer`: exact token counts, durable checkpoints, the best step kept."""
+"""One healing stage: a plain training loop with exact token counts, durable checkpoints and the best step kept."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed import ReduceOp
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from torch.nn.utils import clip_grad_norm_
+from transformers import get_scheduler
 
 from layerboost.artifacts import DISK_ERRORS, disk_error
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import Distiller
-from layerboost.healing.metrics import Metrics
-from layerboost.healing.sharding import WholeAdamW, is_sharded
+from layerboost.healing.metrics import METRICS, Metrics
+from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
-from layerboost.runtime import Progress, is_main_process, log, main_process_first, world_size
+from layerboost.runtime import Progress, is_main_process, log, rank, world_size
 
-DONE = "complete"
 STRETCH_TOKENS = 2048
+MAX_GRADIENT_NORM = 1.0
+KEPT_CHECKPOINTS = 2
 KEPT_START = "no step of the %s stage is better on the validation slice than its start, which is kept; lower its rate"
+Batch = dict[str, torch.Tensor]
 Validate = Callable[[], dict[str, float]]
 
 
@@ -38,105 +40,220 @@ def train_stage(
     distiller: Distiller,
     ids: torch.Tensor,
     tokens: int,
-    lr: float,
     settings: Heal,
     folder: Path,
-    *,
-    repeats: int = 1,
-    ce_weight: float = 0.0,
-    seed: int,
     validate: Validate,
 ) -> None:
-    """Train one stage on the first `tokens` tokens of ids `[N, T]`, in order; leaves `distiller` at its best step.
+    """Train a stage, `attention` or `lora`, on the first `tokens` tokens of ids `[N, T]`, in order.
 
-    `repeats`: of each stretch of text, for a distiller that keeps the base's part of it (`repeated`).
-    The best is the step with the lowest `validation_kl` of `validate()`, plus `ce_weight` times `validation_nll` where
-    the stage's loss holds cross entropy, the start included; `folder/NAME.safetensors` keeps it. Resumes from the
-    newest complete checkpoint in `folder/checkpoints/NAME`; a stage that ended is only loaded. Each logged step is a
-    line of `folder/metrics.jsonl`. Raises LayerboostError when the loss is not finite, memory does not suffice or
-    nothing can be written, KeyboardInterrupt after a SIGTERM.
+    Leaves `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
+    `heal.ce_weight` times `validation_nll` where the stage's loss holds cross entropy. `folder/NAME.safetensors` keeps
+    it; a stage that ended is only loaded. Resumes from the newest checkpoint in `folder/checkpoints/NAME`. Each step
+    and each validation is a line of `folder/metrics.jsonl`.
+
+    Raises LayerboostError when the loss is not finite, memory does not suffice or nothing can be written, and
+    KeyboardInterrupt after a SIGTERM.
     """
     if load_result(name, distiller, folder):
         return
-    checkpoints = folder / "checkpoints" / name
-    resume = newest_checkpoint(checkpoints)
-    step = int(resume.name.split("-")[1]) if resume else 0
-    metrics = Metrics(name, folder / "metrics.jsonl", after_step=step, writes=is_main_process())
-    batch, accumulation = batch_of_process(settings)
-    per_step = settings.batch_sequences * settings.gradient_accumulation
-    rows = weighted_rows(ids, tokens, per_step, per_step // batch)
-    if repeats > 1:
-        rows = repeated(rows, repeats, per_step * stretch_steps(settings, ids.shape[1]))
-    guard = _Guard(folder / f"{name}.best.safetensors", distiller, metrics, tokens, per_step * ids.shape[1] / repeats)
-    guard.validate, guard.every, guard.fresh = validate, settings.validation_steps, resume is None
-    guard.ce_weight = ce_weight
-    trainer = _Trainer(
-        model=distiller,
-        args=_arguments(checkpoints, distiller, lr, settings, len(rows) // per_step, batch, accumulation, seed),
-        train_dataset=rows,
-        callbacks=[guard],
-    )
-    trainer.stage, trainer.sink_lr = name, settings.sink_lr
-    printer = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
-    trainer.remove_callback(printer)
-    with clean_end(folder, settings), guard.until_sigterm():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if guard.stopping:
-        raise KeyboardInterrupt
-    guard.keep_best(_result(folder, name))
+    data = Data(ids, tokens, settings, settings.attention_repeats if name == "attention" else 1)
+    with clean_end(folder, settings), until_sigterm() as sigterm:
+        training = _Training(name, distiller, data, settings, folder, validate)
+        training.run(sigterm)
+        training.keep_best()
 
 
-def load_result(name: str, distiller: Distiller, folder: Path) -> bool:
-    """Load what a stage that ended left in `folder`; False if it has not ended."""
-    ended = _result(folder, name).is_file()
-    if ended:
-        distiller.load_state_dict(load_file(_result(folder, name)))
-    return ended
+class _Training:
+    """The loop of a stage, and what it trains with."""
+
+    def __init__(
+        self,
+        name: str,
+        distiller: Distiller,
+        data: Data,
+        settings: Heal,
+        folder: Path,
+        validate: Validate,
+    ) -> None:
+        self.name, self.distiller, self.data, self.settings, self.folder = name, distiller, data, settings, folder
+        self.validate = validate
+        lr, self.ce_weight = (settings.attention_lr, 0.0) if name == "attention" else (settings.lr, settings.ce_weight)
+        self.checkpoints = folder / "checkpoints" / name
+        weight = next(distiller.student.parameters())
+        self.device = weight.device
+        self.mixed = weight.device.type == "cuda" and weight.dtype == torch.bfloat16
+        self.sharded = is_sharded(distiller)
+        self.accelerator = Accelerator(
+            log_with=list(settings.report_to) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.model = distiller.eval()  # without dropout nothing in a step is random
+        if not self.sharded:  # FSDP2 averages the gradients itself; elsewhere DDP does
+            self.model = self.accelerator.prepare_model(distiller, device_placement=False)
+        self.optimizer = FullStateAdamW(_parameter_groups(distiller, lr, settings.sink_lr), weight_decay=0.0)
+        self.schedule = get_scheduler(settings.scheduler, self.optimizer, max(1, data.steps // 20), data.steps)
+        self.best: dict[str, Any] = {"score": math.inf}
+        self.done = self.load_checkpoint()
+        if settings.report_to:  # one run of each tracker for each stage
+            run = {"name": f"{folder.parent.name}-{name}"}
+            self.accelerator.init_trackers("layerboost", init_kwargs={"wandb": run, "trackio": run})
+        after_step = self.done if self.done else -1
+        self.metrics = Metrics(name, folder / METRICS, after_step, self.accelerator.trackers)
+
+    def run(self, sigterm: threading.Event) -> None:
+        """Train from the newest checkpoint to the last step.
+
+        After a SIGTERM, end the step, write a checkpoint and raise KeyboardInterrupt.
+        """
+        data, settings = self.data, self.settings
+        with Progress(f"healing, {self.name} stage", data.tokens, "tokens") as progress:
+            progress.skip(data.seen(self.done))
+            if not self.done:
+                self.judge(0)
+            for step in range(self.done + 1, data.steps + 1):
+                batches = data.batches(step, self.device)
+                loss, stop = self.mean(self.forward_backward(batches), sigterm.is_set())
+                if not math.isfinite(loss):
+                    raise self.bad_loss(loss, step, batches)
+                norm = float(to_full_tensor(clip_grad_norm_(self.distiller.trained.values(), MAX_GRADIENT_NORM)))
+                if not math.isfinite(norm):
+                    raise not_finite(self.name, f"norm of the gradient is {norm}", step)
+                lr = self.schedule.get_last_lr()[0]
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+
+                progress.advance(data.seen(step) - data.seen(step - 1))
+                self.metrics.write(step, data.seen(step), {"loss": loss, "lr": lr})
+                last = step == data.steps
+                if last or step % settings.validation_steps == 0:
+                    self.judge(step)
+                if last or step % settings.save_steps == 0 or stop:
+                    self.save_checkpoint(step)
+                if stop or (last and sigterm.is_set()):
+                    raise KeyboardInterrupt
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def forward_backward(self, batches: list[Batch]) -> float:
+        """Add up the gradients of a step; return the mean loss of this process's batches."""
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            # Processes exchange gradients once per step.
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+                    loss = self.model(**batch) / len(batches)
+                loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def judge(self, step: int) -> None:
+        """Validate, and keep the trained parameters if no earlier step was better."""
+        found = self.validate()
+        # The mean, because processes must agree on which step is the best.
+        values = dict(zip(found, self.mean(*found.values()), strict=True))
+        self.metrics.write(step, self.data.seen(step), values)
+        score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
+        if step == 0 and not math.isfinite(score):
+            raise not_finite(self.name, f"validation loss is {score}", step)
+        if score < self.best["score"]:
+            self.best = {"score": score, "step": step, "trained": self.distiller.trained_state()}
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write all that later steps depend on, in full tensors: every process takes part, the first one writes."""
+        parts = {"trained": self.distiller.trained_state(), "optimizer": self.optimizer.state_dict()}
+        if is_main_process():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with replacing(self.checkpoints / f"step-{step:08}.pt") as file:
+                torch.save({"step": step, "best": self.best, "schedule": self.schedule.state_dict(), **parts}, file)
+            for old in checkpoints_in(self.checkpoints)[:-KEPT_CHECKPOINTS]:
+                old.unlink()
+
+    def load_checkpoint(self) -> int:
+        """Load the newest checkpoint; return the number of its step, 0 where there is none."""
+        if not (found := checkpoints_in(self.checkpoints)):
+            return 0
+        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        self.distiller.load_trained(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.best = state["best"]
+        return int(state["step"])
+
+    def keep_best(self) -> None:
+        """Load the best step and write it as the stage's result."""
+        if self.best["step"] == 0:
+            log.warning(KEPT_START, self.name)
+        self.distiller.load_trained(self.best["trained"])
+        if is_main_process():
+            with replacing(self.folder / f"{self.name}.safetensors") as file:
+                save_file(self.best["trained"], file)
+
+    def mean(self, *values: float) -> list[float]:
+        """Return the mean of each value over the processes."""
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return list(self.accelerator.reduce(found, "mean").tolist())
+
+    def bad_loss(self, loss: float, step: int, batches: list[Batch]) -> LayerboostError:
+        """Return the error for a loss that is not finite; only an unsharded model can be searched for the place."""
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(ids)
+        return not_finite(self.name, f"loss is {loss}", step, *places)
 
 
-def _result(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
+class Data:
+    """The rows of a stage in the order of training, in full steps.
 
-
-def weighted_rows(ids: torch.Tensor, tokens: int, per_step: int, batches: int) -> list[dict[str, torch.Tensor]]:
-    """The first `tokens` tokens of ids `[N, T]` as rows of full steps, each with the weights of its tokens, `[T]`.
-
-    The weights of a step sum to `batches`, the number of batches its loss is the mean of: the loss is then the mean
-    over the tokens that count, however the step is cut. Rows without a token that counts fill the last step.
+    A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
+    has them: their weights sum to the number of batches. Rows without a token that counts fill the last step.
     """
-    length = ids.shape[1]
-    ids = ids[: -(-tokens // length)]
-    counted = torch.arange(len(ids) * length).view_as(ids) < tokens
-    missing = -len(ids) % per_step
-    ids = torch.cat([ids, ids[:1].expand(missing, -1)])
-    counted = torch.cat([counted, counted.new_zeros(missing, length)]).float()
-    steps = counted.view(-1, per_step, length)
-    weights = (steps * (batches / steps.sum((1, 2), keepdim=True))).view_as(counted)
-    return [{"input_ids": row, "weights": weight} for row, weight in zip(ids, weights, strict=True)]
 
+    def __init__(self, ids: torch.Tensor, tokens: int, settings: Heal, repeats: int = 1) -> None:
+        """Take the first `tokens` tokens of ids `[N, T]`, each stretch of them `repeats` times."""
+        length = ids.shape[1]
+        self.tokens, self.repeats = tokens, repeats
+        self.batch, self.accumulation = batch_of_process(settings)
+        self.per_step = settings.batch_sequences * settings.gradient_accumulation
+        ids = ids[: -(-tokens // length)]
+        self.ids = torch.cat([ids, ids[:1].expand(-len(ids) % self.per_step, -1)])
+        self.counts = torch.arange(self.ids.numel()).view_as(self.ids) < tokens
+        stretches = torch.arange(len(self.ids)).split(self.per_step * stretch_steps(settings, length))
+        self.order = torch.cat([stretch.repeat(repeats) for stretch in stretches])
+        self.steps = len(self.order) // self.per_step
 
-def repeated(rows: list[dict[str, torch.Tensor]], repeats: int, stretch: int) -> list[dict[str, torch.Tensor]]:
-    """The rows so many times over, `stretch` of them at a time, each with its `number` among them."""
-    numbered = [{**row, "number": torch.tensor(number)} for number, row in enumerate(rows)]
-    starts = range(0, len(rows), stretch)
-    return [row for start in starts for _ in range(repeats) for row in numbered[start : start + stretch]]
+    def batches(self, step: int, device: torch.device) -> list[Batch]:
+        """Return this process's batches of a step, counted from 1: ids and weights `[B, T]`.
+
+        Where text is repeated, also the `number` `[B]` of each row.
+        """
+        rows = self.order[(step - 1) * self.per_step : step * self.per_step]
+        weights = self.counts[rows] * (self.per_step // self.batch / self.counts[rows].sum())
+        batches = []
+        for own in torch.arange(self.per_step).view(self.accumulation, -1, self.batch)[:, rank()]:
+            batch = {"input_ids": self.ids[rows[own]].to(device), "weights": weights[own].to(device)}
+            batches.append(batch | ({"number": rows[own]} if self.repeats > 1 else {}))
+        return batches
+
+    def seen(self, step: int) -> int:
+        """Return the tokens of text trained on after `step` steps."""
+        return min(self.tokens, round(step * self.per_step * self.ids.shape[1] / self.repeats))
 
 
 def stretch_steps(settings: Heal, length: int) -> int:
-    """Steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are kept, or one if it is longer."""
+    """Return the steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are kept, or one if longer."""
     return max(1, STRETCH_TOKENS // (settings.batch_sequences * settings.gradient_accumulation * length))
 
 
 def batches_kept(settings: Heal, length: int) -> int:
-    """Batches of one process in a stretch that is repeated; none where nothing is."""
+    """Return the batches of one process in a stretch that is repeated; 0 where nothing is."""
     return stretch_steps(settings, length) * batch_of_process(settings)[1] if settings.attention_repeats > 1 else 0
 
 
 def batch_of_process(settings: Heal) -> tuple[int, int]:
-    """Sequences a batch and batches a step of one process, so that a step is the same on any number of processes.
+    """Return the sequences per batch and batches per step of one process: a step is the same on any number of them.
 
-    Raises ConfigError when a step cannot be shared out evenly, or the model shall be shared out and there is one
-    process.
+    Raises ConfigError when a step cannot be divided evenly, or the model is to be sharded and there is one process.
     """
     batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
     if settings.shard and processes == 1:
@@ -156,6 +273,19 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
     )
 
 
+def load_result(name: str, distiller: Distiller, folder: Path) -> bool:
+    """Load what a stage that ended left in `folder`; return False if it has not ended."""
+    file = folder / f"{name}.safetensors"
+    if file.is_file():
+        distiller.load_trained(load_file(file))
+    return file.is_file()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a stage, the newest last."""
+    return sorted(folder.glob("step-*.pt"))
+
+
 def check_report_to(names: tuple[str, ...]) -> None:
     """Raise ConfigError for an experiment tracker that is not installed."""
     for name in names:
@@ -163,55 +293,26 @@ def check_report_to(names: tuple[str, ...]) -> None:
             raise ConfigError(f"heal.report_to names {name}, which is not installed", do=f"pip install {name}")
 
 
-def save_state(distiller: Distiller, file: Path, facts: dict[str, str] | None = None) -> None:
-    """Write the trainable parameters, atomically, with `facts` in the file's metadata; every process must take part."""
-    state = {name: value.contiguous() for name, value in distiller.state_dict().items()}
-    if is_main_process():
-        temporary = file.with_suffix(".tmp")
-        save_file(state, temporary, facts)
-        temporary.replace(file)
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `file` when the block ends well."""
+    temporary = file.with_suffix(".tmp")
+    yield temporary
+    temporary.replace(file)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that a kill cut short are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if is_main_process():
-        for path in [path for path in found if not (path / DONE).is_file()]:
-            shutil.rmtree(path)
-    complete = [path for path in found if (path / DONE).is_file()]
-    return complete[-1] if complete else None
-
-
-def _arguments(
-    folder: Path, distiller: Distiller, lr: float, settings: Heal, steps: int, batch: int, accumulation: int, seed: int
-) -> TrainingArguments:
-    weight = next(distiller.student.parameters())
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="sequential",
-        learning_rate=lr,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=max(1, steps // 20),
-        max_grad_norm=1.0,
-        logging_steps=1,  # a loss that is not finite shows before the step is saved
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=list(settings.report_to),
-        seed=seed,
-        use_cpu=weight.device.type == "cpu",
-        bf16=weight.device.type == "cuda" and weight.dtype == torch.bfloat16,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-    )
-    # A process heals on one device; where it sees several GPUs, Trainer would wrap the distiller in DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+@contextmanager
+def until_sigterm() -> Iterator[threading.Event]:
+    """Inside the block, a SIGTERM sets the event and does nothing else."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -236,165 +337,27 @@ def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
 
 
 def less_memory(settings: Heal) -> str:
-    """What to change so that healing takes less memory."""
+    """Return what to change so that healing takes less memory."""
     lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
     full = settings.activation_checkpointing == "full"
     checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
     return f"lower {lower} (raise heal.gradient_accumulation to keep the step){checkpointing}"
 
 
-class _Trainer(Trainer):
-    """A Trainer with a learning rate of the sinks' own, whose checkpoints say when they are complete."""
-
-    stage, sink_lr = "", 0.0
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if getattr(self, "optimizer", None) is None:
-            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
-            adapters = [p for name, p in trained if not name.endswith(".sinks")]
-            sinks = [p for name, p in trained if name.endswith(".sinks")]
-            groups = [{"params": adapters, "lr": self.args.learning_rate}, {"params": sinks, "lr": self.sink_lr}]
-            self.optimizer = WholeAdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        made: torch.optim.Optimizer = self.optimizer
-        return made
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        # Sharded layers run on all processes or on none: all look for the layer, and tell the lowest that one found.
-        agreed = over_processes if is_sharded(self.model) else lambda value, *_: value
-        if not math.isfinite(found := agreed(float(loss), loss.device)):
-            layer = self.model.first_bad_layer(**self._prepare_inputs(inputs))
-            layer = agreed(math.inf if layer is None else layer, loss.device, ReduceOp.MIN)
-            where = "" if layer == math.inf else f", first in layer {layer:.0f}"
-            base = ("", "") if is_sharded(self.model) else self.model.explain_teacher(inputs["input_ids"])
-            raise not_finite(self.stage, f"loss is {found}", self.state.global_step + 1, where, base)
-        return loss
-
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not is_sharded(model):
-            super()._move_model_to_device(model, device)
-
-    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_sharded(model):
-            # FSDP2 averages the gradients already: accelerate gives its autocast, and must not wrap the model in DDP.
-            model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        return super()._wrap_model(model, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The trainable parameters, whole: every process takes part and the first one writes."""
-        state = self.model.state_dict()
-        if self.args.should_save:
-            self._save(output_dir, state)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = self.optimizer.state_dict()
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / DONE).touch()
-
-
 def not_finite(stage: str, what: str, step: int, where: str = "", base: tuple[str, str] = ("", "")) -> LayerboostError:
-    """The error for a loss or gradient that is not finite; `base`: as from `explain_teacher`."""
+    """Return the error for a loss or gradient that is not finite; `where` and `base` as from `explain_not_finite`."""
     do = "lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step"
     if step <= 1:  # the rate has changed nothing yet
         do = "look for the cause in the converted model: `layerboost evaluate` names layer and token"
     found = f"the base is not finite on this text either: {base[0]}" if base[0] else ""
-    return LayerboostError(f"the {what} at step {step} of the {stage} stage{where}", found=found, do=base[1] or do)
+    wrong = ", ".join(filter(None, (f"the {what} at step {step} of the {stage} stage", where)))
+    return LayerboostError(wrong, found=found, do=base[1] or do)
 
 
-class _Guard(TrainerCallback):
-    """Progress, metrics, validation and the best step, a stop before a bad step is saved, a checkpoint at SIGTERM."""
-
-    validate: Validate
-    every = 1
-    fresh = True
-    ce_weight = 0.0
-
-    def __init__(self, file: Path, distiller: Distiller, metrics: Metrics, tokens: int, tokens_per_step: float) -> None:
-        self.file, self.distiller, self.metrics = file, distiller, metrics
-        self.tokens, self.tokens_per_step = tokens, tokens_per_step
-        self.stopping, self.best = False, math.inf
-        self.device = next(distiller.parameters()).device
-        self.progress = Progress(f"healing, {metrics.stage} stage", tokens, "tokens")
-
-    @contextmanager
-    def until_sigterm(self) -> Iterator[None]:
-        """Inside the block, SIGTERM ends training after the step at hand, with a checkpoint."""
-
-        def stop(*_: Any) -> None:
-            self.stopping = True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            self.progress.__exit__()
-
-    def seen(self, step: int) -> int:
-        """Tokens of text trained on after `step` steps."""
-        return min(self.tokens, round(step * self.tokens_per_step))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.__enter__()
-        self.progress.skip(self.seen(state.global_step))
-        if self.fresh:
-            self.judge(0)
-        else:
-            with safe_open(self.file, "pt") as kept:
-                self.best = float(kept.metadata().get("score", math.inf))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.advance(self.seen(state.global_step) - self.seen(state.global_step - 1))
-        if over_processes(float(self.stopping), self.device):
-            self.stopping = control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        loss, norm, step = float(logs["loss"]), float(logs["grad_norm"]), state.global_step
-        if not math.isfinite(norm):
-            raise not_finite(self.metrics.stage, f"norm of the gradient is {norm}", step)
-        self.metrics.write(step, self.seen(step), {"loss": loss, "lr": float(logs["learning_rate"])})
-        if step % self.every == 0 or step == state.max_steps:
-            self.judge(step)
-
-    def judge(self, step: int) -> None:
-        """Validate, and keep the trained parameters if no earlier step was better."""
-        # The mean, because processes must agree on which step is the best.
-        values = {name: over_processes(value, self.device) for name, value in self.validate().items()}
-        score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
-        if step == 0 and not math.isfinite(score):
-            raise not_finite(self.metrics.stage, f"validation loss is {score}", step)
-        self.metrics.write(step, self.seen(step), values)
-        if score < self.best:
-            self.best = score
-            save_state(self.distiller, self.file, {"step": str(step), "score": repr(score)})
-
-    def keep_best(self, result: Path) -> None:
-        """Load the best step and move it to `result`."""
-        with safe_open(self.file, "pt") as kept:
-            if kept.metadata()["step"] == "0":
-                log.warning(KEPT_START, self.metrics.stage)
-        self.distiller.load_state_dict(load_file(self.file))
-        with main_process_first():  # nobody moves the file before all have read it
-            pass
-        if is_main_process():
-            self.file.replace(result)
-
-
-def over_processes(value: float, device: torch.device, operation: Any = ReduceOp.SUM) -> float:
-    """The mean of a value over the processes, or what another reduction makes of it, the same on each of them."""
-    if world_size() == 1:
-        return value
-    found = torch.tensor(value, device=device, dtype=torch.float64)
-    torch.distributed.all_reduce(found, operation)
-    return float(found) / (world_size() if operation == ReduceOp.SUM else 1)
+def _parameter_groups(distiller: Distiller, lr: float, sink_lr: float) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer: adapters, and sinks with a learning rate of their own."""
+    trained = distiller.trained
+    sinks = [parameter for name, parameter in trained.items() if name.endswith(".sinks")]
+    adapters = [parameter for name, parameter in trained.items() if not name.endswith(".sinks")]
+    groups = [{"params": adapters, "lr": lr}, {"params": sinks, "lr": sink_lr}]
+    return [group for group in groups if group["params"]]

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from layerboost.artifacts import PlanFile, Sensitivity, Variant
-from layerboost.reporting.sources import MODELS, MetricLine
+from layerboost.healing.metrics import MetricLine
+from layerboost.reporting.sources import MODELS
 from layerboost.reporting.text import strategy, with_error
 
 Trace = dict[str, Any]

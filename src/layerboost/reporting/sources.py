@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any
 
 from layerboost.artifacts import (
     PlanFile,
@@ -19,6 +16,7 @@ from layerboost.artifacts import (
     read_plan,
 )
 from layerboost.errors import ConfigError
+from layerboost.healing.metrics import MetricLine, read_metrics
 from layerboost.recipe import Recipe, load_recipe
 from layerboost.schemas.evaluation import EvalComparison
 from layerboost.search.frontier import Frontier
@@ -41,20 +39,6 @@ MADE_BY = {
     "bench/comparison.json": "layerboost bench",
     "bench/decode_sweep.json": "layerboost bench --decode-sweep",
 }
-
-
-class MetricLine(BaseModel):
-    """One line of `heal/metrics.jsonl`; `tokens` and `seconds` count from the start of the stage."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    stage: Literal["fit", "attention", "lora"]
-    step: int
-    tokens: int
-    seconds: float
-    loss: float | None = None
-    lr: float | None = None
-    validation_kl: float | None = None
-    validation_nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +84,7 @@ def read_sources(run: Path) -> Sources:
             do="run `layerboost measure` and `layerboost plan` again for one model",
         )
     found_hash = file_hash(run / "sensitivity.json") if sensitivity else None
+    metrics = run / "heal" / "metrics.jsonl"
     return Sources(
         run=run,
         history=_artifact(run, "run.json", RunFile),
@@ -110,7 +95,7 @@ def read_sources(run: Path) -> Sources:
         sensitivity_hash=found_hash,
         frontier=_artifact(run, "frontier.json", Frontier),
         stability=_artifact(run, "stability.json", Stability),
-        metrics=_read_metrics(run / "heal" / "metrics.jsonl"),
+        metrics=read_metrics(metrics) if metrics.is_file() else None,
         quality=_artifact(run, "eval/comparison.json", EvalComparison),
         bench=_artifact(run, "bench/comparison.json", BenchComparison),
         sweep=_artifact(run, "bench/decode_sweep.json", BenchComparison),
@@ -129,31 +114,3 @@ def model_order(names: set[str] | list[str] | dict[str, Any]) -> list[str]:
 
 def _artifact(run: Path, name: str, kind: type[Record]) -> Record | None:
     return read_json(run / name, kind, MADE_BY[name]) if (run / name).is_file() else None
-
-
-def _read_metrics(path: Path) -> list[MetricLine] | None:
-    """The lines in order of tokens; where a resumed run wrote a step again, the later line counts.
-
-    A last line without its newline was cut by a kill and is skipped; any other broken line is a ConfigError.
-    """
-    if not path.is_file():
-        return None
-    lines: dict[tuple[str, int, bool], MetricLine] = {}
-    texts = path.read_text(errors="replace").split("\n")
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = MetricLine.model_validate(json.loads(text))
-        except ValueError as error:
-            if number == len(texts):
-                break
-            found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise ConfigError(
-                f"{path}, line {number}, is not a metrics line",
-                found=found,
-                do="delete the line, or delete the file and run `layerboost heal` again",
-            ) from None
-        lines[line.stage, line.step, line.loss is None] = line
-    order = {"fit": 0, "attention": 1, "lora": 2}
-    return sorted(lines.values(), key=lambda line: (order[line.stage], line.tokens, line.step))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from layerboost.artifacts import CONVERTED, HEAL, HEALED, PLAN, PlanFile, fingerprint, read_plan, write_json
 from layerboost.errors import ConfigError
-from layerboost.healing.distillers import AttentionDistiller, Distiller, Lesson, LogitDistiller, LogitLoss
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
@@ -60,7 +60,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
     runtime = start_runtime(recipe)
     identity = heal_identity(recipe, plan, runtime)
-    if healed_from(run / HEALED) == fingerprint(identity) and is_intact(run / HEALED):
+    if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
     check_begun(run / HEAL, identity, resume)
@@ -72,45 +72,55 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         base = open_base(recipe, run, runtime)
         write_samples(recipe, run, base)
     check_same_model(plan, base.info, run / CONVERTED / PLAN)
-    lessons = load_lessons(recipe, run, plan, base.tokenizer)
-    check_same_text(run / HEAL, lessons)
-    pair = load_pair(recipe, run, plan, base, lessons)
+    text = load_text(recipe, run, plan, base.tokenizer)
+    check_same_text(run / HEAL, text)
+    pair = load_pair(recipe, run, plan, base, text)
     if is_main_process():
-        write_json(run / HEAL / TEXT, {"fingerprint": lessons.fingerprint})
+        write_json(run / HEAL / TEXT, {"fingerprint": text.fingerprint})
         write_json(run / HEAL / IDENTITY, identity)
-    fitted = train(recipe, run / HEAL, plan, pair, lessons, base.tokenizer.eos_token_id, runtime.device)
+    fitted = train(recipe, run / HEAL, plan, pair, text, base.tokenizer.eos_token_id, runtime.device)
     if is_main_process():
         if recipe.heal.shard:
-            pair = load_healed(recipe, run, plan, base, lessons)
-        # The teacher shares the weights that the adapters are merged into: it is of no use from here on.
+            pair = load_healed(recipe, run, plan, base, text)
+        # The base shares the weights that the adapters are merged into: it is damaged from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
-        healing = (
-            f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-            f"tokens of LoRA distillation from the base, on {recipe.text.name}."
-        )
-        if fitted:
-            healing += (
-                f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
-                f"{lessons.fit_tokens:,} tokens by least squares."
-            )
-        origin = origin_of(base.folder, base.name, recipe.card)
         save_boosted(
-            merged, base.tokenizer, plan, run / HEALED, recipe_yaml=recipe_yaml(recipe), origin=origin, healing=healing
+            merged,
+            base.tokenizer,
+            plan,
+            run / HEALED,
+            recipe_yaml=recipe_yaml(recipe),
+            origin=origin_of(base.folder, base.name, recipe.card),
+            healing=card_text(recipe, text, fitted),
         )
         write_json(run / HEALED / IDENTITY, identity)
     return run / HEALED
 
 
+def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
+    """Return what the model card says about healing."""
+    said = (
+        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+    )
+    if fitted:
+        said += (
+            f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
+            f"{text.fit_tokens:,} tokens by least squares."
+        )
+    return said
+
+
 STAGES = ("attention", "lora")
-# Left out of the identity where they change nothing, as in folders from before they were there.
-NEUTRAL = {"fit_tokens": 0, "attention_repeats": 1}
+# Settings that older releases did not have, with the values that change nothing, and those that only they had.
+ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.0}
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Each stage is trained on the first `tokens[stage]` tokens of `ids[stage]` `[N, T]`; `validation` is `[N, T]`.
+class HealingText:
+    """Token ids `[N, T]` of each stage, of which the first `tokens[stage]` are trained on, and for validation.
 
-    `fit_tokens`: of the attention stage's, for the fit before it. `fingerprint`: of all that was read.
+    `fit_tokens`: those of the attention stage that the fit before it uses. `fingerprint`: of all that was read.
     """
 
     ids: dict[str, torch.Tensor]
@@ -124,8 +134,8 @@ class Lessons:
         return [stage for stage in STAGES if self.tokens[stage]]
 
 
-def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Lessons:
-    """All text of the run, so that too little of it shows before anything is trained. Raises ConfigError."""
+def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
+    """Read all text of the run before anything is trained; raise ConfigError where there is too little."""
     changed = plan.model.layers - plan.count("full")
     tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
     fit_tokens = recipe.heal.fit_tokens if plan.count("sliding") else 0
@@ -137,20 +147,20 @@ def load_lessons(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> L
             do="give one of the stages some tokens",
         )
 
-    def read(split: Split, count: int, seed: int = 0) -> Tokens:
+    def tokens_of(split: Split, count: int, seed: int = 0) -> Tokens:
         return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
 
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
     wanted = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
-    train = {name: read("train", count, seeds[name]) for name, count in wanted.items() if count}
-    validation = read("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
+    train = {name: tokens_of("train", count, seeds[name]) for name, count in wanted.items() if count}
+    validation = tokens_of("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
     share = recipe.heal.retrieval_share
-    return Lessons(
-        ids={name: with_recall(text.ids, tokenizer, share, seeds[name]) for name, text in train.items()},
+    return HealingText(
+        ids={name: with_recall(read.ids, tokenizer, share, seeds[name]) for name, read in train.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
-        fingerprint=fingerprint(*(text.fingerprint for text in (*train.values(), validation))),
+        fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation))),
     )
 
 
@@ -164,8 +174,8 @@ class Pair:
     adapted: dict[str, frozenset[str]]
 
 
-def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, lessons: Lessons) -> Pair:
-    """Base and converted model with new adapters, the same on every process; on the CPU if they are to be sharded.
+def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
+    """Load base and converted model, with the same new adapters on every process; on the CPU if they will be sharded.
 
     Raises ConfigError for targets that do not exist or leave nothing to train.
     """
@@ -173,88 +183,91 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, lessons: Le
         base = replace(base, runtime=replace(base.runtime, device=torch.device("cpu")))
     teacher = base.load()
     adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
-    if lessons.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
+    if text.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
         raise ConfigError(
             "heal.lora_targets leave stage 2 nothing to train",
-            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is left from the first changed layer up",
+            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
             do="name layers of the MLPs too, or set heal.tokens to 0",
         )
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
     # A fit alone trains no adapter, but peft wants some.
-    names = frozenset[str]().union(*(adapted[stage] for stage in lessons.stages or STAGES))
+    names = frozenset[str]().union(*(adapted[stage] for stage in text.stages or STAGES))
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
-def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, lessons: Lessons) -> Pair:
-    """The pair anew on this process's CPU, with what the stages left in RUN/heal: no device need hold the model."""
-    pair = load_pair(recipe, run, plan, base, lessons)
-    for stage in lessons.stages:
+def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
+    """Load the pair again on this process's CPU, with the results in RUN/heal: no device need hold the whole model."""
+    pair = load_pair(recipe, run, plan, base, text)
+    for stage in text.stages:
         train_only(pair.student, pair.adapted[stage])
         load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)
     return pair
 
 
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
-    """Everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
+    """Return everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
-    free |= {name for name, value in NEUTRAL.items() if getattr(recipe.heal, name) == value}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
     )
-    text = recipe.text.model_dump(mode="json")
     return {
         "schema_version": 1,
         "plan": plan.hash(),
         "seed": recipe.seed,
         "dtype": runtime.dtype_name,
         "heal": settings,
-        "text": text,
+        "text": recipe.text.model_dump(mode="json"),
     }
 
 
-def healed_from(folder: Path) -> str | None:
-    """The fingerprint of the identity a healed checkpoint was made from; None if there is none."""
-    file = folder / IDENTITY
-    return fingerprint(_identity_in(file)) if file.is_file() else None
-
-
-def _identity_in(file: Path) -> dict[str, Any]:
-    """The identity that a file holds, with full paths: older versions kept them as they were typed."""
+def read_identity(file: Path) -> dict[str, Any] | None:
+    """Return the identity that a file holds, as this release would write it; None if there is no file."""
+    if not file.is_file():
+        return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found | {"text": Text.model_validate(found["text"]).model_dump(mode="json")}
+    settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
+    # Older releases kept paths as they were typed.
+    text = Text.model_validate(found["text"]).model_dump(mode="json")
+    return found | {"heal": ADDED | settings, "text": text}
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raise ConfigError when RUN/heal holds the work of other settings, or any work that is not to be resumed."""
-    file = work / IDENTITY
-    if not file.is_file():
+    """Raise ConfigError when RUN/heal holds work that cannot be continued, or any work and `resume` is False."""
+    there = read_identity(work / IDENTITY)
+    if there is None:
         return
-    there = _identity_in(file)
     if there != identity:
-        changed = [
-            f"{section}.{key}: {there[section].get(key, NEUTRAL.get(key))} there, "
-            f"{identity[section].get(key, NEUTRAL.get(key))} here"
-            for section in ("heal", "text")
-            for key in {**identity[section], **there[section]}
-            if there[section].get(key) != identity[section].get(key)
-        ]
-        changed += [f"{key} differs" for key in ("plan", "seed", "dtype") if there.get(key) != identity[key]]
+        old, new = _flat(there), _flat(identity)
+        changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         raise ConfigError(
             f"{work} was begun with other settings",
-            found="; ".join(changed),
+            found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
             do=f"use another --run folder, or delete {work}",
         )
     if not resume:
         raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
+    for stage in STAGES:
+        if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
+            raise ConfigError(
+                f"{work} holds a stage that layerboost 0.1 began; this release cannot continue from its checkpoints",
+                found=f"{work / 'checkpoints' / stage}",
+                do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
+            )
     log.info("going on with %s", work)
 
 
-def check_same_text(work: Path, lessons: Lessons) -> None:
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an identity by their dotted keys in the recipe."""
+    sections = {f"{name}.{key}": value for name in ("heal", "text") for key, value in identity[name].items()}
+    return sections | {key: value for key, value in identity.items() if key not in ("heal", "text")}
+
+
+def check_same_text(work: Path, text: HealingText) -> None:
     """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
     file = work / TEXT
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != lessons.fingerprint:
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
         raise ConfigError(
             f"{work} was begun on another text",
             found="the tokens read from text.source are others now",
@@ -267,47 +280,38 @@ def train(
     folder: Path,
     plan: PlanFile,
     pair: Pair,
-    lessons: Lessons,
+    text: HealingText,
     end: int | None,
     device: torch.device,
 ) -> list[int]:
-    """All stages, each kept in `folder` when it ends; the layers whose output projection was fitted.
+    """Run all stages, each kept in `folder` when it ends; return the layers whose output projection was fitted.
 
     `end`: the token that ends a document.
     """
-    settings, teacher, student = recipe.heal, pair.teacher, pair.student
-    loss = LogitLoss(settings.temperature, settings.ce_weight, settings.hidden_weight)
-    whole = LogitDistiller(student, teacher, plan.layers, end, loss, settings.activation_checkpointing)
-    kept = batches_kept(settings, lessons.validation.shape[1])
-    local = AttentionDistiller(student, teacher, plan.layers, end, kept)
-    distillers = {"attention": local, "lora": whole}
-    rates = {"attention": settings.attention_lr, "lora": settings.lr}
-    validation = Validation(whole, lessons.validation.to(device), settings.batch_sequences)
+    settings, student = recipe.heal, pair.student
+    models = student, pair.teacher, plan.layers, end
+    logits = LogitDistiller(
+        *models,
+        temperature=settings.temperature,
+        ce_weight=settings.ce_weight,
+        checkpointing=settings.activation_checkpointing,
+    )
+    local = AttentionDistiller(*models, batches_kept(settings, text.validation.shape[1]))
+    distillers = {"attention": local, "lora": logits}
+    validation = Validation(logits, text.validation.to(device), settings.batch_sequences)
     if settings.shard:
-        shards = shard(teacher, student, device)
-        shards.gather_for(validation, "teach", "measure")
+        shards = shard(pair.teacher, student, device)
+        shards.gather_for(validation, "compute_targets", "measure")
         for distiller in distillers.values():
-            shards.gather_for(distiller, "forward", "first_bad_layer")
+            shards.gather_for(distiller, "forward")
     fitted = []
-    if lessons.fit_tokens:
+    if text.fit_tokens:
         with clean_end(folder, settings):
-            fitted = fit_stage(local, lessons.ids["attention"], lessons.fit_tokens, folder, validation)
-    for stage in lessons.stages:
+            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation)
+    for stage in text.stages:
         train_only(student, pair.adapted[stage])
-        train_stage(
-            stage,
-            distillers[stage],
-            lessons.ids[stage],
-            lessons.tokens[stage],
-            rates[stage],
-            settings,
-            folder,
-            repeats=settings.attention_repeats if stage == "attention" else 1,
-            ce_weight=settings.ce_weight if stage == "lora" else 0.0,
-            seed=recipe.seed,
-            validate=validation,
-        )
-        local.kept.clear()
+        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation)
+        local.cache.clear()
     return fitted
 
 
@@ -317,27 +321,27 @@ class Validation:
     def __init__(self, distiller: LogitDistiller, ids: torch.Tensor, batch_sequences: int) -> None:
         self.distiller = distiller
         self.batches = ids.split(batch_sequences)
-        self.lessons: list[Lesson] = []
+        self.targets: list[Targets] = []
 
     def __call__(self) -> dict[str, float]:
-        """`validation_kl` and `validation_nll`, in nats per token."""
-        self.lessons = self.lessons or self.teach()
+        """Return `validation_kl` and `validation_nll`, in nats per token."""
+        self.targets = self.targets or self.compute_targets()
         found = self.measure()
         kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
         return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
 
-    def teach(self) -> list[Lesson]:
-        """What the base does with each batch."""
-        return [self.distiller.teach(ids) for ids in self.batches]
+    def compute_targets(self) -> list[Targets]:
+        """Return what the base does with each batch."""
+        return [self.distiller.compute_targets(ids) for ids in self.batches]
 
     @torch.no_grad()
     def measure(self) -> list[SequenceLosses]:
-        """What the student loses on each batch."""
+        """Return what the student loses on each batch."""
         teacher, student = self.distiller.teacher, self.distiller.student
         found = []
-        for ids, lesson in zip(self.batches, self.lessons, strict=True):
-            *_, (_, hidden) = self.distiller.layer_outputs(lesson)
-            base, (losses,) = token_losses(teacher, lesson.output, ids, [student.get_decoder().norm(hidden)], student)
+        for ids, targets in zip(self.batches, self.targets, strict=True):
+            outputs = [self.distiller.student_output(targets)]
+            base, (losses,) = token_losses(teacher, targets.output, ids, outputs, student)
             check_values("NLL of the base on a validation sequence", base, teacher, ids)
             found.append(losses)
         return found
