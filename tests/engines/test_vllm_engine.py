@@ -62,6 +62,9 @@ def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     added = vllm_environment()
     assert added["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, cores()))
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in added, "what the user sets stays"
+    assert "VLLM_PLUGINS" not in added
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    assert vllm_environment()["VLLM_PLUGINS"] == "mine,layerboost", "vLLM loads no others"
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     assert int(vllm_environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
 
@@ -173,6 +176,7 @@ def test_numbers_are_read_as_vllm_reads_them() -> None:
         ("--ssl-keyfile", "key.pem"),
         ("--config", "vllm.yaml"),
         ("--disable-log-stats",),
+        ("--enable-prefix-caching",),
     ],
 )
 def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(

@@ -108,6 +108,36 @@ UNSCORABLE: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "an empty prompt": ({"q": "  "}, "template", "its prompt is empty"),
     "a prompt that is null": ({"q": None}, "template", "AssertionError: Context is not a string"),
 }
+# What lm-eval scores all the same, as the word None.
+READ_AS_NONE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "a question that is null": ({"q": None}, {"text": '"Q: {{q}} A:"'}),
+    "a choice that is null": ({"x": None}, {"choices": """doc_to_choice: "{{[x|string, 'two', 'three']}}"\n"""}),
+    "an answer to generate": (
+        {"x": None},
+        {"target": 'doc_to_target: "{{x}}"\n', "output": "generate_until", "choices": "", "metric": "exact_match"},
+    ),
+    "a text to score": (
+        {"x": None},
+        {"target": 'doc_to_target: "{{x}}"\n', "output": "loglikelihood", "choices": ""},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_AS_NONE)
+def test_a_field_that_is_null_is_not_read_as_a_word(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    change, kinds = READ_AS_NONE[name]
+    items = [ITEM | {"x": "one"} for _ in range(6)]
+    items[2] |= change
+    kinds = dict(kinds)
+    more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n' if "output" in kinds else ""
+    told = refusal(load(tmp_path, items, kinds.pop("target", TARGETS["template"]), more, **kinds), tokenizer)
+    [field] = change
+    assert f"line 3 of {tmp_path / 'own.jsonl'}: its {field!r} is null, which is read as 'None'" in told
+
+
+def test_choices_as_a_list_of_templates_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    task = load(tmp_path, [ITEM] * 3, choices='doc_to_choice: ["{{q}}", "{{a}}"]\n')
+    assert "which lm-eval does not fill in: write them as one text" in refusal(task, tokenizer)
 
 
 @pytest.mark.parametrize("name", UNSCORABLE)
@@ -186,6 +216,10 @@ def test_answers_to_generate_that_are_missing(tokenizer: Any, tmp_path: Path, ca
     items: list[dict[str, Any]] = [ITEM | {"a": "x"}, ITEM | {"a": None}]
     check_items([load(tmp_path, items, TARGETS["field"], more, **kinds)], tokenizer, CONTEXT)
     assert "1 of 2 items of task own have no answer" in caplog.text
+    check_items(
+        [load(tmp_path, [ITEM | {"a": "x"}, ITEM | {"a": ""}], TARGETS["field"], more, **kinds)], tokenizer, CONTEXT
+    )
+    assert "1 of 2 items of task own have an empty answer" in caplog.text
     several = load(tmp_path, [ITEM | {"a": ["x"]}, ITEM | {"a": None}], TARGETS["field"], more, **kinds)
     assert "its answer is None, not a list" in refusal(several, tokenizer)
     more = more.replace("8", "many")
@@ -222,6 +256,10 @@ def test_numbers_that_are_not_finite_are_no_scores(tokenizer: Any, tmp_path: Pat
     tasks.append(load(tmp_path, [ITEM], TARGETS["template"], more, **kinds))
     model = tiny_model()
     with torch.no_grad():
+        model.lm_head.weight[7] = torch.finfo().max
+        with pytest.raises(LayerboostError, match=r"logits of model are (-?inf|nan) in task own"):
+            run_task(tasks[1], model, tokenizer, 8, lambda items: None, "model")
+        model.lm_head.weight[7] = 0
         model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
     for task, message in zip(
         tasks,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import info, layer_plans, save_tiny
 
-from layerboost.artifacts import PLAN, PlanFile, write_plan
+from layerboost.artifacts import PLAN, PlanFile, write_json, write_plan
 from layerboost.errors import ConfigError
-from layerboost.search.costs import Rates, decode_work, prefill_work
+from layerboost.search.costs import Costs, Rates, decode_work, prefill_work, read_costs
 from layerboost.stages.costs import BATCHES, LOADS, Timed, fit, plans, run_costs
 from layerboost.tables import costs_rows
 
@@ -62,3 +62,22 @@ def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="with a base in Hugging Face's format"):
         run_costs(str(model), tmp_path / "costs.json", 0.1)
     assert not (tmp_path / "costs.json").exists()
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_cache_of_no_size_is_refused(size: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no size of a cache"):
+        run_costs(str(tmp_path), tmp_path / "costs.json", size)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_file_that_cannot_be_written_is_found_before_the_measurement(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", max_position_embeddings=4096)
+    with pytest.raises(ConfigError, match=r"nowhere/costs\.json cannot be written"):
+        run_costs(str(model), tmp_path / "nowhere" / "costs.json", 1.0)
+
+
+def test_rates_of_a_disturbed_machine_are_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_json(tmp_path / "costs.json", Costs(disturbed="other processes used 1.0 of 2 cores", rates=RATES))
+    assert read_costs(tmp_path / "costs.json", info(4)) == RATES
+    assert "measured on a disturbed machine (other processes used 1.0 of 2 cores)" in caplog.text

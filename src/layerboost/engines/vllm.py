@@ -23,7 +23,7 @@ from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, cores, log
 
 UNUSED: frozenset[str] = frozenset()
-PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN, PLUGIN_GROUP = "layerboost", "vllm.general_plugins"
 # Factors of a number, as in 8k.
 UNITS = {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30}
 # The flags that we read, with their short names: those with a number, and those of which we ask whether they are there.
@@ -36,7 +36,14 @@ OTHERS = ("--dtype", "--max-model-len", "--compilation-config -cc", "--optimizat
 # Those that a benchmark sets itself, or that would keep it from its server or from the server's numbers.
 RESERVED = (
     *("--host", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model", "--config"),
-    *("--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
+    *(
+        "--headless",
+        "--grpc",
+        "--tokens-only",
+        "--disable-log-stats",
+        "--enable-prefix-caching",
+        "--no-enable-prefix-caching",
+    ),
 )
 # Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
@@ -51,8 +58,8 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     if flag := reserved_flag(bench.server_args):
         raise ConfigError(
             f"bench.server_args may not have {flag}",
-            found="the benchmark itself says how its server is reached, and reads the numbers there",
-            do="leave it out; the port is bench.port",
+            found="the benchmark itself says how its server is reached and what it caches, and reads the numbers there",
+            do="leave it out; the port is bench.port, and prompts share a prefix with bench.shared_prefix_tokens",
         )
     check_port(bench.port)
     return version
@@ -266,6 +273,8 @@ def vllm_environment(given: Sequence[str] = ()) -> dict[str, str]:
     few.
     """
     added = {"HF_HUB_OFFLINE": "1"}
+    if plugins := os.environ.get("VLLM_PLUGINS"):  # the only ones that vLLM then loads
+        added["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), PLUGIN]))
     if not runs_on_cpu():
         return added
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:

@@ -25,6 +25,7 @@ GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
 # What lm-eval scores in a way of its own; items of the first kinds say nothing about a model.
 NO_ANSWER = "have an answer that is none of their choices: they count as wrong for every model"
 NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
+EMPTY_ANSWER = "have an empty answer"
 ONE_CHOICE = "have one choice alone: they count as right for every model"
 SAME_CHOICES = "have two choices that are the same"
 EMPTY_CHOICE = "have an empty choice"
@@ -53,6 +54,7 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
         docs = leaf.task_docs.select(samples) if samples else leaf.task_docs
         for item, doc in zip(samples or range(len(docs)), docs, strict=True):
             try:
+                _check_fields(leaf, doc)
                 for kind in {*_answer_kinds(leaf, doc), *_request_kinds(task, leaf, doc, tokenizer, context_tokens)}:
                     odd.setdefault(kind, []).append((name, item))
             except Exception as error:  # templates and functions of the task's own raise anything
@@ -77,6 +79,19 @@ class _Unscorable(Exception):
     """Why lm-eval cannot score an item."""
 
 
+def _check_fields(leaf: Any, doc: Any) -> None:
+    """Raise _Unscorable for a field that is null and that a template turns into the word None."""
+    null = [name for name, value in doc.items() if value is None]
+    if not null:
+        return
+    parts = [leaf.doc_to_text, leaf.doc_to_target, *([leaf.doc_to_choice] if leaf.config.doc_to_choice else [])]
+    for name in null:
+        for part in parts:
+            text = part(doc)
+            if "None" in str(text) and text is not None and part(doc | {name: ""}) != text:
+                raise _Unscorable(f"its {name!r} is null, which is read as 'None'")
+
+
 def answer_of(leaf: Any, doc: Any) -> Any:
     """What an item gives as its answer: lm-eval reads it from doc_to_text where every choice has its own context."""
     return (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
@@ -97,10 +112,12 @@ def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
     if leaf.config.doc_to_choice is None:
         if leaf.multiple_target and not isinstance(gold, list | str):
             raise _Unscorable(f"its answer is {_short(gold)}, not a list as the first item's")
-        if gold is None:
-            yield NULL_ANSWER
+        if gold in (None, ""):
+            yield NULL_ANSWER if gold is None else EMPTY_ANSWER
         return
     choices = leaf.doc_to_choice(doc)
+    if isinstance(leaf.config.doc_to_choice, list) and any("{{" in str(choice) for choice in choices):
+        raise _Unscorable(f"its choices are {_short(choices)}, which lm-eval does not fill in: write them as one text")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise _Unscorable(f"its choices are {_short(choices)}, not a list of texts")
     if not isinstance(gold, int | str | list):
@@ -213,12 +230,15 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def finite_logits(task: BenchTask, model: Any, name: str) -> Iterator[None]:
-    """Raise LayerboostError inside the block where a model generates from logits that are NaN."""
+    """Raise LayerboostError inside the block where a model generates from logits that order no tokens."""
 
     def refuse(_: Any, __: Any, output: Any) -> None:
-        if output.logits[:, -1].isnan().any():
+        # A logit of −inf rules a token out.
+        greatest = output.logits[:, -1].amax(-1)
+        if not greatest.isfinite().all():
+            found = float(greatest[~greatest.isfinite()][0])
             do = "evaluate it on text (evaluate.perplexity_tokens): that names the layer"
-            raise LayerboostError(f"logits of {name} are nan in task {task.name}", do=do)
+            raise LayerboostError(f"logits of {name} are {found} in task {task.name}", do=do)
 
     generates = any(leaf.OUTPUT_TYPE == "generate_until" for leaf in task.leaves.values())
     hook = model.register_forward_hook(refuse) if generates else None

@@ -14,7 +14,7 @@ from layerboost.artifacts import Artifact, LayerPlan, ModelInfo, Sensitivity, al
 from layerboost.errors import ConfigError
 from layerboost.model.memory import as_served, padded_full
 from layerboost.recipe import Plan
-from layerboost.runtime import machine
+from layerboost.runtime import machine, warn_once
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -60,6 +60,7 @@ class Costs(Artifact):
 
     machine: str | None = None
     model: str | None = Field(None, description="fingerprint of the model it was measured with")
+    disturbed: str | None = Field(None, description="why the rates may be too low: what else the machine did")
     rates: Rates
 
 
@@ -73,6 +74,8 @@ def read_costs(file: Path, model: ModelInfo) -> Rates:
                 found=f"{there} there, {here} here",
                 do="measure here (`layerboost costs`), or write the rates down yourself: docs/reference/plan.md",
             )
+    if costs.disturbed:
+        warn_once(f"{file} was measured on a disturbed machine ({costs.disturbed}): plan.decode_fraction may be off")
     return costs.rates
 
 

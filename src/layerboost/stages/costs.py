@@ -7,6 +7,8 @@ requests hold while they decode with its residency, and the times of prefill and
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +29,7 @@ from layerboost.model.base import Base, find_model
 from layerboost.model.checkpoint import plan_in
 from layerboost.model.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
 from layerboost.model.surgery import apply_plan, check_plan, family_of
-from layerboost.runtime import GIB, Runtime, cores, log, machine
+from layerboost.runtime import GIB, Runtime, cores, log, machine, settle_environment
 from layerboost.search.costs import Costs, Rates, decode_work, prefill_work
 from layerboost.serving.processors import Processors
 from layerboost.serving.results import disturbance
@@ -57,9 +59,14 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError when the
     engine fails.
     """
+    settle_environment()
+    if not 0 < cache_gib < math.inf:
+        raise ConfigError(f"--cache-gib {cache_gib} is no size of a cache", do="give a positive number of GiB")
     version, on_cpu = check_vllm(), runs_on_cpu()
     base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
     config, info = base.config, base.info
+    base.check()
+    _check_writable(out)
     if base.gguf or plan_in(base.folder):
         raise ConfigError(
             "rates are measured with a base in Hugging Face's format",
@@ -77,15 +84,22 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
         check_plan(config, layers)
     processors = Processors()
     measured, timed = measure(base, info, chosen, int(cache_gib * GIB))
-    if why := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):
-        log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", why)
+    if disturbed := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):
+        log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", disturbed)
     rates, timing = fit(timed), []
     for row in timed:
         predicted = fit([other for other in timed if other.plan != row.plan]).milliseconds(row.work)
         timing.append({"plan": row.plan, "what": row.what, "ms": round(row.ms, 2), "predicted_ms": round(predicted, 2)})
-    write_json(out, Costs(machine=machine(), model=info.fingerprint, rates=rates))
+    write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
     log.info("wrote %s", out)
     return {"machine": machine(), "vllm": version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ConfigError for a file that could not be written after the measurement."""
+    place = out.absolute().parent
+    if not place.is_dir() or not os.access(out if out.exists() else place, os.W_OK):
+        raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in a directory that is there")
 
 
 def plans(layers: int, sink: bool) -> dict[str, list[LayerPlan]]:
