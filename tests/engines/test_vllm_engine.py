@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -30,6 +31,22 @@ def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "vllm", None)  # what Python itself writes down for a module that is not there
     with pytest.raises(ConfigError, match=r"\.\[serve-cpu\]"):
         check_vllm()
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [(None, "imported, not installed"), ("layerboost.serving.plugin", "another version of layerboost is installed")],
+)
+def test_a_plugin_that_vllm_cannot_load_is_named(
+    module: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "vllm.general_plugins"
+    points = [importlib.metadata.EntryPoint("layerboost", f"{module}:register", group)] if module else []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: points)
+    monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
+    with pytest.raises(ConfigError, match="cannot see layerboost's plugin") as raised:
+        check_vllm()
+    assert found in raised.value.found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
