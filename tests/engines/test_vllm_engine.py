@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import socket
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,9 @@ from tiny import save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
+    NUMBERS,
+    OTHERS,
+    RESERVED,
     bench_command,
     check,
     check_vllm,
@@ -241,3 +245,20 @@ def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytes
         check_vllm()
     monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()
+
+
+OPTIONS = """
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+print("options", *make_arg_parser(FlexibleArgumentParser())._option_string_actions)
+"""
+
+
+@pytest.mark.server
+@pytest.mark.exhaustive
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_every_flag_that_we_read_is_one_of_vllms() -> None:
+    ended = subprocess.run([sys.executable, "-c", OPTIONS], check=True, capture_output=True, text=True)
+    line = next(line for line in ended.stdout.splitlines() if line.startswith("options "))
+    ours = {name for names in (*NUMBERS, *OTHERS, *RESERVED) for name in names.split()} - {"-O"}
+    assert ours | {"--enforce-eager", "--no-enforce-eager", "--no-enable-prefix-caching"} <= {*line.split()}
