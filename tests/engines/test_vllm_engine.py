@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,9 @@ from tiny import save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
+    NUMBERS,
+    OTHERS,
+    RESERVED,
     bench_command,
     check,
     check_vllm,
@@ -30,6 +35,22 @@ def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "vllm", None)  # what Python itself writes down for a module that is not there
     with pytest.raises(ConfigError, match=r"\.\[serve-cpu\]"):
         check_vllm()
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [(None, "imported, not installed"), ("layerboost.serving.plugin", "another version of layerboost is installed")],
+)
+def test_a_plugin_that_vllm_cannot_load_is_named(
+    module: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "vllm.general_plugins"
+    points = [importlib.metadata.EntryPoint("layerboost", f"{module}:register", group)] if module else []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: points)
+    monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
+    with pytest.raises(ConfigError, match="cannot see layerboost's plugin") as raised:
+        check_vllm()
+    assert found in raised.value.found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -228,3 +249,20 @@ def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytes
         check_vllm()
     monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()
+
+
+OPTIONS = """
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+print("options", *make_arg_parser(FlexibleArgumentParser())._option_string_actions)
+"""
+
+
+@pytest.mark.server
+@pytest.mark.exhaustive
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_every_flag_that_we_read_is_one_of_vllms() -> None:
+    ended = subprocess.run([sys.executable, "-c", OPTIONS], check=True, capture_output=True, text=True)
+    line = next(line for line in ended.stdout.splitlines() if line.startswith("options "))
+    ours = {name for names in (*NUMBERS, *OTHERS, *RESERVED) for name in names.split()} - {"-O"}
+    assert ours | {"--enforce-eager", "--no-enforce-eager", "--no-enable-prefix-caching"} <= {*line.split()}

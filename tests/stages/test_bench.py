@@ -155,6 +155,9 @@ def test_every_model_is_served_with_the_flags_of_the_plan(
     advise(other["other"], context_tokens=32_768)
     with pytest.raises(ConfigError, match=r"healed: --max-num-batched-tokens \d+.*other: --"):
         opened(recipe(), tmp_path, other)
+    # As the message says: choose for all of them.
+    chosen = ["--max-num-batched-tokens=512", "--block-size=16"]
+    assert _checked(recipe(server_args=chosen), tmp_path, other, False).bench.server_args == tuple(chosen)
 
 
 @needs_vllm

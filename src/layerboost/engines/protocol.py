@@ -12,8 +12,6 @@ from layerboost.artifacts import PlanFile
 from layerboost.recipe import Bench, Recipe
 
 WARMUP_OUTPUT_TOKENS = 8
-# The arguments of a command, and what to add to its environment.
-Command = tuple[list[str], dict[str, str]]
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from layerboost.engines import guard
-from layerboost.engines.protocol import Command
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench
 from layerboost.runtime import RANKS, log, release_memory, settle_environment
 
+# The arguments of a command, and what to add to its environment.
+Command = tuple[list[str], dict[str, str]]
 HOST = "127.0.0.1"
 POLL_S = 0.5
 REPORT_EVERY_S = 30.0

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerboost.artifacts import PLAN, PlanFile, read_plan
-from layerboost.engines.protocol import Command, Running
-from layerboost.engines.server import HOST, check_port
+from layerboost.engines.protocol import Running
+from layerboost.engines.server import HOST, Command, check_port
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving

@@ -1,4 +1,4 @@
-"""Processor time on the cores that a benchmark may use: its own, and everybody else's."""
+"""Processor time on the cores that a benchmark may use: its own, and that of other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Processors:
         self._start = self._now()
 
     def used(self) -> dict[str, float]:
-        """Cores in use on average: by this process with all that it started, and by others."""
+        """Return the cores in use on average: by this process with all that it started, and by others."""
         wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
         found = {"own_cores": round(own / wall, 3)}
         if _has_quota():  # then these cores are not ours, and what others do there takes nothing from us
@@ -32,7 +32,7 @@ class Processors:
 
 
 def _busy_s() -> float:
-    """Time that the cores did not idle. Includes what a hypervisor took for other machines (steal)."""
+    """Return the seconds that the cores did not idle; a hypervisor's for other machines (steal) are among them."""
     every, mine = psutil.cpu_times(percpu=True), set(cores())
     busy = 0.0
     for core, times in enumerate(every):
@@ -44,14 +44,14 @@ def _busy_s() -> float:
 
 
 def _has_quota() -> bool:
-    """Whether a container limits processor time to less than its cores give."""
+    """Return whether a container limits processor time to less than its cores give."""
     file = Path("/sys/fs/cgroup/cpu.max")
     quota = file.read_text().split()[0] if file.is_file() else "max"
     return quota != "max"
 
 
 def _own_s() -> float:
-    """Time of this process and its descendants, those that have ended included."""
+    """Return the seconds of this process and its descendants, those that have ended included."""
     total, this = 0.0, psutil.Process()
     for process in (this, *this.children(recursive=True)):
         with suppress(psutil.Error):  # it has just ended, and counts with its parent

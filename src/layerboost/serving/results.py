@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 
 from layerboost.artifacts import Artifact
 
-# Requests in flight, and in a decode sweep the length of their answers.
+# Concurrent requests, and in a decode sweep the length of their answers.
 Point = tuple[int, int | None]
 SPEED = "output_tokens_per_s"
 # Our name of a number -> vLLM's. Units are in the names.
@@ -67,7 +67,7 @@ class Spread(BaseModel):
     repeats: int
 
     def text(self, write: Callable[[float], str]) -> str:
-        """The median with its range, numbers as `write` has them: 412 (405 to 420); of one repeat, the number alone."""
+        """Return the median with its range, numbers by `write`: 412 (405 to 420); of one repeat, the number alone."""
         if self.repeats < 2:
             return write(self.median)
         return f"{write(self.median)} ({write(self.min)} to {write(self.max)})"
@@ -94,7 +94,7 @@ class AtConcurrency(BaseModel):
     disturbed: dict[str, str] = {}
 
     def warning(self, *models: str) -> str:
-        """What disturbed any of these models, to follow a number; empty where nothing did."""
+        """Return what disturbed any of these models, to follow a number; empty where nothing did."""
         found = [f"{model}: {self.disturbed[model]}" for model in models if model in self.disturbed]
         return f"; disturbed ({'; '.join(found)})" if found else ""
 
@@ -129,13 +129,13 @@ class Comparison(Artifact):
 
 
 def metrics_of(measured: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers we compare, out of vLLM's JSON or of `generation.py`'s, which has the same keys."""
+    """Return the finite numbers that we compare, out of the JSON of vLLM or of another engine, with the same keys."""
     values = {ours: float(measured[theirs]) for ours, theirs in FROM_VLLM.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def compare(measurements: Sequence[Measurement], reference: str, environment: Mapping[str, Any]) -> list[AtConcurrency]:
-    """The results of a comparison."""
+    """Return the results of a comparison."""
     results = []
     for point in sorted({entry.point for entry in measurements}, key=lambda point: (point[0], point[1] or 0)):
         repeats: dict[str, dict[int, dict[str, float]]] = {}
@@ -165,7 +165,7 @@ OTHERS, BUSY, APART = 0.05, 0.9, 0.15
 
 
 def disturbance(repeats: Sequence[Mapping[str, float]], environment: Mapping[str, Any]) -> str:
-    """What else than the model the repeats of one model show; empty where nothing does.
+    """Return what besides the model the repeats of one model show; empty where nothing does.
 
     A server on a CPU wants every core. One on a GPU wants those that it uses, and misses them only where all are busy.
     """

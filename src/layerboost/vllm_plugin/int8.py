@@ -9,8 +9,8 @@ import torch
 
 
 def int8_overflows() -> bool:
-    """Whether int8 products are wrong on this CPU: x86 without VNNI adds pairs of them in 16 bits, and oneDNN lets them
-    overflow.
+    """Return whether int8 products are wrong on this CPU: x86 without VNNI adds pairs of them in 16 bits, and oneDNN
+    lets them overflow.
     """
     known = torch.cpu.get_capabilities()
     return "avx2" in known and not (known.get("avx512_vnni") or known.get("avx_vnni"))

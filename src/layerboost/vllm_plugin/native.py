@@ -63,7 +63,7 @@ class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
 
 
 def check_stage(model: Any, skipped: set[int]) -> None:
-    """`check_attending` for the layers of this pipeline stage."""
+    """Apply `check_attending` to the layers of this pipeline stage."""
     stage = range(model.start_layer, model.end_layer)
     check_attending([index for index in stage if index not in skipped], model.start_layer, model.end_layer)
 
@@ -92,7 +92,7 @@ class SinkAttention(LlamaAttention):
 
 
 def has_sink(config: Any, layer: int) -> bool:
-    """Whether a layer has a sink."""
+    """Return whether a layer has a sink."""
     return layer in getattr(config, "attention_sink_layers", [])
 
 

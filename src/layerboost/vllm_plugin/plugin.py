@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes: teaches it boosted checkpoints, and mends `vllm` on the CPU package.
+"""What vLLM calls in each of its processes, to load boosted checkpoints and to find its own version on the CPU package.
 
 Both functions are entry points named in pyproject.toml. They run at the start of every vLLM process on the machine,
 for other people's models too, so they import next to nothing and change nothing but what they say.
@@ -24,7 +24,7 @@ ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: make `vllm serve DIR` load boosted checkpoints. May be called repeatedly."""
+    """Entry point `vllm.general_plugins`: have `vllm serve DIR` load boosted checkpoints. May be called repeatedly."""
     from vllm import ModelRegistry, __version__
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -72,12 +72,12 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing: a checkpoint's config is as it should be."""
+        """Change nothing: a checkpoint's config is as it should be."""
 
 
 def keeps_windows(vllm_config: Any) -> bool:
-    """Whether vLLM keeps sliding layers apart from full ones in its cache: where it does not, or hands the cache to
-    others, it refuses an interval."""
+    """Return whether vLLM keeps sliding layers apart from full ones in its cache: where it does not, or hands the cache
+    to others, it refuses an interval."""
     from vllm.platforms import current_platform
 
     return bool(
@@ -91,8 +91,8 @@ def keeps_windows(vllm_config: Any) -> bool:
 
 
 def retained_tokens(window: int) -> int:
-    """After how many tokens of a prompt the next window is kept in the prefix cache: at least four windows, so that
-    what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
+    """Return after how many tokens of a prompt the next window is kept in the prefix cache: at least four windows, so
+    that what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
     return 1024 * -(-4 * window // 1024)
 
 
@@ -131,7 +131,7 @@ def check_pipeline(vllm_config: Any) -> None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Major and minor version; -1 and -1 for a development build."""
+    """Return major and minor version; -1 and -1 for a development build."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
