@@ -10,7 +10,9 @@ from typing import Any
 from made_run import make_run, model_info, sensitivity
 
 from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
-from layerboost.stages.report import run_report
+from layerboost.reporting.page import markdown_page
+from layerboost.reporting.sources import read_sources
+from layerboost.stages.report import report_page
 
 QUALITY, BENCH, SWEEP = "eval/comparison.json", "bench/comparison.json", "bench/decode_sweep.json"
 Edit = Callable[[Path], None]
@@ -92,8 +94,7 @@ def test_what_a_report_points_out(tmp_path: Path, golden: Callable[[str, str], N
     def lines(name: str, change: Edit) -> list[str]:
         run = make_run(tmp_path / name / "run")
         change(run)
-        run_report(run)
-        return (run / "report.md").read_text().splitlines()
+        return markdown_page(report_page(read_sources(run))).splitlines()
 
     plain = set(lines("plain", lambda run: None))
     parts = []
@@ -109,5 +110,4 @@ def test_a_model_that_is_the_one_benchmarked_is_not_pointed_out(tmp_path: Path) 
     run = make_run(tmp_path / "run")
     healed_again(run)
     edit(BENCH, lambda values: values["models"].update(healed=file_hash(run / "healed" / "config.json")))(run)
-    run_report(run)
-    assert "changed after the benchmark" not in (run / "report.md").read_text()
+    assert "changed after the benchmark" not in markdown_page(report_page(read_sources(run)))

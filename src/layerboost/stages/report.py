@@ -35,7 +35,18 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
     LayerboostError when the reports cannot be written.
     """
     sources = read_sources(run)
-    title, facts = _heading(sources)
+    page = report_page(sources)
+    html = html_page(page)
+    images = (
+        {f"chart-{file.stem}": f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
+    )
+    write_text(run / "report.html", html)
+    write_text(run / "report.md", markdown_page(page, images))
+    return {**summary(sources), "report": run / "report.html"}
+
+
+def report_page(sources: Sources) -> Page:
+    """Return the verdict and every panel of a run."""
     panels = [
         layers_panel(sources),
         search_panel(sources),
@@ -46,14 +57,7 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
         decode_panel(sources.sweep),
         provenance_panel(sources),
     ]
-    page = Page(title, facts, findings(sources), panels)
-    html = html_page(page)
-    images = (
-        {f"chart-{file.stem}": f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
-    )
-    write_text(run / "report.html", html)
-    write_text(run / "report.md", markdown_page(page, images))
-    return {**summary(sources), "report": run / "report.html"}
+    return Page(*_heading(sources), findings(sources), panels)
 
 
 def _heading(sources: Sources) -> tuple[str, str]:
