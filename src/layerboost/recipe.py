@@ -179,7 +179,7 @@ class Heal(Section):
         if not isinstance(values, dict) or "hidden_weight" not in values:
             return values
         if weight := values["hidden_weight"]:
-            raise ConfigError("heal.hidden_weight was removed: it gained nothing", found=str(weight), do="leave it out")
+            raise ConfigError("heal.hidden_weight was removed", found=str(weight), do="delete it from the recipe")
         return {name: value for name, value in values.items() if name != "hidden_weight"}
 
 

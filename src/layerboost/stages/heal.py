@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -298,50 +299,41 @@ def train(
     )
     local = AttentionDistiller(*models, batches_kept(settings, text.validation.shape[1]))
     distillers = {"attention": local, "lora": logits}
-    validation = Validation(logits, text.validation.to(device), settings.batch_sequences)
+    validation = Validation(logits, text.validation.to(device).split(settings.batch_sequences))
     if settings.shard:
         shards = shard(pair.teacher, student, device)
-        shards.gather_for(validation, "compute_targets", "measure")
+        shards.gather_for(validation, "measure")
         for distiller in distillers.values():
             shards.gather_for(distiller, "forward")
     fitted = []
     if text.fit_tokens:
         with clean_end(folder, settings):
-            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation)
+            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
         train_only(student, pair.adapted[stage])
-        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation)
+        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation.measure)
         local.cache.clear()
     return fitted
 
 
+@dataclass
 class Validation:
-    """KL to the base and NLL of the student on ids `[N, T]` that are not trained on; the base runs over them once."""
+    """KL to the base and NLL of the student on batches `[B, T]` not trained on; the base runs over them once."""
 
-    def __init__(self, distiller: LogitDistiller, ids: torch.Tensor, batch_sequences: int) -> None:
-        self.distiller = distiller
-        self.batches = ids.split(batch_sequences)
-        self.targets: list[Targets] = []
-
-    def __call__(self) -> dict[str, float]:
-        """Return `validation_kl` and `validation_nll`, in nats per token."""
-        self.targets = self.targets or self.compute_targets()
-        found = self.measure()
-        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
-        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
-
-    def compute_targets(self) -> list[Targets]:
-        """Return what the base does with each batch."""
-        return [self.distiller.compute_targets(ids) for ids in self.batches]
+    distiller: LogitDistiller
+    batches: Sequence[torch.Tensor]
+    targets: Sequence[Targets] = ()
 
     @torch.no_grad()
-    def measure(self) -> list[SequenceLosses]:
-        """Return what the student loses on each batch."""
+    def measure(self) -> dict[str, float]:
+        """Return `validation_kl` and `validation_nll`, in nats per token."""
         teacher, student = self.distiller.teacher, self.distiller.student
-        found = []
+        self.targets = self.targets or [self.distiller.compute_targets(ids) for ids in self.batches]
+        found: list[SequenceLosses] = []
         for ids, targets in zip(self.batches, self.targets, strict=True):
             outputs = [self.distiller.student_output(targets)]
-            base, (losses,) = token_losses(teacher, targets.output, ids, outputs, student)
+            base, losses = token_losses(teacher, targets.output, ids, outputs, student)
             check_values("NLL of the base on a validation sequence", base, teacher, ids)
-            found.append(losses)
-        return found
+            found += losses
+        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
