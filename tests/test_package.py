@@ -49,6 +49,21 @@ def run(command: Path, *words: str | Path) -> str:
     return subprocess.run([command, *words], check=True, capture_output=True, text=True, env=environment).stdout
 
 
+def files(folder: Path) -> set[str]:
+    return {
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+
+
+@pytest.mark.multiprocess
+def test_the_wheel_has_every_file(command: Path) -> None:
+    (installed,) = command.parents[1].glob("lib/python*/site-packages/layerboost")
+    recipes = {f"recipes/{file}" for file in files(ROOT / "recipes")}
+    assert files(installed) == files(ROOT / "src" / "layerboost") | recipes
+
+
 @pytest.mark.multiprocess
 def test_the_wheel_has_its_commands_and_recipes(command: Path) -> None:
     assert "measure" in run(command, "--help")

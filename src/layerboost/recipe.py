@@ -102,7 +102,7 @@ class Plan(Section):
 
     method: Literal["budget", "greedy", "threshold", "uniform", "random", "cosine"] = Field(
         "budget",
-        description="budget: least damage within the budget by single scores; greedy: measured again as layers change; "
+        description="budget: least predicted quality loss within the budget; greedy: measured again as layers change; "
         "threshold: the paper's tiers by removal score; controls: uniform or random "
         "full layers, the rest sliding; cosine: LLM-Drop",
     )
@@ -126,7 +126,7 @@ class Plan(Section):
     parameter_fraction: float | None = Field(None, gt=0, le=1, description="budget: parameters, as for kv_fraction")
     context_tokens: int = Field(1024, ge=1, description="context length at which costs are computed")
     concurrency: int = Field(64, ge=1, description="concurrent decoding requests at which time is computed")
-    search_tokens: int = Field(4096, ge=32, description="greedy: calibration tokens that plans are measured on")
+    search_tokens: int = Field(4096, ge=32, description="greedy: calibration tokens to measure whole plans on")
     costs: OnDisk | None = Field(None, description="costs.json with this machine's rates; docs/reference/plan.md")
     full_layers: int | None = Field(None, ge=0, description="threshold: number of most sensitive layers kept full")
     none_layers: int | None = Field(None, ge=0, description="threshold: number of least sensitive layers removed")
@@ -142,29 +142,32 @@ class Heal(Section):
         ge=0,
         description="tokens from the start of stage 1's text for the closed-form fit of sliding layers; 0: no fit",
     )
-    attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0 leaves it out")
-    attention_repeats: int = Field(1, ge=1, description="times stage 1 repeats a stretch of text; the base runs once")
+    attention_tokens: int = Field(1_000_000, ge=0, description="tokens of stage 1; 0: skip it")
+    attention_repeats: int = Field(1, ge=1, description="passes of stage 1 over each chunk of text; the base runs once")
     attention_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 1")
     tokens: int = Field(9_000_000, ge=0, description="tokens of stage 2; 0: skip it")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of stage 2")
     sink_lr: float = Field(2e-2, gt=0, description="peak learning rate of the sink logits")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="of all rates, after a warm-up: cosine, linear or constant"
+        "cosine", description="learning-rate schedule after the warm-up: cosine, linear or constant"
     )
     lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers that stage 2 adapts from the first changed layer up; default: v and o of changed "
+        description="linear layers that stage 2 adapts, from the first changed layer up; default: v and o of changed "
         "layers, and the MLPs",
     )
-    retrieval_share: float = Field(0.0, ge=0, le=1, description="fraction of sequences that state and ask for facts")
-    temperature: float = Field(1.0, gt=0, description="of the distillation's KL")
-    ce_weight: float = Field(0.0, ge=0, description="weight of the next token's cross entropy beside the KL")
-    batch_sequences: int = Field(2, ge=1, description="sequences a batch")
-    gradient_accumulation: int = Field(1, ge=1, description="batches a step; torchrun's processes share them out")
+    retrieval_share: float = Field(
+        0.0, ge=0, le=1, description="fraction of sequences that state and later ask for facts"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature of the distillation's KL")
+    ce_weight: float = Field(0.0, ge=0, description="weight of next-token cross entropy, added to the KL")
+    batch_sequences: int = Field(2, ge=1, description="sequences per batch")
+    gradient_accumulation: int = Field(1, ge=1, description="batches per step, divided among processes")
     shard: bool = Field(False, description="shard weights, gradients and optimizer over torchrun's processes (FSDP2)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective", description="kept for the backward pass: all (none), products (selective), layers' inputs (full)"
+        "selective",
+        description="none: keep all activations; selective: keep matrix products; full: keep inputs of layers",
     )
     validation_steps: int = Field(25, ge=1, description="optimizer steps between validations; the best step is kept")
     save_steps: int = Field(25, ge=1, description="optimizer steps between checkpoints")
@@ -223,10 +226,8 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted model under a real server."""
 
-    engine: EngineName = Field("vllm", description="transformers: one batch after the other, for machines without vLLM")
-    checkpoints: Checkpoints = Field(
-        {}, description="further models to bench beside base and healed: a name and a directory each"
-    )
+    engine: EngineName = Field("vllm", description="vllm, or transformers: one batch after another, without vLLM")
+    checkpoints: Checkpoints = Field({}, description="more models to benchmark: {NAME: DIRECTORY}")
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="concurrent requests")
     requests_per_concurrency: PositiveFloat = Field(
         4.0, description="requests per level of concurrency, as a multiple of it"

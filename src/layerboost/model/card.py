@@ -104,9 +104,9 @@ Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
 PATH is this directory or its Hub id.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM  # without trust_remote_code: from layerboost
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or: import layerboost
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 ## Serve
