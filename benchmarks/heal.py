@@ -43,6 +43,7 @@ def settings(model: str, text: str, length: int, steps: int) -> Recipe:
             "model": model,
             "text.source": text,
             "text.sequence_tokens": length,
+            "measure.tokens": 4096,
             "heal.fit_tokens": 0,
             "heal.attention_tokens": 0,
             "heal.tokens": steps * STEP_TOKENS,

@@ -24,8 +24,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from layerboost.model.attention import sliding_attention, window_mask
-from layerboost.model.checkpoint import find_model, load_model
-from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime, peak_rss_bytes
 
 LENGTHS, PREFILLS = (1024, 2048, 4096, 8192, 16384), (4096, 8192)
@@ -77,6 +75,9 @@ def measure_mask(tokens: int) -> dict[str, float]:
 
 def measure_prefill(folder: str, boosted: bool, tokens: int) -> dict[str, float]:
     """CPU seconds and peak RSS of reading one prompt into a cache."""
+    from layerboost.model.checkpoint import find_model, load_model
+    from layerboost.model.surgery import apply_plan
+
     model = load_model(find_model(folder), Runtime(torch.device("cpu"), torch.float32))
     if boosted:
         layers = model.config.num_hidden_layers

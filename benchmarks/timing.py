@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from layerboost.artifacts import LayerPlan
 from layerboost.runtime import machine, versions
-from layerboost.serving.command import runs_on_cpu, vllm_environment
 
 Found = TypeVar("Found")
 
@@ -71,6 +70,8 @@ def alone(script: str, *words: object) -> dict[str, Any]:
 
 def engine(folder: Path, **options: Any) -> Any:
     """A vLLM engine in this process; without asynchronous scheduling a step's time is its own."""
+    from layerboost.serving.command import runs_on_cpu, vllm_environment
+
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     os.environ |= vllm_environment()
     from vllm import LLM
