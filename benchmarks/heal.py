@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from layerboost.artifacts import CONVERTED, HEAL, PLAN, PlanFile, write_plan
-from layerboost.model.checkpoint import load_config, load_tokenizer, model_info, open_base
+from layerboost.model.base import open_base
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, load_recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
@@ -56,12 +56,9 @@ def settings(model: str, text: str, length: int, steps: int) -> Recipe:
 
 def prepare(recipe: Recipe, run: Path) -> None:
     """Write the plan and the converted model."""
-    runtime = start_runtime(recipe)
-    source = open_base(recipe, run, runtime)
-    config = load_config(source)
-    info = model_info(source, config, runtime.dtype)
-    layers = timing.evenly(info.layers, FULL_LAYERS, WINDOW)
-    write_plan(run / PLAN, PlanFile(model=info, method="evenly spread", layers=layers))
+    base = open_base(recipe, run, start_runtime(recipe))
+    layers = timing.evenly(base.info.layers, FULL_LAYERS, WINDOW)
+    write_plan(run / PLAN, PlanFile(model=base.info, method="evenly spread", layers=layers))
     run_stage("convert", recipe, run)
 
 
@@ -76,9 +73,9 @@ def ours(recipe: Recipe, run: Path) -> dict[str, list[float]]:
 
 def plain(recipe: Recipe, run: Path) -> dict[str, list[float]]:
     """The plain way; the loss and the seconds of each step."""
-    source = open_base(recipe, run, start_runtime(recipe))
-    ids = load_tokens(recipe.text, load_tokenizer(source), "train", recipe.heal.tokens, seed=recipe.seed + 1).ids
-    teacher = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    base = open_base(recipe, run, start_runtime(recipe))
+    ids = load_tokens(recipe.text, base.tokenizer, "train", recipe.heal.tokens, seed=recipe.seed + 1).ids
+    teacher = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(run / CONVERTED, dtype=torch.float32)
     rank = recipe.heal.lora_rank
     student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

@@ -14,7 +14,6 @@ import argparse
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,15 @@ from typing import Any
 import timing
 import torch
 
-from layerboost.artifacts import LayerPlan, ModelInfo, write_json, write_text
-from layerboost.model.checkpoint import Source, load_config, model_info, plan_in
+from layerboost.artifacts import LayerPlan, ModelInfo, all_full, counted, window_of, write_json, write_text
+from layerboost.model.base import find_model
+from layerboost.model.checkpoint import plan_in
 from layerboost.model.linear import linear
 from layerboost.model.memory import CPU_ENGINE, GPU_ENGINE, Engine, admission_bytes, block_bytes, resident_bytes
 from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.runtime import machine, versions
+from layerboost.runtime import Runtime, machine, versions
 from layerboost.search.costs import decode_work, prefill_work
 from layerboost.serving.command import GIB, number_given, runs_on_cpu
 from layerboost.serving.results import Comparison, Spread
@@ -73,20 +73,18 @@ class Model:
     @staticmethod
     def read(folder: Path) -> Model:
         """The checkpoint's plan, or every layer full; how its weights are quantised, if they are."""
-        source = Source(folder.name, folder)
-        config = load_config(source)
-        quantised = (getattr(config, "quantization_config", None) or {}).get("format")
+        dtype = torch.float32 if runs_on_cpu() else torch.bfloat16
+        found = find_model(str(folder), Runtime(torch.device("cpu"), dtype))
+        quantised = (getattr(found.config, "quantization_config", None) or {}).get("format")
         if plan := plan_in(folder):
             return Model(plan.model, plan.layers, quantised)
-        info = model_info(source, config, torch.float32 if runs_on_cpu() else torch.bfloat16)
-        return Model(info, [LayerPlan(layer=layer, attention="full") for layer in range(info.layers)], quantised)
+        return Model(found.info, all_full(found.info), quantised)
 
     @property
     def words(self) -> str:
         """The plan in a few words."""
-        count = Counter(entry.attention for entry in self.layers)
-        found = ", ".join(f"{count[kind]} {kind}" for kind in ("full", "sliding", "none") if count[kind])
-        if window := next((entry.window for entry in self.layers if entry.window), None):
+        found = counted(self.layers)
+        if window := window_of(self.layers):
             found += f"; window {window}, {sum(entry.sink for entry in self.layers)} sinks"
         return found + (f"; weights {self.quantised}" if self.quantised else "")
 

@@ -75,10 +75,10 @@ def measure_mask(tokens: int) -> dict[str, float]:
 
 def measure_prefill(folder: str, boosted: bool, tokens: int) -> dict[str, float]:
     """CPU seconds and peak RSS of reading one prompt into a cache."""
-    from layerboost.model.checkpoint import find_model, load_model
+    from layerboost.model.base import find_model
     from layerboost.model.surgery import apply_plan
 
-    model = load_model(find_model(folder), Runtime(torch.device("cpu"), torch.float32))
+    model = find_model(folder, Runtime(torch.device("cpu"), torch.float32)).load()
     if boosted:
         layers = model.config.num_hidden_layers
         apply_plan(model, timing.evenly(layers, max(1, layers - SLIDING_LAYERS), WINDOW))
