@@ -4,10 +4,11 @@
     python benchmarks/engines.py boosted=runs/a/healed int8=runs/a/int8 fp8=runs/a/healed --fp8-kv fp8 --text FILE
     python benchmarks/engines.py --random llama
 
-The models take turns, and ratios are to the first one's speed. `--random`: a checkpoint of SmolLM2-135M's shape with
-random weights and all three kinds of layers, by vLLM's Transformers backend and by vLLM's own class. `--profile`:
-milliseconds per decoding step by kind of operation, of PyTorch's profiler; what is in no operation is Python.
-`--text`: perplexity as vLLM serves it, and KL(first ‖ model) in Transformers, which has no fp8 KV cache. Then JSON.
+The models take turns, and ratios are to the first one's speed; one named `backend` is served by vLLM's Transformers
+backend. `--random`: a checkpoint of SmolLM2-135M's shape with random weights and all three kinds of layers, by that
+backend and by vLLM's own class. `--profile`: milliseconds per decoding step by kind of operation, of PyTorch's
+profiler; what is in no operation is Python. `--text`: perplexity as vLLM serves it, and KL(first ‖ model) in
+Transformers, which has no fp8 KV cache. Then JSON.
 """
 
 from __future__ import annotations
