@@ -195,9 +195,13 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
         _share(run, place)
         asked = [name for name in models if each.rows is None or name in each.rows]
         folders = {f"{name}-{stage}": folder for name in asked for stage, folder in models[name].items()}
-        compared.evaluations[part] = run_evaluate(settings, place, {BASE: base.folder} | folders, runtime)
-        if file.reference in asked:
-            _add_differences(compared, part, asked, place / "eval", load_bench(settings.evaluate))
+        found = EvalComparison.model_validate(run_evaluate(settings, place, {BASE: base.folder} | folders, runtime))
+        compared.evaluations[part] = found.model_dump(mode="json", by_alias=True)
+        last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in asked}
+        if reference := last.pop(file.reference, None):
+            tasks = [task for task in load_bench(settings.evaluate) if not found.tasks[task.name].selection]
+            for name, model in last.items():
+                compared.rows[name].against[part] = _against(found, model, reference, place / "eval", tasks)
     write_json(run / FOLDER / "comparison.json", compared)
     write_text(run / FOLDER / "comparison.md", page(compared))
     return compared
@@ -309,30 +313,25 @@ def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[
     return healed if (folder / CONVERTED).is_symlink() else {CONVERTED: folder / CONVERTED} | healed
 
 
-def _add_differences(compared: Compared, part: str, rows: list[str], results: Path, tasks: list[BenchTask]) -> None:
-    """Compare each row with the reference in one evaluation, from its result files."""
-    found, reference = compared.evaluations[part], compared.reference
-    headline = [task for task in tasks if found["average"] and task.name in found["average"]["tasks"]]
+def _against(found: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
+    """Compare two models of one evaluation, from its result files; `tasks`: those that chose no layers."""
 
-    def read(row: str, what: str) -> Any:
-        file = results / f"{row}-{compared.rows[row].models[-1]}.{what}.json"
-        return json.loads(file.read_text(encoding="utf-8"))
+    def read(what: str) -> list[Any]:
+        files = [results / f"{name}.{what}.json" for name in (reference, model)]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
-    def less(own: list[float], other: list[float], **options: bool) -> dict[str, float]:
-        return difference([a - b for a, b in zip(own, other, strict=True)], **options)
+    def change(values: list[list[float]], **options: bool) -> Any:
+        return difference([own - other for other, own in zip(*values, strict=True)], **options)
 
-    for row in (name for name in rows if name != reference):
-        differences: dict[str, Any] = {}
-        if found["perplexity"]:
-            differences["kl"] = less(*(read(name, "text")["kl"] for name in (row, reference)))
-        if headline:
-            differences["average"] = average_against(
-                [(t, read(reference, t.name), read(row, t.name)) for t in headline]
-            )
-        if found["retrieval"]:
-            exact = [[float(a["exact"]) for a in read(name, "retrieval")["answers"]] for name in (row, reference)]
-            differences["retrieval"] = less(*exact, right_or_wrong=True)
-        compared.rows[row].against[part] = Against.model_validate(differences)
+    differences: dict[str, Any] = {}
+    if found.perplexity:
+        differences["kl"] = change([each["kl"] for each in read("text")])
+    if tasks:
+        differences["average"] = average_against([(task, *read(task.name)) for task in tasks])
+    if found.retrieval:
+        exact = [[float(answer["exact"]) for answer in each["answers"]] for each in read("retrieval")]
+        differences["retrieval"] = change(exact, right_or_wrong=True)
+    return Against.model_validate(differences)
 
 
 def page(compared: Compared) -> str:
