@@ -8,7 +8,6 @@ KV cache), and its resident memory as the requests went by; then JSON. Exit code
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import timing
 
 from layerboost.engines.server import Server
 from layerboost.engines.vllm_server import served
@@ -29,11 +29,9 @@ from layerboost.runtime import GIB
 
 INPUT_TOKENS, OUTPUT_TOKENS = (8, 512), (8, 128)
 # Shares of the requests that are cancelled after some tokens, and dropped before the first.
-CANCELLED, DROPPED = 0.15, 0.15
-DROP_AFTER_S = 0.5
+CANCELLED, DROPPED, DROP_AFTER_S = 0.15, 0.15, 0.5
+GONE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 SETTLE_S = 60
-# What is to be zero afterwards.
-LEFT = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 # Allocators and caches fill in the first part; from there on memory is to stay within a few per cent.
 WARM, FLAT = 0.3, 1.03
 
@@ -41,8 +39,7 @@ WARM, FLAT = 0.3, 1.03
 async def send(session: aiohttp.ClientSession, server: Server, index: int) -> str:
     """One request, told in a word: complete, cancelled, dropped, or what went wrong."""
     draw = random.Random(index)
-    wanted = draw.randint(*OUTPUT_TOKENS)
-    fate = draw.random()
+    wanted, fate = draw.randint(*OUTPUT_TOKENS), draw.random()
     stop_after = draw.randint(1, max(wanted // 2, 1)) if fate < CANCELLED else None
     body = {
         "model": str(server.folder.absolute()),
@@ -97,7 +94,7 @@ async def load(server: Server, requests: int, concurrency: int) -> tuple[Counter
                     ends[f"{type(error).__name__}: {error}"] += 1
             if ends.total() % max(requests // 10, 1) == 0:
                 memory.append({"requests": ends.total(), "rss_gib": round(server.rss_bytes() / GIB, 4)})
-                print(f"{memory[-1]}", file=sys.stderr, flush=True)
+                print(memory[-1], file=sys.stderr, flush=True)
 
         await asyncio.gather(*(one(index) for index in range(requests)))
     return ends, memory
@@ -108,7 +105,7 @@ def settled(server: Server) -> dict[str, float]:
     deadline = time.monotonic() + SETTLE_S
     while True:
         metrics = server.metrics()
-        found = {name: sum(metrics[f"vllm:{name}"]) for name in (*LEFT, "num_preemptions_total")}
+        found = {name: sum(metrics[f"vllm:{name}"]) for name in (*GONE, "num_preemptions_total")}
         if not found["num_requests_running"] + found["num_requests_waiting"] or time.monotonic() > deadline:
             return found
         time.sleep(1)
@@ -116,7 +113,7 @@ def settled(server: Server) -> dict[str, float]:
 
 def main() -> None:
     """Serve, load, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=200)
@@ -136,20 +133,14 @@ def main() -> None:
             ends, memory = asyncio.run(load(server, asked.requests, asked.concurrency))
             after = settled(server)
             server.check_alive()
-        seconds = round(time.monotonic() - started)
     warm = [row["rss_gib"] for row in memory if row["requests"] >= WARM * asked.requests]
-    growth = warm[-1] / warm[0]
-    wrong = {end: count for end, count in ends.items() if end not in {"complete", "cancelled", "dropped"}}
-    lost = asked.requests - ends.total()
-    left = {name: after[name] for name in LEFT}
-    print(f"{asked.requests} requests, concurrency {asked.concurrency}, {seconds} s: {dict(ends)}, lost: {lost}")
+    growth, lost = warm[-1] / warm[0], asked.requests - ends.total()
+    left = {name: after[name] for name in GONE}
+    print(f"{asked.requests} requests in {time.monotonic() - started:.0f} s: {dict(ends)}, lost: {lost}")
     print(f"afterwards: {left}; preemptions {after['num_preemptions_total']:.0f}")
-    print(
-        f"resident memory from {WARM:.0%} of the requests on: {warm[0]:.3f} to {warm[-1]:.3f} GiB, times {growth:.3f}"
-    )
-    print(
-        json.dumps({"ends": ends, "lost": lost, "left": left, "memory": memory, "growth": growth, "seconds": seconds})
-    )
+    print(f"memory from {WARM:.0%} of the requests on: {warm[0]:.3f} to {warm[-1]:.3f} GiB, {growth:.3f} times")
+    timing.show({"ends": ends, "lost": lost, "left": left, "memory": memory, "growth": growth}, asked)
+    wrong = ends.keys() - {"complete", "cancelled", "dropped"}
     sys.exit(bool(wrong or lost or any(left.values()) or growth > FLAT))
 
 

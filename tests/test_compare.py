@@ -1,59 +1,148 @@
-"""Plans at equal cost, on a tiny model, through the command line."""
+"""Plans side by side, on a tiny model, through the command line; and the rows that ship."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from test_pipeline import layerboost, write_recipe
 from tiny import RUNTIME, save_tiny
 
-from layerboost.artifacts import LayerPlan, PlanFile, read_plan
-from layerboost.compare import Unsuited, check_all_sliding, rows
+from layerboost.artifacts import read_plan
+from layerboost.compare import SHIPPED, Alike, Unsuited, alike, check_suited, read_rows, row_recipe, with_settings
+from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
 
-ROWS = list(rows(load_recipe([], {})))
+ROOT = Path(__file__).parents[1]
+NOT_HEALED = {"heal.fit_tokens": 0, "heal.attention_tokens": 0, "heal.tokens": 0}
+
+
+def write_rows(file: Path, **content: Any) -> Path:
+    file.write_text(yaml.safe_dump({"schema_version": 1, "reference": "ours", **content}, sort_keys=False))
+    return file
 
 
 @pytest.mark.pipeline
-def test_every_plan_is_compared_at_equal_cost_and_goes_on(tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path, save_tiny(tmp_path / "model", layers=6), measure={"windows": [8], "retrieval_prompts": 0}
+def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), measure={"windows": [8], "retrieval_prompts": 0})
+    rows = write_rows(
+        tmp_path / "rows.yaml",
+        set={"evaluate.retrieval_tokens": [128], "evaluate.retrieval_prompts": 2},
+        evaluations={
+            "quality": {},
+            "text": {"rows": ["ours", "sliding"], "set": {"evaluate.tasks": [], "evaluate.retrieval_tokens": []}},
+        },
+        rows={
+            "ours": {},
+            "one_stage": {"plan": "ours", "one_stage": True},
+            "random": {"set": {"plan.method": "random"}},
+            "sliding": {"plan": {"attention": "sliding", "sink": True}, "set": NOT_HEALED},
+            "tight": {"set": {"plan.method": "uniform", "plan.kv_fraction": 0.01}},
+            "wide": {"plan": {"attention": "sliding", "window": 48, "sink": True}},
+            "as_wide": {"plan": "wide"},
+        },
     )
     run = tmp_path / "run"
-    changes = ["--set", "evaluate.retrieval_tokens=[128]", "--set", "evaluate.retrieval_prompts=2"]
-    layerboost("measure", "--config", recipe, "--run", run)
-    found = json.loads(layerboost("compare", "--config", recipe, "--run", run, "--json", *changes).stdout)
-    assert [row["name"] for row in found["rows"]] + list(found["left_out"]) == ROWS
-    assert found["left_out"] == {}
-    assert all(row["kv_fraction"] <= 0.4 for row in found["rows"])
-    assert found["rows"][0]["lead"] is None
-    folder = run / "compare"
-    assert read_plan(folder / "all_sliding" / "plan.yaml").window == 25
-    assert {row["name"]: row["sinks"] for row in found["rows"]}["all_sliding_sink"] == 6
-    evaluated = json.loads((folder / "eval" / "comparison.json").read_text())
-    assert set(evaluated["models"]) == {
-        "base",
-        *(f"{row}-{stage}" for row in ROWS for stage in ("converted", "healed")),
+    shown = layerboost("compare", rows, "--config", recipe, "--run", run, "--json").stdout
+    found = json.loads(shown)
+    assert {name: row["models"] for name, row in found["rows"].items()} == {
+        "ours": ["converted", "healed"],
+        "one_stage": ["healed"],
+        "random": ["converted", "healed"],
+        "sliding": ["converted"],
     }
-    for row in found["rows"][1:]:
-        # The lead is the difference of the two models' own differences from the base.
-        for key, means in (
-            ("kl", {name: text["kl"]["mean"] for name, text in evaluated["perplexity"].items()}),
-            ("average", {name: each["mean"] for name, each in evaluated["average"]["difference"].items()}),
-        ):
-            assert row["lead"][key]["mean"] == pytest.approx(means["ours-healed"] - means[f"{row['name']}-healed"])
-    healed = json.loads((folder / "ours" / "heal" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert healed["tokens"] == 768
-    page = (folder / "comparison.md").read_text()
-    assert all(f"| {row} | healed |" in page for row in ROWS)
-    assert (folder / "comparison.html").stat().st_size < 6_000_000
-    made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    # The settings of the first call lie in the run's recipe.
-    assert json.loads(layerboost("compare", "--run", run, "--json").stdout) == found
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
+    assert list(found["left_out"]) == ["tight", "wide", "as_wide"]
+    assert all(row["kv_fraction"] <= 0.4 for row in found["rows"].values())
+    assert found["rows"]["sliding"]["window"] == 25  # 0.4 of a context of 64
+    assert found["rows"]["sliding"]["sinks"] == 4
+    quality, text = found["evaluations"]["quality"], found["evaluations"]["text"]
+    assert list(text["models"]) == ["base", "ours-converted", "ours-healed", "sliding-converted"]
+    against = {name: row["against"] for name, row in found["rows"].items()}
+    assert {name: list(each) for name, each in against.items()} == {
+        "ours": [],
+        "one_stage": ["quality"],
+        "random": ["quality"],
+        "sliding": ["quality", "text"],
+    }
+    # What is compared is the difference of the two models' own differences from the base.
+    kl = {name: part["kl"]["mean"] for name, part in quality["perplexity"].items()}
+    assert against["random"]["quality"]["kl"]["mean"] == pytest.approx(kl["random-healed"] - kl["ours-healed"])
+    average = {name: part["mean"] for name, part in quality["average"]["difference"].items()}
+    expected = average["sliding-converted"] - average["ours-healed"]
+    assert against["sliding"]["quality"]["average"]["mean"] == pytest.approx(expected)
+    exact = {name: [group["models"][name]["value"] for group in quality["retrieval"]["groups"]] for name in kl}
+    change = sum(exact["one_stage-healed"]) - sum(exact["ours-healed"])
+    assert against["one_stage"]["quality"]["retrieval"]["mean"] == pytest.approx(change / len(exact["base"]))
+    # The same tokens of healing, in one stage.
+    steps = [json.loads(line) for line in (run / "compare" / "one_stage" / "heal" / "metrics.jsonl").open()]
+    assert {step["stage"] for step in steps} == {"lora"}
+    assert found["rows"]["one_stage"]["healing_tokens"] == steps[-1]["tokens"] == 384 + 768
+    page = (run / "compare" / "comparison.md").read_text()
+    assert page.count("\n| ours | ") == 2
+    assert "\n| base | – | – | 100.0 % | – |" in page
+    assert "`as_wide` is left out: its plan is that of wide, which is left out." in page
+
+    made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    assert layerboost("compare", rows, "--run", run, "--json").stdout == shown
+    random = run / "compare" / "random"
+    more = write_rows(
+        tmp_path / "more.yaml",
+        set={"evaluate.tasks": []},
+        rows={
+            "ours": {},
+            "whole": {"run": str(random)},
+            "plan": {"plan": str(random / "plan.yaml"), "set": NOT_HEALED},
+        },
+    )
+    again = json.loads(layerboost("compare", more, "--run", run, "--json").stdout)
+    found_again = {name: part["kl"]["mean"] for name, part in again["evaluations"][""]["perplexity"].items()}
+    assert again["rows"]["plan"]["models"] == ["converted"]
+    assert found_again["whole-healed"] == kl["random-healed"]
+    assert found_again["plan-converted"] == pytest.approx(kl["random-converted"])
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+@pytest.mark.parametrize("file", [*SHIPPED.glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")], ids=lambda f: f.stem)
+def test_the_rows_that_ship_are_valid(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = read_rows(str(file))
+    recipe = with_settings(load_recipe([], {}), rows.set)
+    for each in rows.evaluations.values():
+        with_settings(recipe, each.set)
+    known: list[str] = []
+    for name, row in rows.rows.items():
+        row_recipe(recipe, row)
+        if isinstance(row.plan, str) and row.plan not in known:
+            read_plan(Path(row.plan))
+        known.append(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": {"other": {}}}, "not among the rows: ours"),
+        ({"rows": {"ours": {"plans": "x"}}}, "rows.ours.plans: Extra inputs"),
+        ({"rows": {"ours": {"set": {"heal.token": 5}}}}, "did you mean heal.tokens"),
+    ],
+)
+def test_a_mistake_in_the_rows_is_named_before_anything_is_done(
+    tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.yaml", **content)
+    ended = layerboost("compare", rows, "tiny", "--run", tmp_path / "run", check=False)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_rows_are_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="no such rows"):
+        read_rows("equal-costs")
+    assert read_rows("equal-cost").reference == "ours"
 
 
 @pytest.mark.parametrize(
@@ -69,18 +158,9 @@ def test_what_cannot_slide_is_known_before_anything_is_healed(
     tmp_path: Path, family: str, sequence_tokens: int, sink: bool, why: str | None
 ) -> None:
     base = find_model(str(save_tiny(tmp_path / "model", family)), RUNTIME)
-    config, info = base.config, base.info
-    slides = [LayerPlan(layer=n, attention="sliding", window=25, sink=sink) for n in range(info.layers)]
-    plan = PlanFile(model=info, method="all sliding", layers=slides)
+    plan = alike(Alike(attention="sliding", window=25, sink=sink), base, load_recipe([], {}))
     if why is None:
-        check_all_sliding(plan, config, sequence_tokens)
+        check_suited(plan, base.config, sequence_tokens)
         return
     with pytest.raises(Unsuited, match=why):
-        check_all_sliding(plan, config, sequence_tokens)
-
-
-def test_without_sensitivities_the_command_that_makes_them_is_named(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
-    ended = layerboost("compare", "--config", recipe, "--run", tmp_path / "run", check=False)
-    assert ended.returncode == 2
-    assert "make it with `layerboost measure`" in ended.stderr
+        check_suited(plan, base.config, sequence_tokens)

@@ -205,18 +205,21 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @cli.command(
     "compare",
     cls=Command,
-    help="Ours, the paper's tiers, LLM-Drop and controls at equal cost, before and after healing, with intervals.",
+    help="Compare plans, each healed and evaluated alike, with intervals. ROWS is a YAML file; by default the recipe's "
+    "plan, the paper's tiers, LLM-Drop and controls at equal cost.",
     examples=(
         "layerboost compare --run runs/qwen3",
         "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
+        "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
     ),
 )
+@click.argument("rows", default="equal-cost")
 @with_recipe
-def compare_command(recipe: Recipe, run: Path, as_json: bool) -> None:
+def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None:
     """Compare plans."""
     from layerboost.compare import run_compare
 
-    show(run_compare(recipe, run), as_json, lambda _: [["written"], [str(run / "compare" / "comparison.md")]])
+    show(run_compare(recipe, run, rows), as_json, lambda _: [["written"], [str(run / "compare" / "comparison.md")]])
 
 
 @cli.command(

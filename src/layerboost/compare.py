@@ -1,4 +1,4 @@
-"""compare: plans at equal cost side by side, each before and after healing with the same tokens → RUN/compare."""
+"""compare: plans side by side, each row of a YAML file in a run folder of its own → RUN/compare/comparison.json."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from layerboost.artifacts import (
+    BASE,
     CONVERTED,
     HEALED,
     PLAN,
     SENSITIVITY,
+    Artifact,
     LayerPlan,
     PlanFile,
-    Sensitivity,
-    read_json,
+    counts,
     read_plan,
     write_json,
     write_plan,
@@ -28,114 +32,260 @@ from layerboost.evaluation.statistics import difference
 from layerboost.evaluation.tasks import BenchTask, load_bench
 from layerboost.healing.least_squares import check_fit
 from layerboost.healing.training import batch_of_process
-from layerboost.model.base import open_base
+from layerboost.model.base import Base, open_base
 from layerboost.model.surgery import check_plan
-from layerboost.pipeline import kept_recipe, only_one_process, run_stage
-from layerboost.recipe import Recipe
-from layerboost.reporting.compared import compared_page
-from layerboost.runtime import locked, log, recorded, start_runtime
-from layerboost.schemas.evaluation import EvalComparison
+from layerboost.pipeline import checkpoints, kept_recipe, only_one_process, run_stage
+from layerboost.recipe import RECIPES, Recipe, Section, parse_recipe
+from layerboost.reporting.page import Table, markdown_table
+from layerboost.reporting.text import ABSENT, interval, number, percent
+from layerboost.runtime import Runtime, locked, log, recorded, start_runtime
+from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 from layerboost.sensitivity.calibration import MEASURED
 from layerboost.stages.evaluate import run_evaluate
+from layerboost.stages.measure import run_measure
+from layerboost.strategies import StrategyName
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
-FOLDER, OURS = "compare", "ours"
-CONTROLS = {"paper_tiers": "threshold", "llm_drop": "cosine", "uniform": "uniform", "random": "random"}
-# Limits on damage are ours alone: the controls know none.
-NO_LIMITS = {"plan.max_kl": None, "plan.max_retrieval": None}
-ALL_SLIDING = {"all_sliding": False, "all_sliding_sink": True}
+FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-def rows(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What each row changes in the recipe; all spend the same tokens of healing, at the same cost."""
-    tokens = recipe.heal.attention_tokens + recipe.heal.tokens
-    return {
-        OURS: {},
-        "ours_without_attention_distillation": {
-            "heal.fit_tokens": 0,
-            "heal.attention_tokens": 0,
-            "heal.tokens": tokens,
-        },
-        **{row: {"plan.method": method, **NO_LIMITS} for row, method in CONTROLS.items()},
-        **{name: {} for name in ALL_SLIDING},
-    }
+class Alike(Section):
+    """A plan with every layer alike. Sliding layers without a window get the longest that plan.kv_fraction allows."""
+
+    attention: StrategyName
+    window: int | None = Field(None, ge=1)
+    sink: bool = False
 
 
-def run_compare(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """Plan, convert and heal every row in a run folder of its own, evaluate all of them together, and write the table.
+class Row(Section):
+    """One plan and how it is healed. `set` has dotted keys as on the command line.
 
-    What an earlier call finished is kept. Writes RUN/compare/comparison.json, comparison.md and comparison.html, and
-    returns the first. Raises ConfigError without RUN/sensitivity.json, and what the stages raise; a row whose method
-    has no plan within the budget, or none that this model and text allow, is left out and named.
+    `plan`: an earlier row, whose converted model is taken too, a plan file, or every layer alike; without it
+    `layerboost plan` chooses. `run`: an existing run folder, whose models are evaluated as they are. `one_stage`: spend
+    all tokens of healing in stage 2.
     """
-    only_one_process("compare")
-    with locked(run), kept_recipe(recipe, run), recorded(run, "compare", recipe):
-        return _compare(recipe, run)
+
+    plan: Alike | str | None = None
+    run: str | None = None
+    one_stage: bool = False
+    set: dict[str, Any] = Field({})
 
 
-def _compare(recipe: Recipe, run: Path) -> dict[str, Any]:
-    batch_of_process(recipe.heal)
-    check_fit(recipe)
-    measured = read_json(run / SENSITIVITY, Sensitivity, "layerboost measure")
-    runtime = start_runtime(recipe)
-    base = open_base(recipe, run, runtime)
-    models, left_out = {"base": base.folder}, {}
-    _prepare(run, run / FOLDER)  # the evaluation reads it too
-    for row, changes in rows(recipe).items():
-        folder, settings = run / FOLDER / row, _row_recipe(recipe, base.folder, changes)
-        log.info("compare: %s", row)
-        _prepare(run, folder)
-        if row in ALL_SLIDING:
-            # Without a hash of sensitivities it counts as written by hand, and the plan stage leaves it alone.
-            write_plan(folder / PLAN, all_sliding(measured, recipe, ALL_SLIDING[row]))
-        try:
-            run_stage("plan", settings, folder)
-            if row in ALL_SLIDING:
-                check_all_sliding(read_plan(folder / PLAN), base.config, recipe.text.sequence_tokens)
-        except (InfeasibleBudget, Unsuited) as error:
-            left_out[row] = error.wrong
-            log.warning("%s is left out: %s", row, error)
-            continue
-        for stage in ("convert", "heal"):
-            run_stage(stage, settings, folder)
-        models |= {f"{row}-{name}": folder / name for name in (CONVERTED, HEALED)}
-    if f"{OURS}-{HEALED}" not in models:
-        raise ConfigError("the recipe's own plan is infeasible, so there is nothing to compare with", do="see above")
-    found = run_evaluate(recipe, run / FOLDER, models, runtime)
-    tasks = load_bench(recipe.evaluate)
-    compared = {
-        "schema_version": 1,
-        "context_tokens": recipe.plan.context_tokens,
-        "healing_tokens": recipe.heal.attention_tokens + recipe.heal.tokens,
-        "left_out": left_out,
-        "rows": [
-            _row(row, measured, recipe, run / FOLDER, found, tasks) for row in rows(recipe) if row not in left_out
-        ],
-        "evaluation": "eval/comparison.json",
-    }
-    write_json(run / FOLDER / "comparison.json", compared)
-    html, markdown = compared_page(compared, found)
-    write_text(run / FOLDER / "comparison.html", html)
-    write_text(run / FOLDER / "comparison.md", markdown)
-    return compared
+class Evaluation(Section):
+    """What the base and these rows, or all, are evaluated on; `set` as in a row."""
+
+    rows: tuple[Name, ...] | None = None
+    set: dict[str, Any] = Field({})
 
 
-def all_sliding(measured: Sensitivity, recipe: Recipe, sink: bool) -> PlanFile:
-    """Every layer sliding, with the longest window that the budget allows."""
-    window = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
-    layers = [
-        LayerPlan(layer=layer, attention="sliding", window=window, sink=sink) for layer in range(measured.model.layers)
-    ]
-    return PlanFile(model=measured.model, method="all sliding", layers=layers)
+class Rows(Section):
+    """A file of rows. `set` holds for all of them and wins over the command line."""
+
+    schema_version: Literal[1] = 1
+    reference: Name
+    set: dict[str, Any] = Field({})
+    evaluations: dict[Name, Evaluation] = Field({"": Evaluation()})
+    rows: dict[Name, Row]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Rows:
+        named = {self.reference, *(row for each in self.evaluations.values() for row in each.rows or ())}
+        if unknown := named - self.rows.keys():
+            raise ValueError(f"not among the rows: {', '.join(sorted(unknown))}")
+        return self
+
+
+class Against(BaseModel):
+    """A row's last model less the reference's, paired over the same sequences, items and prompts."""
+
+    kl: Change | None = Field(None, description="nats per token")
+    average: Change | None = Field(None, description="accuracy, a fraction")
+    retrieval: Change | None = Field(None, description="exact answers, a fraction")
+
+
+class RowResult(BaseModel):
+    """What a row's plan is and costs. Its models are `ROW-converted` and `ROW-healed` in every evaluation."""
+
+    plan: str = Field(description="hash")
+    layers: dict[StrategyName, int]
+    window: int | None
+    sinks: int
+    kv_fraction: float
+    predicted_kl: float | None
+    healing_tokens: int | None = Field(description="of both stages; None of a run folder taken as it is")
+    models: list[str] = Field(description="converted, healed")
+    against: dict[str, Against] = Field({}, description="the reference, by evaluation")
+
+
+class Compared(Artifact):
+    """`RUN/compare/comparison.json`."""
+
+    schema_version: int = 2
+    reference: str
+    context_tokens: int = Field(description="at which KV bytes are counted")
+    left_out: dict[str, str] = Field(description="rows that have no plan, and why")
+    rows: dict[str, RowResult]
+    evaluations: dict[str, dict[str, Any]] = Field(description="eval/comparison.json of each")
 
 
 class Unsuited(ConfigError):
-    """A control that this model or this text does not allow."""
+    """A row that this model or this text does not allow."""
 
 
-def check_all_sliding(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
-    """Raise Unsuited for what `convert` would refuse, which would end the comparison after all other rows."""
+def run_compare(recipe: Recipe, run: Path, rows: str = DEFAULT) -> Compared:
+    """Plan, convert and heal every row, evaluate all of them together, and write the table.
+
+    What an earlier call finished is kept. `rows`: a YAML file, or the name of one that ships with the package. Writes
+    RUN/compare/comparison.json and comparison.md. RUN is measured first if a row has to be planned and RUN has no
+    sensitivities. A row without a plan within the budget, or with one that this model or text does not allow, is left
+    out and named. Raises ConfigError, and what the stages raise.
+    """
+    only_one_process("compare")
+    file = read_rows(rows)
+    recipe = with_settings(recipe, file.set)
+    for row in file.rows.values():
+        settings = row_recipe(recipe, row)
+        batch_of_process(settings.heal)
+        check_fit(settings)
+    with locked(run), kept_recipe(recipe, run), recorded(run, "compare", recipe):
+        if not (run / SENSITIVITY).is_file() and any(not (row.plan or row.run) for row in file.rows.values()):
+            run_measure(recipe, run)
+        return _compare(file, recipe, run)
+
+
+def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
+    runtime = start_runtime(recipe)
+    base = open_base(recipe, run, runtime)
+    recipe = with_settings(recipe, {"model": str(base.folder)})
+    context_tokens = recipe.plan.context_tokens
+    compared = Compared(reference=file.reference, context_tokens=context_tokens, left_out={}, rows={}, evaluations={})
+    plans: dict[str, PlanFile | None] = {}
+    models: dict[str, dict[str, Path]] = {}
+    for name, row in file.rows.items():
+        log.info("compare: plan of %s", name)
+        _share(run, run / FOLDER / name)
+        try:
+            plans[name] = _plan(row, row_recipe(recipe, row), run / FOLDER / name, plans, base)
+        except (InfeasibleBudget, Unsuited) as error:
+            if name == file.reference:
+                raise
+            plans[name], compared.left_out[name] = None, error.wrong
+            log.warning("%s is left out: %s", name, error)
+    for name, plan in plans.items():
+        if plan is None:
+            continue
+        log.info("compare: models of %s", name)
+        row, settings = file.rows[name], row_recipe(recipe, file.rows[name])
+        models[name] = _models(row, settings, run / FOLDER / name, runtime)
+        compared.rows[name] = RowResult(
+            plan=plan.hash(),
+            layers=counts(plan.layers),
+            window=plan.window,
+            sinks=sum(entry.sink for entry in plan.layers),
+            kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
+            / base_kv_bytes(base.info, context_tokens),
+            predicted_kl=plan.foretold.damage.get("kl") if plan.foretold else None,
+            healing_tokens=None if row.run else healing_tokens(settings),
+            models=list(models[name]),
+        )
+    for part, each in file.evaluations.items():
+        settings, place = with_settings(recipe, each.set), run / FOLDER / part
+        _share(run, place)
+        asked = [name for name in models if each.rows is None or name in each.rows]
+        folders = {f"{name}-{stage}": folder for name in asked for stage, folder in models[name].items()}
+        found = EvalComparison.model_validate(run_evaluate(settings, place, {BASE: base.folder} | folders, runtime))
+        compared.evaluations[part] = found.model_dump(mode="json", by_alias=True)
+        last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in asked}
+        if reference := last.pop(file.reference, None):
+            tasks = [task for task in load_bench(settings.evaluate) if not found.tasks[task.name].selection]
+            for name, model in last.items():
+                compared.rows[name].against[part] = _against(found, model, reference, place / "eval", tasks)
+    write_json(run / FOLDER / "comparison.json", compared)
+    write_text(run / FOLDER / "comparison.md", page(compared))
+    return compared
+
+
+def read_rows(name: str) -> Rows:
+    """Read a file of rows, or one that ships with the package; raises ConfigError."""
+    path = Path(name) if Path(name).is_file() else SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+        raise ConfigError("no such rows", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
+    try:
+        return Rows.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = str(error)
+        if isinstance(error, ValidationError):
+            found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+        raise ConfigError(f"{path} is not a valid file of rows", found=found, do="see docs/compare.md") from None
+
+
+def with_settings(recipe: Recipe, *changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with dotted settings, the later the stronger; raises ConfigError for one that no recipe has."""
+    values = recipe.model_dump(mode="json")
+    for dotted, value in (item for each in changes for item in each.items()):
+        section, _, key = dotted.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[key] = value
+    return parse_recipe(values, source="rows")
+
+
+def row_recipe(recipe: Recipe, row: Row) -> Recipe:
+    """The recipe of one row."""
+    changed = with_settings(recipe, row.set)
+    one_stage = {"heal.fit_tokens": 0, "heal.attention_tokens": 0, "heal.tokens": healing_tokens(changed)}
+    return with_settings(changed, one_stage) if row.one_stage else changed
+
+
+def healing_tokens(recipe: Recipe) -> int:
+    """Tokens of both stages."""
+    return recipe.heal.attention_tokens + recipe.heal.tokens
+
+
+def _share(run: Path, folder: Path) -> None:
+    """Copy what a folder takes over from the run: sensitivities, plans measured before, the model's own samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SENSITIVITY, MEASURED, SAMPLES, SAMPLES_FROM):
+        # A search that was killed has measured more than the run.
+        if (run / name).is_file() and not (name == MEASURED and (folder / name).is_file()):
+            shutil.copyfile(run / name, folder / name)
+
+
+def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFile | None], base: Base) -> PlanFile:
+    """The row's plan, in its folder; raises Unsuited, or InfeasibleBudget."""
+    if row.run:
+        return read_plan(Path(row.run) / PLAN)
+    if row.plan is None:
+        made: PlanFile = run_stage("plan", settings, folder)
+        return made
+    if isinstance(row.plan, Alike):
+        plan = alike(row.plan, base, settings)
+        check_suited(plan, base.config, settings.text.sequence_tokens)
+    elif row.plan in earlier:
+        found, converted = earlier[row.plan], folder.parent / row.plan / CONVERTED
+        if found is None:
+            raise Unsuited(f"its plan is that of {row.plan}, which is left out")
+        plan = found
+        if not (folder / CONVERTED).is_symlink() and not (folder / CONVERTED).exists():
+            (folder / CONVERTED).symlink_to(converted.absolute(), target_is_directory=True)
+    else:
+        plan = read_plan(Path(row.plan))
+    write_plan(folder / PLAN, plan)
+    return plan
+
+
+def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
+    """Every layer alike."""
+    longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
+    window = (given.window or longest) if given.attention == "sliding" else None
+    values = given.model_dump() | {"window": window}
+    layers = [LayerPlan(layer=layer, **values) for layer in range(base.info.layers)]
+    return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)
+
+
+def check_suited(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
+    """Raise Unsuited for what `convert` would refuse, after other rows were healed."""
     try:
         check_plan(config, plan.layers)
     except ConfigError as error:
@@ -148,52 +298,99 @@ def check_all_sliding(plan: PlanFile, config: Any, sequence_tokens: int) -> None
         )
 
 
-def _row_recipe(recipe: Recipe, base: Path, changes: Mapping[str, Any]) -> Recipe:
-    values = recipe.model_dump(mode="json") | {"model": str(base)}
-    for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        values[section] = values[section] | {key: value}
-    return Recipe.model_validate(values)
+def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[str, Path]:
+    """The models that the row adds, by stage, made where they are missing; converted may be an earlier row's."""
+    if row.run:
+        found = checkpoints(settings, Path(row.run), runtime)
+        if found.keys() <= {BASE}:
+            raise ConfigError(f"{row.run} holds no converted and no healed model", do="make one, or drop the row")
+        return {stage: found[stage] for stage in (CONVERTED, HEALED) if stage in found}
+    run_stage("convert", settings, folder)
+    if healing_tokens(settings) + settings.heal.fit_tokens == 0:
+        return {CONVERTED: folder / CONVERTED}
+    run_stage("heal", settings, folder)
+    healed = {HEALED: folder / HEALED}
+    return healed if (folder / CONVERTED).is_symlink() else {CONVERTED: folder / CONVERTED} | healed
 
 
-def _prepare(run: Path, folder: Path) -> None:
-    """What a folder takes over from the run: its sensitivities, plans measured before and the model's own samples."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SENSITIVITY, MEASURED, SAMPLES, SAMPLES_FROM):
-        # A search that was killed has measured more than the run.
-        if (run / name).is_file() and not (name == MEASURED and (folder / name).is_file()):
-            shutil.copyfile(run / name, folder / name)
+def _against(found: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
+    """Compare two models of one evaluation, from its result files; `tasks`: those that chose no layers."""
+
+    def read(what: str) -> list[Any]:
+        files = [results / f"{name}.{what}.json" for name in (reference, model)]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def change(values: list[list[float]], **options: bool) -> Any:
+        return difference([own - other for other, own in zip(*values, strict=True)], **options)
+
+    differences: dict[str, Any] = {}
+    if found.perplexity:
+        differences["kl"] = change([each["kl"] for each in read("text")])
+    if tasks:
+        differences["average"] = average_against([(task, *read(task.name)) for task in tasks])
+    if found.retrieval:
+        exact = [[float(answer["exact"]) for answer in each["answers"]] for each in read("retrieval")]
+        differences["retrieval"] = change(exact, right_or_wrong=True)
+    return Against.model_validate(differences)
 
 
-def _row(
-    row: str, measured: Sensitivity, recipe: Recipe, folder: Path, found: EvalComparison, tasks: list[BenchTask]
-) -> dict[str, Any]:
-    """One row: what the plan is and costs, and what ours leads it by after healing."""
-    plan, context = read_plan(folder / row / PLAN), recipe.plan.context_tokens
+def page(compared: Compared) -> str:
+    """The table in Markdown."""
+    found = {part: EvalComparison.model_validate(each) for part, each in compared.evaluations.items()}
+    blank = dict.fromkeys(("row", "model", "layers", "KV bytes", "healing tokens", "predicted KL"), ABSENT)
+    entries = [(blank | {"row": BASE, "KV bytes": percent(1)}, BASE, dict[str, Against]())]
+    for name, row in compared.rows.items():
+        layers = ", ".join(f"{count} {kind}" for kind, count in row.layers.items() if count)
+        layers += f"; window {row.window}, {row.sinks} sinks" if row.window else ""
+        for stage in row.models:
+            facts = blank | {"row": name, "model": stage, "layers": layers, "KV bytes": percent(row.kv_fraction)}
+            if stage == HEALED and row.healing_tokens is not None:
+                facts["healing tokens"] = f"{row.healing_tokens:,}"
+            if row.predicted_kl is not None:
+                facts["predicted KL"] = number(row.predicted_kl)
+            entries.append((facts, f"{name}-{stage}", row.against if stage == row.models[-1] else {}))
+    lines = []
+    for facts, model, against in entries:
+        cells = {
+            f"{key}, {part}".removesuffix(", "): cell
+            for part, quality in found.items()
+            for key, cell in _cells(quality, model, against.get(part, Against()), compared.reference).items()
+        }
+        lines.append(facts | cells)
+    header = [key for key in lines[0] if any(line[key] != ABSENT for line in lines)]
+    table = Table("", header, [[line[key] for key in header] for line in lines], text_columns=(0, 1, 2))
+    notes = [
+        "# Plans side by side",
+        f"KV bytes at {compared.context_tokens:,} tokens of context, KL in nats per token, differences of accuracy and "
+        "of exact retrievals in points. In brackets 95 % intervals; differences are paired over the same sequences, "
+        "items and prompts. Bold: the interval leaves out zero.",
+        *(f"`{row}` is left out: {why}." for row, why in compared.left_out.items()),
+    ]
+    return "\n\n".join([*notes, markdown_table(table)]) + "\n"
+
+
+def _cells(quality: EvalComparison, model: str, against: Against, reference: str) -> dict[str, str]:
+    """One model's cells in one evaluation, by column; ABSENT where there is nothing to say."""
+    text, groups = quality.perplexity.get(model), quality.retrieval.groups if quality.retrieval else []
+    average = quality.average.difference.get(model) if quality.average else None
+
+    def score(part: Any) -> str:
+        return percent(part[model].value, 0) if model in part else ABSENT
+
     return {
-        "name": row,
-        "layers": {kind: plan.count(kind) for kind in ("full", "sliding", "none")},
-        "window": plan.window,
-        "sinks": sum(entry.sink for entry in plan.layers),
-        "kv_fraction": plan_kv_bytes(measured.model, plan.layers, context) / base_kv_bytes(measured.model, context),
-        "lead": None if row == OURS else _lead(row, folder / "eval", found, tasks),
+        "KL": interval(text.kl.mean, text.kl.low, text.kl.high) if text else ABSENT,
+        f"KL − {reference}": _change(against.kl),
+        "NLL − base": _change(text.nll_difference if text else None),
+        **{name: score(task.models) for name, task in quality.tasks.items()},
+        "average − base": _change(average, 100),
+        f"average − {reference}": _change(against.average, 100),
+        **{f"{group.kind} {group.length_tokens:,}": score(group.models) for group in groups},
+        f"retrieval − {reference}": _change(against.retrieval, 100),
     }
 
 
-def _lead(row: str, results: Path, found: EvalComparison, tasks: list[BenchTask]) -> dict[str, Any]:
-    """Ours healed less this row healed, paired over the same tokens and items: `kl` (below 0 is better), `average`."""
-    pair = {name: f"{name}-{HEALED}" for name in (OURS, row)}
-
-    def read(name: str, what: str) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads((results / f"{pair[name]}.{what}.json").read_text(encoding="utf-8"))
-        return values
-
-    lead: dict[str, Any] = {"kl": None, "average": None}
-    if found.perplexity:
-        kl = [read(name, "text")["kl"] for name in (OURS, row)]
-        lead["kl"] = difference([own - other for own, other in zip(*kl, strict=True)]).model_dump()
-    if found.average:
-        headline = [task for task in tasks if task.name in found.average.tasks]
-        pairs = [(task, read(row, task.name), read(OURS, task.name)) for task in headline]
-        lead["average"] = average_against(pairs).model_dump()
-    return lead
+def _change(change: Change | None, scale: float = 1) -> str:
+    if change is None:
+        return ABSENT
+    text = interval(scale * change.mean, scale * change.low, scale * change.high, signed=True)
+    return f"**{text}**" if change.low > 0 or change.high < 0 else text
