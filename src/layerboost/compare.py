@@ -219,7 +219,9 @@ def read_rows(name: str) -> Rows:
         found = str(error)
         if isinstance(error, ValidationError):
             found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
-        raise ConfigError(f"{path} is not a valid file of rows", found=found, do="see docs/compare.md") from None
+        raise ConfigError(
+            f"{path} is not a valid file of rows", found=found, do="see docs/reference/compare.md"
+        ) from None
 
 
 def with_settings(recipe: Recipe, *changes: Mapping[str, Any]) -> Recipe:
