@@ -256,6 +256,8 @@ def _share(run: Path, folder: Path) -> None:
 
 def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFile | None], base: Base) -> PlanFile:
     """The row's plan, in its folder; raises Unsuited, or InfeasibleBudget."""
+    if (folder / CONVERTED).is_symlink():  # what is converted here must not replace another row's
+        (folder / CONVERTED).unlink()
     if row.run:
         return read_plan(Path(row.run) / PLAN)
     if row.plan is None:
@@ -265,12 +267,12 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
         plan = alike(row.plan, base, settings)
         check_suited(plan, base.config, settings.text.sequence_tokens)
     elif row.plan in earlier:
-        found, converted = earlier[row.plan], folder.parent / row.plan / CONVERTED
+        found = earlier[row.plan]
         if found is None:
             raise Unsuited(f"its plan is that of {row.plan}, which is left out")
         plan = found
-        if not (folder / CONVERTED).is_symlink() and not (folder / CONVERTED).exists():
-            (folder / CONVERTED).symlink_to(converted.absolute(), target_is_directory=True)
+        if not (folder / CONVERTED).exists():
+            (folder / CONVERTED).symlink_to(Path("..", row.plan, CONVERTED), target_is_directory=True)
     else:
         plan = read_plan(Path(row.plan))
     write_plan(folder / PLAN, plan)
