@@ -162,6 +162,16 @@ def test_traffic_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> 
             load_traffic(write(tmp_path / "t.jsonl", row, row), tokenizer, 64, 1000)
 
 
+def test_neither_the_template_nor_a_missing_space_makes_text_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    for row in ({"prompt": "w3", "answer": "w4"}, {"text": "w5 w6"}, conversation("w3", "w4")):
+        load_traffic(write(tmp_path / "t.jsonl", *[row, {"text": "w7 w8"}] * 3), tokenizer, 64, 1000)
+    assert "does not know" not in caplog.text
+
+
 def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs a fast tokenizer(.|\n)*ByT5Tokenizer"):
         load_traffic(write(tmp_path / "t.jsonl", {"text": "a"}), ByT5Tokenizer(), 64, 1000)

@@ -79,6 +79,16 @@ class _Unscorable(Exception):
     """Why one row among others cannot be scored."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: what the user wrote of it."""
+
+    opening: list[int]
+    text: str
+    answers: Spans
+    given: str
+
+
 def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0) -> Traffic:
     """Rows of a JSONL or Parquet file in its order, until they hold `tokens` tokens after the first `skip`, the longest
     first.
@@ -99,9 +109,9 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     sample, seen = "", 0
     for where, row in read_rows(file):
         try:
-            before, text, answers = _read(row, tokenizer, opening)
-            sample += text if len(sample) < PIECE_CHARACTERS else ""
-            ids, scored = _encoded(before, text, answers, tokenizer, most)
+            found = _read(row, tokenizer, opening)
+            sample += f"{found.given}\n" if len(sample) < PIECE_CHARACTERS else ""
+            ids, scored = _encoded(found, tokenizer, most)
         except _Unscorable as reason:
             left_out.append(f"{where}: {reason}".splitlines()[0])
             continue
@@ -112,12 +122,11 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
             break
     check_known(sample, tokenizer, str(file))
     if len(rows) < 2:
-        found = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
+        held = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
         raise ConfigError(
             "the traffic must hold two rows to score, or there is no standard error",
-            found="; ".join([found, *left_out[:1]]),
-            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
-            "text.sequence_tokens",
+            found="; ".join([held, *left_out[:1]]),
+            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise text.sequence_tokens",
         )
     if left_out:
         warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
@@ -127,40 +136,57 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
 
 
-def _read(row: Any, tokenizer: Any, opening: list[int]) -> tuple[list[int], str, Spans]:
-    """The ids before a row's text, the text and its answers.
-
-    Raises _Unscorable for a row of another form, ConfigError where no row can be used.
-    """
+def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
+    """Read a row of a file; raises _Unscorable for one of another form, ConfigError where no row can be used."""
     names = row if isinstance(row, dict) else {}
     fields = {key: value for key, value in names.items() if not is_missing(value)}
     strings = {key for key, value in fields.items() if isinstance(value, str)}
     if {"prompt", "answer"} <= strings:
-        text = row["prompt"] + row["answer"]
-        return opening, text, [(len(row["prompt"]), len(text))]
+        prompt, answer = row["prompt"], row["answer"]
+        return _Row(opening, prompt + answer, [(len(prompt), len(prompt + answer))], f"{prompt}\n{answer}")
     if "messages" in fields:
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
         # The template writes its special tokens itself.
-        return [], *_turns(fields["messages"], tokenizer)
+        turns = _turns(fields["messages"])
+        return _Row([], *_rendered(turns, tokenizer), "\n".join(turn["content"] for turn in turns))
     if "text" in strings:
-        return opening, row["text"], [(-1, len(row["text"]))]  # a space at the beginning may end where it begins
+        text = row["text"]
+        return _Row(opening, text, [(-1, len(text))], text)  # a space at the beginning may end where it begins
     named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
-def _turns(messages: Any, tokenizer: Any) -> tuple[str, Spans]:
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, each with its content as one text, as vLLM gives them to a template.
+
+    Content that is null is empty, parts are lines. Other fields that are null are left out: in a Parquet column they
+    are those of other messages.
+    """
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise _Unscorable("its messages are not a list of messages")
+    turns = []
+    for turn in messages:
+        content, texts = turn.get("content"), []
+        for part in content if isinstance(content, list) else [] if content is None else [content]:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            text = part.get("text") if kind == "text" else part
+            if not isinstance(text, str):
+                raise _Unscorable(f"the content of a message is or holds {kind}, not text")
+            texts.append(text)
+        turns.append({key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)})
+    return turns
+
+
+def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
     """A conversation in the chat template, and the assistant's answers in it.
 
     It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
     own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
     scored, if it follows the generation prompt as it was given.
     """
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise _Unscorable("its messages are not a list of messages")
-    turns = [_with_text(turn) for turn in messages]
     answers = [
         at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
     ]
@@ -182,22 +208,6 @@ def _turns(messages: Any, tokenizer: Any) -> tuple[str, Spans]:
     if not found:
         raise _Unscorable("the chat template writes its answers in another way than they were given")
     return whole, found
-
-
-def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
-    """The message with its content as one text, as vLLM gives it to a template: null is empty, parts are lines.
-
-    Other fields that are null are left out: in a Parquet column they are those of other messages.
-    """
-    content = turn.get("content")
-    texts = []
-    for part in content if isinstance(content, list) else [] if content is None else [content]:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        text = part.get("text") if kind == "text" else part
-        if not isinstance(text, str):
-            raise _Unscorable(f"the content of a message is or holds {kind}, not text")
-        texts.append(text)
-    return {key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)}
 
 
 def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
@@ -227,15 +237,15 @@ def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
     return spans
 
 
-def _encoded(opening: list[int], text: str, answers: Spans, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
+def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
     """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted.
 
     The text is tokenized as a whole, as a model is given it: parts of it may have other tokens. A token that holds any
     of an answer is scored.
     """
-    ids, scored = [*opening], [False] * len(opening)
+    ids, scored, answers = [*row.opening], [False] * len(row.opening), row.answers
     passed = done = 0  # answers, and characters
-    for place, piece in text_pieces(text):
+    for place, piece in text_pieces(row.text):
         tokens = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
         ids += tokens["input_ids"]
         for first, last in tokens["offset_mapping"]:
