@@ -208,7 +208,6 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     help="Compare plans, each healed and evaluated alike, with intervals. ROWS is a YAML file; by default the recipe's "
     "plan, the paper's tiers, LLM-Drop and controls at equal cost.",
     examples=(
-        "layerboost compare --run runs/qwen3",
         "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
         "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
     ),

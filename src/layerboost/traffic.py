@@ -126,7 +126,8 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
         raise ConfigError(
             "the traffic must hold two rows to score, or there is no standard error",
             found="; ".join([held, *left_out[:1]]),
-            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise text.sequence_tokens",
+            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
+            "text.sequence_tokens",
         )
     if left_out:
         warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
