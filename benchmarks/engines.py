@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import layerboost  # noqa: F401  (teaches Transformers boosted checkpoints)
-from layerboost.artifacts import LayerPlan
 from layerboost.model.surgery import apply_plan
+from layerboost.schemas.plan import LayerPlan
 
 SHAPE = {
     "vocab_size": 49152,
@@ -67,7 +67,7 @@ class Engine:
     """One model's engine, and the requests it is given: the same for every model."""
 
     def __init__(self, name: str, folder: Path, asked: argparse.Namespace) -> None:
-        from layerboost.serving import vllm_model
+        from layerboost.vllm_plugin import model as vllm_model
 
         self.asked, self.draw, self.count, own = asked, np.random.default_rng(0), 0, dict(vllm_model.NATIVE)
         if name == "backend":

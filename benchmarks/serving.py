@@ -22,19 +22,22 @@ from typing import Any
 import timing
 import torch
 
-from layerboost.artifacts import LayerPlan, ModelInfo, all_full, counted, window_of, write_json, write_text
+from layerboost.benching.stage import BASE, run_bench
+from layerboost.costs.budget import decode_work, prefill_work
+from layerboost.costs.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
 from layerboost.engines.vllm import cache_defaults, flags_given, runs_on_cpu
+from layerboost.files import write_text
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import plan_in
 from layerboost.model.linear import linear
-from layerboost.model.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
 from layerboost.recipe import Bench, Recipe
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.runtime import GIB, Runtime, machine, versions
-from layerboost.search.costs import decode_work, prefill_work
-from layerboost.serving.results import Comparison, Spread
-from layerboost.stages.bench import BASE, run_bench
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.benchmark import Comparison, Spread
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan, all_full, counted, window_of
 
 WORKLOADS: dict[str, dict[str, int]] = {
     "chat": {"input_tokens": 128, "output_tokens": 256},

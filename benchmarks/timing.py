@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layerboost.artifacts import LayerPlan
 from layerboost.runtime import machine, versions
+from layerboost.schemas.plan import LayerPlan
 
 Found = TypeVar("Found")
 

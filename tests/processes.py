@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["layerboost.cli", "layerboost.stages.heal", "layerboost.stages.measure"])
+FORKS.set_forkserver_preload(["layerboost.cli", "layerboost.healing.stage", "layerboost.measuring.stage"])
 
 
 def free_port() -> int:

@@ -16,9 +16,9 @@ from processes import command
 from test_pipeline import layerboost, write_recipe
 from tiny import layer_plans, save_text, save_tiny
 
-from layerboost.artifacts import read_plan, write_plan
 from layerboost.cli import cli
-from layerboost.runtime import locked
+from layerboost.run_folder import locked
+from layerboost.schemas.plan import read_plan, write_plan
 from layerboost.tables import show
 
 

@@ -11,11 +11,11 @@ import yaml
 from test_pipeline import layerboost, write_recipe
 from tiny import RUNTIME, save_tiny
 
-from layerboost.artifacts import read_plan
 from layerboost.compare import SHIPPED, Alike, Unsuited, alike, check_suited, read_rows, row_recipe, with_settings
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
+from layerboost.schemas.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
 NOT_HEALED = {"heal.fit_tokens": 0, "heal.attention_tokens": 0, "heal.tokens": 0}

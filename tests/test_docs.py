@@ -14,9 +14,9 @@ import pytest
 from test_pipeline import layerboost
 from tiny import save_text, save_tiny
 
-from layerboost.artifacts import read_plan
 from layerboost.cli import cli
 from layerboost.recipe import load_recipe, set_option
+from layerboost.schemas.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from pydantic import BaseModel
 from tiny import boosted, fitted
 
-from layerboost.artifacts import PlanFile, RunFile, Sensitivity
 from layerboost.cli import cli
-from layerboost.healing.metrics import MetricLine
 from layerboost.model.checkpoint import modeling_source
 from layerboost.recipe import Recipe
+from layerboost.schemas.benchmark import Comparison
 from layerboost.schemas.evaluation import EvalComparison
-from layerboost.search.frontier import Frontier
-from layerboost.search.stability import Stability
-from layerboost.serving.results import Comparison
+from layerboost.schemas.healing import MetricLine
+from layerboost.schemas.plan import Frontier, PlanFile
+from layerboost.schemas.run import RunFile
+from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 Hold = Callable[[str, str], None]
 # A family whose config knows no layer types, one with flags for its window, one whose layers slide already, and so on.

@@ -25,13 +25,16 @@ from tiny_bench import rows, write_jsonl
 from transformers import PreTrainedModel
 
 from layerboost import pipeline
-from layerboost.artifacts import SENSITIVITY, Sensitivity, read_json, read_plan
 from layerboost.check import Estimate, check_room
 from layerboost.cli import main
 from layerboost.compare import run_compare
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.pipeline import run_all, run_stage
 from layerboost.recipe import load_recipe, parse_recipe, recipe_yaml
+from layerboost.schemas.artifact import read_json
+from layerboost.schemas.plan import read_plan
+from layerboost.schemas.run import SENSITIVITY
+from layerboost.schemas.sensitivity import Sensitivity
 
 
 @dataclass
@@ -184,7 +187,7 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_models_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.serving.samples.vllm_version", lambda: None)  # Transformers samples
+    monkeypatch.setattr("layerboost.engines.samples.vllm_version", lambda: None)  # Transformers samples
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
     own = ("--text", "self", "--set", "text.self_samples=60", "--set", "measure.retrieval_prompts=0")
@@ -276,7 +279,7 @@ def test_a_benchmark_needs_no_converted_model_beside_the_healed(
 ) -> None:
     own = {"base": tmp_path / "base", "healed": tmp_path / "healed"}
     monkeypatch.setattr(pipeline, "checkpoints", lambda *_: dict(own))
-    monkeypatch.setattr("layerboost.stages.bench.run_bench", lambda recipe, run, models, sweep: models)
+    monkeypatch.setattr("layerboost.benching.stage.run_bench", lambda recipe, run, models, sweep: models)
     recipe = parse_recipe({"model": "m", "bench": {"checkpoints": {"other": "~/other"}}}, "test")
     assert pipeline.bench(recipe, tmp_path) == own | {"other": Path.home() / "other"}
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
-from layerboost.artifacts import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.costs.memory import CacheSettings, admission_bytes, groups, resident_bytes
+from layerboost.data.text import _pack
 from layerboost.engines.vllm import unless_given
-from layerboost.evaluation.statistics import average_difference, difference
-from layerboost.model.memory import CacheSettings, admission_bytes, groups, resident_bytes
+from layerboost.evaluating.statistics import average_difference, difference
 from layerboost.model.modeling import skipped_layers
 from layerboost.model.surgery import boosted_config
-from layerboost.text import _pack
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
 
 OPENING = st.sampled_from([[], [0]])
 

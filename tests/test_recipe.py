@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from layerboost.errors import ConfigError
+from layerboost.measuring.stage import validate_measure
 from layerboost.recipe import (
     RECIPES,
     Recipe,
@@ -18,7 +19,6 @@ from layerboost.recipe import (
     set_option,
 )
 from layerboost.settings import described_settings, settings_page
-from layerboost.stages.measure import validate_measure
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)

@@ -14,10 +14,10 @@ import torch
 from layerboost import runtime
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
+from layerboost.run_folder import locked
 from layerboost.runtime import (
     Progress,
     is_main_process,
-    locked,
     rank,
     release_memory,
     settle_environment,

@@ -15,12 +15,13 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from layerboost.artifacts import LayerPlan, ModelInfo
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan
 
 VOCABULARY, WINDOW, HEADS = 200, 16, 4
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,18 +10,27 @@ from pathlib import Path
 import psutil
 import torch
 
-from layerboost.artifacts import CONVERTED, HEALED, PLAN, check_path, read_plan
+from layerboost import convert
+from layerboost.benching import stage as bench
 from layerboost.engines import open_engine
 from layerboost.errors import LayerboostError
+from layerboost.evaluating import stage as evaluate
+from layerboost.files import check_path
+from layerboost.healing import stage as heal
 from layerboost.healing.estimate import estimate_healing
 from layerboost.healing.training import less_memory
+from layerboost.measuring import stage as measure
 from layerboost.model.base import find_base
+from layerboost.planning import stage as plan
 from layerboost.recipe import Recipe, model_of
-from layerboost.runtime import no_run_folder, start_runtime
+from layerboost.run_folder import no_run_folder
+from layerboost.runtime import start_runtime
+from layerboost.schemas.plan import read_plan
+from layerboost.schemas.run import CONVERTED, HEALED, PLAN
 
 GIB = 1 << 30
 # The stages that have something to check: `check(recipe, run, base)`, which raises ConfigError.
-STAGES = ("measure", "plan", "convert", "heal", "evaluate", "bench")
+STAGES = (measure, plan, convert, heal, evaluate, bench)
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,12 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     runtime = start_runtime(recipe)
     base = find_base(recipe, run, runtime)
     for stage in STAGES:
-        importlib.import_module(f"layerboost.stages.{stage}").check(recipe, run, base)
+        stage.check(recipe, run, base)
     info = base.info
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + bool(base.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
-    plan = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
-    healing = estimate_healing(recipe, base.config, info, runtime, plan)
+    layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
+    healing = estimate_healing(recipe, base.config, info, runtime, layers)
     estimate = Estimate(
         model=base.name,
         family=info.model_type,

@@ -280,7 +280,7 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
     """Measure rates."""
-    from layerboost.stages.costs import run_costs
+    from layerboost.benching.costs import run_costs
 
     show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 

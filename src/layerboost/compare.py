@@ -11,41 +11,31 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from layerboost.artifacts import (
-    BASE,
-    CONVERTED,
-    HEALED,
-    PLAN,
-    SENSITIVITY,
-    Artifact,
-    LayerPlan,
-    PlanFile,
-    counts,
-    read_plan,
-    write_json,
-    write_plan,
-    write_text,
-)
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
+from layerboost.data.text import SAMPLES, SAMPLES_FROM
 from layerboost.errors import ConfigError, InfeasibleBudget
-from layerboost.evaluation.comparison import average_against
-from layerboost.evaluation.statistics import difference
-from layerboost.evaluation.tasks import BenchTask, load_bench
+from layerboost.evaluating.comparison import average_against
+from layerboost.evaluating.stage import run_evaluate
+from layerboost.evaluating.statistics import difference
+from layerboost.files import write_text
 from layerboost.healing.least_squares import check_fit
 from layerboost.healing.training import batch_of_process
+from layerboost.measuring.stage import run_measure
 from layerboost.model.base import Base, open_base
 from layerboost.model.surgery import check_plan
 from layerboost.pipeline import checkpoints, kept_recipe, only_one_process, run_stage
+from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import RECIPES, Recipe, Section, parse_recipe
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, interval, number, percent
-from layerboost.runtime import Runtime, locked, log, recorded, start_runtime
+from layerboost.run_folder import locked, recorded
+from layerboost.runtime import Runtime, log, start_runtime
+from layerboost.schemas.artifact import Artifact, write_json
 from layerboost.schemas.evaluation import Change, EvalComparison
-from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
-from layerboost.sensitivity.calibration import MEASURED
-from layerboost.stages.evaluate import run_evaluate
-from layerboost.stages.measure import run_measure
+from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
+from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
 from layerboost.strategies import StrategyName
-from layerboost.text import SAMPLES, SAMPLES_FROM
+from layerboost.tasks.lm_eval import BenchTask, load_bench
 
 FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

@@ -63,7 +63,7 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
 def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
     """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
     from layerboost.recipe import find_recipe, load_recipe, set_option
-    from layerboost.runtime import no_run_folder
+    from layerboost.run_folder import no_run_folder
 
     try:
         files = [run / "recipe.yaml"] if (run / "recipe.yaml").is_file() else []

@@ -7,19 +7,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerboost.artifacts import CONVERTED, HEALED, PLAN, read_plan, write_text
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget
+from layerboost.files import write_text
 from layerboost.recipe import Recipe, recipe_yaml
-from layerboost.runtime import (
-    Runtime,
-    is_main_process,
-    locked,
-    log,
-    recorded,
-    release_memory,
-    start_runtime,
-    world_size,
-)
+from layerboost.run_folder import locked, recorded
+from layerboost.runtime import Runtime, is_main_process, log, release_memory, start_runtime, world_size
+from layerboost.schemas.plan import read_plan
+from layerboost.schemas.run import CONVERTED, HEALED, PLAN
 
 if TYPE_CHECKING:
     pass
@@ -32,39 +26,39 @@ SPREAD = ("measure", "heal")
 def measure(recipe: Recipe, run: Path, compare: Sequence[Path] = ()) -> Any:
     """Stage 1, or a comparison of what it wrote with others; imports stay inside: the command line starts fast."""
     if compare:
-        from layerboost.stages.stability import run_stability
+        from layerboost.measuring.stability import run_stability
 
         return run_stability(run, list(compare))
-    from layerboost.stages.measure import run_measure
+    from layerboost.measuring.stage import run_measure
 
     return run_measure(recipe, run)
 
 
 def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
     """Stage 2, or with `curve` the plans of every budget."""
-    from layerboost.stages.plan import run_frontier, run_plan
+    from layerboost.planning.stage import run_frontier, run_plan
 
     return run_frontier(recipe, run) if curve else run_plan(recipe, run)
 
 
 def convert(recipe: Recipe, run: Path, compat: bool = False) -> Any:
     """Stage 3."""
-    from layerboost.stages.convert import run_convert
+    from layerboost.convert import run_convert
 
     return run_convert(recipe, run, compat)
 
 
 def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
     """Stage 4."""
-    from layerboost.stages.heal import run_heal
+    from layerboost.healing.stage import run_heal
 
     return run_heal(recipe, run, resume)
 
 
 def evaluate(recipe: Recipe, run: Path) -> Any:
     """Stage 5: base, converted and healed, whichever the run folder holds, and the recipe's further checkpoints."""
-    from layerboost.evaluation.gate import check_gate
-    from layerboost.stages.evaluate import run_evaluate
+    from layerboost.evaluating.gate import check_gate
+    from layerboost.evaluating.stage import run_evaluate
 
     runtime = start_runtime(recipe)
     found = checkpoints(recipe, run, runtime)
@@ -76,7 +70,7 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
 
 def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
     """Stage 6: base against the last boosted checkpoint, converted and healed being equally fast, and further ones."""
-    from layerboost.stages.bench import run_bench
+    from layerboost.benching.stage import run_bench
 
     found = checkpoints(recipe, run, start_runtime(recipe))
     if "healed" in found:
@@ -86,7 +80,7 @@ def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
 
 def report(recipe: Recipe, run: Path, png: bool = False) -> Any:
     """Stage 7; with `png` the charts also as PNG files."""
-    from layerboost.stages.report import run_report
+    from layerboost.reporting.stage import run_report
 
     return run_report(run, png)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import importlib.metadata
 import logging
@@ -17,12 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from layerboost.artifacts import RunFile, StageRecord, check_path, read_json, write_json
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe
 
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("layerboost")
 GIB = 1 << 30
-# What a file system says that has no locks.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 # Which process of torchrun's this one is.
 RANKS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -226,80 +222,6 @@ class Progress:
             left = f"{(self.total - self.done) / per_second:,.0f} s left" if per_second else "nothing done yet"
             line = f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate}, {left}"
             self.console.print(line, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
-    """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted."""
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    file = run / "run.json"
-    # Before the stage: a file that cannot be read must not cost its work.
-    history = read_json(file, RunFile, "layerboost run") if file.exists() else RunFile()
-    status, error = "done", None
-    try:
-        yield
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except BaseException as failure:
-        status, error = "failed", f"{type(failure).__name__}: {failure}"
-        raise
-    finally:
-        if run.is_dir() and is_main_process():
-            record = {
-                "stage": stage,
-                "argv": sys.argv,
-                "started": started,
-                "seconds": round(time.monotonic() - clock, 2),
-                "status": status,
-                "error": error,
-                "seed": recipe.seed,
-                "device": recipe.device if recipe.device != "auto" else _auto_device(),
-                "versions": versions(),
-                "git_revision": git_revision(),
-                "model": recipe.model,
-            }
-            history.stages.append(StageRecord.model_validate(record))
-            write_json(file, history)
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Keep a second command out of a run folder; the lock ends with the process.
-
-    Raise ConfigError where another command holds it, and where `run` cannot be a run folder. Only warn on a file system
-    without locks.
-    """
-    check_path(run)
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(run / ".lock", blocking=False, fallback_to_soft=False)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"another layerboost command works in {run}", do="wait for it, or use another --run folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise no_run_folder(run, str(error)) from None
-        log.warning("%s cannot be locked (%s): start no second command in it", run, error.strerror)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def no_run_folder(run: Path, found: str) -> ConfigError:
-    """The error for a path where no run folder can be."""
-    return ConfigError(f"{run} cannot be a run folder", found=found, do="name a directory that can be written: --run")
-
-
-def _auto_device() -> str:
-    torch = sys.modules.get("torch")  # stages that compute nothing never load it
-    return "none" if torch is None else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine() -> str:

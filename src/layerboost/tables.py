@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from layerboost.artifacts import PlanFile, Sensitivity
-    from layerboost.search.frontier import Frontier
-    from layerboost.search.stability import Stability
+    from layerboost.schemas.plan import Frontier, PlanFile
+    from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 Rows = list[list[str]]
 PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
@@ -27,7 +26,7 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
     if not is_main_process():
         return
     if as_json:
-        from layerboost.artifacts import json_text
+        from layerboost.schemas.artifact import json_text
 
         click.echo(json_text(plain(result), "the result", indent=1, default=str))
         return
@@ -44,7 +43,7 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
 
 def plain(result: Any) -> Any:
     """A stage's result as plain JSON values."""
-    from layerboost.artifacts import Artifact
+    from layerboost.schemas.artifact import Artifact
 
     if isinstance(result, Artifact):
         return result.model_dump(mode="json")
@@ -120,7 +119,7 @@ def reported_rows(run: Path) -> Rows:
 def decoded_rows(sweep: dict[str, Any]) -> Rows:
     """A decode sweep, as the report's table has it."""
     from layerboost.reporting.benchmark import decode_table
-    from layerboost.serving.results import Comparison
+    from layerboost.schemas.benchmark import Comparison
 
     return decode_table(Comparison.model_validate(sweep)).lines
 

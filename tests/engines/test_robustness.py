@@ -23,14 +23,14 @@ import pytest
 from processes import Forked, run_module
 from tiny import save_tiny
 
-from layerboost.artifacts import read_json
+from layerboost.benching.stage import run_bench
 from layerboost.engines import vllm, vllm_server
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm_server import served
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench, Recipe, parse_recipe
-from layerboost.serving.results import Comparison
-from layerboost.stages.bench import run_bench
+from layerboost.schemas.artifact import read_json
+from layerboost.schemas.benchmark import Comparison
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
 PATIENCE_S = 60

@@ -10,7 +10,7 @@ from layerboost.engines.protocol import Load
 from layerboost.engines.transformers import generate, launch, measure, prompts
 from layerboost.errors import LayerboostError
 from layerboost.recipe import parse_recipe
-from layerboost.serving.results import FROM_VLLM, metrics_of
+from layerboost.schemas.benchmark import FROM_VLLM, metrics_of
 
 
 def load(**changes: int) -> Load:

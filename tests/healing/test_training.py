@@ -17,7 +17,6 @@ from tiny import boosted, layer_plans, tiny_model
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
-from layerboost.healing.metrics import MetricLine, read_metrics
 from layerboost.healing.training import (
     Data,
     Validate,
@@ -29,6 +28,7 @@ from layerboost.healing.training import (
     train_stage,
 )
 from layerboost.recipe import Heal
+from layerboost.schemas.healing import MetricLine, read_metrics
 
 IDS = torch.randint(3, 200, (8, 24), generator=torch.Generator().manual_seed(1)).repeat(8, 1)
 SETTINGS = Heal(lr=1e-2, attention_lr=1e-2, batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)

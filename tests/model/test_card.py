@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny import info, layer_plans
 
-from layerboost.artifacts import PlanFile
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, serving
 from layerboost.model.card import UNKNOWN, model_card, origin_of
-from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, serving
 from layerboost.recipe import Card
+from layerboost.schemas.plan import PlanFile
 
 PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
 LLAMA = "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"

@@ -18,7 +18,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import layerboost
-from layerboost.artifacts import PlanFile, read_plan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
 from layerboost.model.base import Base, find_model
@@ -31,6 +30,7 @@ from layerboost.model.checkpoint import (
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card
+from layerboost.schemas.plan import PlanFile, read_plan
 
 IDS = torch.arange(3, 43)[None]
 

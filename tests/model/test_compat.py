@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny import boosted, info, layer_plans, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
-from layerboost.artifacts import PlanFile
 from layerboost.errors import ConfigError
 from layerboost.model.card import Origin
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.compat import check_compat, export_compat
+from layerboost.schemas.plan import PlanFile
 
 
 def plan_of(letters: str) -> PlanFile:

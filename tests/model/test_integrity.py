@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import RUNTIME, boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
-from layerboost.artifacts import PLAN, PlanFile, write_plan
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
 from layerboost.model.base import find_model
@@ -19,6 +18,8 @@ from layerboost.model.checkpoint import save_boosted
 from layerboost.model.families import FAMILIES
 from layerboost.model.files import INDEX
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
+from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.run import PLAN
 
 LETTERS = "nfSs"
 

@@ -10,25 +10,16 @@ from pathlib import Path
 
 import yaml
 
-from layerboost.artifacts import (
-    LayerPlan,
-    LayerSensitivity,
-    ModelInfo,
-    PlanFile,
-    Predicted,
-    RunFile,
-    Score,
-    Sensitivity,
-    StageRecord,
-    Variant,
-    file_hash,
-    write_json,
-    write_plan,
-)
+from layerboost.files import file_hash
+from layerboost.measuring.stability import compare_files, compare_metrics
+from layerboost.planning.frontier import frontier
 from layerboost.recipe import Plan, Recipe
-from layerboost.search.frontier import Frontier, frontier
-from layerboost.search.stability import Stability, compare_files, compare_metrics
-from layerboost.serving.results import Comparison, Measurement
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.benchmark import Comparison, Measurement
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import Frontier, LayerPlan, PlanFile, Predicted, write_plan
+from layerboost.schemas.run import RunFile, StageRecord
+from layerboost.schemas.sensitivity import LayerSensitivity, Score, Sensitivity, Stability, Variant
 
 FILES = {
     "run.json": "layerboost run",

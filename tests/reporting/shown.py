@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-from layerboost.stages.report import run_report
+from layerboost.reporting.stage import run_report
 
 
 class Elements(HTMLParser):

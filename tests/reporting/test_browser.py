@@ -12,7 +12,7 @@ from made_run import make_run
 
 from layerboost.errors import ConfigError
 from layerboost.reporting import images
-from layerboost.stages.report import run_report
+from layerboost.reporting.stage import run_report
 
 CHARTS = [
     *("sensitivity", "sensitivity-retrieval", "frontier", "tasks", "positions", "retrieval"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import info, layer_plans
 
-from layerboost.artifacts import PlanFile, write_plan
 from layerboost.errors import ConfigError
 from layerboost.reporting.difference import difference_table, plan_difference
+from layerboost.schemas.plan import PlanFile, write_plan
 
 
 def test_two_plans_side_by_side(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from made_run import make_run, model_info, sensitivity
 
-from layerboost.artifacts import file_hash, read_plan, write_json, write_plan
+from layerboost.files import file_hash
 from layerboost.reporting.page import markdown_page
 from layerboost.reporting.sources import read_sources
-from layerboost.stages.report import report_page
+from layerboost.reporting.stage import report_page
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.plan import read_plan, write_plan
 
 QUALITY, BENCH, SWEEP = "eval/comparison.json", "bench/comparison.json", "bench/decode_sweep.json"
 Edit = Callable[[Path], None]

@@ -14,7 +14,6 @@ from made_run import FILES, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
 from shown import Elements, report_text
 
-from layerboost.artifacts import write_json
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, decode_panel, throughput_figure
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
@@ -22,8 +21,9 @@ from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import task_figure
 from layerboost.reporting.sources import read_sources
+from layerboost.reporting.stage import run_report, summary_table
 from layerboost.reporting.text import with_error
-from layerboost.stages.report import run_report, summary_table
+from layerboost.schemas.artifact import write_json
 
 PANELS = {
     "layers": ["plan.yaml", "sensitivity.json"],
@@ -196,7 +196,7 @@ def test_figures_are_valid_plotly(run: Path) -> None:
 
 def test_report_needs_neither_torch_nor_transformers(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from layerboost.stages.report import run_report; "
+        "import sys; from pathlib import Path; from layerboost.reporting.stage import run_report; "
         f"run_report(Path({str(run)!r})); print(sorted({{'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """Numbers as the report writes them."""
 
-from layerboost.artifacts import Score
 from layerboost.reporting.text import interval, number, with_error
+from layerboost.schemas.sensitivity import Score
 
 
 def test_numbers_are_written_to_their_error() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from plotly import graph_objects
 
-from layerboost.artifacts import read_plan, write_plan
 from layerboost.reporting.search import frontier_figure
 from layerboost.reporting.sources import read_sources
+from layerboost.schemas.plan import read_plan, write_plan
 
 
 def test_the_frontier_has_the_plan_on_it(run: Path) -> None:

@@ -12,9 +12,9 @@ from offline import Vllm, check_same_model
 from tiny import boosted, info, layer_plans, tiny_tokenizer
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
-from layerboost.artifacts import PlanFile
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.compat import LLAMA_SHAPED, export_compat
+from layerboost.schemas.plan import PlanFile
 
 pytestmark = [
     pytest.mark.server,

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny import boosted, info, layer_plans, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from layerboost.artifacts import PlanFile
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
+from layerboost.schemas.plan import PlanFile
 from layerboost.vllm_plugin.int8 import check_int8, int8_overflows
 
 pytest.importorskip("compressed_tensors", reason="comes with vLLM")

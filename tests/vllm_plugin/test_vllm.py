@@ -16,17 +16,17 @@ from offline import Vllm, check_same_model
 from tiny import info, layer_plans, save_tiny, tiny_model
 from vllm_offline import BATCHED_TOKENS, BLOCK_SIZE, KV_CACHE_BYTES
 
+from layerboost.costs.memory import CacheSettings, admission_bytes, block_bytes
 from layerboost.engines.protocol import Load
 from layerboost.engines.server import Server, check_port
 from layerboost.engines.vllm_server import launched
 from layerboost.errors import LayerboostError
 from layerboost.model.families import FAMILIES
-from layerboost.model.memory import CacheSettings, admission_bytes, block_bytes
 from layerboost.model.modeling import base_layer_types
 from layerboost.model.surgery import native_window
 from layerboost.recipe import Bench
 from layerboost.runtime import GIB
-from layerboost.serving.results import metrics_of
+from layerboost.schemas.benchmark import metrics_of
 
 pytestmark = pytest.mark.server
 

@@ -97,7 +97,7 @@ def answered(job: dict[str, Any]) -> Any:
     started = time.monotonic()
     try:
         if "samples" in job:
-            from layerboost.serving import samples
+            from layerboost.engines import samples
 
             return samples._main(job["samples"])
         return answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | job["engine"])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from layerboost.artifacts import PlanFile
 from layerboost.recipe import Bench, Recipe
+from layerboost.schemas.plan import PlanFile
 
 WARMUP_OUTPUT_TOKENS = 8
 

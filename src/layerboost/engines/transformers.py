@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from layerboost.artifacts import PlanFile, json_text, write_text
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
 from layerboost.engines.server import MODULE, guarded, last_words
 from layerboost.errors import LayerboostError
+from layerboost.files import write_text
 from layerboost.model.base import find_model
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
+from layerboost.schemas.artifact import json_text
+from layerboost.schemas.plan import PlanFile
 
 UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args"})
 # Special tokens come first, as a rule.

@@ -13,14 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from layerboost.artifacts import PLAN, PlanFile, read_plan
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
 from layerboost.engines.protocol import Running
 from layerboost.engines.server import HOST, Command, check_port
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
-from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, cores, log
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import PLAN
 
 UNUSED: frozenset[str] = frozenset()
 PLUGIN, PLUGIN_GROUP = "layerboost", "vllm.general_plugins"

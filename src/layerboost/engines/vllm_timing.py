@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from layerboost.costs.memory import CacheSettings
 from layerboost.engines.vllm import runs_on_cpu, vllm_environment
 from layerboost.errors import LayerboostError, first_line
-from layerboost.model.memory import CacheSettings
 
 REPEATS, DECODE_STEPS = 3, 12
 

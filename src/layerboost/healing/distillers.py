@@ -17,13 +17,13 @@ from torch.utils.checkpoint import (
 )
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import LayerPlan
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.stream import explain_not_finite, head_logits
 from layerboost.model.surgery import attention_of
+from layerboost.schemas.plan import LayerPlan
 
 Checkpointing = Literal["none", "selective", "full"]
 Kept = TypeVar("Kept")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from layerboost.artifacts import LayerPlan, ModelInfo
 from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
 from layerboost.healing.losses import CHUNK_ELEMENTS
 from layerboost.healing.training import stretch_steps
 from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime, world_size
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan
 
 GIB = 1 << 30
 # Of the device's matrix product; the rest goes to softmax, norms and LoRA's thin products.

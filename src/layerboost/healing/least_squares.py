@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.distillers import AttentionDistiller
-from layerboost.healing.metrics import METRICS, Metrics
+from layerboost.healing.metrics import Metrics
 from layerboost.healing.training import replacing
 from layerboost.model.surgery import attention_of
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
+from layerboost.schemas.healing import METRICS
+from layerboost.schemas.plan import LayerPlan
 
 # In units of the inputs' mean square; the best on held-out sequences is taken, layer by layer.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

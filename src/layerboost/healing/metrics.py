@@ -1,34 +1,16 @@
-"""`heal/metrics.jsonl`: its lines, the one reader of them, and the writer that keeps them in step with checkpoints."""
+"""The writer of `heal/metrics.jsonl`, which keeps it in step with the checkpoints."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from layerboost.artifacts import finite, json_text, write_text
-from layerboost.errors import ConfigError
+from layerboost.files import write_text
 from layerboost.runtime import is_main_process
-
-METRICS = "metrics.jsonl"
-
-
-class MetricLine(BaseModel):
-    """One logged step or validation; `tokens` and `seconds` count from the start of the stage."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    stage: Literal["fit", "attention", "lora"]
-    step: int
-    tokens: int
-    loss: float | None = None
-    lr: float | None = None
-    validation_kl: float | None = None
-    validation_nll: float | None = None
-    seconds: float
+from layerboost.schemas.artifact import finite, json_text
+from layerboost.schemas.healing import MetricLine, read_metrics
 
 
 class Metrics:
@@ -57,28 +39,3 @@ class Metrics:
 
     def _text(self, line: MetricLine) -> str:
         return json_text(finite(line.model_dump(exclude_unset=True)), str(self.file)) + "\n"
-
-
-def read_metrics(file: Path) -> list[MetricLine]:
-    """Return the lines of `metrics.jsonl`; of two for one step and kind, the later one. No file: no lines.
-
-    A last line without its newline was cut short by a kill and is left out. Raises ConfigError for any other line that
-    is not valid.
-    """
-    lines: dict[tuple[str, int, bool], MetricLine] = {}
-    texts = file.read_text(errors="replace").split("\n") if file.is_file() else []
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = MetricLine.model_validate(json.loads(text))
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise ConfigError(
-                f"{file}, line {number}, is not a metrics line",
-                found=error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error),
-                do="delete the line, or delete the file and run `layerboost heal` again",
-            ) from None
-        lines[line.stage, line.step, line.loss is None] = line
-    return list(lines.values())

@@ -1,6 +1,6 @@
 """Training sequences that state facts and ask for them further on: ordinary text seldom trains what a window forgets.
 
-The wording is not that of the retrieval tests in `layerboost.retrieval`, nor are the things asked for.
+The wording is not that of the retrieval tests in `layerboost.data.retrieval`, nor are the things asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layerboost.text import opening_ids
+from layerboost.data.text import opening_ids
 
 # What is stated, and how it is asked for: the answer follows.
 TEMPLATES = (

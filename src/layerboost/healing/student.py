@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import LayerPlan
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import apply_plan
+from layerboost.schemas.plan import LayerPlan
 
 VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
 

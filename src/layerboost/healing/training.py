@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
-from layerboost.artifacts import DISK_ERRORS, disk_error
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.files import DISK_ERRORS, disk_error
 from layerboost.healing.distillers import Distiller
-from layerboost.healing.metrics import METRICS, Metrics
+from layerboost.healing.metrics import Metrics
 from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log, rank, world_size
+from layerboost.schemas.healing import METRICS
 
 STRETCH_TOKENS = 2048
 MAX_GRADIENT_NORM = 1.0

@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import BASE, ModelInfo, check_path, file_hash, new_folder
 from layerboost.errors import ConfigError, first_line
+from layerboost.files import check_path, file_hash, new_folder
 from layerboost.model import files as model_files
 from layerboost.model import integrity
 from layerboost.model.card import CARD, LICENCE_FILES, Origin, front_matter, licence_files, licence_sentence
@@ -34,6 +34,8 @@ from layerboost.model.surgery import family_of, native_window
 from layerboost.model.tokenizer import open_tokenizer
 from layerboost.recipe import Recipe, model_of
 from layerboost.runtime import Runtime, log
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.run import BASE
 
 # In RUN/base: which GGUF file it was unpacked from.
 UNPACKED_FROM = "layerboost_source.txt"

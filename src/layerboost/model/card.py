@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from layerboost.artifacts import PlanFile, counted
-from layerboost.model.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
+from layerboost.schemas.plan import PlanFile, counted
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")

@@ -12,14 +12,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from layerboost.artifacts import PLAN, ModelInfo, PlanFile, Sensitivity, disk_error, new_folder, read_plan, write_plan
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.files import disk_error, new_folder
 from layerboost.model import attention, families, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
 from layerboost.model.files import read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import PlanFile, read_plan, write_plan
+from layerboost.schemas.run import PLAN
+from layerboost.schemas.sensitivity import Sensitivity
 
 FUTURE = "from __future__ import annotations"
 # Files that upload, download and resume well.

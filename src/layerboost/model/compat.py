@@ -12,12 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from layerboost.artifacts import PLAN, PlanFile, new_folder, read_plan
 from layerboost.errors import ConfigError
+from layerboost.files import new_folder
 from layerboost.model import configuration_decilm
 from layerboost.model.card import CARD
 from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import skipped_layers
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import PLAN
 
 # Families that are Llama but for the settings given here, which vLLM's class reads.
 LLAMA_SHAPED: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from layerboost.artifacts import PLAN, PlanFile, read_plan
 from layerboost.errors import ConfigError, first_line
 from layerboost.model.families import FAMILIES
 from layerboost.model.files import (
@@ -28,6 +27,8 @@ from layerboost.model.files import (
 )
 from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import PLAN
 
 ARCHITECTURE = "LayerBoostForCausalLM"
 # Weights of another type are quantised.

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from layerboost.artifacts import LayerPlan
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import family_of, replaced
+from layerboost.schemas.plan import LayerPlan
 
 
 class Beginning:

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from layerboost.artifacts import LayerPlan, window_of
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, Family
 from layerboost.model.modeling import apply_config, base_layer_types, boosted_class, decoder_layers, make_sliding
+from layerboost.schemas.plan import LayerPlan, window_of
 
 CAPTURE = "layerboost_capture"
 

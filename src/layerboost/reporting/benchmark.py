@@ -10,8 +10,8 @@ from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Chart, Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
+from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
 from layerboost.schemas.evaluation import EvalComparison
-from layerboost.serving.results import SPEED, AtConcurrency, Comparison, Spread
 
 FILE, SWEEP = "bench/comparison.json", "bench/decode_sweep.json"
 LATENCY, RATIO = "latency_ms_median", "ratio of "

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import PLAN, PlanFile, read_plan
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError
 from layerboost.reporting.text import ABSENT, number, strategy
-from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import PLAN
 
 
 def plan_difference(first: Path, second: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from layerboost.artifacts import PlanFile, Sensitivity, Variant
-from layerboost.healing.metrics import MetricLine
 from layerboost.reporting.sources import MODELS
 from layerboost.reporting.text import strategy, with_error
+from layerboost.schemas.healing import MetricLine
+from layerboost.schemas.plan import PlanFile
+from layerboost.schemas.sensitivity import Sensitivity, Variant
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]

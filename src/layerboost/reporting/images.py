@@ -12,8 +12,8 @@ import tempfile
 from html import unescape
 from pathlib import Path
 
-from layerboost.artifacts import new_folder
 from layerboost.errors import ConfigError, LayerboostError, first_line
+from layerboost.files import new_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # Patience with a browser, in seconds, and how long it may let the page's own clock run, in milliseconds.

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from layerboost.artifacts import PlanFile, finite, json_text
 from layerboost.reporting.text import strategy
+from layerboost.schemas.artifact import finite, json_text
+from layerboost.schemas.plan import PlanFile
 
 Row = TypeVar("Row")
 

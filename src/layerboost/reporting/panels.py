@@ -8,12 +8,13 @@ from functools import partial
 
 import yaml
 
-from layerboost.artifacts import Sensitivity, StageRecord, Variant
-from layerboost.healing.metrics import MetricLine
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
 from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
+from layerboost.schemas.healing import MetricLine
+from layerboost.schemas.run import StageRecord
+from layerboost.schemas.sensitivity import Sensitivity, Variant
 
 STAGES = {
     "fit": "Before them: least squares",

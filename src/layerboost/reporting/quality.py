@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from html import escape
 
-from layerboost.artifacts import Score
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error, with_interval
 from layerboost.schemas.evaluation import EvalComparison, Gate, Task
+from layerboost.schemas.sensitivity import Score
 
 FILE = "eval/comparison.json"
 VERDICTS = {True: "passed", False: "missed", None: "not judged"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from layerboost.artifacts import PlanFile, Predicted
 from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import Sources, absent
 from layerboost.reporting.text import ABSENT, number, percent, strategy
-from layerboost.search.frontier import Frontier, FrontierPoint
-from layerboost.search.stability import Agreement, Comparison, Stability
+from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted
+from layerboost.schemas.sensitivity import Agreement, Comparison, Stability
 
 
 def search_panel(sources: Sources) -> Panel:

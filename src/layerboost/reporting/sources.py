@@ -6,22 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.artifacts import (
-    PlanFile,
-    Record,
-    RunFile,
-    Sensitivity,
-    file_hash,
-    read_json,
-    read_plan,
-)
 from layerboost.errors import ConfigError
-from layerboost.healing.metrics import MetricLine, read_metrics
+from layerboost.files import file_hash
 from layerboost.recipe import Recipe, load_recipe
+from layerboost.schemas.artifact import Record, read_json
+from layerboost.schemas.benchmark import Comparison as BenchComparison
 from layerboost.schemas.evaluation import EvalComparison
-from layerboost.search.frontier import Frontier
-from layerboost.search.stability import Stability
-from layerboost.serving.results import Comparison as BenchComparison
+from layerboost.schemas.healing import MetricLine, read_metrics
+from layerboost.schemas.plan import Frontier, PlanFile, read_plan
+from layerboost.schemas.run import RunFile
+from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 # The order of every table and legend; a model of another name comes after these.
 MODELS = ("base", "converted", "healed")

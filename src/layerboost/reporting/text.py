@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from layerboost.artifacts import LayerPlan, Score, Variant
 from layerboost.schemas.evaluation import Change
+from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.sensitivity import Score, Variant
 
 if TYPE_CHECKING:
-    from layerboost.search.stability import Agreement
+    from layerboost.schemas.sensitivity import Agreement
 
 ABSENT = "–"
 

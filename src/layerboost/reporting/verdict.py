@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.reporting.benchmark import Ratio, bench_ratio
 from layerboost.reporting.page import Finding
 from layerboost.reporting.quality import nll_difference
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, size, with_interval
 from layerboost.schemas.evaluation import Change, EvalComparison, Gate
-from layerboost.search.costs import base_kv_bytes, plan_kv_bytes
 
 
 def kv_bytes(sources: Sources) -> tuple[int, int, int] | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.artifacts import Artifact, Score
+from layerboost.schemas.artifact import Artifact
+from layerboost.schemas.sensitivity import Score
 
 # "No worse than" is claimed or not at this difference of two fractions.
 ONE_POINT = 0.01

@@ -1,0 +1,212 @@
+"""costs: this machine's rates, from vLLM's own times of four plans of one model → costs.json, for `plan.costs`.
+
+Each plan is served by the real engine. What vLLM reports of its KV cache is compared with `model/memory.py`, what
+requests hold while they decode with its residency, and the times of prefill and decoding steps with the linear model of
+`costs/budget.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from layerboost.benching.processors import Processors
+from layerboost.costs.budget import Costs, Rates, decode_work, prefill_work
+from layerboost.costs.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
+from layerboost.engines.vllm import cache_defaults, check_vllm, runs_on_cpu
+from layerboost.engines.vllm_timing import TimedVllm
+from layerboost.errors import ConfigError
+from layerboost.model.base import Base, find_model
+from layerboost.model.checkpoint import plan_in
+from layerboost.model.surgery import apply_plan, check_plan, family_of
+from layerboost.runtime import GIB, Runtime, cores, log, machine, settle_environment
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.benchmark import disturbance
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan
+
+CONTEXTS = (1024, 2048)
+# Of --max-num-batched-tokens; decoding is timed at one of them.
+BATCHES = (64, 256, 1024)
+DECODE_BATCH = 256
+PROMPT_TOKENS = 1024
+# Requests that decode at once, tokens of each.
+LOADS = ((1, 64), (1, 1000), (32, 120), (12, 800))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One time of one plan: what it is of, its work `[6]` (columns of `decode_work`), and milliseconds."""
+
+    plan: str
+    what: str
+    work: np.ndarray
+    ms: float
+
+
+def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
+    """Measure the rates with MODEL, a base, and write them to `out`; return what they were fitted to.
+
+    Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError when the
+    engine fails.
+    """
+    settle_environment()
+    if not 0 < cache_gib < math.inf:
+        raise ConfigError(f"--cache-gib {cache_gib} is no size of a cache", do="give a positive number of GiB")
+    version, on_cpu = check_vllm(), runs_on_cpu()
+    base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
+    config, info = base.config, base.info
+    base.check()
+    _check_writable(out)
+    if base.gguf or plan_in(base.folder):
+        raise ConfigError(
+            "rates are measured with a base in Hugging Face's format",
+            found="a GGUF file" if base.gguf else "a boosted checkpoint",
+            do="give the base that the run folder has: RUN/base",
+        )
+    if info.max_context_tokens < max(CONTEXTS):
+        raise ConfigError(
+            f"rates are measured at a context of {max(CONTEXTS)} tokens",
+            found=f"{base.name} has one of {info.max_context_tokens}",
+            do="measure with a larger model, or write the rates down yourself: docs/reference/plan.md",
+        )
+    chosen = plans(info.layers, sink="sink" in family_of(config).supports)
+    for layers in chosen.values():
+        check_plan(config, layers)
+    processors = Processors()
+    measured, timed = measure(base, info, chosen, int(cache_gib * GIB))
+    if disturbed := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):
+        log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", disturbed)
+    rates, timing = fit(timed), []
+    for row in timed:
+        predicted = fit([other for other in timed if other.plan != row.plan]).milliseconds(row.work)
+        timing.append({"plan": row.plan, "what": row.what, "ms": round(row.ms, 2), "predicted_ms": round(predicted, 2)})
+    write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
+    log.info("wrote %s", out)
+    return {"machine": machine(), "vllm": version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ConfigError for a file that could not be written after the measurement."""
+    place = out.absolute().parent
+    if not place.is_dir() or not os.access(out if out.exists() else place, os.W_OK):
+        raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in a directory that is there")
+
+
+def plans(layers: int, sink: bool) -> dict[str, list[LayerPlan]]:
+    """Return four plans of every kind, by fractions of the layers; full layers evenly spaced."""
+    return {
+        "base": _plan(layers, layers, 0, 64, sink),
+        "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64, sink),
+        "all three, 128": _plan(layers, layers // 3, layers // 3, 128, sink),
+        "cheapest": _plan(layers, 0, layers * 2 // 3, 64, sink),
+    }
+
+
+def _plan(layers: int, full: int, none: int, window: int, sink: bool) -> list[LayerPlan]:
+    cached = {int((index + 0.5) * layers / full) for index in range(full)}
+    others = [layer for layer in range(layers) if layer not in cached]
+    removed = {others[int((index + 0.5) * len(others) / none)] for index in range(none)}
+    return [
+        LayerPlan(layer=layer, attention="full" if layer in cached else "none")
+        if layer in cached | removed
+        else LayerPlan(layer=layer, attention="sliding", window=window, sink=sink)
+        for layer in range(layers)
+    ]
+
+
+def measure(
+    base: Base, info: ModelInfo, chosen: dict[str, list[LayerPlan]], cache_bytes: int
+) -> tuple[list[dict[str, Any]], list[Timed]]:
+    """Serve every plan with several settings. Return for each its layers by kind, and rows of `memory` and of what
+    requests hold as they `decode`, measured and predicted; and all times.
+    """
+    default = cache_defaults()
+    settings = [(default, context) for context in CONTEXTS]
+    settings += [(replace(default, max_batched_tokens=size, block_size=32), max(CONTEXTS)) for size in BATCHES]
+    measured, timed, clock = [], [], time.monotonic()
+    for name, layers in chosen.items():
+        kinds = dict(Counter(entry.attention for entry in layers))
+        entry: dict[str, Any] = {"plan": name, "layers": kinds, "memory": [], "decode": []}
+        with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as folder:
+            boost(base, layers, Path(folder))
+            for own, context in settings:
+                engine = TimedVllm(Path(folder), own, context, cache_bytes)
+                size = own.max_batched_tokens
+                entry["memory"].append(memory_row(engine, info, layers, own, context, cache_bytes))
+                if own is not default:
+                    work = prefill_work(info, layers, PROMPT_TOKENS, size)
+                    what = f"prefill of {PROMPT_TOKENS} by {size}"
+                    timed.append(Timed(name, what, work, engine.prefill_ms(PROMPT_TOKENS)))
+                for requests, tokens in LOADS if size == DECODE_BATCH else ():
+                    row = engine.decode(requests, tokens)
+                    length = int(row["tokens"])
+                    work = decode_work(info, layers, requests, length)
+                    timed.append(Timed(name, f"decode, {requests} x {length}", work, row["ms"]))
+                    held = row.pop("held_blocks") * block_bytes(info, layers, own)
+                    predicted = requests * resident_bytes(info, layers, length, own)
+                    entry["decode"].append(
+                        {"requests": requests, **row, "held_bytes": held, "held_predicted": predicted}
+                    )
+                del engine
+                log.info("%s, %d batched tokens: %.0f s", name, size, time.monotonic() - clock)
+        measured.append(entry)
+    return measured, timed
+
+
+def boost(base: Base, layers: list[LayerPlan], folder: Path) -> None:
+    """Save a model with a plan applied; its sinks are zero, which costs the same."""
+    loaded = base.load()
+    apply_plan(loaded, layers)
+    loaded.save_pretrained(folder)
+
+
+def memory_row(
+    engine: TimedVllm,
+    info: ModelInfo,
+    layers: list[LayerPlan],
+    settings: CacheSettings,
+    context_tokens: int,
+    cache_bytes: int,
+) -> dict[str, Any]:
+    """Return blocks and concurrency, as vLLM reports them and as `model/memory.py` has them."""
+    block = block_bytes(info, layers, settings)
+    predicted = cache_bytes // block
+    blocks, concurrency = engine.kv_cache()
+    return {
+        "context_tokens": context_tokens,
+        "max_batched_tokens": settings.max_batched_tokens,
+        "block_size": settings.block_size,
+        "blocks": blocks,
+        "blocks_predicted": predicted,
+        "concurrency": round(concurrency, 3),
+        "concurrency_predicted": round(predicted * block / admission_bytes(info, layers, context_tokens, settings), 3),
+    }
+
+
+def fit(timed: Sequence[Timed]) -> Rates:
+    """Return the rates that explain the times: least squares of relative errors, none negative."""
+    work, times = np.array([row.work for row in timed]), np.array([row.ms for row in timed])
+    scale = work.max(0)
+    scale[scale == 0] = 1.0
+    prices = nnls(work / scale / times[:, None], np.ones(len(times)))[0] / scale
+    rates = [1e3 / price if price else None for price in prices[2:]]
+    return Rates(
+        step_ms=prices[0],
+        layer_ms=prices[1],
+        weight_bytes_per_s=rates[0],
+        flops_per_s=rates[1],
+        kv_bytes_per_s=rates[2],
+        attention_flops_per_s=rates[3],
+    )

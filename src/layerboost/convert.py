@@ -1,0 +1,75 @@
+"""convert: the plan applied to the base's weights → converted/, a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerboost.data.traffic import load_calibration
+from layerboost.engines.samples import write_samples
+from layerboost.model.base import Base, find_model, open_base
+from layerboost.model.card import origin_of
+from layerboost.model.checkpoint import check_same_model, check_same_plan, plan_in, save_boosted
+from layerboost.model.compat import check_compat, export_compat
+from layerboost.model.integrity import is_intact
+from layerboost.model.sinks import calibrate_sinks
+from layerboost.model.surgery import apply_plan, check_plan
+from layerboost.recipe import Recipe, recipe_yaml
+from layerboost.runtime import log, start_runtime
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import COMPAT, CONVERTED, HEALED, PLAN
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for a plan, if there is one yet, that the base cannot take."""
+    if (run / PLAN).is_file():
+        check_plan(base.config, read_plan(run / PLAN).layers)
+
+
+def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
+    """Write RUN/converted; one made from the same plan stays. Raises ConfigError before any weight is changed.
+
+    Sink logits start from one calibration pass of the base over the calibration text. `compat`: then write RUN/healed,
+    or RUN/converted where there is none, as RUN/compat, for vLLM without layerboost. Returns what was written last.
+    """
+    plan = read_plan(run / PLAN)
+    base = open_base(recipe, run, start_runtime(recipe))
+    check_plan(base.config, plan.layers)
+    check_same_model(plan, base.info, run / PLAN)
+    if compat:
+        check_compat(base.config, plan)
+    _convert(recipe, run, plan, base)
+    return _export(run) if compat else run / CONVERTED
+
+
+def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
+    target, runtime = run / CONVERTED, base.runtime
+    if (
+        (there := plan_in(target))
+        and there.hash() == plan.hash()
+        and is_intact(target)
+        and find_model(str(target), runtime).config.dtype == runtime.dtype
+    ):
+        log.info("%s is up to date", target)
+        return
+    model, tokenizer = base.load(), base.tokenizer
+    sinks = {}
+    with_sink = [entry.layer for entry in plan.layers if entry.sink]
+    if with_sink and plan.window:
+        write_samples(recipe, run, base)
+        calibration = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
+        batches = [batch.to(runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
+        found = calibrate_sinks(model, batches, with_sink, [plan.window])
+        sinks = {layer: found[layer, plan.window] for layer in with_sink}
+    apply_plan(model, plan.layers, sinks)
+    origin = origin_of(base.folder, base.name, recipe.card)
+    save_boosted(model, tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+
+
+def _export(run: Path) -> Path:
+    healed = plan_in(run / HEALED)
+    if healed:
+        check_same_plan(healed, run / HEALED, run / PLAN, "heal")
+    source = run / (HEALED if healed else CONVERTED)
+    log.info("writing %s as %s", source, run / COMPAT)
+    export_compat(source, run / COMPAT)
+    return run / COMPAT

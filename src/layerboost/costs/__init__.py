@@ -1,0 +1,1 @@
+"""What strategies cost: KV bytes, parameters, time; vLLM's memory arithmetic."""

@@ -1,0 +1,201 @@
+"""What vLLM makes of a plan's KV cache: groups, blocks, what it reserves for a request and what that request holds.
+
+Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, for layers of one KV size and one window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, window_of
+
+# A request may reserve this much more than it holds while decoding, before smaller batches are advised.
+SPARE = 1.25
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The settings of vLLM that its KV cache depends on; `concurrent_batches` is 2 with asynchronous scheduling."""
+
+    max_batched_tokens: int
+    block_size: int
+    concurrent_batches: int
+
+
+# What `vllm serve` starts with. GPUs of 70 GiB, but for the A100, read 8,192 tokens at once; of 160 GiB 16,384.
+CPU_DEFAULTS = CacheSettings(max_batched_tokens=2048, block_size=128, concurrent_batches=1)
+GPU_DEFAULTS = CacheSettings(max_batched_tokens=2048, block_size=16, concurrent_batches=2)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Layers of one kind share a block table, `size` layers per group; the last group of a kind is padded."""
+
+    size: int
+    full: int
+    sliding: int
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What settings give and cost: requests admitted to the same memory, against the base; the steps to read a prompt,
+    and the milliseconds where the machine's rates are known."""
+
+    requests_ratio: float
+    prefill_steps: int
+    prefill_ms: float | None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How vLLM is to be started so that a plan's memory is real, and what that gives and costs.
+
+    `flags`: further arguments of `vllm serve`, each with its value. `advised`: for requests of `context_tokens` with
+    these flags; `default`: the same with vLLM's own settings.
+    """
+
+    flags: tuple[str, ...]
+    context_tokens: int
+    advised: Admission
+    default: Admission
+
+    @property
+    def gain(self) -> str:
+        """What the flags gain and cost, as a sentence without its full stop."""
+        own, default = self.advised, self.default
+        text = f"vLLM admits {own.requests_ratio:.2f} times the base's requests of {self.context_tokens} tokens"
+        if own.prefill_steps == default.prefill_steps:
+            return text
+        text += (
+            f", with 2,048 batched tokens (vLLM's own on most devices) {default.requests_ratio:.2f} times; a "
+            f"prompt of that length is then read in {own.prefill_steps} steps, not {default.prefill_steps}"
+        )
+        if own.prefill_ms and default.prefill_ms:
+            text += f", and {own.prefill_ms:.0f} ms, not {default.prefill_ms:.0f}"
+        return text
+
+
+def groups(full: int, sliding: int) -> Groups:
+    """Return how vLLM groups this many full and sliding layers.
+
+    The smaller count is the group's size, or the larger where it is less than half again as large.
+    """
+    if not full or not sliding:
+        return Groups(full + sliding, int(full > 0), int(sliding > 0))
+    low, high = sorted((full, sliding))
+    size = high if high < 1.5 * low else low
+    return Groups(size, math.ceil(full / size), math.ceil(sliding / size))
+
+
+def padded_full(full: int, sliding: int) -> int:
+    """Return for how many full layers vLLM reserves memory: more than there are where their last group is padded."""
+    found = groups(full, sliding)
+    return found.full * found.size
+
+
+def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Return the layers as they run: those that a plan leaves full slide where they do in the base."""
+    window = model.sliding_window
+    return [
+        LayerPlan(layer=entry.layer, attention="sliding", window=window)
+        if not entry.changed and entry.layer in model.sliding_layers
+        else entry
+        for entry in layers
+    ]
+
+
+def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, settings: CacheSettings) -> int:
+    """Return the KV bytes vLLM counts for one request of `context_tokens`, its `--max-model-len`, before it admits it.
+
+    A sliding layer counts its window, the tokens of concurrent batches and a block, because blocks are freed only after
+    a step. The KV memory over this is the "Maximum concurrency" that vLLM reports.
+    """
+    found, window = _grouped(model, layers)
+    batched = settings.max_batched_tokens * settings.concurrent_batches
+    reserved = min(window - 1 + batched, context_tokens)
+    blocks = found.full * math.ceil(context_tokens / settings.block_size)
+    blocks += found.sliding * (math.ceil(reserved / settings.block_size) + 1)
+    return blocks * block_bytes(model, layers, settings)
+
+
+def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, settings: CacheSettings) -> int:
+    """Return the KV bytes one request holds while it decodes its `context_tokens`-th token, on average over the borders
+    of blocks, padding included."""
+    found, window = _grouped(model, layers)
+    whole = math.ceil(context_tokens / settings.block_size)
+    blocks = found.full * whole + found.sliding * min(whole, (window - 1) / settings.block_size + 1)
+    return round(blocks * block_bytes(model, layers, settings))
+
+
+def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], settings: CacheSettings) -> int:
+    """Return the bytes of one block of the pool: `block_size` tokens of every layer of a group."""
+    return _grouped(model, layers)[0].size * settings.block_size * model.kv_bytes_per_token
+
+
+def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int]:
+    """Return the groups of the layers as they are served, and their window."""
+    served = as_served(model, layers)
+    found = counts(served)
+    return groups(found["full"], found["sliding"]), window_of(served) or 1
+
+
+def plan_serving(
+    plan: PlanFile, default: CacheSettings, prefill_ms: Callable[[int], float] | None = None
+) -> Serving | None:
+    """Return `serving` of a plan where vLLM starts with `default`; None for a plan that names no context length."""
+    context, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
+    if not isinstance(context, int) or not isinstance(concurrency, int):
+        return None
+    return serving(plan.model, plan.layers, context, concurrency, default, prefill_ms)
+
+
+def serving(
+    model: ModelInfo,
+    layers: Sequence[LayerPlan],
+    context_tokens: int,
+    concurrency: int,
+    default: CacheSettings,
+    prefill_ms: Callable[[int], float] | None = None,
+) -> Serving:
+    """Return the flags that make a plan's memory real at `context_tokens`; none where vLLM's own settings do.
+
+    `--max-num-batched-tokens` is the largest power of two with which a request reserves at most a quarter more than it
+    holds, or else the smallest that can hold a step of `concurrency` requests. `prefill_ms`: the time to read a prompt
+    of `context_tokens` by a number of tokens at once, where it is known.
+    """
+    base = all_full(model)
+
+    def admission(settings: CacheSettings) -> Admission:
+        own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache
+        ratio = admission_bytes(model, base, context_tokens, settings) / own
+        batch = settings.max_batched_tokens
+        return Admission(ratio, math.ceil(context_tokens / batch), prefill_ms(batch) if prefill_ms else None)
+
+    advised = _advised(model, layers, context_tokens, concurrency, default)
+    flags: tuple[str, ...] = ()
+    # vLLM's own batch depends on the GPU, which may be another one than here: where a layer slides it is always named.
+    unknown = default == GPU_DEFAULTS and window_of(layers) is not None
+    if unknown or advised.max_batched_tokens != default.max_batched_tokens:
+        flags += ("--max-num-batched-tokens", str(advised.max_batched_tokens))
+    if advised.block_size != default.block_size:
+        flags += ("--block-size", str(advised.block_size))
+    return Serving(flags, context_tokens, admission(advised), admission(default))
+
+
+def _advised(
+    model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, concurrency: int, default: CacheSettings
+) -> CacheSettings:
+    if window_of(layers) is None:
+        return default
+    # Blocks of 32 suit every backend; longer ones round a short window up.
+    settings = replace(default, block_size=min(default.block_size, 32))
+    least = 1 << (min(concurrency, default.max_batched_tokens) - 1).bit_length()
+    while settings.max_batched_tokens > least:
+        held = resident_bytes(model, layers, context_tokens, settings)
+        if admission_bytes(model, layers, context_tokens, settings) <= SPARE * held:
+            break
+        settings = replace(settings, max_batched_tokens=settings.max_batched_tokens // 2)
+    return settings

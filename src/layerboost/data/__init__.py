@@ -1,0 +1,1 @@
+"""Text, rows, calibration prompts and retrieval prompts."""

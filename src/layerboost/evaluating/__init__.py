@@ -1,0 +1,1 @@
+"""evaluate: base and changed models compared on text, tasks and long contexts."""

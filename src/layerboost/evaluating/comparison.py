@@ -1,0 +1,94 @@
+"""Models against their base over benchmark items: every difference paired, the tasks that chose layers set apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from layerboost.evaluating.statistics import average_difference, differences, paired
+from layerboost.schemas.evaluation import Change, Margin, Task, TaskValue
+from layerboost.schemas.sensitivity import Score
+from layerboost.tasks.lm_eval import BenchTask, ItemScores, item_margins, item_scores, task_value
+
+Result = dict[str, Any]
+# By task and model.
+Scores = dict[str, dict[str, ItemScores]]
+
+
+def compare_tasks(
+    tasks: list[BenchTask], results: Mapping[str, Mapping[str, Result]], base: str, selection: list[str]
+) -> tuple[dict[str, Task], Task | None]:
+    """Return every task over all models, and the average over tasks; `results`: lm-eval's result by task and model.
+
+    Tasks in `selection` chose the layers: they are marked and not in the average, which is None when no other is left.
+    """
+    scores: Scores = {
+        task.name: {model: item_scores(task, result) for model, result in results[task.name].items()} for task in tasks
+    }
+    compared = {
+        task.name: Task(
+            metric=task.metric,
+            items=task.items,
+            selection=chose_layers(task.name, selection),
+            models={
+                model: TaskValue(
+                    value=task_value(task, results[task.name][model]),
+                    standard_error=Score.of(list(found.values())).standard_error,
+                )
+                for model, found in scores[task.name].items()
+            },
+            difference=differences(scores[task.name], base, right_or_wrong=True),
+            margin=_margins(task, results[task.name], base),
+        )
+        for task in tasks
+    }
+    headline = {name: task for name, task in compared.items() if not task.selection}
+    return compared, _average(headline, scores, base) if headline else None
+
+
+def chose_layers(task: str, selection: list[str]) -> bool:
+    """Return whether layers were chosen on this task, on a part of it or on the group it is a part of."""
+    return any(task == name or task.startswith(f"{name}_") or name.startswith(f"{task}_") for name in selection)
+
+
+def _margins(task: BenchTask, results: Mapping[str, Result], base: str) -> Margin | None:
+    """Return the log-probability margin of the right answer; None for a task that has no single right choice."""
+    margins = {model: item_margins(task, result) for model, result in results.items()}
+    if not margins[base]:
+        return None
+    return Margin(
+        unit="nats per character" if task.metric == "acc_norm" else "nats",
+        models={model: Score.of(list(found.values())) for model, found in margins.items()},
+        difference=differences(margins, base),
+    )
+
+
+def _average(tasks: Mapping[str, Task], scores: Scores, base: str) -> Task:
+    """Return the plain mean over tasks, in the shape of one; tasks are independent samples."""
+
+    def mean_value(model: str) -> TaskValue:
+        found = [task.models[model] for task in tasks.values()]
+        error = math.hypot(*(each.standard_error for each in found)) / len(found)
+        return TaskValue(value=fmean(each.value for each in found), standard_error=error)
+
+    models = next(iter(tasks.values())).models
+    return Task(
+        metric="mean over tasks",
+        tasks=list(tasks),
+        items=sum(task.items for task in tasks.values()),
+        models={model: mean_value(model) for model in models},
+        difference={
+            model: average_difference([paired(scores[name][base], scores[name][model]) for name in tasks])
+            for model in models
+            if model != base
+        },
+    )
+
+
+def average_against(results: list[tuple[BenchTask, Result, Result]]) -> Change:
+    """Return the mean over tasks of second model less first, paired by item, with its interval."""
+    return average_difference(
+        [paired(item_scores(task, first), item_scores(task, second)) for task, first, second in results]
+    )

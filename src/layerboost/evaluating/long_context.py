@@ -1,0 +1,143 @@
+"""What a window breaks and short tasks cannot see: loss by position in a long text, and retrieval from far back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from layerboost.data.retrieval import Prompts
+from layerboost.evaluating.statistics import difference, differences
+from layerboost.model.stream import head_logits
+from layerboost.probes.metrics import CHUNK_TOKENS, answer_scores
+from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup, RetrievalScores, TaskValue
+from layerboost.schemas.sensitivity import Score
+
+Answer = dict[str, Any]
+FIRST_EDGE = 128
+BATCH_TOKENS = 4096
+# A base that finds fewer answers than this share cannot do the task.
+ABLE = 0.5
+DEPTHS = 4
+
+
+def position_edges(length: int) -> list[int]:
+    """Edges of the buckets of positions: 0, 128 and its doublings, `length`."""
+    edges = [0]
+    while (edge := edges[-1] * 2 or FIRST_EDGE) < length:
+        edges.append(edge)
+    return [*edges, length]
+
+
+@torch.inference_mode()
+def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable[[float], None]) -> list[list[float]]:
+    """NLL of each sequence of `ids` `[N, T]` in each bucket of `position_edges(T)`, in nats per token."""
+    edges, found = position_edges(ids.shape[1]), []
+    for sequence in ids:
+        row = sequence.to(model.device)
+        hidden = model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+        nll = torch.cat(
+            [
+                -head_logits(model, states).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                for states, target in zip(hidden.split(CHUNK_TOKENS), row[1:].split(CHUNK_TOKENS), strict=True)
+            ]
+        )
+        # The loss at index i is that of token i + 1, read with i + 1 tokens before it.
+        found.append([float(nll[max(low - 1, 0) : high - 1].mean()) for low, high in pairwise(edges)])
+        advance(len(sequence))
+    return found
+
+
+@torch.inference_mode()
+def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: Callable[[float], None]) -> list[Answer]:
+    """One entry a prompt: kind, length, depth, log-probability of its answer in nats, and whether greedy finds it."""
+    found = []
+    for part in prompts:
+        length = part.ids.shape[1]
+        for batch in part.batches(max(1, BATCH_TOKENS // length)):
+            ids = batch.ids.to(model.device)
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            scores, exact = answer_scores(model, batch, hidden)
+            found += [
+                {
+                    "kind": batch.kind,
+                    "length_tokens": length,
+                    "depth": depth,
+                    "log_probability": float(score),
+                    "exact": bool(hit),
+                }
+                for depth, score, hit in zip(batch.depths, scores, exact, strict=True)
+            ]
+            advance(batch.ids.numel())
+    return found
+
+
+def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> Positions:
+    """Return NLL by bucket of each model, and each one's difference from the base, paired by sequence."""
+    columns = {model: list(zip(*found["nll"], strict=True)) for model, found in losses.items()}
+    return Positions(
+        edges=losses[base]["edges"],
+        sequences=len(losses[base]["nll"]),
+        models={model: [Score.of(bucket) for bucket in found] for model, found in columns.items()},
+        difference={
+            model: [
+                difference([own - other for own, other in zip(bucket, origin, strict=True)])
+                for bucket, origin in zip(found, columns[base], strict=True)
+            ]
+            for model, found in columns.items()
+            if model != base
+        },
+    )
+
+
+def compare_retrieval(answers: Mapping[str, list[Answer]], base: str) -> Retrieval:
+    """Return exact match and log-probability by kind, length and depth, and over all that the base is able to do."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for index, answer in enumerate(answers[base]):
+        rows.setdefault((answer["kind"], answer["length_tokens"]), []).append(index)
+    groups, able = [], list[int]()
+    for kind, length in sorted(rows):
+        found = rows[kind, length]
+        depths = _depths(answers, found)
+        groups.append(RetrievalGroup(kind=kind, length_tokens=length, depths=depths, **_scores(answers, base, found)))
+        if groups[-1].able:
+            able += found
+    return Retrieval(groups=groups, able=RetrievalScores(**_scores(answers, base, able)) if able else None)
+
+
+def _scores(answers: Mapping[str, list[Answer]], base: str, rows: list[int]) -> dict[str, Any]:
+    """Return the fields of `RetrievalScores` over some of the prompts."""
+    exact, nats = (
+        {model: {row: float(given[row][key]) for row in rows} for model, given in answers.items()}
+        for key in ("exact", "log_probability")
+    )
+    shares = {model: Score.of(list(found.values())) for model, found in exact.items()}
+    return {
+        "prompts": len(rows),
+        "able": shares[base].mean >= ABLE,
+        "models": {
+            model: TaskValue(value=share.mean, standard_error=share.standard_error) for model, share in shares.items()
+        },
+        "difference": differences(exact, base, right_or_wrong=True),
+        "log_probability": {model: Score.of(list(found.values())) for model, found in nats.items()},
+        "log_probability_difference": differences(nats, base),
+    }
+
+
+def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]:
+    """Return the means of each model in each quarter of the prompt, the first one first."""
+    found = []
+    for quarter in range(DEPTHS):
+        part = [row for row in rows if int(next(iter(answers.values()))[row]["depth"] * DEPTHS) == quarter]
+        if part:
+            means = {
+                key: {model: fmean(float(given[row][key]) for row in part) for model, given in answers.items()}
+                for key in ("exact", "log_probability")
+            }
+            edges = {"from": quarter / DEPTHS, "to": (quarter + 1) / DEPTHS}
+            found.append(Depth.model_validate({**edges, "prompts": len(part), **means}))
+    return found

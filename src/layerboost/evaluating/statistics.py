@@ -1,0 +1,89 @@
+"""Paired differences with bootstrap intervals, and what a sample of that size could have seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from layerboost.schemas.evaluation import Change
+from layerboost.schemas.sensitivity import Score
+
+RESAMPLES = 10_000
+# Draws in memory at once.
+BATCH_DRAWS = 1 << 22
+# Two-sided 5 % and a power of 80 %: 1.96 + 0.84 standard errors.
+DETECTABLE_ERRORS = 2.80
+
+
+def difference(values: Sequence[float], right_or_wrong: bool = False) -> Change:
+    """Return what paired differences, one per item, show. `right_or_wrong`: of scores that are 0 or 1."""
+    return average_difference([values], right_or_wrong)
+
+
+def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = True) -> Change:
+    """Return what the mean over tasks of their mean paired differences shows; tasks are independent samples.
+
+    Of scores that are 0 or 1, no bound is nearer to the mean than what the items cannot see: a bootstrap knows nothing
+    of items that differ in a way that none here does. If none of n items does, fewer than 1 - 0.025 ** (1 / n) of all
+    do, with 97.5 % probability (Clopper-Pearson). Such items of the smallest task move the average most.
+    """
+    scores = [Score.of(values) for values in tasks]
+    mean = fmean(score.mean for score in scores)
+    error = math.hypot(*(score.standard_error for score in scores)) / len(scores)
+    low, at_least, high = _bounds(tasks, mean)
+    unseen = (1 - 0.025 ** (1 / min(map(len, tasks)))) / len(tasks) if right_or_wrong else 0.0
+    return Change(
+        mean=mean,
+        standard_error=error,
+        low=min(low, mean - unseen),
+        high=max(high, mean + unseen),
+        at_least=min(at_least, mean - unseen),
+        detectable=max(DETECTABLE_ERRORS * error, unseen),
+    )
+
+
+def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float, float]:
+    """Return the points below which the true mean over tasks is with 2.5, 5 and 97.5 % probability, by BCa bootstrap.
+
+    The same values give the same points. A task whose items are all alike has nothing to resample, and where no task
+    has, all points are the mean; of values that are not finite they are NaN.
+    """
+    if not math.isfinite(mean):
+        return math.nan, math.nan, math.nan
+    samples = [np.asarray(values, dtype=np.float64) for values in tasks]
+    varied = [sample for sample in samples if np.ptp(sample) > 0]
+    if not varied:
+        return mean, mean, mean
+    alike = sum(float(sample[0]) for sample in samples if np.ptp(sample) == 0)
+
+    def average(*resampled: np.ndarray, axis: int) -> Any:
+        return (sum(part.mean(axis) for part in resampled) + alike) / len(samples)
+
+    options: dict[str, Any] = {"vectorized": True, "batch": max(1, BATCH_DRAWS // sum(map(len, varied))), "rng": 0}
+    found = bootstrap(varied, average, n_resamples=RESAMPLES, **options)
+    # The same resamples: 5 % are below the lower end of their 90 % interval.
+    inner = bootstrap(varied, average, n_resamples=0, bootstrap_result=found, confidence_level=0.9, **options)
+    low, high = found.confidence_interval
+    return float(low), float(inner.confidence_interval.low), float(high)
+
+
+def differences(
+    scores: Mapping[str, Mapping[Any, float]], base: str, right_or_wrong: bool = False
+) -> dict[str, Change]:
+    """Return each model's difference from the base; `scores`: by model and item."""
+    return {
+        model: difference(paired(scores[base], found), right_or_wrong)
+        for model, found in scores.items()
+        if model != base
+    }
+
+
+def paired(base: Mapping[Any, float], changed: Mapping[Any, float]) -> list[float]:
+    """Return changed minus base of every item. Both must hold the same items."""
+    assert base.keys() == changed.keys()
+    return [changed[item] - base[item] for item in base]

@@ -1,0 +1,85 @@
+"""Files on disk: written so that a reader sees the old or the new content, never half of it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from layerboost.errors import ConfigError, LayerboostError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+DISK_ERRORS = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def check_path(path: Path) -> None:
+    """Raise ConfigError for a path that is not UTF-8: safetensors, tokenizers and vLLM cannot open it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        found = os.fsencode(path.absolute())
+        raise ConfigError("a path is not UTF-8, which the libraries that read it want", found=repr(found)[1:],
+                          do="rename it, or link to it by another name") from None  # fmt: skip
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it.
+
+    Raises LayerboostError when the disk is full or the folder is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    A symbolic link is followed: what it leads to, perhaps on a larger disk, is replaced.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        # The old folder goes aside first: removing it takes time, in which a kill would leave neither.
+        aside = path.with_name(f".{path.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            path.replace(aside)
+        temporary.replace(path)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_error(path: Path, error: OSError) -> LayerboostError:
+    """The message for a write that failed; an error without a number is a library's word for a full disk."""
+    full = error.errno is None or error.errno in DISK_FULL
+    do = "free space" if full else "make it writable"
+    return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another --run folder")

@@ -1,0 +1,341 @@
+"""heal: least squares, attention distillation, then LoRA distillation from the base → healed/, the adapters merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from layerboost.data.text import Split, Tokens, check_samples, is_local, load_tokens
+from layerboost.engines.samples import write_samples
+from layerboost.errors import ConfigError
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
+from layerboost.healing.least_squares import check_fit, fit_stage
+from layerboost.healing.recall import with_recall
+from layerboost.healing.sharding import shard
+from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.healing.training import (
+    batch_of_process,
+    batches_kept,
+    check_report_to,
+    clean_end,
+    load_result,
+    train_stage,
+)
+from layerboost.model.base import Base, open_base
+from layerboost.model.card import origin_of
+from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
+from layerboost.model.integrity import check_checkpoint, is_intact
+from layerboost.probes.metrics import SequenceLosses, check_values, token_losses
+from layerboost.recipe import Recipe, Text, recipe_yaml
+from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
+from layerboost.schemas.artifact import fingerprint, write_json
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
+
+VALIDATION_SEQUENCES = 8
+IDENTITY, TEXT = "heal.json", "text.json"
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for settings and text that `run_heal` could not use."""
+    check_report_to(recipe.heal.report_to)
+    check_fit(recipe)
+    longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+    check_samples(recipe.text, longest, "train")
+    if all(map(is_local, recipe.text.sources)):
+        load_tokens(recipe.text, base.tokenizer, "train", longest)
+
+
+def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
+    """Train RUN/converted against the base and write RUN/healed; goes on from the last checkpoint in RUN/heal.
+
+    Under torchrun every process trains and the first one writes. Raises ConfigError before anything is trained, also
+    when RUN/heal was begun with other settings, or when it holds work and `resume` is False.
+    """
+    plan = read_plan(run / CONVERTED / PLAN)
+    check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
+    runtime = start_runtime(recipe)
+    identity = heal_identity(recipe, plan, runtime)
+    if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
+        log.info("%s is up to date", run / HEALED)
+        return run / HEALED
+    check_begun(run / HEAL, identity, resume)
+    check_checkpoint(run / CONVERTED)
+    check_report_to(recipe.heal.report_to)
+    batch_of_process(recipe.heal)
+    check_fit(recipe)
+    with main_process_first():
+        base = open_base(recipe, run, runtime)
+        write_samples(recipe, run, base)
+    check_same_model(plan, base.info, run / CONVERTED / PLAN)
+    text = load_text(recipe, run, plan, base.tokenizer)
+    check_same_text(run / HEAL, text)
+    pair = load_pair(recipe, run, plan, base, text)
+    if is_main_process():
+        write_json(run / HEAL / TEXT, {"fingerprint": text.fingerprint})
+        write_json(run / HEAL / IDENTITY, identity)
+    fitted = train(recipe, run / HEAL, plan, pair, text, base.tokenizer.eos_token_id, runtime.device)
+    if is_main_process():
+        if recipe.heal.shard:
+            pair = load_healed(recipe, run, plan, base, text)
+        # The base shares the weights that the adapters are merged into: it is damaged from here on.
+        merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
+        save_boosted(
+            merged,
+            base.tokenizer,
+            plan,
+            run / HEALED,
+            recipe_yaml=recipe_yaml(recipe),
+            origin=origin_of(base.folder, base.name, recipe.card),
+            healing=card_text(recipe, text, fitted),
+        )
+        write_json(run / HEALED / IDENTITY, identity)
+    return run / HEALED
+
+
+def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
+    """Return what the model card says about healing."""
+    said = (
+        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+    )
+    if fitted:
+        said += (
+            f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
+            f"{text.fit_tokens:,} tokens by least squares."
+        )
+    return said
+
+
+STAGES = ("attention", "lora")
+# Settings that older releases did not have, with the values that change nothing, and those that only they had.
+ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class HealingText:
+    """Token ids `[N, T]` of each stage, of which the first `tokens[stage]` are trained on, and for validation.
+
+    `fit_tokens`: those of the attention stage that the fit before it uses. `fingerprint`: of all that was read.
+    """
+
+    ids: dict[str, torch.Tensor]
+    fit_tokens: int
+    tokens: dict[str, int]
+    validation: torch.Tensor
+    fingerprint: str
+
+    @property
+    def stages(self) -> list[str]:
+        return [stage for stage in STAGES if self.tokens[stage]]
+
+
+def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
+    """Read all text of the run before anything is trained; raise ConfigError where there is too little."""
+    changed = plan.model.layers - plan.count("full")
+    tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
+    fit_tokens = recipe.heal.fit_tokens if plan.count("sliding") else 0
+    if not any((fit_tokens, *tokens.values())):
+        raise ConfigError(
+            "there is nothing to train",
+            found=f"heal.fit_tokens {recipe.heal.fit_tokens}, heal.attention_tokens {recipe.heal.attention_tokens}, "
+            f"heal.tokens {recipe.heal.tokens}, {changed} changed layers",
+            do="give one of the stages some tokens",
+        )
+
+    def tokens_of(split: Split, count: int, seed: int = 0) -> Tokens:
+        return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
+
+    seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
+    wanted = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
+    train = {name: tokens_of("train", count, seeds[name]) for name, count in wanted.items() if count}
+    validation = tokens_of("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
+    share = recipe.heal.retrieval_share
+    return HealingText(
+        ids={name: with_recall(read.ids, tokenizer, share, seeds[name]) for name, read in train.items()},
+        fit_tokens=fit_tokens,
+        tokens=tokens,
+        validation=validation.ids,
+        fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation))),
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The base and the student on its weights; the student's adapters, and the layers that each stage adapts."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    adapters: PeftModel
+    adapted: dict[str, frozenset[str]]
+
+
+def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
+    """Load base and converted model, with the same new adapters on every process; on the CPU if they will be sharded.
+
+    Raises ConfigError for targets that do not exist or leave nothing to train.
+    """
+    if recipe.heal.shard:
+        base = replace(base, runtime=replace(base.runtime, device=torch.device("cpu")))
+    teacher = base.load()
+    adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
+    if text.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
+        raise ConfigError(
+            "heal.lora_targets leave stage 2 nothing to train",
+            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
+            do="name layers of the MLPs too, or set heal.tokens to 0",
+        )
+    student = shared_student(teacher, run / CONVERTED, plan.layers)
+    torch.manual_seed(recipe.seed)
+    # A fit alone trains no adapter, but peft wants some.
+    names = frozenset[str]().union(*(adapted[stage] for stage in text.stages or STAGES))
+    return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
+
+
+def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
+    """Load the pair again on this process's CPU, with the results in RUN/heal: no device need hold the whole model."""
+    pair = load_pair(recipe, run, plan, base, text)
+    for stage in text.stages:
+        train_only(pair.student, pair.adapted[stage])
+        load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)
+    return pair
+
+
+def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
+    """Return everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
+    free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
+    settings = recipe.heal.model_dump(mode="json", exclude=free)
+    settings["batch_sequences × gradient_accumulation"] = (
+        recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
+    )
+    return {
+        "schema_version": 1,
+        "plan": plan.hash(),
+        "seed": recipe.seed,
+        "dtype": runtime.dtype_name,
+        "heal": settings,
+        "text": recipe.text.model_dump(mode="json"),
+    }
+
+
+def read_identity(file: Path) -> dict[str, Any] | None:
+    """Return the identity that a file holds, as this release would write it; None if there is no file."""
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
+    # Older releases kept paths as they were typed.
+    text = Text.model_validate(found["text"]).model_dump(mode="json")
+    return found | {"heal": ADDED | settings, "text": text}
+
+
+def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Raise ConfigError when RUN/heal holds work that cannot be continued, or any work and `resume` is False."""
+    there = read_identity(work / IDENTITY)
+    if there is None:
+        return
+    if there != identity:
+        old, new = _flat(there), _flat(identity)
+        changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+        raise ConfigError(
+            f"{work} was begun with other settings",
+            found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
+            do=f"use another --run folder, or delete {work}",
+        )
+    if not resume:
+        raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
+    for stage in STAGES:
+        if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
+            raise ConfigError(
+                f"{work} holds a stage that layerboost 0.1 began; this release cannot continue from its checkpoints",
+                found=f"{work / 'checkpoints' / stage}",
+                do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
+            )
+    log.info("going on with %s", work)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an identity by their dotted keys in the recipe."""
+    sections = {f"{name}.{key}": value for name in ("heal", "text") for key, value in identity[name].items()}
+    return sections | {key: value for key, value in identity.items() if key not in ("heal", "text")}
+
+
+def check_same_text(work: Path, text: HealingText) -> None:
+    """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
+    file = work / TEXT
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
+        raise ConfigError(
+            f"{work} was begun on another text",
+            found="the tokens read from text.source are others now",
+            do=f"put the old text back, use another --run folder, or delete {work}",
+        )
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    plan: PlanFile,
+    pair: Pair,
+    text: HealingText,
+    end: int | None,
+    device: torch.device,
+) -> list[int]:
+    """Run all stages, each kept in `folder` when it ends; return the layers whose output projection was fitted.
+
+    `end`: the token that ends a document.
+    """
+    settings, student = recipe.heal, pair.student
+    models = student, pair.teacher, plan.layers, end
+    logits = LogitDistiller(
+        *models,
+        temperature=settings.temperature,
+        ce_weight=settings.ce_weight,
+        checkpointing=settings.activation_checkpointing,
+    )
+    local = AttentionDistiller(*models, batches_kept(settings, text.validation.shape[1]))
+    distillers = {"attention": local, "lora": logits}
+    validation = Validation(logits, text.validation.to(device).split(settings.batch_sequences))
+    if settings.shard:
+        shards = shard(pair.teacher, student, device)
+        shards.gather_for(validation, "measure")
+        for distiller in distillers.values():
+            shards.gather_for(distiller, "forward")
+    fitted = []
+    if text.fit_tokens:
+        with clean_end(folder, settings):
+            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation.measure)
+    for stage in text.stages:
+        train_only(student, pair.adapted[stage])
+        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation.measure)
+        local.cache.clear()
+    return fitted
+
+
+@dataclass
+class Validation:
+    """KL to the base and NLL of the student on batches `[B, T]` not trained on; the base runs over them once."""
+
+    distiller: LogitDistiller
+    batches: Sequence[torch.Tensor]
+    targets: Sequence[Targets] = ()
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return `validation_kl` and `validation_nll`, in nats per token."""
+        teacher, student = self.distiller.teacher, self.distiller.student
+        self.targets = self.targets or [self.distiller.compute_targets(ids) for ids in self.batches]
+        found: list[SequenceLosses] = []
+        for ids, targets in zip(self.batches, self.targets, strict=True):
+            outputs = [self.distiller.student_output(targets)]
+            base, losses = token_losses(teacher, targets.output, ids, outputs, student)
+            check_values("NLL of the base on a validation sequence", base, teacher, ids)
+            found += losses
+        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}

@@ -1,0 +1,1 @@
+"""measure: the sensitivity of each layer to each replacement."""

@@ -1,0 +1,141 @@
+"""Whether two measurements rank the layers alike: Spearman's correlation per kind of replacement, with intervals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ConstantInputWarning, bootstrap, pearsonr, rankdata
+
+from layerboost.errors import ConfigError
+from layerboost.files import file_hash
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.run import SENSITIVITY
+from layerboost.schemas.sensitivity import STABILITY, Agreement, Comparison, Sensitivity, Stability, read_sensitivity
+from layerboost.strategies import StrategyName
+
+RESAMPLES = 2000
+LEAST_LAYERS = 4
+
+Kind = tuple[StrategyName, int | None, bool]
+
+
+def run_stability(run: Path, others: list[Path]) -> Stability:
+    """Compare RUN/sensitivity.json, metric by metric, with itself and with other files or run folders.
+
+    Raises ConfigError for a missing or incomplete file, and for one that shares no replacement with this run.
+    """
+    source = run / SENSITIVITY
+    mine = read_sensitivity(source)
+    comparisons = [compare_files(mine, read_sensitivity(other), str(other)) for other in others]
+    found = Stability(sensitivity=file_hash(source), comparisons=[*comparisons, compare_metrics(mine)])
+    write_json(run / STABILITY, found)
+    return found
+
+
+def compare_metrics(sensitivity: Sensitivity) -> Comparison:
+    """Every metric against every other of the same file."""
+    found = []
+    for kind, scores in _scores(sensitivity).items():
+        names = list(scores)
+        for index, metric in enumerate(names):
+            found += [_agreement(kind, metric, other, scores[metric], scores[other]) for other in names[index + 1 :]]
+    return Comparison(other="", aligned_by="layer", agreements=[entry for entry in found if entry])
+
+
+def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Comparison:
+    """Each metric of each replacement that both files have, layer by layer.
+
+    Between models of different depth a layer is compared at its relative depth, the other's scores interpolated. Raises
+    ConfigError when the files share no replacement, such as windows of different lengths.
+    """
+    mine, theirs = _scores(sensitivity), _scores(other)
+    same_depth = sensitivity.model.layers == other.model.layers
+    found = []
+    for kind, scores in mine.items():
+        for metric in scores:
+            if metric not in theirs.get(kind, {}):
+                continue
+            values = theirs[kind][metric]
+            if not same_depth:
+                values = _at_depths(values, sensitivity.model.layers)
+            found.append(_agreement(kind, metric, metric, scores[metric], values))
+    agreements = [entry for entry in found if entry]
+    if not agreements:
+        raise ConfigError(
+            f"{name} shares no replacement and metric with this run, measured in {LEAST_LAYERS} layers or more",
+            found=f"{_described(mine)} here, {_described(theirs)} there",
+            do="measure both with the same measure.windows",
+        )
+    return Comparison(
+        other=name,
+        differs=_differences(sensitivity, other),
+        aligned_by="layer" if same_depth else "relative depth",
+        agreements=agreements,
+    )
+
+
+def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
+    """Per replacement and metric: means `[layers]`, NaN where a layer has none."""
+    table: dict[Kind, dict[str, np.ndarray]] = {}
+    for entry in sensitivity.layers:
+        for variant in entry.variants:
+            kind: Kind = (variant.attention, variant.window, variant.sink)
+            for metric, score in variant.scores.items():
+                empty = np.full(sensitivity.model.layers, np.nan)
+                table.setdefault(kind, {}).setdefault(metric, empty)[entry.layer] = score.mean
+    return table
+
+
+def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
+    known = ~np.isnan(values)
+    depths = (np.arange(len(values)) + 0.5) / len(values)
+    found: np.ndarray = np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
+    return found
+
+
+def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:
+    """None where too few layers have both scores, or all have the same."""
+    both = ~np.isnan(mine) & ~np.isnan(theirs)
+    a, b = mine[both], theirs[both]
+    if len(a) < LEAST_LAYERS or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    # By percentiles: BCa is undefined where leaving out any one layer gives the same correlation, as equal ranks do.
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    low, high = bootstrap((a, b), _spearman, n_resamples=RESAMPLES, **options).confidence_interval
+    return Agreement(
+        attention=kind[0],
+        window=kind[1],
+        sink=kind[2],
+        metric=metric,
+        other_metric=other,
+        spearman=float(_spearman(a, b)),
+        low=float(low),
+        high=float(high),
+        layers=len(a),
+    )
+
+
+def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+    """Return Spearman's rank correlation along an axis; 0 where one side is constant, as a resample may be."""
+    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+        found = pearsonr(rankdata(a, axis=axis), rankdata(b, axis=axis), axis=axis).statistic
+    return np.nan_to_num(found)
+
+
+def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
+    pairs = {
+        "model": (sensitivity.model.name, other.model.name),
+        "weights": (sensitivity.model.fingerprint, other.model.fingerprint),
+        "text": (sensitivity.text, other.text),
+        **{key: (value, other.settings.get(key)) for key, value in sensitivity.settings.items()},
+    }
+    return [f"{key}: {here} here, {there} there" for key, (here, there) in pairs.items() if here != there]
+
+
+def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
+    kinds: Sequence[str] = [f"{kind[0]} {kind[1] or ''}".strip() for kind in scores if not kind[2]]
+    return ", ".join(kinds)

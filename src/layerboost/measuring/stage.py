@@ -1,0 +1,218 @@
+"""measure: the sensitivity of each layer to each replacement → sensitivity.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerboost.data.retrieval import Prompts
+from layerboost.data.text import Tokens, check_samples
+from layerboost.data.traffic import Traffic, load_calibration
+from layerboost.engines.samples import write_samples
+from layerboost.errors import ConfigError
+from layerboost.measuring.sweep import sweep
+from layerboost.model.base import Base, open_base
+from layerboost.model.checkpoint import check_same_model
+from layerboost.model.files import check_gguf
+from layerboost.model.sinks import calibrate_sinks
+from layerboost.model.stream import LayerStream
+from layerboost.model.surgery import check_plan, check_windows
+from layerboost.probes.calibration import filler_tokens, load_prompts
+from layerboost.probes.probe import Probe, TextProbe
+from layerboost.recipe import Recipe, model_of
+from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
+from layerboost.schemas.artifact import fingerprint, read_json, write_json
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.run import SENSITIVITY
+from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
+from layerboost.tasks.checks import check_items
+from layerboost.tasks.lm_eval import BenchTask
+from layerboost.tasks.probe import TaskProbe, load_choices
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What layers are measured on: text or traffic, retrieval prompts, tasks."""
+
+    text: Tokens | Traffic
+    prompts: list[Prompts]
+    tasks: list[BenchTask]
+
+
+def validate_measure(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that could only give meaningless scores."""
+    model_of(recipe)
+    length = recipe.text.sequence_tokens
+    for window in recipe.measure.windows:
+        if not 0 < window < length:
+            raise ConfigError(
+                f"a window of {window} cannot be measured on sequences of {length} tokens",
+                found="a window must be at least 1, and one that never drops a token scores 0 by construction",
+                do="choose shorter windows (measure.windows) or longer sequences (text.sequence_tokens)",
+            )
+    if recipe.measure.retrieval_prompts and max(recipe.measure.windows) >= recipe.measure.retrieval_tokens:
+        raise ConfigError(
+            "retrieval prompts must be longer than every window",
+            found=f"{recipe.measure.retrieval_tokens} tokens, window {max(recipe.measure.windows)}",
+            do="raise measure.retrieval_tokens, or set measure.retrieval_prompts to 0",
+        )
+    filler = filler_tokens(recipe)
+    own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
+    check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text), "calibration")
+    if recipe.measure.tokens < 2 * length:
+        raise ConfigError(
+            "measure.tokens must hold two sequences, or there is no standard error",
+            found=f"{recipe.measure.tokens} tokens, sequences of {length}",
+        )
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for what `run_measure` could not use. Text that the model has yet to write is left out."""
+    validate_measure(recipe)
+    if base.gguf:
+        check_gguf(base.folder / base.gguf)
+    check_windows(base.config, recipe.measure.windows)
+    context_tokens = base.config.max_position_embeddings
+    if "self" not in recipe.text.sources:
+        load_inputs(recipe, base.tokenizer, run, context_tokens)
+        return
+    load_tasks(recipe, base.tokenizer, context_tokens)
+    if recipe.measure.traffic:
+        load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
+
+
+def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
+    """Measure every layer that the run folder does not hold yet; the file is saved after each layer.
+
+    Raises ConfigError, also when the file there was made from another model, text, plan, tasks or settings.
+    """
+    validate_measure(recipe)
+    runtime = start_runtime(recipe)
+    with main_process_first():  # which unpacks and samples
+        base = open_base(recipe, run, runtime)
+        check_windows(base.config, recipe.measure.windows)
+        write_samples(recipe, run, base)
+    info = base.info
+    plan = _plan(recipe, base.config, info)
+    inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
+    settings = _settings(recipe, inputs, plan, runtime)
+    found = _resume(run / SENSITIVITY, info, inputs.text, settings)
+    if found is not None and found.complete:
+        log.info("%s is complete", run / SENSITIVITY)
+        return found
+    model = base.load()
+    batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
+    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
+    stream = LayerStream(model, sinks)
+    # On a plan, most variants change layers above them too.
+    text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
+    probes: list[Probe] = [text]
+    if inputs.tasks:
+        batch_tokens = recipe.measure.batch_sequences * recipe.text.sequence_tokens
+        probes.append(tasks := TaskProbe(stream, base.tokenizer, inputs.tasks, batch_tokens))
+
+    def save(layers: list[LayerSensitivity]) -> None:
+        nonlocal found
+        found = Sensitivity(
+            model=info,
+            text=inputs.text.fingerprint,
+            settings=settings,
+            sequences=len(inputs.text.ids),
+            tokens=inputs.text.tokens,
+            base_nll=text.base_nll(),
+            base_retrieval=text.base_retrieval(),
+            base_tasks=tasks.base_tasks() if inputs.tasks else None,
+            layers=layers,
+        )
+        if is_main_process():
+            write_json(run / SENSITIVITY, found)
+
+    sweep(probes, recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
+    assert found is not None
+    return found
+
+
+def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> Inputs:
+    """Everything to measure on, read and checked for a model with this context; raises ConfigError."""
+    inputs = Inputs(
+        load_calibration(recipe, tokenizer, recipe.measure.tokens, run),
+        load_prompts(recipe, tokenizer, run),
+        load_tasks(recipe, tokenizer, context_tokens),
+    )
+    _check_context(recipe, inputs, context_tokens)
+    return inputs
+
+
+def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[BenchTask]:
+    """The tasks to measure on, their items checked; raises ConfigError."""
+    settings = recipe.measure
+    tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
+    check_items(tasks, tokenizer, context_tokens)
+    return tasks
+
+
+def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
+    text, window = inputs.text, max(recipe.measure.windows)
+    if isinstance(text, Traffic) and max(text.lengths) <= window:
+        raise ConfigError(
+            f"a window of {window} cannot be measured on this traffic",
+            found=f"its longest row has {max(text.lengths)} tokens (cut at text.sequence_tokens), none is ever dropped",
+            do="choose shorter windows (measure.windows); such a window would gain nothing there either",
+        )
+    longest = max(text.ids.shape[1], *(batch.ids.shape[1] for batch in inputs.prompts), window)
+    if longest > context_tokens:
+        raise ConfigError(
+            "sequences to measure on are longer than the model's context",
+            found=f"{longest} > {context_tokens}",
+            do="lower text.sequence_tokens, measure.windows or measure.retrieval_tokens",
+        )
+
+
+def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Runtime) -> dict[str, Any]:
+    """What the scores depend on besides the model and the text."""
+    rows = [row for batch in inputs.prompts for row in batch.ids.tolist()]
+    return {
+        "dtype": runtime.dtype_name,
+        "windows": list(recipe.measure.windows),
+        "sequence_tokens": recipe.text.sequence_tokens,
+        "retrieval": fingerprint(rows) if rows else None,
+        "tasks": [task.name for task in inputs.tasks] or None,
+        "items": fingerprint([task.data for task in inputs.tasks]) if inputs.tasks else None,
+        "plan": plan.hash() if plan else None,
+    }
+
+
+def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
+    """The plan whose other layers stay changed while one is measured."""
+    if recipe.measure.plan is None:
+        return None
+    file = Path(recipe.measure.plan).expanduser()
+    plan = read_plan(file)
+    check_plan(config, plan.layers)
+    check_same_model(plan, info, file)
+    if plan.window and plan.window not in recipe.measure.windows:
+        raise ConfigError(
+            "the plan's window is not among those to measure",
+            found=f"window {plan.window}, measure.windows {', '.join(map(str, recipe.measure.windows))}",
+            do="add it to measure.windows",
+        )
+    return plan
+
+
+def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:
+    """What an earlier run left, if it is of the same model, text and settings; raises ConfigError if it is not."""
+    if not file.exists():
+        return None
+    found = read_json(file, Sensitivity, "layerboost measure")
+    here = {"model": info.fingerprint, "text": text.fingerprint, **settings}
+    there = {"model": found.model.fingerprint, "text": found.text, **found.settings}
+    changed = [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+    if changed:
+        raise ConfigError(
+            f"{file} was made from something else",
+            found="; ".join(changed),
+            do=f"use another --run folder, or delete {file}",
+        )
+    return found

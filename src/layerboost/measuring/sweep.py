@@ -1,0 +1,122 @@
+"""The sweep: every layer under every replacement, each variant started from the model's own input to that layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from layerboost.model.modeling import base_layer_types
+from layerboost.model.surgery import family_of
+from layerboost.probes.metrics import BaseText, check_finite, score
+from layerboost.probes.probe import Damages, Probe, TextProbe
+from layerboost.runtime import Progress, rank, world_size
+from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.sensitivity import LayerSensitivity, Variant
+from layerboost.strategies import FULL, STRATEGIES, WINDOW
+
+
+@torch.no_grad()
+def sweep(
+    probes: Sequence[Probe],
+    windows: tuple[int, ...],
+    done: list[LayerSensitivity],
+    save: Callable[[list[LayerSensitivity]], None],
+    plan: Sequence[LayerPlan] | None = None,
+) -> None:
+    """Score every layer of a stock model that is not in `done`; `save` gets all layers so far, after each.
+
+    With `plan`, the other layers are as it has them, and a score is what the plan loses with this layer replaced minus
+    what it loses with this layer full. Memory: one hidden state a token for the base's output and for two layers, and
+    what `TextProbe` keeps of the texts' beginnings.
+    Under torchrun the layers are dealt out to the ranks; `save` is called on all of them alike.
+    """
+    streams = [probe.streams for probe in probes]
+    count = len(streams[0].stream.layers)
+    for each in streams:
+        each.follow(plan or each.kept)
+    layers, own, world = list(done), rank(), world_size()
+    pending: list[LayerSensitivity] = []
+    # A variant of layer i runs the layers from i up, so early layers take longer.
+    passes = [count - index for index in range(count)]
+    with Progress("measuring sensitivity", sum(passes), "layer passes") as progress:
+        progress.skip(sum(passes[: len(done)]))
+        for index in range(count):
+            for each in streams:
+                each.advance(index)
+            if index >= len(done):
+                if (index - len(done)) % world == own:
+                    pending.append(_measure(probes, index, windows, plan is not None))
+                if (index - len(done)) % world == world - 1 or index == count - 1:
+                    layers += _gathered(pending, world)
+                    pending = []
+                    save(layers)
+                progress.advance(passes[index])
+            for each in streams:
+                del each.inputs[index]
+
+
+def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
+    """Every replacement of one layer that its family takes: none; each window, with and without a sink.
+
+    A layer that slides in the base already can only be removed.
+    """
+    supports = family_of(model.config).supports
+    sinks = (False, True) if "sink" in supports else (False,)
+    slides = base_layer_types(model.config)[layer] == "sliding_attention"
+    return [
+        LayerPlan(layer=layer, attention=name, **fields)
+        for name, strategy in STRATEGIES.items()
+        if name in supports and not (slides and WINDOW in strategy.settings)
+        for fields in strategy.variants(windows, sinks)
+    ]
+
+
+def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool) -> LayerSensitivity:
+    kept = probes[0].streams.kept
+    options = candidates(probes[0].streams.stream.model, index, windows)
+    if on_plan:  # what the others lose with this layer full
+        options.append(LayerPlan(layer=index, attention=FULL))
+    plans = [[*kept[:index], option, *kept[index + 1 :]] for option in options]
+    found: list[Damages] = [{} for _ in plans]
+    for probe in probes:
+        for damages, new in zip(found, probe.damages(plans), strict=True):
+            damages.update(new)
+    if on_plan:
+        rest = found.pop()
+        for damages in found:  # against the plan's own layer here, not against the full one
+            damages.pop("mse", None)
+        found = [{m: v - rest[m] for m, v in damages.items()} for damages in found]
+    counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
+    variants = []
+    for option, damages in zip(options, found, strict=False):
+        if not option.strategy.keeps_weights:
+            damages["cosine"] = _cosine(probes, index)
+        scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
+        means = {metric: one.mean for metric, one in scores.items()}
+        check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
+        variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
+    return LayerSensitivity(layer=index, variants=variants)
+
+
+def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
+    """1 − cosine of the stream before and after the attention, averaged over each sequence (LLM-Drop, section 3)."""
+    parts = []
+    for probe in probes:
+        if isinstance(probe, TextProbe):
+            for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
+                if isinstance(sample, BaseText):
+                    after = hidden + probe.streams.stream.attention_output(index, hidden)
+                    before, with_it = sample.rows(hidden).float(), sample.rows(after).float()
+                    parts.append(1 - sample.by_sequence(torch.cosine_similarity(before, with_it, dim=-1)))
+    return torch.cat(parts)
+
+
+def _gathered(pending: list[LayerSensitivity], world: int) -> list[LayerSensitivity]:
+    """The layers that all ranks have measured since the last time, in order."""
+    if world == 1:
+        return pending
+    parts: list[list[LayerSensitivity]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(parts, pending)
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry.layer)

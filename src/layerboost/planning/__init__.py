@@ -1,0 +1,1 @@
+"""plan: one strategy for each layer, chosen from sensitivities under a budget."""

@@ -1,0 +1,34 @@
+"""The whole curve of damage against cost: the plan of one method at every budget."""
+
+from __future__ import annotations
+
+from layerboost.errors import InfeasibleBudget
+from layerboost.planning.choices import predict
+from layerboost.planning.greedy import Measure
+from layerboost.planning.methods import select
+from layerboost.recipe import Plan
+from layerboost.schemas.plan import FrontierPoint
+from layerboost.schemas.sensitivity import Sensitivity
+
+STEPS = 40
+
+
+def frontier(
+    sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Measure | None = None
+) -> list[FrontierPoint]:
+    """The plan of `settings.method` at each fortieth of the base's KV bytes, other limits as set; each plan once.
+
+    Raises InfeasibleBudget when there is none at all.
+    """
+    points: list[FrontierPoint] = []
+    for step in range(1, STEPS + 1):
+        at = settings.model_copy(update={"kv_fraction": step / STEPS})
+        try:
+            layers = select(sensitivity, at, seed, measure)
+        except InfeasibleBudget:
+            if step == STEPS:
+                raise
+            continue
+        if not points or layers != points[-1].layers:
+            points.append(FrontierPoint(predicted=predict(sensitivity, layers, settings), layers=layers))
+    return points

@@ -1,0 +1,101 @@
+"""Selection that measures whole plans as it goes: single scores do not add up once many layers have changed."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+
+from layerboost.costs.budget import KV_BYTES, Budget
+from layerboost.planning.choices import Choice, blended, choices, metric_limits, metric_scales, windows
+from layerboost.planning.selection import budget, infeasible
+from layerboost.recipe import Plan
+from layerboost.runtime import Progress
+from layerboost.schemas.plan import LayerPlan, window_of
+from layerboost.schemas.sensitivity import Sensitivity
+
+# What a whole plan loses against the base, by metric.
+Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
+# Beyond a limit of the settings, damage counts this many times as much as the share by which it exceeds.
+PENALTY = 1e3
+
+
+class Objective:
+    """The damage of whole plans as the settings blend it, limits of the settings as a penalty."""
+
+    def __init__(self, sensitivity: Sensitivity, settings: Plan, measure: Measure) -> None:
+        self.scales, self.limits, self.measure = metric_scales(sensitivity, settings), metric_limits(settings), measure
+
+    def __call__(self, plan: Sequence[LayerPlan]) -> float:
+        """Measured damage of a plan."""
+        if not any(entry.changed for entry in plan):
+            return 0.0
+        found = self.measure(plan)
+        excess = sum(max(0.0, (found[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
+        return blended(found, self.scales) + PENALTY * excess
+
+
+def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
+    """From all layers full, again and again the replacement of least added damage for what it saves, until all limits
+    are met; damage is of the model as changed so far.
+
+    Lazy (Minoux 1978): damage mostly grows as more is changed, so a replacement is measured again only when its last
+    value comes first. The window is the one of the best plan by single scores. Raises InfeasibleBudget.
+    """
+    limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
+    table = _table(sensitivity, settings)
+    plan = [options[0].plan for options in table]
+    damage, round_ = 0.0, 0
+    queue = [
+        (_price(choice.damage, limits, plan, choice), -1, layer, index)
+        for layer, options in enumerate(table)
+        for index, choice in enumerate(options)
+        if index
+    ]
+    heapq.heapify(queue)
+    added: dict[tuple[int, int], float] = {}
+    to_save = sum(1 - fraction for fraction in limits.fractions.values())
+    with Progress("greedy search", 100 * to_save, "% of the cost") as progress:
+        while not limits.met(plan):
+            if not queue:
+                raise infeasible(limits, settings, plan, {})
+            _, when, layer, index = heapq.heappop(queue)
+            choice = table[layer][index]
+            if (saved := _saved(limits, plan, choice)) <= 0:
+                continue
+            if when == round_:
+                plan = _with(plan, choice.plan)
+                damage += added[layer, index]
+                round_ += 1
+                progress.advance(100 * saved)
+                continue
+            added[layer, index] = objective(_with(plan, choice.plan)) - damage
+            heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))
+    return plan
+
+
+def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
+    """The choices at the window of the best plan by single scores, or the shortest where that has none."""
+    measured = windows(sensitivity, settings)
+    if len(measured) > 1:
+        # Limits on damage hold for what is measured, not for sums of single scores.
+        costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
+        best = window_of(budget(sensitivity, costs_alone)) or measured[0]
+    else:
+        best = measured[0]
+    return choices(sensitivity, settings, best)
+
+
+def _with(plan: Sequence[LayerPlan], entry: LayerPlan) -> list[LayerPlan]:
+    return [*plan[: entry.layer], entry, *plan[entry.layer + 1 :]]
+
+
+def _saved(limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
+    """What a replacement saves, as a share of the base's cost, summed over the limited costs."""
+    before, after = limits.share(plan), limits.share(_with(plan, choice.plan))
+    return sum(before[name] - after[name] for name in limits.fractions or {KV_BYTES: 1.0})
+
+
+def _price(damage: float, limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
+    """Damage for what is saved; what saves nothing comes last."""
+    saved = _saved(limits, plan, choice)
+    return damage / saved if saved > 0 else float("inf")

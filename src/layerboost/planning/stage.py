@@ -1,0 +1,162 @@
+"""plan: from sensitivities to one strategy a layer → plan.yaml, which a person may edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layerboost.costs.budget import Budget, prefill_work
+from layerboost.costs.memory import plan_serving
+from layerboost.engines.vllm import cache_defaults
+from layerboost.errors import ConfigError
+from layerboost.files import file_hash
+from layerboost.model.base import Base
+from layerboost.planning.choices import metric_limits, predict, windows
+from layerboost.planning.frontier import frontier
+from layerboost.planning.greedy import Measure
+from layerboost.planning.methods import MEASURING, select
+from layerboost.probes.calibration import open_measured
+from layerboost.recipe import Plan, Recipe
+from layerboost.runtime import log, start_runtime
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.plan import FRONTIER, Frontier, PlanFile, read_plan, write_plan
+from layerboost.schemas.run import PLAN, SENSITIVITY
+from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
+
+
+def check(recipe: Recipe, run: Path, base: Base) -> None:
+    """Raise ConfigError for a plan that needs what measuring by the same recipe would not give it."""
+    settings, measure = recipe.plan, recipe.measure
+    asked = _asked(settings)
+    for metric, there, key in (
+        ("retrieval", measure.retrieval_prompts, "measure.retrieval_prompts"),
+        ("benchmark", measure.tasks, "measure.tasks"),
+    ):
+        if metric in asked and not there:
+            raise ConfigError(
+                f"the plan needs {metric}, which is not measured",
+                found=f"no {key}",
+                do=f"set {key}, or plan without it",
+            )
+    if settings.window and settings.window not in measure.windows:
+        raise ConfigError(
+            f"plan.window {settings.window} is not measured",
+            found=f"measure.windows {', '.join(map(str, measure.windows))}",
+            do="choose one of them, or add it there",
+        )
+    if settings.costs and not Path(settings.costs).is_file():
+        raise ConfigError(f"plan.costs {settings.costs} is no file", do="docs/reference/plan.md says how to make it")
+
+
+def run_plan(recipe: Recipe, run: Path) -> PlanFile:
+    """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits, and so
+    does one that a person wrote.
+
+    Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
+    """
+    source, target = run / SENSITIVITY, run / PLAN
+    sensitivity = _of_the_base(source)
+    settings = _settings(recipe)
+    if target.exists():
+        there = read_plan(target)
+        by_hand = there.sensitivity is None
+        if by_hand or (there.sensitivity == file_hash(source) and there.settings == settings):
+            log.info("%s is up to date; delete it to choose again", target)
+            _warn(there.window, recipe.plan.context_tokens)
+            return there
+        log.info("%s was made from other inputs: choosing again", target)
+    layers = select(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
+    plan = PlanFile(
+        model=sensitivity.model,
+        method=recipe.plan.method,
+        settings=settings,
+        sensitivity=file_hash(source),
+        layers=layers,
+    )
+    predicted = predict(sensitivity, layers, recipe.plan)
+    plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
+    _warn(plan.window, recipe.plan.context_tokens)
+    _say(plan, Budget.of(sensitivity, recipe.plan))
+    write_plan(target, plan)
+    return plan
+
+
+def run_frontier(recipe: Recipe, run: Path) -> Frontier:
+    """Write `frontier.json`, the plans of every budget; `plan.yaml` is left alone. Raises as `run_plan` does."""
+    source = run / SENSITIVITY
+    sensitivity = _of_the_base(source)
+    points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
+    for window in sorted({point.window for point in points if point.window}):
+        _warn(window, recipe.plan.context_tokens)
+    found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
+    write_json(run / FRONTIER, found)
+    return found
+
+
+def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | None:
+    """For the methods that measure whole plans."""
+    if recipe.plan.method not in MEASURING:
+        return None
+    settings = recipe.plan
+    asked = _asked(settings)
+    known = {"kl", "nll", "top1"} | ({"retrieval"} if recipe.measure.retrieval_prompts else set())
+    if asked - known:
+        raise ConfigError(
+            f"plan.method {settings.method} cannot measure plans by {', '.join(sorted(asked - known))}",
+            found=f"measured on whole plans: {', '.join(sorted(known))}",
+            do="choose among them (plan.metric), set measure.retrieval_prompts, or plan.method=budget",
+        )
+    measured = {variant.window for entry in sensitivity.layers for variant in entry.variants}
+    wanted = [window for window in windows(sensitivity, settings) if window in measured]
+    return open_measured(recipe, run, sensitivity, wanted, start_runtime(recipe))
+
+
+def _asked(settings: Plan) -> set[str]:
+    """The metrics that a choice looks at."""
+    return {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
+
+
+def _of_the_base(source: Path) -> Sensitivity:
+    """The file's sensitivities; raises ConfigError for those of a changed model, whose sum is no damage of a plan."""
+    found = read_sensitivity(source)
+    if found.settings.get("plan"):
+        raise ConfigError(
+            f"{source} was measured on a changed model (measure --plan): plans are made from the base's sensitivities",
+            found=f"plan {found.settings['plan']}",
+            do="measure without --plan in another --run folder, and compare the two with measure --compare",
+        )
+    return found
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What the choice depends on besides the sensitivities."""
+    settings = recipe.plan.model_dump(mode="json")
+    if recipe.plan.method == "random":
+        settings["seed"] = recipe.seed
+    if recipe.plan.costs and Path(recipe.plan.costs).is_file():
+        settings["costs"] = file_hash(Path(recipe.plan.costs))
+    return settings
+
+
+def _say(plan: PlanFile, budget: Budget) -> None:
+    """The serving flags for vLLM on this machine, what they gain and cost."""
+    rates = budget.rates
+
+    def prefill_ms(size: int) -> float:
+        assert rates
+        return rates.milliseconds(prefill_work(plan.model, plan.layers, budget.context_tokens, size))
+
+    found = plan_serving(plan, cache_defaults(), prefill_ms if rates else None)
+    if found and found.flags:
+        log.info("with %s %s", " ".join(found.flags), found.gain)
+
+
+def _warn(window: int | None, context_tokens: int) -> None:
+    """Say of a window that gains nothing."""
+    if window and window >= context_tokens:
+        log.warning(
+            "a window of %d holds all of the %d tokens of context that this plan is for: its sliding layers gain "
+            "nothing over full ones; plan with a shorter window, or set plan.context_tokens to the length you serve",
+            window,
+            context_tokens,
+        )

@@ -1,0 +1,1 @@
+"""What a changed model loses, as the stages share it: losses, probes, calibration."""

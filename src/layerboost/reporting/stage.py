@@ -1,0 +1,78 @@
+"""The report stage: RUN/report.html and RUN/report.md, derived from the run folder's files and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layerboost.files import write_text
+from layerboost.reporting.benchmark import decode_panel, throughput_panel
+from layerboost.reporting.images import write_images
+from layerboost.reporting.long_context import long_context_panel
+from layerboost.reporting.page import Page, html_page, markdown_page
+from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
+from layerboost.reporting.quality import quality_panel
+from layerboost.reporting.search import search_panel
+from layerboost.reporting.sources import Sources, read_sources
+from layerboost.reporting.verdict import findings, summary, summary_table
+
+__all__ = ["run_report", "summary_table"]
+
+
+FIGURES = "figures"
+
+
+def run_report(run: Path, png: bool = False) -> dict[str, Any]:
+    """Write `report.html` (one file, works offline) and `report.md` into the run folder.
+
+    With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; that takes a Chromium.
+
+    A file that is not there yet leaves its panel saying which command makes it. Returns a summary: `kv_fraction` (of
+    the base's KV bytes, None without a plan), `throughput_ratio` (median, low, high, repeats, text, concurrency and
+    model, or None), `perplexity` by model, `tasks` by task and model, `average` by model or None (fractions), and
+    `report`, the HTML.
+    Raises ConfigError when the folder is missing or one of its files is truncated, foreign or of another model, and
+    LayerboostError when the reports cannot be written.
+    """
+    sources = read_sources(run)
+    page = report_page(sources)
+    html = html_page(page)
+    images = (
+        {f"chart-{file.stem}": f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
+    )
+    write_text(run / "report.html", html)
+    write_text(run / "report.md", markdown_page(page, images))
+    return {**summary(sources), "report": run / "report.html"}
+
+
+def report_page(sources: Sources) -> Page:
+    """Return the verdict and every panel of a run."""
+    panels = [
+        layers_panel(sources),
+        search_panel(sources),
+        quality_panel(sources),
+        long_context_panel(sources),
+        healing_panel(sources),
+        throughput_panel(sources),
+        decode_panel(sources.sweep),
+        provenance_panel(sources),
+    ]
+    return Page(*_heading(sources), findings(sources), panels)
+
+
+def _heading(sources: Sources) -> tuple[str, str]:
+    """The model's name, and a line of what is known about it and the run."""
+    made_from = sources.plan or sources.sensitivity
+    run = sources.run.resolve().name
+    if made_from is None:
+        recipe = sources.recipe
+        return (recipe.model if recipe and recipe.model else run), f"run {run}"
+    model = made_from.model
+    facts = [
+        f"{model.model_type}, {model.parameters / 1e6:,.0f} M parameters, {model.layers} layers",
+        f"{model.kv_heads} KV heads of {model.head_dim}",
+        f"run {run}",
+    ]
+    if sources.history and sources.history.stages:
+        facts.append(f"last stage {sources.history.stages[-1].started[:10]}")
+    return model.name, " · ".join(facts)

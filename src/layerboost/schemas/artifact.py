@@ -1,0 +1,100 @@
+"""What the files have in common: a schema version, and reading and writing as JSON or YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from layerboost.errors import ConfigError, LayerboostError, first_line
+from layerboost.files import write_text
+
+Record = TypeVar("Record", bound="Artifact")
+
+
+class Artifact(BaseModel):
+    """A file with a schema version; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    schema_version: int = 1
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != cls.model_fields["schema_version"].default:
+            raise ValueError(f"version {value} of this file is not known here")
+        return value
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of the SHA-256 over the canonical JSON of `parts`."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def not_finite(value: Any, path: str = "") -> str:
+    """The first number in plain values that is not finite, with the keys that lead to it; empty if there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{path.lstrip('.')} is {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next(filter(None, (not_finite(item, f"{path}.{key}") for key, item in items)), "")
+
+
+def finite(value: Any) -> Any:
+    """The same plain values with None for numbers that are not finite: for what others computed, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any, what: str, **options: Any) -> str:
+    """The one way to JSON: raises LayerboostError, naming the number, where one is not finite, which JSON lacks."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        raise LayerboostError(
+            f"{what} cannot be written: a number in it is not finite", found=not_finite(value)
+        ) from None
+
+
+def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:
+    """Write an artifact or a plain mapping as indented JSON, atomically."""
+    plain = value.model_dump(mode="json") if isinstance(value, Artifact) else value
+    write_text(path, json_text(plain, str(path), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type[Record], made_by: str) -> Record:
+    """Read and validate an artifact; `made_by` is the command that writes it, named when the file is missing.
+
+    Raises ConfigError for a missing, truncated or foreign file.
+    """
+    return _parse(path, kind, made_by, json.loads)
+
+
+def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist", do=f"make it with `{made_by}`")
+    try:
+        values = parser(path.read_text(encoding="utf-8"))
+        if wrong := not_finite(values):
+            raise ValueError(wrong)
+        return kind.model_validate(values)
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ValidationError):
+            found = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()[:3]
+            )
+        else:
+            found = first_line(error)
+        raise ConfigError(
+            f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
+            found=found,
+            do=f"mend it, or delete it and run `{made_by}` again",
+        ) from None

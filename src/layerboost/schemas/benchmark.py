@@ -1,0 +1,198 @@
+"""`bench/comparison.json`, `bench/decode_sweep.json`: what was measured of each model, and ratios by repeat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+
+from layerboost.schemas.artifact import Artifact
+
+# Concurrent requests, and in a decode sweep the length of their answers.
+Point = tuple[int, int | None]
+SPEED = "output_tokens_per_s"
+# Our name of a number -> vLLM's. Units are in the names.
+FROM_VLLM = {
+    "output_tokens_per_s": "output_throughput",
+    "requests_per_s": "request_throughput",
+    "ttft_ms_median": "median_ttft_ms",
+    "ttft_ms_p99": "p99_ttft_ms",
+    "tpot_ms_median": "median_tpot_ms",
+    "tpot_ms_p99": "p99_tpot_ms",
+    "itl_ms_median": "median_itl_ms",
+    "itl_ms_p99": "p99_itl_ms",
+    "latency_ms_median": "median_e2el_ms",
+    "latency_ms_p99": "p99_e2el_ms",
+}
+
+
+class Measurement(BaseModel):
+    """One run of the load generator.
+
+    `metrics` holds the keys of FROM_VLLM, `peak_rss_gib` and, where there is a GPU, `gpu_memory_gib`. Of vLLM also
+    `kv_usage_peak` (a share, sampled), `kv_used_gib`, `preemptions`, `prefix_hit_share` of the prompts' tokens where a
+    prefix is shared, `kv_cache_tokens` and `kv_max_concurrency`. `own_cores`, `other_cores`: cores in use on average,
+    by the benchmark with its servers and by everything else, of those that the benchmark may use.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str
+    concurrency: int
+    output_tokens: int | None = Field(None, description="length of the answers, in a decode sweep")
+    repeat: int
+    file: str = Field(description="vLLM's own result, beside comparison.json")
+    seed: int
+    metrics: dict[str, float]
+    kv_context_tokens: int | None = Field(None, description="context length that kv_max_concurrency counts with")
+
+    @property
+    def point(self) -> Point:
+        return self.concurrency, self.output_tokens
+
+    @property
+    def key(self) -> tuple[str, Point, int]:
+        return self.model, self.point, self.repeat
+
+
+class Spread(BaseModel):
+    """Median, least and greatest over the repeats; of one repeat there is no range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    median: float
+    min: float
+    max: float
+    repeats: int
+
+    def text(self, write: Callable[[float], str]) -> str:
+        """Return the median with its range, numbers by `write`: 412 (405 to 420); of one repeat, the number alone."""
+        if self.repeats < 2:
+            return write(self.median)
+        return f"{write(self.median)} ({write(self.min)} to {write(self.max)})"
+
+    @property
+    def as_ratio(self) -> str:
+        """1.42 (1.38 to 1.47 over 3 repeats)."""
+        over = f" over {self.repeats} repeats)" if self.repeats > 1 else " (one repeat)"
+        return self.text("{:.2f}".format).removesuffix(")") + over
+
+
+class AtConcurrency(BaseModel):
+    """Every model at one concurrency, in a decode sweep at one length too.
+
+    `ratios` are to the reference model, each repeat against the same repeat. `disturbed`: by model, what else than the
+    model its numbers show; nothing of a model whose measurements were undisturbed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    concurrency: int
+    output_tokens: int | None = None
+    models: dict[str, dict[str, Spread]]
+    ratios: dict[str, dict[str, Spread]]
+    disturbed: dict[str, str] = {}
+
+    def warning(self, *models: str) -> str:
+        """Return what disturbed any of these models, to follow a number; empty where nothing did."""
+        found = [f"{model}: {self.disturbed[model]}" for model in models if model in self.disturbed]
+        return f"; disturbed ({'; '.join(found)})" if found else ""
+
+
+class Comparison(Artifact):
+    """Both files: rewritten after each measurement, `complete` once the recipe's last one is in.
+
+    In `comparison.json` a result is of a concurrency; in `decode_sweep.json` it is of a length, `output_tokens`, and
+    the concurrency is always `bench.decode_batch`. `results` follow from the measurements and are worked out anew when
+    a file is read.
+    """
+
+    schema_version: int = 2
+    settings: dict[str, Any]
+    environment: dict[str, Any] = Field(description="the engine's version, cpu or accelerator, cores")
+    models: dict[str, str] = Field(description="hash of each model's config.json")
+    reference: str = Field(description="the model that ratios are to")
+    complete: bool = False
+    measurements: list[Measurement] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_results(cls, values: Any) -> Any:
+        """They are computed from the measurements."""
+        return {key: value for key, value in values.items() if key != "results"} if isinstance(values, dict) else values
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def results(self) -> list[AtConcurrency]:
+        """Spreads of every metric and ratios to the reference, per concurrency and length in rising order."""
+        return compare(self.measurements, self.reference, self.environment)
+
+
+def metrics_of(measured: dict[str, Any]) -> dict[str, float]:
+    """Return the finite numbers that we compare, out of the JSON of vLLM or of another engine, with the same keys."""
+    values = {ours: float(measured[theirs]) for ours, theirs in FROM_VLLM.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def compare(measurements: Sequence[Measurement], reference: str, environment: Mapping[str, Any]) -> list[AtConcurrency]:
+    """Return the results of a comparison."""
+    results = []
+    for point in sorted({entry.point for entry in measurements}, key=lambda point: (point[0], point[1] or 0)):
+        repeats: dict[str, dict[int, dict[str, float]]] = {}
+        for entry in measurements:
+            if entry.point == point:
+                repeats.setdefault(entry.model, {})[entry.repeat] = entry.metrics
+        base = repeats.get(reference, {})
+        disturbed = {model: disturbance(list(own.values()), environment) for model, own in repeats.items()}
+        results.append(
+            AtConcurrency(
+                concurrency=point[0],
+                output_tokens=point[1],
+                models={model: _spreads(list(own.values())) for model, own in repeats.items()},
+                ratios={
+                    model: _spreads([_ratio(own[repeat], base[repeat]) for repeat in sorted(own.keys() & base.keys())])
+                    for model, own in repeats.items()
+                    if model != reference and own.keys() & base.keys()
+                },
+                disturbed={model: why for model, why in disturbed.items() if why},
+            )
+        )
+    return results
+
+
+# Beyond these a measurement counts as disturbed; docs/reference/bench.md has the rule.
+OTHERS, BUSY, APART = 0.05, 0.9, 0.15
+
+
+def disturbance(repeats: Sequence[Mapping[str, float]], environment: Mapping[str, Any]) -> str:
+    """Return what besides the model the repeats of one model show; empty where nothing does.
+
+    A server on a CPU wants every core. One on a GPU wants those that it uses, and misses them only where all are busy.
+    """
+    found, cores = [], environment.get("cores", 0)
+    on_cpu = environment.get("device") == "cpu"
+    taken = [
+        metrics["other_cores"]
+        for metrics in repeats
+        if metrics.get("other_cores", 0) > OTHERS * cores
+        and (on_cpu or metrics["other_cores"] + metrics["own_cores"] > BUSY * cores)
+    ]
+    if taken:
+        found.append(f"other processes used up to {max(taken):.1f} of {cores} cores")
+    speeds = [metrics[SPEED] for metrics in repeats if metrics.get(SPEED)]
+    if speeds and max(speeds) > (1 + APART) * min(speeds):
+        found.append(f"repeats {max(speeds) / min(speeds) - 1:.0%} apart")
+    return ", ".join(found)
+
+
+def _ratio(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    return {name: own[name] / base[name] for name in own if base.get(name)}
+
+
+def _spreads(repeats: list[dict[str, float]]) -> dict[str, Spread]:
+    names = [name for name in repeats[0] if all(name in values for values in repeats)]
+    columns = {name: [values[name] for values in repeats] for name in names}
+    return {
+        name: Spread(median=median(column), min=min(column), max=max(column), repeats=len(column))
+        for name, column in columns.items()
+    }

@@ -1,0 +1,32 @@
+"""What files record about a model."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ModelInfo(BaseModel):
+    """Which model a file was made from. `fingerprint` covers its configuration and weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    name: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    heads: int = Field(description="of queries")
+    kv_heads: int
+    head_dim: int
+    bytes_per_element: int
+    max_context_tokens: int
+    vocabulary: int
+    tied_head: bool = Field(description="whether the output head is the embedding")
+    parameters: int
+    attention_parameters: int = Field(description="of one layer: what a layer without attention does not have")
+    fingerprint: str
+    sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
+    sliding_window: int | None = Field(default=None, description="their window")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one full layer holds for one token."""
+        return 2 * self.kv_heads * self.head_dim * self.bytes_per_element

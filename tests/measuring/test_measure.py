@@ -1,0 +1,149 @@
+"""The measure stage through the command line: tasks, traffic, changed models, ranks, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_pipeline import layerboost, write_recipe
+from tiny import RUNTIME, save_tiny, tiny_model, tiny_tokenizer
+from tiny_bench import rows, write_jsonl
+
+from layerboost.errors import ConfigError
+from layerboost.measuring.stage import check
+from layerboost.model.base import find_model
+from layerboost.recipe import parse_recipe
+from layerboost.schemas.run import SENSITIVITY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, validation items, traffic and a recipe."""
+    folder = tmp_path_factory.mktemp("measure")
+    write_jsonl(folder / "arc_easy_validation.jsonl", rows("arc_easy", 9))
+    words = [" ".join(f"w{3 + (5 * row + word) % 190}" for word in range(20 + row)) for row in range(6)]
+    write_jsonl(folder / "traffic.jsonl", [{"prompt": text, "answer": text[:30]} for text in words])
+    write_recipe(folder, save_tiny(folder / "model"), measure={"tasks": ["arc_easy"], "task_items": 7})
+    return folder
+
+
+def measured(folder: Path, run: Path, *settings: str) -> dict[str, Any]:
+    options = [word for setting in settings for word in ("--set", setting)]
+    layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *options)
+    found: dict[str, Any] = json.loads((run / SENSITIVITY).read_text())
+    return found
+
+
+def test_tasks_are_measured_and_another_list_is_refused(folder: Path, tmp_path: Path) -> None:
+    found = measured(folder, tmp_path)
+    assert found["settings"]["tasks"] == ["arc_easy"]
+    assert list(found["base_tasks"]) == ["arc_easy"]
+    for layer in found["layers"]:
+        assert {variant["scores"]["benchmark"]["count"] for variant in layer["variants"]} == {7}
+    for setting in ("measure.task_items=6", "measure.tasks=[]"):
+        refused = layerboost("measure", "--run", tmp_path, "--set", setting, check=False)
+        assert refused.returncode == 2
+        assert "was made from something else" in refused.stderr
+    refused = layerboost("measure", "--run", tmp_path, "--set", "measure.tasks=[piqa]", check=False)
+    assert "layers cannot be chosen on task piqa" in refused.stderr
+
+
+def test_traffic_takes_the_place_of_the_calibration_text(folder: Path, tmp_path: Path) -> None:
+    traffic = f"measure.traffic={folder / 'traffic.jsonl'}"
+    found = measured(folder, tmp_path, traffic, "measure.tasks=[]")
+    assert found["sequences"] == 6
+    assert found["base_tasks"] is None
+    answers = [json.loads(line)["answer"].split() for line in (folder / "traffic.jsonl").read_text().splitlines()]
+    counts = {v["scores"]["kl"]["count"] for layer in found["layers"] for v in layer["variants"]}
+    assert counts == {sum(map(len, answers))}
+    # Windows that no row outgrows gain nothing; sinks are fitted on the same rows.
+    long = layerboost("measure", "--run", tmp_path / "b", "--config", folder / "recipe.yaml", "--set", traffic,
+                      "--set", "measure.windows=[40]", check=False)  # fmt: skip
+    assert long.returncode == 2
+    assert "a window of 40 cannot be measured on this traffic" in long.stderr
+    layerboost("plan", "--run", tmp_path)
+    layerboost("convert", "--run", tmp_path)
+
+
+@pytest.mark.pipeline
+def test_on_a_plan_and_no_plan_from_it(folder: Path, tmp_path: Path) -> None:
+    measured(folder, tmp_path / "base", "measure.tasks=[]")
+    layerboost("plan", "--run", tmp_path / "base")
+    plan = tmp_path / "base" / "plan.yaml"
+    shown = layerboost("measure", "--config", folder / "recipe.yaml", "--run", tmp_path / "again", "--plan", plan)
+    assert all(metric in shown.stdout for metric in ("kl", "retrieval", "benchmark", "median ±"))
+    found = json.loads((tmp_path / "again" / SENSITIVITY).read_text())
+    assert found["settings"]["plan"]
+    refused = layerboost("plan", "--run", tmp_path / "again", check=False)
+    assert refused.returncode == 2
+    assert "measured on a changed model" in refused.stderr
+    assert not (tmp_path / "again" / "plan.yaml").exists()
+    layerboost("measure", "--run", tmp_path / "base", "--compare", tmp_path / "again")
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_write_the_file_of_one(folder: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    files, outputs = [], []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    for name, command in (("one", [sys.executable, "-m"]), ("two", torchrun)):
+        words = ["measure", "--config", str(folder / "recipe.yaml"), "--run", str(tmp_path / name)]
+        ended = subprocess.run([*command, "layerboost.cli", *words], capture_output=True, text=True, check=False,
+                               env=environment)  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        files.append((tmp_path / name / SENSITIVITY).read_bytes())
+        outputs.append(ended)
+    assert files[0] == files[1]
+    assert outputs[0].stdout == outputs[1].stdout
+    assert outputs[1].stderr.count("device cpu") == 1
+    assert len(json.loads((tmp_path / "two" / "run.json").read_text())["stages"]) == 1
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {SENSITIVITY, "run.json", "recipe.yaml", ".lock"}
+
+
+def test_a_base_that_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[7, 3] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    settings = ("--set", "measure.tasks=[]", "--set", f"model={tmp_path / 'model'}")
+    for command in ("measure", "check"):
+        refused = layerboost(command, "--config", folder / "recipe.yaml", "--run", run, *settings, check=False)
+        assert refused.returncode == 2
+        assert "model.layers.1.mlp.down_proj.weight: 1 of 6,144, the first is inf at [7, 3]" in refused.stderr
+    assert not (run / SENSITIVITY).exists()
+
+
+def test_text_shorter_than_a_sequence_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("w3 w4 w5 " * 4)
+    found = layerboost("measure", "--config", folder / "recipe.yaml", "--run", tmp_path / "run",
+                       "--text", tmp_path / "short.txt", check=False)  # fmt: skip
+    assert found.returncode == 2
+    assert "the calibration text is too short" in found.stderr
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".lock"}
+
+
+def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder: Path, tmp_path: Path) -> None:
+    """No text is there, but tasks and traffic are."""
+    base = find_model(str(folder / "model"), RUNTIME)
+    settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+    settings["text"] |= {"source": "self", "self_samples": 200}
+
+    def validate(**measure: Any) -> None:
+        recipe = parse_recipe(settings | {"measure": settings["measure"] | measure}, "test")
+        check(recipe, tmp_path, base)
+
+    validate()
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "w3", "answer": ""}] * 3)
+    with pytest.raises(ConfigError, match="must hold two rows to score"):
+        validate(traffic=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ConfigError, match="layers cannot be chosen on task piqa"):
+        validate(tasks=["piqa"])

@@ -1,0 +1,192 @@
+"""The sweep against full forward passes of changed models, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import SLIDING_BASES, boosted, layer_plans, tiny_model
+from transformers import PreTrainedModel
+
+from layerboost.data.retrieval import Prompts
+from layerboost.measuring.sweep import candidates, sweep
+from layerboost.model.families import FAMILIES as EVERY
+from layerboost.model.sinks import calibrate_sinks
+from layerboost.model.stream import LayerStream
+from layerboost.model.surgery import apply_plan
+from layerboost.probes.probe import TextProbe
+from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.sensitivity import LayerSensitivity
+
+IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
+PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
+# Those whose layers all take a window; the others slide already.
+FAMILIES = [name for name in EVERY if name not in SLIDING_BASES]
+
+
+def swept(
+    base: PreTrainedModel, windows: tuple[int, ...], plan: list[LayerPlan] | None = None
+) -> list[LayerSensitivity]:
+    batches = list(IDS.split(2))
+    stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows))
+    probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
+    found: list[LayerSensitivity] = []
+    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan)
+    return found
+
+
+@torch.no_grad()
+def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a changed model loses, from full logits of both."""
+    p, q = (model(IDS).logits.log_softmax(-1)[:, :-1] for model in (base, changed))
+    labels = IDS[:, 1:, None]
+    answers = []
+    for model in (base, changed):
+        logits = model(PROMPTS.ids).logits.log_softmax(-1)[:, :-1].gather(-1, PROMPTS.ids[:, 1:, None])[..., 0]
+        answers.append(torch.stack([row[-n:].sum() for row, n in zip(logits, PROMPTS.answers, strict=True)]))
+    return {
+        "kl": (p.exp() * (p - q)).sum(-1).mean(-1),
+        "nll": (p.gather(-1, labels) - q.gather(-1, labels)).mean((1, 2)),
+        "top1": (p.argmax(-1) != q.argmax(-1)).float().mean(-1),
+        "retrieval": answers[0] - answers[1],
+    }
+
+
+def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
+    base, batches = tiny_model(family, layers=4), list(IDS.split(2))
+    sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink and entry.window])
+    return apply_plan(base, plan, {e.layer: sinks[e.layer, e.window] for e in plan if e.sink and e.window})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_full_forward_passes(family: str) -> None:
+    base = tiny_model(family, layers=4)
+    found = swept(base, (8, 16))
+    assert [entry.layer for entry in found] == [0, 1, 2, 3]
+    for entry in found:
+        assert len(entry.variants) == 5
+        for variant in entry.variants:
+            plan = layer_plans("ffff")
+            plan[entry.layer] = LayerPlan(
+                layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink
+            )
+            for metric, values in naive(base, changed_model(family, plan)).items():
+                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+            assert variant.scores["kl"].count == 5 * 39
+            assert variant.scores["retrieval"].count == 4
+
+
+@pytest.mark.parametrize("room", [0.5, 0.0])
+def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.probes.probe.BEGINNINGS_SHARE", room)
+    stream = LayerStream(tiny_model(layers=4), {(1, 8): torch.zeros(4)})
+    probe = TextProbe(stream, [IDS], windows=(8, 16, 32))
+    probe.streams.advance(0)
+    # Half of a sequence is scored whatever the window; a sink is seen from everywhere.
+    lengths = {"fsff": 32, "fSff": 40, "fnff": 40, "ffff": 40, "fssf": 40}
+    for letters, length in lengths.items():
+        [(_, _, _, final)] = probe.streams.runs([layer_plans(letters, 8)])
+        assert final.shape[1] == (length if room else 40), letters
+    [(_, _, _, final)] = probe.streams.runs([layer_plans("fsff", 32)])
+    assert final.shape[1] == (20 if room else 40)
+
+
+@torch.no_grad()
+def test_texts_too_short_for_a_window_lose_nothing() -> None:
+    batches = [IDS[:, :length] for length in (40, 3, 2)]
+    probe = TextProbe(LayerStream(tiny_model(layers=4)), batches, windows=(8,))
+    [damages] = probe.damages([layer_plans("fsff", 8)])
+    assert damages["kl"][:5].min() > 1e-4
+    assert damages["kl"][5:].abs().max() < 1e-5
+
+
+def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:
+    base, plan = tiny_model(layers=4), layer_plans("nfSs", 16)
+    rest = {2: naive(base, changed_model("llama", layer_plans("nffs", 16)))}
+    rest[1] = naive(base, changed_model("llama", plan))
+    found = swept(base, (16,), plan)
+    for layer, letter in ((1, "n"), (2, "S"), (2, "n")):
+        letters = "nfSs"[:layer] + letter + "nfSs"[layer + 1 :]
+        own = naive(base, changed_model("llama", layer_plans(letters, 16)))
+        kind = {"n": ("none", False), "S": ("sliding", True)}[letter]
+        variant = next(v for v in found[layer].variants if (v.attention, v.sink) == kind)
+        for metric in ("kl", "nll", "retrieval"):
+            added = float((own[metric] - rest[layer][metric]).mean())
+            assert variant.scores[metric].mean == pytest.approx(added, abs=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_local_scores(family: str) -> None:
+    """cosine and mse from the definitions, with the hidden states Transformers returns."""
+    base = tiny_model(family, layers=4)
+    # The last token predicts nothing that is scored.
+    states = [state[:, :-1] for state in base(IDS, output_hidden_states=True).hidden_states]
+    found = swept(base, (8,))
+    changed = changed_model(family, layer_plans("fnff"))(IDS, output_hidden_states=True).hidden_states
+    error = (changed[2][:, :-1] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
+    [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
+    assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
+    # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
+    seen: list[torch.Tensor] = []
+    layer = base.model.layers[1]
+    stream_after = layer.mlp if family == "olmo2" else layer.post_attention_layernorm
+    stream_after.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    base(IDS)
+    cosine = 1 - torch.cosine_similarity(states[1], seen[0][:, :-1], dim=-1).mean()
+    assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
+    assert not any("cosine" in variant.scores for variant in found[1].variants if variant is not removed)
+
+
+def test_a_sweep_goes_on_where_it_stopped() -> None:
+    base = tiny_model(layers=4)
+    probe = TextProbe(LayerStream(base), [IDS])
+    saved: list[list[LayerSensitivity]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerboost.measuring.sweep.candidates", lambda *_: [LayerPlan(layer=_[1], attention="none")])
+        sweep([probe], (8,), [], lambda layers: saved.append(list(layers)))
+        again: list[list[LayerSensitivity]] = []
+        sweep([TextProbe(LayerStream(base), [IDS])], (8,), saved[1], lambda layers: again.append(list(layers)))
+    assert len(again) == 2
+    assert again[-1] == saved[-1]
+
+
+@torch.no_grad()
+def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
+    base = tiny_model(layers=4)
+    stream = LayerStream(base)
+    hidden, _ = stream.forward(IDS)
+    computed = []
+
+    def counted(name: str) -> None:
+        module = base.model.layers[0].get_submodule(name)
+        stock = module.forward
+
+        def forward(x: torch.Tensor) -> Any:
+            computed.append(name)
+            return stock(x)
+
+        module.forward = forward
+
+    plans = layer_plans("fsn")
+    alone = [stream.layer(0, hidden, plan) for plan in plans]
+    for name in ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj"):
+        counted(name)
+    with stream.shared(0, hidden):
+        together = [stream.layer(0, hidden, plan) for plan in plans]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+    assert sorted(computed) == ["input_layernorm", "self_attn.o_proj", "self_attn.o_proj", "self_attn.q_proj"]
+    assert "forward" not in vars(base.model.layers[0].self_attn.k_proj)
+
+
+def test_candidates_follow_what_a_family_takes() -> None:
+    found = candidates(boosted("f"), 0, (8, 16))
+    assert [plan.label for plan in found] == [
+        "sliding 8",
+        "sliding 8 + sink",
+        "sliding 16",
+        "sliding 16 + sink",
+        "none",
+    ]

