@@ -296,10 +296,10 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 def ls(what: str, as_json: bool) -> None:
     """List families, recipes or settings."""
     if what == "families":
-        from layerboost.model.families import FAMILIES
+        from layerboost.model.families import FAMILIES, KINDS
 
         found = {
-            name: {kind: kind in family.supports for kind in ("none", "sliding", "sink")} | {"vllm": family.vllm}
+            name: {kind: kind in family.supports for kind in KINDS} | {"vllm": family.vllm}
             for name, family in FAMILIES.items()
         }
         show(found, as_json, tables.supported_rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 StrategyName = Literal["full", "sliding", "none"]
 FULL: StrategyName = "full"
@@ -44,3 +44,19 @@ STRATEGIES: dict[StrategyName, Strategy] = {
         Strategy("none", "no attention", lambda context, _: 0, keeps_weights=False),
     )
 }
+
+
+class Chosen(Protocol):
+    """A strategy with its settings, as plans and sensitivities have it."""
+
+    @property
+    def attention(self) -> StrategyName: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def sink(self) -> bool: ...
+
+
+def label(of: Chosen) -> str:
+    """Return the name of a strategy with its settings: full, sliding 64, sliding 64 + sink, none."""
+    return of.attention + (f" {of.window}" if of.window else "") + (" + sink" if of.sink else "")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layerboost.strategies import label
+
 if TYPE_CHECKING:
     from layerboost.schemas.plan import Frontier, PlanFile
     from layerboost.schemas.sensitivity import Sensitivity, Stability
@@ -52,7 +54,7 @@ def plain(result: Any) -> Any:
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
     """By layer, the metrics that plans are made by, one a line; the file has all of them with their standard errors."""
-    variants = [{variant.plan(0).label: variant.scores for variant in entry.variants} for entry in sensitivity.layers]
+    variants = [{label(variant): variant.scores for variant in entry.variants} for entry in sensitivity.layers]
     names = list(dict.fromkeys(name for layer in variants for name in layer))
     measured = {metric for layer in variants for scores in layer.values() for metric in scores}
     metrics = [metric for metric in ("kl", "retrieval", "benchmark") if metric in measured]

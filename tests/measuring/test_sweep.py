@@ -18,6 +18,7 @@ from layerboost.model.surgery import apply_plan
 from layerboost.probes.probe import TextProbe
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity
+from layerboost.strategies import label
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
@@ -183,7 +184,7 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
 
 def test_candidates_follow_what_a_family_takes() -> None:
     found = candidates(boosted("f"), 0, (8, 16))
-    assert [plan.label for plan in found] == [
+    assert [label(plan) for plan in found] == [
         "sliding 8",
         "sliding 8 + sink",
         "sliding 16",

@@ -60,7 +60,7 @@ class Distiller(nn.Module):
         self.student = student
         # In a tuple the teacher is not a submodule: not trained, not saved, not wrapped by DDP.
         self._teacher = (teacher.eval(),)
-        self.changed = [plan for plan in layers if plan.attention != "full"]
+        self.changed = [plan for plan in layers if plan.changed]
         self.end = end
 
     @property
@@ -156,7 +156,7 @@ class AttentionDistiller(Distiller):
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed as soon as its loss is there
-            added = call.output if plan.attention == "sliding" else call.output - _hidden(call.args, call.kwargs)
+            added = call.output if plan.strategy.keeps_weights else call.output - _hidden(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
@@ -183,7 +183,7 @@ class AttentionDistiller(Distiller):
 
     @staticmethod
     def _module(model: PreTrainedModel, plan: LayerPlan) -> nn.Module:
-        return attention_of(model, plan.layer) if plan.attention == "sliding" else decoder_layers(model)[plan.layer]
+        return attention_of(model, plan.layer) if plan.strategy.keeps_weights else decoder_layers(model)[plan.layer]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def estimate_healing(
     `plan`: its lowest changed layer decides what base and student share; without one nothing is.
     """
     layers = info.layers
-    first = next((entry.layer for entry in plan or [] if entry.attention != "full"), 0)
+    first = next((entry.layer for entry in plan or [] if entry.changed), 0)
     changed = layers - first
     head = info.hidden_size * config.vocab_size
     body = info.parameters - head * (1 if config.tie_word_embeddings else 2)

@@ -138,7 +138,7 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
     # Full sequences: a shortened last one might fit into the window, and would judge nothing.
     rows = ids.to(next(distiller.student.parameters()).device)[: tokens // ids.shape[1]]
     fitting = len(rows) - -(-len(rows) // HELD_OUT)
-    sliding = [entry for entry in distiller.changed if entry.attention == "sliding"]
+    sliding = [entry for entry in distiller.changed if entry.strategy.keeps_weights]
     groups = list(_groups(distiller, sliding))
     fitted = {}
     with Progress("fitting output projections", len(groups) * rows.numel(), "tokens") as progress:

@@ -139,14 +139,14 @@ class HealingText:
 
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
     """Read all text of the run before anything is trained; raise ConfigError where there is too little."""
-    changed = plan.model.layers - plan.count("full")
+    changed = [entry for entry in plan.layers if entry.changed]
     tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
-    fit_tokens = recipe.heal.fit_tokens if plan.count("sliding") else 0
+    fit_tokens = recipe.heal.fit_tokens if any(entry.strategy.keeps_weights for entry in changed) else 0
     if not any((fit_tokens, *tokens.values())):
         raise ConfigError(
             "there is nothing to train",
             found=f"heal.fit_tokens {recipe.heal.fit_tokens}, heal.attention_tokens {recipe.heal.attention_tokens}, "
-            f"heal.tokens {recipe.heal.tokens}, {changed} changed layers",
+            f"heal.tokens {recipe.heal.tokens}, {len(changed)} changed layers",
             do="give one of the stages some tokens",
         )
 

@@ -58,8 +58,8 @@ def adapted_layers(
     from the first changed layer up, in full layers too; below it student and base are one. With None v and o of sliding
     layers, and the MLPs. Raises ConfigError for targets that do not exist, naming those that do.
     """
-    kinds = {entry.layer: entry.attention for entry in layers if entry.attention != "full"}
-    first = min(kinds, default=0)
+    keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
+    first = min(keeps, default=0)
     attention = FAMILIES[model.config.model_type].attention
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     stage1, stage2, known = set(), set(), set()
@@ -69,12 +69,12 @@ def adapted_layers(
         index, *parts = name.split(".")
         layer, in_attention, full_name = int(index), attention in parts, f"{prefix}.{name}"
         known.add(parts[-1])
-        kind = kinds.get(layer, "full")
-        if in_attention and kind == "none":
+        kept = keeps.get(layer)  # None in a layer that is as in the base
+        if in_attention and kept is False:
             continue
-        if (kind == "sliding" and in_attention) or (kind == "none" and not in_attention):
+        if kept is not None and kept == in_attention:
             stage1.add(full_name)
-        wanted = parts[-1] in targets if targets else not in_attention or (kind == "sliding" and parts[-1] in VALUES)
+        wanted = parts[-1] in targets if targets else not in_attention or (kept is True and parts[-1] in VALUES)
         if wanted and layer >= first:
             stage2.add(full_name)
     if unknown := set(targets or ()) - known:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TRANSFORMERS_BACKEND = "Transformers backend"
+# What a layer can become: the strategies, and a sink where one slides.
+KINDS = ("none", "sliding", "sink")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Family:
     config_flags: tuple[tuple[str, Any], ...] = ()
     attn_implementation: str | None = None
     rotary_by_type: bool = False
-    supports: tuple[str, ...] = ("none", "sliding", "sink")
+    supports: tuple[str, ...] = KINDS
     vllm: str = TRANSFORMERS_BACKEND
 
 

@@ -29,6 +29,7 @@ from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
+from layerboost.strategies import label
 
 ARCHITECTURE = "LayerBoostForCausalLM"
 # Weights of another type are quantised.
@@ -167,7 +168,7 @@ def _check_formats(folder: Path, weights: Tensors) -> None:
 
 
 def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
-    planned = [entry.label for entry in plan.layers]
+    planned = [label(entry) for entry in plan.layers]
     differing = [
         f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json"
         for layer, (ours, theirs) in enumerate(zip(planned, recorded, strict=False))

@@ -10,7 +10,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL
+from layerboost.strategies import FULL, label
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
         if variant.plan(entry.layer) == plan:
             return variant
     raise ConfigError(
-        f"layer {entry.layer} was not measured as {plan.label}",
+        f"layer {entry.layer} was not measured as {label(plan)}",
         do="measure again with it in measure.windows",
     )
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError
-from layerboost.reporting.text import ABSENT, number, strategy
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.reporting.text import ABSENT, number
+from layerboost.schemas.plan import PlanFile, counts, read_plan
 from layerboost.schemas.run import PLAN
+from layerboost.strategies import label
 
 
 def plan_difference(first: Path, second: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def plan_difference(first: Path, second: Path) -> dict[str, Any]:
         "context_tokens": context,
         "totals": [_totals(plan, context) for plan in (a, b)],
         "layers": [
-            {"layer": one.layer, "first": strategy(one), "second": strategy(other), "differs": one != other}
+            {"layer": one.layer, "first": label(one), "second": label(other), "differs": one != other}
             for one, other in zip(a.layers, b.layers, strict=True)
         ],
     }
@@ -51,8 +52,7 @@ def difference_table(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
-    counts = {kind: plan.count(kind) for kind in ("full", "sliding", "none")}
     kept = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
     damage = plan.foretold.damage if plan.foretold else {}
     predicted = {f"{metric}, predicted": value for metric, value in damage.items()}
-    return {"method": plan.method, **counts, "KV of base": kept, **predicted}
+    return {"method": plan.method, **counts(plan.layers), "KV of base": kept, **predicted}

@@ -7,10 +7,11 @@ from html import escape
 from typing import Any
 
 from layerboost.reporting.sources import MODELS
-from layerboost.reporting.text import strategy, with_error
+from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
+from layerboost.strategies import label
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
@@ -111,7 +112,7 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
         scores = [variant.scores[metric] for _, variant in measured[kind]]
         color, symbol = _mark(kind, windows)
         traces[kind] = scatter(
-            strategy(measured[kind][0][1]),
+            label(measured[kind][0][1]),
             [layer + offset for layer, _ in measured[kind]],
             [score.mean for score in scores],
             color,

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from layerboost.reporting.text import strategy
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
+from layerboost.strategies import label
 
 Row = TypeVar("Row")
 
@@ -129,7 +129,7 @@ def _templates() -> Environment:
     environment.filters |= {
         "code": _code,
         "plain": _plain,
-        "strategy": strategy,
+        "label": label,
         "markdown": markdown_table,
         "layer_table": _layer_table,
     }
@@ -137,7 +137,7 @@ def _templates() -> Environment:
 
 
 def _layer_table(plan: PlanFile) -> Table:
-    return tabulate("", plan.layers, {"layer": lambda entry: str(entry.layer), "attention": strategy})
+    return tabulate("", plan.layers, {"layer": lambda entry: str(entry.layer), "attention": label})
 
 
 def _code(text: str) -> Markup:

@@ -11,10 +11,11 @@ import yaml
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
 from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
-from layerboost.reporting.text import ABSENT, duration, number, strategy, with_error
+from layerboost.reporting.text import ABSENT, duration, number, with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.run import StageRecord
 from layerboost.schemas.sensitivity import Sensitivity, Variant
+from layerboost.strategies import label
 
 STAGES = {
     "fit": "Before them: least squares",
@@ -73,7 +74,7 @@ def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
             for metric in SENSITIVITIES
             if metric in variant.scores
         ]
-        return f"{strategy(variant)}: {', '.join(scores)}"
+        return f"{label(variant)}: {', '.join(scores)}"
 
     return {entry.layer: [line(variant) for variant in entry.variants] for entry in sensitivity.layers}
 
@@ -89,7 +90,7 @@ def _sensitivity_table(sensitivity: Sensitivity) -> Table:
     titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in _metrics(sensitivity) if metric != "kl"}
     columns: dict[str, Callable[[Row], str]] = {
         "layer": lambda row: str(row[0]),
-        "replaced by": lambda row: strategy(row[1]),
+        "replaced by": lambda row: label(row[1]),
         **{title: partial(score, metric) for metric, title in titles.items()},
     }
     rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in entry.variants]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import Sources, absent
-from layerboost.reporting.text import ABSENT, number, percent, strategy
-from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted
+from layerboost.reporting.text import ABSENT, number, percent
+from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
 from layerboost.schemas.sensitivity import Agreement, Comparison, Stability
+from layerboost.strategies import STRATEGIES, label
 
 
 def search_panel(sources: Sources) -> Panel:
@@ -74,12 +75,12 @@ def frontier_table(frontier: Frontier) -> Table:
 
     def cells(point: FrontierPoint) -> list[str]:
         found = point.predicted
-        counts = [str(point.count(kind)) for kind in ("full", "sliding", "none")]
+        by_strategy = [str(count) for count in counts(point.layers).values()]
         decode = [number(found.decode_ms)] if timed and found.decode_ms is not None else []
         damage = [number(found.damage.get(metric, 0.0)) for metric in metrics]
-        return [percent(found.kv_fraction), *counts, str(point.window or ABSENT), *decode, *damage]
+        return [percent(found.kv_fraction), *by_strategy, str(point.window or ABSENT), *decode, *damage]
 
-    header = ["KV of base", "full", "sliding", "none", "window", *(["decode, ms"] if timed else []), *metrics]
+    header = ["KV of base", *STRATEGIES, "window", *(["decode, ms"] if timed else []), *metrics]
     return Table("Plans of every budget", header, [cells(point) for point in frontier.points], (), folded=True)
 
 
@@ -92,7 +93,7 @@ def stability_table(stability: Stability) -> Table:
         rows,
         {
             "compared with": lambda row: row[0].other or "itself",
-            "replacement": lambda row: strategy(row[1]),
+            "replacement": lambda row: label(row[1]),
             "metric": lambda row: ", ".join(dict.fromkeys((row[1].metric, row[1].other_metric))),
             "Spearman": lambda row: f"{row[1].spearman:.2f}",
             "95 %": lambda row: f"{row[1].low:.2f} to {row[1].high:.2f}",
@@ -120,4 +121,4 @@ def _context_tokens(frontier: Frontier) -> int:
 
 def _counts(point: FrontierPoint) -> str:
     window = f", window {point.window}" if point.window else ""
-    return ", ".join(f"{point.count(kind)} {kind}" for kind in ("full", "sliding", "none")) + window
+    return counted(point.layers) + window

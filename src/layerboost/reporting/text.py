@@ -6,11 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from layerboost.schemas.evaluation import Change
-from layerboost.schemas.plan import LayerPlan
-from layerboost.schemas.sensitivity import Score, Variant
+from layerboost.schemas.sensitivity import Score
 
 if TYPE_CHECKING:
-    from layerboost.schemas.sensitivity import Agreement
+    pass
 
 ABSENT = "–"
 
@@ -93,10 +92,3 @@ def duration(seconds: float) -> str:
 def minus(text: str) -> str:
     """Text with the typographic minus, as wide as a digit in tables; exponents keep their hyphen."""
     return f"−{text[1:]}" if text.startswith("-") else text
-
-
-def strategy(of: LayerPlan | Variant | Agreement) -> str:
-    """Return the name of a layer's attention: full, none, sliding 64, sliding 64 + sink."""
-    if of.attention != "sliding":
-        return of.attention
-    return f"sliding {of.window} + sink" if of.sink else f"sliding {of.window}"

@@ -46,11 +46,6 @@ class LayerPlan(BaseModel):
         """Tokens whose keys and values the layer holds for one request of a context."""
         return self.strategy.kv_tokens(context_tokens, self.window)
 
-    @property
-    def label(self) -> str:
-        """The strategy with its settings: full, sliding 64, sliding 64 + sink, none."""
-        return self.attention + (f" {self.window}" if self.window else "") + (" + sink" if self.sink else "")
-
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
     """The base as a plan."""
@@ -62,7 +57,7 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
     """How many layers have each strategy, in the table's order."""
     return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
 
