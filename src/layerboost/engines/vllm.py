@@ -155,13 +155,20 @@ def check_vllm() -> str:
             do="unset it, or name a GPU there",
         )
     ours = [p for p in importlib.metadata.entry_points(group=PLUGIN_GROUP) if p.value.startswith("layerboost.")]
-    if not any(importlib.util.find_spec(point.module) for point in ours):
+    if not any(map(_is_there, (point.module for point in ours))):
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
             found="another version of layerboost is installed" if ours else "layerboost is imported, not installed",
             do="pip install . in a checkout (-e to go on editing it)",
         )
     return version
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def vllm_version() -> str | None:
