@@ -18,10 +18,10 @@ FLOORS = [
     {"model"},
     {"probes"},
     {"tasks", "vllm_plugin", "engines"},
-    {"convert", "measuring", "planning", "healing", "evaluating", "benching", "reporting"},
+    {"converting", "measuring", "planning", "healing", "evaluating", "benching", "reporting"},
     {"check"},
     {"pipeline", "tables", "options"},
-    {"compare"},
+    {"compare", "api"},
     {"cli"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))

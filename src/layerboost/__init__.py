@@ -12,17 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM
 
-__all__ = ["AutoModelForCausalLM"]
+    from layerboost.api import Boosted, convert, evaluate, heal, measure, open_base, plan
+    from layerboost.recipe import Evaluate, Heal, Measure, Plan, Text
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "Boosted",
+    "Evaluate",
+    "Heal",
+    "Measure",
+    "Plan",
+    "Text",
+    "convert",
+    "evaluate",
+    "heal",
+    "measure",
+    "open_base",
+    "plan",
+]
 __version__ = "0.1.0"
 
-# Name -> the module that has it.
-_OFFERED = {
-    # Transformers' own class, which from then on loads boosted checkpoints too.
-    "AutoModelForCausalLM": "layerboost.model.modeling",
-}
+_SETTINGS = ("Text", "Measure", "Plan", "Heal", "Evaluate")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OFFERED:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_OFFERED[name]), name)
+    # Transformers' own class, which from then on loads boosted checkpoints too.
+    module = "model.modeling" if name == "AutoModelForCausalLM" else "recipe" if name in _SETTINGS else "api"
+    return getattr(importlib.import_module(f"layerboost.{module}"), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from layerboost import convert
+from layerboost import converting as convert
 from layerboost.benching import stage as bench
 from layerboost.engines import open_engine
 from layerboost.errors import LayerboostError

@@ -43,7 +43,7 @@ def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
 
 def convert(recipe: Recipe, run: Path, compat: bool = False) -> Any:
     """Stage 3."""
-    from layerboost.convert import run_convert
+    from layerboost.converting import run_convert
 
     return run_convert(recipe, run, compat)
 

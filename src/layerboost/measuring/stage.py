@@ -84,22 +84,27 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
-    """Measure every layer that the run folder does not hold yet; the file is saved after each layer.
-
-    Raises ConfigError, also when the file there was made from another model, text, plan, tasks or settings.
-    """
+    """Measure every layer that RUN/sensitivity.json does not hold yet. Raise ConfigError as `measure` does."""
     validate_measure(recipe)
     runtime = start_runtime(recipe)
     with main_process_first():  # which unpacks and samples
         base = open_base(recipe, run, runtime)
         check_windows(base.config, recipe.measure.windows)
         write_samples(recipe, run, base)
-    info = base.info
+    return measure(recipe, base, run)
+
+
+def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
+    """Return the sensitivity of every layer; with `run`, go on with its sensitivity.json and save it after each layer.
+
+    Raise ConfigError, also if the file there was made from another model, text, plan, tasks or settings.
+    """
+    info, runtime = base.info, base.runtime
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
     settings = _settings(recipe, inputs, plan, runtime)
-    found = _resume(run / SENSITIVITY, info, inputs.text, settings)
-    if found is not None and found.complete:
+    found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
+    if run and found is not None and found.complete:
         log.info("%s is complete", run / SENSITIVITY)
         return found
     model = base.load()
@@ -126,7 +131,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
             base_tasks=tasks.base_tasks() if inputs.tasks else None,
             layers=layers,
         )
-        if is_main_process():
+        if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
     sweep(probes, recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
@@ -134,7 +139,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     return found
 
 
-def load_inputs(recipe: Recipe, tokenizer: Any, run: Path, context_tokens: int) -> Inputs:
+def load_inputs(recipe: Recipe, tokenizer: Any, run: Path | None, context_tokens: int) -> Inputs:
     """Everything to measure on, read and checked for a model with this context; raises ConfigError."""
     inputs = Inputs(
         load_calibration(recipe, tokenizer, recipe.measure.tokens, run),

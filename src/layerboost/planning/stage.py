@@ -65,19 +65,31 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
             _warn(there.window, recipe.plan.context_tokens)
             return there
         log.info("%s was made from other inputs: choosing again", target)
-    layers = select(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
+    plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
+    _say(plan, Budget.of(sensitivity, recipe.plan))
+    write_plan(target, plan)
+    return plan
+
+
+def choose(
+    recipe: Recipe, sensitivity: Sensitivity, measure: Measure | None = None, made_from: str | None = None
+) -> PlanFile:
+    """Return the plan that the recipe's method chooses, with what is predicted of it.
+
+    `measure`: for the methods that measure whole plans; `made_from`: hash of the file of sensitivities. Raise
+    ConfigError, or InfeasibleBudget with the nearest budget that can be met.
+    """
+    layers = select(sensitivity, recipe.plan, recipe.seed, measure)
     plan = PlanFile(
         model=sensitivity.model,
         method=recipe.plan.method,
-        settings=settings,
-        sensitivity=file_hash(source),
+        settings=_settings(recipe),
+        sensitivity=made_from,
         layers=layers,
     )
     predicted = predict(sensitivity, layers, recipe.plan)
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
     _warn(plan.window, recipe.plan.context_tokens)
-    _say(plan, Budget.of(sensitivity, recipe.plan))
-    write_plan(target, plan)
     return plan
 
 

@@ -27,7 +27,7 @@ from layerboost.schemas.sensitivity import Sensitivity
 MEASURED = "measured_plans.jsonl"
 
 
-def load_prompts(recipe: Recipe, tokenizer: Any, run: Path) -> list[Prompts]:
+def load_prompts(recipe: Recipe, tokenizer: Any, run: Path | None) -> list[Prompts]:
     """Retrieval prompts of the recipe in batches: passkeys and key-value pairs, half each, in calibration text."""
     settings = recipe.measure
     wanted, skipped = filler_tokens(recipe), settings.skip_tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from layerboost.data.traffic import load_calibration
 from layerboost.engines.samples import write_samples
 from layerboost.model.base import Base, find_model, open_base
@@ -51,18 +53,23 @@ def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
     ):
         log.info("%s is up to date", target)
         return
-    model, tokenizer = base.load(), base.tokenizer
-    sinks = {}
+    if any(entry.sink for entry in plan.layers):
+        write_samples(recipe, run, base)
+    model = boost(recipe, base, plan, run)
+    origin = origin_of(base.folder, base.name, recipe.card)
+    save_boosted(model, base.tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+
+
+def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -> PreTrainedModel:
+    """Return the base with a plan applied; sinks are fitted on the calibration text. Raise ConfigError."""
+    model, sinks = base.load(), {}
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
-        write_samples(recipe, run, base)
-        calibration = load_calibration(recipe, tokenizer, recipe.measure.tokens, run)
-        batches = [batch.to(runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
+        calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
+        batches = [batch.to(base.runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
         found = calibrate_sinks(model, batches, with_sink, [plan.window])
         sinks = {layer: found[layer, plan.window] for layer in with_sink}
-    apply_plan(model, plan.layers, sinks)
-    origin = origin_of(base.folder, base.name, recipe.card)
-    save_boosted(model, tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+    return apply_plan(model, plan.layers, sinks)
 
 
 def _export(run: Path) -> Path:

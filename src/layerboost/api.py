@@ -1,0 +1,171 @@
+"""The Python API: the stages on objects, without a run folder.
+
+    import layerboost as lb
+
+    base = lb.open_base("Qwen/Qwen3-0.6B")
+    text = lb.Text(source="books.jsonl")
+    sensitivity = lb.measure(base, text, lb.Measure(windows=(64, 128)))
+    plan = lb.plan(sensitivity, lb.Plan(kv_fraction=0.35))
+    converted = lb.convert(base, plan, text)
+    healed = lb.heal(converted, text, lb.Heal(attention_tokens=20_000, tokens=100_000))
+    found = lb.evaluate({"base": base, "converted": converted, "healed": healed}, text, lb.Evaluate(tasks=()))
+    healed.save("qwen3-boosted")
+
+Settings are the sections of a recipe (docs/reference/recipe.md). Every function raises ConfigError for what it cannot
+use. A run folder that resumes after a kill, torchrun, serving and reports are for the command line.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from layerboost import converting
+from layerboost.errors import ConfigError
+from layerboost.evaluating.stage import run_evaluate
+from layerboost.healing.stage import run_heal
+from layerboost.measuring import stage as measuring
+from layerboost.model import base as models
+from layerboost.model.base import Base, find_model
+from layerboost.model.card import origin_of
+from layerboost.model.checkpoint import check_same_model, save_boosted
+from layerboost.model.surgery import check_plan, check_windows
+from layerboost.planning import stage as planning
+from layerboost.planning.methods import MEASURING
+from layerboost.recipe import Card, Evaluate, Heal, Measure, Plan, Recipe, Text, recipe_yaml
+from layerboost.runtime import start_runtime
+from layerboost.schemas.evaluation import EvalComparison
+from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.run import CONVERTED, HEALED, PLAN
+from layerboost.schemas.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """A model with a plan applied, in memory, and the base that it was made from."""
+
+    base: Base
+    plan: PlanFile
+    model: PreTrainedModel
+    recipe: Recipe
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a Hugging Face checkpoint with tokenizer, plan and model card; return its directory."""
+        save_boosted(
+            self.model,
+            self.base.tokenizer,
+            self.plan,
+            Path(folder),
+            recipe_yaml=recipe_yaml(self.recipe),
+            origin=origin_of(self.base.folder, self.base.name, Card()),
+        )
+        return Path(folder)
+
+
+def open_base(
+    model: str | Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    trust_remote_code: bool = False,
+    folder: str | Path = "layerboost-run",
+) -> Base:
+    """Open a base: a Hub id, a directory, a GGUF file or `package:NAME`.
+
+    Its facts, tokenizer and weights are read when they are asked for. `folder`: where a GGUF file is unpacked.
+    """
+    recipe = Recipe(model=str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return models.open_base(recipe, Path(folder), start_runtime(recipe))
+
+
+def measure(base: Base, text: Text, settings: Measure | None = None, *, seed: int = 0) -> Sensitivity:
+    """Measure what each replacement of each layer's attention costs, by KL, NLL, retrieval and more."""
+    recipe = _recipe(base, text=text, measure=settings or Measure(), seed=seed)
+    measuring.validate_measure(recipe)
+    check_windows(base.config, recipe.measure.windows)
+    return measuring.measure(recipe, base)
+
+
+def plan(sensitivity: Sensitivity, settings: Plan | None = None, *, seed: int = 0) -> PlanFile:
+    """Choose a strategy for each layer. Raise InfeasibleBudget, with the nearest plan, if no plan meets the budget."""
+    settings = settings or Plan()
+    if settings.method in MEASURING:
+        raise ConfigError(f"plan.method {settings.method} measures whole plans", do="use `layerboost plan` for it")
+    return planning.choose(Recipe(plan=settings, seed=seed), sensitivity)
+
+
+def convert(base: Base, plan: PlanFile, text: Text | None = None, settings: Measure | None = None) -> Boosted:
+    """Apply a plan to the base's weights. Sinks are fitted on the calibration part of `text`."""
+    check_plan(base.config, plan.layers)
+    check_same_model(plan, base.info, Path(PLAN))
+    if text is None and any(entry.sink for entry in plan.layers):
+        raise ConfigError("the plan has sinks, which are fitted on text", do="give the text that was measured on")
+    recipe = _recipe(base, text=text or Text(), measure=settings or Measure())
+    return Boosted(base, plan, converting.boost(recipe, base, plan), recipe)
+
+
+def heal(
+    converted: Boosted, text: Text, settings: Heal | None = None, *, seed: int = 0, folder: str | Path | None = None
+) -> Boosted:
+    """Train a converted model against its base, by attention distillation and LoRA distillation.
+
+    `folder`: for checkpoints, from which the same call goes on after a kill; without one they are temporary.
+    """
+    base, recipe = converted.base, _recipe(converted.base, text=text, heal=settings or Heal(), seed=seed)
+    with _folder(folder) as run:
+        write_plan(run / PLAN, converted.plan)
+        if not (run / CONVERTED).exists():
+            converted.save(run / CONVERTED)
+        run_heal(recipe, run)
+        return Boosted(base, converted.plan, find_model(str(run / HEALED), base.runtime).load(), recipe)
+
+
+def evaluate(
+    models: Mapping[str, Base | Boosted | str | Path],
+    text: Text,
+    settings: Evaluate | None = None,
+    *,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> EvalComparison:
+    """Compare models with the one named `base`: perplexity and KL, tasks, retrieval, each with a paired interval.
+
+    `folder`: where results are kept, so that the same call only evaluates what is missing.
+    """
+    base = models.get("base")
+    if not isinstance(base, Base):
+        raise ConfigError("nothing to compare with: models['base'] must be a base", do="open it with open_base")
+    recipe = _recipe(base, text=text, evaluate=settings or Evaluate(), seed=seed)
+    with _folder(folder) as run, _folder(None) as saved:
+        places: dict[str, Path] = {}
+        for name, model in models.items():
+            match model:
+                case Base():
+                    places[name] = model.folder
+                case Boosted():
+                    places[name] = model.save(saved / name)
+                case _:
+                    places[name] = Path(model)
+        return run_evaluate(recipe, run, places, base.runtime)
+
+
+def _recipe(base: Base, **sections: Any) -> Recipe:
+    """Return a recipe of the base, on its device and in its type."""
+    runtime = base.runtime
+    where = {"device": runtime.device.type, "dtype": runtime.dtype_name, "trust_remote_code": base.trust_remote_code}
+    return Recipe(model=str(base.folder), **where, **sections)
+
+
+@contextmanager
+def _folder(given: str | Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="layerboost-") as folder:
+        yield Path(folder)

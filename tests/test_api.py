@@ -1,0 +1,78 @@
+"""The Python API on a tiny model: the example as it is, the notebook's cells, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import python_api
+import torch
+from tiny import layer_plans, save_text, save_tiny
+
+import layerboost as lb
+from layerboost.errors import ConfigError, InfeasibleBudget
+
+IDS = torch.arange(3, 43)[None]
+EXAMPLES = Path(python_api.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    save_tiny(folder / "model")
+    save_text(folder / "text.jsonl", words=120_000)
+    return folder
+
+
+@pytest.mark.pipeline
+def test_the_example_runs_as_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    python_api.main(str(folder / "model"), str(folder / "text.jsonl"), "out")
+    printed = capsys.readouterr().out
+    assert "layer 3: sliding 64: " in printed
+    assert "healed: perplexity " in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing else is left"
+    model = lb.AutoModelForCausalLM.from_pretrained("out")
+    assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.pipeline
+def test_the_notebook_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    first, *code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert {"MODEL", "TEXT"} <= {line.split(" = ")[0] for line in first.splitlines()}
+    known: dict[str, Any] = {"MODEL": str(folder / "model"), "TEXT": str(folder / "text.jsonl")}
+    for source in code:
+        exec(source, known)
+    assert known["found"].perplexity["healed"].kl.mean > 0
+
+
+def test_stages_on_objects(folder: Path) -> None:
+    base, text = lb.open_base(folder / "model"), lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
+    settings = lb.Measure(windows=(8,), tokens=192, retrieval_prompts=0)
+    sensitivity = lb.measure(base, text, settings)
+    assert sensitivity.complete
+    plan = lb.plan(sensitivity, lb.Plan(kv_fraction=0.6, context_tokens=64))
+    assert plan.foretold
+    assert plan.foretold.kv_fraction <= 0.6
+    only_windows = [
+        layer.model_copy(update={"variants": [variant for variant in layer.variants if variant.window]})
+        for layer in sensitivity.layers
+    ]
+    with pytest.raises(InfeasibleBudget):
+        lb.plan(sensitivity.model_copy(update={"layers": only_windows}), lb.Plan(kv_fraction=0.01, context_tokens=64))
+    with pytest.raises(ConfigError, match="measures whole plans"):
+        lb.plan(sensitivity, lb.Plan(method="greedy"))
+    sinks = plan.model_copy(update={"layers": layer_plans("fsfS", 8)})
+    with pytest.raises(ConfigError, match="the plan has sinks"):
+        lb.convert(base, sinks)
+    converted = lb.convert(base, sinks, text, settings)
+    assert converted.model.model.layers[3].self_attn.sinks.shape == (4,)
+    assert not torch.equal(converted.model(IDS).logits, base.load()(IDS).logits)
+    with pytest.raises(ConfigError, match=r"models\['base'\] must be a base"):
+        lb.evaluate({"healed": converted}, text)
