@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ EXAMPLES = Path(python_api.__file__).parent
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
     save_tiny(folder / "model")
-    save_text(folder / "text.jsonl", words=120_000)
+    save_text(folder / "text.jsonl", words=200_000)
     return folder
 
 
@@ -50,6 +51,20 @@ def test_the_notebook_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for source in code:
         exec(source, known)
     assert known["found"].perplexity["healed"].kl.mean > 0
+
+
+@pytest.mark.pipeline
+def test_the_readmes_lines_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(
+        r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(snippet.splitlines()) <= 12
+    snippet = snippet.replace("Qwen/Qwen3-0.6B", str(folder / "model")).replace(
+        "books.jsonl", str(folder / "text.jsonl")
+    )
+    exec(re.sub(r"\d+(_000)+", "2048", snippet), {})
+    assert (tmp_path / "qwen3-boosted" / "plan.yaml").is_file()
 
 
 def test_stages_on_objects(folder: Path) -> None:
