@@ -22,7 +22,7 @@ EXAMPLES = Path(python_api.__file__).parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
-    save_tiny(folder / "model")
+    save_tiny(folder / "model", max_position_embeddings=2048)
     save_text(folder / "text.jsonl", words=200_000)
     return folder
 
