@@ -23,7 +23,7 @@ EXAMPLES = Path(python_api.__file__).parent
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
     save_tiny(folder / "model", max_position_embeddings=2048)
-    save_text(folder / "text.jsonl", words=200_000)
+    save_text(folder / "text.jsonl", words=400_000)
     return folder
 
 
