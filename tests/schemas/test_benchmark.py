@@ -40,6 +40,13 @@ def test_one_repeat_has_no_range() -> None:
     assert result.models["healed"]["output_tokens_per_s"].text(str) == "36.0"
 
 
+def test_a_server_that_gets_fewer_cores_in_one_repeat_is_disturbed() -> None:
+    repeats = [{"own_cores": 1.9}, {"own_cores": 1.2}]
+    assert disturbance(repeats, {"device": "cpu", "cores": 2}) == "got 1.2 to 1.9 of 2 cores"
+    assert disturbance([{"own_cores": 1.9}, {"own_cores": 1.8}], {"device": "cpu", "cores": 2}) == ""
+    assert disturbance(repeats, {"device": "cuda", "cores": 2}) == ""
+
+
 @pytest.mark.parametrize(
     ("device", "cores", "own", "other", "disturbed"),
     [

@@ -179,6 +179,10 @@ def disturbance(repeats: Sequence[Mapping[str, float]], environment: Mapping[str
     ]
     if taken:
         found.append(f"other processes used up to {max(taken):.1f} of {cores} cores")
+    own = [metrics["own_cores"] for metrics in repeats if metrics.get("own_cores")]
+    if on_cpu and not taken and own and max(own) > (1 + APART) * min(own):
+        # Where a quota hides the others, this shows that the server got less than before.
+        found.append(f"got {min(own):.1f} to {max(own):.1f} of {cores} cores")
     speeds = [metrics[SPEED] for metrics in repeats if metrics.get(SPEED)]
     if speeds and max(speeds) > (1 + APART) * min(speeds):
         found.append(f"repeats {max(speeds) / min(speeds) - 1:.0%} apart")
