@@ -26,10 +26,10 @@ class Strategy:
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
 
-    def variants(self, windows: Sequence[int], sinks: Sequence[bool]) -> list[dict[str, Any]]:
+    def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
         """Return every combination of its settings that can be measured, each as fields of a layer's entry."""
         found: list[dict[str, Any]] = [{}]
-        for setting, values in ((WINDOW, windows), (SINK, sinks)):
+        for setting, values in ((WINDOW, windows), (SINK, (False, True))):
             if setting in self.settings:
                 found = [fields | {setting: value} for fields in found for value in values]
         return found

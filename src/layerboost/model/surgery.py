@@ -72,8 +72,6 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     types, native = base_layer_types(config), native_window(config)
     kept = [e.layer for e in layers if not e.changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
-        if entry.changed and entry.attention not in family.supports:
-            raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
         if entry.window is None:
             continue
         if entry.window > config.max_position_embeddings:
