@@ -296,13 +296,9 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 def ls(what: str, as_json: bool) -> None:
     """List families, recipes or settings."""
     if what == "families":
-        from layerboost.model.families import FAMILIES, KINDS
+        from layerboost.model.families import FAMILIES
 
-        found = {
-            name: {kind: kind in family.supports for kind in KINDS} | {"vllm": family.vllm}
-            for name, family in FAMILIES.items()
-        }
-        show(found, as_json, tables.supported_rows)
+        show({name: {"vllm": family.vllm} for name, family in FAMILIES.items()}, as_json, tables.supported_rows)
         return
     if what == "settings":
         from layerboost.settings import described_settings, setting_rows

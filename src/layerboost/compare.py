@@ -34,7 +34,7 @@ from layerboost.schemas.artifact import Artifact, write_json
 from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import StrategyName
+from layerboost.strategies import STRATEGIES, WINDOW, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 
 FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
@@ -272,7 +272,7 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
 def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
     """Every layer alike."""
     longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
-    window = (given.window or longest) if given.attention == "sliding" else None
+    window = (given.window or longest) if WINDOW in STRATEGIES[given.attention].settings else None
     values = given.model_dump() | {"window": window}
     layers = [LayerPlan(layer=layer, **values) for layer in range(base.info.layers)]
     return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)

@@ -21,15 +21,20 @@ class Strategy:
 
     name: StrategyName
     title: str
+    # What a model card says of it.
+    meaning: str
     # Tokens whose keys and values one layer holds, of a context and with a window; a query attends to as many.
     kv_tokens: Callable[[int, int | None], int]
+    # Its colours in the report, each on a light and on a dark page: of its cells and, in turn, of its windows.
+    shades: tuple[tuple[str, str], ...]
+    text: tuple[str, str] | None = None  # on those cells; without one, a cell has a dashed border alone
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
 
-    def variants(self, windows: Sequence[int], sinks: Sequence[bool]) -> list[dict[str, Any]]:
+    def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
         """Return every combination of its settings that can be measured, each as fields of a layer's entry."""
         found: list[dict[str, Any]] = [{}]
-        for setting, values in ((WINDOW, windows), (SINK, sinks)):
+        for setting, values in ((WINDOW, windows), (SINK, (False, True))):
             if setting in self.settings:
                 found = [fields | {setting: value} for fields in found for value in values]
         return found
@@ -39,9 +44,31 @@ class Strategy:
 STRATEGIES: dict[StrategyName, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("full", "full attention", lambda context, _: context),
-        Strategy("sliding", "sliding window", lambda context, window: min(window or 0, context), (WINDOW, SINK)),
-        Strategy("none", "no attention", lambda context, _: 0, keeps_weights=False),
+        Strategy(
+            "full",
+            "full attention",
+            "softmax attention",
+            lambda context, _: context,
+            shades=(("#2b5c94", "#5d93d1"),),
+            text=("#ffffff", "#08131f"),
+        ),
+        Strategy(
+            "sliding",
+            "sliding window",
+            "softmax over the last `window` tokens",
+            lambda context, window: min(window or 0, context),
+            settings=(WINDOW, SINK),
+            shades=(("#dd9a2e", "#dfa446"), ("#b4711a", "#c58433"), ("#8a5212", "#a96f35")),
+            text=("#241800", "#1f1500"),
+        ),
+        Strategy(
+            "none",
+            "no attention",
+            "no attention, no KV cache",
+            lambda context, _: 0,
+            keeps_weights=False,
+            shades=(("#7d3f5d", "#c983a6"),),
+        ),
     )
 }
 

@@ -152,10 +152,5 @@ def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:
 
 
 def supported_rows(families: dict[str, dict[str, Any]]) -> Rows:
-    """What each family supports."""
-    kinds = [key for key in next(iter(families.values())) if key != "vllm"]
-    body = [
-        [name, *("yes" if row[kind] else "no" for kind in kinds), row["vllm"] or "not served"]
-        for name, row in families.items()
-    ]
-    return [["family", *kinds, "vLLM"], *body]
+    """Return one row per family with the vLLM classes that serve it."""
+    return [["family", "vLLM"], *([name, row["vllm"] or "not served"] for name, row in families.items())]

@@ -26,7 +26,7 @@ def test_rates_are_those_that_explain_the_times() -> None:
     model = info(12)
     timed = [
         Timed(name, "", work, RATES.milliseconds(work))
-        for name, layers in plans(12, sink=True).items()
+        for name, layers in plans(12).items()
         for work in (
             *(prefill_work(model, layers, 1024, size) for size in BATCHES),
             *(decode_work(model, layers, requests, tokens) for requests, tokens in LOADS),
@@ -36,14 +36,13 @@ def test_rates_are_those_that_explain_the_times() -> None:
     assert np.allclose([found.milliseconds(row.work) for row in timed], [row.ms for row in timed], rtol=1e-3)
 
 
-def test_plans_are_of_every_kind_and_take_no_sink_where_there_is_none() -> None:
-    chosen = plans(30, sink=False)
+def test_plans_are_of_every_kind() -> None:
+    chosen = plans(30)
     counts = {name: [sum(e.attention == kind for e in layers) for kind in ("full", "sliding", "none")]
               for name, layers in chosen.items()}  # fmt: skip
     assert counts["base"] == [30, 0, 0]
     assert counts["sliding 64"] == [8, 22, 0]
     assert min(counts["all three, 128"]) > 0
-    assert not any(entry.sink for layers in chosen.values() for entry in layers)
 
 
 def test_the_table_sets_measured_beside_predicted() -> None:

@@ -182,7 +182,7 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
     assert "forward" not in vars(base.model.layers[0].self_attn.k_proj)
 
 
-def test_candidates_follow_what_a_family_takes() -> None:
+def test_candidates_are_every_setting_of_every_strategy() -> None:
     found = candidates(boosted("f"), 0, (8, 16))
     assert [label(plan) for plan in found] == [
         "sliding 8",

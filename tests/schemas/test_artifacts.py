@@ -40,7 +40,7 @@ def test_the_hash_is_of_what_a_plan_does() -> None:
         ("attention: full", "attention: linear", "attention"),
         ("window: 16}", "window: 0}", "window"),
         ("window: 16}", "window: 8}", "one window"),
-        ("attention: full", "attention: full, window: 8", "takes neither"),
+        ("attention: full", "attention: full, window: 8", "takes no window"),
         ("method: budget", "methods: budget", "methods"),
         ("schema_version: 2", "schema_version: 1", "schema_version"),
         ("layers:", "layers: [", "not a valid PlanFile"),

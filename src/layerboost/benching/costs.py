@@ -29,7 +29,7 @@ from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
 from layerboost.model.base import Base, find_model
 from layerboost.model.checkpoint import plan_in
-from layerboost.model.surgery import apply_plan, check_plan, family_of
+from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.runtime import GIB, Runtime, cores, log, machine, settle_environment
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.benchmark import disturbance
@@ -81,7 +81,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
             found=f"{base.name} has one of {info.max_context_tokens}",
             do="measure with a larger model, or write the rates down yourself: docs/reference/plan.md",
         )
-    chosen = plans(info.layers, sink="sink" in family_of(config).supports)
+    chosen = plans(info.layers)
     for layers in chosen.values():
         check_plan(config, layers)
     processors = Processors()
@@ -104,24 +104,24 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in a directory that is there")
 
 
-def plans(layers: int, sink: bool) -> dict[str, list[LayerPlan]]:
+def plans(layers: int) -> dict[str, list[LayerPlan]]:
     """Return four plans of every kind, by fractions of the layers; full layers evenly spaced."""
     return {
-        "base": _plan(layers, layers, 0, 64, sink),
-        "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64, sink),
-        "all three, 128": _plan(layers, layers // 3, layers // 3, 128, sink),
-        "cheapest": _plan(layers, 0, layers * 2 // 3, 64, sink),
+        "base": _plan(layers, layers, 0, 64),
+        "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64),
+        "all three, 128": _plan(layers, layers // 3, layers // 3, 128),
+        "cheapest": _plan(layers, 0, layers * 2 // 3, 64),
     }
 
 
-def _plan(layers: int, full: int, none: int, window: int, sink: bool) -> list[LayerPlan]:
+def _plan(layers: int, full: int, none: int, window: int) -> list[LayerPlan]:
     cached = {int((index + 0.5) * layers / full) for index in range(full)}
     others = [layer for layer in range(layers) if layer not in cached]
     removed = {others[int((index + 0.5) * len(others) / none)] for index in range(none)}
     return [
         LayerPlan(layer=layer, attention="full" if layer in cached else "none")
         if layer in cached | removed
-        else LayerPlan(layer=layer, attention="sliding", window=window, sink=sink)
+        else LayerPlan(layer=layer, attention="sliding", window=window, sink=True)
         for layer in range(layers)
     ]
 

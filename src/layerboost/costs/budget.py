@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.costs.memory import as_served, padded_full
+from layerboost.costs.memory import as_served, cached, padded_full
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
 from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan, all_full, counts
+from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
 
 # What a plan can have a budget of, as keys of every mapping of costs here.
@@ -177,8 +177,7 @@ class Budget:
     def held(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """The costs that are held to the limits, against the base's: `share` with the padding in the KV bytes."""
         share = self.share(layers)
-        found = counts(layers)
-        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(found["full"], found["sliding"])}
+        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(*cached(layers))}
 
     def padding_share(self, full: int, sliding: int) -> float:
         """KV bytes of the full layers that vLLM pads with, against the base's KV bytes; 0 where they do not count."""

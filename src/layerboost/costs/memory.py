@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, window_of
+from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, window_of
+from layerboost.strategies import FULL
 
 # A request may reserve this much more than it holds while decoding, before smaller batches are advised.
 SPARE = 1.25
@@ -96,6 +97,11 @@ def padded_full(full: int, sliding: int) -> int:
     return found.full * found.size
 
 
+def cached(layers: Sequence[LayerPlan]) -> tuple[int, int]:
+    """Return how many layers hold a cache of the whole context, and how many hold one of a window."""
+    return sum(entry.attention == FULL for entry in layers), sum(entry.window is not None for entry in layers)
+
+
 def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     """Return the layers as they run: those that a plan leaves full slide where they do in the base."""
     window = model.sliding_window
@@ -138,8 +144,7 @@ def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], settings: CacheSe
 def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int]:
     """Return the groups of the layers as they are served, and their window."""
     served = as_served(model, layers)
-    found = counts(served)
-    return groups(found["full"], found["sliding"]), window_of(served) or 1
+    return groups(*cached(served)), window_of(served) or 1
 
 
 def plan_serving(

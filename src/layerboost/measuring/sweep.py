@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types
-from layerboost.model.surgery import family_of
 from layerboost.probes.metrics import BaseText, check_finite, score
 from layerboost.probes.probe import Damages, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
@@ -58,18 +57,16 @@ def sweep(
 
 
 def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
-    """Every replacement of one layer that its family takes: none; each window, with and without a sink.
+    """Every replacement of one layer: each strategy but full attention with all of its settings.
 
     A layer that slides in the base already can only be removed.
     """
-    supports = family_of(model.config).supports
-    sinks = (False, True) if "sink" in supports else (False,)
     slides = base_layer_types(model.config)[layer] == "sliding_attention"
     return [
         LayerPlan(layer=layer, attention=name, **fields)
         for name, strategy in STRATEGIES.items()
-        if name in supports and not (slides and WINDOW in strategy.settings)
-        for fields in strategy.variants(windows, sinks)
+        if name != FULL and not (slides and WINDOW in strategy.settings)
+        for fields in strategy.variants(windows)
     ]
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted
+from layerboost.strategies import FULL, STRATEGIES
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -89,6 +90,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     own, reach = _full_layers(plan)
+    meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
 # {name}, boosted
@@ -116,7 +118,7 @@ pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is the
 {_serve(plan)}
 ## The plan
 
-`full`: softmax attention{own}; `sliding`: softmax over the last `window` tokens; `none`: no attention, no KV cache.
+{meanings}.
 `sink`: a learned logit per head in the softmax's denominator.
 
 | layer | attention | window | sink |

@@ -1,4 +1,4 @@
-"""Families as data: per Hugging Face `model_type`, where attention and its norms live and what it supports.
+"""Families as data: per Hugging Face `model_type`, where attention and its norms live and what serves it.
 
 Travels inside every boosted checkpoint, so it imports nothing of layerboost.
 """
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 TRANSFORMERS_BACKEND = "Transformers backend"
-# What a layer can become: the strategies, and a sink where one slides.
-KINDS = ("none", "sliding", "sink")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Family:
     config_flags: tuple[tuple[str, Any], ...] = ()
     attn_implementation: str | None = None
     rotary_by_type: bool = False
-    supports: tuple[str, ...] = KINDS
     vllm: str = TRANSFORMERS_BACKEND
 
 

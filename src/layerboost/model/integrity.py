@@ -25,11 +25,12 @@ from layerboost.model.files import (
     some,
     weight_files,
 )
-from layerboost.model.modeling import base_layer_types, skipped_layers
+from layerboost.model.modeling import base_layer_types
+from layerboost.model.surgery import recorded_plan
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
-from layerboost.strategies import label
+from layerboost.strategies import WINDOW, label
 
 ARCHITECTURE = "LayerBoostForCausalLM"
 # Weights of another type are quantised.
@@ -187,35 +188,19 @@ def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
 def _recorded(folder: Path, config: PreTrainedConfig) -> list[str]:
     """Per layer, the strategy that a boosted checkpoint's config records; raises ConfigError where it is nonsense."""
     try:
-        found = _strategies(config)
+        found = recorded_plan(config)
         window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
-        slides = any(words.startswith("sliding") for words in found)
     except Exception as error:  # as in read_config
         raise ConfigError(f"cannot read the configuration of {folder}", found=first_line(error)) from None
-    if slides and not (type(window) is int and 1 <= window <= context):
+    if any(WINDOW in entry.strategy.settings for entry in found) and not (
+        type(window) is int and 1 <= window <= context
+    ):
         raise ConfigError(
             f"cannot read the configuration of {folder}",
             found=f"sliding_window {window!r}, where 1 to {context:,} tokens make sense",
             do="make the checkpoint again; its own files are not for editing",
         )
-    return found
-
-
-def _strategies(config: PreTrainedConfig) -> list[str]:
-    skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
-    found = []
-    for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
-        if layer in skipped:
-            found.append(_words("none", None, layer in sinks))
-        elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
-            found.append(_words("sliding", config.sliding_window, layer in sinks))
-        else:
-            found.append(_words("full", None, layer in sinks))
-    return found
-
-
-def _words(attention: str, window: int | None, sink: bool) -> str:
-    return attention + (f" {window}" if window else "") + (" + sink" if sink else "")
+    return [label(entry) for entry in found]
 
 
 def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

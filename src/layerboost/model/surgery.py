@@ -15,7 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, Family
-from layerboost.model.modeling import apply_config, base_layer_types, boosted_class, decoder_layers, make_sliding
+from layerboost.model.modeling import (
+    apply_config,
+    base_layer_types,
+    boosted_class,
+    decoder_layers,
+    make_sliding,
+    skipped_layers,
+)
 from layerboost.schemas.plan import LayerPlan, window_of
 
 CAPTURE = "layerboost_capture"
@@ -72,8 +79,6 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     types, native = base_layer_types(config), native_window(config)
     kept = [e.layer for e in layers if not e.changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
-        if entry.changed and entry.attention not in family.supports:
-            raise ConfigError(f"{family.model_type} models cannot take {entry.attention} layers")
         if entry.window is None:
             continue
         if entry.window > config.max_position_embeddings:
@@ -118,6 +123,20 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     config.architectures = ["LayerBoostForCausalLM"]
     config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
     return config
+
+
+def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
+    """Return the plan that `boosted_config` recorded. The entries are not validated: a person may have edited them."""
+    skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
+    found = []
+    for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
+        entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
+        if layer in skipped:
+            entry["attention"] = "none"
+        elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
+            entry |= {"attention": "sliding", "window": config.sliding_window}
+        found.append(LayerPlan.model_construct(layer=layer, **entry))
+    return found
 
 
 def apply_plan(

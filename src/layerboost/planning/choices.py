@@ -67,7 +67,7 @@ def score_in(choice: Choice, metric: str) -> float:
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
     """The window with or without a sink, whichever does less damage; full where it slides in the base already."""
-    sliding = [choice for choice in options if choice.plan.window]
+    sliding = [choice for choice in options if choice.plan.attention == "sliding"]
     return min(sliding, key=lambda choice: choice.damage).plan if sliding else options[0].plan
 
 

@@ -12,11 +12,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerboost.costs.budget import DECODE_MS, KV_BYTES, PARAMETERS, Budget
+from layerboost.costs.memory import cached
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.planning.choices import Choice, best_sliding, choices, metric_limits, removal, score_in, windows
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, counted
 from layerboost.schemas.sensitivity import Sensitivity
+from layerboost.strategies import SINK, StrategyName
 
 # What a message calls the costs that a budget limits, and the settings that limit them.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
@@ -130,16 +132,16 @@ def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
         return table
     kept = []
     for options in table:
-        sliding = [choice for choice in options if choice.plan.window]
-        best = min(sliding, key=lambda choice: score_in(choice, settings.metric), default=None)
-        kept.append([choice for choice in options if not choice.plan.window or choice is best])
+        either = [choice for choice in options if SINK in choice.plan.strategy.settings]
+        best = min(either, key=lambda choice: score_in(choice, settings.metric), default=None)
+        kept.append([choice for choice in options if choice not in either or choice is best])
     return kept
 
 
-def _tier(options: list[Choice], attention: str) -> LayerPlan:
+def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
     if attention == "sliding":
         return best_sliding(options)
-    return LayerPlan(layer=options[0].plan.layer, attention="full" if attention == "full" else "none")
+    return LayerPlan(layer=options[0].plan.layer, attention=attention)
 
 
 def _solve(
@@ -204,14 +206,14 @@ def _pairs(most: int, limits: Budget, exceed: Exceed) -> list[tuple[int, int]]:
 
 def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """One choice a layer, and the pair of counts that the choices make."""
-    flat = [(layer, choice.plan.attention) for layer, options in enumerate(table) for choice in options]
+    flat = [(layer, cached([choice.plan])) for layer, options in enumerate(table) for choice in options]
     rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
     right = [1.0] * len(table)
     if pairs:
         rows.append([0.0] * len(flat) + [1.0] * len(pairs))
         right.append(1.0)
-        for index, kind in enumerate(("full", "sliding")):
-            rows.append([float(attention == kind) for _, attention in flat] + [-float(pair[index]) for pair in pairs])
+        for index in range(2):
+            rows.append([float(found[index]) for _, found in flat] + [-float(pair[index]) for pair in pairs])
             right.append(0.0)
     return np.array(rows), np.array(right)
 

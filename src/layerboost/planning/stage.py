@@ -16,6 +16,7 @@ from layerboost.planning.frontier import frontier
 from layerboost.planning.greedy import Measure
 from layerboost.planning.methods import MEASURING, select
 from layerboost.probes.calibration import open_measured
+from layerboost.probes.metrics import TEXT_METRICS
 from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.artifact import write_json
@@ -111,7 +112,7 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
         return None
     settings = recipe.plan
     asked = _asked(settings)
-    known = {"kl", "nll", "top1"} | ({"retrieval"} if recipe.measure.retrieval_prompts else set())
+    known = set(TEXT_METRICS) | ({"retrieval"} if recipe.measure.retrieval_prompts else set())
     if asked - known:
         raise ConfigError(
             f"plan.method {settings.method} cannot measure plans by {', '.join(sorted(asked - known))}",

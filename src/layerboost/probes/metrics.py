@@ -15,6 +15,8 @@ from layerboost.model.linear import linear
 from layerboost.model.stream import explain_not_finite, head_logits, head_matrix
 from layerboost.schemas.sensitivity import Score
 
+# What a changed model loses on text, per token, in the order in which `BaseText` computes it.
+TEXT_METRICS = ("kl", "nll", "top1")
 CHUNK_TOKENS = 256
 # Tokens and words of the vocabulary whose logits a changed model holds at once: 4 MiB, so that they stay in a cache.
 ROWS, VOCABULARY = 1024, 1024
@@ -113,7 +115,7 @@ class BaseText:
         return torch.stack([part.mean() for part in values.split(self.lengths)])
 
     def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`kl`, `nll` and `top1` of a changed model's normed final state `[B, T, D]`: sequence means `[B]`.
+        """TEXT_METRICS of a changed model's normed final state `[B, T, D]`: sequence means `[B]`.
 
         Positions before the last T are as the base has them, and lose nothing.
         """
@@ -122,7 +124,7 @@ class BaseText:
         here = changed[self.scored]
         found = (self._general if self.weight is None else self._fast)(self.rows(hidden), here)
         damages = {}
-        for metric, values in zip(("kl", "nll", "top1"), found, strict=True):
+        for metric, values in zip(TEXT_METRICS, found, strict=True):
             every = values.new_zeros(len(self.labels))
             every[here] = values
             damages[metric] = self.by_sequence(every)

@@ -10,7 +10,7 @@ import torch
 from layerboost.data.retrieval import Prompts
 from layerboost.data.traffic import Traffic
 from layerboost.model.stream import Beginning, LayerStream
-from layerboost.probes.metrics import BasePrompts, BaseText, check_values, score
+from layerboost.probes.metrics import TEXT_METRICS, BasePrompts, BaseText, check_values, score
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
 from layerboost.strategies import FULL
@@ -95,7 +95,7 @@ class Streams:
 
 
 class TextProbe:
-    """Damage to text and to retrieval prompts: `kl`, `nll`, `top1`, `retrieval`, and `mse` where the layer after the
+    """Damage to text and to retrieval prompts: TEXT_METRICS, `retrieval`, and `mse` where the layer after the
     first change is kept."""
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class TextProbe:
         """Tokens or answers behind each metric."""
         texts = sum(len(sample.labels) for sample in self.samples if isinstance(sample, BaseText))
         answers = sum(len(sample.prompts.answers) for sample in self.samples if isinstance(sample, BasePrompts))
-        return {"kl": texts, "nll": texts, "top1": texts, "mse": texts, "cosine": texts, "retrieval": answers}
+        return dict.fromkeys((*TEXT_METRICS, "mse", "cosine"), texts) | {"retrieval": answers}
 
     def base_nll(self) -> Score:
         """The base's own NLL, nats per token."""

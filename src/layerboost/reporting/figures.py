@@ -11,12 +11,12 @@ from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
-from layerboost.strategies import label
+from layerboost.strategies import STRATEGIES, StrategyName, label
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
 # Attention, window, sink.
-Kind = tuple[str, int | None, bool]
+Kind = tuple[StrategyName, int | None, bool]
 # The low and the high end of each point's bar.
 Ends = Sequence[tuple[float, float]]
 
@@ -27,7 +27,6 @@ SENSITIVITIES = {
     "benchmark": ("Sensitivity in tasks", "accuracy lost"),
 }
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "hexagon")
-SHADES = ("var(--sliding)", "var(--sliding-2)", "var(--sliding-3)")
 OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
 
 
@@ -102,7 +101,7 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
             # A log axis cannot show zero; the panel says how many values it leaves out.
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
                 measured.setdefault(_kind(variant), []).append((entry.layer, variant))
-    kinds = sorted(measured, key=lambda kind: (kind[0] != "none", kind[1] or 0, kind[2]))
+    kinds = sorted(measured, key=lambda kind: (kind[1] or 0, kind[0], kind[2]))
     windows = sorted({window for _, window, _ in kinds if window})
     hidden = [kind for kind in kinds if plan and plan.window and kind[1] not in (None, plan.window)]
     traces = {}
@@ -175,10 +174,12 @@ def _kind(of: Variant) -> Kind:
 def _mark(kind: Kind, windows: list[int]) -> tuple[str, str]:
     """Return the colour and symbol of a replacement."""
     attention, window, sink = kind
-    if attention == "none" or window is None:
-        return "var(--none)", "x"
+    if window is None:
+        return f"var(--{attention})", "x"
     rank = windows.index(window)
-    return SHADES[rank % len(SHADES)], SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
+    shade = rank % len(STRATEGIES[attention].shades)
+    color = f"var(--{attention}-{shade + 1})" if shade else f"var(--{attention})"
+    return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
 
 
 def _hover(layer: int, variant: Variant) -> str:

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
-from layerboost.strategies import label
+from layerboost.strategies import STRATEGIES, label
 
 Row = TypeVar("Row")
 
@@ -126,6 +126,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals["strategies"] = STRATEGIES.values()
     environment.filters |= {
         "code": _code,
         "plain": _plain,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from layerboost.files import write_text
 from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
-from layerboost.strategies import FULL, STRATEGIES, WINDOW, Strategy, StrategyName
+from layerboost.strategies import FULL, SINK, STRATEGIES, WINDOW, Strategy, StrategyName
 
 
 class LayerPlan(BaseModel):
@@ -29,8 +29,9 @@ class LayerPlan(BaseModel):
         takes = self.strategy.settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
-        if WINDOW not in takes and (self.window is not None or self.sink):
-            raise ValueError(f"a {self.attention} layer takes neither window nor sink")
+        for setting, given in ((WINDOW, self.window is not None), (SINK, self.sink)):
+            if given and setting not in takes:
+                raise ValueError(f"a {self.attention} layer takes no {setting}")
         return self
 
     @property

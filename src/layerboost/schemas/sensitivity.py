@@ -38,20 +38,8 @@ class Score(BaseModel):
         return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
 
 
-# What one replacement does, larger is worse.
-METRICS = {
-    "kl": "KL(base ‖ changed), nats per token",
-    "nll": "NLL(changed) − NLL(base), nats per token",
-    "top1": "share of tokens whose most likely next token changes",
-    "retrieval": "log-probability lost on the answer in long prompts, nats per answer",
-    "benchmark": "average accuracy lost over validation tasks (LayerBoost, Eq. 3)",
-    "cosine": "1 − cosine of the stream before and after the attention (LLM-Drop); removal only",
-    "mse": "squared error of the layer's output, relative to its square",
-}
-
-
 class Variant(BaseModel):
-    """One layer under one replacement, in every metric measured (keys of METRICS)."""
+    """One layer under one replacement, in every metric measured; larger is worse."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
