@@ -334,7 +334,7 @@ def test_interruption_exits_with_130_and_is_noted(number: signal.Signals, tmp_pa
     process.send(number)
     assert process.wait() == 130
     messages = process.errors.read_text()
-    assert "interrupted; run the same command again to go on" in messages
+    assert "interrupted; run the same command again to resume" in messages
     assert "Traceback" not in messages
     (stage,) = json.loads((run / "run.json").read_text())["stages"]
     assert stage["status"] == "interrupted"

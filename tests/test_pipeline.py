@@ -213,7 +213,7 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     file.write_text(lines)
     layerboost("plan", "--run", run)
     assert read_plan(file).count("full") == 4
-    assert read_plan(file).foretold is None
+    assert read_plan(file).valid_prediction is None
     layerboost("convert", "--run", run)
     assert read_plan(run / "converted" / "plan.yaml").count("full") == 4
     assert "KV cache takes" not in (run / "converted" / "README.md").read_text()
