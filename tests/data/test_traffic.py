@@ -232,8 +232,8 @@ def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path
         (TEMPLATE, {"messages": [{"role": "user", "content": [IMAGE]}]}, "is or holds image_url, not text"),
         (TEMPLATE, {"messages": [{"role": "user", "content": [["w3"]]}]}, "is or holds list, not text"),
         (TEMPLATE + "{{ raise_exception('odd roles') }}", chat, r"cannot render it \(TemplateError: odd roles"),
-        (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "in another way than they were given"),
-        (TEMPLATE + "{{ messages[-1].content }}", chat, "in another way than they were given"),
+        (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "rewrites its answers"),
+        (TEMPLATE + "{{ messages[-1].content }}", chat, "rewrites its answers"),
     ):
         tokenizer.chat_template = template
         with pytest.raises(ConfigError, match=message):

@@ -157,7 +157,7 @@ def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
     text, window = inputs.text, max(recipe.measure.windows)
     if isinstance(text, Traffic) and max(text.lengths) <= window:
         raise ConfigError(
-            f"a window of {window} cannot be measured on this traffic",
+            f"a window of {window} cannot be measured on measure.traffic",
             found=f"its longest row has {max(text.lengths)} tokens (cut at text.sequence_tokens), none is ever dropped",
             do="choose shorter windows (measure.windows); such a window would gain nothing there either",
         )
