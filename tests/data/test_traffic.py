@@ -432,7 +432,7 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_pat
     probe = TextProbe(LayerStream(base, sinks), traffic.batches(3), windows=[8])
     plan = layer_plans(letters, 8)
     probe.streams.advance(0)
-    (found,) = probe.damages([plan])
+    (found,) = probe.losses([plan])
     assert probe.counts()["kl"] == int(traffic.scored.sum())
     for row, ids in enumerate(rows):
         scored = traffic.scored[row, 1 : ids.shape[1]]

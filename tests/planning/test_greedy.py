@@ -1,4 +1,4 @@
-"""Greedy plans on damages that interact, against exhaustive search."""
+"""Greedy plans on losses that interact, against exhaustive search."""
 
 from __future__ import annotations
 
