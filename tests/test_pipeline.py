@@ -288,7 +288,7 @@ def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), heal={"shard": True})
     ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
     assert ended.returncode == 2
-    assert "heal.shard shares the model out among the processes of torchrun" in ended.stderr
+    assert "heal.shard divides the model among the processes of torchrun" in ended.stderr
     assert not (tmp_path / "run" / SENSITIVITY).exists()
 
 
