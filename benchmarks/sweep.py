@@ -105,9 +105,9 @@ class Ours:
 
     def measure(self, plans: list[LayerPlan]) -> list[dict[str, float]]:
         """What each plan's one changed layer loses, by metric."""
-        full, layer = self.probe.streams.kept, plans[0].layer
+        full, layer = self.probe.streams.plan, plans[0].layer
         whole = [[*full[:layer], plan, *full[layer + 1 :]] for plan in plans]
-        return [{m: float(damages[m].mean()) for m in METRICS} for damages in self.probe.damages(whole)]
+        return [{m: float(losses[m].mean()) for m in METRICS} for losses in self.probe.losses(whole)]
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def test_stages_on_objects(folder: Path) -> None:
     sensitivity = lb.measure(base, text, settings)
     assert sensitivity.complete
     plan = lb.plan(sensitivity, lb.Plan(kv_fraction=0.6, context_tokens=64))
-    assert plan.foretold
-    assert plan.foretold.kv_fraction <= 0.6
+    assert plan.valid_prediction
+    assert plan.valid_prediction.kv_fraction <= 0.6
     only_windows = [
         layer.model_copy(update={"variants": [variant for variant in layer.variants if variant.window]})
         for layer in sensitivity.layers

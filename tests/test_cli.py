@@ -312,7 +312,7 @@ def test_a_broken_history_is_found_before_a_stage_runs(measured: Path, tmp_path:
         ("heal.tokens=100000000", "the train text is too short"),
         ("plan.metric=benchmark", "the plan needs benchmark, which is not measured"),
         ("plan.window=9", "plan.window 9 is not measured"),
-        ("plan.costs=nowhere.json", "plan.costs nowhere.json is no file"),
+        ("plan.costs=nowhere.json", "plan.costs nowhere.json is not a file"),
         ("bench.checkpoints={other: nowhere}", "nowhere"),
     ],
 )
@@ -334,7 +334,7 @@ def test_interruption_exits_with_130_and_is_noted(number: signal.Signals, tmp_pa
     process.send(number)
     assert process.wait() == 130
     messages = process.errors.read_text()
-    assert "interrupted; run the same command again to go on" in messages
+    assert "interrupted; run the same command again to resume" in messages
     assert "Traceback" not in messages
     (stage,) = json.loads((run / "run.json").read_text())["stages"]
     assert stage["status"] == "interrupted"

@@ -213,7 +213,7 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     file.write_text(lines)
     layerboost("plan", "--run", run)
     assert read_plan(file).count("full") == 4
-    assert read_plan(file).foretold is None
+    assert read_plan(file).valid_prediction is None
     layerboost("convert", "--run", run)
     assert read_plan(run / "converted" / "plan.yaml").count("full") == 4
     assert "KV cache takes" not in (run / "converted" / "README.md").read_text()
@@ -288,7 +288,7 @@ def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), heal={"shard": True})
     ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
     assert ended.returncode == 2
-    assert "heal.shard shares the model out among the processes of torchrun" in ended.stderr
+    assert "heal.shard divides the model among the processes of torchrun" in ended.stderr
     assert not (tmp_path / "run" / SENSITIVITY).exists()
 
 

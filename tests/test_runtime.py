@@ -17,10 +17,10 @@ from layerboost.recipe import Recipe
 from layerboost.run_folder import locked
 from layerboost.runtime import (
     Progress,
+    clean_environment,
     is_main_process,
     rank,
     release_memory,
-    settle_environment,
     start_runtime,
     world_size,
 )
@@ -103,11 +103,11 @@ LEFTOVERS = {
 
 def test_what_launchers_leave_behind_reaches_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(LEFTOVERS))
-    settle_environment()
+    clean_environment()
     assert os.environ.keys() - {"no_proxy", "NO_PROXY"} == {"SLURM_NTASKS", "RANKING"}
     several = LEFTOVERS | {"WORLD_SIZE": "2"}
     monkeypatch.setattr(os, "environ", dict(several))
-    settle_environment()
+    clean_environment()
     kept = os.environ.keys() - {"no_proxy", "NO_PROXY"}
     assert kept == {name for name in several if not name.startswith(("ACCELERATE_", "FSDP_", "OMPI_", "PMI_"))}
 
@@ -125,8 +125,8 @@ def test_loopback_is_never_asked_through_a_proxy(
     given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
-    settle_environment()
-    settle_environment()
+    clean_environment()
+    clean_environment()
     assert dict(os.environ) == (dict.fromkeys(("no_proxy", "NO_PROXY"), expected) if expected else given)
 
 

@@ -1,7 +1,7 @@
 """layerboost: give each layer of a pretrained transformer the cheapest attention it can live with.
 
-Importing the package imports neither torch nor Transformers: a command line and every process of vLLM on the machine
-import it. What it offers is imported when it is first asked for.
+Importing the package imports neither torch nor Transformers, because the command line and every vLLM process on the
+machine import it. The names in `__all__` are imported on first use.
 """
 
 from __future__ import annotations

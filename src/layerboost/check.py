@@ -1,4 +1,4 @@
-"""check: everything that could go wrong in a run, looked for before hours of compute."""
+"""check: find what would fail in a run, before hours of compute."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN
 
 GIB = 1 << 30
-# The stages that have something to check: `check(recipe, run, base)`, which raises ConfigError.
+# The stages with a `check(recipe, run, base)`, which raises ConfigError.
 STAGES = (measure, plan, convert, heal, evaluate, bench)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `check` found: the model, and what the run will need against what there is."""
+    """The model, and the needs of the run against what is available."""
 
     model: str
     family: str
@@ -53,11 +53,11 @@ class Estimate:
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
-    """Check the model, then what each stage needs of recipe, model, text, tasks and engine, then memory and disk.
+    """Check the model, then each stage's needs (recipe, model, text, tasks, engine), then memory and disk.
 
-    Memory is that of healing, the largest, on its device, without the adapters and their optimizer; with a GPU the
-    host must hold the model once, to merge it. Speed is estimated from this machine's matrix product.
-    Raises ConfigError for what cannot work and LayerboostError when memory or disk do not suffice.
+    Memory is that of healing, the largest, on its device, without the adapters and their optimizer. With a GPU, the
+    host must hold the model once, to merge it. Speed is estimated from a matrix product on this machine.
+    Raise ConfigError for what cannot work and LayerboostError if memory or disk do not suffice.
     """
     model_of(recipe)
     check_path(run)
@@ -91,27 +91,27 @@ def check(recipe: Recipe, run: Path) -> Estimate:
 
 
 def check_room(estimate: Estimate, weights_gib: float, device: torch.device, advice: str) -> None:
-    """Raise LayerboostError when memory or disk do not suffice; `advice` is for healing's memory."""
-    wants = [
+    """Raise LayerboostError if memory or disk do not suffice; `advice`: how healing takes less memory."""
+    needs = [
         (f"memory on {device}", estimate.memory_needed_gib, estimate.memory_free_gib, f"free some, or {advice}"),
         ("disk", estimate.disk_needed_gib, estimate.disk_free_gib, "free some, or use a smaller model"),
     ]
     if device.type != "cpu":
-        wants.append(("host memory", round(weights_gib, 2), free_memory_gib("cpu"), "free some: merging needs it once"))
-    for kind, needed, free, do in wants:
+        needs.append(("host memory", round(weights_gib, 2), free_memory_gib("cpu"), "free some: merging needs it once"))
+    for kind, needed, free, do in needs:
         if needed > free:
             raise LayerboostError(f"not enough {kind}: {needed} GiB needed", found=f"{free} GiB free", do=do)
 
 
 def free_memory_gib(device: torch.device | str) -> float:
-    """Return the memory that a process could still take on a device."""
+    """Return the free memory of a device, in GiB."""
     cpu = torch.device(device).type == "cpu"
     free: int = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(device)[0]
     return round(free / GIB, 2)
 
 
 def _place_of(run: Path) -> Path:
-    """The run folder, or the nearest directory above it that exists; raises ConfigError where it cannot be made."""
+    """Return the run folder, or its nearest parent that exists; raise ConfigError if it cannot be made."""
     place = run.absolute()
     while not place.exists() and not place.is_symlink():
         place = place.parent

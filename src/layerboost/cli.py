@@ -16,7 +16,7 @@ import click
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
 from layerboost.options import Command, with_recipe
-from layerboost.tables import plain, show
+from layerboost.tables import show, to_jsonable
 from layerboost.terminal import prepare_terminal
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
         "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
     ),
 )
-@click.option("--frontier", is_flag=True, help="Plan for every budget: damage against cost, frontier.json.")
+@click.option("--frontier", is_flag=True, help="Plan for every budget: quality loss against cost, frontier.json.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
 @with_recipe
 def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
@@ -114,7 +114,7 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     ),
 )
 @click.option(
-    "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, which vLLM serves without us."
+    "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, for vLLM without layerboost."
 )
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
@@ -133,7 +133,7 @@ def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
         "layerboost heal --run runs/qwen3 --resume",
     ),
 )
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last checkpoint.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Resume from the last checkpoint.")
 @with_recipe
 def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
     """Run the heal stage."""
@@ -162,8 +162,8 @@ _stage(
         "layerboost bench --run runs/qwen3 --decode-sweep",
     ),
 )
-@click.option("--decode-sweep", is_flag=True, help="Latency and memory against the length of the answers instead.")
-@click.option("--engine", metavar="NAME", help="vllm or transformers. Default: bench.engine, which is vllm.")
+@click.option("--decode-sweep", is_flag=True, help="Measure latency and memory against the length of answers instead.")
+@click.option("--engine", metavar="NAME", help="vllm or transformers; default: bench.engine of the recipe.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     """Run the bench stage."""
@@ -191,7 +191,7 @@ def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
 @cli.command(
     "run",
     cls=Command,
-    help="All stages from one recipe; what an earlier run finished is kept.",
+    help="Run all stages from one recipe; what an earlier run finished is kept.",
     examples=("layerboost run --config demo --run runs/demo", "layerboost run --config qwen3-4b --run runs/qwen3"),
 )
 @with_recipe
@@ -224,7 +224,7 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None
 @cli.command(
     "check",
     cls=Command,
-    help="Look for everything that could go wrong before hours of compute: recipe, model, data, memory, disk.",
+    help="Check recipe, model, data, memory and disk for what would fail in a run, before hours of compute.",
     examples=(
         "layerboost check --config demo",
         "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
@@ -235,15 +235,16 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Check a recipe."""
     from layerboost.check import check
 
-    show(
-        check(recipe, run), as_json, lambda found: [["what", "found"], *([k, str(v)] for k, v in plain(found).items())]
-    )
+    def rows(estimate: Any) -> list[list[str]]:
+        return [["what", "found"], *([name, str(value)] for name, value in to_jsonable(estimate).items())]
+
+    show(check(recipe, run), as_json, rows)
 
 
 @cli.command(
     "serve",
     cls=Command,
-    help="Print and run the `vllm serve` command for a checkpoint; further arguments go to vLLM.",
+    help="Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM.",
     examples=(
         "layerboost serve runs/qwen3/healed",
         "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
@@ -257,9 +258,9 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     import shlex
 
     from layerboost.engines.vllm import serve_command
-    from layerboost.runtime import settle_environment
+    from layerboost.runtime import clean_environment
 
-    settle_environment()
+    clean_environment()
     argv, added = serve_command(folder, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
@@ -268,7 +269,7 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
 @cli.command(
     "costs",
     cls=Command,
-    help="Measure this machine's rates with MODEL, a base, under vLLM: what plan.costs needs to plan for time.",
+    help="Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time.",
     examples=(
         "layerboost costs runs/qwen3/base --out costs.json",
         "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
@@ -311,15 +312,15 @@ def ls(what: str, as_json: bool) -> None:
 
 
 def main() -> None:
-    """The console script: runs a command and turns every failure into one message and the right exit code."""
+    """Run a command; turn every failure into one message and its exit code."""
     if not os.environ.get("LAYERBOOST_DEBUG"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are not tqdm's
     prepare_terminal()
     logger = logging.getLogger("layerboost")
     logger.handlers = [logging.StreamHandler(sys.stderr)]
-    logger.filters = [_speaks]
+    logger.filters = [_is_logged]
     logger.setLevel(logging.INFO)
-    # A terminated job ends as an interrupted one does: servers stopped, run.json written.
+    # A terminated job ends like an interrupted one: servers are stopped, run.json is written.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
         cli(standalone_mode=False)
@@ -331,15 +332,15 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; run the same command again to go on", INTERRUPTED)
+        _fail("interrupted; run the same command again to resume", INTERRUPTED)
     except Exception as error:
         if any(full in str(error) for full in ("No space left", "os error 28", "quota exceeded")):
             _fail("the disk is full\ndo: free space or choose another --run folder", 1)
         _fail(f"{type(error).__name__}: {error}\ndo: set LAYERBOOST_DEBUG=1 to see where", 1)
 
 
-def _speaks(record: logging.LogRecord) -> bool:
-    """Of several processes under torchrun, one speaks."""
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Return whether to log a record: under torchrun, only errors and the records of rank 0."""
     from layerboost.runtime import is_main_process
 
     return record.levelno >= logging.ERROR or is_main_process()

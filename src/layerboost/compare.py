@@ -23,7 +23,7 @@ from layerboost.healing.training import batch_of_process
 from layerboost.measuring.stage import run_measure
 from layerboost.model.base import Base, open_base
 from layerboost.model.surgery import check_plan
-from layerboost.pipeline import checkpoints, kept_recipe, only_one_process, run_stage
+from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_recipe
 from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import RECIPES, Recipe, Section, parse_recipe
 from layerboost.reporting.page import Table, markdown_table
@@ -139,7 +139,7 @@ def run_compare(recipe: Recipe, run: Path, rows: str = DEFAULT) -> Compared:
         settings = row_recipe(recipe, row)
         batch_of_process(settings.heal)
         check_fit(settings)
-    with locked(run), kept_recipe(recipe, run), recorded(run, "compare", recipe):
+    with locked(run), saved_recipe(recipe, run), recorded(run, "compare", recipe):
         if not (run / SENSITIVITY).is_file() and any(not (row.plan or row.run) for row in file.rows.values()):
             run_measure(recipe, run)
         return _compare(file, recipe, run)
@@ -176,7 +176,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             sinks=sum(entry.sink for entry in plan.layers),
             kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
             / base_kv_bytes(base.info, context_tokens),
-            predicted_kl=plan.foretold.damage.get("kl") if plan.foretold else None,
+            predicted_kl=plan.valid_prediction.damage.get("kl") if plan.valid_prediction else None,
             healing_tokens=None if row.run else healing_tokens(settings),
             models=list(models[name]),
         )

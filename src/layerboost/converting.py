@@ -1,4 +1,4 @@
-"""convert: the plan applied to the base's weights → converted/, a Hugging Face checkpoint."""
+"""convert: apply the plan to the base's weights → converted/, a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from layerboost.schemas.run import COMPAT, CONVERTED, HEALED, PLAN
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
-    """Raise ConfigError for a plan, if there is one yet, that the base cannot take."""
+    """Raise ConfigError if there is a plan already and the base cannot take it."""
     if (run / PLAN).is_file():
         check_plan(base.config, read_plan(run / PLAN).layers)
 
 
 def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
-    """Write RUN/converted; one made from the same plan stays. Raises ConfigError before any weight is changed.
+    """Write RUN/converted, unless one of the same plan exists; return the directory written last.
 
-    Sink logits start from one calibration pass of the base over the calibration text. `compat`: then write RUN/healed,
-    or RUN/converted where there is none, as RUN/compat, for vLLM without layerboost. Returns what was written last.
+    Sink logits start from one pass of the base over the calibration text. `compat`: then write RUN/healed, or
+    RUN/converted without it, as RUN/compat, for vLLM without layerboost. Raise ConfigError before changing any weight.
     """
     plan = read_plan(run / PLAN)
     base = open_base(recipe, run, start_runtime(recipe))
@@ -67,8 +67,8 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
     if with_sink and plan.window:
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
         batches = [batch.to(base.runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
-        found = calibrate_sinks(model, batches, with_sink, [plan.window])
-        sinks = {layer: found[layer, plan.window] for layer in with_sink}
+        calibrated = calibrate_sinks(model, batches, with_sink, [plan.window])
+        sinks = {layer: calibrated[layer, plan.window] for layer in with_sink}
     return apply_plan(model, plan.layers, sinks)
 
 

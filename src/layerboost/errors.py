@@ -1,10 +1,10 @@
-"""Every error a user can cause: what is wrong, what was found, what to do next; one exit code each."""
+"""The errors that a user can cause: what is wrong, what was found, what to do; one exit code each."""
 
 from __future__ import annotations
 
 
 class LayerboostError(Exception):
-    """A failure with a message meant for a person. Exit code 1."""
+    """A failure with a message for the user. Exit code 1."""
 
     exit_code = 1
 
@@ -25,7 +25,7 @@ class ConfigError(LayerboostError):
 
 
 class InfeasibleBudget(LayerboostError):
-    """No plan meets the budget; the message names the nearest one that exists. Exit code 3."""
+    """No plan meets the budget; the message names the nearest plan. Exit code 3."""
 
     exit_code = 3
 
@@ -37,6 +37,6 @@ class GateMissed(LayerboostError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, joined with the second after a colon, or the error's type."""
+    """Return the first line of an error's message (two if it ends with a colon), or the error's type."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

@@ -1,4 +1,4 @@
-"""Files on disk: written so that a reader sees the old or the new content, never half of it."""
+"""Files on disk, written atomically: a reader sees the old or the new content."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def check_path(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
-        found = os.fsencode(path.absolute())
-        raise ConfigError("a path is not UTF-8, which the libraries that read it want", found=repr(found)[1:],
+        raw = os.fsencode(path.absolute())
+        raise ConfigError("a path is not UTF-8, which the libraries that read it need", found=repr(raw)[1:],
                           do="rename it, or link to it by another name") from None  # fmt: skip
 
 
 def file_hash(path: Path) -> str:
-    """16 hex digits of the SHA-256 of a file."""
+    """Return 16 hex digits of the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never half of it.
+    """Write a file atomically.
 
-    Raises LayerboostError when the disk is full or the folder is not writable.
+    Raise LayerboostError if the disk is full or the directory is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -55,9 +55,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a temporary directory that becomes `path` if the block succeeds and is deleted if it fails.
 
-    A symbolic link is followed: what it leads to, perhaps on a larger disk, is replaced.
+    A symbolic link is followed: its target, perhaps on a larger disk, is replaced.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -65,13 +65,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        # The old folder goes aside first: removing it takes time, in which a kill would leave neither.
-        aside = path.with_name(f".{path.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
+        # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            path.replace(aside)
+            path.replace(old)
         temporary.replace(path)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
@@ -79,7 +79,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def disk_error(path: Path, error: OSError) -> LayerboostError:
-    """The message for a write that failed; an error without a number is a library's word for a full disk."""
+    """Return the error for a write that failed; one without an errno is a library's error for a full disk."""
     full = error.errno is None or error.errno in DISK_FULL
     do = "free space" if full else "make it writable"
     return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another --run folder")

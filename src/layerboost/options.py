@@ -1,4 +1,4 @@
-"""What the commands share: MODEL and the options of every stage, and help that ends with examples."""
+"""The common parts of the commands: MODEL, the options of every stage, and help with examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Command(click.Command):
-    """A command whose help ends with examples as they are typed."""
+    """A command whose help ends with examples."""
 
     def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,7 +27,7 @@ class Command(click.Command):
 
 
 def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command MODEL and the options of every stage; it is called with the recipe they resolve to."""
+    """Add MODEL and the options of every stage to a command, which is called with the resolved recipe."""
 
     @functools.wraps(function)
     def command(
@@ -61,13 +61,13 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def resolve(run: Path, config: str | None, settings: tuple[str, ...], given: dict[str, Any]) -> Recipe:
-    """The recipe: defaults, then the run folder's own, then --config, then --set, then MODEL and other options."""
+    """Return the recipe of defaults, run folder, --config, --set, and MODEL with other options; later ones override."""
     from layerboost.recipe import find_recipe, load_recipe, set_option
     from layerboost.run_folder import no_run_folder
 
     try:
         files = [run / "recipe.yaml"] if (run / "recipe.yaml").is_file() else []
-    except OSError as error:  # no right to look, a name that is too long
+    except OSError as error:  # no permission, a name that is too long
         raise no_run_folder(run, str(error)) from None
     files += [find_recipe(config)] if config else []
     return load_recipe(files, dict(map(set_option, settings)) | given)

@@ -1,4 +1,4 @@
-"""The stages in order: one by name, or all of one recipe."""
+"""The stages in order: run one by name, or all with one recipe."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     pass
 
 RECIPE = "recipe.yaml"
-# Stages that torchrun's processes share.
+# Stages that may run under torchrun.
 SPREAD = ("measure", "heal")
 
 
 def measure(recipe: Recipe, run: Path, compare: Sequence[Path] = ()) -> Any:
-    """Stage 1, or a comparison of what it wrote with others; imports stay inside: the command line starts fast."""
+    """Run stage 1, or compare its file with others. Imports are local so that the command line starts fast."""
     if compare:
         from layerboost.measuring.stability import run_stability
 
@@ -35,51 +35,51 @@ def measure(recipe: Recipe, run: Path, compare: Sequence[Path] = ()) -> Any:
 
 
 def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
-    """Stage 2, or with `curve` the plans of every budget."""
+    """Run stage 2, or with `curve` plan for every budget."""
     from layerboost.planning.stage import run_frontier, run_plan
 
     return run_frontier(recipe, run) if curve else run_plan(recipe, run)
 
 
 def convert(recipe: Recipe, run: Path, compat: bool = False) -> Any:
-    """Stage 3."""
+    """Run stage 3."""
     from layerboost.converting import run_convert
 
     return run_convert(recipe, run, compat)
 
 
 def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
-    """Stage 4."""
+    """Run stage 4."""
     from layerboost.healing.stage import run_heal
 
     return run_heal(recipe, run, resume)
 
 
 def evaluate(recipe: Recipe, run: Path) -> Any:
-    """Stage 5: base, converted and healed, whichever the run folder holds, and the recipe's further checkpoints."""
+    """Run stage 5 on base, converted and healed, as far as they exist, and the recipe's extra checkpoints."""
     from layerboost.evaluating.gate import check_gate
     from layerboost.evaluating.stage import run_evaluate
 
     runtime = start_runtime(recipe)
-    found = checkpoints(recipe, run, runtime)
-    others = further(recipe.evaluate.checkpoints, found, "evaluate")
-    comparison = run_evaluate(recipe, run, found | others, runtime)
+    own = checkpoints(recipe, run, runtime)
+    others = extra_checkpoints(recipe.evaluate.checkpoints, own, "evaluate")
+    comparison = run_evaluate(recipe, run, own | others, runtime)
     check_gate(comparison.gate)
     return comparison
 
 
 def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
-    """Stage 6: base against the last boosted checkpoint, converted and healed being equally fast, and further ones."""
+    """Run stage 6 on base, healed (or else converted, which is as fast) and the recipe's extra checkpoints."""
     from layerboost.benching.stage import run_bench
 
-    found = checkpoints(recipe, run, start_runtime(recipe))
-    if "healed" in found:
-        found.pop("converted", None)
-    return run_bench(recipe, run, found | further(recipe.bench.checkpoints, found, "bench"), decode_sweep)
+    own = checkpoints(recipe, run, start_runtime(recipe))
+    if "healed" in own:
+        own.pop("converted", None)
+    return run_bench(recipe, run, own | extra_checkpoints(recipe.bench.checkpoints, own, "bench"), decode_sweep)
 
 
 def report(recipe: Recipe, run: Path, png: bool = False) -> Any:
-    """Stage 7; with `png` the charts also as PNG files."""
+    """Run stage 7; with `png`, also write the charts as PNG files."""
     from layerboost.reporting.stage import run_report
 
     return run_report(run, png)
@@ -91,13 +91,13 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, **options: Any) -> Any:
-    """Run one stage and note the attempt in run.json. Returns what the stage returns.
+    """Run one stage, record the attempt in run.json and return the stage's result.
 
-    Raises ConfigError under torchrun for a stage that one process must run, besides what the stage raises.
+    Raise what the stage raises, and ConfigError under torchrun if the stage does not support it.
     """
     if name not in SPREAD:
         only_one_process(name)
-    with locked(run), kept_recipe(recipe, run), recorded(run, name, recipe):
+    with locked(run), saved_recipe(recipe, run), recorded(run, name, recipe):
         try:
             return STAGES[name](recipe, run, **options)
         finally:
@@ -110,27 +110,27 @@ def only_one_process(command: str) -> None:
         raise ConfigError(
             f"layerboost {command} does not run under torchrun",
             found=f"{world_size()} processes (WORLD_SIZE)",
-            do=f"start torchrun for {' and '.join(SPREAD)} alone; unset WORLD_SIZE if it is a leftover",
+            do=f"use torchrun only for {' and '.join(SPREAD)}; unset WORLD_SIZE if it is a leftover",
         )
 
 
 def run_all(recipe: Recipe, run: Path) -> Any:
-    """Run every stage in order; each keeps what an earlier run finished. Returns the report's summary.
+    """Run every stage in order and return the report's summary; a stage keeps what an earlier run finished.
 
-    A missed gate is not worth a benchmark: the report is written all the same, and GateMissed raised.
+    After a missed gate, skip the benchmark, write the report and raise GateMissed.
     """
     from layerboost.healing.training import batch_of_process
 
     only_one_process("run")
     if not finished(recipe, run):
         if not (run / HEALED / PLAN).is_file():
-            batch_of_process(recipe.heal)  # not in `check`, which one process may ask on behalf of many
+            batch_of_process(recipe.heal)  # not in `check`, which one process may run on behalf of many
         from layerboost.check import check
 
         check(recipe, run)
     result = None
-    # In a new folder each stage keeps the recipe, and what the first ones made is not left without it.
-    with kept_recipe(recipe, run) if (run / RECIPE).is_file() else nullcontext():
+    # In a new folder each stage saves the recipe, so that the files of the first stages have one.
+    with saved_recipe(recipe, run) if (run / RECIPE).is_file() else nullcontext():
         for number, name in enumerate(STAGES, 1):
             log.info("stage %d of %d: %s", number, len(STAGES), name)
             try:
@@ -142,8 +142,8 @@ def run_all(recipe: Recipe, run: Path) -> Any:
 
 
 @contextmanager
-def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
-    """Save the resolved recipe as RUN/recipe.yaml, where running again repeats the run; take refused settings back."""
+def saved_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
+    """Save the resolved recipe as RUN/recipe.yaml, so that the run can be repeated; undo it if settings are refused."""
     if not is_main_process():
         yield
         return
@@ -161,7 +161,7 @@ def kept_recipe(recipe: Recipe, run: Path) -> Iterator[None]:
 
 
 def finished(recipe: Recipe, run: Path) -> bool:
-    """Whether this very recipe has been run to its end here, so that there is nothing left to check."""
+    """Return whether this recipe has been run to its end here, so that nothing remains to check."""
     files = [run / RECIPE, run / PLAN, run / HEALED / PLAN, run / "report.html"]
     return (
         all(file.is_file() for file in files)
@@ -171,16 +171,16 @@ def finished(recipe: Recipe, run: Path) -> bool:
 
 
 def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
-    """Base, converted and healed directories that exist, by name.
+    """Return the directories of base, converted and healed that exist, by name.
 
-    Raises ConfigError for one that was made from another plan than RUN/plan.yaml or from another base.
+    Raise ConfigError if one was made from another plan than RUN/plan.yaml or from another base.
     """
     from layerboost.model.base import open_base
     from layerboost.model.checkpoint import check_same_model, check_same_plan, plan_in
     from layerboost.model.integrity import check_checkpoint
 
     base = open_base(recipe, run, runtime)
-    found = {"base": base.folder}
+    existing = {"base": base.folder}
     for name, folder, command in (("converted", run / CONVERTED, "convert"), ("healed", run / HEALED, "heal")):
         made_from = plan_in(folder)
         if made_from is None:
@@ -188,12 +188,12 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
         check_same_plan(made_from, folder, run / PLAN, command)
         check_same_model(made_from, base.info, folder)
         check_checkpoint(folder)
-        found[name] = folder
-    return found
+        existing[name] = folder
+    return existing
 
 
-def further(given: dict[str, str], own: dict[str, Path], section: str) -> dict[str, Path]:
-    """The recipe's further checkpoints; raises ConfigError for a name that the run's own models have."""
+def extra_checkpoints(given: dict[str, str], own: dict[str, Path], section: str) -> dict[str, Path]:
+    """Return the recipe's extra checkpoints; raise ConfigError if one has the name of a model of the run."""
     if twice := own.keys() & given.keys():
         raise ConfigError(f"{section}.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))
     return {name: Path(folder).expanduser() for name, folder in given.items()}

@@ -1,4 +1,4 @@
-"""The recipe: settings of every stage, frozen, read from defaults, YAML and the command line, in rising order."""
+"""The recipe: the settings of every stage, from defaults, YAML and the command line; later ones override."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
 
-# In a wheel the recipes lie beside this file; in a checkout they lie at its root.
+# In a wheel the recipes are in this directory; in a checkout they are at its root.
 RECIPES = next(
     (
         folder
@@ -24,7 +24,7 @@ RECIPES = next(
 
 
 def _full_path(text: str) -> str:
-    """The full path of what is on this disk, since a run may go on in another directory; any other text as it is."""
+    """Return the full path of what is on this disk, since a run may resume elsewhere; else the text unchanged."""
     try:
         path = Path(text).expanduser()
         return str(path.absolute()) if text != "self" and path.exists() else text
@@ -40,9 +40,9 @@ def _full_sources(given: Sources) -> Sources:
     return _full_path(given) if isinstance(given, str) else {_full_path(name): part for name, part in given.items()}
 
 
-# A task has a name of lm-eval's or is a file, and a folder of data may be called as the task is.
+# A task is a name of lm-eval's or a file; a directory may have the name of a task.
 Task = Annotated[str, AfterValidator(lambda name: _full_path(name) if name.endswith(".yaml") else name)]
-# Names of further models, and their directories.
+# Names of extra models, and their directories.
 Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
 EngineName = Literal["vllm", "transformers"]
 
@@ -67,12 +67,12 @@ class Text(Section):
 
     @property
     def sources(self) -> dict[str, float]:
-        """Each source with its share of the tokens, whatever they add up to."""
+        """Return each source with its weight; weights need not add up to 1."""
         return {self.source: 1.0} if isinstance(self.source, str) else dict(self.source)
 
     @property
     def name(self) -> str:
-        """The sources as a person reads them."""
+        """Return the sources as text."""
         return " + ".join(self.sources)
 
 
@@ -250,7 +250,7 @@ class Bench(Section):
     )
 
     def requests(self, concurrency: int) -> int:
-        """Requests sent at a concurrency."""
+        """Return the number of requests at a concurrency."""
         return max(1, round(self.requests_per_concurrency * concurrency))
 
 
@@ -284,16 +284,16 @@ class Recipe(Section):
 
 
 def model_of(recipe: Recipe) -> str:
-    """The recipe's model; raises ConfigError when it names none."""
+    """Return the recipe's model; raise ConfigError if it names none."""
     if recipe.model is None:
         raise ConfigError("no model given", do="name it: a Hub id, a directory, a GGUF file or package:NAME")
     return recipe.model
 
 
 def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
-    """Merge YAML `files`, then dotted `overrides` such as `{"heal.lr": 1e-4}`, over the defaults.
+    """Return the defaults overridden by YAML `files`, then by dotted `overrides` such as `{"heal.lr": 1e-4}`.
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest known one) or a bad value.
+    Raise ConfigError for an unreadable file, an unknown key (naming the nearest known one) or a bad value.
     """
     merged: dict[str, Any] = {}
     for file in files:
@@ -310,7 +310,7 @@ def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """A validated Recipe of plain `values`; raises ConfigError with every problem, one a line."""
+    """Return the Recipe of `values`; raise ConfigError with all problems if they are not valid."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -321,7 +321,7 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def set_option(text: str) -> tuple[str, Any]:
-    """Split `section.key=value` and read the value as YAML; raises ConfigError when it is neither."""
+    """Return key and value of `section.key=value`, the value read as YAML; raise ConfigError if it is not valid."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError("--set takes section.key=value", found=text, do="for example --set heal.lr=1e-4")
@@ -329,7 +329,7 @@ def set_option(text: str) -> tuple[str, Any]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of a recipe, in order."""
+    """Return every dotted key of a recipe, in order."""
     keys: list[str] = []
     for name, field in Recipe.model_fields.items():
         section = field.annotation
@@ -341,7 +341,7 @@ def known_keys() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The path of a recipe given as a file or as the name of one that ships with the package."""
+    """Return the path of a recipe, given as a file or by the name of one that comes with layerboost."""
     path = Path(name)
     if path.is_file():
         return path
@@ -363,7 +363,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
-    """Settings one by one; one that is itself a mapping (weighted texts, checkpoints) is replaced, as by --set."""
+    """Merge settings one by one; one that is a mapping (weighted texts, checkpoints) is replaced, as by --set."""
     for key, value in source.items():
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             target[key] |= value
@@ -392,5 +392,5 @@ def _explain(problem: Any) -> str:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `--config` reads back."""
+    """Return the resolved recipe as YAML that `--config` can read."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

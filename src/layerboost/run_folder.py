@@ -1,4 +1,4 @@
-"""A run folder: locked while a command works in it; what happens there is noted in `run.json`."""
+"""A run folder: locked while a command works in it; `run.json` records the stages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from layerboost.runtime import git_revision, is_main_process, log, versions
 from layerboost.schemas.artifact import read_json, write_json
 from layerboost.schemas.run import RunFile, StageRecord
 
-# What a file system says that has no locks.
+# Errors of a file system without locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
-    """Append what happens in the block to `run.json`, whether it ends well, fails or is interrupted."""
+    """Append a record of the block to `run.json`, whether it succeeds, fails or is interrupted."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     file = run / "run.json"
     # Before the stage: a file that cannot be read must not cost its work.
@@ -58,9 +58,9 @@ def recorded(run: Path, stage: str, recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep a second command out of a run folder; the lock ends with the process.
+    """Lock a run folder against other commands; the lock ends with the process.
 
-    Raise ConfigError where another command holds it, and where `run` cannot be a run folder. Only warn on a file system
+    Raise ConfigError if another command holds it, or if `run` cannot be a run folder. Only warn on a file system
     without locks.
     """
     check_path(run)
@@ -78,7 +78,7 @@ def locked(run: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise no_run_folder(run, str(error)) from None
-        log.warning("%s cannot be locked (%s): start no second command in it", run, error.strerror)
+        log.warning("%s cannot be locked (%s): do not start a second command in it", run, error.strerror)
     try:
         yield
     finally:
@@ -86,10 +86,10 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def no_run_folder(run: Path, found: str) -> ConfigError:
-    """The error for a path where no run folder can be."""
-    return ConfigError(f"{run} cannot be a run folder", found=found, do="name a directory that can be written: --run")
+    """Return the error for a path that cannot be a run folder."""
+    return ConfigError(f"{run} cannot be a run folder", found=found, do="name a writable directory: --run")
 
 
 def _auto_device() -> str:
-    torch = sys.modules.get("torch")  # stages that compute nothing never load it
+    torch = sys.modules.get("torch")  # some stages never import it
     return "none" if torch is None else "cuda" if torch.cuda.is_available() else "cpu"

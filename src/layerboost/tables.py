@@ -1,4 +1,4 @@
-"""Results as the rows of a table for the terminal, header first."""
+"""Results as the rows of terminal tables, header first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 Rows = list[list[str]]
-PIPED_COLUMNS = 200  # where there is no width: rich would take 80 and cut numbers short
+PIPED_COLUMNS = 200  # without a terminal: rich would assume 80 and truncate numbers
 
 
 def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
-    """Print a result on stdout: JSON for machines, else as a table of rows, header first."""
+    """Print a result on stdout: as JSON, or as a table of rows, header first."""
     from layerboost.runtime import is_main_process
 
     if not is_main_process():
@@ -30,7 +30,7 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
     if as_json:
         from layerboost.schemas.artifact import json_text
 
-        click.echo(json_text(plain(result), "the result", indent=1, default=str))
+        click.echo(json_text(to_jsonable(result), "the result", indent=1, default=str))
         return
     from rich.console import Console
     from rich.table import Table
@@ -43,8 +43,8 @@ def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
     Console(width=width, markup=False).print(table)  # a path may hold [brackets]
 
 
-def plain(result: Any) -> Any:
-    """A stage's result as plain JSON values."""
+def to_jsonable(result: Any) -> Any:
+    """Return a stage's result as JSON values."""
     from layerboost.schemas.artifact import Artifact
 
     if isinstance(result, Artifact):
@@ -53,7 +53,7 @@ def plain(result: Any) -> Any:
 
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
-    """By layer, the metrics that plans are made by, one a line; the file has all of them with their standard errors."""
+    """Return per layer the metrics that plans use, one per line; the file has all, with their standard errors."""
     variants = [{label(variant): variant.scores for variant in entry.variants} for entry in sensitivity.layers]
     names = list(dict.fromkeys(name for layer in variants for name in layer))
     measured = {metric for layer in variants for scores in layer.values() for metric in scores}
@@ -74,38 +74,38 @@ def measured_rows(sensitivity: Sensitivity) -> Rows:
 
 
 def planned_rows(plan: PlanFile) -> Rows:
-    """One row a layer, and what is foretold of all."""
+    """Return one row per layer, and the prediction for all."""
     body = [
         [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
         for entry in plan.layers
     ]
-    if plan.foretold:
-        metric, value = next(iter(plan.foretold.damage.items()), ("damage", 0.0))
-        body.append(["all", f"KV {plan.foretold.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
+    if predicted := plan.valid_prediction:
+        metric, value = next(iter(predicted.damage.items()), ("quality loss", 0.0))
+        body.append(["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
     return [["layer", "attention", "window", "sink"], *body]
 
 
 def frontier_rows(frontier: Frontier) -> Rows:
-    """The plans of every budget, as the report's table has them."""
+    """Return the plans of every budget, as in the report's table."""
     from layerboost.reporting.search import frontier_table
 
     return frontier_table(frontier).lines
 
 
 def stability_rows(stability: Stability) -> Rows:
-    """How well two measurements agree, as the report's table has it."""
+    """Return the agreement of two measurements, as in the report's table."""
     from layerboost.reporting.search import stability_table
 
     return stability_table(stability).lines
 
 
 def written_rows(result: Any) -> Rows:
-    """What a stage wrote."""
+    """Return what a stage wrote."""
     return [["written"], [str(result)]]
 
 
 def summarized_rows(run: Path) -> Rows:
-    """What the run folder says so far: cost, throughput and quality of base, converted and healed."""
+    """Return cost, throughput and quality of base, converted and healed, as far as the run folder has them."""
     from layerboost.reporting.sources import read_sources
     from layerboost.reporting.verdict import summary, summary_table
 
@@ -113,26 +113,26 @@ def summarized_rows(run: Path) -> Rows:
 
 
 def reported_rows(run: Path) -> Rows:
-    """The summary, and where the report lies."""
+    """Return the summary, and the report's path."""
     rows = summarized_rows(run)
     return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
 
 
 def decoded_rows(sweep: dict[str, Any]) -> Rows:
-    """A decode sweep, as the report's table has it."""
+    """Return a decode sweep, as in the report's table."""
     from layerboost.reporting.benchmark import decode_table
     from layerboost.schemas.benchmark import Comparison
 
     return decode_table(Comparison.model_validate(sweep)).lines
 
 
-def costs_rows(found: dict[str, Any]) -> Rows:
-    """Measured times beside those predicted from the other plans, then requests that fit by vLLM and by arithmetic."""
+def costs_rows(costs: dict[str, Any]) -> Rows:
+    """Return times measured and predicted from the other plans, then requests that fit by vLLM and by arithmetic."""
 
     def row(plan: str, what: str, measured: float, predicted: float) -> list[str]:
         return [plan, what, f"{measured:.4g}", f"{predicted:.4g}", f"{predicted / measured - 1:+.1%}"]
 
-    times = [row(t["plan"], f"{t['what']}, ms", t["ms"], t["predicted_ms"]) for t in found["timing"]]
+    times = [row(t["plan"], f"{t['what']}, ms", t["ms"], t["predicted_ms"]) for t in costs["timing"]]
     fits = [
         row(
             entry["plan"],
@@ -140,14 +140,14 @@ def costs_rows(found: dict[str, Any]) -> Rows:
             m["concurrency"],
             m["concurrency_predicted"],
         )
-        for entry in found["plans"]
+        for entry in costs["plans"]
         for m in entry["memory"]
     ]
     return [["plan", "what", "measured", "predicted", "off"], *times, *fits]
 
 
 def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:
-    """One row a recipe that comes with layerboost, and its file."""
+    """Return one row per recipe that comes with layerboost, with its file."""
     return [["recipe", "file"], *map(list, recipes.items())]
 
 

@@ -1,4 +1,4 @@
-"""Standard streams as a terminal, a pipe or a job leaves them: closed at the start or later, of no width."""
+"""Standard streams that may be closed, at the start or later, or have no width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Steady:
-    """A standard stream that goes on in silence once its reader has gone, as after `| head`."""
+    """A standard stream that ignores writes after its reader has closed, as with `| head`."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -19,13 +19,13 @@ class Steady:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._steadily(lambda: self._stream.write(text))
+        self._ignore_broken_pipe(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._steadily(self._stream.flush)
+        self._ignore_broken_pipe(self._stream.flush)
 
-    def _steadily(self, act: Callable[[], Any]) -> None:
+    def _ignore_broken_pipe(self, act: Callable[[], Any]) -> None:
         try:
             act()
         except BrokenPipeError:
@@ -34,16 +34,16 @@ class Steady:
 
 
 def prepare_terminal() -> None:
-    """Make standard output and standard error such that writing to them ends no command."""
-    # The number of a closed stream would go to the next file that is opened, and what libraries print into that file.
+    """Make writes to standard output and standard error safe: they never end a command."""
+    # Else the next file opened would get the number of a closed stream, and with it what libraries print.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no sign for it, a name that is not UTF-8
+            stream.reconfigure(errors="replace")  # characters that the terminal lacks, names that are not UTF-8
         setattr(sys, name, Steady(stream))
-    for name in ("COLUMNS", "LINES"):  # rich believes any number, even 0
+    for name in ("COLUMNS", "LINES"):  # rich accepts any number, even 0
         if os.environ.get(name, "").strip("0") == "" or not os.environ[name].isdecimal():
             os.environ.pop(name, None)

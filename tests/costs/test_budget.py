@@ -89,7 +89,9 @@ def test_prefill_counts_every_pair_of_query_and_key() -> None:
 def test_padding_counts_the_full_layers_that_vllm_reserves() -> None:
     model = info(7)
     layers = layer_plans("fffssss")  # groups of four: three full layers and one of padding
-    assert budget(model).held(layers)["kv_bytes"] == pytest.approx(budget(model).share(layers)["kv_bytes"] + 1 / 7)
+    assert budget(model).limited(layers)["kv_bytes"] == pytest.approx(
+        budget(model).relative(layers)["kv_bytes"] + 1 / 7
+    )
     assert not budget(model, kv_bytes=0.6).met(layers)
     assert Budget(model, 100, 8, {"kv_bytes": 0.6}, None, padding=False).met(layers)
 
@@ -119,7 +121,7 @@ def test_a_budget_of_decoding_time(tmp_path: Path) -> None:
     )
     found = sensitivity(6)
     layers: list[LayerPlan] = select(found, settings)
-    assert 0.5 < Budget.of(found, settings).share(layers)["decode_ms"] <= 0.8
+    assert 0.5 < Budget.of(found, settings).relative(layers)["decode_ms"] <= 0.8
     assert any(entry.attention != "full" for entry in layers)
 
 

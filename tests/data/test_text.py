@@ -167,7 +167,7 @@ def test_samples_that_cannot_fill_a_split_are_refused() -> None:
     check_samples(text, 10 * 32, "held_out")
     too_many: list[tuple[int, Split]] = [(80 * 32 + 1, "train"), (10 * 32 + 1, "held_out")]
     for tokens, split in too_many:
-        with pytest.raises(ConfigError, match=f"own samples are too few[\\s\\S]*for the {split} split"):
+        with pytest.raises(ConfigError, match=f"own samples are too few[\\s\\S]*to the {split} split"):
             check_samples(text, tokens, split)
 
 

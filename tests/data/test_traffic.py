@@ -232,8 +232,8 @@ def test_conversations_that_cannot_be_rendered_or_cut_are_refused(tmp_path: Path
         (TEMPLATE, {"messages": [{"role": "user", "content": [IMAGE]}]}, "is or holds image_url, not text"),
         (TEMPLATE, {"messages": [{"role": "user", "content": [["w3"]]}]}, "is or holds list, not text"),
         (TEMPLATE + "{{ raise_exception('odd roles') }}", chat, r"cannot render it \(TemplateError: odd roles"),
-        (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "in another way than they were given"),
-        (TEMPLATE + "{{ messages[-1].content }}", chat, "in another way than they were given"),
+        (TEMPLATE.replace("m.content", "m.content | reverse"), chat, "rewrites its answers"),
+        (TEMPLATE + "{{ messages[-1].content }}", chat, "rewrites its answers"),
     ):
         tokenizer.chat_template = template
         with pytest.raises(ConfigError, match=message):
@@ -432,7 +432,7 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_pat
     probe = TextProbe(LayerStream(base, sinks), traffic.batches(3), windows=[8])
     plan = layer_plans(letters, 8)
     probe.streams.advance(0)
-    (found,) = probe.damages([plan])
+    (found,) = probe.losses([plan])
     assert probe.counts()["kl"] == int(traffic.scored.sum())
     for row, ids in enumerate(rows):
         scored = traffic.scored[row, 1 : ids.shape[1]]

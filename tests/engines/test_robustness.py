@@ -139,7 +139,7 @@ def test_a_terminated_benchmark_takes_everything_with_it(
     wait_for_load(run / "bench" / "base-c1-r0.json", free_port)
     process.send(signal.SIGTERM)
     assert process.wait() == 130
-    assert process.errors.read_text().rstrip().endswith("interrupted; run the same command again to go on")
+    assert process.errors.read_text().rstrip().endswith("interrupted; run the same command again to resume")
     assert survivors(2) == []
     assert [entry.file for entry in kept(run).measurements] == ["base-c1-r0.json"]
     assert json.loads((run / "run.json").read_text())["stages"][-1]["status"] == "interrupted"

@@ -211,7 +211,7 @@ def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp
         RUNTIME,
     )
     assert (only_tasks.text, only_tasks.perplexity) == (None, {})
-    with pytest.raises(ConfigError, match="no model is named base"):
+    with pytest.raises(ConfigError, match="no model has the name base"):
         run_evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]}, RUNTIME)
 
 

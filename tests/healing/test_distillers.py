@@ -64,7 +64,7 @@ def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
 @pytest.mark.parametrize("kind", [ONEDNN_PRODUCT, "aten::mm"])
 def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     gradients, products = [], []
-    monkeypatch.setattr(distillers, "KEPT_WIDTH", 20)
+    monkeypatch.setattr(distillers, "SAVED_WIDTH", 20)
     monkeypatch.setattr(linear, "IS_FASTER", kind == ONEDNN_PRODUCT)
     for checkpointing in ("none", "selective", "full"):
         cheap = made("fSns", checkpointing=checkpointing)

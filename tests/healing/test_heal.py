@@ -99,7 +99,7 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     run = copy_of(converted, tmp_path / "run")
     run_stage("heal", recipe_of(converted, attention_tokens=0), run)
     shutil.rmtree(run / HEALED)
-    with pytest.raises(ConfigError, match="begun with other settings") as caught:
+    with pytest.raises(ConfigError, match="started with other settings") as caught:
         run_stage("heal", recipe_of(converted, attention_tokens=0, lr=1e-4, lora_rank=4), run)
     assert "heal.lr: 0.003 there, 0.0001 here; heal.lora_rank: 16 there, 4 here" in str(caught.value)
     with pytest.raises(
@@ -160,7 +160,7 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
     run_stage("heal", recipe, run)
     shutil.rmtree(run / HEALED)
     text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
-    with pytest.raises(ConfigError, match="begun on another text"):
+    with pytest.raises(ConfigError, match="started on another text"):
         run_stage("heal", recipe, run)
 
 
@@ -168,7 +168,7 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
     ("heal", "message"),
     [
         ({"tokens": 0, "attention_tokens": 0, "fit_tokens": 0}, "nothing to train"),
-        ({"fit_tokens": 95}, "one sequence is fitted and another judges"),
+        ({"fit_tokens": 95}, "the fit needs one sequence and another to judge it"),
         ({"fit_tokens": 96, "shard": True}, "processes of torchrun"),
         ({"fit_tokens": 10**7}, "train text is too short"),
         ({"tokens": 10**7}, "train text is too short"),

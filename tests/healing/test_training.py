@@ -21,7 +21,7 @@ from layerboost.healing.training import (
     Data,
     Validate,
     batch_of_process,
-    batches_kept,
+    cached_batches,
     check_report_to,
     checkpoints_in,
     stretch_steps,
@@ -103,7 +103,7 @@ def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: in
         }
     )
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
-    for size in (0, batches_kept(settings, 24)):
+    for size in (0, cached_batches(settings, 24)):
         student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
@@ -129,8 +129,8 @@ def test_repeats_come_a_stretch_at_a_time() -> None:
     assert [data.seen(step) for step in (0, 4, 10)] == [0, 2048, 5 * 1024]
     assert stretch_steps(Heal(batch_sequences=1), 256) == 8
     assert stretch_steps(Heal(batch_sequences=1, gradient_accumulation=8), 2048) == 1
-    assert batches_kept(Heal(gradient_accumulation=8, attention_repeats=2), 2048) == 8
-    assert batches_kept(Heal(), 2048) == 0
+    assert cached_batches(Heal(gradient_accumulation=8, attention_repeats=2), 2048) == 8
+    assert cached_batches(Heal(), 2048) == 0
 
 
 def test_the_exact_count_of_tokens_is_trained_on() -> None:
@@ -229,7 +229,7 @@ def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
     start = {name: value.clone() for name, value in made.trained_state().items()}
     values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
     train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
-    assert "no step of the lora stage is better on the validation slice than its start" in caplog.text
+    assert "no step of the lora stage is better on the validation text than its start" in caplog.text
     assert all(torch.equal(value, start[name]) for name, value in made.trained_state().items())
 
 

@@ -67,7 +67,7 @@ def test_traffic_takes_the_place_of_the_calibration_text(folder: Path, tmp_path:
     long = layerboost("measure", "--run", tmp_path / "b", "--config", folder / "recipe.yaml", "--set", traffic,
                       "--set", "measure.windows=[40]", check=False)  # fmt: skip
     assert long.returncode == 2
-    assert "a window of 40 cannot be measured on this traffic" in long.stderr
+    assert "a window of 40 cannot be measured on measure.traffic" in long.stderr
     layerboost("plan", "--run", tmp_path)
     layerboost("convert", "--run", tmp_path)
 

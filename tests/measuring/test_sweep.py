@@ -80,7 +80,7 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
 
 @pytest.mark.parametrize("room", [0.5, 0.0])
 def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.probes.probe.BEGINNINGS_SHARE", room)
+    monkeypatch.setattr("layerboost.probes.probe.CACHE_FRACTION", room)
     stream = LayerStream(tiny_model(layers=4), {(1, 8): torch.zeros(4)})
     probe = TextProbe(stream, [IDS], windows=(8, 16, 32))
     probe.streams.advance(0)
@@ -97,9 +97,9 @@ def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypa
 def test_texts_too_short_for_a_window_lose_nothing() -> None:
     batches = [IDS[:, :length] for length in (40, 3, 2)]
     probe = TextProbe(LayerStream(tiny_model(layers=4)), batches, windows=(8,))
-    [damages] = probe.damages([layer_plans("fsff", 8)])
-    assert damages["kl"][:5].min() > 1e-4
-    assert damages["kl"][5:].abs().max() < 1e-5
+    [losses] = probe.losses([layer_plans("fsff", 8)])
+    assert losses["kl"][:5].min() > 1e-4
+    assert losses["kl"][5:].abs().max() < 1e-5
 
 
 def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:

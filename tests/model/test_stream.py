@@ -17,13 +17,13 @@ IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) -> None:
     stream = LayerStream(tiny_model(family, layers=4))
     assert stream.can_continue
-    first, output, beginning = stream.forward_with_beginning(IDS, 12)
+    first, output, cache = stream.forward_with_cache(IDS, 12)
     plan = layer_plans("fsff", 8)
     state = stream.layer(1, stream.layer(0, first), plan[1])
     whole = stream.finish(2, state, plan)
     assert torch.allclose(whole[:, :8], output[:, :8], atol=1e-5)
     assert not torch.allclose(whole[:, 8:], output[:, 8:], atol=1e-3)
-    assert torch.allclose(stream.finish_after(beginning.first(8), 2, state[:, 8:]), whole[:, 8:], atol=1e-5)
+    assert torch.allclose(stream.finish_after(cache.first(8), 2, state[:, 8:]), whole[:, 8:], atol=1e-5)
     # The recorded arguments hold no cache: a whole stream after it is as before.
     assert torch.equal(stream.finish(2, state, plan), whole)
 

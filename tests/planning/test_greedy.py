@@ -1,4 +1,4 @@
-"""Greedy plans on damages that interact, against exhaustive search."""
+"""Greedy plans on losses that interact, against exhaustive search."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_limit_that_the_plan_found_does_not_keep_is_infeasible() -> None:
 
 def test_the_controls_know_no_limit_on_damage() -> None:
     for method in ("threshold", "uniform", "random", "cosine"):
-        with pytest.raises(ConfigError, match=r"keeps to no limit on damage\nfound: plan\.max_kl 0\.5"):
+        with pytest.raises(ConfigError, match=r"supports no limit on quality loss\nfound: plan\.max_kl 0\.5"):
             select(MADE, SETTINGS.model_copy(update={"method": method, "max_kl": 0.5}))
 
 

@@ -115,7 +115,7 @@ def test_blended_damage_counts_each_metric_in_its_own_mean() -> None:
                 0.75 * variant.scores["kl"].mean / mean["kl"]
                 + 0.25 * variant.scores["retrieval"].mean / mean["retrieval"]
             )
-            assert choice.damage == pytest.approx(blend)
+            assert choice.loss == pytest.approx(blend)
 
 
 def test_better_than_the_base_is_no_damage_in_a_blend_and_pays_for_none() -> None:

@@ -11,7 +11,7 @@ from tiny import layer_plans, tiny_model
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.stream import LayerStream
-from layerboost.probes.calibration import KeptByPlan, MeasuredPlans
+from layerboost.probes.calibration import MeasuredPlans, PlanCache
 from layerboost.probes.probe import TextProbe
 
 IDS = torch.randint(3, 200, (4, 40), generator=torch.Generator().manual_seed(1))
@@ -24,33 +24,33 @@ def probe() -> TextProbe:
 
 
 def test_what_was_measured_before_makes_no_difference(tmp_path: Path) -> None:
-    measured = MeasuredPlans(probe(), KeptByPlan(tmp_path / "kept.jsonl", "here"))
+    measured = MeasuredPlans(probe(), PlanCache(tmp_path / "kept.jsonl", "here"))
     for letters in ASKED:
         plan = layer_plans(letters, 8)
-        [fresh] = probe().damages([plan])
+        [fresh] = probe().losses([plan])
         found = measured(plan)
         assert found == pytest.approx({m: float(fresh[m].mean()) for m in ("kl", "nll", "top1")}, abs=1e-6), letters
 
 
 def test_layers_up_to_the_change_are_kept(tmp_path: Path) -> None:
-    measured = MeasuredPlans(probe(), KeptByPlan(tmp_path / "kept.jsonl", "here"))
+    measured = MeasuredPlans(probe(), PlanCache(tmp_path / "kept.jsonl", "here"))
     measured(layer_plans("fffs", 8))
     assert set(measured.probe.streams.inputs) == {0, 1, 2, 3}
 
 
 def test_a_plan_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, plan = tmp_path / "kept.jsonl", layer_plans("fsff", 8)
-    found = MeasuredPlans(probe(), KeptByPlan(file, "here"))(plan)
-    again = MeasuredPlans(probe(), KeptByPlan(file, "here"))
+    found = MeasuredPlans(probe(), PlanCache(file, "here"))(plan)
+    again = MeasuredPlans(probe(), PlanCache(file, "here"))
     monkeypatch.setattr(again, "_measure", lambda _: pytest.fail("measured again"))
     assert again(plan) == found
-    other = KeptByPlan(file, "another text")
+    other = PlanCache(file, "another text")
     assert other(plan, lambda: {"kl": 1.0}) == {"kl": 1.0}
-    assert KeptByPlan(file, "here").found
-    assert KeptByPlan(file, "another text").found
+    assert PlanCache(file, "here").results
+    assert PlanCache(file, "another text").results
     file.write_text("half a li")
     with pytest.raises(ConfigError, match="cannot be read"):
-        KeptByPlan(file, "here")
+        PlanCache(file, "here")
 
 
 def test_what_is_not_finite_is_neither_kept_nor_read(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_what_is_not_finite_is_neither_kept_nor_read(tmp_path: Path) -> None:
     with torch.no_grad():
         broken.streams.stream.model.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
     with pytest.raises(LayerboostError, match=r"kl of a plan that was tried is nan"):
-        MeasuredPlans(broken, KeptByPlan(file, "here"))(plan)
+        MeasuredPlans(broken, PlanCache(file, "here"))(plan)
     assert not file.exists()
     file.write_text('{"made_from": "here", "plan": "a", "found": {"kl": NaN}}\n')
     with pytest.raises(ConfigError, match="cannot be read"):
-        KeptByPlan(file, "here")
+        PlanCache(file, "here")

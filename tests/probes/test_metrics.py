@@ -34,7 +34,7 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
         monkeypatch.setattr(f"layerboost.probes.metrics.{name}", size)
     text = BaseText(base, IDS, hidden)
     assert (text.weight is not None) == (family == "llama")
-    found, (expected,) = text.damages(other), token_losses(base, hidden, IDS, [other])[1]
+    found, (expected,) = text.losses(other), token_losses(base, hidden, IDS, [other])[1]
     nll = token_losses(base, hidden, IDS, [])[0]
     torch.testing.assert_close(found["kl"], expected.kl, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["nll"], expected.nll - nll, atol=1e-5, rtol=1e-5)
@@ -42,7 +42,7 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
     if family == "llama":
         moved = (logits.argmax(-1) != changed.argmax(-1))[:, :-1].float().mean(-1)
         torch.testing.assert_close(found["top1"], moved)
-    same = text.damages(hidden)
+    same = text.losses(hidden)
     assert all(values.abs().max() < 1e-5 for values in same.values())
 
 
@@ -56,12 +56,12 @@ def test_positions_that_are_left_out_lose_nothing(family: str) -> None:
     scored[:, 10:20] = True  # the token at position 25 is predicted at 24
     scored[1:, 24:28] = True
     for text in (BaseText(base, IDS, hidden), BaseText(base, IDS, hidden, scored)):
-        whole, part = text.damages(other), text.damages(other[:, 25:])
+        whole, part = text.losses(other), text.losses(other[:, 25:])
         for metric, values in whole.items():
             torch.testing.assert_close(part[metric], values, atol=1e-5, rtol=1e-5)
         assert whole["kl"][1:].min() > 1e-3
     scored[:, 24:28] = False
-    nothing = BaseText(base, IDS, hidden, scored).damages(other[:, 25:])
+    nothing = BaseText(base, IDS, hidden, scored).losses(other[:, 25:])
     assert all(torch.equal(values, torch.zeros(5)) for values in nothing.values())
 
 

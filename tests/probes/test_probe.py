@@ -28,13 +28,13 @@ SINKS = {(layer, WINDOW): torch.linspace(-2, 2, 4) + layer for layer in range(4)
 def test_any_plans_lose_what_full_forward_passes_say_in_batches_of_any_size(letters: list[str], batch: int) -> None:
     base = tiny_model(layers=4)
     probe = TextProbe(LayerStream(base, SINKS), list(IDS.split(batch)), PROMPTS.batches(batch), (WINDOW,))
-    for plan, damages in zip(letters, probe.damages([layer_plans(each, WINDOW) for each in letters]), strict=True):
+    for plan, losses in zip(letters, probe.losses([layer_plans(each, WINDOW) for each in letters]), strict=True):
         layers = layer_plans(plan, WINDOW)
         changed = apply_plan(tiny_model(layers=4), layers, {e.layer: SINKS[e.layer, WINDOW] for e in layers if e.sink})
         expected = naive(base, changed)
         for metric in ("kl", "nll", "retrieval"):
-            torch.testing.assert_close(damages[metric], expected[metric], atol=1e-4, rtol=1e-3)
-        assert damages["kl"].min() > -1e-5
+            torch.testing.assert_close(losses[metric], expected[metric], atol=1e-4, rtol=1e-3)
+        assert losses["kl"].min() > -1e-5
 
 
 @given(one=st.text("fsn", min_size=3, max_size=3), other=st.text("fsn", min_size=3, max_size=3))

@@ -49,10 +49,10 @@ def refusal(task: BenchTask, tokenizer: Any) -> str:
 
 
 ODD: dict[str, tuple[dict[str, Any], Any, Any]] = {
-    "an index beyond the choices": ({"a": 7}, "none of their choices", 0.0),
-    "no answer, as -1": ({"a": -1}, "none of their choices", 0.0),
-    "a single choice": ({"c": ["one"]}, "one choice alone", 1.0),
-    "no right one of two alike": ({"c": ["one", "one"], "a": 1}, "two choices that are the same", None),
+    "an index beyond the choices": ({"a": 7}, "not among their choices", 0.0),
+    "no answer, as -1": ({"a": -1}, "not among their choices", 0.0),
+    "a single choice": ({"c": ["one"]}, "only one choice", 1.0),
+    "no right one of two alike": ({"c": ["one", "one"], "a": 1}, "two equal choices", None),
 }
 
 
@@ -89,8 +89,8 @@ def test_a_choice_by_its_text_in_other_case_is_no_answer(tokenizer: Any, tmp_pat
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([ITEM | {"a": "TWO"}] * 3, "3 of 3 items of task own have an answer that is none of their choices"),
-        ([ITEM | {"c": ["one"]}] * 2, "2 of 2 items of task own have one choice alone"),
+        ([ITEM | {"a": "TWO"}] * 3, "3 of 3 items of task own have an answer that is not among their choices"),
+        ([ITEM | {"c": ["one"]}] * 2, "2 of 2 items of task own have only one choice"),
     ],
 )
 def test_a_task_that_says_nothing_about_a_model_is_refused(
@@ -185,7 +185,7 @@ def test_generated_answers_are_checked(tokenizer: Any, tmp_path: Path, caplog: p
     task = load(tmp_path, [ITEM, ITEM | {"a": 7}, ITEM | {"q": ""}], TARGETS["field"], **kinds)
     told = refusal(task, tokenizer)
     assert "2 of 3 items" in told
-    assert "its answer 7 is none of its 3 choices" in told
+    assert "its answer 7 is not among its 3 choices" in told
     check_items([load(tmp_path, [ITEM, ITEM | {"q": LONG}], TARGETS["field"], **kinds)], tokenizer, CONTEXT)
     assert "1 of 2 items of task own are longer than the model's context" in caplog.text
 
@@ -231,7 +231,7 @@ def test_answers_to_generate_that_are_missing(tokenizer: Any, tmp_path: Path, ca
 def test_several_right_choices(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = load(tmp_path, [ITEM | {"a": [0, 1]}, ITEM | {"a": []}, ITEM | {"a": [9]}], TARGETS["field"])
     check_items([task], tokenizer, CONTEXT)
-    assert "2 of 3 items of task own have an answer that is none of their choices" in caplog.text
+    assert "2 of 3 items of task own have an answer that is not among their choices" in caplog.text
 
 
 def test_lengths_are_those_of_lm_eval(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -97,7 +97,7 @@ def test_likelihoods_that_are_not_finite_are_no_accuracy(bench: Path) -> None:
     tasks, tokenizer, ids = load_choices(["arc_easy"], str(bench), 4), tiny_tokenizer(), torch.randint(3, 200, (2, 20))
     stream = LayerStream(tiny_model(), SINKS | {(1, WINDOW): torch.full((4,), math.nan)})
     probe = TaskProbe(stream, tokenizer, tasks, 400)
-    [found] = probe.damages([layer_plans("fS", WINDOW)])
+    [found] = probe.losses([layer_plans("fS", WINDOW)])
     assert found["benchmark"].isnan().all()
     with pytest.raises(
         LayerboostError, match=r"(kl|benchmark) of layer 1 made sliding is nan(.|\n)*the base is finite"

@@ -202,7 +202,7 @@ def test_a_broken_task_file_is_one_message(bench: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             load_bench(settings(bench, str(file)))
     file.write_text(whole.replace("task: own", "task: piqa"))
-    with pytest.raises(ConfigError, match=r"two tasks of one name\n.*piqa"):
+    with pytest.raises(ConfigError, match=r"two tasks of the same name\n.*piqa"):
         load_bench(settings(bench, "piqa", str(file)))
 
 

@@ -30,7 +30,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.base import Base, find_model
 from layerboost.model.checkpoint import plan_in
 from layerboost.model.surgery import apply_plan, check_plan
-from layerboost.runtime import GIB, Runtime, cores, log, machine, settle_environment
+from layerboost.runtime import GIB, Runtime, clean_environment, cores, log, machine
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.benchmark import disturbance
 from layerboost.schemas.model import ModelInfo
@@ -61,7 +61,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError when the
     engine fails.
     """
-    settle_environment()
+    clean_environment()
     if not 0 < cache_gib < math.inf:
         raise ConfigError(f"--cache-gib {cache_gib} is no size of a cache", do="give a positive number of GiB")
     version, on_cpu = check_vllm(), runs_on_cpu()

@@ -1,1 +1,1 @@
-"""What strategies cost: KV bytes, parameters, time; vLLM's memory arithmetic."""
+"""The costs of strategies: KV bytes, parameters, time; vLLM's memory arithmetic."""

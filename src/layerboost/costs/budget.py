@@ -1,4 +1,4 @@
-"""What strategies cost: bytes of KV cache, parameters, and the time of decoding and prefill by a linear roofline."""
+"""The costs of strategies: bytes of KV cache, parameters, and the time of decoding and prefill by a linear model."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
 
-# What a plan can have a budget of, as keys of every mapping of costs here.
+# The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
-    """Bytes a whole plan holds for one request of `context_tokens`."""
+    """Return the KV bytes of a plan for one request of `context_tokens`."""
     return sum(entry.kv_tokens(context_tokens) for entry in as_served(model, layers)) * model.kv_bytes_per_token
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
-    """Bytes the base holds for one request of `context_tokens`."""
+    """Return the KV bytes of the base for one request of `context_tokens`."""
     return plan_kv_bytes(model, all_full(model), context_tokens)
 
 
 class Rates(BaseModel):
-    """What a machine does in a second. The time of a step is the sum of its parts; what is None takes no time.
+    """The speed of a machine. The time of a step is the sum of its parts; a rate of None means no time.
 
-    A sum and not the maximum of a roofline, so that each layer has its own share: between the two lies at most the
-    number of parts.
+    A sum and not the maximum of a roofline, so that each layer has a time of its own; the two differ by at most the
+    number of parts as a factor.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     step_ms: float = Field(0.0, ge=0, description="of every forward pass: scheduler, sampler, launches")
     layer_ms: float = Field(0.0, ge=0, description="of every layer with attention in a pass")
-    weight_bytes_per_s: float | None = Field(None, gt=0, description="reading of weights, once a pass")
+    weight_bytes_per_s: float | None = Field(None, gt=0, description="reading of weights, once per pass")
     flops_per_s: float | None = Field(None, gt=0, description="matrix products with weights")
     kv_bytes_per_s: float | None = Field(None, gt=0, description="reading of the KV cache while decoding")
     attention_flops_per_s: float | None = Field(None, gt=0, description="attention during prefill")
 
     def milliseconds(self, work: np.ndarray) -> float:
-        """The time of `work`, a row of `decode_work` or `prefill_work`."""
+        """Return the milliseconds that `work` `[6]` takes, as from `decode_work` or `prefill_work`."""
         rates = (self.weight_bytes_per_s, self.flops_per_s, self.kv_bytes_per_s, self.attention_flops_per_s)
         prices = [self.step_ms, self.layer_ms, *(1e3 / rate if rate else 0.0 for rate in rates)]
         return float(work @ np.array(prices))
 
 
 class Costs(Artifact):
-    """`costs.json`: rates measured on one machine with one model, or written by a person from a data sheet.
+    """`costs.json`: rates measured on one machine with one model, or written by hand from a data sheet.
 
-    `machine` and `model` are None in a file that a person wrote: it holds anywhere.
+    `machine` and `model` are None in a file written by hand, which is valid anywhere.
     """
 
     machine: str | None = None
     model: str | None = Field(None, description="fingerprint of the model it was measured with")
-    disturbed: str | None = Field(None, description="why the rates may be too low: what else the machine did")
+    disturbed: str | None = Field(None, description="why the rates may be too low: other load of the machine")
     rates: Rates
 
 
 def read_costs(file: Path, model: ModelInfo) -> Rates:
-    """The rates in `costs.json`; raises ConfigError for those of another machine or model."""
+    """Return the rates in `costs.json`; raise ConfigError if they are of another machine or model."""
     costs = read_json(file, Costs, "layerboost costs")
     for what, there, here in (("machine", costs.machine, machine()), ("model", costs.model, model.fingerprint)):
         if there is not None and there != here:
@@ -83,9 +83,9 @@ def read_costs(file: Path, model: ModelInfo) -> Rates:
 
 
 def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, context_tokens: int) -> np.ndarray:
-    """One step of `requests` sequences of `context_tokens`.
+    """Return the work `[6]` of one step of `requests` sequences of `context_tokens`.
 
-    Passes, layers with attention, weight bytes, FLOPs of products with weights, KV bytes, FLOPs of prefill attention.
+    Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention.
     """
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
@@ -96,7 +96,7 @@ def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, co
 def prefill_work(
     model: ModelInfo, layers: Sequence[LayerPlan], prompt_tokens: int, max_batched_tokens: int
 ) -> np.ndarray:
-    """A prompt read in steps of `max_batched_tokens`; the columns of `decode_work`. The head sees the last token."""
+    """Return the work `[6]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     body, head = _body_parameters(model), model.hidden_size * model.vocabulary
     weights = body + attention * model.attention_parameters
@@ -109,9 +109,9 @@ def prefill_work(
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on costs, and the costs they are held to; all depend on the strategies' counts alone.
+    """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
-    Costs are sums over layers, but for the padding: vLLM keeps layers of a kind in groups of one size.
+    Costs are sums over layers, except for the padding: vLLM keeps layers of a kind in groups of one size.
     """
 
     model: ModelInfo
@@ -123,7 +123,7 @@ class Budget:
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, settings: Plan) -> Budget:
-        """The budget that the settings state; raises ConfigError for one on time without rates."""
+        """Return the budget of the settings; raise ConfigError for a limit on time without rates."""
         rates = read_costs(Path(settings.costs), sensitivity.model) if settings.costs else None
         if settings.decode_fraction is not None and rates is None:
             raise ConfigError(
@@ -137,7 +137,7 @@ class Budget:
         }
         fractions = {name: fraction for name, fraction in given.items() if fraction is not None}
         model, context = sensitivity.model, settings.context_tokens
-        # Where layers slide in the base, counts of what the plan says are not counts of what vLLM groups.
+        # If layers slide in the base, vLLM's groups have other counts than the plan.
         padding = settings.kv_padding and not model.sliding_layers
         limits = cls(model, context, settings.concurrency, fractions, rates, padding)
         if rates is not None and not limits.base()[DECODE_MS]:
@@ -148,7 +148,7 @@ class Budget:
         return limits
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
-        """Every cost of a plan, for one request of the budget's context; no layers: what is left without attention."""
+        """Return every cost of a plan, for one request of the budget's context; of no layers, the rest of the model."""
         attention = sum(entry.strategy.keeps_weights for entry in layers)
         body = self.model.parameters - self.model.layers * self.model.attention_parameters
         costs = {
@@ -161,41 +161,41 @@ class Budget:
         return costs
 
     def layer(self, entry: LayerPlan) -> dict[str, float]:
-        """What one layer adds to the costs of a plan."""
+        """Return the costs that one layer adds to a plan."""
         without = self.plan([])
         return {name: cost - without[name] for name, cost in self.plan([entry]).items()}
 
     def base(self) -> dict[str, float]:
-        """The costs of the base."""
+        """Return the costs of the base."""
         return self.plan(all_full(self.model))
 
-    def share(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
-        """The costs of a plan against the base's."""
+    def relative(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
+        """Return the costs of a plan as fractions of the base's."""
         base = self.base()
         return {name: cost / base[name] for name, cost in self.plan(layers).items()}
 
-    def held(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
-        """The costs that are held to the limits, against the base's: `share` with the padding in the KV bytes."""
-        share = self.share(layers)
-        return share | {KV_BYTES: share[KV_BYTES] + self.padding_share(*cached(layers))}
+    def limited(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
+        """Return the costs to compare with the limits: `relative`, with the padding in the KV bytes."""
+        costs = self.relative(layers)
+        return costs | {KV_BYTES: costs[KV_BYTES] + self.padding_fraction(*cached(layers))}
 
-    def padding_share(self, full: int, sliding: int) -> float:
-        """KV bytes of the full layers that vLLM pads with, against the base's KV bytes; 0 where they do not count."""
+    def padding_fraction(self, full: int, sliding: int) -> float:
+        """Return vLLM's padding with full layers as a fraction of the base's KV bytes; 0 if it is not counted."""
         return (padded_full(full, sliding) - full) / self.model.layers if self.padding else 0.0
 
     def met(self, layers: Sequence[LayerPlan]) -> bool:
-        """Whether a plan keeps within every limit."""
-        held = self.held(layers)
-        return all(held[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
+        """Return whether a plan is within every limit."""
+        costs = self.limited(layers)
+        return all(costs[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
 
 
 def _pairs(entry: LayerPlan, tokens: int) -> int:
-    """Return the query-key pairs of a prompt: a query attends to as many tokens up to itself as the layer holds."""
+    """Return the query-key pairs of a prompt: a query attends to the last tokens that the layer holds, and itself."""
     seen = entry.kv_tokens(tokens)
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
 def _body_parameters(model: ModelInfo) -> int:
-    """Parameters that every token is multiplied with, less attention and head."""
+    """Return the parameters that every token is multiplied with, without attention and head."""
     embeddings = (1 if model.tied_head else 2) * model.hidden_size * model.vocabulary
     return model.parameters - embeddings - model.layers * model.attention_parameters

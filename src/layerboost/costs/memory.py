@@ -1,4 +1,4 @@
-"""What vLLM makes of a plan's KV cache: groups, blocks, what it reserves for a request and what that request holds.
+"""vLLM's KV cache of a plan: groups, blocks, the bytes that a request reserves and those that it holds.
 
 Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, for layers of one KV size and one window.
 """
@@ -13,7 +13,7 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, window_of
 from layerboost.strategies import FULL
 
-# A request may reserve this much more than it holds while decoding, before smaller batches are advised.
+# A request may reserve this many times what it holds while decoding; above it smaller batches are advised.
 SPARE = 1.25
 
 
@@ -26,7 +26,7 @@ class CacheSettings:
     concurrent_batches: int
 
 
-# What `vllm serve` starts with. GPUs of 70 GiB, but for the A100, read 8,192 tokens at once; of 160 GiB 16,384.
+# Defaults of `vllm serve`. GPUs of 70 GiB, except the A100, read 8,192 tokens at once; of 160 GiB 16,384.
 CPU_DEFAULTS = CacheSettings(max_batched_tokens=2048, block_size=128, concurrent_batches=1)
 GPU_DEFAULTS = CacheSettings(max_batched_tokens=2048, block_size=16, concurrent_batches=2)
 
@@ -42,8 +42,8 @@ class Groups:
 
 @dataclass(frozen=True)
 class Admission:
-    """What settings give and cost: requests admitted to the same memory, against the base; the steps to read a prompt,
-    and the milliseconds where the machine's rates are known."""
+    """Effects of settings: requests admitted to the same memory, against the base; the steps to read a prompt,
+    and the milliseconds if the machine's rates are known."""
 
     requests_ratio: float
     prefill_steps: int
@@ -52,9 +52,9 @@ class Admission:
 
 @dataclass(frozen=True)
 class Serving:
-    """How vLLM is to be started so that a plan's memory is real, and what that gives and costs.
+    """The flags with which vLLM saves the memory that a plan promises, and their effects.
 
-    `flags`: further arguments of `vllm serve`, each with its value. `advised`: for requests of `context_tokens` with
+    `flags`: extra arguments of `vllm serve`, each with its value. `advised`: for requests of `context_tokens` with
     these flags; `default`: the same with vLLM's own settings.
     """
 
@@ -65,7 +65,7 @@ class Serving:
 
     @property
     def gain(self) -> str:
-        """What the flags gain and cost, as a sentence without its full stop."""
+        """Return the effects of the flags as a sentence without its full stop."""
         own, default = self.advised, self.default
         text = f"vLLM admits {own.requests_ratio:.2f} times the base's requests of {self.context_tokens} tokens"
         if own.prefill_steps == default.prefill_steps:
@@ -92,7 +92,7 @@ def groups(full: int, sliding: int) -> Groups:
 
 
 def padded_full(full: int, sliding: int) -> int:
-    """Return for how many full layers vLLM reserves memory: more than there are where their last group is padded."""
+    """Return the number of full layers that vLLM reserves memory for, padding of their last group included."""
     found = groups(full, sliding)
     return found.full * found.size
 
@@ -103,7 +103,7 @@ def cached(layers: Sequence[LayerPlan]) -> tuple[int, int]:
 
 
 def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """Return the layers as they run: those that a plan leaves full slide where they do in the base."""
+    """Return the layers as they run: unchanged layers, which a plan calls full, slide if they do in the base."""
     window = model.sliding_window
     return [
         LayerPlan(layer=entry.layer, attention="sliding", window=window)
@@ -128,11 +128,11 @@ def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_token
 
 
 def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, settings: CacheSettings) -> int:
-    """Return the KV bytes one request holds while it decodes its `context_tokens`-th token, on average over the borders
+    """Return the KV bytes that one request holds as it decodes its `context_tokens`-th token, averaged over the borders
     of blocks, padding included."""
     found, window = _grouped(model, layers)
-    whole = math.ceil(context_tokens / settings.block_size)
-    blocks = found.full * whole + found.sliding * min(whole, (window - 1) / settings.block_size + 1)
+    every = math.ceil(context_tokens / settings.block_size)
+    blocks = found.full * every + found.sliding * min(every, (window - 1) / settings.block_size + 1)
     return round(blocks * block_bytes(model, layers, settings))
 
 
@@ -150,7 +150,7 @@ def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int
 def plan_serving(
     plan: PlanFile, default: CacheSettings, prefill_ms: Callable[[int], float] | None = None
 ) -> Serving | None:
-    """Return `serving` of a plan where vLLM starts with `default`; None for a plan that names no context length."""
+    """Return `serving` of a plan if vLLM starts with `default`; None for a plan that names no context length."""
     context, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
     if not isinstance(context, int) or not isinstance(concurrency, int):
         return None
@@ -165,11 +165,11 @@ def serving(
     default: CacheSettings,
     prefill_ms: Callable[[int], float] | None = None,
 ) -> Serving:
-    """Return the flags that make a plan's memory real at `context_tokens`; none where vLLM's own settings do.
+    """Return the flags that save a plan's memory at `context_tokens`; none if vLLM's defaults do.
 
     `--max-num-batched-tokens` is the largest power of two with which a request reserves at most a quarter more than it
     holds, or else the smallest that can hold a step of `concurrency` requests. `prefill_ms`: the time to read a prompt
-    of `context_tokens` by a number of tokens at once, where it is known.
+    of `context_tokens` by a number of tokens at once, if known.
     """
     base = all_full(model)
 
@@ -181,7 +181,7 @@ def serving(
 
     advised = _advised(model, layers, context_tokens, concurrency, default)
     flags: tuple[str, ...] = ()
-    # vLLM's own batch depends on the GPU, which may be another one than here: where a layer slides it is always named.
+    # vLLM's default batch depends on the GPU, which may not be this one: if a layer slides, always name it.
     unknown = default == GPU_DEFAULTS and window_of(layers) is not None
     if unknown or advised.max_batched_tokens != default.max_batched_tokens:
         flags += ("--max-num-batched-tokens", str(advised.max_batched_tokens))

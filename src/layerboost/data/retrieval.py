@@ -1,6 +1,6 @@
-"""Prompts that only a model which looks far back can complete: a passkey or a key-value pair in any text.
+"""Prompts that a model completes only if it attends far back: a passkey or a key-value pair in any text.
 
-Running text hardly tells whether a window has cut a model off from what it read; these do.
+Running text barely shows what a window loses; these prompts do.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PAIRS, DIGITS = 4, 5
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one kind and length, answers included: `ids` `[N, T]`, the last `answers[n]` of row n the answer.
+    """Prompts of one kind and length: `ids` `[N, T]`, of which the last `answers[n]` ids of row n are the answer.
 
-    `depths`: where the wanted fact stands, as a share of the prompt.
+    `depths`: the position of the requested fact, as a fraction of the prompt.
     """
 
     kind: Kind
@@ -41,7 +41,7 @@ class Prompts:
     depths: tuple[float, ...]
 
     def batches(self, sequences: int) -> list[Prompts]:
-        """Cut into parts of at most `sequences` rows."""
+        """Return parts of at most `sequences` rows."""
         starts = range(0, len(self.ids), sequences)
         cut = [slice(start, start + sequences) for start in starts]
         return [Prompts(self.kind, self.ids[rows], self.answers[rows], self.depths[rows]) for rows in cut]
@@ -50,9 +50,9 @@ class Prompts:
 def retrieval_prompts(
     tokenizer: Any, filler: torch.Tensor, kind: Kind, length_tokens: int, count: int, seed: int
 ) -> Prompts:
-    """`count` prompts of exactly `length_tokens` tokens, each in its own stretch of the token ids `filler`.
+    """Return `count` prompts of exactly `length_tokens` tokens, each in its own part of the token ids `filler`.
 
-    Depths are spread evenly, the values drawn from `seed`. Raises ConfigError when filler or length is too short.
+    Depths are spread evenly, the values drawn from `seed`. Raise ConfigError if filler or length is too short.
     """
     if len(filler) < count * length_tokens:
         raise ConfigError(
@@ -73,11 +73,11 @@ def retrieval_prompts(
 
 
 def _prompt(tokenizer: Any, text: list[int], kind: Kind, depth: float, draw: random.Random) -> tuple[list[int], int]:
-    """One prompt as long as `text`, whose end gives way, and the number of its answer's tokens."""
+    """Return one prompt as long as `text`, which is truncated, and the number of tokens of its answer."""
 
     def encode(words: str) -> list[int]:
-        found: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
-        return found
+        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+        return ids
 
     opening = opening_ids(tokenizer)
     if text[: len(opening)] != opening:
@@ -96,7 +96,7 @@ def _prompt(tokenizer: Any, text: list[int], kind: Kind, depth: float, draw: ran
             found=f"{len(text)} tokens",
             do=f"ask for {len(text) - room + len(facts)} tokens or more",
         )
-    # The wanted fact at its depth, the others anywhere.
+    # The requested fact at its depth, the others anywhere.
     places = sorted(
         [(int(depth * room), 0), *((draw.randrange(room), other) for other in range(1, len(facts)))], reverse=True
     )

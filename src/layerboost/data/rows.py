@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files and lines of text: one reader, which names the file and the line it cannot use."""
+"""Rows of JSONL and Parquet files and lines of text; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 
 from layerboost.errors import ConfigError, first_line
 
-# Where a JSON string may hold half of a surrogate pair.
+# A JSON string that may hold half of a surrogate pair.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LFS_POINTER = "version https://git-lfs"
-# What stands for a missing value in a column that was made into text.
+# Texts that mean a missing value in a column converted to text.
 NO_VALUE = {"nan", "NaN", "NaT", "None", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL"}
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a field of a row holds nothing: null, not a number, blank, or a word that stands for these."""
+    """Return whether a field of a row is empty: null, not a number, blank, or a text that means these."""
     if isinstance(value, str):
         return not (word := value.strip()) or word in NO_VALUE
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Each row with the words for where it is: of a Parquet file, else of a JSONL file, which may be gzipped.
+    """Yield each row and its place, as text, of a Parquet file, or else of a JSONL file, which may be gzipped.
 
-    Of a Parquet file that has `column`, rows hold that column alone. Blank lines and byte order marks are passed over;
-    halves of surrogate pairs become U+FFFD. Raises ConfigError for a file that cannot be read.
+    If a Parquet file has `column`, rows hold that column alone. Blank lines and byte order marks are skipped;
+    halves of surrogate pairs become U+FFFD. Raise ConfigError for a file that cannot be read.
     """
     if file.name.lower().endswith(".parquet"):
         yield from _parquet_rows(file, column)
@@ -43,16 +43,16 @@ def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             found = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-            do = "mend or remove the line; a JSONL file holds one JSON object per line"
+            do = "correct or remove the line; a JSONL file holds one JSON object per line"
             raise ConfigError(f"{where} is not JSON", found=found, do=do) from None
         yield where, _well_formed(row) if SURROGATE.search(line) else row
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Each line of a text file, which may be gzipped, with the words for where it is; raises ConfigError."""
+    """Yield each line and its place, as text, of a text file, which may be gzipped; raise ConfigError if unreadable."""
     where = str(file)
     try:
-        # What is not UTF-8 becomes surrogates here, so that its line can be named.
+        # Bytes that are not UTF-8 become surrogates, so that the error can name their line.
         opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
         with opener(file, "rt", encoding="utf-8", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
@@ -90,6 +90,6 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _well_formed(row: Any) -> Any:
-    """The row with U+FFFD in place of halves of surrogate pairs, which no tokenizer takes."""
+    """Return the row with U+FFFD for halves of surrogate pairs, which no tokenizer accepts."""
     text = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return json.loads(text)

@@ -23,7 +23,7 @@ from layerboost.runtime import Progress, log, warn_once
 from layerboost.schemas.artifact import fingerprint, json_text
 
 Split = Literal["calibration", "held_out", "train", "all"]
-# Of ten documents one is for calibration and one is held out. Fixed, so that no seed moves a document across.
+# Of ten documents, one is for calibration and one is held out. Fixed, so that no seed moves a document to another.
 SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -35,18 +35,18 @@ ABOUT = re.compile(
     r"|(acceptable[ _-]?)?use[ _-]?policy|third[ _-]?party[ _-]?(notices?|licen[cs]es?))\.",
     re.IGNORECASE,
 )
-# So many rows without text, and no text before them: this is the wrong column.
+# After this many rows without text, and none with, the column is wrong.
 HOPELESS_ROWS = 1000
-# Tokenizers are given so many characters of a text at a time: some take a time that grows with the square of them.
+# Characters per call of a tokenizer: for some the time grows with their square.
 TOKENIZED_CHARACTERS = 1 << 20
-# A word, or one sign of a script without spaces. English takes 1.3 tokens a word, source code 2 to 3.
+# A word, or one character of a script without spaces. English takes 1.3 tokens per word, source code 2 to 3.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
-# A text is refused if more of its characters than this fraction are lost on the way to token ids, and warned of here.
+# Fractions of a text's characters lost in tokenization above which it is refused, and above which we warn.
 LOST, SOME_LOST = 0.1, 0.01
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
 SAMPLES_AT_ONCE = 64
-# So many samples of a model, from a seed.
+# (count, seed) -> samples of a model.
 Generate = Callable[[int, int], list[str]]
 
 
@@ -59,22 +59,22 @@ class Tokens:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Return the number of tokens of all sequences."""
         return self.ids.numel()
 
     def batches(self, sequences: int) -> list[torch.Tensor]:
-        """`ids` cut into batches `[B, T]` of at most `sequences` rows."""
+        """Return `ids` in batches `[B, T]` of at most `sequences` rows."""
         return list(self.ids.split(sequences))
 
 
 def load_tokens(
     text: Text, tokenizer: Any, split: Split, tokens: int, *, run: Path | None = None, seed: int = 0
 ) -> Tokens:
-    """At least `tokens` tokens of a split, packed into full sequences; one more sequence at most. Documents, and
-    sequences that begin within one, open as the tokenizer opens a text.
+    """Return at least `tokens` tokens of a split, packed into full sequences; at most one more sequence.
 
-    `run`: where samples of the model lie if the source is `self`; `seed` orders the train split. Raises ConfigError for
-    a source that cannot be read or holds too little text.
+    Documents, and sequences that start within one, begin with `opening_ids`. `run`: the run folder with the model's
+    samples if the source is `self`; `seed` orders the train split. Raise ConfigError for a source that cannot be read
+    or holds too little text.
     """
     length = text.sequence_tokens
     needed = max(1, -(-tokens // length))
@@ -89,12 +89,12 @@ def load_tokens(
     rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
     while len(rows) <= needed:
-        # The source that lags most behind its share is next: the order depends on nothing but text and seed.
+        # The source furthest behind its weight is next: the order depends on text and seed alone.
         source = min(taken, key=lambda name: taken[name] / text.sources[name])
         document = next(documents[source], None)
         if document is None:
             raise ConfigError(
-                f"the {split} text is too short: {needed * length:,} tokens wanted",
+                f"the {split} text is too short: {needed * length:,} tokens needed",
                 found=f"{taken[source]:,} tokens in the {split} split of {source}",
                 do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
             )
@@ -105,18 +105,18 @@ def load_tokens(
 
 
 def opening_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: the begin-of-text token of Llama 3 or Gemma, nothing for Qwen.
+    """Return the ids that the tokenizer puts before a text: begin-of-text for Llama 3 or Gemma, none for Qwen.
 
-    Such models are lost without it: their heads park attention there. What it puts behind a text is left out.
+    Models with such a token fail without it: their heads park attention there. Ids after a text are left out.
     """
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    opening: list[int] = whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+    full, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(full) - len(bare) + 1)
+    opening: list[int] = full[: next((at for at in starts if full[at : at + len(bare)] == bare), 0)]
     return opening
 
 
 def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
-    """The token ids of a text, nothing put before or after; of a very long one the first `most` at least."""
+    """Return the token ids of a text without special tokens; of a very long text at least the first `most`."""
     ids: list[int] = []
     for _, piece in text_pieces(text):
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -126,19 +126,19 @@ def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
 
 
 def text_pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Cut a very long text into pieces to tokenize, each with its place in the text."""
+    """Yield a very long text in pieces to tokenize, each with its offset in characters."""
     start = 0
     while start < len(text):
         end = start + TOKENIZED_CHARACTERS
         if end < len(text):
-            space = text.rfind(" ", start + 1, end)  # a word begins there, so no token is cut
+            space = text.rfind(" ", start + 1, end)  # the start of a word, so no token is cut
             end = space if space > 0 else end
         yield start, text[start:end]
         start = end
 
 
 def _pack(rows: list[list[int]], document: list[int], opening: list[int], length: int) -> None:
-    """Append a document to the last row and further ones; it begins with `opening`, and so does each row."""
+    """Append a document to the last row and to new ones; the document and each row begin with `opening`."""
     start = 0
     while start < len(document):
         row = rows[-1]
@@ -150,7 +150,7 @@ def _pack(rows: list[list[int]], document: list[int], opening: list[int], length
 
 
 def _checked(documents: Iterator[str], tokenizer: Any, source: str) -> Iterator[str]:
-    """Pass documents on, once the tokenizer has been found to know the first of them."""
+    """Yield the documents after a check that the tokenizer knows the first of them."""
     first, characters = list[str](), 0
     while characters < PIECE_CHARACTERS and (document := next(documents, None)) is not None:
         first.append(document)
@@ -161,11 +161,11 @@ def _checked(documents: Iterator[str], tokenizer: Any, source: str) -> Iterator[
 
 
 def check_known(text: str, tokenizer: Any, source: str) -> None:
-    """Raise ConfigError if much of the beginning of a text is lost when it is tokenized and decoded again.
+    """Raise ConfigError if much of the start of a text is lost when it is tokenized and decoded again.
 
-    Unknown tokens lose characters, and so do tokenizers that have none and drop what they do not know. White space,
-    case, accents and compatibility forms do not count: tokenizers may normalise them. Warns of a text that is lost in
-    part or makes many tokens.
+    Unknown tokens lose characters, and so do tokenizers without them, which drop what they do not know. White space,
+    case, accents and compatibility forms do not count: tokenizers may normalise them. Warn if a smaller part is lost
+    or if the text makes many tokens.
     """
     sample = text[:PIECE_CHARACTERS]
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
@@ -191,15 +191,15 @@ def check_known(text: str, tokenizer: Any, source: str) -> None:
 
 
 def _characters(text: str) -> Counter[str]:
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    return Counter(each for each in plain if not each.isspace() and not unicodedata.combining(each))
+    folded = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(each for each in folded if not each.isspace() and not unicodedata.combining(each))
 
 
 def read_documents(source: str, column: str, run: Path | None = None, seen: set[int] | None = None) -> Iterator[str]:
-    """The documents of a source in a fixed order, each text once: one that occurs twice would be in two splits.
+    """Yield the documents of a source in a fixed order, each text once: a repeated one would be in two splits.
 
-    Few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
-    sources, which are left out here; those of a source on this disk are added. Raises ConfigError.
+    A few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
+    sources, which are left out; those of a source on this disk are added. Raise ConfigError for an unusable source.
     """
     seen = set() if seen is None else seen
     if source == "self":
@@ -212,7 +212,7 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
 
 
 def is_local(source: str) -> bool:
-    """Whether a source lies on this disk, and so has an end that is soon found."""
+    """Return whether a source is on this disk, and so can be read to its end."""
     return source != "self" and (source.startswith("package:") or local_path(source) is not None)
 
 
@@ -226,9 +226,9 @@ def local_path(source: str) -> Path | None:
 
 
 def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
-    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; goes on where a killed run stopped.
+    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; resume after a kill.
 
-    `generate(count, seed)` gives so many samples, `made_from` is kept beside them.
+    `generate(count, seed)` returns `count` samples; `made_from` is saved with them.
     """
     write_text(run / SAMPLES_FROM, json_text(made_from, SAMPLES_FROM))
     lines = _sample_lines(run)
@@ -243,7 +243,7 @@ def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_
 
 
 def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
-    """Whether the model has yet to write its samples; raises ConfigError when those there are of something else."""
+    """Return whether samples of the model are missing; raise ConfigError if there are others."""
     file = run / SAMPLES_FROM
     if not file.is_file():
         return True
@@ -256,20 +256,20 @@ def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
 
 
 def _sample_lines(run: Path) -> list[str]:
-    # Not splitlines(), which cuts at U+2028 and its like within a string too.
+    # Not splitlines(), which also cuts at U+2028 and the like within a string.
     text = (run / SAMPLES).read_text(encoding="utf-8") if (run / SAMPLES).is_file() else ""
     return [line for line in text.split("\n") if line]
 
 
 def check_samples(text: Text, tokens: int, split: Split) -> None:
-    """Raise ConfigError when the model's own samples cannot give a split of `tokens` tokens."""
-    share = len(SPLITS[split])
-    most = -(-text.self_samples * share // 10) * text.sequence_tokens
+    """Raise ConfigError if the model's own samples cannot give a split of `tokens` tokens."""
+    tenths = len(SPLITS[split])
+    most = -(-text.self_samples * tenths // 10) * text.sequence_tokens
     if list(text.sources) == ["self"] and most < tokens:
         raise ConfigError(
             "the model's own samples are too few",
-            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens leave {most:,} for the "
-            f"{split} split, {share} in ten; {tokens:,} are wanted",
+            found=f"{text.self_samples} samples of at most {text.sequence_tokens} tokens give {most:,} to the "
+            f"{split} split, {tenths} in ten; {tokens:,} are needed",
             do="name a text (text.source), ask for more samples (text.self_samples) or fewer tokens",
         )
 
@@ -281,7 +281,7 @@ def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
 
 
 def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
-    """Shuffled through a buffer, so that a Hub data set is read no further than it is used."""
+    """Yield documents shuffled through a buffer, so that a Hub data set is read only as far as needed."""
     draw, buffer = random.Random(seed), []
     for document in documents:
         buffer.append(document)
@@ -314,7 +314,7 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
-    """Each text once, whatever its white space and Unicode normalisation form; `seen` gets the hashes."""
+    """Yield each text once, whatever its white space and Unicode normalisation form; add the hashes to `seen`."""
     for text in documents:
         if (key := hash(unicodedata.normalize("NFC", " ".join(text.split())))) not in seen:
             seen.add(key)
@@ -322,10 +322,10 @@ def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder that hold documents, in order: data files, or where there are none, texts.
+    """Return the files of a directory that hold documents, in order: data files, or if there are none, texts.
 
-    Hidden files, run folders, model directories and what is written about the data (README, licence) are left out.
-    Raises ConfigError for a folder that is itself of a run or a model.
+    Hidden files, run folders, model directories and texts about the data (README, licence) are left out.
+    Raise ConfigError for a run folder or a model directory.
     """
     paths = sorted(folder.rglob("*"))
     own = {path.parent for path in paths if _marks_own(path)}
@@ -339,14 +339,14 @@ def _files(folder: Path) -> list[Path]:
     files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
     data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
     texts = [file for file in files if _is_text(file.name)]
-    kept = data or texts
-    left_out = sorted({*files, *own.intersection(seen)} - set(kept))
+    documents = data or texts
+    left_out = sorted({*files, *own.intersection(seen)} - set(documents))
     if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         kind = "data files" if data else "texts"
         names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
-        warn_once(f"{folder}: {len(kept)} {kind} are read; left out: {names}{more}")
-    return kept
+        warn_once(f"{folder}: {len(documents)} {kind} are read; left out: {names}{more}")
+    return documents
 
 
 def _is_text(name: str) -> bool:
@@ -354,7 +354,7 @@ def _is_text(name: str) -> bool:
 
 
 def _marks_own(path: Path) -> bool:
-    """Whether a file shows that its directory is a run folder or a model's."""
+    """Return whether a file shows that its directory is a run folder or a model's."""
     if path.name == "config.json" and path.is_file():
         return '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
     return path.name in ("run.json", ".lock")
@@ -368,9 +368,9 @@ def _read_file(file: Path, column: str) -> Iterator[str]:
 
 
 def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterator[str]:
-    """The texts in a column. Missing values are passed over; rows that hold anything else are left out and counted.
+    """Yield the texts in a column. Missing values are skipped; rows without a text are left out and counted.
 
-    Raises ConfigError where no row holds a text.
+    Raise ConfigError if no row holds a text.
     """
     texts = odd = 0
     first: ConfigError | None = None

@@ -1,4 +1,4 @@
-"""The text that layers are measured on: the calibration split, or the user's own prompts and answers."""
+"""The text on which layers are measured: the calibration split, or the user's own prompts and answers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from layerboost.recipe import Recipe
 from layerboost.runtime import warn_once
 from layerboost.schemas.artifact import fingerprint
 
-# Where the answers of a text begin and end, in characters and in order.
+# Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]
-# Stands for an answer in a rendered template: a character that no text uses.
+# A placeholder for an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Rows of different length: `ids` `[N, T]`, padded on the right, which a causal model does not see.
+    """Prompts and answers of different length: `ids` `[N, T]`, padded on the right, which a causal model does not see.
 
     `scored` `[N, T]`: the tokens whose prediction counts. A row ends with its last one.
     """
@@ -41,37 +41,36 @@ class Traffic:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Return the number of tokens per row."""
         position = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
-        found: list[int] = (self.scored * position).amax(1).tolist()
-        return found
+        lengths: list[int] = (self.scored * position).amax(1).tolist()
+        return lengths
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Return the number of tokens of all rows."""
         return sum(self.lengths)
 
     @property
     def fingerprint(self) -> str:
-        """Of the ids and of what is scored."""
+        """Return a hash of the ids and of what is scored."""
         return fingerprint(self.ids.tolist(), self.scored.tolist())
 
     def batches(self, sequences: int) -> list[Traffic]:
-        """Batches of at most `sequences` rows, each as wide as its longest row."""
+        """Return batches of at most `sequences` rows, each as wide as its longest row."""
         parts = map(Traffic, self.ids.split(sequences), self.scored.split(sequences))
         widths = [(part, max(part.lengths)) for part in parts]
         return [Traffic(part.ids[:, :width], part.scored[:, :width]) for part, width in widths]
 
     def to(self, device: torch.device) -> Traffic:
-        """The same on a device."""
+        """Return a copy on a device."""
         return Traffic(self.ids.to(device), self.scored.to(device))
 
 
 def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None) -> Tokens | Traffic:
-    """`tokens` tokens to measure on and fit sinks on: of the recipe's traffic where it names a file, else of the
-    calibration split.
+    """Return `tokens` tokens to measure and to fit sinks on: of `measure.traffic`, or of the calibration split.
 
-    Raises ConfigError.
+    Raise ConfigError for a file or text that cannot be used.
     """
     settings = recipe.measure
     if settings.traffic:
@@ -84,12 +83,12 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
 
 
 class _Unscorable(Exception):
-    """Why one row among others cannot be scored."""
+    """The reason why a row cannot be scored."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: what the user wrote of it."""
+    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: the user's part of it."""
 
     opening: list[int]
     text: str
@@ -98,16 +97,15 @@ class _Row:
 
 
 def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0) -> Traffic:
-    """Rows of a JSONL or Parquet file in its order, until they hold `tokens` tokens after the first `skip`, the longest
-    first.
+    """Return the rows of a JSONL or Parquet file that hold the `tokens` tokens after the first `skip`, longest first.
 
     A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
-    assistant's turns; or `text`. Answers are scored, of plain text every token. Rows are cut at `most` tokens. Single
-    rows that cannot be scored are left out and counted. Raises ConfigError.
+    assistant's turns; or `text`. Answers are scored, and every token of `text`. Rows are truncated to `most` tokens.
+    Rows that cannot be scored are left out and counted. Raise ConfigError for a file without two rows to score.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
-            "traffic needs a fast tokenizer, which tells where in a text its tokens are",
+            "measure.traffic needs a fast tokenizer, which returns the places of tokens in the text",
             found=type(tokenizer).__name__,
             do="use a model with a tokenizer.json, or measure on text alone",
         )
@@ -130,9 +128,9 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
             break
     check_known(sample, tokenizer, str(file))
     if len(rows) < 2:
-        held = f"{len(rows)} in {file}, after {skip:,} tokens skipped, cut at {most:,} tokens"
+        held = f"{len(rows)} in {file}, after {skip:,} skipped tokens, truncated to {most:,} tokens"
         raise ConfigError(
-            "the traffic must hold two rows to score, or there is no standard error",
+            "measure.traffic must hold two rows to score, or there is no standard error",
             found="; ".join([held, *left_out[:1]]),
             do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
             "text.sequence_tokens",
@@ -146,7 +144,7 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
 
 
 def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
-    """Read a row of a file; raises _Unscorable for one of another form, ConfigError where no row can be used."""
+    """Return a row of a file; raise _Unscorable for one of another form, ConfigError if no row can be used."""
     names = row if isinstance(row, dict) else {}
     fields = {key: value for key, value in names.items() if not is_missing(value)}
     strings = {key for key, value in fields.items() if isinstance(value, str)}
@@ -156,23 +154,23 @@ def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
     if "messages" in fields:
         if not tokenizer.chat_template:
             raise ConfigError(
-                "the traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
+                "measure.traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
         # The template writes its special tokens itself.
         turns = _turns(fields["messages"])
         return _Row([], *_rendered(turns, tokenizer), "\n".join(turn["content"] for turn in turns))
     if "text" in strings:
         text = row["text"]
-        return _Row(opening, text, [(-1, len(text))], text)  # a space at the beginning may end where it begins
+        return _Row(opening, text, [(-1, len(text))], text)  # -1: a leading space may be a token without length
     named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
 
 
 def _turns(messages: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation, each with its content as one text, as vLLM gives them to a template.
+    """Return the messages of a conversation, the content of each as one text, as vLLM passes them to a template.
 
-    Content that is null is empty, parts are lines. Other fields that are null are left out: in a Parquet column they
-    are those of other messages.
+    Null content is empty; parts become lines. Other fields that are null are left out: in a Parquet column they
+    belong to other messages.
     """
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unscorable("its messages are not a list of messages")
@@ -190,11 +188,11 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
-    """A conversation in the chat template, and the assistant's answers in it.
+    """Return a conversation in the chat template, and the spans of the assistant's answers in it.
 
-    It is rendered a second time with marks in place of the answers: what stands between the marks is the template's
-    own. Where the template rewrites answers (it may take the thinking out of earlier turns), the last one alone is
-    scored, if it follows the generation prompt as it was given.
+    It is rendered a second time with marks in place of the answers: the text between the marks is the template's. If
+    the template rewrites answers (it may remove the thinking from earlier turns), only the last one is scored, provided
+    that it follows the generation prompt unchanged.
     """
     answers = [
         at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
@@ -206,39 +204,39 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
         marked[at] = turns[at] | {"content": MARK}
     given = [turns[at]["content"] for at in answers]
     try:
-        whole, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (turns, marked))
+        text, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (turns, marked))
         frames = framed.split(MARK)
-        found = _between(whole, frames, given)
-        if not found:
+        spans = _between(text, frames, given)
+        if not spans:
             head = tokenizer.apply_chat_template(turns[: answers[-1]], tokenize=False, add_generation_prompt=True)
-            found = _between(whole, [head, frames[-1]], given[-1:])
-    except Exception as error:  # templates raise their own, such as for roles in an order they do not take
+            spans = _between(text, [head, frames[-1]], given[-1:])
+    except Exception as error:  # templates raise errors of their own, such as for roles in the wrong order
         raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
-    if not found:
-        raise _Unscorable("the chat template writes its answers in another way than they were given")
-    return whole, found
+    if not spans:
+        raise _Unscorable("the chat template rewrites its answers")
+    return text, spans
 
 
-def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
-    """Where the answers are in `whole`, which is frames with answers between them; nothing if it is not made so.
+def _between(rendered: str, frames: list[str], answers: list[str]) -> Spans:
+    """Return the spans of the answers in `rendered`, frames with answers between them; nothing if it is not so.
 
-    White space around an answer, of which a template may take some away, counts as frame.
+    White space around an answer, which a template may strip, counts as frame.
     """
-    if len(frames) != len(answers) + 1 or not whole.startswith(frames[0]):
+    if len(frames) != len(answers) + 1 or not rendered.startswith(frames[0]):
         return []
     spans, at = list[tuple[int, int]](), len(frames[0])
     for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
         text = answer.strip()
         before, after = answer.split(text, 1)
-        start = whole.find(text, at, at + len(before) + len(text))
+        start = rendered.find(text, at, at + len(before) + len(text))
         end = start + len(text)
-        follows = whole.find(frame, end, end + len(after) + len(frame))
+        follows = rendered.find(frame, end, end + len(after) + len(frame))
         if number == len(answers):
-            follows = len(whole) - len(frame) if whole.endswith(frame) else -1
+            follows = len(rendered) - len(frame) if rendered.endswith(frame) else -1
         if (
             start < 0
             or follows < end
-            or not (before.endswith(whole[at:start]) and after.startswith(whole[end:follows]))
+            or not (before.endswith(rendered[at:start]) and after.startswith(rendered[end:follows]))
         ):
             return []
         spans.append((start, end))
@@ -247,18 +245,18 @@ def _between(whole: str, frames: list[str], answers: list[str]) -> Spans:
 
 
 def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
-    """A row's ids and which are scored, up to the last that is; raises _Unscorable where none can be predicted.
+    """Return a row's ids and which are scored, up to the last such one; raise _Unscorable if none can be predicted.
 
-    The text is tokenized as a whole, as a model is given it: parts of it may have other tokens. A token that holds any
+    The text is tokenized as one, as a model receives it: its parts alone may have other tokens. A token that holds any
     of an answer is scored.
     """
     ids, scored, answers = [*row.opening], [False] * len(row.opening), row.answers
-    passed = done = 0  # answers, and characters
+    passed = done = 0  # in answers, and in characters
     for place, piece in text_pieces(row.text):
         tokens = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
         ids += tokens["input_ids"]
         for first, last in tokens["offset_mapping"]:
-            # Tokens of spaces alone may have no length, and end where they end.
+            # Tokens of spaces alone may have no length.
             start, end = place + first if first < last else done, place + last
             while passed < len(answers) and answers[passed][1] <= start:
                 passed += 1

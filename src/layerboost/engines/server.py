@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from layerboost.engines import guard
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench
-from layerboost.runtime import RANKS, log, release_memory, settle_environment
+from layerboost.runtime import RANKS, clean_environment, log, release_memory
 
 # The arguments of a command, and what to add to its environment.
 Command = tuple[list[str], dict[str, str]]
@@ -152,7 +152,7 @@ def guarded(
     What models held on a GPU here is given back first: the command may want all of it.
     """
     release_memory()
-    settle_environment()
+    clean_environment()
     process = subprocess.Popen(
         [sys.executable, guard.__file__, *argv],
         env={key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | dict(environment),

@@ -1,1 +1,1 @@
-"""evaluate: base and changed models compared on text, tasks and long contexts."""
+"""evaluate: compare base and changed models on text, tasks and long contexts."""

@@ -1,4 +1,4 @@
-"""Models against their base over benchmark items: every difference paired, the tasks that chose layers set apart."""
+"""Models against their base on benchmark items: paired differences, the tasks that chose layers kept apart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compare_tasks(
 ) -> tuple[dict[str, Task], Task | None]:
     """Return every task over all models, and the average over tasks; `results`: lm-eval's result by task and model.
 
-    Tasks in `selection` chose the layers: they are marked and not in the average, which is None when no other is left.
+    Tasks in `selection` chose the layers: they are marked and not in the average, which is None without other tasks.
     """
     scores: Scores = {
         task.name: {model: item_scores(task, result) for model, result in results[task.name].items()} for task in tasks
@@ -49,12 +49,12 @@ def compare_tasks(
 
 
 def chose_layers(task: str, selection: list[str]) -> bool:
-    """Return whether layers were chosen on this task, on a part of it or on the group it is a part of."""
+    """Return whether layers were chosen on this task, on a part of it or on its group."""
     return any(task == name or task.startswith(f"{name}_") or name.startswith(f"{task}_") for name in selection)
 
 
 def _margins(task: BenchTask, results: Mapping[str, Result], base: str) -> Margin | None:
-    """Return the log-probability margin of the right answer; None for a task that has no single right choice."""
+    """Return the log-probability margin of the right answer; None for a task without a single right choice."""
     margins = {model: item_margins(task, result) for model, result in results.items()}
     if not margins[base]:
         return None
@@ -66,7 +66,7 @@ def _margins(task: BenchTask, results: Mapping[str, Result], base: str) -> Margi
 
 
 def _average(tasks: Mapping[str, Task], scores: Scores, base: str) -> Task:
-    """Return the plain mean over tasks, in the shape of one; tasks are independent samples."""
+    """Return the unweighted mean over tasks, as a task; tasks are independent samples."""
 
     def mean_value(model: str) -> TaskValue:
         found = [task.models[model] for task in tasks.values()]

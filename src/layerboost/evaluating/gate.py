@@ -1,4 +1,4 @@
-"""The quality gate: what the boosted model lost on held-out data against what the recipe allows."""
+"""The quality gate: the boosted model's losses on held-out data against the limits of the recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from layerboost.schemas.evaluation import Check, EvalComparison, Gate, Retrieval
 
 
 def validate_gate(settings: Evaluate) -> None:
-    """Raise ConfigError for a threshold on something that the recipe does not measure."""
+    """Raise ConfigError for a threshold on a metric that the recipe does not measure."""
     needs = {
         "max_kl": (settings.max_kl, settings.perplexity_tokens, "perplexity_tokens"),
         "max_average_drop": (settings.max_average_drop, settings.tasks, "tasks"),
@@ -21,11 +21,11 @@ def validate_gate(settings: Evaluate) -> None:
 
 
 def gate_checks(comparison: EvalComparison, settings: Evaluate) -> Gate | None:
-    """Return the model judged and each threshold of the recipe against what was found; None without either.
+    """Return the gate of one model, with a check per threshold of the recipe; None without a model or a threshold.
 
-    Judged is the healed model, else the converted one, else the last. A check compares the mean; `low` and `high` are
-    the 95 % interval that tells whether the sample could have seen the loss. `passed` is None where nothing could be
-    judged: the base cannot do the task, or every task chose layers.
+    The model is the healed one, else the converted one, else the last. A check compares the mean; `low` and `high` are
+    the 95 % interval, which shows whether the sample can detect the loss. `passed` is None if there is nothing to
+    judge: the base cannot do the task, or every task chose layers.
     """
     changed = [name for name in comparison.models if name != "base"]
     if not changed:
@@ -50,7 +50,7 @@ def gate_checks(comparison: EvalComparison, settings: Evaluate) -> Gate | None:
 
 
 def check_gate(gate: Gate | None) -> None:
-    """Raise GateMissed, with a table of every check, when one of them was missed."""
+    """Raise GateMissed, with a table of every check, if one of them was missed."""
     if gate is None or not gate.missed:
         return
     rows = [("check", "found", "95 % interval", "at most", "")]

@@ -1,4 +1,4 @@
-"""What a window breaks and short tasks cannot see: loss by position in a long text, and retrieval from far back."""
+"""What a window loses and short tasks do not show: NLL by position in a long text, and retrieval from far back."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from layerboost.schemas.sensitivity import Score
 Answer = dict[str, Any]
 FIRST_EDGE = 128
 BATCH_TOKENS = 4096
-# A base that finds fewer answers than this share cannot do the task.
+# A base with a smaller fraction of right answers cannot do the task.
 ABLE = 0.5
 DEPTHS = 4
 
 
 def position_edges(length: int) -> list[int]:
-    """Edges of the buckets of positions: 0, 128 and its doublings, `length`."""
+    """Return the edges of the buckets of positions: 0, 128 and its doublings, `length`."""
     edges = [0]
     while (edge := edges[-1] * 2 or FIRST_EDGE) < length:
         edges.append(edge)
@@ -35,7 +35,7 @@ def position_edges(length: int) -> list[int]:
 
 @torch.inference_mode()
 def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable[[float], None]) -> list[list[float]]:
-    """NLL of each sequence of `ids` `[N, T]` in each bucket of `position_edges(T)`, in nats per token."""
+    """Return the NLL of each sequence of `ids` `[N, T]` in each bucket of `position_edges(T)`, in nats per token."""
     edges, found = position_edges(ids.shape[1]), []
     for sequence in ids:
         row = sequence.to(model.device)
@@ -46,7 +46,7 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
                 for states, target in zip(hidden.split(CHUNK_TOKENS), row[1:].split(CHUNK_TOKENS), strict=True)
             ]
         )
-        # The loss at index i is that of token i + 1, read with i + 1 tokens before it.
+        # The loss at index i is that of token i + 1, which has i + 1 tokens before it.
         found.append([float(nll[max(low - 1, 0) : high - 1].mean()) for low, high in pairwise(edges)])
         advance(len(sequence))
     return found
@@ -54,7 +54,7 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
 
 @torch.inference_mode()
 def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: Callable[[float], None]) -> list[Answer]:
-    """One entry a prompt: kind, length, depth, log-probability of its answer in nats, and whether greedy finds it."""
+    """Return per prompt: kind, length, depth, log-probability of its answer in nats, and whether greedy is exact."""
     found = []
     for part in prompts:
         length = part.ids.shape[1]
@@ -95,7 +95,7 @@ def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> Pos
 
 
 def compare_retrieval(answers: Mapping[str, list[Answer]], base: str) -> Retrieval:
-    """Return exact match and log-probability by kind, length and depth, and over all that the base is able to do."""
+    """Return exact match and log-probability by kind, length and depth, and over all that the base can do."""
     rows: dict[tuple[str, int], list[int]] = {}
     for index, answer in enumerate(answers[base]):
         rows.setdefault((answer["kind"], answer["length_tokens"]), []).append(index)
@@ -115,12 +115,12 @@ def _scores(answers: Mapping[str, list[Answer]], base: str, rows: list[int]) -> 
         {model: {row: float(given[row][key]) for row in rows} for model, given in answers.items()}
         for key in ("exact", "log_probability")
     )
-    shares = {model: Score.of(list(found.values())) for model, found in exact.items()}
+    matches = {model: Score.of(list(found.values())) for model, found in exact.items()}
     return {
         "prompts": len(rows),
-        "able": shares[base].mean >= ABLE,
+        "able": matches[base].mean >= ABLE,
         "models": {
-            model: TaskValue(value=share.mean, standard_error=share.standard_error) for model, share in shares.items()
+            model: TaskValue(value=match.mean, standard_error=match.standard_error) for model, match in matches.items()
         },
         "difference": differences(exact, base, right_or_wrong=True),
         "log_probability": {model: Score.of(list(found.values())) for model, found in nats.items()},
@@ -129,7 +129,7 @@ def _scores(answers: Mapping[str, list[Answer]], base: str, rows: list[int]) -> 
 
 
 def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]:
-    """Return the means of each model in each quarter of the prompt, the first one first."""
+    """Return the means of each model in each quarter of the prompt, in order."""
     found = []
     for quarter in range(DEPTHS):
         part = [row for row in rows if int(next(iter(answers.values()))[row]["depth"] * DEPTHS) == quarter]

@@ -18,7 +18,7 @@ from layerboost.schemas.sensitivity import Score
 def hidden_states(
     model: PreTrainedModel, batches: list[torch.Tensor], advance: Callable[[float], None]
 ) -> list[torch.Tensor]:
-    """Normed final hidden states of every batch of ids `[B, T]`: `[B, T, D]` in main memory.
+    """Return the normed final hidden states of every batch of ids `[B, T]`: `[B, T, D]` in main memory.
 
     `advance` is called with the tokens done since the last call.
     """
@@ -31,7 +31,7 @@ def hidden_states(
 
 @torch.inference_mode()
 def base_losses(model: PreTrainedModel, batches: list[torch.Tensor], hidden: list[torch.Tensor]) -> SequenceLosses:
-    """NLL of the base over all sequences, `[N]` in nats per token; its KL to itself is 0 by definition."""
+    """Return the NLL of the base over all sequences, `[N]` in nats per token; its KL to itself is 0."""
     nll = torch.cat(
         [
             token_losses(model, states.to(model.device), batch.to(model.device), [])[0].cpu()
@@ -49,7 +49,7 @@ def changed_losses(
     batches: list[torch.Tensor],
     advance: Callable[[float], None],
 ) -> SequenceLosses:
-    """KL(base ‖ changed) and NLL of the changed model over all sequences, `[N]` in nats per token."""
+    """Return KL(base ‖ changed) and NLL of the changed model over all sequences, `[N]` in nats per token."""
     parts = []
     for batch, states in zip(batches, base_hidden, strict=True):
         other = _decode(changed, batch)
@@ -76,7 +76,7 @@ def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> 
 
 
 def perplexity(nll: float) -> float:
-    """Of a mean NLL in nats per token; beyond e^700 a float would overflow."""
+    """Return the perplexity of a mean NLL in nats per token, at most e^700, beyond which a float overflows."""
     return math.exp(min(nll, 700.0))
 
 

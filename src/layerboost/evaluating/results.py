@@ -1,4 +1,4 @@
-"""The result files of RUN/eval: each written once, kept while its settings hold, refused when they changed."""
+"""The result files of RUN/eval: written once, reused with the same settings, refused with other ones."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ LEDGER = "made_from.json"
 
 
 class MadeFrom(Artifact):
-    """`eval/made_from.json`: the facts each result file beside it was made from."""
+    """`eval/made_from.json`: the facts from which each result file in its directory was made."""
 
     files: dict[str, Facts] = Field(default_factory=dict)
 
 
 class Results:
-    """The files that one evaluation wants in `folder`, by name, with the facts each must have been made from."""
+    """The result files of one evaluation in `folder`, by name, with the facts from which each must have been made."""
 
-    def __init__(self, folder: Path, wanted: dict[str, Facts]) -> None:
-        """Raises ConfigError when a wanted file is there but was made from other facts."""
-        self.folder, self.wanted = folder, wanted
+    def __init__(self, folder: Path, required: dict[str, Facts]) -> None:
+        """Raise ConfigError if a required file exists but was made from other facts."""
+        self.folder, self.required = folder, required
         ledger = folder / LEDGER
         self.made_from = read_json(ledger, MadeFrom, "layerboost evaluate") if ledger.exists() else MadeFrom()
         self._refuse_changed()
 
     def missing(self, name: str) -> bool:
-        """Whether a wanted file is still to be made. One that was written but not noted down counts as missing."""
+        """Return whether a required file is missing; one that is not in the ledger counts as missing."""
         return name not in self.made_from.files or not (self.folder / name).is_file()
 
     def save(self, name: str, text: str) -> None:
-        """Write one wanted file, then note down what it was made from."""
+        """Write one required file, then its facts to the ledger."""
         write_text(self.folder / name, text)
-        self.made_from.files[name] = self.wanted[name]
+        self.made_from.files[name] = self.required[name]
         write_json(self.folder / LEDGER, self.made_from)
 
     def read(self, name: str) -> dict[str, Any]:
-        """One wanted file; raises ConfigError when it is damaged."""
+        """Return the content of one required file; raise ConfigError if it cannot be read."""
         file = self.folder / name
         try:
             values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ class Results:
                 for key in facts
                 if before.get(key) != facts[key]
             ]
-            for name, facts in self.wanted.items()
+            for name, facts in self.required.items()
             if not self.missing(name) and (before := self.made_from.files[name]) != facts
         }
         if changed:

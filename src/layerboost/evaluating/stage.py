@@ -1,4 +1,4 @@
-"""Evaluate: base and changed models on held-out text, lm-eval's tasks and long contexts, compared item by item."""
+"""evaluate: compare base and changed models on held-out text, lm-eval's tasks and long contexts, item by item."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BASE = "base"
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
-    """Raise ConfigError for what `run_evaluate` could not use. Text that the model has yet to write is left out."""
+    """Raise ConfigError for what `run_evaluate` cannot use, apart from text that the model has yet to write."""
     tokenizer, context_tokens = base.tokenizer, base.config.max_position_embeddings
     _check_settings(recipe, context_tokens)
     check_further(recipe.evaluate.checkpoints, run, base)
@@ -58,7 +58,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def _most_tokens(recipe: Recipe) -> int:
-    """Held-out tokens that the largest part of the evaluation asks for."""
+    """Return the held-out tokens that the largest part of the evaluation needs."""
     settings = recipe.evaluate
     prompts = settings.retrieval_prompts * max(settings.retrieval_tokens, default=0)
     return max(settings.perplexity_tokens, settings.position_sequences * settings.position_tokens, prompts)
@@ -77,13 +77,13 @@ def _check_settings(recipe: Recipe, context_tokens: int) -> None:
 
 
 def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime: Runtime) -> EvalComparison:
-    """Evaluate `models` (directories by name, `base` among them) and write RUN/eval/comparison.json; returns it.
+    """Evaluate `models` (directories by name, with `base`), write RUN/eval/comparison.json and return its content.
 
-    Results already in RUN/eval are kept. One model at a time is in memory, beside the head of the base. Raises
+    Results already in RUN/eval are reused. One model at a time is in memory, with the head of the base. Raise
     ConfigError for settings, data and models that cannot be used, and for results in RUN/eval made from others.
     """
     if BASE not in models:
-        raise ConfigError("nothing to compare with: no model is named base", found=", ".join(models))
+        raise ConfigError("nothing to compare with: no model has the name base", found=", ".join(models))
     names = [BASE, *(name for name in models if name != BASE)]
     found = {name: find_model(str(models[name]), runtime, run, recipe.trust_remote_code) for name in names}
     base = found[BASE]
@@ -109,7 +109,7 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The held-out text, long pieces of it, and retrieval prompts in it; None or empty if not wanted."""
+    """The held-out text, long sequences of it, and retrieval prompts in it; None or empty if not needed."""
 
     text: Tokens | None
     long: Tokens | None
@@ -118,7 +118,7 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one evaluation is about; models by name, the base first."""
+    """The inputs of one evaluation; models by name, the base first."""
 
     recipe: Recipe
     runtime: Runtime
@@ -128,23 +128,23 @@ class _Work:
 
     @cached_property
     def batches(self) -> list[torch.Tensor]:
-        """The held-out text in batches."""
+        """Return the held-out text in batches."""
         assert self.texts.text is not None
         return self.texts.text.batches(max(1, BATCH_TOKENS // self.recipe.text.sequence_tokens))
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        """The base, loaded when it is first needed."""
+        """Return the base, loaded on first use."""
         return self.models[BASE].load()
 
     @cached_property
     def base_hidden(self) -> list[torch.Tensor]:
-        """The base's hidden states over the held-out text."""
+        """Return the base's hidden states over the held-out text."""
         with _progress("held-out text: base", self.batches) as progress:
             return hidden_states(self.base, self.batches, progress.advance)
 
     def free_base(self, compares_text: bool) -> None:
-        """A device need not hold two models: text is compared with the base's hidden states by its head alone."""
+        """Free the base before another model loads: comparing text needs only its hidden states and its head."""
         if compares_text:
             assert self.base_hidden
             del decoder_layers(self.base)[:]
@@ -154,7 +154,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Job:
-    """One result file: what it must have been made from, and how it is made from the loaded model."""
+    """One result file: the facts it must be made from, and the function that makes it from the loaded model."""
 
     file: str
     facts: Facts
@@ -186,14 +186,14 @@ def _load_texts(recipe: Recipe, tokenizer: Any, run: Path) -> _Texts:
 
 
 def _selection(run: Path) -> list[str]:
-    """The tasks that layers were chosen on."""
+    """Return the tasks on which layers were chosen."""
     file = run / SENSITIVITY
     found = read_json(file, Sensitivity, "layerboost measure").settings.get("tasks") if file.is_file() else None
     return list(found or [])
 
 
 def _jobs(work: _Work, name: str) -> list[_Job]:
-    """Every result file of one model."""
+    """Return every result file of one model."""
     texts = work.texts
     made_from: Facts = {"model": work.models[name].fingerprint, "dtype": work.runtime.dtype_name}
     jobs = []
@@ -218,11 +218,11 @@ def _jobs(work: _Work, name: str) -> list[_Job]:
 
 
 def _fill(work: _Work, jobs: Mapping[str, list[_Job]], results: Results) -> None:
-    """Make every result file that is missing, each model loaded once."""
+    """Make every missing result file, loading each model once."""
     for name, handle in work.models.items():
         missing = [job for job in jobs[name] if results.missing(job.file)]
         if not missing:
-            log.info("%s: results are there already", name)
+            log.info("%s: results exist already", name)
             continue
         if name == BASE:
             model = work.base
@@ -239,7 +239,7 @@ def _progress(description: str, batches: list[torch.Tensor]) -> Progress:
 
 
 def _text_losses(work: _Work, name: str, model: PreTrainedModel) -> str:
-    """KL and NLL of every sequence, as JSON."""
+    """Return KL and NLL of every sequence, as JSON."""
     if name == BASE:
         losses = base_losses(model, work.batches, work.base_hidden)
     else:
@@ -257,7 +257,7 @@ def _json(file: str, **values: Any) -> str:
 
 
 def _position_result(work: _Work, name: str, model: PreTrainedModel) -> str:
-    """NLL of every long sequence in every bucket of positions, as JSON."""
+    """Return the NLL of every long sequence in every bucket of positions, as JSON."""
     assert work.texts.long is not None
     ids = work.texts.long.ids
     with _progress(f"long text: {name}", [ids]) as progress:
@@ -267,7 +267,7 @@ def _position_result(work: _Work, name: str, model: PreTrainedModel) -> str:
 
 
 def _retrieval_result(work: _Work, name: str, model: PreTrainedModel) -> str:
-    """What became of every retrieval prompt, as JSON."""
+    """Return the result of every retrieval prompt, as JSON."""
     prompts = work.texts.prompts
     with _progress(f"retrieval: {name}", [part.ids for part in prompts]) as progress:
         answers = retrieval_answers(model, prompts, progress.advance)
@@ -291,7 +291,7 @@ def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel
 
 
 def _compare(work: _Work, results: Results, selection: list[str]) -> EvalComparison:
-    """The content of comparison.json, from the result files alone."""
+    """Return the content of comparison.json, from the result files alone."""
     settings, names, texts = work.recipe.evaluate, list(work.models), work.texts
 
     def read(file: Callable[[str], str]) -> dict[str, dict[str, Any]]:
@@ -335,7 +335,7 @@ def _text_info(work: _Work) -> TextInfo | None:
 
 
 def _items(task: BenchTask) -> dict[str, Any]:
-    """Where a task's items are from and, in a subset, which they are."""
+    """Return the source of a task's items and, for a subset, their numbers."""
     where = {"origin": task.origin, "split": task.split, "fingerprint": task.data}
     return where | ({"samples": task.samples} if task.samples else {})
 

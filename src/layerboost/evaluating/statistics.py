@@ -1,4 +1,4 @@
-"""Paired differences with bootstrap intervals, and what a sample of that size could have seen."""
+"""Paired differences with bootstrap intervals, and the smallest difference that such a sample can detect."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from layerboost.schemas.evaluation import Change
 from layerboost.schemas.sensitivity import Score
 
 RESAMPLES = 10_000
-# Draws in memory at once.
+# Number of draws in memory at once.
 BATCH_DRAWS = 1 << 22
 # Two-sided 5 % and a power of 80 %: 1.96 + 0.84 standard errors.
 DETECTABLE_ERRORS = 2.80
 
 
 def difference(values: Sequence[float], right_or_wrong: bool = False) -> Change:
-    """Return what paired differences, one per item, show. `right_or_wrong`: of scores that are 0 or 1."""
+    """Return the change that paired differences, one per item, show. `right_or_wrong`: scores are 0 or 1."""
     return average_difference([values], right_or_wrong)
 
 
 def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = True) -> Change:
-    """Return what the mean over tasks of their mean paired differences shows; tasks are independent samples.
+    """Return the mean over tasks of their mean paired differences, with its interval; tasks are independent samples.
 
-    Of scores that are 0 or 1, no bound is nearer to the mean than what the items cannot see: a bootstrap knows nothing
-    of items that differ in a way that none here does. If none of n items does, fewer than 1 - 0.025 ** (1 / n) of all
+    For scores that are 0 or 1, no bound is nearer to the mean than what the sample cannot show: a bootstrap misses
+    items that differ in a way that none here does. If none of n items does, fewer than 1 - 0.025 ** (1 / n) of all
     do, with 97.5 % probability (Clopper-Pearson). Such items of the smallest task move the average most.
     """
     scores = [Score.of(values) for values in tasks]
@@ -50,8 +50,8 @@ def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = 
 def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float, float]:
     """Return the points below which the true mean over tasks is with 2.5, 5 and 97.5 % probability, by BCa bootstrap.
 
-    The same values give the same points. A task whose items are all alike has nothing to resample, and where no task
-    has, all points are the mean; of values that are not finite they are NaN.
+    The same values give the same points. A task whose items are all equal has nothing to resample, and if no task
+    has, all points are the mean; for values that are not finite they are NaN.
     """
     if not math.isfinite(mean):
         return math.nan, math.nan, math.nan
@@ -84,6 +84,6 @@ def differences(
 
 
 def paired(base: Mapping[Any, float], changed: Mapping[Any, float]) -> list[float]:
-    """Return changed minus base of every item. Both must hold the same items."""
+    """Return changed minus base per item; both must have the same items."""
     assert base.keys() == changed.keys()
     return [changed[item] - base[item] for item in base]

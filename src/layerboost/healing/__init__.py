@@ -1,1 +1,1 @@
-"""Healing: attention distillation layer by layer, then LoRA distillation of the whole model."""
+"""heal: attention distillation layer by layer, then LoRA distillation of the model."""

@@ -1,4 +1,4 @@
-"""Base and student in one module whose forward returns the loss, one class for each healing stage."""
+"""Base and student in one module whose forward returns the loss, one class per healing stage."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from layerboost.model.surgery import attention_of
 from layerboost.schemas.plan import LayerPlan
 
 Checkpointing = Literal["none", "selective", "full"]
-Kept = TypeVar("Kept")
-KEPT_WIDTH = 129  # inner and outer size of a matrix product worth keeping; ranks are below it
+Record = TypeVar("Record")
+SAVED_WIDTH = 129  # smallest inner and outer size of a matrix product to save; LoRA ranks are below it
 
 
 def positions_of(ids: torch.Tensor, end: int | None) -> torch.Tensor:
     """Return each token's position in its document, `[B, T]`: after the end-of-text token `end` they restart at 0.
 
-    Transformers reads packed documents off such positions and masks attention between them.
+    Transformers detects packed documents by such positions and masks attention between them.
     """
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if end is None:
@@ -51,7 +51,7 @@ def next_tokens(ids: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 class Distiller(nn.Module):
-    """A student that learns from a frozen base, the teacher; `end` is the token that ends a document."""
+    """A student that learns from a frozen base, the teacher; `end`: the token that ends a document."""
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, layers: list[LayerPlan], end: int | None = None
@@ -69,7 +69,7 @@ class Distiller(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name, this process's shards where they are sharded."""
+        """Return the trainable parameters by name; this process's shards if they are sharded."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `trained_state` returned; raise KeyError when it is of another set of parameters."""
+        """Load what `trained_state` returned; raise KeyError if it has other parameters."""
         trained = self.trained
         if other := trained.keys() ^ state.keys():
             raise KeyError(f"checkpoint of other parameters: {sorted(other)[:3]}")
@@ -87,19 +87,19 @@ class Distiller(nn.Module):
             parameter.copy_(distribute_like(state[name], parameter))
 
     def token_weights(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return `weights` `[B, T]`, or those of a mean over all tokens where there are none."""
+        """Return `weights` `[B, T]`, or if None those of a mean over all tokens."""
         return torch.full(ids.shape, 1 / ids.numel(), device=ids.device) if weights is None else weights
 
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, documents apart."""
+        """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
         decoder, positions = self.teacher.get_decoder(), positions_of(ids, self.end)
         output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return output
 
     def explain_not_finite(self, ids: torch.Tensor) -> tuple[str, tuple[str, str]]:
-        """Return where the student is not finite on ids `[B, T]`; where the teacher is not, and what to do about that.
+        """Return where the student is not finite on ids `[B, T]`; where the teacher is not, and what to do about it.
 
-        Empty where all is finite.
+        Empty if all is finite.
         """
         student, teacher = (
             next((found for row in ids if any(found := explain_not_finite(model, row))), ("", ""))
@@ -120,10 +120,10 @@ class ModuleCall:
 class AttentionDistiller(Distiller):
     """Stage 1: each changed layer learns from the teacher's own activations; no gradient crosses a layer.
 
-    A sliding layer's attention sees what the teacher's attention saw and learns its output. A layer without attention
-    has only its MLP: it sees what the teacher's layer saw and learns what the layer added to the stream. One forward
-    pass of the teacher serves all layers, and again when the same batch comes back soon: what the teacher did with the
-    last `cache_size` numbered batches is kept.
+    A sliding layer's attention gets the input of the teacher's attention and learns its output. A layer without
+    attention has only its MLP: it gets the input of the teacher's layer and learns what the layer adds to the stream.
+    One forward pass of the teacher serves all layers; the activations of the last `cache_size` numbered batches are
+    cached for repeats.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class AttentionDistiller(Distiller):
         calls = self._cached_calls(input_ids, number)
         losses = {}
         for plan in self.changed:
-            call = calls.pop(plan.layer)  # freed as soon as its loss is there
+            call = calls.pop(plan.layer)  # freed after its loss
             added = call.output if plan.strategy.keeps_weights else call.output - _hidden(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
@@ -171,14 +171,14 @@ class AttentionDistiller(Distiller):
         return dict(self.cache[key])
 
     def teacher_calls(self, ids: torch.Tensor, layers: Sequence[LayerPlan]) -> dict[int, ModuleCall]:
-        """Return what the teacher's modules do with ids `[B, T]`, by layer, in one forward pass without a gradient."""
+        """Return the calls of the teacher's modules on ids `[B, T]`, by layer, in one forward pass without gradient."""
         modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
         with torch.no_grad(), _recorded(modules, ModuleCall) as calls:
             self.run_teacher(ids)
         return calls
 
     def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
-        """Return the output `[B, T, D]` of the student's module on what the teacher's saw."""
+        """Return the output `[B, T, D]` of the student's module on the input of the teacher's."""
         return _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
 
     @staticmethod
@@ -188,8 +188,8 @@ class AttentionDistiller(Distiller):
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher did with a batch: the stream at the first changed layer and its normed output, `[B, T, D]`, and
-    the arguments of each layer from there up.
+    """The teacher's activations on a batch: the stream at the first changed layer and the normed output, `[B, T, D]`,
+    and the arguments of each layer from there up.
     """
 
     start: torch.Tensor
@@ -198,10 +198,10 @@ class Targets:
 
 
 class LogitDistiller(Distiller):
-    """Stage 2: the whole student learns the teacher's distribution over the next token.
+    """Stage 2: the student learns the teacher's distribution over the next token.
 
-    Below the first changed layer the two are one: those layers run once, in the teacher, and get no gradient. The
-    student's layers take their masks and rotary embeddings from the teacher's.
+    Below the first changed layer the two are equal: those layers run once, in the teacher, without gradient. The
+    student's layers use the masks and rotary embeddings of the teacher's.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class LogitDistiller(Distiller):
 
     @torch.no_grad()
     def compute_targets(self, ids: torch.Tensor) -> Targets:
-        """Run the teacher on ids `[B, T]`."""
+        """Return the teacher's activations on ids `[B, T]`."""
         start: list[torch.Tensor] = []
 
         def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], _: torch.Tensor) -> dict[str, Any]:
@@ -249,13 +249,13 @@ class LogitDistiller(Distiller):
         return Targets(start[0], calls, output)
 
     def student_output(self, targets: Targets) -> torch.Tensor:
-        """Return the student's normed output `[B, T, D]`, its layers run from the first changed one up."""
+        """Return the student's normed output `[B, T, D]`; run its layers from the first changed one up."""
         hidden = targets.start
         for index, arguments in targets.arguments.items():
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
-                kept = _matrix_products if self.checkpointing == "selective" else noop_context_fn
-                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=kept, **arguments))
+                context = _matrix_products if self.checkpointing == "selective" else noop_context_fn
+                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
                 hidden = _tensor(layer(hidden, **arguments))
         normed: torch.Tensor = self.student.get_decoder().norm(hidden)
@@ -263,47 +263,47 @@ class LogitDistiller(Distiller):
 
 
 @contextmanager
-def _recorded(modules: Mapping[int, nn.Module], keep: Callable[..., Kept]) -> Iterator[dict[int, Kept]]:
-    """Inside the block, collect `keep(args, kwargs, output)` of each module's call."""
-    kept: dict[int, Kept] = {}
+def _recorded(modules: Mapping[int, nn.Module], record: Callable[..., Record]) -> Iterator[dict[int, Record]]:
+    """Yield a mapping that collects `record(args, kwargs, output)` of each module's call in the block."""
+    records: dict[int, Record] = {}
 
     def recorder(index: int) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            kept[index] = keep(args, kwargs, _tensor(output))
+            records[index] = record(args, kwargs, _tensor(output))
 
         return hook
 
     hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
     try:
-        yield kept
+        yield records
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _matrix_products() -> Any:
-    """Return what selective checkpointing keeps: attention of full layers and the large products, not LoRA's thin
-    ones; what is cheap to compute again (norms, activations, windows) is most of the memory.
+    """Return the contexts of selective checkpointing: save attention of full layers and large products, not LoRA's thin
+    ones. Most of the memory (norms, activations, windows) is cheap to recompute.
     """
-    return create_selective_checkpoint_contexts(_worth_keeping)
+    return create_selective_checkpoint_contexts(_policy)
 
 
-def _worth_keeping(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     name = operator.name()
     widths: tuple[int, ...] = ()
     if name in ("aten::mm", "aten::addmm"):
         widths = args[-2].shape[-1], args[-1].shape[-1]
     elif name == ONEDNN_PRODUCT:
         widths = tuple(args[1].shape)
-    keep = min(widths, default=0) >= KEPT_WIDTH or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    save = min(widths, default=0) >= SAVED_WIDTH or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden

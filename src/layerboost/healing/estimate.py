@@ -1,4 +1,4 @@
-"""How long healing will take and how much memory it will hold, before any weight is read."""
+"""Estimates of healing's time and memory, before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 
 GIB = 1 << 30
-# Of the device's matrix product; the rest goes to softmax, norms and LoRA's thin products.
+# Fraction of the matrix product's speed; softmax, norms and LoRA's thin products take the rest.
 EFFICIENCY = 0.7
 LOGIT_COPIES = 6
 
 
 @dataclass(frozen=True)
 class HealingEstimate:
-    """Of all stages together; memory is that of one process on its device."""
+    """The estimate for all stages together; memory is that of one process on its device."""
 
     tokens_per_s: float
     hours: float
@@ -35,9 +35,9 @@ class HealingEstimate:
 def estimate_healing(
     recipe: Recipe, config: PreTrainedConfig, info: ModelInfo, runtime: Runtime, plan: list[LayerPlan] | None
 ) -> HealingEstimate:
-    """Estimate from the model's sizes and the speed of this machine's matrix product, which is measured.
+    """Return an estimate from the model's sizes and the measured speed of this machine's matrix product.
 
-    `plan`: its lowest changed layer decides what base and student share; without one nothing is.
+    `plan`: base and student share the layers below its first changed one; without a plan, none.
     """
     layers = info.layers
     first = next((entry.layer for entry in plan or [] if entry.changed), 0)
@@ -49,20 +49,20 @@ def estimate_healing(
     attention_flops = 2 * body * (1 + recipe.heal.attention_repeats * changed / layers)
     rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
     flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
-    seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit is little more than a pass of the base
+    seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit costs about one pass of the base
     batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
     step_tokens = batch_tokens * recipe.heal.gradient_accumulation / world_size()
     repeats = recipe.heal.attention_repeats > 1
-    kept_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens if repeats else 0
-    kept = 2 * changed * kept_tokens * info.hidden_size * info.bytes_per_element
+    cached_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens if repeats else 0
+    cached = 2 * changed * cached_tokens * info.hidden_size * info.bytes_per_element
     sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
-    most = max(held + logits, kept, min(sums, MOST_BYTES))
+    most = max(held + logits, cached, min(sums, MOST_BYTES))
     weights = float(info.parameters)
     if recipe.heal.shard and runtime.device.type == "cuda":
-        # Without torchrun, as in `check`, a sharded run is expected to take every GPU of the machine. Embeddings, head
-        # and three layers are whole on each (docs/guide/gpus.md).
+        # Without torchrun, as in `check`, assume that a sharded run uses every GPU of the machine. Embeddings, head
+        # and three layers are not sharded (docs/guide/gpus.md).
         weights /= world_size() if world_size() > 1 else torch.cuda.device_count()
         weights += info.parameters - body + 3 * body / layers
     weights *= info.bytes_per_element
@@ -74,12 +74,12 @@ def estimate_healing(
 
 
 def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
-    """Return how many numbers a layer keeps per token for the backward pass."""
+    """Return the number of elements that a layer saves per token for the backward pass."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     query, keys = config.num_attention_heads * head_dim, 2 * config.num_key_value_heads * head_dim
     products = 2 * hidden + query + keys + 2 * inner
-    kept = {
+    saved = {
         "full": hidden,
         "selective": hidden + products,
         # Norms, rotary embeddings, the activation and its product, adapters, and the windows' scores.
@@ -89,7 +89,7 @@ def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
         + 2 * inner
         + 6 * max(recipe.measure.windows) * config.num_attention_heads,
     }
-    return int(kept[recipe.heal.activation_checkpointing])
+    return int(saved[recipe.heal.activation_checkpointing])
 
 
 def matmul_flops_per_s(runtime: Runtime, size: int) -> float:

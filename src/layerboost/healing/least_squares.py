@@ -1,7 +1,7 @@
-"""Stage 0: each sliding layer's output projection fitted to the base's attention by least squares; nothing is trained.
+"""Stage 0: fit each sliding layer's output projection to the base's attention by least squares, without training.
 
-A window takes keys away, and with them a part of what attention adds to the stream. Much of that part is a linear
-function of what the window still holds, and the best one is known in closed form (ridge regression).
+A window removes keys, and with them a part of what attention adds to the stream. Much of that part is a linear
+function of what the window still holds, and the best such function has a closed form (ridge regression).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from layerboost.runtime import Progress, log, main_process_first
 from layerboost.schemas.healing import METRICS
 from layerboost.schemas.plan import LayerPlan
 
-# In units of the inputs' mean square; the best on held-out sequences is taken, layer by layer.
+# In units of the inputs' mean square; each layer takes the best on held-out sequences.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 5  # one sequence in five is held out
-MOST_BYTES = 2 << 30  # of sums at once: a wide model takes several passes of the base
+MOST_BYTES = 2 << 30  # of sums at once: a wide model needs several passes of the base
 STAGE = "fit"
 
 
 @dataclass
 class Sums:
-    """Over tokens: error times input `[E, I]`, input times input `[I, I]`, and the squared error."""
+    """Sums over tokens: error times input `[E, I]`, input times input `[I, I]`, and the squared error."""
 
     cross: torch.Tensor
     square: torch.Tensor
@@ -43,7 +43,7 @@ class Sums:
 
     @staticmethod
     def zeros(projection: nn.Linear) -> Sums:
-        """Return sums of nothing: float64, on the projection's device."""
+        """Return empty sums: float64, on the projection's device."""
         cross = torch.zeros_like(projection.weight, dtype=torch.float64, requires_grad=False)
         return Sums(cross, cross.new_zeros(cross.shape[1], cross.shape[1]))
 
@@ -60,7 +60,7 @@ class Sums:
     def solve(self, ridge: float) -> torch.Tensor:
         """Return the M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
         diagonal = self.square.diagonal()
-        # No inputs at all (a dead layer) leave a matrix that is still positive.
+        # Without inputs (a dead layer) the matrix is still positive.
         regular = self.square + torch.diag(torch.full_like(diagonal, ridge * float(diagonal.mean()) + 1e-12))
         return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(regular)).T
 
@@ -75,7 +75,7 @@ def check_fit(recipe: Recipe) -> None:
     tokens, length = recipe.heal.fit_tokens, recipe.text.sequence_tokens
     if 0 < tokens < 2 * length:
         raise ConfigError(
-            "heal.fit_tokens are too few: one sequence is fitted and another judges",
+            "heal.fit_tokens are too few: the fit needs one sequence and another to judge it",
             found=f"{tokens} in sequences of {length}",
             do=f"set heal.fit_tokens to {2 * length} or more, or to 0",
         )
@@ -96,9 +96,9 @@ def fit_stage(
 ) -> list[int]:
     """Fit the student's output projections to the first `tokens` tokens of ids `[N, T]`; return the layers changed.
 
-    `folder/fit.safetensors` keeps them; a fit that is there is only loaded. One that does not lower `validation_kl` of
-    `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raises
-    LayerboostError when a layer's output is not finite.
+    `folder/fit.safetensors` stores them; an existing fit is only loaded. One that does not lower `validation_kl` of
+    `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raise
+    LayerboostError if a layer's output is not finite.
     """
     file = folder / f"{STAGE}.safetensors"
     with main_process_first():
@@ -112,10 +112,10 @@ def fit_stage(
             after = validate()
             metrics.write(1, tokens, after)
             if not fitted:
-                log.warning("no output projection is fitted: on the sequences held out none leaves a smaller error")
+                log.warning("no output projection is fitted: none has a smaller error on the held-out sequences")
             elif not after["validation_kl"] < before["validation_kl"]:
                 log.warning(
-                    "the least squares fit is dropped: validation KL %.4f with it, %.4f without",
+                    "the least-squares fit is dropped: validation KL %.4f with it, %.4f without",
                     after["validation_kl"],
                     before["validation_kl"],
                 )
@@ -123,19 +123,19 @@ def fit_stage(
                 fitted = {}
             with replacing(file) as temporary:
                 save_file({str(layer): weight.contiguous() for layer, weight in fitted.items()}, temporary)
-    kept = {int(layer): weight for layer, weight in load_file(file).items()}
-    put(distiller, kept)
-    return sorted(kept)
+    fitted = {int(layer): weight for layer, weight in load_file(file).items()}
+    put(distiller, fitted)
+    return sorted(fitted)
 
 
 @torch.no_grad()
 def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -> dict[int, torch.Tensor]:
     """Return the output projection `[E, I]` of each sliding layer fitted to the first `tokens` tokens of ids `[N, T]`.
 
-    The student's attention sees what the base's attention saw, as in stage 1; the target is the base's output. Left out
-    are layers where no ridge leaves less error on the held-out fifth of the sequences.
+    The student's attention gets the input of the base's, as in stage 1; the target is the base's output. Left out
+    are layers in which no ridge lowers the error on the held-out fifth of the sequences.
     """
-    # Full sequences: a shortened last one might fit into the window, and would judge nothing.
+    # Full sequences: a shorter last one might fit into the window, and would show nothing.
     rows = ids.to(next(distiller.student.parameters()).device)[: tokens // ids.shape[1]]
     fitting = len(rows) - -(-len(rows) // HELD_OUT)
     sliding = [entry for entry in distiller.changed if entry.strategy.keeps_weights]
@@ -165,21 +165,21 @@ def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -
 
 
 def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
-    """Return the student's output projection; where it has an adapter, the linear layer below."""
+    """Return the student's output projection; if it has an adapter, the linear layer below."""
     module: Any = attention_of(distiller.student, layer).o_proj
-    found: nn.Linear = getattr(module, "base_layer", module)
-    return found
+    projection: nn.Linear = getattr(module, "base_layer", module)
+    return projection
 
 
 def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None:
-    """Replace the student's output projections, by layer. The base keeps its own, which were the student's too."""
+    """Replace the student's output projections, by layer; the base keeps its own."""
     for layer, weight in weights.items():
         projection = projection_of(distiller, layer)
         projection.weight = nn.Parameter(weight.to(projection.weight.device), requires_grad=False)
 
 
 def sums_bytes(outer: int, inner: int) -> int:
-    """Return the bytes of a layer's sums, for a projection `[outer, inner]`: sequences fitted and held out."""
+    """Return the bytes of a layer's sums, of fitted and held-out sequences, for a projection `[outer, inner]`."""
     return 2 * 8 * inner * (inner + outer)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-CHUNK_ELEMENTS = 1 << 23  # logits alive at once: 32 MiB in float32, a few times over
+CHUNK_ELEMENTS = 1 << 23  # logits alive at once: a few copies of 32 MiB in float32
 NO_LABEL = -100
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -17,8 +17,8 @@ def normalized_mse(
 ) -> torch.Tensor:
     """Return the squared error of `output` against `target` over the sequence's mean square of `size`, all `[B, T, D]`.
 
-    `weights` `[B, T]` are those of the tokens, 0 where there is none. With `size` the target and weights
-    that sum to 1, an output of zeros scores 1. Each sequence is normed by itself, so that the loss does not depend on
+    `weights` `[B, T]` are those of the tokens, 0 for padding. With `size` the target and weights
+    that sum to 1, an output of zeros scores 1. Each sequence is normed separately, so that the loss does not depend on
     how sequences are batched or spread over processes.
     """
     error = (output.float() - target.float()).square().mean(-1)
@@ -41,9 +41,9 @@ def distillation_loss(
     """Return the weighted sum over tokens of KL(teacher ‖ student) times temperature² (Hinton et al. 2015).
 
     Hidden states are normed and final, `[B, T, D]`; the heads are linear and frozen: no gradient reaches them.
-    `weights` `[B, T]`; `labels` `[B, T]`: the next tokens, NO_LABEL where there is none, whose cross entropy is added
+    `weights` `[B, T]`; `labels` `[B, T]`: the next tokens, NO_LABEL if there is none; their cross entropy is added
     `ce_weight` times. Logits exist for a few tokens at a time: each chunk's gradient is computed along with its loss,
-    and nothing of the vocabulary's size is kept for the backward pass.
+    and nothing of the vocabulary's size is saved for the backward pass.
     """
     rows, teacher_rows = student_hidden.detach().flatten(0, 1), teacher_hidden.detach().flatten(0, 1)
     weight = weights.flatten().float()
@@ -64,12 +64,12 @@ def distillation_loss(
             total += (loss * weight[chunk]).sum()
             slope = slope.mul_(weight[chunk, None]).to(logits.dtype)
             (gradient[chunk],) = torch.autograd.grad(logits, part, slope)
-    found: torch.Tensor = _WithGradient.apply(student_hidden, total, gradient.view_as(student_hidden))
-    return found
+    result: torch.Tensor = _WithGradient.apply(student_hidden, total, gradient.view_as(student_hidden))
+    return result
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient to the hidden states is known already."""
+    """A loss whose gradient by the hidden states is already known."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def _kl_and_slope(
 
 
 def _ce_and_slope(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cross entropy of logits `[N, V]`, `[N]`, and its derivative by them; 0 where there is no label."""
+    """Return the cross entropy of logits `[N, V]`, `[N]`, and its derivative by them; 0 without a label."""
     known = labels != NO_LABEL
     index = labels.clamp_min(0)[:, None]
     log_probability = logits.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The writer of `heal/metrics.jsonl`, which keeps it in step with the checkpoints."""
+"""The writer of `heal/metrics.jsonl`, which keeps the file consistent with the checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from layerboost.schemas.healing import MetricLine, read_metrics
 
 
 class Metrics:
-    """Appends one stage's lines; what a killed run wrote after its last checkpoint is removed first."""
+    """Appends one stage's lines, after removing what a killed run wrote after its last checkpoint."""
 
     def __init__(self, stage: Any, file: Path, after_step: int, trackers: Sequence[Any] = ()) -> None:
         """Keep the lines of the other stages, and of this one those up to `after_step`.
 
-        `trackers` of accelerate's get every later line too.
+        accelerate's `trackers` get every later line too.
         """
         self.stage, self.file, self.trackers = stage, file, trackers
         lines = [line for line in read_metrics(file) if line.stage != stage or line.step <= after_step]

@@ -1,6 +1,6 @@
-"""Training sequences that state facts and ask for them further on: ordinary text seldom trains what a window forgets.
+"""Training sequences that state facts and ask for them later: ordinary text rarely trains what a window forgets.
 
-The wording is not that of the retrieval tests in `layerboost.data.retrieval`, nor are the things asked for.
+The wording and the facts differ from those of the retrieval tests in `layerboost.data.retrieval`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from layerboost.data.text import opening_ids
 
-# What is stated, and how it is asked for: the answer follows.
+# The statement of a fact, and the question with its answer.
 TEMPLATES = (
     ("\n{name}'s locker opens with {value}.\n", "\nTo open {name}'s locker one enters {value}.\n"),
     ("\nPlease note: the phone extension of {name} is {value}.\n", "\n{name} can be reached at extension {value}.\n"),
@@ -20,27 +20,27 @@ TEMPLATES = (
     ("\n{name} lives in room {value}.\n", "\nIf you look for {name}, go to room {value}.\n"),
 )
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jonas", "Karen", "Lewis")
-TOKENS_A_FACT, MOST_FACTS = 128, len(NAMES)
+TOKENS_PER_FACT, MOST_FACTS = 128, len(NAMES)
 
 
-def with_recall(ids: torch.Tensor, tokenizer: Any, share: float, seed: int) -> torch.Tensor:
-    """Return ids `[N, T]` of which a fraction `share`, spread evenly, state facts and ask for them; text is truncated.
+def with_recall(ids: torch.Tensor, tokenizer: Any, fraction: float, seed: int) -> torch.Tensor:
+    """Return ids `[N, T]` of which a `fraction`, spread evenly, state facts and ask for them; text is truncated.
 
-    One fact for 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
+    One fact per 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
     sequence become one. Sequences too short for a fact stay as they are.
     """
-    found = ids.clone()
+    result = ids.clone()
     for row in range(len(ids)):
-        if int((row + 1) * share) > int(row * share):
-            found[row] = torch.tensor(_recall(ids[row].tolist(), tokenizer, random.Random(f"{seed} {row}")))
-    return found
+        if int((row + 1) * fraction) > int(row * fraction):
+            result[row] = torch.tensor(_recall(ids[row].tolist(), tokenizer, random.Random(f"{seed} {row}")))
+    return result
 
 
 def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
     opening = opening_ids(tokenizer)
     body = [token for token in text if token not in (tokenizer.eos_token_id, *opening)]
     facts = []
-    for name in draw.sample(NAMES, min(MOST_FACTS, max(1, len(text) // TOKENS_A_FACT))):
+    for name in draw.sample(NAMES, min(MOST_FACTS, max(1, len(text) // TOKENS_PER_FACT))):
         statement, question = draw.choice(TEMPLATES)
         value = draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 ** (digits + 1))
         parts = (part.format(name=name, value=value) for part in (statement, question))
@@ -53,6 +53,6 @@ def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
         stated = draw.randrange(room // 2)
         places += [(stated, statement), (draw.randint(stated + 1, room), question)]
     body = body[:room]
-    for place, part in sorted(places, key=lambda found: found[0], reverse=True):
+    for place, part in sorted(places, key=lambda entry: entry[0], reverse=True):
         body[place:place] = part
     return opening + body

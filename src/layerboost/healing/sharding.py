@@ -1,8 +1,8 @@
-"""FSDP2 for healing: weights, gradients and optimizer spread over torchrun's processes, base and student on one copy.
+"""FSDP2 for healing: weights, gradients and optimizer sharded over processes; base and student share weights.
 
-PyTorch's `fully_shard` is applied here and not by accelerate's plugin: that one turns itself off on CPUs, and it shards
-one module that is called from its top. Here two models share their tensors, two stages share the shards, and the
-distillers call layers, attention, norm and head by themselves.
+PyTorch's `fully_shard` is applied here and not by accelerate's plugin: the plugin is off on CPUs, and it shards one
+module that is called from its top. Here two models share their tensors, two stages share the shards, and the distillers
+call layers, attention, norm and head separately.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from layerboost.runtime import world_size
 
 
 class Shards(nn.Module):
-    """Hold modules whose parameters are gathered together while one of their methods runs, a shared one once.
+    """Modules whose parameters are gathered together while one of their methods runs, shared ones once.
 
     FSDP2 gathers before the forward pass of the module that owns the parameters and frees them after it. A layer of the
-    base and the student's own are two modules on the same tensors, so their owner is a third one: this.
+    base and the student's are two modules on the same tensors, so a third module must own them: this one.
     """
 
     def __init__(self, held: Iterable[nn.Module]) -> None:
@@ -40,7 +40,7 @@ class Shards(nn.Module):
         return run(*args, **kwargs)
 
     def gather_for(self, owner: object, *methods: str, layer: bool = False) -> None:
-        """Make these methods of `owner` gather the parameters while they run; nested calls gather once.
+        """Make methods of `owner` gather the parameters while they run; nested calls gather once.
 
         `layer`: the methods take hidden states first, as decoder layers do.
         """
@@ -64,9 +64,9 @@ class Shards(nn.Module):
 
 
 def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> Shards:
-    """Shard both models in place, from full ones on the CPU of every process; the shards are on `device`.
+    """Shard both models in place, from full ones on the CPU of every process, to shards on `device`.
 
-    A layer of the base and the student's own are one group, which gathers when either runs. The returned one holds the
+    A layer of the base and the student's are one group, which gathers when either runs. The returned group holds the
     rest (embeddings, final norm, head) and must gather for every method that runs layers.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -83,17 +83,17 @@ def shard(teacher: PreTrainedModel, student: PreTrainedModel, device: torch.devi
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether the parameters are spread over the processes."""
+    """Return whether the parameters are sharded over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def to_full_tensor(value: Any) -> Any:
-    """Return a shard's full tensor, on the CPU, in which every process must take part; anything else as it is."""
+    """Return a shard's full tensor, on the CPU, or any other value unchanged; every process must take part."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def distribute_like(value: Any, parameter: torch.Tensor) -> Any:
-    """Return this process's shard of a full tensor of `parameter`'s shape, if that is sharded; else the value."""
+    """Return this process's shard of a full tensor of `parameter`'s shape if that is sharded; else the value."""
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     # Every process has the full tensor: nothing is sent.
@@ -108,16 +108,16 @@ class FullStateAdamW(torch.optim.AdamW):
         """Return the state; every process must take part."""
         packed = super().state_dict()
         state = {
-            index: {key: to_full_tensor(value) for key, value in kept.items()}
-            for index, kept in packed["state"].items()
+            index: {key: to_full_tensor(value) for key, value in values.items()}
+            for index, values in packed["state"].items()
         }
         return {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         state = {
-            index: {key: distribute_like(value, parameters[index]) for key, value in kept.items()}
-            for index, kept in state_dict["state"].items()
+            index: {key: distribute_like(value, parameters[index]) for key, value in values.items()}
+            for index, values in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
 
@@ -135,8 +135,8 @@ def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
 def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a layer, its hidden states with a gradient.
 
-    FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay whole to
-    the end of the pass.
+    FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay gathered
+    to the end of the pass.
     """
     hidden = args[0] if args else kwargs["hidden_states"]
     if hidden.requires_grad:

@@ -1,4 +1,4 @@
-"""heal: least squares, attention distillation, then LoRA distillation from the base → healed/, the adapters merged."""
+"""heal: least squares, attention distillation, then LoRA distillation from the base → healed/, adapters merged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.healing.training import (
     batch_of_process,
-    batches_kept,
+    cached_batches,
     check_report_to,
     clean_end,
     load_result,
@@ -44,7 +44,7 @@ IDENTITY, TEXT = "heal.json", "text.json"
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
-    """Raise ConfigError for settings and text that `run_heal` could not use."""
+    """Raise ConfigError for settings and text that `run_heal` cannot use."""
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
     longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
@@ -54,10 +54,10 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
-    """Train RUN/converted against the base and write RUN/healed; goes on from the last checkpoint in RUN/heal.
+    """Train RUN/converted against the base, from the last checkpoint in RUN/heal; write and return RUN/healed.
 
-    Under torchrun every process trains and the first one writes. Raises ConfigError before anything is trained, also
-    when RUN/heal was begun with other settings, or when it holds work and `resume` is False.
+    Under torchrun every process trains and the first one writes. Raise ConfigError before training, also if RUN/heal
+    was started with other settings, or if it holds work and `resume` is False.
     """
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
@@ -85,7 +85,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     if is_main_process():
         if recipe.heal.shard:
             pair = load_healed(recipe, run, plan, base, text)
-        # The base shares the weights that the adapters are merged into: it is damaged from here on.
+        # The base shares the weights that the adapters are merged into: it is unusable from here on.
         merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
         save_boosted(
             merged,
@@ -101,21 +101,21 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
 
 
 def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
-    """Return what the model card says about healing."""
-    said = (
+    """Return the model card's sentences on healing."""
+    sentences = (
         f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
         f"tokens of LoRA distillation from the base, on {recipe.text.name}."
     )
     if fitted:
-        said += (
+        sentences += (
             f" Before that, the output projections of {len(fitted)} sliding layers were fitted to "
             f"{text.fit_tokens:,} tokens by least squares."
         )
-    return said
+    return sentences
 
 
 STAGES = ("attention", "lora")
-# Settings that older releases did not have, with the values that change nothing, and those that only they had.
+# Settings that older releases lack, with values that change nothing, and settings that only they have.
 ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.0}
 
 
@@ -123,7 +123,7 @@ ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.
 class HealingText:
     """Token ids `[N, T]` of each stage, of which the first `tokens[stage]` are trained on, and for validation.
 
-    `fit_tokens`: those of the attention stage that the fit before it uses. `fingerprint`: of all that was read.
+    `fit_tokens`: the first tokens of the attention stage, for the fit before it. `fingerprint`: of all text.
     """
 
     ids: dict[str, torch.Tensor]
@@ -138,7 +138,7 @@ class HealingText:
 
 
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
-    """Read all text of the run before anything is trained; raise ConfigError where there is too little."""
+    """Return all text of the run, read before training; raise ConfigError if there is too little."""
     changed = [entry for entry in plan.layers if entry.changed]
     tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
     fit_tokens = recipe.heal.fit_tokens if any(entry.strategy.keeps_weights for entry in changed) else 0
@@ -154,12 +154,12 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
 
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
-    wanted = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
-    train = {name: tokens_of("train", count, seeds[name]) for name, count in wanted.items() if count}
+    needed = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
+    train = {name: tokens_of("train", count, seeds[name]) for name, count in needed.items() if count}
     validation = tokens_of("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
-    share = recipe.heal.retrieval_share
+    fraction = recipe.heal.retrieval_share
     return HealingText(
-        ids={name: with_recall(read.ids, tokenizer, share, seeds[name]) for name, read in train.items()},
+        ids={name: with_recall(read.ids, tokenizer, fraction, seeds[name]) for name, read in train.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
@@ -178,9 +178,9 @@ class Pair:
 
 
 def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
-    """Load base and converted model, with the same new adapters on every process; on the CPU if they will be sharded.
+    """Return base and converted model, with the same new adapters on every process; on the CPU if they will be sharded.
 
-    Raises ConfigError for targets that do not exist or leave nothing to train.
+    Raise ConfigError for targets that do not exist or leave nothing to train.
     """
     if recipe.heal.shard:
         base = replace(base, runtime=replace(base.runtime, device=torch.device("cpu")))
@@ -194,13 +194,13 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Heali
         )
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
-    # A fit alone trains no adapter, but peft wants some.
+    # A fit alone trains no adapter, but peft needs some.
     names = frozenset[str]().union(*(adapted[stage] for stage in text.stages or STAGES))
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
 def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:
-    """Load the pair again on this process's CPU, with the results in RUN/heal: no device need hold the whole model."""
+    """Return the pair, loaded on this process's CPU with the results in RUN/heal: no device must hold it all."""
     pair = load_pair(recipe, run, plan, base, text)
     for stage in text.stages:
         train_only(pair.student, pair.adapted[stage])
@@ -209,7 +209,7 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Hea
 
 
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
-    """Return everything the healed weights depend on, in plain JSON; a step counts as a whole, however it is cut."""
+    """Return all that the healed weights depend on, as JSON values; the split of a step into batches does not count."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
@@ -226,18 +226,18 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
 
 
 def read_identity(file: Path) -> dict[str, Any] | None:
-    """Return the identity that a file holds, as this release would write it; None if there is no file."""
+    """Return the identity in a file, in this release's form; None without a file."""
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
-    # Older releases kept paths as they were typed.
+    # Older releases stored paths as typed.
     text = Text.model_validate(found["text"]).model_dump(mode="json")
     return found | {"heal": ADDED | settings, "text": text}
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raise ConfigError when RUN/heal holds work that cannot be continued, or any work and `resume` is False."""
+    """Raise ConfigError if RUN/heal holds work that cannot be resumed, or any work and `resume` is False."""
     there = read_identity(work / IDENTITY)
     if there is None:
         return
@@ -245,20 +245,20 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
         old, new = _flat(there), _flat(identity)
         changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         raise ConfigError(
-            f"{work} was begun with other settings",
+            f"{work} was started with other settings",
             found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
             do=f"use another --run folder, or delete {work}",
         )
     if not resume:
-        raise ConfigError(f"{work} holds unfinished healing", do=f"leave --no-resume out, or delete {work}")
+        raise ConfigError(f"{work} holds unfinished healing", do=f"leave out --no-resume, or delete {work}")
     for stage in STAGES:
         if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
             raise ConfigError(
-                f"{work} holds a stage that layerboost 0.1 began; this release cannot continue from its checkpoints",
+                f"{work} holds a stage that layerboost 0.1 started; this release cannot resume from its checkpoints",
                 found=f"{work / 'checkpoints' / stage}",
                 do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
             )
-    log.info("going on with %s", work)
+    log.info("resuming %s", work)
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
@@ -268,13 +268,13 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_text(work: Path, text: HealingText) -> None:
-    """Raise ConfigError when RUN/heal was begun on other text than its source holds now."""
+    """Raise ConfigError if RUN/heal was started on other text than its source has now."""
     file = work / TEXT
     if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
         raise ConfigError(
-            f"{work} was begun on another text",
-            found="the tokens read from text.source are others now",
-            do=f"put the old text back, use another --run folder, or delete {work}",
+            f"{work} was started on another text",
+            found="the tokens from text.source have changed",
+            do=f"restore the old text, use another --run folder, or delete {work}",
         )
 
 
@@ -287,7 +287,7 @@ def train(
     end: int | None,
     device: torch.device,
 ) -> list[int]:
-    """Run all stages, each kept in `folder` when it ends; return the layers whose output projection was fitted.
+    """Run all stages, saving each in `folder` at its end; return the layers whose output projection was fitted.
 
     `end`: the token that ends a document.
     """
@@ -299,7 +299,7 @@ def train(
         ce_weight=settings.ce_weight,
         checkpointing=settings.activation_checkpointing,
     )
-    local = AttentionDistiller(*models, batches_kept(settings, text.validation.shape[1]))
+    local = AttentionDistiller(*models, cached_batches(settings, text.validation.shape[1]))
     distillers = {"attention": local, "lora": logits}
     validation = Validation(logits, text.validation.to(device).split(settings.batch_sequences))
     if settings.shard:
@@ -320,7 +320,7 @@ def train(
 
 @dataclass
 class Validation:
-    """KL to the base and NLL of the student on batches `[B, T]` not trained on; the base runs over them once."""
+    """KL to the base and NLL of the student on batches `[B, T]` of held-out text; the base runs on them once."""
 
     distiller: LogitDistiller
     batches: Sequence[torch.Tensor]

@@ -1,4 +1,4 @@
-"""The student: the converted model on the base's own weights, its adapters, and what each stage trains of it."""
+"""The student: the converted model on the base's own weights, its adapters, and the parameters of each stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
 def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[LayerPlan]) -> PreTrainedModel:
     """Return the boosted model in `checkpoint`; weights that equal those of `teacher` are the same tensors.
 
-    Frozen. Raises ConfigError when the checkpoint's weights are not those of the plan.
+    Frozen. Raise ConfigError if the checkpoint's weights are not those of the plan.
     """
     teacher.requires_grad_(False)
     student = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
@@ -42,7 +42,7 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
                 value = tensors.get_tensor(name).to(parameters[name])
                 if not torch.equal(value, parameters[name]):
                     owner, _, attribute = name.rpartition(".")
-                    # A copy: the file's own tensor would keep the whole file mapped, as much memory as the weights.
+                    # A copy: the file's own tensor would keep the file mapped, as much memory as the weights.
                     setattr(student.get_submodule(owner), attribute, nn.Parameter(value.clone(), requires_grad=False))
     if missing:
         raise ConfigError(f"{checkpoint} does not hold the weights of its plan", found=f"no {min(missing)}")
@@ -54,9 +54,9 @@ def adapted_layers(
 ) -> dict[str, frozenset[str]]:
     """Return the names of a stock model's linear layers that get an adapter in each stage, `attention` and `lora`.
 
-    Stage 1: all of what it teaches, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
-    from the first changed layer up, in full layers too; below it student and base are one. With None v and o of sliding
-    layers, and the MLPs. Raises ConfigError for targets that do not exist, naming those that do.
+    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
+    from the first changed layer up, also in full layers; below it, student and base are equal. By default v and o of
+    sliding layers, and the MLPs. Raise ConfigError for targets that do not exist, naming those that do.
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
     first = min(keeps, default=0)
@@ -69,13 +69,13 @@ def adapted_layers(
         index, *parts = name.split(".")
         layer, in_attention, full_name = int(index), attention in parts, f"{prefix}.{name}"
         known.add(parts[-1])
-        kept = keeps.get(layer)  # None in a layer that is as in the base
-        if in_attention and kept is False:
+        has_attention = keeps.get(layer)  # None in an unchanged layer
+        if in_attention and has_attention is False:
             continue
-        if kept is not None and kept == in_attention:
+        if has_attention is not None and has_attention == in_attention:
             stage1.add(full_name)
-        wanted = parts[-1] in targets if targets else not in_attention or (kept is True and parts[-1] in VALUES)
-        if wanted and layer >= first:
+        by_default = not in_attention or (has_attention is True and parts[-1] in VALUES)
+        if layer >= first and (parts[-1] in targets if targets else by_default):
             stage2.add(full_name)
     if unknown := set(targets or ()) - known:
         raise ConfigError(
@@ -96,7 +96,7 @@ def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) ->
 
 
 def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:
-    """Require a gradient of the adapters of the named layers and of every sink, and of nothing else."""
+    """Make only the adapters of the named layers and all sinks trainable."""
     for name, parameter in student.named_parameters():
         adapted = "lora_" in name and name.partition(".lora_")[0] in names
         parameter.requires_grad_(adapted or name.endswith(".sinks"))

@@ -1,4 +1,4 @@
-"""One healing stage: a plain training loop with exact token counts, durable checkpoints and the best step kept."""
+"""One healing stage: a training loop with exact token counts, durable checkpoints and the best step as its result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from layerboost.schemas.healing import METRICS
 STRETCH_TOKENS = 2048
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
-KEPT_START = "no step of the %s stage is better on the validation slice than its start, which is kept; lower its rate"
+KEPT_START = "no step of the %s stage is better on the validation text than its start, which is kept; lower its rate"
 Batch = dict[str, torch.Tensor]
 Validate = Callable[[], dict[str, float]]
 
@@ -47,12 +47,12 @@ def train_stage(
 ) -> None:
     """Train a stage, `attention` or `lora`, on the first `tokens` tokens of ids `[N, T]`, in order.
 
-    Leaves `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
-    `heal.ce_weight` times `validation_nll` where the stage's loss holds cross entropy. `folder/NAME.safetensors` keeps
-    it; a stage that ended is only loaded. Resumes from the newest checkpoint in `folder/checkpoints/NAME`. Each step
-    and each validation is a line of `folder/metrics.jsonl`.
+    Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
+    `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
+    a stage that ended is only loaded. Resume from the newest checkpoint in `folder/checkpoints/NAME`. Each step and
+    each validation is a line of `folder/metrics.jsonl`.
 
-    Raises LayerboostError when the loss is not finite, memory does not suffice or nothing can be written, and
+    Raise LayerboostError if the loss is not finite, memory does not suffice or nothing can be written, and
     KeyboardInterrupt after a SIGTERM.
     """
     if load_result(name, distiller, folder):
@@ -65,7 +65,7 @@ def train_stage(
 
 
 class _Training:
-    """The loop of a stage, and what it trains with."""
+    """The training loop of a stage, and its state."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class _Training:
             project_dir=folder,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.model = distiller.eval()  # without dropout nothing in a step is random
+        self.model = distiller.eval()  # without dropout a step is deterministic
         if not self.sharded:  # FSDP2 averages the gradients itself; elsewhere DDP does
             self.model = self.accelerator.prepare_model(distiller, device_placement=False)
         self.optimizer = FullStateAdamW(_parameter_groups(distiller, lr, settings.sink_lr), weight_decay=0.0)
         self.schedule = get_scheduler(settings.scheduler, self.optimizer, max(1, data.steps // 20), data.steps)
         self.best: dict[str, Any] = {"score": math.inf}
         self.done = self.load_checkpoint()
-        if settings.report_to:  # one run of each tracker for each stage
+        if settings.report_to:  # one run per tracker and stage
             run = {"name": f"{folder.parent.name}-{name}"}
             self.accelerator.init_trackers("layerboost", init_kwargs={"wandb": run, "trackio": run})
         after_step = self.done if self.done else -1
@@ -152,7 +152,7 @@ class _Training:
     def judge(self, step: int) -> None:
         """Validate, and keep the trained parameters if no earlier step was better."""
         found = self.validate()
-        # The mean, because processes must agree on which step is the best.
+        # The mean, because processes must agree on the best step.
         values = dict(zip(found, self.mean(*found.values()), strict=True))
         self.metrics.write(step, self.data.seen(step), values)
         score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
@@ -162,7 +162,7 @@ class _Training:
             self.best = {"score": score, "step": step, "trained": self.distiller.trained_state()}
 
     def save_checkpoint(self, step: int) -> None:
-        """Write all that later steps depend on, in full tensors: every process takes part, the first one writes."""
+        """Write all that later steps depend on, as full tensors: every process takes part, the first one writes."""
         parts = {"trained": self.distiller.trained_state(), "optimizer": self.optimizer.state_dict()}
         if is_main_process():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class _Training:
                 old.unlink()
 
     def load_checkpoint(self) -> int:
-        """Load the newest checkpoint; return the number of its step, 0 where there is none."""
+        """Load the newest checkpoint; return its step, 0 without a checkpoint."""
         if not (found := checkpoints_in(self.checkpoints)):
             return 0
         state = torch.load(found[-1], map_location="cpu", weights_only=True)
@@ -197,7 +197,7 @@ class _Training:
         return list(self.accelerator.reduce(found, "mean").tolist())
 
     def bad_loss(self, loss: float, step: int, batches: list[Batch]) -> LayerboostError:
-        """Return the error for a loss that is not finite; only an unsharded model can be searched for the place."""
+        """Return the error for a loss that is not finite, with the place in the model unless that is sharded."""
         ids = torch.cat([batch["input_ids"] for batch in batches])
         places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(ids)
         return not_finite(self.name, f"loss is {loss}", step, *places)
@@ -207,7 +207,7 @@ class Data:
     """The rows of a stage in the order of training, in full steps.
 
     A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
-    has them: their weights sum to the number of batches. Rows without a token that counts fill the last step.
+    has them: their weights sum to the number of batches. Rows without such a token fill the last step.
     """
 
     def __init__(self, ids: torch.Tensor, tokens: int, settings: Heal, repeats: int = 1) -> None:
@@ -226,7 +226,7 @@ class Data:
     def batches(self, step: int, device: torch.device) -> list[Batch]:
         """Return this process's batches of a step, counted from 1: ids and weights `[B, T]`.
 
-        Where text is repeated, also the `number` `[B]` of each row.
+        If text is repeated, also the `number` `[B]` of each row.
         """
         rows = self.order[(step - 1) * self.per_step : step * self.per_step]
         weights = self.counts[rows] * (self.per_step // self.batch / self.counts[rows].sum())
@@ -242,24 +242,24 @@ class Data:
 
 
 def stretch_steps(settings: Heal, length: int) -> int:
-    """Return the steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are kept, or one if longer."""
+    """Return the steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are cached; at least one."""
     return max(1, STRETCH_TOKENS // (settings.batch_sequences * settings.gradient_accumulation * length))
 
 
-def batches_kept(settings: Heal, length: int) -> int:
-    """Return the batches of one process in a stretch that is repeated; 0 where nothing is."""
+def cached_batches(settings: Heal, length: int) -> int:
+    """Return the batches of one process in a repeated stretch; 0 without repeats."""
     return stretch_steps(settings, length) * batch_of_process(settings)[1] if settings.attention_repeats > 1 else 0
 
 
 def batch_of_process(settings: Heal) -> tuple[int, int]:
-    """Return the sequences per batch and batches per step of one process: a step is the same on any number of them.
+    """Return the sequences per batch and batches per step of one process: a step is the same for any number of them.
 
-    Raises ConfigError when a step cannot be divided evenly, or the model is to be sharded and there is one process.
+    Raise ConfigError if a step cannot be divided evenly, or if a model is to be sharded over one process.
     """
     batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
     if settings.shard and processes == 1:
         raise ConfigError(
-            "heal.shard shares the model out among the processes of torchrun",
+            "heal.shard divides the model among the processes of torchrun",
             found="one process",
             do="start `layerboost heal` with torchrun (docs/guide/gpus.md has the commands), or --set heal.shard=false",
         )
@@ -268,14 +268,14 @@ def batch_of_process(settings: Heal) -> tuple[int, int]:
     if batch % processes == 0:
         return batch // processes, accumulation
     raise ConfigError(
-        f"a step cannot be shared out among {processes} processes",
+        f"a step cannot be divided among {processes} processes",
         found=f"heal.batch_sequences {batch}, heal.gradient_accumulation {accumulation}",
         do=f"make one of them a multiple of {processes}",
     )
 
 
 def load_result(name: str, distiller: Distiller, folder: Path) -> bool:
-    """Load what a stage that ended left in `folder`; return False if it has not ended."""
+    """Load the result of a stage from `folder`; return False if it has not ended."""
     file = folder / f"{name}.safetensors"
     if file.is_file():
         distiller.load_trained(load_file(file))
@@ -296,7 +296,7 @@ def check_report_to(names: tuple[str, ...]) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes `file` when the block ends well."""
+    """Yield a path to write to, which becomes `file` if the block succeeds."""
     temporary = file.with_suffix(".tmp")
     yield temporary
     temporary.replace(file)
@@ -304,7 +304,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def until_sigterm() -> Iterator[threading.Event]:
-    """Inside the block, a SIGTERM sets the event and does nothing else."""
+    """Yield an event; in the block, a SIGTERM only sets it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -318,13 +318,13 @@ def until_sigterm() -> Iterator[threading.Event]:
 
 @contextmanager
 def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
-    """Say what to do when memory or the disk ends a run; its last complete checkpoint stays."""
+    """Raise errors with advice if memory or disk end a run; its last complete checkpoint stays."""
     try:
         yield
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # safetensors' error for a full disk
         raise disk_error(folder, OSError(str(error))) from error
     except OSError as error:
-        if error.errno not in DISK_ERRORS:  # a tracker's network, say
+        if error.errno not in DISK_ERRORS:  # such as a tracker's network
             raise
         raise disk_error(folder, error) from error
     except (RuntimeError, MemoryError) as error:
@@ -338,7 +338,7 @@ def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
 
 
 def less_memory(settings: Heal) -> str:
-    """Return what to change so that healing takes less memory."""
+    """Return advice on settings with which healing takes less memory."""
     lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
     full = settings.activation_checkpointing == "full"
     checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
@@ -348,7 +348,7 @@ def less_memory(settings: Heal) -> str:
 def not_finite(stage: str, what: str, step: int, where: str = "", base: tuple[str, str] = ("", "")) -> LayerboostError:
     """Return the error for a loss or gradient that is not finite; `where` and `base` as from `explain_not_finite`."""
     do = "lower its learning rate, in another --run folder or after deleting heal/; no checkpoint holds this step"
-    if step <= 1:  # the rate has changed nothing yet
+    if step <= 1:  # the rate has no effect yet
         do = "look for the cause in the converted model: `layerboost evaluate` names layer and token"
     found = f"the base is not finite on this text either: {base[0]}" if base[0] else ""
     wrong = ", ".join(filter(None, (f"the {what} at step {step} of the {stage} stage", where)))
@@ -356,7 +356,7 @@ def not_finite(stage: str, what: str, step: int, where: str = "", base: tuple[st
 
 
 def _parameter_groups(distiller: Distiller, lr: float, sink_lr: float) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer: adapters, and sinks with a learning rate of their own."""
+    """Return the optimizer's groups: adapters, and sinks with their own learning rate."""
     trained = distiller.trained
     sinks = [parameter for name, parameter in trained.items() if name.endswith(".sinks")]
     adapters = [parameter for name, parameter in trained.items() if not name.endswith(".sinks")]

@@ -1,4 +1,4 @@
-"""Whether two measurements rank the layers alike: Spearman's correlation per kind of replacement, with intervals."""
+"""Agreement of two measurements on the ranking of layers: Spearman's correlation per replacement, with intervals."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Kind = tuple[StrategyName, int | None, bool]
 
 
 def run_stability(run: Path, others: list[Path]) -> Stability:
-    """Compare RUN/sensitivity.json, metric by metric, with itself and with other files or run folders.
+    """Return the agreement of RUN/sensitivity.json with other files or run folders, and of its metrics; write it too.
 
-    Raises ConfigError for a missing or incomplete file, and for one that shares no replacement with this run.
+    Raise ConfigError for a missing or incomplete file, and for one that shares no replacement with this run.
     """
     source = run / SENSITIVITY
     mine = read_sensitivity(source)
@@ -37,7 +37,7 @@ def run_stability(run: Path, others: list[Path]) -> Stability:
 
 
 def compare_metrics(sensitivity: Sensitivity) -> Comparison:
-    """Every metric against every other of the same file."""
+    """Return the agreement of every two metrics of one file."""
     found = []
     for kind, scores in _scores(sensitivity).items():
         names = list(scores)
@@ -47,10 +47,10 @@ def compare_metrics(sensitivity: Sensitivity) -> Comparison:
 
 
 def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Comparison:
-    """Each metric of each replacement that both files have, layer by layer.
+    """Return the agreement of two files on each metric of each replacement that both have, layer by layer.
 
-    Between models of different depth a layer is compared at its relative depth, the other's scores interpolated. Raises
-    ConfigError when the files share no replacement, such as windows of different lengths.
+    Models of different depth are compared by relative depth, the other's scores interpolated. Raise
+    ConfigError if the files share no replacement, such as with windows of different lengths.
     """
     mine, theirs = _scores(sensitivity), _scores(other)
     same_depth = sensitivity.model.layers == other.model.layers
@@ -79,7 +79,7 @@ def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Co
 
 
 def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
-    """Per replacement and metric: means `[layers]`, NaN where a layer has none."""
+    """Return means `[layers]` by replacement and metric, NaN for a layer without one."""
     table: dict[Kind, dict[str, np.ndarray]] = {}
     for entry in sensitivity.layers:
         for variant in entry.variants:
@@ -98,12 +98,12 @@ def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
 
 
 def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:
-    """None where too few layers have both scores, or all have the same."""
+    """Return the agreement; None if too few layers have both scores, or all have the same."""
     both = ~np.isnan(mine) & ~np.isnan(theirs)
     a, b = mine[both], theirs[both]
     if len(a) < LEAST_LAYERS or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    # By percentiles: BCa is undefined where leaving out any one layer gives the same correlation, as equal ranks do.
+    # Percentiles: BCa is undefined if leaving out any one layer gives the same correlation, as with equal ranks.
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
     low, high = bootstrap((a, b), _spearman, n_resamples=RESAMPLES, **options).confidence_interval
     return Agreement(
@@ -120,7 +120,7 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
 
 
 def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
-    """Return Spearman's rank correlation along an axis; 0 where one side is constant, as a resample may be."""
+    """Return Spearman's rank correlation along an axis; 0 if one side is constant, as a resample may be."""
     with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
         found = pearsonr(rankdata(a, axis=axis), rankdata(b, axis=axis), axis=axis).statistic
     return np.nan_to_num(found)

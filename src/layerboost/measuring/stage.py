@@ -34,7 +34,7 @@ from layerboost.tasks.probe import TaskProbe, load_choices
 
 @dataclass(frozen=True)
 class Inputs:
-    """What layers are measured on: text or traffic, retrieval prompts, tasks."""
+    """The inputs of a measurement: text or the user's prompts, retrieval prompts, tasks."""
 
     text: Tokens | Traffic
     prompts: list[Prompts]
@@ -42,7 +42,7 @@ class Inputs:
 
 
 def validate_measure(recipe: Recipe) -> None:
-    """Raise ConfigError for settings that could only give meaningless scores."""
+    """Raise ConfigError for settings that can only give meaningless scores."""
     model_of(recipe)
     length = recipe.text.sequence_tokens
     for window in recipe.measure.windows:
@@ -69,7 +69,7 @@ def validate_measure(recipe: Recipe) -> None:
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
-    """Raise ConfigError for what `run_measure` could not use. Text that the model has yet to write is left out."""
+    """Raise ConfigError for what `run_measure` cannot use, apart from text that the model has yet to write."""
     validate_measure(recipe)
     if base.gguf:
         check_gguf(base.folder / base.gguf)
@@ -84,10 +84,10 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
-    """Measure every layer that RUN/sensitivity.json does not hold yet. Raise ConfigError as `measure` does."""
+    """Measure every layer that RUN/sensitivity.json lacks; return all. Raise ConfigError as `measure` does."""
     validate_measure(recipe)
     runtime = start_runtime(recipe)
-    with main_process_first():  # which unpacks and samples
+    with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
         check_windows(base.config, recipe.measure.windows)
         write_samples(recipe, run, base)
@@ -140,7 +140,7 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
 
 
 def load_inputs(recipe: Recipe, tokenizer: Any, run: Path | None, context_tokens: int) -> Inputs:
-    """Everything to measure on, read and checked for a model with this context; raises ConfigError."""
+    """Return all inputs, read and checked for a model with this context; raise ConfigError for unusable ones."""
     inputs = Inputs(
         load_calibration(recipe, tokenizer, recipe.measure.tokens, run),
         load_prompts(recipe, tokenizer, run),
@@ -151,7 +151,7 @@ def load_inputs(recipe: Recipe, tokenizer: Any, run: Path | None, context_tokens
 
 
 def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[BenchTask]:
-    """The tasks to measure on, their items checked; raises ConfigError."""
+    """Return the tasks to measure on; raise ConfigError if their items cannot be scored."""
     settings = recipe.measure
     tasks = load_choices(settings.tasks, recipe.evaluate.bench_data, settings.task_items)
     check_items(tasks, tokenizer, context_tokens)
@@ -162,8 +162,8 @@ def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
     text, window = inputs.text, max(recipe.measure.windows)
     if isinstance(text, Traffic) and max(text.lengths) <= window:
         raise ConfigError(
-            f"a window of {window} cannot be measured on this traffic",
-            found=f"its longest row has {max(text.lengths)} tokens (cut at text.sequence_tokens), none is ever dropped",
+            f"a window of {window} cannot be measured on measure.traffic",
+            found=f"its longest row has {max(text.lengths)} tokens (at most text.sequence_tokens): none is dropped",
             do="choose shorter windows (measure.windows); such a window would gain nothing there either",
         )
     longest = max(text.ids.shape[1], *(batch.ids.shape[1] for batch in inputs.prompts), window)
@@ -176,7 +176,7 @@ def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
 
 
 def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Runtime) -> dict[str, Any]:
-    """What the scores depend on besides the model and the text."""
+    """Return what the scores depend on, apart from model and text."""
     rows = [row for batch in inputs.prompts for row in batch.ids.tolist()]
     return {
         "dtype": runtime.dtype_name,
@@ -190,7 +190,7 @@ def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Ru
 
 
 def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
-    """The plan whose other layers stay changed while one is measured."""
+    """Return the plan whose other layers stay changed while one is measured."""
     if recipe.measure.plan is None:
         return None
     file = Path(recipe.measure.plan).expanduser()
@@ -207,7 +207,7 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
 
 
 def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:
-    """What an earlier run left, if it is of the same model, text and settings; raises ConfigError if it is not."""
+    """Return what an earlier run measured; raise ConfigError if model, text or settings were different."""
     if not file.exists():
         return None
     found = read_json(file, Sensitivity, "layerboost measure")

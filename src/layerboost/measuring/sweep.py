@@ -1,4 +1,4 @@
-"""The sweep: every layer under every replacement, each variant started from the model's own input to that layer."""
+"""The sweep: every layer with every replacement, each variant run from the model's own input to that layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types
 from layerboost.probes.metrics import BaseText, check_finite, score
-from layerboost.probes.probe import Damages, Probe, TextProbe
+from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
@@ -24,17 +24,17 @@ def sweep(
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
 ) -> None:
-    """Score every layer of a stock model that is not in `done`; `save` gets all layers so far, after each.
+    """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
-    With `plan`, the other layers are as it has them, and a score is what the plan loses with this layer replaced minus
-    what it loses with this layer full. Memory: one hidden state a token for the base's output and for two layers, and
-    what `TextProbe` keeps of the texts' beginnings.
-    Under torchrun the layers are dealt out to the ranks; `save` is called on all of them alike.
+    With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
+    loss with this layer full. Memory: one hidden state per token for the base's output and for two layers, and
+    the prefix caches of `TextProbe`.
+    Under torchrun the ranks take turns with the layers; `save` is called on all of them.
     """
     streams = [probe.streams for probe in probes]
     count = len(streams[0].stream.layers)
     for each in streams:
-        each.follow(plan or each.kept)
+        each.follow(plan or each.plan)
     layers, own, world = list(done), rank(), world_size()
     pending: list[LayerSensitivity] = []
     # A variant of layer i runs the layers from i up, so early layers take longer.
@@ -57,9 +57,9 @@ def sweep(
 
 
 def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
-    """Every replacement of one layer: each strategy but full attention with all of its settings.
+    """Return every replacement of one layer: each strategy but full attention with all of its settings.
 
-    A layer that slides in the base already can only be removed.
+    A layer that slides in the base can only be removed.
     """
     slides = base_layer_types(model.config)[layer] == "sliding_attention"
     return [
@@ -71,26 +71,26 @@ def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> li
 
 
 def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool) -> LayerSensitivity:
-    kept = probes[0].streams.kept
+    current = probes[0].streams.plan
     options = candidates(probes[0].streams.stream.model, index, windows)
-    if on_plan:  # what the others lose with this layer full
+    if on_plan:  # the loss of the other layers, this one being full
         options.append(LayerPlan(layer=index, attention=FULL))
-    plans = [[*kept[:index], option, *kept[index + 1 :]] for option in options]
-    found: list[Damages] = [{} for _ in plans]
+    plans = [[*current[:index], option, *current[index + 1 :]] for option in options]
+    found: list[Losses] = [{} for _ in plans]
     for probe in probes:
-        for damages, new in zip(found, probe.damages(plans), strict=True):
-            damages.update(new)
+        for losses, new in zip(found, probe.losses(plans), strict=True):
+            losses.update(new)
     if on_plan:
         rest = found.pop()
-        for damages in found:  # against the plan's own layer here, not against the full one
-            damages.pop("mse", None)
-        found = [{m: v - rest[m] for m, v in damages.items()} for damages in found]
+        for losses in found:  # relative to the plan's own layer, not to the full one
+            losses.pop("mse", None)
+        found = [{m: v - rest[m] for m, v in losses.items()} for losses in found]
     counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
     variants = []
-    for option, damages in zip(options, found, strict=False):
+    for option, losses in zip(options, found, strict=False):
         if not option.strategy.keeps_weights:
-            damages["cosine"] = _cosine(probes, index)
-        scores = {metric: score(values, counts[metric]) for metric, values in damages.items()}
+            losses["cosine"] = _cosine(probes, index)
+        scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
         check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
         variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
@@ -98,7 +98,7 @@ def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_p
 
 
 def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
-    """1 − cosine of the stream before and after the attention, averaged over each sequence (LLM-Drop, section 3)."""
+    """Return 1 − cosine of the stream before and after the attention, averaged per sequence (LLM-Drop, section 3)."""
     parts = []
     for probe in probes:
         if isinstance(probe, TextProbe):
@@ -111,7 +111,7 @@ def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
 
 
 def _gathered(pending: list[LayerSensitivity], world: int) -> list[LayerSensitivity]:
-    """The layers that all ranks have measured since the last time, in order."""
+    """Return the layers that all ranks have measured since the last call, in order."""
     if world == 1:
         return pending
     parts: list[list[LayerSensitivity]] = [[] for _ in range(world)]

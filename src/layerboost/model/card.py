@@ -83,7 +83,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         for entry in plan.layers
     ]
     name = origin.base_model or Path(plan.model.name).name
-    predicted = plan.foretold
+    predicted = plan.valid_prediction
     cache = (
         f" At {predicted.context_tokens} tokens of context it holds {predicted.kv_fraction:.0%} of the base's KV cache."
         if predicted

@@ -15,10 +15,10 @@ from layerboost.model.surgery import family_of, replaced
 from layerboost.schemas.plan import LayerPlan
 
 
-class Beginning:
-    """A prefix cache: keys and values `[B, Hkv, positions, D]` of a batch's first positions in every layer of the base.
+class PrefixCache:
+    """Keys and values `[B, Hkv, positions, D]` of a batch's first positions, in every layer of the base.
 
-    To a stock layer it is its cache, one that never grows.
+    A stock layer takes it for its cache; it never grows.
     """
 
     def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -26,22 +26,22 @@ class Beginning:
 
     @property
     def positions(self) -> int:
-        """How many are kept."""
+        """Return the number of cached positions."""
         return self.layers[0][0].shape[2]
 
     @property
     def bytes(self) -> int:
-        """What they take."""
-        return sum(kept.nbytes for pair in self.layers for kept in pair)
+        """Return the memory it takes."""
+        return sum(cached.nbytes for pair in self.layers for cached in pair)
 
-    def first(self, positions: int) -> Beginning:
-        """Fewer of them."""
-        return Beginning([(key[:, :, :positions], value[:, :, :positions]) for key, value in self.layers])
+    def first(self, positions: int) -> PrefixCache:
+        """Return a cache of the first positions alone."""
+        return PrefixCache([(key[:, :, :positions], value[:, :, :positions]) for key, value in self.layers])
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer attends to: the kept, then its own."""
+        """Return the keys and values that a layer attends to: the cached, then its own."""
         before = self.layers[layer]
         return torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
 
@@ -88,23 +88,23 @@ class LayerStream:
         self._arguments[ids.shape] = arguments
         return first[0], output
 
-    def forward_with_beginning(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, Beginning]:
-        """As `forward`, and the keys and values of the first positions, of a model that `can_continue`."""
+    def forward_with_cache(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, PrefixCache]:
+        """Return what `forward` does, and a cache of the first positions; only for a model that `can_continue`."""
         cache = DynamicCache()
         first, output = self.forward(ids, cache)
-        kept = [
+        cached = [
             (layer.keys[:, :, :positions].clone(), layer.values[:, :, :positions].clone()) for layer in cache.layers
         ]
-        return first, output, Beginning(kept)
+        return first, output, PrefixCache(cached)
 
     @property
     def can_continue(self) -> bool:
-        """Whether `finish_after` can go on from a beginning: full attention in all layers, by PyTorch's kernel."""
+        """Return whether `finish_after` works: full attention in all layers, by PyTorch's kernel."""
         config = self.model.config
         return config._attn_implementation == "sdpa" and set(base_layer_types(config)) == {"full_attention"}
 
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
-        """One decoder layer on its input `[B, T, D]`, for a batch shape that `forward` has seen."""
+        """Return one decoder layer's output on its input `[B, T, D]`, of a batch shape that `forward` has seen."""
         if plan is not None and plan.changed:
             sinks = self.sinks[index, plan.window] if plan.sink and plan.window else None
             with replaced(self.model, index, plan, sinks):
@@ -112,7 +112,7 @@ class LayerStream:
         return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
 
     def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """One decoder layer as Transformers calls it; some give a tuple."""
+        """Call one decoder layer as Transformers does; some return a tuple."""
         out: Any = self.layers[index](hidden, **arguments)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -122,29 +122,29 @@ class LayerStream:
         return normed
 
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
-        """Layers `start` and up, under `plan` if there is one, and the final norm: `[B, T, D]`."""
+        """Run layers `start` and up, with `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
             hidden = self.layer(index, hidden, plan[index] if plan else None)
         return self._normed(hidden)
 
-    def finish_after(self, beginning: Beginning, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """As `finish` with full layers, for the last positions `[B, T, D]` alone: the base's are before them."""
+    def finish_after(self, prefix: PrefixCache, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run `finish` with full layers on the last positions `[B, T, D]` alone, after the base's `prefix`."""
         batch, length = hidden.shape[:2]
-        before, every = beginning.positions, beginning.positions + length
+        before, every = prefix.positions, prefix.positions + length
         place = torch.arange(every, device=hidden.device)
-        # Numbers: a mask of bools would be made into them in every layer.
+        # Numbers: every layer would convert a mask of bools into them.
         mask = torch.zeros(1, 1, length, every, dtype=hidden.dtype, device=hidden.device)
         mask.masked_fill_(place > place[before:, None], float("-inf"))
         for index in range(start, len(self.layers)):
             given = dict(self._arguments[torch.Size((batch, every))][index])
             cos, sin = given["position_embeddings"]
-            given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": beginning}
+            given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": prefix}
             given |= {"position_ids": given["position_ids"][:, before:], "attention_mask": mask}
             hidden = self._run(index, hidden, given)
         return self._normed(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention of one stock layer adds to the stream `[B, T, D]`."""
+        """Return what the attention of one stock layer adds to the stream `[B, T, D]`."""
         family, layer, found = family_of(self.model.config), self.layers[index], []
         after = "post_attention_layernorm"
         module = getattr(layer, after if after in family.attention_norms else family.attention)

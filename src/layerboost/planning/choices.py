@@ -1,4 +1,4 @@
-"""What can be chosen for every layer, and the damage it is said to do: the common ground of the selection methods."""
+"""The choices for every layer and their predicted quality loss, which all selection methods use."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from layerboost.strategies import FULL, label
 
 @dataclass(frozen=True)
 class Choice:
-    """One strategy of one layer: `damage` as the settings blend it, `scores` the means of every metric measured."""
+    """One strategy of one layer: `loss`, its quality loss as the settings blend it, and the mean of every metric."""
 
     plan: LayerPlan
-    damage: float
+    loss: float
     scores: dict[str, float]
 
 
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
-    """Per layer: full at no damage, none, and the window with and without a sink, as far as they were measured."""
+    """Return per layer: full, without loss; none; and the window with and without a sink, as far as measured."""
     scales = metric_scales(sensitivity, settings)
     table = []
     for entry in sensitivity.layers:
@@ -36,7 +36,7 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
 
 
 def windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:
-    """The windows to consider: the one asked for, or every measured one, shortest first; raises ConfigError."""
+    """Return the windows to consider: `plan.window`, or all measured ones, shortest first; raise ConfigError."""
     variants = [variant for entry in sensitivity.layers for variant in entry.variants]
     measured = sorted({variant.window for variant in variants if variant.window})
     if not measured and sensitivity.model.sliding_window:  # every layer slides in the base: none or as it is
@@ -53,31 +53,31 @@ def windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:
 
 
 def metric_limits(settings: Plan) -> dict[str, float]:
-    """The most a plan may do in a metric, where the settings say so."""
+    """Return the settings' limits on the quality loss, by metric."""
     given = {"kl": settings.max_kl, "retrieval": settings.max_retrieval}
     return {metric: most for metric, most in given.items() if most is not None}
 
 
 def score_in(choice: Choice, metric: str) -> float:
-    """What a choice does in one metric; raises ConfigError when that was not measured."""
+    """Return the quality loss of a choice in one metric; raise ConfigError if it was not measured."""
     if not choice.plan.changed:
         return 0.0
     return _measured(choice.plan.layer, choice.plan.attention, choice.scores, metric)
 
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
-    """The window with or without a sink, whichever does less damage; full where it slides in the base already."""
+    """Return the window with or without a sink, whichever loses less; full for a layer that slides in the base."""
     sliding = [choice for choice in options if choice.plan.attention == "sliding"]
-    return min(sliding, key=lambda choice: choice.damage).plan if sliding else options[0].plan
+    return min(sliding, key=lambda choice: choice.loss).plan if sliding else options[0].plan
 
 
 def removal(entry: LayerSensitivity, metric: str) -> float:
-    """What removing a layer's attention does in one metric; raises ConfigError where that was not measured."""
+    """Return the loss in one metric by removing a layer's attention; raise ConfigError if it was not measured."""
     return mean_score(entry, variant_of(entry, LayerPlan(layer=entry.layer, attention="none")), metric)
 
 
 def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
-    """The measurement of one strategy; raises ConfigError without one."""
+    """Return the measurement of one strategy; raise ConfigError if there is none."""
     for variant in entry.variants:
         if variant.plan(entry.layer) == plan:
             return variant
@@ -88,7 +88,7 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
 
 
 def mean_score(entry: LayerSensitivity, variant: Variant, metric: str) -> float:
-    """One metric of one measurement; raises ConfigError when it was not measured."""
+    """Return one metric of one measurement; raise ConfigError if it was not measured."""
     return _measured(
         entry.layer, variant.attention, {name: score.mean for name, score in variant.scores.items()}, metric
     )
@@ -105,10 +105,10 @@ def _measured(layer: int, attention: str, scores: dict[str, float], metric: str)
 
 
 def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
-    """The weight of each metric that the settings blend.
+    """Return the weight of each metric that the settings blend.
 
-    One metric counts as it is. With a share of retrieval, each is divided by its mean magnitude over all layers and
-    replacements, so that shares weigh damages and not units.
+    One metric alone has weight 1. With `retrieval_weight`, each is divided by its mean magnitude over all layers and
+    replacements, so that weights compare losses and not units.
     """
     if not settings.retrieval_weight:
         return {settings.metric: 1.0}
@@ -123,11 +123,10 @@ def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
 
 
 def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
-    """The damage that the scales of `metric_scales` make of a layer's or a plan's scores.
+    """Return the quality loss of a layer or a plan: its scores weighted by `metric_scales`.
 
-    In a blend a score better than the base's counts as no damage, not as a gain. Small gains of many layers add up to
-    more than the base leaves to gain, and what the base does is what is asked for: neither shall pay for damage in the
-    other metric.
+    In a blend a score better than the base's counts as no loss and not as a gain: small gains of many layers would add
+    up to more than the base can gain, and the aim is to match the base. No gain may offset a loss in the other metric.
     """
     if len(scales) == 1:
         return sum(scale * scores[metric] for metric, scale in scales.items())
@@ -135,24 +134,24 @@ def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
 
 
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:
-    """What the single-layer scores add up to, and the costs. The whole plan's damage is larger: scores interact."""
+    """Return the sum of the single-layer scores, and the costs. The plan itself loses more: scores interact."""
     chosen = [variant_of(sensitivity.layers[entry.layer], entry).scores for entry in layers if entry.changed]
     metrics = set.intersection(*(set(scores) for scores in chosen)) if chosen else set()
     first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
-    costs, share = budget.plan(layers), budget.share(layers)
+    costs, fractions = budget.plan(layers), budget.relative(layers)
     return Predicted(
         damage={metric: sum(scores[metric].mean for scores in chosen) for metric in first if metric in metrics},
-        kv_fraction=share[KV_BYTES],
+        kv_fraction=fractions[KV_BYTES],
         kv_bytes_per_request=round(costs[KV_BYTES]),
-        parameter_fraction=share[PARAMETERS],
+        parameter_fraction=fractions[PARAMETERS],
         context_tokens=settings.context_tokens,
         concurrency=settings.concurrency if budget.rates else None,
         decode_ms=costs.get("decode_ms"),
-        decode_fraction=share.get("decode_ms"),
+        decode_fraction=fractions.get("decode_ms"),
     )
 
 
 def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:
-    damage = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
-    return Choice(variant.plan(entry.layer), damage, {metric: score.mean for metric, score in variant.scores.items()})
+    loss = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
+    return Choice(variant.plan(entry.layer), loss, {metric: score.mean for metric, score in variant.scores.items()})

@@ -1,4 +1,4 @@
-"""The whole curve of damage against cost: the plan of one method at every budget."""
+"""The curve of quality loss against cost: the plan of one method at every budget."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STEPS = 40
 def frontier(
     sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Measure | None = None
 ) -> list[FrontierPoint]:
-    """The plan of `settings.method` at each fortieth of the base's KV bytes, other limits as set; each plan once.
+    """Return the plans of `settings.method` at each fortieth of the base's KV bytes, other limits as set, each once.
 
-    Raises InfeasibleBudget when there is none at all.
+    Raise InfeasibleBudget if no budget has a plan.
     """
     points: list[FrontierPoint] = []
     for step in range(1, STEPS + 1):

@@ -1,4 +1,4 @@
-"""Selection that measures whole plans as it goes: single scores do not add up once many layers have changed."""
+"""Selection by measured plans: single-layer scores do not add up once many layers have changed."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from layerboost.runtime import Progress
 from layerboost.schemas.plan import LayerPlan, window_of
 from layerboost.schemas.sensitivity import Sensitivity
 
-# What a whole plan loses against the base, by metric.
+# A plan -> its quality loss against the base, by metric.
 Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
-# Beyond a limit of the settings, damage counts this many times as much as the share by which it exceeds.
+# Penalty for exceeding a limit on the quality loss: this times the excess as a fraction of the limit.
 PENALTY = 1e3
 
 
 class Objective:
-    """The damage of whole plans as the settings blend it, limits of the settings as a penalty."""
+    """The measured quality loss of a plan as the settings blend it, with a penalty for exceeded limits."""
 
     def __init__(self, sensitivity: Sensitivity, settings: Plan, measure: Measure) -> None:
         self.scales, self.limits, self.measure = metric_scales(sensitivity, settings), metric_limits(settings), measure
 
     def __call__(self, plan: Sequence[LayerPlan]) -> float:
-        """Measured damage of a plan."""
+        """Return the objective of a plan."""
         if not any(entry.changed for entry in plan):
             return 0.0
-        found = self.measure(plan)
-        excess = sum(max(0.0, (found[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
-        return blended(found, self.scales) + PENALTY * excess
+        losses = self.measure(plan)
+        excess = sum(max(0.0, (losses[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
+        return blended(losses, self.scales) + PENALTY * excess
 
 
 def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
-    """From all layers full, again and again the replacement of least added damage for what it saves, until all limits
-    are met; damage is of the model as changed so far.
+    """Return the plan of a greedy search: from all layers full, repeatedly take the replacement that adds the least
+    quality loss per saved cost, measured on the model as changed so far, until all limits are met.
 
-    Lazy (Minoux 1978): damage mostly grows as more is changed, so a replacement is measured again only when its last
-    value comes first. The window is the one of the best plan by single scores. Raises InfeasibleBudget.
+    Lazy (Minoux 1978): losses mostly grow as more layers change, so a replacement is measured again only when its last
+    value comes first. The window is that of the best plan by single scores. Raise InfeasibleBudget if no plan fits.
     """
     limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
     table = _table(sensitivity, settings)
     plan = [options[0].plan for options in table]
-    damage, round_ = 0.0, 0
+    loss, round_ = 0.0, 0
     queue = [
-        (_price(choice.damage, limits, plan, choice), -1, layer, index)
+        (_price(choice.loss, limits, plan, choice), -1, layer, index)
         for layer, options in enumerate(table)
         for index, choice in enumerate(options)
         if index
@@ -64,20 +64,20 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
                 continue
             if when == round_:
                 plan = _with(plan, choice.plan)
-                damage += added[layer, index]
+                loss += added[layer, index]
                 round_ += 1
                 progress.advance(100 * saved)
                 continue
-            added[layer, index] = objective(_with(plan, choice.plan)) - damage
+            added[layer, index] = objective(_with(plan, choice.plan)) - loss
             heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))
     return plan
 
 
 def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
-    """The choices at the window of the best plan by single scores, or the shortest where that has none."""
+    """Return the choices at the window of the best plan by single scores, or at the shortest if that has none."""
     measured = windows(sensitivity, settings)
     if len(measured) > 1:
-        # Limits on damage hold for what is measured, not for sums of single scores.
+        # Limits on the quality loss apply to measured plans, not to sums of single scores.
         costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
         best = window_of(budget(sensitivity, costs_alone)) or measured[0]
     else:
@@ -90,12 +90,12 @@ def _with(plan: Sequence[LayerPlan], entry: LayerPlan) -> list[LayerPlan]:
 
 
 def _saved(limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
-    """What a replacement saves, as a share of the base's cost, summed over the limited costs."""
-    before, after = limits.share(plan), limits.share(_with(plan, choice.plan))
+    """Return the saving of a replacement as a fraction of the base's cost, summed over the limited costs."""
+    before, after = limits.relative(plan), limits.relative(_with(plan, choice.plan))
     return sum(before[name] - after[name] for name in limits.fractions or {KV_BYTES: 1.0})
 
 
-def _price(damage: float, limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
-    """Damage for what is saved; what saves nothing comes last."""
+def _price(loss: float, limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:
+    """Return the loss per saving; infinite if nothing is saved."""
     saved = _saved(limits, plan, choice)
-    return damage / saved if saved > 0 else float("inf")
+    return loss / saved if saved > 0 else float("inf")

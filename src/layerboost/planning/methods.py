@@ -1,4 +1,4 @@
-"""Every way to choose a plan, by the name it has in a recipe."""
+"""The methods of choosing a plan, by their names in a recipe."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Sensitivity
 
-# Methods that measure whole plans on the model.
+# Methods that measure plans on the model.
 MEASURING = ("greedy",)
 
 
 def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Measure | None = None) -> list[LayerPlan]:
-    """The plan that `settings.method` chooses; `seed` is for `random`, `measure` for the methods that measure plans.
+    """Return the plan of `settings.method`; `seed` is for `random`, `measure` for the methods that measure plans.
 
-    Raises ConfigError or InfeasibleBudget.
+    Raise ConfigError for settings that do not fit the method, InfeasibleBudget if no plan fits.
     """
     if settings.method in MEASURING:
         assert measure is not None
         return _measured(sensitivity, settings, measure)
     if settings.method == "budget":
         return budget(sensitivity, settings)
-    if unheard := metric_limits(settings):
+    if unsupported := metric_limits(settings):
         raise ConfigError(
-            f"plan.method {settings.method} keeps to no limit on damage",
-            found=", ".join(f"plan.max_{metric} {most:g}" for metric, most in unheard.items()),
-            do="leave the limit out, or use budget or greedy",
+            f"plan.method {settings.method} supports no limit on quality loss",
+            found=", ".join(f"plan.max_{metric} {most:g}" for metric, most in unsupported.items()),
+            do="leave out the limit, or use budget or greedy",
         )
     controls: dict[str, Callable[[], list[LayerPlan]]] = {
         "threshold": lambda: threshold(sensitivity, settings),
@@ -43,10 +43,10 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
 
 
 def _measured(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
-    """A plan by the methods that measure; the search only leans towards limits on damage, so they are looked at."""
+    """Return the plan of a greedy search; check limits on quality loss, which the search only penalizes."""
     plan = greedy(sensitivity, settings, measure)
     limits = metric_limits(settings)
-    found = measure(plan) if any(entry.changed for entry in plan) else dict.fromkeys(limits, 0.0)
-    if any(found[metric] > most + 1e-9 for metric, most in limits.items()):
-        raise infeasible(Budget.of(sensitivity, settings), settings, plan, found, "measured")
+    losses = measure(plan) if any(entry.changed for entry in plan) else dict.fromkeys(limits, 0.0)
+    if any(losses[metric] > most + 1e-9 for metric, most in limits.items()):
+        raise infeasible(Budget.of(sensitivity, settings), settings, plan, losses, "measured")
     return plan

@@ -1,4 +1,4 @@
-"""Selection: from sensitivities to one strategy a layer, by optimization or by the rules it is compared with."""
+"""Selection: from sensitivities to one strategy per layer, by optimization or by the rules of the controls."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from layerboost.schemas.plan import LayerPlan, counted
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import SINK, StrategyName
 
-# What a message calls the costs that a budget limits, and the settings that limit them.
+# Names of the limited costs in messages, and their settings.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
 SETTINGS = {KV_BYTES: "kv_fraction", PARAMETERS: "parameter_fraction", DECODE_MS: "decode_fraction"}
 
-Exceed = Literal["nothing", "damage", "costs"]
+Exceed = Literal["nothing", "losses", "costs"]
 
 
 def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
-    """Least predicted damage within every limit; each replacement scored with itself.
+    """Return the plan of least predicted quality loss within every limit; each replacement has its own score.
 
-    One integer program a window (one binary variable per layer and choice), the best window wins. Raises
-    InfeasibleBudget, naming the nearest plan.
+    One integer program per window (one binary variable per layer and choice); the best window wins. Raise
+    InfeasibleBudget, which names the nearest plan, if no plan fits.
     """
     limits = Budget.of(sensitivity, settings)
-    tables = [_settled(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
+    tables = [_fix_sinks(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
     solved = [found for table in tables if (found := _solve(table, limits, settings)) is not None]
     if not solved:
         nearest = _nearest(tables, limits, settings)
@@ -44,15 +44,15 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
 
 
 def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
-    """The paper's three tiers: all layers ranked by the damage of removal alone; full, sliding, none from the top.
+    """Return the paper's three tiers: all layers ranked by removal score alone; full, sliding, none from the top.
 
-    The paper gives neither thresholds nor counts: `full_above` and `none_below` cut by value, `full_layers` and
-    `none_layers` by count. By default a third is removed and as many stay full as the budget allows. A sliding layer
-    has a sink where that measured better.
+    The paper has neither thresholds nor counts: `full_above` and `none_below` cut by value, `full_layers` and
+    `none_layers` by count. By default, remove a third and leave as many full as the budget allows. A sliding layer
+    has a sink if that measured better.
     """
-    damage = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
-    ranked = sorted(damage, key=lambda layer: damage[layer], reverse=True)
-    table = _settled(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
+    loss = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
+    ranked = sorted(loss, key=lambda layer: loss[layer], reverse=True)
+    table = _fix_sinks(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
 
     def tiers(full: set[int], none: set[int]) -> list[LayerPlan]:
         return [_tier(options, "full" if layer in full else "none" if layer in none else "sliding")
@@ -61,8 +61,8 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     if settings.full_above is not None or settings.none_below is not None:
         high = np.inf if settings.full_above is None else settings.full_above
         low = -np.inf if settings.none_below is None else settings.none_below
-        full = {layer for layer in ranked if damage[layer] > high}
-        return tiers(full, {layer for layer in ranked if damage[layer] < low} - full)
+        full = {layer for layer in ranked if loss[layer] > high}
+        return tiers(full, {layer for layer in ranked if loss[layer] < low} - full)
     none_count = len(ranked) // 3 if settings.none_layers is None else settings.none_layers
     if (settings.full_layers or 0) + none_count > len(ranked):
         raise ConfigError(
@@ -76,11 +76,11 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
 
 
 def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[LayerPlan]:
-    """A control: as many full layers as the budget allows, evenly spaced or drawn with `seed`, all others sliding.
+    """Return a control: as many full layers as the budget allows, evenly spaced or drawn with `seed`; the rest slide.
 
-    The window is the one asked for, or the shortest measured; a sink where that measured better.
+    The window is `plan.window`, or the shortest measured; a sink if that measured better.
     """
-    table = _settled(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
+    table = _fix_sinks(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
     count = len(table)
     order = list(range(count))
     if seed is not None:
@@ -88,23 +88,22 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
 
     def plan(full: int) -> list[LayerPlan]:
         even = {int((index + 0.5) * count / full) for index in range(full)}
-        kept = even if seed is None else set(order[:full])
-        return [_tier(options, "full" if layer in kept else "sliding") for layer, options in enumerate(table)]
+        chosen = even if seed is None else set(order[:full])
+        return [_tier(options, "full" if layer in chosen else "sliding") for layer, options in enumerate(table)]
 
     return _most_full(sensitivity, settings, plan, count)
 
 
 def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
-    """A control, LLM-Drop (arXiv 2406.15786): the attention that turns the stream least is removed, all other is full.
-
-    As few layers are removed as the budget allows.
+    """Return a control, LLM-Drop (arXiv 2406.15786): remove the attention that turns the stream least, as little as the
+    budget allows; the rest is full.
     """
     ranked = sorted(sensitivity.layers, key=lambda entry: removal(entry, "cosine"), reverse=True)
     order = [entry.layer for entry in ranked]
 
     def plan(full: int) -> list[LayerPlan]:
-        kept = set(order[:full])
-        return [LayerPlan(layer=layer, attention="full" if layer in kept else "none") for layer in range(len(order))]
+        chosen = set(order[:full])
+        return [LayerPlan(layer=layer, attention="full" if layer in chosen else "none") for layer in range(len(order))]
 
     return _most_full(sensitivity, settings, plan, len(order))
 
@@ -112,7 +111,7 @@ def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
 def _most_full(
     sensitivity: Sensitivity, settings: Plan, plan: Callable[[int], list[LayerPlan]], most: int
 ) -> list[LayerPlan]:
-    """The plan with the most full layers that meets the budget; raises InfeasibleBudget when not even none does."""
+    """Return the plan with the most full layers within the budget; raise InfeasibleBudget if none is."""
     limits = Budget.of(sensitivity, settings)
     for full in range(most, -1, -1):
         found = plan(full)
@@ -121,21 +120,21 @@ def _most_full(
     raise infeasible(limits, settings, plan(0), {})
 
 
-def _settled(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
-    """In a blend with retrieval, each layer's window with or without its sink by the blend's other metric alone.
+def _fix_sinks(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
+    """Return the choices with one window per layer in a blend with retrieval: with a sink if the other metric says so.
 
-    A sink costs nothing, and a few prompts cannot tell with from without: by the blend, noise chooses, and a wrong sink
-    does far more damage among changed layers than alone (docs/log/selection.md).
+    A sink costs nothing, and a few prompts cannot tell with from without: in the blend, noise decides, and a wrong sink
+    loses far more among changed layers than alone (docs/log/selection.md).
     """
     limited = metric_limits(settings).keys() - {settings.metric}
     if not 0 < settings.retrieval_weight < 1 or settings.metric == "retrieval" or limited:
         return table
-    kept = []
+    fixed = []
     for options in table:
         either = [choice for choice in options if SINK in choice.plan.strategy.settings]
         best = min(either, key=lambda choice: score_in(choice, settings.metric), default=None)
-        kept.append([choice for choice in options if choice not in either or choice is best])
-    return kept
+        fixed.append([choice for choice in options if choice not in either or choice is best])
+    return fixed
 
 
 def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
@@ -147,13 +146,13 @@ def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
 def _solve(
     table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed = "nothing"
 ) -> tuple[float, list[Choice]] | None:
-    """The best choices and their damage, or None where no plan is within the limits.
+    """Return the best choices and their quality loss, or None if no plan is within the limits.
 
-    `exceed`: what may go beyond its limits, the others being held; then the plan is the one whose greatest excess, as a
-    share of the base or of the limit, is least, and that excess stands in place of the damage.
+    `exceed`: the kind of limits that may be exceeded. Then minimize the largest excess, as a fraction of the base or of
+    the limit, and return it instead of the loss.
     """
     if exceed == "nothing":
-        # Padding needs the larger program; mostly the best plan without has none.
+        # Padding needs the larger program; mostly the best plan without it has none.
         found = _program(table, replace(limits, padding=False), settings, exceed)
         if found is None or limits.met([choice.plan for choice in found[1]]):
             return found
@@ -163,7 +162,7 @@ def _solve(
 def _program(
     table: list[list[Choice]], limits: Budget, settings: Plan, exceed: Exceed
 ) -> tuple[float, list[Choice]] | None:
-    """The integer program of `_solve`, by HiGHS.
+    """Solve the integer program of `_solve` by HiGHS.
 
     Variables: a binary one for each choice, one for each pair of counts (full, sliding), because padding depends on
     both, and the excess.
@@ -175,12 +174,12 @@ def _program(
     if exceed == "costs":
         bounds = np.where(of_costs, bounds, np.inf)
     equal, right = _equalities(table, pairs)
-    damages = np.array([choice.damage for choice in flat])
+    losses = np.array([choice.loss for choice in flat])
     others = np.zeros(len(pairs) + 1)
     if exceed != "nothing":
-        damages, others[-1] = np.zeros(len(flat)), 1.0
-    answer = milp(
-        np.append(damages, others),
+        losses, others[-1] = np.zeros(len(flat)), 1.0
+    solution = milp(
+        np.append(losses, others),
         constraints=[
             LinearConstraint(np.hstack([equal, np.zeros((len(equal), 1))]), right, right),
             LinearConstraint(np.hstack([rows, slack[:, None]]), -np.inf, bounds),
@@ -188,24 +187,24 @@ def _program(
         integrality=np.append(np.ones(equal.shape[1]), 0),
         bounds=Bounds(0, np.append(np.ones(equal.shape[1]), np.inf)),
     )
-    if answer.x is None:
+    if solution.x is None:
         return None
-    return float(answer.fun), [choice for choice, taken in zip(flat, answer.x, strict=False) if taken > 0.5]
+    return float(solution.fun), [choice for choice, taken in zip(flat, solution.x, strict=False) if taken > 0.5]
 
 
 def _pairs(most: int, limits: Budget, exceed: Exceed) -> list[tuple[int, int]]:
-    """The counts of full and sliding layers that padding leaves within the limit on KV bytes; none without padding."""
+    """Return the counts of full and sliding layers whose padding fits the limit on KV bytes; none without padding."""
     if not limits.padding:
         return []
     pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
-    least = 1 / limits.model.layers  # of a full layer; what sliding ones hold is left to the program
+    least = 1 / limits.model.layers  # of a full layer; the program counts what sliding ones hold
     limit = limits.fractions.get(KV_BYTES, 1.0)
-    fits = [pair for pair in pairs if pair[0] * least + limits.padding_share(*pair) <= limit + 1e-9]
+    fits = [pair for pair in pairs if pair[0] * least + limits.padding_fraction(*pair) <= limit + 1e-9]
     return pairs if exceed == "costs" else fits
 
 
 def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """One choice a layer, and the pair of counts that the choices make."""
+    """Return the equalities: one choice per layer, and the pair of counts that the choices make."""
     flat = [(layer, cached([choice.plan])) for layer, options in enumerate(table) for choice in options]
     rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
     right = [1.0] * len(table)
@@ -221,12 +220,12 @@ def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tupl
 def _limits(
     flat: list[Choice], pairs: list[tuple[int, int]], limits: Budget, settings: Plan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One row a limit with the share of it that each choice and pair takes; the bounds; whether it is on a cost."""
+    """Return one row per limit with the fraction that each choice and pair uses; the bounds; which limit costs."""
     base, without = limits.base(), limits.plan([])
     costs = [limits.layer(choice.plan) for choice in flat]
     rows, bounds, of_costs = [], [], []
     for name, fraction in limits.fractions.items():
-        padding = [limits.padding_share(*pair) if name == KV_BYTES else 0.0 for pair in pairs]
+        padding = [limits.padding_fraction(*pair) if name == KV_BYTES else 0.0 for pair in pairs]
         rows.append([cost[name] / base[name] for cost in costs] + padding)
         bounds.append(fraction - without[name] / base[name])
         of_costs.append(True)
@@ -239,32 +238,31 @@ def _limits(
 
 
 def _nearest(tables: list[list[list[Choice]]], limits: Budget, settings: Plan) -> list[Choice]:
-    """Where no plan is within all limits: the one within the costs that does least too much damage, or else the
-    cheapest."""
-    for exceed in ("damage", "costs"):
-        found = [plan for table in tables if (plan := _solve(table, limits, settings, exceed)) is not None]
-        if found:
-            return min(found, key=lambda plan: plan[0])[1]
+    """Return the nearest plan if none is within all limits: within the costs, or else the cheapest."""
+    for exceed in ("losses", "costs"):
+        solved = [plan for table in tables if (plan := _solve(table, limits, settings, exceed)) is not None]
+        if solved:
+            return min(solved, key=lambda plan: plan[0])[1]
     raise AssertionError("a plan without limits always exists")
 
 
 def infeasible(
     limits: Budget, settings: Plan, layers: list[LayerPlan], scores: Mapping[str, float], how: str = "predicted"
 ) -> InfeasibleBudget:
-    """The error that names the nearest plan and the limits it would need; `scores` are `how` they were found."""
-    share, wanted, found, do = limits.held(layers), [], [], []
+    """Return the error that names the nearest plan and the limits it needs; `how`: scores are predicted or measured."""
+    costs, limit, found, do = limits.limited(layers), [], [], []
     for name, fraction in limits.fractions.items():
-        if share[name] > fraction + 1e-9:
-            wanted.append(f"the {NAMES[name]} within {fraction:.1%} of the base's")
-            found.append(f"{share[name]:.1%} of the base's {NAMES[name]}")
-            do.append(f"plan.{SETTINGS[name]} to {math.ceil(share[name] * 1000) / 1000:g}")
+        if costs[name] > fraction + 1e-9:
+            limit.append(f"the {NAMES[name]} within {fraction:.1%} of the base's")
+            found.append(f"{costs[name]:.1%} of the base's {NAMES[name]}")
+            do.append(f"plan.{SETTINGS[name]} to {math.ceil(costs[name] * 1000) / 1000:g}")
     for metric, most in metric_limits(settings).items():
         if scores and scores[metric] > most + 1e-9:
-            wanted.append(f"a {how} {metric} of at most {most:g}")
+            limit.append(f"a {how} {metric} of at most {most:g}")
             found.append(f"a {how} {metric} of {scores[metric]:.3g}")
             do.append(f"plan.max_{metric} to {math.ceil(scores[metric] * 1000) / 1000:g}")
     return InfeasibleBudget(
-        f"no plan by {settings.method} keeps " + " and ".join(wanted),
+        f"no plan by {settings.method} keeps " + " and ".join(limit),
         found=f"the nearest ({counted(layers)}) has " + " and ".join(found),
         do=f"raise {' and '.join(do)} or more, or measure a shorter window",
     )

@@ -1,4 +1,4 @@
-"""plan: from sensitivities to one strategy a layer → plan.yaml, which a person may edit."""
+"""plan: from sensitivities to one strategy per layer → plan.yaml, which you may edit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
-    """Raise ConfigError for a plan that needs what measuring by the same recipe would not give it."""
+    """Raise ConfigError if the plan needs metrics or windows that the same recipe does not measure."""
     settings, measure = recipe.plan, recipe.measure
     asked = _asked(settings)
     for metric, there, key in (
@@ -46,14 +46,14 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
             do="choose one of them, or add it there",
         )
     if settings.costs and not Path(settings.costs).is_file():
-        raise ConfigError(f"plan.costs {settings.costs} is no file", do="docs/reference/plan.md says how to make it")
+        raise ConfigError(f"plan.costs {settings.costs} is not a file", do="docs/reference/plan.md says how to make it")
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
-    """Choose the strategies and write `plan.yaml`; one made from the same inputs stays, with a person's edits, and so
-    does one that a person wrote.
+    """Choose the strategies and write `plan.yaml`; return it. A plan made from the same inputs stays, edits included,
+    and so does one written by hand.
 
-    Raises ConfigError, or InfeasibleBudget with the nearest budget that can be met.
+    Raise ConfigError for unusable sensitivities or settings, and InfeasibleBudget, which names the nearest plan.
     """
     source, target = run / SENSITIVITY, run / PLAN
     sensitivity = _of_the_base(source)
@@ -95,19 +95,19 @@ def choose(
 
 
 def run_frontier(recipe: Recipe, run: Path) -> Frontier:
-    """Write `frontier.json`, the plans of every budget; `plan.yaml` is left alone. Raises as `run_plan` does."""
+    """Write `frontier.json`, the plans of every budget, and return it; `plan.yaml` stays. Raise as `run_plan` does."""
     source = run / SENSITIVITY
     sensitivity = _of_the_base(source)
     points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     for window in sorted({point.window for point in points if point.window}):
         _warn(window, recipe.plan.context_tokens)
-    found = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
-    write_json(run / FRONTIER, found)
-    return found
+    result = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
+    write_json(run / FRONTIER, result)
+    return result
 
 
 def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | None:
-    """For the methods that measure whole plans."""
+    """Return the function that measures plans, None for methods without one."""
     if recipe.plan.method not in MEASURING:
         return None
     settings = recipe.plan
@@ -120,29 +120,29 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
             do="choose among them (plan.metric), set measure.retrieval_prompts, or plan.method=budget",
         )
     measured = {variant.window for entry in sensitivity.layers for variant in entry.variants}
-    wanted = [window for window in windows(sensitivity, settings) if window in measured]
-    return open_measured(recipe, run, sensitivity, wanted, start_runtime(recipe))
+    candidates = [window for window in windows(sensitivity, settings) if window in measured]
+    return open_measured(recipe, run, sensitivity, candidates, start_runtime(recipe))
 
 
 def _asked(settings: Plan) -> set[str]:
-    """The metrics that a choice looks at."""
+    """Return the metrics that a choice depends on."""
     return {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
 
 
 def _of_the_base(source: Path) -> Sensitivity:
-    """The file's sensitivities; raises ConfigError for those of a changed model, whose sum is no damage of a plan."""
+    """Return the file's sensitivities; raise ConfigError if they are of a changed model: they predict no plan."""
     found = read_sensitivity(source)
     if found.settings.get("plan"):
         raise ConfigError(
             f"{source} was measured on a changed model (measure --plan): plans are made from the base's sensitivities",
             found=f"plan {found.settings['plan']}",
-            do="measure without --plan in another --run folder, and compare the two with measure --compare",
+            do="measure without --plan in another --run folder; compare the two with measure --compare",
         )
     return found
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What the choice depends on besides the sensitivities."""
+    """Return what the choice depends on, apart from the sensitivities."""
     settings = recipe.plan.model_dump(mode="json")
     if recipe.plan.method == "random":
         settings["seed"] = recipe.seed
@@ -152,7 +152,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _say(plan: PlanFile, budget: Budget) -> None:
-    """The serving flags for vLLM on this machine, what they gain and cost."""
+    """Log the serving flags for vLLM on this machine, and their effects."""
     rates = budget.rates
 
     def prefill_ms(size: int) -> float:
@@ -165,7 +165,7 @@ def _say(plan: PlanFile, budget: Budget) -> None:
 
 
 def _warn(window: int | None, context_tokens: int) -> None:
-    """Say of a window that gains nothing."""
+    """Warn of a window that saves nothing."""
     if window and window >= context_tokens:
         log.warning(
             "a window of %d holds all of the %d tokens of context that this plan is for: its sliding layers gain "

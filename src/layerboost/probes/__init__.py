@@ -1,1 +1,1 @@
-"""What a changed model loses, as the stages share it: losses, probes, calibration."""
+"""The quality loss of a changed model: losses, probes, calibration."""

@@ -1,4 +1,4 @@
-"""What damage is measured on: calibration text and retrieval prompts made from it, and plans measured on them."""
+"""Calibration text, retrieval prompts made from it, and plans measured on both."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ MEASURED = "measured_plans.jsonl"
 
 
 def load_prompts(recipe: Recipe, tokenizer: Any, run: Path | None) -> list[Prompts]:
-    """Retrieval prompts of the recipe in batches: passkeys and key-value pairs, half each, in calibration text."""
+    """Return the recipe's retrieval prompts in batches: passkeys and key-value pairs, half each."""
     settings = recipe.measure
-    wanted, skipped = filler_tokens(recipe), settings.skip_tokens
-    if wanted == 0:
+    needed, skipped = filler_tokens(recipe), settings.skip_tokens
+    if needed == 0:
         return []
-    filler = load_tokens(recipe.text, tokenizer, "calibration", skipped + wanted, run=run).ids.flatten()[skipped:]
+    filler = load_tokens(recipe.text, tokenizer, "calibration", skipped + needed, run=run).ids.flatten()[skipped:]
     per_batch = max(1, settings.batch_sequences * recipe.text.sequence_tokens // settings.retrieval_tokens)
     batches = []
-    for text, kind in zip(filler[:wanted].chunk(len(KINDS)), KINDS, strict=True):
+    for text, kind in zip(filler[:needed].chunk(len(KINDS)), KINDS, strict=True):
         count = len(text) // settings.retrieval_tokens
         prompts = retrieval_prompts(tokenizer, text, kind, settings.retrieval_tokens, count, recipe.seed)
         batches += prompts.batches(per_batch)
@@ -44,7 +44,7 @@ def load_prompts(recipe: Recipe, tokenizer: Any, run: Path | None) -> list[Promp
 
 
 def filler_tokens(recipe: Recipe) -> int:
-    """Tokens of calibration text that the retrieval prompts take, as many prompts of each kind."""
+    """Return the tokens of calibration text that the retrieval prompts need, each kind the same number."""
     each = -(-recipe.measure.retrieval_prompts // len(KINDS))
     return len(KINDS) * each * recipe.measure.retrieval_tokens
 
@@ -52,10 +52,10 @@ def filler_tokens(recipe: Recipe) -> int:
 def open_measured(
     recipe: Recipe, run: Path, sensitivity: Sensitivity, windows: Sequence[int], runtime: Runtime
 ) -> MeasuredPlans:
-    """The base on calibration text and retrieval prompts, to measure plans with these windows; keeps them in the run
-    folder.
+    """Return a function that measures plans with these windows on calibration text and retrieval prompts.
 
-    Sinks are those of `measure`; the text is its first `plan.search_tokens` tokens. Raises ConfigError.
+    The run folder caches the results. Sinks are those of `measure`; the text is its first `plan.search_tokens` tokens.
+    Raise ConfigError for another base or for text that cannot be used.
     """
     base = open_base(recipe, run, runtime)
     check_same_model(sensitivity, base.info, run)
@@ -71,21 +71,21 @@ def open_measured(
     asked = [row for batch in prompts for row in batch.ids.tolist()]
     dtype = str(runtime.dtype)
     made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)
-    kept = KeptByPlan(run / MEASURED, made_from)
-    log.info("%d plans were measured before", len(kept.found))
-    return MeasuredPlans(probe, kept)
+    cache = PlanCache(run / MEASURED, made_from)
+    log.info("%d plans were measured before", len(cache.results))
+    return MeasuredPlans(probe, cache)
 
 
-class KeptByPlan:
-    """What was found about plans, a line each in a file, so that a killed search goes on.
+class PlanCache:
+    """Results of plans, one per line of a file, so that a killed search can resume.
 
-    `made_from`: fingerprint of all a finding depends on besides the plan; others' lines stay in the file.
+    `made_from`: fingerprint of all that a result depends on, apart from the plan; lines of others stay in the file.
     """
 
     def __init__(self, file: Path, made_from: str) -> None:
         self.file, self.made_from = file, made_from
         self.lines: list[str] = []
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         for line in file.read_text().splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
@@ -95,47 +95,47 @@ class KeptByPlan:
                 raise ConfigError(f"{file} cannot be read", found=line[:80], do="delete it") from None
             self.lines.append(line)
             if entry["made_from"] == made_from:
-                self.found[entry["plan"]] = entry["found"]
+                self.results[entry["plan"]] = entry["found"]
 
-    def __call__(self, plan: Sequence[LayerPlan], find: Callable[[], Any]) -> Any:
-        """What was found about this plan, or is found now and kept."""
+    def __call__(self, plan: Sequence[LayerPlan], compute: Callable[[], Any]) -> Any:
+        """Return the cached result of a plan, or compute and cache it."""
         key = fingerprint([entry.model_dump() for entry in plan])
-        if key not in self.found:
-            self.found[key] = find()
-            line = {"made_from": self.made_from, "plan": key, "found": self.found[key]}
+        if key not in self.results:
+            self.results[key] = compute()
+            line = {"made_from": self.made_from, "plan": key, "found": self.results[key]}
             self.lines.append(json_text(line, str(self.file)))
             write_text(self.file, "\n".join(self.lines) + "\n")
-        return self.found[key]
+        return self.results[key]
 
 
 class MeasuredPlans:
-    """What whole plans lose, by metric. Calling it with a plan measures it, or reads it back."""
+    """Measures the quality loss of plans, by metric, or reads it from a cache."""
 
-    def __init__(self, probe: TextProbe, kept: KeptByPlan) -> None:
-        self.probe, self.kept = probe, kept
-        self.asked: list[Sequence[LayerPlan]] = []
+    def __init__(self, probe: TextProbe, cache: PlanCache) -> None:
+        self.probe, self.cache = probe, cache
+        self.measured: list[Sequence[LayerPlan]] = []
 
     def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
-        found: Mapping[str, float] = self.kept(plan, lambda: self._measure(plan))
-        self.asked.append(plan)
-        return found
+        losses: Mapping[str, float] = self.cache(plan, lambda: self._measure(plan))
+        self.measured.append(plan)
+        return losses
 
     def _measure(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
         self._follow(plan)
         streams = self.probe.streams
-        # These layers are to be run for this plan anyway; kept, they serve the next ones too.
-        for layer in range(max(streams.inputs), first_difference(streams.kept, plan)):
+        # These layers must run for this plan anyway; later plans can use their outputs.
+        for layer in range(max(streams.inputs), first_difference(streams.plan, plan)):
             streams.advance(layer)
-        [damages] = self.probe.damages([plan])
+        [losses] = self.probe.losses([plan])
         # `mse` is of one layer, not of a plan.
-        found = {metric: float(values.mean()) for metric, values in damages.items() if metric != "mse"}
-        check_finite("a plan that was tried", found, streams.stream.model.dtype)
-        return found
+        means = {metric: float(values.mean()) for metric, values in losses.items() if metric != "mse"}
+        check_finite("a plan that was tried", means, streams.stream.model.dtype)
+        return means
 
     def _follow(self, plan: Sequence[LayerPlan]) -> None:
-        """Keep the streams of a plan asked for before that is one change away, once the kept one is far."""
-        if _changes(plan, self.probe.streams.kept) > 2:
-            near = next((asked for asked in reversed(self.asked) if _changes(plan, asked) == 1), None)
+        """If the streams' plan is far from this one, move them to a measured plan that is one change away."""
+        if _changes(plan, self.probe.streams.plan) > 2:
+            near = next((other for other in reversed(self.measured) if _changes(plan, other) == 1), None)
             if near is not None:
                 self.probe.streams.follow(near)
 

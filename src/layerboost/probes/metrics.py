@@ -1,4 +1,4 @@
-"""Damage per sequence or prompt from hidden states, chunked over tokens: no `[B, T, V]` tensor is ever held."""
+"""Quality loss per sequence or prompt from hidden states, chunked over tokens: no `[B, T, V]` tensor ever exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from layerboost.schemas.sensitivity import Score
 # What a changed model loses on text, per token, in the order in which `BaseText` computes it.
 TEXT_METRICS = ("kl", "nll", "top1")
 CHUNK_TOKENS = 256
-# Tokens and words of the vocabulary whose logits a changed model holds at once: 4 MiB, so that they stay in a cache.
+# Tokens and vocabulary of the logits that exist at once for a changed model: 4 MiB, which fit in a CPU cache.
 ROWS, VOCABULARY = 1024, 1024
 
 
@@ -37,10 +37,10 @@ def token_losses(
     changed: list[torch.Tensor],
     changed_model: PreTrainedModel | None = None,
 ) -> tuple[torch.Tensor, list[SequenceLosses]]:
-    """NLL of the base `[B]`, and KL(base ‖ changed) and NLL of each changed stream.
+    """Return the NLL of the base `[B]`, and KL(base ‖ changed) and NLL of each changed stream.
 
     `base_hidden` and every entry of `changed`: normed final hidden states `[B, T, D]` over `ids` `[B, T]`. The head is
-    the base's unless `changed_model` brings its own. Base logits are computed once for all entries.
+    the base's unless `changed_model` has its own. Base logits are computed once for all entries.
     """
     batch, length = ids.shape
     labels = ids[:, 1:].reshape(-1)
@@ -68,7 +68,7 @@ def token_losses(
 
 
 class BaseText:
-    """What the base says about one batch of text, kept small, and what a changed model loses against it.
+    """The base's predictions for one batch of text, in compact form, and the losses of changed models against them.
 
     KL(p ‖ q) = Σ p log p − (Σ p W)·h + lse(W h), where W is the head and h the changed model's hidden state: with the
     base's expected row Σ p W `[N, D]` at hand, a changed model costs one product with W and one pass over its logits.
@@ -107,31 +107,31 @@ class BaseText:
             self.expected, self.negentropy = torch.cat(expected), torch.cat(negentropy)
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Of states `[B, T, D]` of all positions or the last T, those that predict scored tokens: `[N, D]`."""
+        """Return the states that predict scored tokens `[N, D]`, of states `[B, T, D]` at all or the last positions."""
         return states[:, :-1][self.scored[:, 1 - states.shape[1] :]]
 
     def by_sequence(self, values: torch.Tensor) -> torch.Tensor:
-        """Means `[B]` of the N scored tokens' values `[N]`."""
+        """Return the means `[B]` of the scored tokens' values `[N]`."""
         return torch.stack([part.mean() for part in values.split(self.lengths)])
 
-    def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """TEXT_METRICS of a changed model's normed final state `[B, T, D]`: sequence means `[B]`.
+    def losses(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return TEXT_METRICS of a changed model's normed final state `[B, T, D]`: sequence means `[B]`.
 
-        Positions before the last T are as the base has them, and lose nothing.
+        Positions before the last T are equal to the base's, and lose nothing.
         """
         changed = torch.zeros_like(self.scored)
         changed[:, 1 - hidden.shape[1] :] = True
         here = changed[self.scored]
-        found = (self._general if self.weight is None else self._fast)(self.rows(hidden), here)
-        damages = {}
-        for metric, values in zip(TEXT_METRICS, found, strict=True):
+        by_token = (self._general if self.weight is None else self._fast)(self.rows(hidden), here)
+        losses = {}
+        for metric, values in zip(TEXT_METRICS, by_token, strict=True):
             every = values.new_zeros(len(self.labels))
             every[here] = values
-            damages[metric] = self.by_sequence(every)
-        return damages
+            losses[metric] = self.by_sequence(every)
+        return losses
 
     def _fast(self, rows: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """KL, NLL lost and whether the best token is another, of the scored tokens that are `here`."""
+        """Return KL, the increase of NLL, and whether the best token changes, of the scored tokens `here`."""
         assert self.weight is not None
         tokens = self.labels[here], self.top[here]
         parts = zip(*(each.split(ROWS) for each in (rows, *tokens)), strict=True)
@@ -141,7 +141,7 @@ class BaseText:
         return kl, lse - right - self.nll[here], (top < most).float()
 
     def _general(self, rows: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """As `_fast`, for any head."""
+        """Return the same as `_fast`, for any head."""
         kl, nll, moved = [], [], []
         of_base = (each[here] for each in (self.base_rows, self.labels, self.top, self.nll))
         parts = zip(*(each.split(CHUNK_TOKENS) for each in (rows, *of_base)), strict=True)
@@ -155,22 +155,22 @@ class BaseText:
 
 
 class BasePrompts:
-    """What the base says about one batch of retrieval prompts, and what a changed model loses against it."""
+    """The base's answers to one batch of retrieval prompts, and the losses of changed models against them."""
 
     def __init__(self, model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> None:
         """`hidden`: the base's normed final state `[B, T, D]`."""
         self.model, self.prompts = model, prompts
         self.base, self.exact = answer_scores(model, prompts, hidden)
 
-    def damages(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`retrieval`: log-probability lost on each answer, `[B]`."""
+    def losses(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `retrieval`: the log-probability lost per answer, `[B]`."""
         return {"retrieval": self.base - answer_scores(self.model, self.prompts, hidden)[0]}
 
 
 def head_statistics(
     rows: torch.Tensor, weight: torch.Tensor, tokens: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, ...]:
-    """Of the logits `rows` `[N, D]` times `weight` `[V, D]`: log-sum-exp, maximum, and those of `tokens`, `[N]` each.
+    """Return log-sum-exp, maximum and those of `tokens`, `[N]` each, of the logits `rows` `[N, D]` × `weight` `[V, D]`.
 
     Logits exist for one block of the vocabulary at a time, `[N, VOCABULARY]`.
     """
@@ -189,7 +189,7 @@ def head_statistics(
 
 
 def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each answer in nats, and whether greedy decoding gives it exactly: `[B]` each.
+    """Return the log-probability of each answer in nats, and whether greedy decoding gives it exactly: `[B]` each.
 
     `hidden`: normed final states `[B, T, D]` over the prompts, answers included, or over their last T tokens.
     """
@@ -209,16 +209,16 @@ def check_values(what: str, values: torch.Tensor, model: PreTrainedModel, ids: t
 
 
 def check_finite(what: str, values: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Raise LayerboostError for a metric that is not finite of a changed model whose base is: no plan can use it."""
-    for metric, found in values.items():
-        if not math.isfinite(found):
+    """Raise LayerboostError if a metric of a changed model is not finite: no plan can use it."""
+    for metric, value in values.items():
+        if not math.isfinite(value):
             do = "leave this text out" if dtype == torch.float32 else "measure with --set dtype=float32"
             name = str(dtype).removeprefix("torch.")
             raise LayerboostError(
-                f"{metric} of {what} is {found}", found=f"the base is finite on this text, in {name}", do=do
+                f"{metric} of {what} is {value}", found=f"the base is finite on this text, in {name}", do=do
             )
 
 
 def score(values: torch.Tensor, count: int) -> Score:
-    """Return the mean of `[N]` sequences or items and its standard error; `count`: what lies behind it."""
+    """Return the mean of `[N]` sequences or items and its standard error; `count`: of tokens, answers or items."""
     return Score.of(values.double().tolist(), count)

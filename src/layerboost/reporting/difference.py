@@ -53,6 +53,6 @@ def difference_table(found: dict[str, Any]) -> list[list[str]]:
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
     kept = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
-    damage = plan.foretold.damage if plan.foretold else {}
+    damage = plan.valid_prediction.damage if plan.valid_prediction else {}
     predicted = {f"{metric}, predicted": value for metric, value in damage.items()}
     return {"method": plan.method, **counts(plan.layers), "KV of base": kept, **predicted}

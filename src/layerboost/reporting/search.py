@@ -34,8 +34,8 @@ def search_panel(sources: Sources) -> Panel:
             warnings.append("sensitivity.json changed after stability.json was made: compare again")
     if frontier and made_from not in (None, frontier.sensitivity):
         warnings.append("sensitivity.json changed after frontier.json was made: run `layerboost plan --frontier` again")
-    if frontier and frontier.points and sources.plan and sources.plan.foretold:
-        here, there = sources.plan.foretold.context_tokens, _context_tokens(frontier)
+    if frontier and frontier.points and sources.plan and sources.plan.valid_prediction:
+        here, there = sources.plan.valid_prediction.context_tokens, _context_tokens(frontier)
         if here != there:
             warnings.append(
                 f"plan.yaml is for {here:,} tokens, frontier.json for {there:,}, so the chart leaves the plan out: run "
@@ -60,7 +60,7 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
             marker={"color": "var(--sliding)", "size": 6},
         )
     ]
-    found = plan.foretold if plan else None
+    found = plan.valid_prediction if plan else None
     if found and metric in found.damage and found.context_tokens == context:
         at, hover = ([100 * found.kv_fraction], [found.damage[metric]]), [_hover(found, metric)]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}

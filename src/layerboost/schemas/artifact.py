@@ -1,4 +1,4 @@
-"""What the files have in common: a schema version, and reading and writing as JSON or YAML."""
+"""The common parts of all files: a schema version, and reading and writing as JSON or YAML."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Artifact(BaseModel):
     @classmethod
     def _known_version(cls, value: int) -> int:
         if value != cls.model_fields["schema_version"].default:
-            raise ValueError(f"version {value} of this file is not known here")
+            raise ValueError(f"this release cannot read version {value} of this file")
         return value
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits of the SHA-256 over the canonical JSON of `parts`."""
+    """Return 16 hex digits of the SHA-256 over the canonical JSON of `parts`."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def not_finite(value: Any, path: str = "") -> str:
-    """The first number in plain values that is not finite, with the keys that lead to it; empty if there is none."""
+    """Return the first number that is not finite in JSON values, with its keys; empty if there is none."""
     if isinstance(value, float):
         return "" if math.isfinite(value) else f"{path.lstrip('.')} is {value}"
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -46,7 +46,7 @@ def not_finite(value: Any, path: str = "") -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same plain values with None for numbers that are not finite: for what others computed, which JSON lacks."""
+    """Return JSON values with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -55,7 +55,7 @@ def finite(value: Any) -> Any:
 
 
 def json_text(value: Any, what: str, **options: Any) -> str:
-    """The one way to JSON: raises LayerboostError, naming the number, where one is not finite, which JSON lacks."""
+    """Return `value` as JSON. Raise LayerboostError, naming the number, if one is not finite."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -65,15 +65,15 @@ def json_text(value: Any, what: str, **options: Any) -> str:
 
 
 def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:
-    """Write an artifact or a plain mapping as indented JSON, atomically."""
-    plain = value.model_dump(mode="json") if isinstance(value, Artifact) else value
-    write_text(path, json_text(plain, str(path), indent=1, ensure_ascii=False) + "\n")
+    """Write an artifact or a mapping as indented JSON, atomically."""
+    values = value.model_dump(mode="json") if isinstance(value, Artifact) else value
+    write_text(path, json_text(values, str(path), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, kind: type[Record], made_by: str) -> Record:
-    """Read and validate an artifact; `made_by` is the command that writes it, named when the file is missing.
+    """Return an artifact, read and validated. `made_by`: the command that writes it, named when the file is missing.
 
-    Raises ConfigError for a missing, truncated or foreign file.
+    Raise ConfigError if the file is missing, truncated or of another kind.
     """
     return _parse(path, kind, made_by, json.loads)
 
@@ -96,5 +96,5 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
         raise ConfigError(
             f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
             found=found,
-            do=f"mend it, or delete it and run `{made_by}` again",
+            do=f"correct it, or delete it and run `{made_by}` again",
         ) from None

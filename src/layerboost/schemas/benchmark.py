@@ -1,4 +1,4 @@
-"""`bench/comparison.json`, `bench/decode_sweep.json`: what was measured of each model, and ratios by repeat."""
+"""`bench/comparison.json`, `bench/decode_sweep.json`: measurements of each model, and ratios by repeat."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 
 from layerboost.schemas.artifact import Artifact
 
-# Concurrent requests, and in a decode sweep the length of their answers.
+# Concurrent requests, and in a decode sweep the tokens per answer.
 Point = tuple[int, int | None]
 SPEED = "output_tokens_per_s"
-# Our name of a number -> vLLM's. Units are in the names.
+# Our name of a metric -> vLLM's. Units are in the names.
 FROM_VLLM = {
     "output_tokens_per_s": "output_throughput",
     "requests_per_s": "request_throughput",
@@ -32,8 +32,8 @@ FROM_VLLM = {
 class Measurement(BaseModel):
     """One run of the load generator.
 
-    `metrics` holds the keys of FROM_VLLM, `peak_rss_gib` and, where there is a GPU, `gpu_memory_gib`. Of vLLM also
-    `kv_usage_peak` (a share, sampled), `kv_used_gib`, `preemptions`, `prefix_hit_share` of the prompts' tokens where a
+    `metrics` holds the keys of FROM_VLLM, `peak_rss_gib` and, with a GPU, `gpu_memory_gib`. With vLLM also
+    `kv_usage_peak` (a fraction, sampled), `kv_used_gib`, `preemptions`, `prefix_hit_share` of the prompts' tokens if a
     prefix is shared, `kv_cache_tokens` and `kv_max_concurrency`. `own_cores`, `other_cores`: cores in use on average,
     by the benchmark with its servers and by everything else, of those that the benchmark may use.
     """
@@ -43,7 +43,7 @@ class Measurement(BaseModel):
     concurrency: int
     output_tokens: int | None = Field(None, description="length of the answers, in a decode sweep")
     repeat: int
-    file: str = Field(description="vLLM's own result, beside comparison.json")
+    file: str = Field(description="vLLM's own result, in the directory of comparison.json")
     seed: int
     metrics: dict[str, float]
     kv_context_tokens: int | None = Field(None, description="context length that kv_max_concurrency counts with")
@@ -58,7 +58,7 @@ class Measurement(BaseModel):
 
 
 class Spread(BaseModel):
-    """Median, least and greatest over the repeats; of one repeat there is no range."""
+    """Median, minimum and maximum over the repeats; one repeat has no range."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     median: float
@@ -67,14 +67,14 @@ class Spread(BaseModel):
     repeats: int
 
     def text(self, write: Callable[[float], str]) -> str:
-        """Return the median with its range, numbers by `write`: 412 (405 to 420); of one repeat, the number alone."""
+        """Return the median with its range, formatted by `write`: 412 (405 to 420); for one repeat the median alone."""
         if self.repeats < 2:
             return write(self.median)
         return f"{write(self.median)} ({write(self.min)} to {write(self.max)})"
 
     @property
     def as_ratio(self) -> str:
-        """1.42 (1.38 to 1.47 over 3 repeats)."""
+        """Return the ratio as text: 1.42 (1.38 to 1.47 over 3 repeats)."""
         over = f" over {self.repeats} repeats)" if self.repeats > 1 else " (one repeat)"
         return self.text("{:.2f}".format).removesuffix(")") + over
 
@@ -82,8 +82,8 @@ class Spread(BaseModel):
 class AtConcurrency(BaseModel):
     """Every model at one concurrency, in a decode sweep at one length too.
 
-    `ratios` are to the reference model, each repeat against the same repeat. `disturbed`: by model, what else than the
-    model its numbers show; nothing of a model whose measurements were undisturbed.
+    `ratios` are to the reference model, each repeat against the same repeat. `disturbed`: by model, what other than the
+    model affected its numbers; undisturbed models are left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -94,16 +94,16 @@ class AtConcurrency(BaseModel):
     disturbed: dict[str, str] = {}
 
     def warning(self, *models: str) -> str:
-        """Return what disturbed any of these models, to follow a number; empty where nothing did."""
-        found = [f"{model}: {self.disturbed[model]}" for model in models if model in self.disturbed]
-        return f"; disturbed ({'; '.join(found)})" if found else ""
+        """Return what disturbed any of these models, as a suffix for a number; empty if nothing did."""
+        reasons = [f"{model}: {self.disturbed[model]}" for model in models if model in self.disturbed]
+        return f"; disturbed ({'; '.join(reasons)})" if reasons else ""
 
 
 class Comparison(Artifact):
-    """Both files: rewritten after each measurement, `complete` once the recipe's last one is in.
+    """Both files: rewritten after each measurement, `complete` after the recipe's last one.
 
-    In `comparison.json` a result is of a concurrency; in `decode_sweep.json` it is of a length, `output_tokens`, and
-    the concurrency is always `bench.decode_batch`. `results` follow from the measurements and are worked out anew when
+    `comparison.json` has a result per concurrency; `decode_sweep.json` has one per length, `output_tokens`, and
+    the concurrency is always `bench.decode_batch`. `results` are computed from the measurements, again when
     a file is read.
     """
 
@@ -111,31 +111,31 @@ class Comparison(Artifact):
     settings: dict[str, Any]
     environment: dict[str, Any] = Field(description="the engine's version, cpu or accelerator, cores")
     models: dict[str, str] = Field(description="hash of each model's config.json")
-    reference: str = Field(description="the model that ratios are to")
+    reference: str = Field(description="the denominator of the ratios")
     complete: bool = False
     measurements: list[Measurement] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
     def _without_results(cls, values: Any) -> Any:
-        """They are computed from the measurements."""
+        """Drop the results: they are computed from the measurements."""
         return {key: value for key, value in values.items() if key != "results"} if isinstance(values, dict) else values
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def results(self) -> list[AtConcurrency]:
-        """Spreads of every metric and ratios to the reference, per concurrency and length in rising order."""
+        """Return spreads of every metric and ratios to the reference, by increasing concurrency and length."""
         return compare(self.measurements, self.reference, self.environment)
 
 
 def metrics_of(measured: dict[str, Any]) -> dict[str, float]:
-    """Return the finite numbers that we compare, out of the JSON of vLLM or of another engine, with the same keys."""
+    """Return the finite metrics to compare from a result with vLLM's keys."""
     values = {ours: float(measured[theirs]) for ours, theirs in FROM_VLLM.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def compare(measurements: Sequence[Measurement], reference: str, environment: Mapping[str, Any]) -> list[AtConcurrency]:
-    """Return the results of a comparison."""
+    """Return one result per point: spreads per model, and ratios to the reference."""
     results = []
     for point in sorted({entry.point for entry in measurements}, key=lambda point: (point[0], point[1] or 0)):
         repeats: dict[str, dict[int, dict[str, float]]] = {}
@@ -165,11 +165,11 @@ OTHERS, BUSY, APART = 0.05, 0.9, 0.15
 
 
 def disturbance(repeats: Sequence[Mapping[str, float]], environment: Mapping[str, Any]) -> str:
-    """Return what besides the model the repeats of one model show; empty where nothing does.
+    """Return what other than the model affected the repeats of one model; empty if nothing did.
 
-    A server on a CPU wants every core. One on a GPU wants those that it uses, and misses them only where all are busy.
+    A server on a CPU needs every core. One on a GPU needs those that it uses, and lacks them only if all are busy.
     """
-    found, cores = [], environment.get("cores", 0)
+    reasons, cores = [], environment.get("cores", 0)
     on_cpu = environment.get("device") == "cpu"
     taken = [
         metrics["other_cores"]
@@ -178,15 +178,15 @@ def disturbance(repeats: Sequence[Mapping[str, float]], environment: Mapping[str
         and (on_cpu or metrics["other_cores"] + metrics["own_cores"] > BUSY * cores)
     ]
     if taken:
-        found.append(f"other processes used up to {max(taken):.1f} of {cores} cores")
+        reasons.append(f"other processes used up to {max(taken):.1f} of {cores} cores")
     own = [metrics["own_cores"] for metrics in repeats if metrics.get("own_cores")]
     if on_cpu and not taken and own and max(own) > (1 + APART) * min(own):
         # Where a quota hides the others, this shows that the server got less than before.
-        found.append(f"got {min(own):.1f} to {max(own):.1f} of {cores} cores")
+        reasons.append(f"got {min(own):.1f} to {max(own):.1f} of {cores} cores")
     speeds = [metrics[SPEED] for metrics in repeats if metrics.get(SPEED)]
     if speeds and max(speeds) > (1 + APART) * min(speeds):
-        found.append(f"repeats {max(speeds) / min(speeds) - 1:.0%} apart")
-    return ", ".join(found)
+        reasons.append(f"repeats {max(speeds) / min(speeds) - 1:.0%} apart")
+    return ", ".join(reasons)
 
 
 def _ratio(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:

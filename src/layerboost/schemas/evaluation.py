@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from layerboost.schemas.artifact import Artifact
 from layerboost.schemas.sensitivity import Score
 
-# "No worse than" is claimed or not at this difference of two fractions.
+# The margin of "no worse than": a difference of two fractions.
 ONE_POINT = 0.01
 
 
 class Part(BaseModel):
-    """A piece of the file."""
+    """A part of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
@@ -22,7 +22,7 @@ class Part(BaseModel):
 class Change(Part):
     """A paired difference from the base with its 95 % interval.
 
-    `at_least`: the bound it exceeds with 95 % probability; `detectable`: the smallest one that such a sample shows four
+    `at_least`: the one-sided lower 95 % bound; `detectable`: the smallest difference that such a sample shows four
     times in five.
     """
 
@@ -35,7 +35,7 @@ class Change(Part):
 
     @property
     def no_worse(self) -> str:
-        """Whether a loss of more than one point is ruled out: yes, no (it is shown), or not shown."""
+        """Return whether a loss of more than one point is ruled out: yes, no (it is shown), or not shown."""
         if self.at_least > -ONE_POINT:
             return "yes"
         return "no" if self.high < -ONE_POINT else "not shown"
@@ -125,14 +125,14 @@ class RetrievalGroup(RetrievalScores):
 
 
 class Retrieval(Part):
-    """Every retrieval prompt of every model; `able`: all prompts of the groups that the base is able to answer."""
+    """All retrieval prompts and models; `able`: all prompts of the groups that the base can answer."""
 
     groups: list[RetrievalGroup]
     able: RetrievalScores | None = None
 
 
 class Check(Part):
-    """One threshold of the quality gate; `passed` is None where nothing could be judged."""
+    """One threshold of the quality gate; `passed` is None if it could not be judged."""
 
     what: str
     found: float | None
@@ -159,7 +159,7 @@ class EvalComparison(Artifact):
     schema_version: int = 2
     settings: dict[str, Any] = Field(default={}, description="what was evaluated: tasks and their items, dtype")
     models: dict[str, str] = Field(description="fingerprint of each model")
-    selection: list[str] = Field(default=[], description="tasks that layers were chosen on")
+    selection: list[str] = Field(default=[], description="tasks on which layers were chosen")
     text: TextInfo | None = None
     perplexity: dict[str, Perplexity]
     tasks: dict[str, Task]

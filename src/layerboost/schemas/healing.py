@@ -1,4 +1,4 @@
-"""`heal/metrics.jsonl`: its lines, and the one reader of them."""
+"""`heal/metrics.jsonl`: its lines and their reader."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class MetricLine(BaseModel):
 
 
 def read_metrics(file: Path) -> list[MetricLine]:
-    """Return the lines of `metrics.jsonl`; of two for one step and kind, the later one. No file: no lines.
+    """Return the lines of `metrics.jsonl`, empty without a file. Of two for one step and kind, the later one counts.
 
-    A last line without its newline was cut short by a kill and is left out. Raises ConfigError for any other line that
+    A last line without its newline was truncated by a kill and is left out. Raise ConfigError if any other line
     is not valid.
     """
     lines: dict[tuple[str, int, bool], MetricLine] = {}

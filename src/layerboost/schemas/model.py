@@ -1,4 +1,4 @@
-"""What files record about a model."""
+"""The facts about a model that files record."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ModelInfo(BaseModel):
     vocabulary: int
     tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
-    attention_parameters: int = Field(description="of one layer: what a layer without attention does not have")
+    attention_parameters: int = Field(description="per layer: those that a layer without attention lacks")
     fingerprint: str
     sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
     sliding_window: int | None = Field(default=None, description="their window")
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one full layer holds for one token."""
+        """Return the bytes of keys and values per full layer and token."""
         return 2 * self.kv_heads * self.head_dim * self.bytes_per_element

@@ -40,51 +40,51 @@ class LayerPlan(BaseModel):
 
     @property
     def changed(self) -> bool:
-        """Whether the layer is another than in the base."""
+        """Return whether the layer differs from the base's."""
         return self.attention != FULL
 
     def kv_tokens(self, context_tokens: int) -> int:
-        """Tokens whose keys and values the layer holds for one request of a context."""
+        """Return the tokens whose keys and values the layer holds for one request of `context_tokens`."""
         return self.strategy.kv_tokens(context_tokens, self.window)
 
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
-    """The base as a plan."""
+    """Return the plan that changes nothing."""
     return [LayerPlan(layer=layer, attention=FULL) for layer in range(model.layers)]
 
 
 def window_of(layers: Iterable[LayerPlan]) -> int | None:
-    """The one window of a plan's layers; None where none has one."""
+    """Return the one window of a plan's layers, None if no layer slides."""
     return next((entry.window for entry in layers if entry.window), None)
 
 
 def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """How many layers have each strategy, in the table's order."""
+    """Return the number of layers per strategy, in the order of STRATEGIES."""
     return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
-    """The counts as words: 8 full, 22 sliding, 0 none."""
+    """Return the counts as text: 8 full, 22 sliding, 0 none."""
     return ", ".join(f"{count} {name}" for name, count in counts(layers).items())
 
 
 class Predicted(BaseModel):
-    """What the files foretell of a plan: the sums of single-layer scores, and its costs."""
+    """The predicted quality loss of a plan (sums of single-layer scores) and its costs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    damage: dict[str, float] = Field(description="sum over layers of each metric that all of its choices have")
+    damage: dict[str, float] = Field(description="quality loss: per metric, the sum over layers of its scores")
     kv_fraction: float
     kv_bytes_per_request: int
     parameter_fraction: float
     context_tokens: int
     concurrency: int | None = Field(None, description="requests decoding at once in decode_ms")
-    decode_ms: float | None = Field(None, description="of one step; known with plan.costs")
+    decode_ms: float | None = Field(None, description="time of one step; needs plan.costs")
     decode_fraction: float | None = None
-    plan: str = Field(default="", description="hash of the plan it foretells")
+    plan: str = Field(default="", description="hash of the plan that it predicts")
 
 
 class PlanFile(Artifact):
-    """`plan.yaml`: one line a layer; a person may edit it."""
+    """`plan.yaml`: one line per layer; you may edit it."""
 
     schema_version: int = 2
     model: ModelInfo
@@ -97,14 +97,14 @@ class PlanFile(Artifact):
     @model_validator(mode="before")
     @classmethod
     def _without_flags(cls, values: Any) -> Any:
-        """Older files hold serving flags, those of the machine that planned: they are left out."""
+        """Drop the serving flags of older files: they are those of the machine that planned."""
         return {key: value for key, value in values.items() if key != "serving"} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> PlanFile:
-        found = [entry.layer for entry in self.layers]
-        if found != list(range(self.model.layers)):
-            raise ValueError(f"the plan must name layers 0 to {self.model.layers - 1} once each, in order; got {found}")
+        order = [entry.layer for entry in self.layers]
+        if order != list(range(self.model.layers)):
+            raise ValueError(f"the plan must name layers 0 to {self.model.layers - 1} once each, in order; got {order}")
         if len({entry.window for entry in self.layers if entry.window}) > 1:
             raise ValueError("a plan uses one window: vLLM and Transformers keep a single sliding_window")
         return self
@@ -114,25 +114,25 @@ class PlanFile(Artifact):
         return window_of(self.layers)
 
     @property
-    def foretold(self) -> Predicted | None:
-        """What was predicted of these layers; None once they have been edited."""
+    def valid_prediction(self) -> Predicted | None:
+        """Return the prediction for these layers; None after they were edited."""
         return self.predicted if self.predicted and self.predicted.plan in ("", self.hash()) else None
 
     @property
     def sliding_as_base(self) -> list[int]:
-        """The layers left full that slide in the base already."""
+        """Return the unchanged layers, which the plan calls full, that slide in the base."""
         return [e.layer for e in self.layers if not e.changed and e.layer in self.model.sliding_layers]
 
     def count(self, attention: StrategyName) -> int:
         return counts(self.layers)[attention]
 
     def hash(self) -> str:
-        """Identity of what the plan does: the model and the layers, not how they were chosen."""
+        """Return a hash of the model and the layers, whichever way they were chosen."""
         return fingerprint(self.model.fingerprint, [entry.model_dump() for entry in self.layers])
 
 
 def write_plan(path: Path, plan: PlanFile) -> None:
-    """Write `plan.yaml` with one line a layer."""
+    """Write `plan.yaml` with one line per layer."""
     head = plan.model_dump(mode="json", exclude={"layers"})
     lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=True), "layers:\n"]
     for entry in plan.layers:
@@ -143,7 +143,7 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Read and validate `plan.yaml`; raises ConfigError."""
+    """Return `plan.yaml`, read and validated; raise ConfigError if it is not valid."""
     return _parse(path, PlanFile, "layerboost plan", yaml.safe_load)
 
 
@@ -151,7 +151,7 @@ FRONTIER = "frontier.json"
 
 
 class FrontierPoint(BaseModel):
-    """The plan at one budget, with what is foretold of it."""
+    """The plan at one budget, with its prediction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     predicted: Predicted

@@ -1,4 +1,4 @@
-"""What is in a run folder, and `run.json`."""
+"""The names of the files in a run folder, and `run.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from layerboost.schemas.artifact import Artifact
 
-# What lies in a run folder, in the order it is made.
+# Files and directories of a run folder, in the order in which they are made.
 BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
 
 
@@ -33,6 +33,6 @@ class StageRecord(BaseModel):
 
 
 class RunFile(Artifact):
-    """`run.json`: what was run in this folder, in order."""
+    """`run.json`: the stages that were run in this folder, in order."""
 
     stages: list[StageRecord] = Field([])

@@ -1,4 +1,4 @@
-"""`sensitivity.json`, and `stability.json`: sensitivities compared with others."""
+"""`sensitivity.json`; and `stability.json`: its agreement with other sensitivities."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Score(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     mean: float
     standard_error: float
-    count: int | None = Field(None, description="tokens, answers or items behind it")
+    count: int | None = Field(None, description="number of tokens, answers or items")
 
     @classmethod
     def of(cls, values: Sequence[float], count: int | None = None) -> Score:
-        """Return the mean of values; its error is 0 of one value alone and NaN where one is not finite.
+        """Return the mean of values; its error is 0 for a single value and NaN if a value is not finite.
 
-        `count`: what lies behind the values, if not one item each.
+        `count`: the number of tokens, answers or items, if not one per value.
         """
         import numpy as np
 
@@ -53,7 +53,7 @@ class Variant(BaseModel):
         return self
 
     def plan(self, layer: int) -> LayerPlan:
-        """The entry of a plan that has this replacement."""
+        """Return the LayerPlan of this replacement."""
         return LayerPlan(layer=layer, attention=self.attention, window=self.window, sink=self.sink)
 
 
@@ -66,7 +66,7 @@ class LayerSensitivity(BaseModel):
 
 
 class Sensitivity(Artifact):
-    """`sensitivity.json`: saved after each layer, complete once every layer is in it."""
+    """`sensitivity.json`: saved after each layer, complete with the last one."""
 
     schema_version: int = 2
     model: ModelInfo
@@ -76,7 +76,7 @@ class Sensitivity(Artifact):
     tokens: int
     base_nll: Score
     base_retrieval: dict[str, Score] | None = Field(
-        None, description="the base's log_probability of an answer, in nats, and its share of exact answers"
+        None, description="the base's log_probability of an answer, in nats, and its fraction of exact answers"
     )
     base_tasks: dict[str, Score] | None = Field(None, description="the base's score on each task of `benchmark`")
     layers: list[LayerSensitivity] = Field([])
@@ -105,11 +105,11 @@ class Agreement(BaseModel):
 
 
 class Comparison(BaseModel):
-    """One file against another, or against itself in other metrics."""
+    """One file compared with another, or with itself in other metrics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     other: str = Field(description="the other file; empty: one metric against another within this file")
-    differs: list[str] = Field([], description="what the other was measured with that this was not")
+    differs: list[str] = Field([], description="settings in which the two measurements differ")
     aligned_by: str
     agreements: list[Agreement]
 
@@ -122,13 +122,13 @@ class Stability(Artifact):
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
-    """A complete sensitivity file, given as such or as its run folder; raises ConfigError."""
+    """Return the sensitivities in a file or run folder; raise ConfigError if they are incomplete or not valid."""
     file = path / SENSITIVITY if path.is_dir() else path
-    found = read_json(file, Sensitivity, "layerboost measure")
-    if not found.complete:
+    sensitivity = read_json(file, Sensitivity, "layerboost measure")
+    if not sensitivity.complete:
         raise ConfigError(
             f"{file} is incomplete",
-            found=f"{len(found.layers)} of {found.model.layers} layers",
+            found=f"{len(sensitivity.layers)} of {sensitivity.model.layers} layers",
             do="run `layerboost measure` again: it goes on where it stopped",
         )
-    return found
+    return sensitivity

@@ -1,4 +1,4 @@
-"""Whether lm-eval can score the items of a task, before a model runs; and whether a model's scores are numbers."""
+"""Checks that lm-eval can score the items of a task, before a model runs, and that a model's scores are finite."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from layerboost.tasks.quiet import quiet
 if TYPE_CHECKING:
     from layerboost.tasks.lm_eval import BenchTask
 
-# lm-eval's own: tokens of an answer where a task says nothing, and what draws the examples before a question.
+# lm-eval's defaults: tokens per answer, and the seed of the examples before a question.
 GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
-# What lm-eval scores in a way of its own; items of the first kinds say nothing about a model.
-NO_ANSWER = "have an answer that is none of their choices: they count as wrong for every model"
+# Items that lm-eval scores in a special way; of the first kinds, they tell nothing about a model.
+NO_ANSWER = "have an answer that is not among their choices: they count as wrong for every model"
 NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
 EMPTY_ANSWER = "have an empty answer"
-ONE_CHOICE = "have one choice alone: they count as right for every model"
-SAME_CHOICES = "have two choices that are the same"
+ONE_CHOICE = "have only one choice: they count as right for every model"
+SAME_CHOICES = "have two equal choices"
 EMPTY_CHOICE = "have an empty choice"
-CUT = "are longer than the model's context: their beginning is cut off"
+CUT = "are longer than the model's context: their start is truncated"
 
 
 def check_items(tasks: list[BenchTask], tokenizer: Any, context_tokens: int) -> None:
     """Read every item of the tasks as lm-eval will, for a model that takes `context_tokens`.
 
-    Raises ConfigError for items that lm-eval cannot score (it would fail after all models were run), counted and the
-    first named with its file and line, and for tasks that say nothing about a model. Warns of items that count in a way
-    one may not expect.
+    Raise ConfigError for items that lm-eval cannot score (it would fail after all models were run), with their number
+    and the file and line of the first, and for tasks that tell nothing about a model. Warn of items that count in an
+    unexpected way.
     """
     with quiet():
         for task in tasks:
@@ -57,7 +57,7 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
                 _check_fields(leaf, doc)
                 for kind in {*_answer_kinds(leaf, doc), *_request_kinds(task, leaf, doc, tokenizer, context_tokens)}:
                     odd.setdefault(kind, []).append((name, item))
-            except Exception as error:  # templates and functions of the task's own raise anything
+            except Exception as error:  # the task's own templates and functions may raise anything
                 raised = "" if isinstance(error, _Unscorable) else f"{type(error).__name__}: "
                 wrong.append(f"{'' if wrong else _place(task, name, item)}: {raised}{first_line(error)}")
         leaf.set_fewshot_seed(EXAMPLES_SEED)
@@ -65,22 +65,22 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
         raise ConfigError(
             f"{len(wrong)} of {task.items} items of task {task.name} cannot be scored",
             found=f"the first is {wrong[0]}",
-            do="mend or remove them, or drop the task",
+            do="correct or remove them, or drop the task",
         )
     for kind, places in odd.items():
         which = f"{len(places)} of {task.items} items of task {task.name}"
         first = f"the first is {_place(task, *places[0])}"
         if kind in (NO_ANSWER, NULL_ANSWER, ONE_CHOICE) and len(places) == task.items:
-            raise ConfigError(f"{which} {kind}", found=first, do="mend its choices and answers, or drop the task")
+            raise ConfigError(f"{which} {kind}", found=first, do="correct its choices and answers, or drop the task")
         warn_once(f"{which} {kind}; {first}")
 
 
 class _Unscorable(Exception):
-    """Why lm-eval cannot score an item."""
+    """The reason why lm-eval cannot score an item."""
 
 
 def _check_fields(leaf: Any, doc: Any) -> None:
-    """Raise _Unscorable for a field that is null and that a template turns into the word None."""
+    """Raise _Unscorable for a null field that a template turns into the word None."""
     null = [name for name, value in doc.items() if value is None]
     if not null:
         return
@@ -93,19 +93,19 @@ def _check_fields(leaf: Any, doc: Any) -> None:
 
 
 def answer_of(leaf: Any, doc: Any) -> Any:
-    """What an item gives as its answer: lm-eval reads it from doc_to_text where every choice has its own context."""
+    """Return an item's answer: lm-eval reads it from doc_to_text if every choice has its own context."""
     return (leaf.doc_to_text if leaf.multiple_input else leaf.doc_to_target)(doc)
 
 
 def right_choice(gold: Any, choices: list[str]) -> int | None:
-    """The index of the one right choice by an item's answer; None where that is none of them."""
+    """Return the index of the right choice by an item's answer; None if the answer is not among the choices."""
     if isinstance(gold, str):
         return choices.index(gold) if gold in choices else None
     return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
 
 
 def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
-    """What is odd about an item's choices and answer; raises _Unscorable for what lm-eval makes no sense of."""
+    """Yield what is unusual about an item's choices and answer; raise _Unscorable for what lm-eval cannot use."""
     if callable(leaf.config.process_results) or leaf.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
         return
     gold = answer_of(leaf, doc)
@@ -130,12 +130,12 @@ def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
         yield EMPTY_CHOICE
     if all(right_choice(each, choices) is None for each in (gold if isinstance(gold, list) else [gold])):
         if leaf.OUTPUT_TYPE == "generate_until":
-            raise _Unscorable(f"its answer {_short(gold)} is none of its {len(choices)} choices")
+            raise _Unscorable(f"its answer {_short(gold)} is not among its {len(choices)} choices")
         yield NO_ANSWER
 
 
 def _request_kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
-    """What is odd about what a model will be asked of an item; raises what lm-eval will raise, or _Unscorable."""
+    """Yield what is unusual about an item's requests; raise what lm-eval would raise, or _Unscorable."""
     examples = leaf.config.num_fewshot or 0
     prompt = leaf.fewshot_context(doc, num_fewshot=examples, gen_prefix=leaf.doc_to_prefix(doc))
     found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
@@ -169,7 +169,7 @@ def _request_kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context
 
 
 def _needs_tokens(context: str, answer: Any, context_tokens: int) -> bool:
-    """Whether a request may be empty or too long: most can be told from their characters, and tokenizing takes time."""
+    """Return whether a request may be empty or too long, by its characters, since tokenizing takes time."""
     if not isinstance(answer, str):
         raise _Unscorable(f"its answer is {_short(answer)}, not a text")
     spaced = answer[:1].isspace() or context[-1:].isspace()
@@ -177,7 +177,7 @@ def _needs_tokens(context: str, answer: Any, context_tokens: int) -> bool:
 
 
 def _pair_tokens(tokenizer: Any, context: str, answer: str) -> tuple[int, int]:
-    """Tokens of the prompt and of the answer as lm-eval counts them: spaces between the two belong to the answer."""
+    """Return the tokens of prompt and answer as lm-eval counts them: spaces between the two belong to the answer."""
     if context == "":
         return 1, len(tokenizer(answer, add_special_tokens=False)["input_ids"])
     before = len(tokenizer(context.rstrip())["input_ids"])
@@ -189,12 +189,12 @@ def _check_generation(name: str, leaf: Any, context_tokens: int) -> None:
         return
     settings = leaf.config.generation_kwargs or {}
     try:
-        wanted = _generated_tokens(settings)
+        generated = _generated_tokens(settings)
     except (TypeError, ValueError):
         raise ConfigError(f"task {name} has generation_kwargs that lm-eval cannot read", found=str(settings)) from None
-    if not 0 < wanted < context_tokens:
+    if not 0 < generated < context_tokens:
         raise ConfigError(
-            f"task {name} lets a model generate {wanted:,} tokens",
+            f"task {name} lets a model generate {generated:,} tokens",
             found=f"a context of {context_tokens:,} tokens, prompt included",
             do="change max_gen_toks in the task's generation_kwargs (in a YAML file of your own), or drop the task",
         )
@@ -207,7 +207,7 @@ def _generated_tokens(settings: dict[str, Any]) -> int:
 
 
 def _place(task: BenchTask, name: str, item: int) -> str:
-    """Where an item is: its number in its task, and the line where one JSONL file is behind it."""
+    """Return the place of an item: its number in its task, and the line if the items are in one JSONL file."""
     leaf = task.leaves[name]
     files = (leaf.config.dataset_kwargs or {}).get("data_files", task.origin)
     if isinstance(files, dict):
@@ -230,7 +230,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def finite_logits(task: BenchTask, model: Any, name: str) -> Iterator[None]:
-    """Raise LayerboostError inside the block where a model generates from logits that order no tokens."""
+    """Raise LayerboostError in the block if a model generates from logits that are not finite."""
 
     def refuse(_: Any, __: Any, output: Any) -> None:
         # A logit of −inf rules a token out.
@@ -260,4 +260,4 @@ def check_scores(task: BenchTask, result: dict[str, Any], model: Any, tokenizer:
                     ids = ids[:, -model.config.max_position_embeddings :]
                     check_values(f"log-likelihood in {what}", torch.tensor([pair[0]]), model, ids)
             if not math.isfinite(float(sample[task.metric])):
-                raise LayerboostError(f"{what} has a score of {sample[task.metric]}", do="mend the task's metric")
+                raise LayerboostError(f"{what} has a score of {sample[task.metric]}", do="correct the task's metric")

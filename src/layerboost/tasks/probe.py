@@ -1,6 +1,6 @@
-"""Accuracy lost on lm-eval's tasks (LayerBoost, Eq. 3), computed from the shared prefix like every other damage.
+"""Accuracy lost on lm-eval's tasks (LayerBoost, Eq. 3), computed from shared hidden states like every other loss.
 
-lm-eval builds the prompts, tokenizes them and scores the answers; only the log-likelihoods it asks for come from here.
+lm-eval builds and tokenizes the prompts and scores the answers; only the log-likelihoods are computed here.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 from layerboost.errors import ConfigError
 from layerboost.model.stream import LayerStream, head_logits
 from layerboost.probes.metrics import check_values, score
-from layerboost.probes.probe import Damages, Streams
+from layerboost.probes.probe import Losses, Streams
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
 from layerboost.tasks.lm_eval import BenchTask, load_validation
 from layerboost.tasks.quiet import quiet
 
 Likelihood = tuple[float, bool]
-# The model's input, and the tokens asked for at its end, one place on.
+# The model's input, and the tokens to predict at its end, shifted by one.
 Request = tuple[tuple[int, ...], list[int]]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item of one task: lm-eval's document, and which of all requests are its choices."""
+    """One item of one task: lm-eval's document, and the numbers of the requests for its choices."""
 
     task: BenchTask
     leaf: Any
@@ -38,9 +38,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs `[B, T]`, padded on the right, and where the P tokens are predicted that are asked for.
+    """Inputs `[B, T]`, padded on the right, and the P places at which requested tokens are predicted.
 
-    `rows`, `columns` `[P]`: these places. By request: `numbers`, its own, and `places`, those of `targets`, its tokens.
+    `rows`, `columns` `[P]`: these places. Per request: `numbers`, its own; `targets`, its tokens; `places`, theirs.
     """
 
     ids: torch.Tensor
@@ -51,7 +51,7 @@ class Batch:
     targets: list[torch.Tensor]
 
     def likelihoods(self, model: Any, hidden: torch.Tensor) -> dict[int, Likelihood]:
-        """Log-likelihood of each request's tokens and whether they are the greedy ones, from `[B, T, D]`."""
+        """Return the log-likelihood of each request's tokens and whether they are the greedy ones, from `[B, T, D]`."""
         logits = head_logits(model, hidden[self.rows, self.columns]).float().log_softmax(-1)
         best = logits.argmax(-1)
         return {
@@ -61,11 +61,11 @@ class Batch:
 
 
 class TaskProbe:
-    """Damage `benchmark`: accuracy lost on each item, so weighted that the mean over items is the mean over tasks."""
+    """The metric `benchmark`: accuracy lost per item, weighted so that the mean over items is the mean over tasks."""
 
     @torch.no_grad()
     def __init__(self, stream: LayerStream, tokenizer: Any, tasks: Sequence[BenchTask], batch_tokens: int) -> None:
-        """`tasks`: as from `load_choices`; `batch_tokens`: most tokens in one forward pass, padding included."""
+        """`tasks`: from `load_choices`; `batch_tokens`: most tokens per forward pass, padding included."""
         self.tasks = tasks
         with quiet():
             self.items, instances = _items(tasks)
@@ -82,8 +82,8 @@ class TaskProbe:
             check_values(f"{self.items[item].task.name} of the base", self.base[item : item + 1], stream.model, asked)
 
     @torch.no_grad()
-    def damages(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Damages]:
-        """What each plan loses against the base, by item."""
+    def losses(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Losses]:
+        """Return the quality loss of each plan against the base, by item."""
         found: list[dict[int, Likelihood]] = [{} for _ in plans]
         for batch, number, _, final in self.streams.runs(plans):
             found[number] |= self.batches[batch].likelihoods(self.streams.stream.model, final)
@@ -94,16 +94,16 @@ class TaskProbe:
         return [{"benchmark": weights * (self.base - self._scores(likelihoods))} for likelihoods in found]
 
     def counts(self) -> dict[str, int]:
-        """Items behind the metric."""
+        """Return the number of items."""
         return {"benchmark": len(self.items)}
 
     def base_tasks(self) -> dict[str, Score]:
-        """The base's own score on each task."""
+        """Return the base's own score on each task."""
         parts = {task.name: [item.task is task for item in self.items] for task in self.tasks}
         return {name: score(self.base[torch.tensor(own)], sum(own)) for name, own in parts.items()}
 
     def _scores(self, likelihoods: dict[int, Likelihood]) -> torch.Tensor:
-        """The task's metric on each item, `[N]`; NaN where a likelihood is not finite: lm-eval would score it."""
+        """Return the task's metric per item, `[N]`; NaN if a likelihood is not finite: lm-eval would score it."""
         results = [
             item.leaf.process_results(item.doc, [likelihoods[number] for number in item.requests])
             for item in self.items
@@ -116,9 +116,9 @@ class TaskProbe:
 
 
 def load_choices(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
-    """Multiple-choice tasks on their validation items.
+    """Return multiple-choice tasks on their validation items.
 
-    Raises ConfigError as `load_validation` does, and for a task that asks for anything but log-likelihoods.
+    Raise ConfigError as `load_validation` does, and for a task that needs anything but log-likelihoods.
     """
     tasks = load_validation(names, bench_data, limit) if names else []
     for task in tasks:
@@ -133,7 +133,7 @@ def load_choices(names: Sequence[str], bench_data: str | None, limit: int | None
 
 
 def _items(tasks: Sequence[BenchTask]) -> tuple[list[Item], list[Any]]:
-    """Every item, and all of lm-eval's requests."""
+    """Return every item, and all of lm-eval's requests."""
     items: list[Item] = []
     instances: list[Any] = []
     for task in tasks:
@@ -150,11 +150,11 @@ def _items(tasks: Sequence[BenchTask]) -> tuple[list[Item], list[Any]]:
 
 
 def _tokenized(instances: list[Any], model: Any, tokenizer: Any) -> list[Request]:
-    """lm-eval's own tokens of its requests, as it would give them to the model."""
+    """Return lm-eval's own tokens of its requests, as it would pass them to the model."""
     from lm_eval.models.huggingface import HFLM
 
     class Tokenizing(HFLM):
-        """Keeps the requests that lm-eval would compute."""
+        """Records the requests that lm-eval would compute."""
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[Likelihood]:
             self.requests = [(context, answer) for _, context, answer in requests]
@@ -167,7 +167,7 @@ def _tokenized(instances: list[Any], model: Any, tokenizer: Any) -> list[Request
 
 
 def _batches(requests: Sequence[Request], batch_tokens: int, device: torch.device) -> list[Batch]:
-    """The inputs, each once, the longest first."""
+    """Return the inputs in batches, each once, the longest first."""
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (tokens, _) in enumerate(requests):
         asked.setdefault(tokens, []).append(number)

@@ -1,4 +1,4 @@
-"""lm-eval and the libraries under it, made to keep their progress to themselves."""
+"""Silences lm-eval and the libraries it uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block, lm-eval, datasets and Transformers say nothing below an error, unless LAYERBOOST_DEBUG=1."""
+    """Silence lm-eval, datasets and Transformers in the block, except for errors, unless LAYERBOOST_DEBUG=1."""
     if os.environ.get("LAYERBOOST_DEBUG"):
         yield
         return
@@ -41,13 +41,13 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             restored.callback(logger.setLevel, level)
             logger.setLevel(logging.ERROR)
-        # lm-eval has no switch for its bars, and asks git about the current folder, which complains outside a checkout.
+        # lm-eval has no switch for its bars, and runs git in the current directory, which fails outside a checkout.
         for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
             restored.callback(setattr, module, "tqdm", module.tqdm)
             module.tqdm = _hidden(module.tqdm)
         restored.callback(setattr, lm_eval.evaluator, "get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
         lm_eval.evaluator.get_git_commit_hash = git_revision
-        # It compiles the template anew for every item.
+        # It compiles the template again for every item.
         restored.callback(setattr, lm_eval.utils.env, "from_string", lm_eval.utils.env.from_string)
         lm_eval.utils.env.from_string = cache(lm_eval.utils.env.from_string)
         if not bars_off:
