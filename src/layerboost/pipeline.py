@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget
 from layerboost.files import write_text
@@ -14,9 +14,6 @@ from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, is_main_process, log, release_memory, start_runtime, world_size
 from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN
-
-if TYPE_CHECKING:
-    pass
 
 RECIPE = "recipe.yaml"
 # Stages that may run under torchrun.

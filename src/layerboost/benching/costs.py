@@ -1,6 +1,6 @@
 """costs: this machine's rates, from vLLM's own times of four plans of one model → costs.json, for `plan.costs`.
 
-Each plan is served by the real engine. What vLLM reports of its KV cache is compared with `model/memory.py`, what
+Each plan is served by the real engine. What vLLM reports of its KV cache is compared with `costs/memory.py`, what
 requests hold while they decode with its residency, and the times of prefill and decoding steps with the linear model of
 `costs/budget.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all.
 """
@@ -180,7 +180,7 @@ def memory_row(
     context_tokens: int,
     cache_bytes: int,
 ) -> dict[str, Any]:
-    """Return blocks and concurrency, as vLLM reports them and as `model/memory.py` has them."""
+    """Return blocks and concurrency, as vLLM reports them and as `costs/memory.py` has them."""
     block = block_bytes(info, layers, settings)
     predicted = cache_bytes // block
     blocks, concurrency = engine.kv_cache()

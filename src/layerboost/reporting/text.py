@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
 from layerboost.schemas.evaluation import Change
 from layerboost.schemas.sensitivity import Score
-
-if TYPE_CHECKING:
-    pass
 
 ABSENT = "–"
 
