@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 from layerboost.schemas.evaluation import Change
 from layerboost.schemas.sensitivity import Score
 
