@@ -24,13 +24,13 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from layerboost.data.text import load_tokens
 from layerboost.model.base import open_base
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, load_recipe
 from layerboost.runtime import peak_rss_bytes, start_runtime
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import CONVERTED, HEAL, PLAN
+from layerboost.text import load_tokens
 
 WINDOW, FULL_LAYERS, STEP_TOKENS = 64, 8, 1024
 WAYS = ("plain", "layerboost")

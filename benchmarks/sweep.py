@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from layerboost.data.text import load_tokens
 from layerboost.measuring.sweep import candidates
 from layerboost.model.linear import use_onednn
 from layerboost.model.sinks import Sinks, calibrate_sinks
@@ -33,6 +32,7 @@ from layerboost.probes.probe import TextProbe
 from layerboost.recipe import Measure, Text
 from layerboost.runtime import peak_rss_bytes
 from layerboost.schemas.plan import LayerPlan
+from layerboost.text import load_tokens
 
 WINDOWS, TOKENS, METRICS = (64, 128, 256), 512, ("kl", "nll", "top1")
 ALL_ATTENTION_FUNCTIONS.register("gpt_oss_eager", eager_attention_forward)

@@ -16,12 +16,12 @@ from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
 from layerboost.costs.memory import CacheSettings, admission_bytes, groups, resident_bytes
-from layerboost.data.text import _pack
 from layerboost.engines.vllm import unless_given
 from layerboost.evaluating.statistics import average_difference, difference
 from layerboost.model.modeling import skipped_layers
 from layerboost.model.surgery import boosted_config
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.text import _pack
 
 OPENING = st.sampled_from([[], [0]])
 

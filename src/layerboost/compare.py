@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
-from layerboost.data.text import SAMPLES, SAMPLES_FROM
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluating.comparison import average_against
 from layerboost.evaluating.stage import run_evaluate
@@ -36,6 +35,7 @@ from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, writ
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
 from layerboost.strategies import STRATEGIES, WINDOW, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
+from layerboost.text import SAMPLES, SAMPLES_FROM
 
 FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from layerboost.data.traffic import load_calibration
 from layerboost.engines.samples import write_samples
 from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.card import origin_of
@@ -19,6 +18,7 @@ from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import COMPAT, CONVERTED, HEALED, PLAN
+from layerboost.traffic import load_calibration
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:

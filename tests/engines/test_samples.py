@@ -14,13 +14,13 @@ import torch
 from offline import Vllm
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from layerboost.data.text import SAMPLES, load_tokens, sample_documents, samples_missing
 from layerboost.engines import samples
 from layerboost.engines.samples import transformers_generate, write_samples
 from layerboost.errors import ConfigError
 from layerboost.model.base import Base, find_model
 from layerboost.recipe import Text, load_recipe
 from layerboost.runtime import Runtime
+from layerboost.text import SAMPLES, load_tokens, sample_documents, samples_missing
 
 TOKENIZER = tiny_tokenizer()
 

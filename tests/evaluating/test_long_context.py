@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import boosted, byte_tokenizer, tiny_model
 
-from layerboost.data.retrieval import KINDS, retrieval_prompts
 from layerboost.evaluating.long_context import (
     compare_positions,
     compare_retrieval,
@@ -14,6 +13,7 @@ from layerboost.evaluating.long_context import (
     position_losses,
     retrieval_answers,
 )
+from layerboost.retrieval import KINDS, retrieval_prompts
 
 
 def test_buckets_double_up_to_the_length() -> None:

@@ -5,7 +5,7 @@ import re
 import torch
 from tiny import opening_tokenizer, tiny_tokenizer
 
-from layerboost.data import retrieval
+from layerboost import retrieval
 from layerboost.healing.recall import NAMES, TEMPLATES, with_recall
 
 

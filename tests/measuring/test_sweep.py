@@ -9,13 +9,13 @@ import torch
 from tiny import SLIDING_BASES, boosted, layer_plans, tiny_model
 from transformers import PreTrainedModel
 
-from layerboost.data.retrieval import Prompts
 from layerboost.measuring.sweep import candidates, sweep
 from layerboost.model.families import FAMILIES as EVERY
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
 from layerboost.probes.probe import TextProbe
+from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity
 from layerboost.strategies import label

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from layerboost.data.text import Generate, sample_documents, samples_missing
 from layerboost.engines.server import MODULE, guarded
 from layerboost.engines.vllm import runs_on_cpu, vllm_environment, vllm_version
 from layerboost.model.base import Base
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, log
+from layerboost.text import Generate, sample_documents, samples_missing
 
 
 def write_samples(recipe: Recipe, run: Path, base: Base) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.data.retrieval import Prompts
 from layerboost.evaluating.statistics import difference, differences
 from layerboost.model.stream import head_logits
 from layerboost.probes.metrics import CHUNK_TOKENS, answer_scores
+from layerboost.retrieval import Prompts
 from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup, RetrievalScores, TaskValue
 from layerboost.schemas.sensitivity import Score
 

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.data.retrieval import KINDS, Prompts, retrieval_prompts
-from layerboost.data.text import SAMPLES, Tokens, check_samples, load_tokens
 from layerboost.errors import ConfigError
 from layerboost.evaluating.comparison import compare_tasks
 from layerboost.evaluating.gate import gate_checks, validate_gate
@@ -34,6 +32,7 @@ from layerboost.model.checkpoint import check_comparable, check_further
 from layerboost.model.modeling import decoder_layers
 from layerboost.probes.metrics import check_values
 from layerboost.recipe import Recipe
+from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
 from layerboost.schemas.artifact import fingerprint, json_text, read_json, write_json
 from layerboost.schemas.evaluation import EvalComparison, TextInfo
@@ -41,6 +40,7 @@ from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.tasks.checks import check_items
 from layerboost.tasks.lm_eval import BenchTask, load_bench, run_task, task_value
+from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 
 BASE = "base"
 

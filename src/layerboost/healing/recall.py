@@ -1,6 +1,6 @@
 """Training sequences that state facts and ask for them later: ordinary text rarely trains what a window forgets.
 
-The wording and the facts differ from those of the retrieval tests in `layerboost.data.retrieval`.
+The wording and the facts differ from those of the retrieval tests in `layerboost.retrieval`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layerboost.data.text import opening_ids
+from layerboost.text import opening_ids
 
 # The statement of a fact, and the question with its answer.
 TEMPLATES = (

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from layerboost.data.text import Split, Tokens, check_samples, is_local, load_tokens
 from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
@@ -38,6 +37,7 @@ from layerboost.runtime import Runtime, is_main_process, log, main_process_first
 from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
+from layerboost.text import Split, Tokens, check_samples, is_local, load_tokens
 
 VALIDATION_SEQUENCES = 8
 IDENTITY, TEXT = "heal.json", "text.json"

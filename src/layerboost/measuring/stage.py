@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerboost.data.retrieval import Prompts
-from layerboost.data.text import Tokens, check_samples
-from layerboost.data.traffic import Traffic, load_calibration
 from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.measuring.sweep import sweep
@@ -21,6 +18,7 @@ from layerboost.model.surgery import check_plan, check_windows
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
 from layerboost.recipe import Recipe, model_of
+from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, read_json, write_json
 from layerboost.schemas.model import ModelInfo
@@ -30,6 +28,8 @@ from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
 from layerboost.tasks.checks import check_items
 from layerboost.tasks.lm_eval import BenchTask
 from layerboost.tasks.probe import TaskProbe, load_choices
+from layerboost.text import Tokens, check_samples
+from layerboost.traffic import Traffic, load_calibration
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 from transformers.modeling_utils import load_state_dict
 
-from layerboost.data.rows import LFS_POINTER
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.files import write_text
+from layerboost.rows import LFS_POINTER
 from layerboost.schemas.artifact import fingerprint
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.data.traffic import Traffic
 from layerboost.errors import ConfigError
 from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.traffic import Traffic
 
 Sinks = dict[tuple[int, int], torch.Tensor]
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from layerboost.data.text import opening_ids
 from layerboost.errors import ConfigError, first_line
 from layerboost.model.files import check_readable
 from layerboost.runtime import log
+from layerboost.text import opening_ids
 
 # The files of a tokenizer, and the generation settings: a boosted checkpoint gets copies of the base's.
 COPIED = (

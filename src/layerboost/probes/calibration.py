@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerboost.data.retrieval import KINDS, Prompts, retrieval_prompts
-from layerboost.data.text import load_tokens
-from layerboost.data.traffic import load_calibration
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
 from layerboost.model.base import open_base
@@ -19,10 +16,13 @@ from layerboost.model.stream import LayerStream
 from layerboost.probes.metrics import check_finite
 from layerboost.probes.probe import TextProbe, first_difference
 from layerboost.recipe import Recipe
+from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, json_text, not_finite
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Sensitivity
+from layerboost.text import load_tokens
+from layerboost.traffic import load_calibration
 
 MEASURED = "measured_plans.jsonl"
 

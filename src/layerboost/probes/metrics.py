@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.data.retrieval import Prompts
 from layerboost.errors import LayerboostError
 from layerboost.model.linear import linear
 from layerboost.model.stream import explain_not_finite, head_logits, head_matrix
+from layerboost.retrieval import Prompts
 from layerboost.schemas.sensitivity import Score
 
 # What a changed model loses on text, per token, in the order in which `BaseText` computes it.

@@ -7,13 +7,13 @@ from typing import Protocol
 
 import torch
 
-from layerboost.data.retrieval import Prompts
-from layerboost.data.traffic import Traffic
 from layerboost.model.stream import LayerStream, PrefixCache
 from layerboost.probes.metrics import TEXT_METRICS, BasePrompts, BaseText, check_values, score
+from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
 from layerboost.strategies import FULL
+from layerboost.traffic import Traffic
 
 # Quality loss by metric, one value per sequence, prompt or item: `[N]`.
 Losses = dict[str, torch.Tensor]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerboost.data.rows import read_lines
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.probes.metrics import check_values
+from layerboost.rows import read_lines
 from layerboost.runtime import warn_once
 from layerboost.tasks.quiet import quiet
 

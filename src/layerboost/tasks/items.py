@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from layerboost.data.rows import read_rows
 from layerboost.errors import ConfigError
+from layerboost.rows import read_rows
 
 ARROW_FOLDER = "hf_datasets"
 # Types and defaults of fields, for pydantic.

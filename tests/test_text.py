@@ -16,7 +16,9 @@ from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from layerboost.data.text import (
+from layerboost.errors import ConfigError
+from layerboost.recipe import Text
+from layerboost.text import (
     Split,
     check_samples,
     is_local,
@@ -27,8 +29,6 @@ from layerboost.data.text import (
     samples_missing,
     token_ids,
 )
-from layerboost.errors import ConfigError
-from layerboost.recipe import Text
 
 TOKENIZER = tiny_tokenizer()
 
@@ -449,7 +449,7 @@ def test_one_long_row_among_others_is_packed(tmp_path: Path) -> None:
 
 
 def test_of_a_very_long_text_no_more_is_tokenized_than_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.data.text.TOKENIZED_CHARACTERS", 1000)
+    monkeypatch.setattr("layerboost.text.TOKENIZED_CHARACTERS", 1000)
     given: list[int] = []
 
     def tokenizer(text: str, **_: object) -> dict[str, list[int]]:

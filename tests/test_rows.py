@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from layerboost.data.rows import read_lines, read_rows
 from layerboost.errors import ConfigError
+from layerboost.rows import read_lines, read_rows
 
 GOOD = b'{"text": "w3"}\n{"text": "w4"}\n'
 SAME_ROWS = {

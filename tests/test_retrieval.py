@@ -7,8 +7,8 @@ import torch
 from tiny import byte_tokenizer, opening_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from layerboost.data.retrieval import KINDS, Kind, retrieval_prompts
 from layerboost.errors import ConfigError
+from layerboost.retrieval import KINDS, Kind, retrieval_prompts
 
 FILLER = torch.full((4096,), byte_tokenizer()("x")["input_ids"][0])
 

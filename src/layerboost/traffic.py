@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
-from layerboost.data.rows import is_missing, read_rows
-from layerboost.data.text import (
+from layerboost.errors import ConfigError
+from layerboost.recipe import Recipe
+from layerboost.rows import is_missing, read_rows
+from layerboost.runtime import warn_once
+from layerboost.schemas.artifact import fingerprint
+from layerboost.text import (
     PIECE_CHARACTERS,
     Tokens,
     check_known,
@@ -18,10 +22,6 @@ from layerboost.data.text import (
     opening_ids,
     text_pieces,
 )
-from layerboost.errors import ConfigError
-from layerboost.recipe import Recipe
-from layerboost.runtime import warn_once
-from layerboost.schemas.artifact import fingerprint
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]

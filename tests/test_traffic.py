@@ -15,13 +15,13 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from layerboost.data.traffic import Traffic, load_calibration, load_traffic
 from layerboost.errors import ConfigError
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import replaced
 from layerboost.probes.probe import TextProbe
 from layerboost.recipe import Recipe
+from layerboost.traffic import Traffic, load_calibration, load_traffic
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }}{{ ' </s> ' }}{% endfor %}"

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from layerboost.data.rows import is_missing, read_lines, read_rows
 from layerboost.errors import ConfigError, first_line
 from layerboost.files import write_text
 from layerboost.recipe import Text
+from layerboost.rows import is_missing, read_lines, read_rows
 from layerboost.runtime import Progress, log, warn_once
 from layerboost.schemas.artifact import fingerprint, json_text
 

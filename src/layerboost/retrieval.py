@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from layerboost.data.text import opening_ids
 from layerboost.errors import ConfigError
+from layerboost.text import opening_ids
 
 Kind = Literal["passkey", "key_value"]
 KINDS: tuple[Kind, ...] = ("passkey", "key_value")

@@ -1,1 +1,0 @@
-"""Text, rows, calibration prompts and retrieval prompts."""
