@@ -24,11 +24,10 @@ from layerboost.model.base import find_base
 from layerboost.planning import stage as plan
 from layerboost.recipe import Recipe, model_of
 from layerboost.run_folder import no_run_folder
-from layerboost.runtime import start_runtime
+from layerboost.runtime import GIB, start_runtime
 from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN
 
-GIB = 1 << 30
 # The stages with a `check(recipe, run, base)`, which raises ConfigError.
 STAGES = (measure, plan, convert, heal, evaluate, bench)
 

@@ -185,7 +185,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
         _share(run, place)
         asked = [name for name in models if each.rows is None or name in each.rows]
         folders = {f"{name}-{stage}": folder for name in asked for stage, folder in models[name].items()}
-        found = EvalComparison.model_validate(run_evaluate(settings, place, {BASE: base.folder} | folders, runtime))
+        found = run_evaluate(settings, place, {BASE: base.folder} | folders, runtime)
         compared.evaluations[part] = found.model_dump(mode="json", by_alias=True)
         last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in asked}
         if reference := last.pop(file.reference, None):

@@ -7,7 +7,7 @@ from tiny import RUNTIME, info, layer_plans, tiny_model
 from layerboost.healing import estimate
 from layerboost.healing.estimate import estimate_healing, matmul_flops_per_s
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.runtime import Runtime
+from layerboost.runtime import GIB, Runtime
 
 
 def recipe(**heal: object) -> Recipe:
@@ -35,7 +35,7 @@ def test_a_sharded_run_holds_its_share_of_the_weights(monkeypatch: pytest.Monkey
     monkeypatch.setattr(estimate, "matmul_flops_per_s", lambda *_: 1e9)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     config, facts = tiny_model(layers=4).config, info(4).model_copy(update={"parameters": 1 << 34})
-    whole_gib = facts.parameters * facts.bytes_per_element / estimate.GIB
+    whole_gib = facts.parameters * facts.bytes_per_element / GIB
 
     def memory_gib(device: str, shard: bool) -> float:
         runtime = Runtime(torch.device(device), torch.float32)

@@ -87,8 +87,8 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Path], runtime:
     names = [BASE, *(name for name in models if name != BASE)]
     found = {name: find_model(str(models[name]), runtime, run, recipe.trust_remote_code) for name in names}
     base = found[BASE]
-    for model in found.values():
-        check_comparable(model, base)
+    for name in names[1:]:
+        check_comparable(found[name], base)
     _check_settings(recipe, base.config.max_position_embeddings)
     work = _Work(
         recipe=recipe,

@@ -13,11 +13,10 @@ from layerboost.healing.losses import CHUNK_ELEMENTS
 from layerboost.healing.training import stretch_steps
 from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
-from layerboost.runtime import Runtime, world_size
+from layerboost.runtime import GIB, Runtime, world_size
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 
-GIB = 1 << 30
 # Fraction of the matrix product's speed; softmax, norms and LoRA's thin products take the rest.
 EFFICIENCY = 0.7
 LOGIT_COPIES = 6

@@ -85,9 +85,9 @@ def _check_fields(leaf: Any, doc: Any) -> None:
     if not null:
         return
     parts = [leaf.doc_to_text, leaf.doc_to_target, *([leaf.doc_to_choice] if leaf.config.doc_to_choice else [])]
+    texts = [(part, part(doc)) for part in parts]
     for name in null:
-        for part in parts:
-            text = part(doc)
+        for part, text in texts:
             if "None" in str(text) and text is not None and part(doc | {name: ""}) != text:
                 raise _Unscorable(f"its {name!r} is null, which is read as 'None'")
 
