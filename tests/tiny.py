@@ -23,7 +23,7 @@ from layerboost.runtime import Runtime
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 
-VOCABULARY, WINDOW, HEADS = 200, 16, 4
+VOCABULARY, WINDOW, HEADS, KV_HEADS = 200, 16, 4, 2
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -45,22 +45,25 @@ SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2")
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
-    """One letter a layer: f(ull), s(liding), S(liding with a sink), n(one)."""
+    """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
+    head 0 full."""
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
         "s": {"attention": "sliding", "window": window},
         "S": {"attention": "sliding", "window": window, "sink": True},
         "n": {"attention": "none"},
+        "h": {"attention": "sliding", "window": window, "full_kv_heads": (1,)},
+        "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 
 
 def fitted(letters: str, model_type: str) -> str:
-    """A plan's letters for a family: where its tiny base slides already, f in place of s and S."""
+    """A plan's letters for a family: where its tiny base slides already, f in place of a window."""
     model = tiny_model(model_type, len(letters))
     types = base_layer_types(model.config)
     pairs = zip(letters, types, strict=True)
-    return "".join("f" if letter in "sS" and slides == "sliding_attention" else letter for letter, slides in pairs)
+    return "".join("f" if letter in "sShH" and slides == "sliding_attention" else letter for letter, slides in pairs)
 
 
 def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> PreTrainedModel:
@@ -72,7 +75,7 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
         "intermediate_size": 96,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": KV_HEADS,
         "head_dim": 32,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
@@ -99,7 +102,12 @@ def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **cha
     """A boosted tiny model, sinks random."""
     model = tiny_model(model_type, len(letters), **changes)
     plans = layer_plans(letters, window)
-    return apply_plan(model, plans, {plan.layer: torch.randn(HEADS) * 2 for plan in plans if plan.sink})
+    return apply_plan(model, plans, {plan.layer: torch.randn(sinks_of(plan)) * 2 for plan in plans if plan.sink})
+
+
+def sinks_of(plan: LayerPlan) -> int:
+    """The query heads of a layer that have a window."""
+    return HEADS // KV_HEADS * plan.window_heads(KV_HEADS)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

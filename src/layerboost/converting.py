@@ -67,8 +67,8 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
     if with_sink and plan.window:
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
         batches = [batch.to(base.runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
-        calibrated = calibrate_sinks(model, batches, with_sink, [plan.window])
-        sinks = {layer: calibrated[layer, plan.window] for layer in with_sink}
+        fitted = calibrate_sinks(model, batches, with_sink, [plan.window])
+        sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
     return apply_plan(model, plan.layers, sinks)
 
 

@@ -32,6 +32,7 @@ def _full_path(text: str) -> str:
         return text
 
 
+RetrievalForm = Literal["passkey", "key_value", "prose", "json", "code", "copy"]
 OnDisk = Annotated[str, AfterValidator(_full_path)]
 Sources = str | Annotated[dict[str, PositiveFloat], Field(min_length=1)]
 
@@ -95,6 +96,15 @@ class Measure(Section):
     )
     task_items: int | None = Field(200, ge=2, description="items per task; null: all")
     plan: OnDisk | None = Field(None, description="a plan.yaml: measure each layer of the model that this plan gives")
+    unit: Literal["layer", "kv_head"] = Field(
+        "layer", description="layer, or kv_head: also each KV head with its query heads under every window"
+    )
+    head_scores: Literal["exact", "scan"] = Field(
+        "exact",
+        description="kv_head: exact, one pass per head and window; or scan: the KL of all heads estimated at once",
+    )
+    scan_draws: int = Field(8, ge=1, description="scan: backward passes per batch of text")
+    head_group: int = Field(1, ge=1, description="kv_head: KV heads that get the window together, for wide models")
 
 
 class Plan(Section):
@@ -105,6 +115,10 @@ class Plan(Section):
         description="budget: least predicted quality loss within the budget; greedy: measured again as layers change; "
         "threshold: the paper's tiers by removal score; controls: uniform or random "
         "full layers, the rest sliding; cosine: LLM-Drop",
+    )
+    unit: Literal["layer", "kv_head"] = Field(
+        "layer",
+        description="one strategy per layer, or kv_head: windows on some KV heads of a layer; needs measure.unit",
     )
     metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
         "kl", description="quality loss to minimise: kl, nll, top1, retrieval, benchmark or mse"
@@ -208,9 +222,15 @@ class Evaluate(Section):
     position_tokens: int = Field(0, ge=0, description="perplexity by position: tokens per long text; 0: skip it")
     position_sequences: int = Field(8, ge=2, description="perplexity by position: number of long texts")
     retrieval_tokens: tuple[Annotated[int, Field(ge=128)], ...] = Field(
-        (), description="lengths of passkey and key-value prompts, in tokens; []: no prompts"
+        (), description="lengths of retrieval prompts, in tokens; []: no prompts"
     )
-    retrieval_prompts: int = Field(16, ge=2, description="prompts of each kind and length, their depths evenly spaced")
+    retrieval_forms: tuple[RetrievalForm, ...] = Field(
+        ("passkey", "key_value", "prose", "json", "code", "copy"),
+        min_length=1,
+        description="passkey and key_value, which measure and plan use; prose, json, code and copy, which nothing is "
+        "chosen on",
+    )
+    retrieval_prompts: int = Field(16, ge=2, description="prompts of each form and length, their depths evenly spaced")
     max_kl: float | None = Field(None, ge=0, description="gate: largest KL to the base; exit code 4 above it")
     max_average_drop: float | None = Field(
         None, ge=0, description="gate: largest drop of the average accuracy, as a fraction; exit code 4 above it"

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 StrategyName = Literal["full", "sliding", "none"]
 FULL: StrategyName = "full"
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
-WINDOW, SINK = "window", "sink"
+WINDOW, SINK, FULL_KV_HEADS = "window", "sink", "full_kv_heads"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Strategy:
     title: str
     # What a model card says of it.
     meaning: str
-    # (context, window) -> tokens whose keys and values one layer holds; a query attends to as many.
+    # (context, window) -> tokens whose keys and values one KV head holds; a query attends to as many.
     kv_tokens: Callable[[int, int | None], int]
     # Its colours in the report, each on a light and on a dark page: of its cells and, in turn, of its windows.
     shades: tuple[tuple[str, str], ...]
@@ -32,7 +32,7 @@ class Strategy:
     keeps_weights: bool = True
 
     def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return every measurable combination of the settings, each as fields of a LayerPlan."""
+        """Return every combination of window and sink to measure whole layers with, each as fields of a LayerPlan."""
         combinations: list[dict[str, Any]] = [{}]
         for setting, values in ((WINDOW, windows), (SINK, (False, True))):
             if setting in self.settings:
@@ -57,7 +57,7 @@ STRATEGIES: dict[StrategyName, Strategy] = {
             "sliding window",
             "softmax over the last `window` tokens",
             lambda context, window: min(window or 0, context),
-            settings=(WINDOW, SINK),
+            settings=(WINDOW, SINK, FULL_KV_HEADS),
             shades=(("#dd9a2e", "#dfa446"), ("#b4711a", "#c58433"), ("#8a5212", "#a96f35")),
             text=("#241800", "#1f1500"),
         ),
@@ -82,8 +82,12 @@ class Chosen(Protocol):
     def window(self) -> int | None: ...
     @property
     def sink(self) -> bool: ...
+    @property
+    def full_kv_heads(self) -> tuple[int, ...]: ...
 
 
 def label(chosen: Chosen) -> str:
-    """Return the name of a strategy with its settings: full, sliding 64, sliding 64 + sink, none."""
-    return chosen.attention + (f" {chosen.window}" if chosen.window else "") + (" + sink" if chosen.sink else "")
+    """Return the name of a strategy with its settings: full, sliding 64 + sink, sliding 64 + full KV heads 0 2."""
+    window = f" {chosen.window}" if chosen.window else ""
+    heads = f" + full KV heads {' '.join(map(str, chosen.full_kv_heads))}" if chosen.full_kv_heads else ""
+    return chosen.attention + window + (" + sink" if chosen.sink else "") + heads

@@ -14,7 +14,7 @@ import click
 from layerboost.strategies import label
 
 if TYPE_CHECKING:
-    from layerboost.schemas.plan import Frontier, PlanFile
+    from layerboost.schemas.plan import Frontier, LayerPlan, PlanFile
     from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 Rows = list[list[str]]
@@ -75,14 +75,21 @@ def measured_rows(sensitivity: Sensitivity) -> Rows:
 
 def planned_rows(plan: PlanFile) -> Rows:
     """Return one row per layer, and the prediction for all."""
-    body = [
-        [str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""]
-        for entry in plan.layers
-    ]
+    columns: dict[str, Callable[[LayerPlan], str]] = {
+        "layer": lambda entry: str(entry.layer),
+        "attention": lambda entry: entry.attention,
+        "window": lambda entry: str(entry.window or ""),
+        "sink": lambda entry: "yes" if entry.sink else "",
+    }
+    if any(entry.full_kv_heads for entry in plan.layers):
+        columns["full KV heads"] = lambda entry: " ".join(map(str, entry.full_kv_heads))
+    body = [[text(entry) for text in columns.values()] for entry in plan.layers]
     if predicted := plan.valid_prediction:
         metric, value = next(iter(predicted.damage.items()), ("quality loss", 0.0))
-        body.append(["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"])
-    return [["layer", "attention", "window", "sink"], *body]
+        body.append(
+            ["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted", ""][: len(columns)]
+        )
+    return [[*columns], *body]
 
 
 def frontier_rows(frontier: Frontier) -> Rows:

@@ -11,7 +11,9 @@ from layerboost.costs.memory import (
     CacheSettings,
     Groups,
     admission_bytes,
+    cached,
     groups,
+    module_heads,
     padded_full,
     resident_bytes,
     serving,
@@ -44,6 +46,19 @@ def test_a_window_reserves_the_tokens_in_flight_and_holds_only_itself() -> None:
     assert admission_bytes(model, layers, 2048, CacheSettings(128, 32, 2)) == 2 * 32 * token * (64 + 3 * (10 + 1))
     # 63 tokens behind the one that is read span, on average, 63 / 32 block borders.
     assert resident_bytes(model, layers, 2048, narrow) == 2 * 32 * token * (64 + 3 * (63 / 32 + 1))
+
+
+def test_kv_heads_are_grouped_as_layers_are_in_modules_of_equal_size() -> None:
+    """3 of 8 KV heads stay full in 4 layers: modules of one head, as if they were 8 layers of half the size."""
+    model, layers, engine = info(4), layer_plans("fhss", 64), CacheSettings(128, 32, 1)
+    assert module_heads(2, layers) == 1
+    assert cached(layers, 2, 1) == (3, 5)
+    half = info(8).model_copy(update={"kv_heads": 1})
+    assert half.kv_bytes_per_token * 2 == model.kv_bytes_per_token
+    for count in (admission_bytes, resident_bytes):
+        assert count(model, layers, 2048, engine) == count(half, layer_plans("fffsssss", 64), 2048, engine)
+    # Whole layers are not split.
+    assert module_heads(2, layer_plans("ffsS")) == 2
 
 
 def test_flags_are_advised_only_where_they_gain() -> None:

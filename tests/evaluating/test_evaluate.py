@@ -131,7 +131,7 @@ def test_long_contexts_are_in_the_comparison(done: tuple[Path, EvalComparison]) 
     assert found.retrieval
     assert found.positions.edges == [0, 128, 192]
     assert found.positions.sequences == 3
-    assert [group.kind for group in found.retrieval.groups] == ["key_value", "passkey"]
+    assert [group.kind for group in found.retrieval.groups] == ["code", "copy", "json", "key_value", "passkey", "prose"]
     # A random model finds nothing, so nothing is judged; the log-probabilities are there.
     assert found.retrieval.able is None
     for group in found.retrieval.groups:

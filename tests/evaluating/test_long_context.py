@@ -13,7 +13,7 @@ from layerboost.evaluating.long_context import (
     position_losses,
     retrieval_answers,
 )
-from layerboost.retrieval import KINDS, retrieval_prompts
+from layerboost.retrieval import FORMS, retrieval_prompts
 
 
 def test_buckets_double_up_to_the_length() -> None:
@@ -38,10 +38,10 @@ def test_losses_by_position_are_those_of_whole_logits() -> None:
 def test_answers_are_scored_as_the_model_alone_scores_them() -> None:
     tokenizer, model = byte_tokenizer(), tiny_model(layers=2, vocab_size=256)
     filler = torch.randint(97, 120, (4000,), generator=torch.Generator().manual_seed(0))
-    prompts = [retrieval_prompts(tokenizer, filler, kind, 450, 3, 0) for kind in KINDS]
+    prompts = [retrieval_prompts(tokenizer, filler, kind, 450, 3, 0) for kind in FORMS]
     found = retrieval_answers(model, prompts, lambda tokens: None)
     assert [(answer["kind"], answer["length_tokens"]) for answer in found] == [
-        (kind, 450) for kind in KINDS for _ in range(3)
+        (kind, 450) for kind in FORMS for _ in range(3)
     ]
     for answer, (part, row) in zip(found, [(part, row) for part in prompts for row in range(3)], strict=True):
         ids, count = part.ids[row], part.answers[row]

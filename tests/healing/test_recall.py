@@ -56,7 +56,7 @@ def test_no_share_and_short_sequences_change_nothing() -> None:
 
 
 def test_the_wording_is_not_that_of_the_retrieval_tests() -> None:
-    tested = " ".join((*retrieval.PASSKEY, *retrieval.KEY_VALUE, *retrieval.KEYS)).lower()
+    tested = " ".join((*(form.fact + form.question for form in retrieval.FORMS.values()), *retrieval.KEYS)).lower()
     for statement, question in TEMPLATES:
         for words in (statement, question):
             kept = [

@@ -20,6 +20,7 @@ from layerboost.errors import ConfigError
 from layerboost.measuring.stage import check
 from layerboost.model.base import find_model
 from layerboost.recipe import parse_recipe
+from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import SENSITIVITY
 
 
@@ -147,3 +148,54 @@ def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder
         validate(traffic=str(tmp_path / "bad.jsonl"))
     with pytest.raises(ConfigError, match="layers cannot be chosen on task piqa"):
         validate(tasks=["piqa"])
+
+
+def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Path) -> None:
+    """From the exact sweep and from the scan: a plan that keeps single KV heads full."""
+    heads = ("measure.unit=kv_head", "plan.unit=kv_head", "measure.tasks=[]")
+    for scores in ("exact", "scan"):
+        run = tmp_path / scores
+        settings = (*heads, f"measure.head_scores={scores}", "measure.scan_draws=2")
+        found = measured(folder, run, *settings)
+        for layer in found["layers"]:
+            assert [variant["full_kv_heads"] for variant in layer["heads"]] == [[1], [0]] * 2
+            assert all(("nll" in variant["scores"]) == (scores == "exact") for variant in layer["heads"])
+        before = (run / SENSITIVITY).read_text()
+        assert measured(folder, run, *settings) == found
+        assert (run / SENSITIVITY).read_text() == before
+        layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.55")
+    plan = read_plan(tmp_path / "exact" / "plan.yaml")
+    assert any(entry.full_kv_heads for entry in plan.layers)
+    assert "full KV heads" in layerboost("plan", "--run", tmp_path / "exact").stdout
+    layerboost("convert", "--run", tmp_path / "exact")
+    config = json.loads((tmp_path / "exact" / "converted" / "config.json").read_text())
+    assert config["full_kv_heads"] == {
+        str(entry.layer): list(entry.full_kv_heads) for entry in plan.layers if entry.full_kv_heads
+    }
+    assert "| full KV heads |" in (tmp_path / "exact" / "converted" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("measure.unit=kv_head", "measure.head_group=3"), "measure.head_group does not divide the KV heads"),
+        (("measure.unit=kv_head", "measure.head_scores=scan", "measure.plan=plan.yaml"), "the scan estimates scores"),
+    ],
+)
+def test_kv_heads_that_cannot_be_measured(
+    folder: Path, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    options = [word for setting in settings for word in ("--set", setting)]
+    refused = layerboost(
+        "measure", "--config", folder / "recipe.yaml", "--run", tmp_path, *options, "--set", "measure.tasks=[]",
+        check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+def test_a_plan_by_kv_heads_needs_their_scores(folder: Path, tmp_path: Path) -> None:
+    measured(folder, tmp_path, "measure.tasks=[]")
+    refused = layerboost("plan", "--run", tmp_path, "--set", "plan.unit=kv_head", check=False)
+    assert refused.returncode == 2
+    assert "needs scores of KV heads" in refused.stderr

@@ -27,13 +27,16 @@ FAMILIES = [name for name in EVERY if name not in SLIDING_BASES]
 
 
 def swept(
-    base: PreTrainedModel, windows: tuple[int, ...], plan: list[LayerPlan] | None = None
+    base: PreTrainedModel,
+    windows: tuple[int, ...],
+    plan: list[LayerPlan] | None = None,
+    head_group: int | None = None,
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
     stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows))
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
-    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan)
+    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan, head_group)
     return found
 
 
@@ -57,7 +60,7 @@ def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Te
 def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     base, batches = tiny_model(family, layers=4), list(IDS.split(2))
     sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink and entry.window])
-    return apply_plan(base, plan, {e.layer: sinks[e.layer, e.window] for e in plan if e.sink and e.window})
+    return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,10 +81,32 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
             assert variant.scores["retrieval"].count == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_kv_heads_equal_full_forward_passes(family: str) -> None:
+    base = tiny_model(family, layers=4)
+    found, layers = swept(base, (8, 16), head_group=1), swept(base, (8, 16))
+    assert [entry.variants for entry in found] == [entry.variants for entry in layers]
+    for entry in found:
+        assert [(v.window, v.full_kv_heads) for v in entry.heads] == [(8, (1,)), (8, (0,)), (16, (1,)), (16, (0,))]
+        for variant in entry.heads:
+            whole = {v.sink: v.scores["kl"].mean for v in entry.variants if v.window == variant.window}
+            assert variant.sink == (whole[True] < whole[False])
+            plan = layer_plans("ffff")
+            plan[entry.layer] = variant.plan(entry.layer)
+            for metric, values in naive(base, changed_model(family, plan)).items():
+                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+
+
+def test_groups_of_kv_heads_and_a_single_group() -> None:
+    base = tiny_model(layers=4, num_key_value_heads=4)
+    assert [variant.full_kv_heads for variant in swept(base, (8,), head_group=2)[0].heads] == [(2, 3), (0, 1)]
+    assert [entry.heads for entry in swept(tiny_model(layers=4), (8,), head_group=2)] == [[]] * 4
+
+
 @pytest.mark.parametrize("room", [0.5, 0.0])
 def test_positions_that_a_window_leaves_alone_are_left_out(room: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerboost.probes.probe.CACHE_FRACTION", room)
-    stream = LayerStream(tiny_model(layers=4), {(1, 8): torch.zeros(4)})
+    stream = LayerStream(tiny_model(layers=4), lambda _: torch.zeros(4))
     probe = TextProbe(stream, [IDS], windows=(8, 16, 32))
     probe.streams.advance(0)
     # Half of a sequence is scored whatever the window; a sink is seen from everywhere.

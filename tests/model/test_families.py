@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model
+from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +25,8 @@ PLANS = {
     "mixed": "SfnsS",
     "layer-0-none": "nfSsf",
     "last-none": "fsSfn",
+    "kv-heads": "HhnSh",
+    "kv-heads-alone": "hHhHH",
 }
 LENGTH = 60
 IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -63,10 +65,14 @@ def naive_attention(
 ) -> Any:
     """The O(T²) strategy under an explicit mask."""
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]
-    out = sliding_attention_reference(
-        query, key, value, WINDOW, module.sinks, causal, kwargs["scaling"], kwargs.get("softcap")
+    windowed, sinks = module.windowed, None
+    if module.sinks is not None:
+        sinks = torch.zeros(HEADS).masked_scatter(windowed, module.sinks)
+    out, full = (
+        sliding_attention_reference(query, key, value, window, logits, causal, kwargs["scaling"], kwargs.get("softcap"))
+        for window, logits in ((WINDOW, sinks), (LENGTH, None))
     )
-    return out.transpose(1, 2), None
+    return torch.where(windowed[:, None, None], out, full).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("naive", naive_attention)
@@ -76,11 +82,14 @@ def reference(family: str, letters: str, like: PreTrainedModel) -> PreTrainedMod
     """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
     model = silenced(tiny_model(family, len(letters)), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
-        if letter in "sS":
+        if letter in "sShH":
             attention: Any = layer.self_attn
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = "naive"
-            attention.sinks = other.get_parameter("self_attn.sinks").detach() if letter == "S" else None
+            attention.sinks = other.get_parameter("self_attn.sinks").detach() if letter in "SH" else None
+            attention.windowed = torch.tensor(
+                {"h": [True] * 2 + [False] * 2, "H": [False] * 2 + [True] * 2}.get(letter, [True] * HEADS)
+            )
     return model
 
 
@@ -125,11 +134,14 @@ def test_cache(family: str, letters: str) -> None:
         for letter, kind, layer in zip(letters, types, out.past_key_values.layers, strict=True):
             held = 0 if layer.keys is None else layer.keys.shape[2]
             full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
-            assert held == {"f": full, "s": WINDOW - 1, "S": WINDOW - 1, "n": 0}[letter]
+            assert held == {"s": WINDOW - 1, "S": WINDOW - 1, "n": 0}.get(letter, full)
+            if letter in "hH":
+                assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, WINDOW - 1))
 
 
 def test_the_cache_of_a_prompt_frees_what_the_window_drops() -> None:
-    for layer in boosted("sSn")(IDS).past_key_values.layers[:2]:
+    layers = boosted("sSHn")(IDS).past_key_values.layers
+    for layer in (*layers[:2], layers[2].windowed):
         for held in (layer.keys, layer.values):
             assert held.untyped_storage().nbytes() == held.nbytes == held.shape.numel() * 4
             assert held.shape[2] == WINDOW - 1

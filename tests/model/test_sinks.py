@@ -9,6 +9,7 @@ from tiny import HEADS, tiny_model
 from layerboost.model.attention import sliding_attention_reference
 from layerboost.model.families import FAMILIES
 from layerboost.model.sinks import calibrate_sinks, fit, head_outputs, terms
+from layerboost.schemas.plan import LayerPlan
 
 IDS = torch.randint(3, 200, (3, 48), generator=torch.Generator().manual_seed(1))
 
@@ -19,7 +20,7 @@ def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
     key, value = torch.randn(2, 40, 16, generator=draw), torch.randn(2, 40, 16, generator=draw)
     project = torch.randn(24, 64, generator=draw)
     outputs = head_outputs(query[None], key[None], value[None], 8, 0.25)
-    sinks = fit(list(terms(*outputs, project)))
+    sinks = fit(terms(*outputs, project), torch.arange(4))
 
     def added(window: int, sinks: torch.Tensor | None) -> torch.Tensor:
         out = sliding_attention_reference(query[None], key[None], value[None], window, sinks=sinks, scaling=0.25)[0]
@@ -39,6 +40,18 @@ def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
             assert error(moved) >= error(sinks) * (1 - 1e-5)
 
 
+def test_sinks_of_some_heads_are_fitted_with_the_others_exact() -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(4, 40, 16, generator=draw) * 3
+    key, value = torch.randn(2, 40, 16, generator=draw), torch.randn(2, 40, 16, generator=draw)
+    project = torch.randn(24, 64, generator=draw)
+    outputs = head_outputs(query[None], key[None], value[None], 8, 0.25)
+    found = fit(terms(*outputs, project), torch.tensor([2, 3]))
+    # The same two heads with a projection of their own.
+    alone = head_outputs(query[None, 2:], key[None, 1:], value[None, 1:], 8, 0.25)
+    torch.testing.assert_close(found, fit(terms(*alone, project[:, 32:]), torch.arange(2)))
+
+
 def test_softcapped_scores_are_fitted_as_the_model_sees_them() -> None:
     query, key, value = torch.randn(3, 2, 30, 8), torch.randn(3, 1, 30, 8), torch.randn(3, 1, 30, 8)
     plain, capped = head_outputs(query, key, value, 8, 1.0)[2], head_outputs(query, key, value, 8, 1.0, softcap=1e4)[2]
@@ -50,7 +63,11 @@ def test_softcapped_scores_are_fitted_as_the_model_sees_them() -> None:
 def test_one_pass_gives_every_layer_and_window_and_leaves_the_model_as_it_was(family: str) -> None:
     base = tiny_model(family, layers=3)
     before = base(IDS).logits
-    found = calibrate_sinks(base, list(IDS.split(2)), [0, 2], [8, 16])
-    assert set(found) == {(0, 8), (0, 16), (2, 8), (2, 16)}
-    assert all(values.shape == (HEADS,) and values.isfinite().all() for values in found.values())
+    sinks = calibrate_sinks(base, list(IDS.split(2)), [0, 2], [8, 16])
+    assert set(sinks.terms) == {(0, 8), (0, 16), (2, 8), (2, 16)}
+    for layer, window in sinks.terms:
+        for full, heads in (((), HEADS), ((1,), HEADS // 2)):
+            found = sinks(LayerPlan(layer=layer, attention="sliding", window=window, sink=True, full_kv_heads=full))
+            assert found.shape == (heads,)
+            assert found.isfinite().all()
     assert torch.equal(base(IDS).logits, before)

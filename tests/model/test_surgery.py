@@ -19,6 +19,7 @@ from tiny import (
     fitted,
     layer_plans,
     save_tiny,
+    sinks_of,
     tiny_model,
     tiny_tokenizer,
 )
@@ -29,6 +30,7 @@ from layerboost.model.base import find_model
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
+from layerboost.schemas.plan import LayerPlan
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 
@@ -37,10 +39,10 @@ IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 def test_replaced_is_reversible_and_equals_surgery(family: str) -> None:
     base = tiny_model(family)
     before = base(IDS).logits
-    for letter, index in (("n", 0), ("n", 1), ("s", 2), ("S", 3), ("S", 4)):
+    for letter, index in (("n", 0), ("n", 1), ("s", 2), ("S", 3), ("S", 4), ("h", 0), ("H", 2)):
         letters = fitted("".join(letter if layer == index else "f" for layer in range(5)), family)
         plan = layer_plans(letters)[index]
-        sinks = torch.randn(HEADS) if plan.sink else None
+        sinks = torch.randn(sinks_of(plan)) if plan.sink else None
         with replaced(base, index, plan, sinks):
             inside = base(IDS, use_cache=False).logits
         assert torch.equal(inside, before) == (letters == "fffff")
@@ -96,7 +98,7 @@ def test_no_advice_that_cannot_be_followed(family: str) -> None:
         check_windows(config, [16])
 
 
-@pytest.mark.parametrize("letters", ["nnnnn", "nnfsn", "nnSnn"])
+@pytest.mark.parametrize("letters", ["nnnnn", "nnfsn", "nnSnn", "nnHnn", "sHnsS"])
 def test_few_layers_with_attention(letters: str) -> None:
     model = boosted(letters)
     out = model.generate(IDS, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -106,7 +108,7 @@ def test_few_layers_with_attention(letters: str) -> None:
 
 def test_a_conversation_through_a_chat_template() -> None:
     """Turn after turn on one cache, past the window: the logits of the whole text read at once."""
-    model, tokenizer = boosted("nSfsn"), tiny_tokenizer()
+    model, tokenizer = boosted("nSfHn"), tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role == 'user' and 'w3 ' or '' }}{{ m.content }}"
         "{{ m.role == 'user' and ' w4 ' or ' ' }}{% endfor %}"
@@ -124,6 +126,60 @@ def test_a_conversation_through_a_chat_template() -> None:
         past = out.past_key_values
         messages.append({"role": "assistant", "content": tokenizer.decode(out.sequences[0, ids.shape[1] :])})
     assert ids.shape[1] > 2 * WINDOW
+
+
+@pytest.mark.parametrize("full", [(0,), (1,), (0, 2), (2, 0)])
+def test_kv_heads_wherever_they_are(full: tuple[int, ...]) -> None:
+    """A full KV head reads everything and a windowed one its window: by silencing the others, heads of whole layers."""
+    shape: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    plan = LayerPlan(layer=0, attention="sliding", window=WINDOW, full_kv_heads=full)
+    whole = {True: layer_plans("f")[0], False: layer_plans("s")[0]}
+    for head in range(3):
+        base = tiny_model(layers=1, **shape)
+        silent = torch.ones(3, 64, dtype=torch.bool)
+        silent[head] = False
+        base.get_parameter("model.layers.0.self_attn.o_proj.weight").data[:, silent.flatten()] = 0
+        expected = apply_plan(copy.deepcopy(base), [whole[head in full]])(IDS).logits
+        mixed = apply_plan(base, [plan])
+        torch.testing.assert_close(mixed(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+        out = mixed.generate(IDS, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        again = mixed(out.sequences, use_cache=False).logits[:, 59:-1]
+        torch.testing.assert_close(torch.stack(out.logits, 1), again, atol=1e-3, rtol=1e-3)
+
+
+def test_beams_and_repeated_batches_keep_both_kinds_of_heads() -> None:
+    model = boosted("fHhn")
+    beams = model.generate(IDS, max_new_tokens=8, num_beams=3, do_sample=False)
+    with torch.no_grad():
+        again = model.generate(IDS, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+    assert torch.equal(beams, again)
+    cache = model(IDS).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    mixed = cache.layers[1]
+    assert (len(mixed.keys), len(mixed.windowed.keys), cache.get_seq_length()) == (2, 2, 60)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"), [((2,), r"layer 1 has KV heads 0 to 1; got full_kv_heads 2"), ((0, 5), "KV heads 0 to 1")]
+)
+def test_kv_heads_that_do_not_exist(heads: tuple[int, ...], message: str) -> None:
+    plan = layer_plans("ffff")
+    plan[1] = LayerPlan(layer=1, attention="sliding", window=WINDOW, full_kv_heads=heads)
+    with pytest.raises(ConfigError, match=message):
+        apply_plan(tiny_model(layers=4), plan)
+
+
+def test_all_kv_heads_full_is_full_attention() -> None:
+    plan = layer_plans("ffff")
+    plan[1] = LayerPlan(layer=1, attention="sliding", window=WINDOW, sink=True, full_kv_heads=(1, 0))
+    base = tiny_model(layers=4)
+    expected = base(IDS).logits
+    model = apply_plan(base, plan)
+    assert torch.equal(model(IDS).logits, expected)
+    assert (model.config.layer_types[1], hasattr(model.config, "full_kv_heads")) == ("full_attention", False)
 
 
 def test_removed_attention_leaves_no_weights() -> None:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 from test_selection import sensitivity
+from tiny import layer_plans
 
 from layerboost.errors import InfeasibleBudget
-from layerboost.planning.frontier import frontier
+from layerboost.planning.frontier import frontier, knee
 from layerboost.planning.methods import select
 from layerboost.recipe import Plan
+from layerboost.schemas.plan import FrontierPoint, Predicted
 
 
 def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
@@ -23,3 +25,19 @@ def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
 def test_no_plan_at_all() -> None:
     with pytest.raises(InfeasibleBudget, match="a predicted kl of at most -1"):
         frontier(sensitivity(), Plan(max_kl=-1))
+
+
+def test_the_knee_is_where_savings_begin_to_cost_more() -> None:
+    def point(kv_fraction: float, loss: float) -> FrontierPoint:
+        predicted = Predicted(
+            damage={"kl": loss} if loss else {},
+            kv_fraction=kv_fraction,
+            kv_bytes_per_request=1,
+            parameter_fraction=1.0,
+            context_tokens=100,
+        )
+        return FrontierPoint(predicted=predicted, layers=layer_plans("f"))
+
+    curve = [point(0.1, 1.0), point(0.2, 0.6), point(0.3, 0.2), point(0.5, 0.15), point(0.75, 0.1), point(1.0, 0.0)]
+    assert knee(curve, "kl") is curve[2]
+    assert knee(curve[:2], "kl") is None

@@ -12,6 +12,7 @@ from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.planning.choices import blended, choices, predict
 from layerboost.planning.methods import select
 from layerboost.recipe import Plan
+from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Sensitivity, Variant
 
 
@@ -33,6 +34,73 @@ def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = 
         model=info(layers), text="t", settings={}, sequences=2, tokens=64, base_nll=Score(mean=3, standard_error=0.1),
         layers=[LayerSensitivity(layer=index, variants=variants()) for index in range(layers)],
     )  # fmt: skip
+
+
+def with_heads(layers: int = 3, kv_heads: int = 3, group: int = 1) -> Sensitivity:
+    """Sensitivities of KV heads too, each with the sink that its layer prefers."""
+    found, draw = sensitivity(layers), random.Random(5)
+    measured = []
+    for entry in found.layers:
+        best = min(entry.variants[1:], key=lambda variant: variant.scores["kl"].mean)
+        heads = [
+            best.model_copy(
+                update={
+                    "full_kv_heads": tuple(head for head in range(kv_heads) if head // group != number),
+                    "scores": {name: Score(mean=draw.random() / 2, standard_error=0.01) for name in best.scores},
+                }
+            )
+            for number in range(kv_heads // group)
+        ]
+        measured.append(entry.model_copy(update={"heads": heads}))
+    model = found.model.model_copy(update={"kv_heads": kv_heads})
+    return found.model_copy(update={"layers": measured, "model": model})
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.4, 0.6, 0.9])
+def test_plans_by_kv_heads_are_the_best_of_all_subsets(fraction: float) -> None:
+    found = with_heads()
+    settings = Plan(kv_fraction=fraction, context_tokens=100, unit="kv_head")
+    chosen = select(found, settings)
+    assert Budget.of(found, settings).met(chosen)
+    every = [
+        [
+            *layer_plans("fsSn"),
+            *(
+                LayerPlan(layer=0, attention="sliding", window=16, sink=entry.heads[0].sink, full_kv_heads=full)
+                for size in (1, 2)
+                for full in itertools.combinations(range(3), size)
+            ),
+        ]
+        for entry in found.layers
+    ]
+    best = min(
+        predict(found, plan, settings).damage.get("kl", 0)
+        for picked in itertools.product(*every)
+        if (plan := [entry.model_copy(update={"layer": layer}) for layer, entry in enumerate(picked)])
+        and Budget.of(found, settings).met(plan)
+    )
+    assert predict(found, chosen, settings).damage.get("kl", 0) == pytest.approx(best)
+    layers = predict(found, select(found, settings.model_copy(update={"unit": "layer"})), settings)
+    assert best <= layers.damage.get("kl", 0) + 1e-9
+
+
+def test_predictions_of_kv_heads_are_sums_of_their_groups() -> None:
+    found = with_heads(layers=1, kv_heads=4, group=2)
+    one, other = found.layers[0].heads
+    settings = Plan(context_tokens=100, unit="kv_head")
+    plan = [one.plan(0)]
+    predicted = predict(found, plan, settings)
+    assert predicted.damage["kl"] == pytest.approx(one.scores["kl"].mean)
+    assert predicted.kv_fraction == pytest.approx((2 * 100 + 2 * 16) / 400)
+    with pytest.raises(ConfigError, match="was not measured as sliding 16"):
+        predict(found, [plan[0].model_copy(update={"full_kv_heads": (0,)})], settings)
+    assert other.plan(0).full_kv_heads == (0, 1)
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "threshold", "cosine"])
+def test_controls_give_every_layer_one_strategy(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"plan.method {method} gives every layer one strategy"):
+        select(with_heads(), Plan.model_validate({"method": method, "unit": "kv_head"}))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75, 1.0])

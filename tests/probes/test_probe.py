@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sweep import IDS, PROMPTS, naive
-from tiny import byte_tokenizer, layer_plans, save_text, save_tiny, tiny_model
+from tiny import byte_tokenizer, layer_plans, save_text, save_tiny, sinks_of, tiny_model
 
 from layerboost.errors import LayerboostError
 from layerboost.model.stream import LayerStream
@@ -18,19 +18,25 @@ from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.metrics import answer_scores, check_finite, head_statistics
 from layerboost.probes.probe import TextProbe, first_difference
 from layerboost.recipe import parse_recipe
+from layerboost.schemas.plan import LayerPlan
 
 WINDOW = 8
-SINKS = {(layer, WINDOW): torch.linspace(-2, 2, 4) + layer for layer in range(4)}
+
+
+def sinks(plan: LayerPlan) -> torch.Tensor:
+    return torch.linspace(-2, 2, sinks_of(plan)) + plan.layer
 
 
 @settings(deadline=None, max_examples=10)
-@given(letters=st.lists(st.text("fsSn", min_size=4, max_size=4), min_size=1, max_size=3), batch=st.integers(1, 5))
+@given(letters=st.lists(st.text("fsSnhH", min_size=4, max_size=4), min_size=1, max_size=3), batch=st.integers(1, 5))
 def test_any_plans_lose_what_full_forward_passes_say_in_batches_of_any_size(letters: list[str], batch: int) -> None:
     base = tiny_model(layers=4)
-    probe = TextProbe(LayerStream(base, SINKS), list(IDS.split(batch)), PROMPTS.batches(batch), (WINDOW,))
+    probe = TextProbe(LayerStream(base, sinks), list(IDS.split(batch)), PROMPTS.batches(batch), (WINDOW,))
     for plan, losses in zip(letters, probe.losses([layer_plans(each, WINDOW) for each in letters]), strict=True):
         layers = layer_plans(plan, WINDOW)
-        changed = apply_plan(tiny_model(layers=4), layers, {e.layer: SINKS[e.layer, WINDOW] for e in layers if e.sink})
+        changed = apply_plan(
+            tiny_model(layers=4), layers, {entry.layer: sinks(entry) for entry in layers if entry.sink}
+        )
         expected = naive(base, changed)
         for metric in ("kl", "nll", "retrieval"):
             torch.testing.assert_close(losses[metric], expected[metric], atol=1e-4, rtol=1e-3)

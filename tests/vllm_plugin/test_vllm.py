@@ -47,9 +47,13 @@ CASES = {
     "gemma3_text": ("gemma3_text", "ffSnff"),
     "olmo3": ("olmo3", "nffSff"),
     "cohere2": ("cohere2", "nffSff"),
+    "heads": ("llama", "nHfsh"),
+    "heads-alone": ("qwen3", "hHhH"),
+    "heads-backend": ("smollm3", "fHnh"),
+    "heads-gemma2": ("gemma2", "fHfh"),
 }
 # Of every kind of attention on vLLM's own classes and on its Transformers backend; the others in `make test-all`.
-QUICK = {"padded", "no-full", "qwen3", "gemma3_text"}
+QUICK = {"padded", "no-full", "qwen3", "gemma3_text", "heads", "heads-alone", "heads-backend"}
 EACH_CASE = [pytest.param(case, marks=() if case in QUICK else pytest.mark.exhaustive) for case in CASES]
 Served = Callable[[str], tuple[Path, Any]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.costs.memory import as_served, cached, padded_full
+from layerboost.costs.memory import as_served, cached, module_heads, padded_full
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
@@ -25,7 +25,8 @@ KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
     """Return the KV bytes of a plan for one request of `context_tokens`."""
-    return sum(entry.kv_tokens(context_tokens) for entry in as_served(model, layers)) * model.kv_bytes_per_token
+    held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
+    return held * model.kv_bytes_per_token // model.kv_heads
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
@@ -101,7 +102,7 @@ def prefill_work(
     body, head = _body_parameters(model), model.hidden_size * model.vocabulary
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
-    pairs = sum(_pairs(entry, prompt_tokens) for entry in as_served(model, layers))
+    pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
     flops = 2 * (weights * prompt_tokens + head * passes)
     read = passes * (weights + head) * model.bytes_per_element
     return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
@@ -111,7 +112,7 @@ def prefill_work(
 class Budget:
     """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
-    Costs are sums over layers, except for the padding: vLLM keeps layers of a kind in groups of one size.
+    Costs are sums over layers, except for the padding: vLLM keeps modules of a kind in groups of one size.
     """
 
     model: ModelInfo
@@ -176,12 +177,15 @@ class Budget:
 
     def limited(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Return the costs to compare with the limits: `relative`, with the padding in the KV bytes."""
-        costs = self.relative(layers)
-        return costs | {KV_BYTES: costs[KV_BYTES] + self.padding_fraction(*cached(layers))}
+        costs, module = self.relative(layers), module_heads(self.model.kv_heads, layers)
+        padding = self.padding_fraction(*cached(layers, self.model.kv_heads, module), module)
+        return costs | {KV_BYTES: costs[KV_BYTES] + padding}
 
-    def padding_fraction(self, full: int, sliding: int) -> float:
-        """Return vLLM's padding with full layers as a fraction of the base's KV bytes; 0 if it is not counted."""
-        return (padded_full(full, sliding) - full) / self.model.layers if self.padding else 0.0
+    def padding_fraction(self, full: int, sliding: int, module: int) -> float:
+        """Return vLLM's padding with full modules of `module` KV heads as a fraction of the base's KV bytes; 0 if it is
+        not counted."""
+        padded = (padded_full(full, sliding) - full) * module
+        return padded / (self.model.layers * self.model.kv_heads) if self.padding else 0.0
 
     def met(self, layers: Sequence[LayerPlan]) -> bool:
         """Return whether a plan is within every limit."""
@@ -189,10 +193,12 @@ class Budget:
         return all(costs[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
 
 
-def _pairs(entry: LayerPlan, tokens: int) -> int:
-    """Return the query-key pairs of a prompt: a query attends to the last tokens that the layer holds, and itself."""
-    seen = entry.kv_tokens(tokens)
-    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:
+    """Return the query-key pairs of a prompt, summed over KV heads: a query attends to the last tokens that its head
+    holds, and itself."""
+    seen = entry.strategy.kv_tokens(tokens, entry.window)
+    full, others = len(entry.full_kv_heads), kv_heads - len(entry.full_kv_heads)
+    return full * (tokens * (tokens + 1) // 2) + others * (seen * (seen + 1) // 2 + (tokens - seen) * seen)
 
 
 def _body_parameters(model: ModelInfo) -> int:

@@ -1,6 +1,7 @@
 """vLLM's KV cache of a plan: groups, blocks, the bytes that a request reserves and those that it holds.
 
-Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, for layers of one KV size and one window.
+Follows vLLM 0.32, `v1/core/kv_cache_utils.py` and `v1/kv_cache_interface.py`, for one window. A layer is one attention
+module, or several if KV heads of a layer differ: all modules then have the same number of KV heads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, window_of
-from layerboost.strategies import FULL
 
 # A request may reserve this many times what it holds while decoding; above it smaller batches are advised.
 SPARE = 1.25
@@ -33,7 +33,7 @@ GPU_DEFAULTS = CacheSettings(max_batched_tokens=2048, block_size=16, concurrent_
 
 @dataclass(frozen=True)
 class Groups:
-    """Layers of one kind share a block table, `size` layers per group; the last group of a kind is padded."""
+    """Modules of one kind share a block table, `size` modules per group; the last group of a kind is padded."""
 
     size: int
     full: int
@@ -80,7 +80,7 @@ class Serving:
 
 
 def groups(full: int, sliding: int) -> Groups:
-    """Return how vLLM groups this many full and sliding layers.
+    """Return how vLLM groups this many full and sliding modules.
 
     The smaller count is the group's size, or the larger where it is less than half again as large.
     """
@@ -92,14 +92,22 @@ def groups(full: int, sliding: int) -> Groups:
 
 
 def padded_full(full: int, sliding: int) -> int:
-    """Return the number of full layers that vLLM reserves memory for, padding of their last group included."""
+    """Return the number of full modules that vLLM reserves memory for, padding of their last group included."""
     found = groups(full, sliding)
     return found.full * found.size
 
 
-def cached(layers: Sequence[LayerPlan]) -> tuple[int, int]:
-    """Return how many layers hold a cache of the whole context, and how many hold one of a window."""
-    return sum(entry.attention == FULL for entry in layers), sum(entry.window is not None for entry in layers)
+def module_heads(kv_heads: int, layers: Sequence[LayerPlan]) -> int:
+    """Return the KV heads of each attention module in vLLM: as many as divide the full and the windowed KV heads of
+    every layer. vLLM would pad modules of different sizes, and waste what the windows save."""
+    kinds = [count for entry in layers for count in (entry.full_heads(kv_heads), entry.window_heads(kv_heads))]
+    return math.gcd(kv_heads, *kinds)
+
+
+def cached(layers: Sequence[LayerPlan], kv_heads: int, module: int) -> tuple[int, int]:
+    """Return how many modules of `module` KV heads hold the whole context, and how many hold a window."""
+    full = sum(entry.full_heads(kv_heads) for entry in layers)
+    return full // module, sum(entry.window_heads(kv_heads) for entry in layers) // module
 
 
 def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -116,10 +124,10 @@ def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
 def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, settings: CacheSettings) -> int:
     """Return the KV bytes vLLM counts for one request of `context_tokens`, its `--max-model-len`, before it admits it.
 
-    A sliding layer counts its window, the tokens of concurrent batches and a block, because blocks are freed only after
-    a step. The KV memory over this is the "Maximum concurrency" that vLLM reports.
+    A windowed module counts its window, the tokens of concurrent batches and a block, because blocks are freed only
+    after a step. The KV memory over this is the "Maximum concurrency" that vLLM reports.
     """
-    found, window = _grouped(model, layers)
+    found, window, _ = _grouped(model, layers)
     batched = settings.max_batched_tokens * settings.concurrent_batches
     reserved = min(window - 1 + batched, context_tokens)
     blocks = found.full * math.ceil(context_tokens / settings.block_size)
@@ -130,21 +138,23 @@ def admission_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_token
 def resident_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int, settings: CacheSettings) -> int:
     """Return the KV bytes that one request holds as it decodes its `context_tokens`-th token, averaged over the borders
     of blocks, padding included."""
-    found, window = _grouped(model, layers)
+    found, window, _ = _grouped(model, layers)
     every = math.ceil(context_tokens / settings.block_size)
     blocks = found.full * every + found.sliding * min(every, (window - 1) / settings.block_size + 1)
     return round(blocks * block_bytes(model, layers, settings))
 
 
 def block_bytes(model: ModelInfo, layers: Sequence[LayerPlan], settings: CacheSettings) -> int:
-    """Return the bytes of one block of the pool: `block_size` tokens of every layer of a group."""
-    return _grouped(model, layers)[0].size * settings.block_size * model.kv_bytes_per_token
+    """Return the bytes of one block of the pool: `block_size` tokens of every module of a group."""
+    found, _, module = _grouped(model, layers)
+    return found.size * settings.block_size * model.kv_bytes_per_token * module // model.kv_heads
 
 
-def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int]:
-    """Return the groups of the layers as they are served, and their window."""
+def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int, int]:
+    """Return the groups of the modules as they are served, their window, and the KV heads of a module."""
     served = as_served(model, layers)
-    return groups(*cached(served)), window_of(served) or 1
+    module = module_heads(model.kv_heads, served)
+    return groups(*cached(served, model.kv_heads, module)), window_of(served) or 1, module
 
 
 def plan_serving(

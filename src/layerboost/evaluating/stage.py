@@ -32,7 +32,7 @@ from layerboost.model.checkpoint import check_comparable, check_further
 from layerboost.model.modeling import decoder_layers
 from layerboost.probes.metrics import check_values
 from layerboost.recipe import Recipe
-from layerboost.retrieval import KINDS, Prompts, retrieval_prompts
+from layerboost.retrieval import Prompts, retrieval_prompts
 from layerboost.runtime import Progress, Runtime, log
 from layerboost.schemas.artifact import fingerprint, json_text, read_json, write_json
 from layerboost.schemas.evaluation import EvalComparison, TextInfo
@@ -175,7 +175,8 @@ def _load_texts(recipe: Recipe, tokenizer: Any, run: Path) -> _Texts:
     for size in settings.retrieval_tokens:
         filler = load(settings.retrieval_prompts * size, size).ids.flatten()
         prompts += [
-            retrieval_prompts(tokenizer, filler, kind, size, settings.retrieval_prompts, recipe.seed) for kind in KINDS
+            retrieval_prompts(tokenizer, filler, form, size, settings.retrieval_prompts, recipe.seed)
+            for form in settings.retrieval_forms
         ]
     return _Texts(
         # A standard error over sequences needs two of them.

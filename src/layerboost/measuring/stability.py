@@ -14,13 +14,22 @@ from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.schemas.sensitivity import STABILITY, Agreement, Comparison, Sensitivity, Stability, read_sensitivity
+from layerboost.schemas.sensitivity import (
+    STABILITY,
+    Agreement,
+    Comparison,
+    Sensitivity,
+    Stability,
+    Variant,
+    read_sensitivity,
+)
 from layerboost.strategies import StrategyName
 
 RESAMPLES = 2000
 LEAST_LAYERS = 4
 
-Kind = tuple[StrategyName, int | None, bool]
+# Strategy, window, sink, and whether it is of KV heads and not of layers (then with the sink that each layer measured).
+Kind = tuple[StrategyName, int | None, bool, bool]
 
 
 def run_stability(run: Path, others: list[Path]) -> Stability:
@@ -54,8 +63,11 @@ def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Co
     """
     mine, theirs = _scores(sensitivity), _scores(other)
     same_depth = sensitivity.model.layers == other.model.layers
+    same_sites = same_depth and sensitivity.model.kv_heads == other.model.kv_heads
     found = []
     for kind, scores in mine.items():
+        if kind[3] and not same_sites:
+            continue
         for metric in scores:
             if metric not in theirs.get(kind, {}):
                 continue
@@ -79,14 +91,20 @@ def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Co
 
 
 def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
-    """Return means `[layers]` by replacement and metric, NaN for a layer without one."""
+    """Return means `[layers]`, or `[layers · KV heads]`, by replacement and metric, NaN for a site without one."""
+    layers, heads = sensitivity.model.layers, sensitivity.model.kv_heads
     table: dict[Kind, dict[str, np.ndarray]] = {}
+
+    def put(kind: Kind, size: int, site: int, variant: Variant) -> None:
+        for metric, score in variant.scores.items():
+            table.setdefault(kind, {}).setdefault(metric, np.full(size, np.nan))[site] = score.mean
+
     for entry in sensitivity.layers:
         for variant in entry.variants:
-            kind: Kind = (variant.attention, variant.window, variant.sink)
-            for metric, score in variant.scores.items():
-                empty = np.full(sensitivity.model.layers, np.nan)
-                table.setdefault(kind, {}).setdefault(metric, empty)[entry.layer] = score.mean
+            put((variant.attention, variant.window, variant.sink, False), layers, entry.layer, variant)
+        for variant in entry.heads:
+            site = entry.layer * heads + min(set(range(heads)) - set(variant.full_kv_heads))
+            put((variant.attention, variant.window, False, True), layers * heads, site, variant)
     return table
 
 
@@ -110,6 +128,7 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
         attention=kind[0],
         window=kind[1],
         sink=kind[2],
+        kv_heads=kind[3],
         metric=metric,
         other_metric=other,
         spearman=float(_spearman(a, b)),
@@ -137,5 +156,5 @@ def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
 
 
 def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
-    kinds: Sequence[str] = [f"{kind[0]} {kind[1] or ''}".strip() for kind in scores if not kind[2]]
+    kinds: Sequence[str] = [f"{kind[0]} {kind[1] or ''}".strip() for kind in scores if not kind[2] and not kind[3]]
     return ", ".join(kinds)

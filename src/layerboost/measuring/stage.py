@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig
+
 from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
+from layerboost.measuring.scan import scanned
 from layerboost.measuring.sweep import sweep
 from layerboost.model.base import Base, open_base
 from layerboost.model.checkpoint import check_same_model
@@ -61,6 +65,12 @@ def validate_measure(recipe: Recipe) -> None:
     filler = filler_tokens(recipe)
     own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
     check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text), "calibration")
+    if recipe.measure.head_scores == "scan" and (recipe.measure.traffic or recipe.measure.plan):
+        raise ConfigError(
+            "the scan estimates scores of the base on text alone",
+            found="measure.head_scores scan with measure.traffic or measure.plan",
+            do="set measure.head_scores to exact, or leave the other out",
+        )
     if recipe.measure.tokens < 2 * length:
         raise ConfigError(
             "measure.tokens must hold two sequences, or there is no standard error",
@@ -74,6 +84,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     if base.gguf:
         check_gguf(base.folder / base.gguf)
     check_windows(base.config, recipe.measure.windows)
+    _head_group(recipe, base.config)
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
@@ -90,6 +101,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
         check_windows(base.config, recipe.measure.windows)
+        _head_group(recipe, base.config)
         write_samples(recipe, run, base)
     return measure(recipe, base, run)
 
@@ -102,9 +114,11 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     info, runtime = base.info, base.runtime
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
-    settings = _settings(recipe, inputs, plan, runtime)
+    head_group = _head_group(recipe, base.config)
+    settings = _settings(recipe, inputs, plan, runtime) | {"kv_head_group": head_group}
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
-    if run and found is not None and found.complete:
+    scans = head_group is not None and recipe.measure.head_scores == "scan"
+    if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
         log.info("%s is complete", run / SENSITIVITY)
         return found
     model = base.load()
@@ -134,8 +148,13 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
-    sweep(probes, recipe.measure.windows, found.layers if found else [], save, plan.layers if plan else None)
+    done = found.layers if found else []
+    exact = None if scans else head_group
+    sweep(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact)
     assert found is not None
+    if scans and head_group:
+        tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
+        save(scanned(model, tokens, found.layers, sinks, head_group, recipe.measure.scan_draws, recipe.seed))
     return found
 
 
@@ -204,6 +223,22 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
             do="add it to measure.windows",
         )
     return plan
+
+
+def _head_group(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    """Return how many KV heads are measured together; None: layers alone. Raise ConfigError if they do not divide."""
+    if recipe.measure.unit == "layer":
+        return None
+    heads, group = config.num_key_value_heads, recipe.measure.head_group
+    if heads % group:
+        raise ConfigError(
+            "measure.head_group does not divide the KV heads of a layer",
+            found=f"groups of {group}, {heads} KV heads",
+            do=f"choose one of {', '.join(str(size) for size in range(1, heads) if not heads % size)}",
+        )
+    if heads == group:
+        log.warning("each layer has one group of %d KV heads: measure.unit kv_head measures layers alone", heads)
+    return group
 
 
 def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:

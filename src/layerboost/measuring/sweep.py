@@ -1,4 +1,6 @@
-"""The sweep: every layer with every replacement, each variant run from the model's own input to that layer."""
+"""The sweep: every layer with every replacement, each variant run from the model's own input to that layer.
+
+With `head_group`, also every group of a layer's KV heads with every window."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
-from layerboost.strategies import FULL, STRATEGIES, WINDOW
+from layerboost.strategies import FULL, FULL_KV_HEADS, STRATEGIES, WINDOW
 
 
 @torch.no_grad()
@@ -23,12 +25,13 @@ def sweep(
     done: list[LayerSensitivity],
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
+    head_group: int | None = None,
 ) -> None:
     """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
-    loss with this layer full. Memory: one hidden state per token for the base's output and for two layers, and
-    the prefix caches of `TextProbe`.
+    loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
+    Memory: one hidden state per token for the base's output and for two layers, and the prefix caches of `TextProbe`.
     Under torchrun the ranks take turns with the layers; `save` is called on all of them.
     """
     streams = [probe.streams for probe in probes]
@@ -46,7 +49,7 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    pending.append(_measure(probes, index, windows, plan is not None))
+                    pending.append(_measure(probes, index, windows, plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
                     pending = []
@@ -70,31 +73,64 @@ def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> li
     ]
 
 
-def _measure(probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool) -> LayerSensitivity:
+def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: int) -> list[LayerPlan]:
+    """Return each window on each group of a layer's KV heads, with a sink if that loses less KL for the whole layer."""
+    best: dict[int, Variant] = {}
+    for variant in whole:
+        if variant.window and (
+            variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean
+        ):
+            best[variant.window] = variant
+    if group == kv_heads:
+        return []
+    starts = range(0, kv_heads, group)
+    others = [tuple(head for head in range(kv_heads) if not 0 <= head - start < group) for start in starts]
+    return [
+        variant.plan(layer).model_copy(update={FULL_KV_HEADS: full}) for variant in best.values() for full in others
+    ]
+
+
+def _measure(
+    probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool, head_group: int | None
+) -> LayerSensitivity:
+    model = probes[0].streams.stream.model
+    # The loss of the plan's other layers, this one being full.
+    [rest] = _losses(probes, [LayerPlan(layer=index, attention=FULL)]) if on_plan else [None]
+    whole = _variants(probes, index, candidates(model, index, windows), rest)
+    if head_group is None:
+        return LayerSensitivity(layer=index, variants=whole)
+    options = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
+    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, options, rest))
+
+
+def _losses(probes: Sequence[Probe], options: Sequence[LayerPlan]) -> list[Losses]:
+    """Return the losses of the current plan with one layer replaced by each option."""
     current = probes[0].streams.plan
-    options = candidates(probes[0].streams.stream.model, index, windows)
-    if on_plan:  # the loss of the other layers, this one being full
-        options.append(LayerPlan(layer=index, attention=FULL))
-    plans = [[*current[:index], option, *current[index + 1 :]] for option in options]
+    plans = [[*current[: option.layer], option, *current[option.layer + 1 :]] for option in options]
     found: list[Losses] = [{} for _ in plans]
-    for probe in probes:
+    for probe in probes if plans else ():
         for losses, new in zip(found, probe.losses(plans), strict=True):
             losses.update(new)
-    if on_plan:
-        rest = found.pop()
+    return found
+
+
+def _variants(probes: Sequence[Probe], index: int, options: list[LayerPlan], rest: Losses | None) -> list[Variant]:
+    """Return the scores of each option for a layer, less those of `rest`."""
+    found = _losses(probes, options)
+    if rest is not None:
         for losses in found:  # relative to the plan's own layer, not to the full one
             losses.pop("mse", None)
         found = [{m: v - rest[m] for m, v in losses.items()} for losses in found]
     counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
     variants = []
-    for option, losses in zip(options, found, strict=False):
+    for option, losses in zip(options, found, strict=True):
         if not option.strategy.keeps_weights:
             losses["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
         check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
-        variants.append(Variant(attention=option.attention, window=option.window, sink=option.sink, scores=scores))
-    return LayerSensitivity(layer=index, variants=variants)
+        variants.append(Variant(**option.model_dump(exclude={"layer"}), scores=scores))
+    return variants
 
 
 def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:

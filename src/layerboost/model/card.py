@@ -30,6 +30,8 @@ class Origin:
 
 
 UNKNOWN = Origin()
+HEADS = """
+`full KV heads`: those of a sliding layer that keep full attention, each with its query heads."""
 
 
 def origin_of(folder: Path, name: str, settings: Card) -> Origin:
@@ -78,8 +80,11 @@ def licence_sentence(origin: Origin) -> str:
 
 def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
     """`README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
-    rows = [
+    mixed = any(entry.full_kv_heads for entry in plan.layers)
+    rows = ["| layer | attention | window | sink |" + " full KV heads |" * mixed, "|---|---|---|---|" + "---|" * mixed]
+    rows += [
         f"| {entry.layer} | {entry.attention} | {entry.window or ''} | {'yes' if entry.sink else ''} |"
+        + f" {' '.join(map(str, entry.full_kv_heads))} |" * mixed
         for entry in plan.layers
     ]
     name = origin.base_model or Path(plan.model.name).name
@@ -119,10 +124,8 @@ pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is the
 ## The plan
 
 {meanings}.
-`sink`: a learned logit per head in the softmax's denominator.
+`sink`: a learned logit per head in the softmax's denominator.{mixed * HEADS}
 
-| layer | attention | window | sink |
-|---|---|---|---|
 {chr(10).join(rows)}
 
 ## Limits
@@ -134,11 +137,12 @@ serving. Generation needs Transformers' dynamic cache.
 
 def _full_layers(plan: PlanFile) -> tuple[str, str]:
     """Which of them slide as in the base, and the name of those that reach beyond a window."""
+    heads = " and full KV heads" * any(entry.full_kv_heads for entry in plan.layers)
     if not (slide := ", ".join(map(str, plan.sliding_as_base))):
-        return "", "full layers"
+        return "", f"full layers{heads}"
     return (
         f" (layers {slide}: the last {plan.model.sliding_window} tokens, as in the base)",
-        "full layers that do not slide",
+        f"full layers that do not slide{heads}",
     )
 
 

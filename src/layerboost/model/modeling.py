@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,6 +86,48 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
         return found
 
 
+class MixedCacheLayer(DynamicLayer):
+    """The cache of a layer with two kinds of KV heads: it holds the full ones whole, and the others for a window.
+
+    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones.
+    """
+
+    def __init__(self, window: int, heads: tuple[list[int], list[int]]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.windowed = SlidingCacheLayer(window)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        full, windowed = self.heads
+        keys, values = super().update(take_heads(key_states, full), take_heads(value_states, full))
+        near = self.windowed.update(take_heads(key_states, windowed), take_heads(value_states, windowed))
+        return (keys, near[0]), (values, near[1])
+
+    def activate_past_recording(self) -> None:
+        self.windowed.activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()
+        self.windowed.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # The window first: it raises where it no longer has what would be left.
+        self.windowed.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.windowed.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.windowed.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.windowed.batch_select_indices(indices)
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a causal LM or of its decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -99,6 +143,11 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in layers if "attention" in getattr(layer, "skip", [])]
 
 
+def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
+    """The layers with two kinds of KV heads that a config records, and which of their KV heads stay full."""
+    return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
+
+
 def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> None:
     """Drop a decoder layer's attention and the norms that serve it alone."""
     setattr(layer, family.attention, AttentionFree(layer_idx))
@@ -106,21 +155,28 @@ def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> Non
         setattr(layer, norm, nn.Identity())
 
 
-def make_sliding(attention: Any, window: int, sink: bool) -> None:
-    """Send an attention module through `sliding_attention`; with `sink`, give it a logit per head, `sinks` `[H]`."""
+def make_sliding(attention: Any, window: int, sink: bool, full_kv_heads: Sequence[int] = ()) -> None:
+    """Send the KV heads of an attention module, but for `full_kv_heads`, through `sliding_attention`.
+
+    With `sink`, give it the parameter `sinks`, a logit per query head with a window, zero.
+    """
+    config = attention.config
+    windowed = [head for head in range(config.num_key_value_heads) if head not in full_kv_heads]
+    attention.layerboost_heads = list(full_kv_heads), windowed
+    attention.layerboost_window, attention.layerboost_stock = window, config._attn_implementation
     # Transformers looks the backend up in the module's own config, so a copy changes this one layer.
-    attention.config = copy.copy(attention.config)
+    attention.config = copy.copy(config)
     attention.config._attn_implementation = SLIDING
-    attention.layerboost_window = window
     if sink and getattr(attention, "sinks", None) is None:
-        add_sinks(attention)
+        add_sinks(attention, len(full_kv_heads))
 
 
-def add_sinks(attention: Any) -> None:
-    """Register the parameter `sinks` `[H]`, zero, on an attention module."""
+def add_sinks(attention: Any, full_kv_heads: int = 0) -> None:
+    """Register the parameter `sinks` on an attention module: zero for each query head but those of full KV heads."""
     config: Any = attention.config
+    heads = config.num_attention_heads - full_kv_heads * (config.num_attention_heads // config.num_key_value_heads)
     weight = next(attention.parameters())
-    attention.sinks = nn.Parameter(torch.zeros(config.num_attention_heads, dtype=weight.dtype, device=weight.device))
+    attention.sinks = nn.Parameter(torch.zeros(heads, dtype=weight.dtype, device=weight.device))
 
 
 def base_layer_types(config: PreTrainedConfig) -> list[str]:
@@ -162,18 +218,18 @@ def apply_config(model: PreTrainedModel) -> None:
     config = model.config
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
-    skipped = set(skipped_layers(config))
+    skipped, mixed = set(skipped_layers(config)), recorded_full_heads(config)
     stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:
             make_attention_free(layer, index, family)
-        elif config.layer_types[index] != types[index]:
+        elif index in mixed or config.layer_types[index] != types[index]:
             sink = index in config.attention_sink_layers
-            make_sliding(getattr(layer, family.attention), config.sliding_window, sink)
+            make_sliding(getattr(layer, family.attention), config.sliding_window, sink, mixed.get(index, ()))
         else:
             stock += 1
     if stock < config.num_hidden_layers:
-        prepare = functools.partial(_prepare_forward, config, skipped, stock == 0)
+        prepare = functools.partial(_prepare_forward, config, skipped, not stock and not mixed)
         model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
 
 
@@ -208,11 +264,16 @@ def _prepare_forward(
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
+    mixed = recorded_full_heads(config)
+    while len(past.layers) <= max([*skipped, *mixed], default=-1):
+        past.layers.append(DynamicLayer())
     for index in skipped:
-        while len(past.layers) <= index:
-            past.layers.append(DynamicLayer())
         if not isinstance(past.layers[index], AttentionFreeCacheLayer):
             past.layers[index] = AttentionFreeCacheLayer(past.layers[index].get_seq_length())
+    for index, full in mixed.items():
+        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
+            windowed = [head for head in range(config.num_key_value_heads) if head not in full]
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed))
     return args, kwargs
 
 
@@ -225,16 +286,63 @@ def sliding_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface for a sliding layer. Returns `[B, T, H, D]`; attention dropout is left out.
+    """Transformers' attention interface for a layer whose KV heads, or some of them, have a window.
 
-    The window is applied here, so any mask will do that holds causality and padding.
+    Returns `[B, T, H, D]`; attention dropout is left out where there is a window. It is applied here, so any mask will
+    do that holds causality and padding.
     """
+    if module.layerboost_heads[0]:
+        return _mixed_attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
+        )
     mask = _boolean_mask(attention_mask, key.shape[2])
     sinks = getattr(module, "sinks", None)
     out = sliding_attention(query, key, value, module.layerboost_window, sinks, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _mixed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    value: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Full KV heads by the stock backend, the others by `sliding_attention`: once each, and joined in their order.
+
+    Keys and values are tensors, or pairs from a `MixedCacheLayer`.
+    """
+    heads = module.layerboost_heads
+    groups = query.shape[1] // sum(map(len, heads))
+    full, windowed = ([group for head in kind for group in range(head * groups, (head + 1) * groups)] for kind in heads)
+    keys = key if isinstance(key, tuple) else [take_heads(key, kind) for kind in heads]
+    values = value if isinstance(value, tuple) else [take_heads(value, kind) for kind in heads]
+    far = stock_attention(module, module.layerboost_stock)(
+        module, take_heads(query, full), keys[0], values[0], mask, **kwargs
+    )[0]
+    near = sliding_attention(
+        take_heads(query, windowed), keys[1], values[1], module.layerboost_window, getattr(module, "sinks", None),
+        _boolean_mask(mask, keys[1].shape[2]), kwargs.get("scaling"), kwargs.get("softcap"),
+    )  # fmt: skip
+    out = torch.cat([far, near.transpose(1, 2)], dim=2)
+    order = [*full, *windowed]
+    return out if order == sorted(order) else out[:, :, sorted(range(len(order)), key=order.__getitem__)], None
+
+
+def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """Some heads of states `[B, H, T, D]`: a view where they are consecutive."""
+    first, end = heads[0], heads[-1] + 1
+    return states[:, first:end] if len(heads) == end - first else states[:, list(heads)]
+
+
+def stock_attention(module: Any, implementation: str) -> Any:
+    """The function of Transformers' attention interface that a stock module calls for an implementation."""
+    # Each family has an eager attention of its own, in the file of its attention class.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
-"""Sink logits from one forward pass of the base: those that bring a windowed attention nearest to the full one."""
+"""Sink logits from one forward pass of the base: those that bring windowed heads nearest to full attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,26 +11,46 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
 from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.schemas.plan import LayerPlan
 from layerboost.traffic import Traffic
 
-Sinks = dict[tuple[int, int], torch.Tensor]
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-# Candidates around the mean log-sum-exp of the dropped scores: a sink there takes the share the dropped keys had.
+# Candidates around the mean log-sum-exp of the dropped scores: a sink there takes the fraction the dropped keys had.
 OFFSETS = torch.arange(-15, 15.25, 0.25)
 QUERIES, ROUNDS = 1024, 10
+
+
+class Sinks:
+    """The sink logits of every layer, window and choice of full KV heads; fitted when first asked for.
+
+    With g = sigmoid(lse − s), the fraction a sink s leaves to the window's keys of log-sum-exp lse, a head's output is
+    g times its output without a sink. The sinks are the least squares fit of that to full attention, on what the heads
+    with a window together add to the stream.
+    """
+
+    def __init__(self, terms: Mapping[tuple[int, int], Terms], kv_heads: int) -> None:
+        self.terms, self.kv_heads = terms, kv_heads
+        self._fitted: dict[LayerPlan, torch.Tensor] = {}
+
+    def __call__(self, plan: LayerPlan) -> torch.Tensor:
+        """Return the sink logits of a layer's query heads with a window, in their order."""
+        assert plan.window is not None
+        if plan not in self._fitted:
+            terms = self.terms[plan.layer, plan.window]
+            heads = torch.arange(terms[2].shape[1]).view(self.kv_heads, -1)
+            windowed = [head for head in range(self.kv_heads) if head not in plan.full_kv_heads]
+            self._fitted[plan] = fit(terms, heads[windowed].flatten().to(terms[2].device))
+        return self._fitted[plan]
 
 
 @torch.no_grad()
 def calibrate_sinks(
     model: PreTrainedModel, batches: Sequence[torch.Tensor | Traffic], layers: Iterable[int], windows: Iterable[int]
 ) -> Sinks:
-    """Sink logits `[H]` for each (layer, window), from one pass of the stock model over `batches` of ids `[B, T]`.
+    """Return the sinks of these layers and windows, from one pass of the stock model over `batches` of ids `[B, T]`.
 
-    Raises ConfigError where no sequence is longer than a window.
-
-    With g = sigmoid(lse − s), the share a sink s leaves to the window's keys of log-sum-exp lse, a head's output is g
-    times its output without a sink. The sinks are the least squares fit of that to full attention, on what all heads
-    together add to the stream, over some 1,024 queries spread evenly over the sequences longer than the window.
+    They are fitted on some 1,024 queries spread evenly over the sequences longer than the window. Raise ConfigError if
+    no sequence is longer than a window.
     """
     windows = list(windows)
     sequences = [(each, [each.shape[1]] * len(each)) if isinstance(each, torch.Tensor) else (each.ids, each.lengths)
@@ -67,7 +87,8 @@ def calibrate_sinks(
     for ids, lengths in sequences:
         with captured_attention(model, layers, partial(see, lengths)):
             model.get_decoder()(input_ids=ids, use_cache=False)
-    return {key: fit([torch.cat(parts) for parts in zip(*found, strict=True)]) for key, found in fits.items()}
+    joined = {key: tuple(torch.cat(parts) for parts in zip(*found, strict=True)) for key, found in fits.items()}
+    return Sinks(joined, model.config.num_key_value_heads)  # type: ignore[arg-type]
 
 
 def head_outputs(
@@ -81,7 +102,7 @@ def head_outputs(
 ) -> Terms:
     """Attention with and without the window: query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`.
 
-    Returns, for some `queries` of the T queries of each sequence, N in all, full and windowed output `[N, H, D]`, the
+    Return, for some `queries` of the T queries of each sequence, N in all, full and windowed output `[N, H, D]`, the
     window's log-sum-exp `[N, H]`, and the mean log-sum-exp of the dropped scores `[B, H]`.
     """
     heads, length = query.shape[1:3]
@@ -106,19 +127,24 @@ def head_outputs(
 def terms(
     full: torch.Tensor, windowed: torch.Tensor, lse: torch.Tensor, center: torch.Tensor, project: torch.Tensor
 ) -> Terms:
-    """The squared error of the projected output as a quadratic form in the shares g `[N, H]`: g·A·g − 2 b·g + constant.
+    """Return A and C `[N, H, H]`, `lse` and `center`, which make up the squared error of the heads' projected output.
 
-    `project`: the output projection `[E, H·D]`. Returns A `[N, H, H]`, b `[N, H]`, `lse`, `center`.
+    It is a quadratic form in their fractions g `[N, H]`: g·A·g − 2 b·g + constant, where b is the sum of C's columns
+    of these heads. `project`: the output projection `[E, H·D]`.
     """
     heads = project.view(len(project), *full.shape[1:])
     added = torch.einsum("nhd,ehd->nhe", windowed, heads)
-    target = torch.einsum("nhd,ehd->ne", full, heads)
-    return added @ added.transpose(1, 2), torch.einsum("nhe,ne->nh", added, target), lse, center
+    target = torch.einsum("nhd,ehd->nhe", full, heads)
+    return added @ added.transpose(1, 2), added @ target.transpose(1, 2), lse, center
 
 
-def fit(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sinks `[H]` of least squared error, by coordinate descent over the heads; `parts`: as from `terms`."""
-    square, dot, lse, center = parts
+def fit(parts: Terms, heads: torch.Tensor) -> torch.Tensor:
+    """Return the sinks of query heads `[H']` of least squared error, the other heads being exact.
+
+    By coordinate descent; `parts`: as from `terms`.
+    """
+    square, cross = (part[:, heads][:, :, heads] for part in parts[:2])
+    dot, lse, center = cross.sum(-1), parts[2][:, heads], parts[3][:, heads]
     candidates = center.mean(0)[:, None] + OFFSETS.to(center.device)
     shares = torch.sigmoid(lse[:, :, None] - candidates)
     chosen = torch.full((len(candidates),), len(OFFSETS) // 2, device=center.device)

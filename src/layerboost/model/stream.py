@@ -50,12 +50,12 @@ class LayerStream:
     """Layers, final norm and head of one model, callable apart.
 
     The arguments Transformers passes to each layer (masks, rotary embeddings) are recorded once per batch shape, so no
-    family's forward is written again here. `sinks`: logits `[H]` by (layer, window), for sliding layers with a sink.
+    family's forward is written again here. `sinks`: the sink logits of a layer's plan.
     """
 
-    def __init__(self, model: PreTrainedModel, sinks: Mapping[tuple[int, int], torch.Tensor] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, sinks: Callable[[LayerPlan], torch.Tensor] | None = None) -> None:
         self.model = model
-        self.sinks = sinks or {}
+        self.sinks = sinks
         self.layers = decoder_layers(model)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
@@ -106,7 +106,8 @@ class LayerStream:
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
         """Return one decoder layer's output on its input `[B, T, D]`, of a batch shape that `forward` has seen."""
         if plan is not None and plan.changed:
-            sinks = self.sinks[index, plan.window] if plan.sink and plan.window else None
+            assert self.sinks or not plan.sink
+            sinks = self.sinks(plan) if self.sinks and plan.sink else None
             with replaced(self.model, index, plan, sinks):
                 return self.layer(index, hidden)
         return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])

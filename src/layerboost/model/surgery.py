@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
@@ -21,7 +20,9 @@ from layerboost.model.modeling import (
     boosted_class,
     decoder_layers,
     make_sliding,
+    recorded_full_heads,
     skipped_layers,
+    stock_attention,
 )
 from layerboost.schemas.plan import LayerPlan, window_of
 
@@ -81,6 +82,10 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     for entry in layers:
         if entry.window is None:
             continue
+        try:
+            entry.normalized(config.num_key_value_heads)
+        except ValueError as error:
+            raise ConfigError("the plan names KV heads that the model lacks", found=str(error)) from None
         if entry.window > config.max_position_embeddings:
             raise ConfigError(
                 f"layer {entry.layer}: the window is longer than the model's context",
@@ -103,10 +108,11 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
     """A stock config with a plan in Hugging Face's own words: `layer_types`, `sliding_window`, `per_layer_config`.
 
-    Two keys are ours: `attention_sink_layers`, and `base_layer_types` where layers slide in the base already. Raises
-    ConfigError.
+    Three keys are ours: `attention_sink_layers`, `full_kv_heads` by layer where some of a layer's KV heads stay full
+    (its type is then the base's), and `base_layer_types` where layers slide in the base already. Raises ConfigError.
     """
     check_plan(config, layers)
+    layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
     types = base_layer_types(config)
     config = copy.deepcopy(config)
     window = window_of(layers)
@@ -116,7 +122,12 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
         config.sliding_window = window
     if "sliding_attention" in types:
         config.base_layer_types = types
-    config.layer_types = ["sliding_attention" if entry.window else types[entry.layer] for entry in layers]
+    mixed = {str(entry.layer): list(entry.full_kv_heads) for entry in layers if entry.full_kv_heads}
+    if mixed:
+        config.full_kv_heads = mixed
+    config.layer_types = [
+        "sliding_attention" if entry.window and not entry.full_kv_heads else types[entry.layer] for entry in layers
+    ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     none = [entry.layer for entry in layers if not entry.strategy.keeps_weights]
     config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
@@ -128,11 +139,14 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
 def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
     """Return the plan that `boosted_config` recorded. The entries are not validated: a person may have edited them."""
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
+    mixed = recorded_full_heads(config)
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
         entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
         if layer in skipped:
             entry["attention"] = "none"
+        elif layer in mixed:
+            entry |= {"attention": "sliding", "window": config.sliding_window, "full_kv_heads": tuple(mixed[layer])}
         elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
             entry |= {"attention": "sliding", "window": config.sliding_window}
         found.append(LayerPlan.model_construct(layer=layer, **entry))
@@ -144,7 +158,8 @@ def apply_plan(
 ) -> PreTrainedModel:
     """Boost a loaded stock model in place: removed attention is dropped, sliding layers get their window and sinks.
 
-    `sinks`: per layer with a sink, its logits `[H]`; zeros where missing. Raises ConfigError.
+    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. Raises
+    ConfigError.
     """
     # The decoder keeps the base's config: what it derives from it (masks, rotary embeddings) stays the base's.
     model.config = boosted_config(model.config, layers)
@@ -174,7 +189,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
                 setattr(decoder_layer, name, _Silent())
             case "sliding":
                 assert plan.window is not None
-                make_sliding(attention, plan.window, sink=False)
+                make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
                 attention.sinks = sinks
             case "full":
                 pass
@@ -184,7 +199,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
     finally:
         setattr(decoder_layer, name, attention)
         attention.config = config
-        for attribute in ("layerboost_window", "sinks"):
+        for attribute in ("layerboost_window", "layerboost_heads", "layerboost_stock", "sinks"):
             if hasattr(attention, attribute):
                 delattr(attention, attribute)
 
@@ -221,9 +236,7 @@ def _capturing_attention(
 ) -> Any:
     """Transformers' attention interface for a layer whose attention is captured."""
     see, implementation = module.layerboost_capture
-    # Each family has an eager attention of its own, beside its attention class.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    stock = stock_attention(module, implementation)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     see(module.layer_idx, query, key, value, scaling, kwargs.get("softcap"))

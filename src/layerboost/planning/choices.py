@@ -10,7 +10,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL, label
+from layerboost.strategies import FULL, FULL_KV_HEADS, label
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class Choice:
 
 
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
-    """Return per layer: full, without loss; none; and the window with and without a sink, as far as measured."""
+    """Return per layer: full, without loss; none; and the window with and without a sink, as far as measured.
+
+    With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
+    """
     scales = metric_scales(sensitivity, settings)
     table = []
     for entry in sensitivity.layers:
@@ -31,6 +34,8 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
         options += [
             _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
+        if settings.unit == "kv_head":
+            options += _mixed(entry, window, scales)
         table.append(options)
     return table
 
@@ -67,7 +72,7 @@ def score_in(choice: Choice, metric: str) -> float:
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
     """Return the window with or without a sink, whichever loses less; full for a layer that slides in the base."""
-    sliding = [choice for choice in options if choice.plan.attention == "sliding"]
+    sliding = [choice for choice in options if choice.plan.window and not choice.plan.full_kv_heads]
     return min(sliding, key=lambda choice: choice.loss).plan if sliding else options[0].plan
 
 
@@ -78,7 +83,7 @@ def removal(entry: LayerSensitivity, metric: str) -> float:
 
 def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
     """Return the measurement of one strategy; raise ConfigError if there is none."""
-    for variant in entry.variants:
+    for variant in (*entry.variants, *entry.heads):
         if variant.plan(entry.layer) == plan:
             return variant
     raise ConfigError(
@@ -134,14 +139,16 @@ def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
 
 
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:
-    """Return the sum of the single-layer scores, and the costs. The plan itself loses more: scores interact."""
-    chosen = [variant_of(sensitivity.layers[entry.layer], entry).scores for entry in layers if entry.changed]
+    """Return the sum of the scores of single layers and KV heads, and the costs. The plan itself loses more: scores
+    interact."""
+    kv_heads = sensitivity.model.kv_heads
+    chosen = [scores_of(sensitivity.layers[entry.layer], entry, kv_heads) for entry in layers if entry.changed]
     metrics = set.intersection(*(set(scores) for scores in chosen)) if chosen else set()
     first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
     costs, fractions = budget.plan(layers), budget.relative(layers)
     return Predicted(
-        damage={metric: sum(scores[metric].mean for scores in chosen) for metric in first if metric in metrics},
+        damage={metric: sum(scores[metric] for scores in chosen) for metric in first if metric in metrics},
         kv_fraction=fractions[KV_BYTES],
         kv_bytes_per_request=round(costs[KV_BYTES]),
         parameter_fraction=fractions[PARAMETERS],
@@ -150,6 +157,50 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
         decode_ms=costs.get("decode_ms"),
         decode_fraction=fractions.get("decode_ms"),
     )
+
+
+def scores_of(entry: LayerSensitivity, plan: LayerPlan, kv_heads: int) -> dict[str, float]:
+    """Return the mean scores of one layer's strategy: measured, or the sums over its KV heads with a window.
+
+    Raise ConfigError if it was not measured.
+    """
+    windowed = {head for head in range(kv_heads) if head not in plan.full_kv_heads}
+    groups = [
+        (windowed_by(variant, kv_heads), variant)
+        for variant in entry.heads
+        if plan.full_kv_heads and (variant.window, variant.sink) == (plan.window, plan.sink)
+    ]
+    inside = [(heads, variant) for heads, variant in groups if heads <= windowed]
+    if inside and set.union(*(set(heads) for heads, _ in inside)) == windowed:
+        return _sums([variant for _, variant in inside])
+    return {metric: score.mean for metric, score in variant_of(entry, plan).scores.items()}
+
+
+def windowed_by(variant: Variant, kv_heads: int) -> frozenset[int]:
+    """Return the KV heads that a measurement gave the window."""
+    return frozenset(range(kv_heads)) - set(variant.full_kv_heads)
+
+
+def _sums(variants: Sequence[Variant]) -> dict[str, float]:
+    metrics = [metric for metric in variants[0].scores if all(metric in variant.scores for variant in variants)]
+    return {metric: sum(variant.scores[metric].mean for variant in variants) for metric in metrics}
+
+
+def _mixed(entry: LayerSensitivity, window: int, scales: dict[str, float]) -> list[Choice]:
+    """Return the best windows on some of a layer's KV heads, from one group of heads to all but one.
+
+    Scores add up and every head saves the same, so the best of each size are the heads that lose least.
+    """
+    measured = [variant for variant in entry.heads if variant.window == window]
+    loss = [blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales) for variant in measured]
+    order = sorted(range(len(measured)), key=loss.__getitem__)
+    options = []
+    for size in range(1, len(measured)):
+        chosen = [measured[index] for index in order[:size]]
+        full = set.intersection(*(set(variant.full_kv_heads) for variant in chosen))
+        plan = chosen[0].plan(entry.layer).model_copy(update={FULL_KV_HEADS: tuple(sorted(full))})
+        options.append(Choice(plan, sum(loss[index] for index in order[:size]), _sums(chosen)))
+    return options
 
 
 def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerboost.errors import InfeasibleBudget
 from layerboost.planning.choices import predict
 from layerboost.planning.greedy import Measure
@@ -32,3 +34,17 @@ def frontier(
         if not points or layers != points[-1].layers:
             points.append(FrontierPoint(predicted=predict(sensitivity, layers, settings), layers=layers))
     return points
+
+
+def knee(points: Sequence[FrontierPoint], metric: str) -> FrontierPoint | None:
+    """Return the point furthest below the line from the cheapest to the dearest; None for fewer than three points.
+
+    Left of it, a saving costs more than it does on average (Satopää et al., 2011, "Kneedle").
+    """
+    if len(points) < 3:
+        return None
+    x = [point.predicted.kv_fraction for point in points]
+    y = [point.predicted.damage.get(metric, 0.0) for point in points]
+    width, height = (x[-1] - x[0]) or 1.0, (y[0] - y[-1]) or 1.0
+    below = [(x[-1] - kv) / width - (loss - y[-1]) / height for kv, loss in zip(x, y, strict=True)]
+    return points[max(range(len(points)), key=below.__getitem__)]

@@ -27,6 +27,12 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
         return _measured(sensitivity, settings, measure)
     if settings.method == "budget":
         return budget(sensitivity, settings)
+    if settings.unit != "layer":
+        raise ConfigError(
+            f"plan.method {settings.method} gives every layer one strategy",
+            found=f"plan.unit {settings.unit}",
+            do="set plan.unit to layer, or use budget or greedy",
+        )
     if unsupported := metric_limits(settings):
         raise ConfigError(
             f"plan.method {settings.method} supports no limit on quality loss",

@@ -1,4 +1,4 @@
-"""Selection: from sensitivities to one strategy per layer, by optimization or by the rules of the controls."""
+"""Selection: from sensitivities to strategies of layers and KV heads, by optimization or by the rules of controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerboost.costs.budget import DECODE_MS, KV_BYTES, PARAMETERS, Budget
-from layerboost.costs.memory import cached
+from layerboost.costs.memory import cached, module_heads
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.planning.choices import Choice, best_sliding, choices, metric_limits, removal, score_in, windows
 from layerboost.recipe import Plan
@@ -121,7 +121,8 @@ def _most_full(
 
 
 def _fix_sinks(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
-    """Return the choices with one window per layer in a blend with retrieval: with a sink if the other metric says so.
+    """Return the choices with one window for a whole layer in a blend with retrieval: with a sink if the other metric
+    says so.
 
     A sink costs nothing, and a few prompts cannot tell with from without: in the blend, noise decides, and a wrong sink
     loses far more among changed layers than alone (docs/log/selection.md).
@@ -131,7 +132,8 @@ def _fix_sinks(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
         return table
     fixed = []
     for options in table:
-        either = [choice for choice in options if SINK in choice.plan.strategy.settings]
+        whole = (choice for choice in options if not choice.plan.full_kv_heads)
+        either = [choice for choice in whole if SINK in choice.plan.strategy.settings]
         best = min(either, key=lambda choice: score_in(choice, settings.metric), default=None)
         fixed.append([choice for choice in options if choice not in either or choice is best])
     return fixed
@@ -164,16 +166,17 @@ def _program(
 ) -> tuple[float, list[Choice]] | None:
     """Solve the integer program of `_solve` by HiGHS.
 
-    Variables: a binary one for each choice, one for each pair of counts (full, sliding), because padding depends on
+    Variables: a binary one for each choice, one for each pair of counts (full, windowed), because padding depends on
     both, and the excess.
     """
     flat = [choice for options in table for choice in options]
-    pairs = _pairs(len(table), limits, exceed)
-    rows, bounds, of_costs = _limits(flat, pairs, limits, settings)
+    module = module_heads(limits.model.kv_heads, [choice.plan for choice in flat])
+    pairs = _pairs(limits, module, exceed)
+    rows, bounds, of_costs = _limits(flat, pairs, module, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
     if exceed == "costs":
         bounds = np.where(of_costs, bounds, np.inf)
-    equal, right = _equalities(table, pairs)
+    equal, right = _equalities(table, pairs, module, limits)
     losses = np.array([choice.loss for choice in flat])
     others = np.zeros(len(pairs) + 1)
     if exceed != "nothing":
@@ -192,20 +195,27 @@ def _program(
     return float(solution.fun), [choice for choice, taken in zip(flat, solution.x, strict=False) if taken > 0.5]
 
 
-def _pairs(most: int, limits: Budget, exceed: Exceed) -> list[tuple[int, int]]:
-    """Return the counts of full and sliding layers whose padding fits the limit on KV bytes; none without padding."""
+def _pairs(limits: Budget, module: int, exceed: Exceed) -> list[tuple[int, int]]:
+    """Return the counts of full and windowed modules of `module` KV heads whose padding fits the limit on KV bytes.
+
+    None without padding.
+    """
     if not limits.padding:
         return []
+    most = limits.model.layers * limits.model.kv_heads // module
     pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
-    least = 1 / limits.model.layers  # of a full layer; the program counts what sliding ones hold
+    least = 1 / most  # of a full module; the program counts what windowed ones hold
     limit = limits.fractions.get(KV_BYTES, 1.0)
-    fits = [pair for pair in pairs if pair[0] * least + limits.padding_fraction(*pair) <= limit + 1e-9]
+    fits = [pair for pair in pairs if pair[0] * least + limits.padding_fraction(*pair, module) <= limit + 1e-9]
     return pairs if exceed == "costs" else fits
 
 
-def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _equalities(
+    table: list[list[Choice]], pairs: list[tuple[int, int]], module: int, limits: Budget
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the equalities: one choice per layer, and the pair of counts that the choices make."""
-    flat = [(layer, cached([choice.plan])) for layer, options in enumerate(table) for choice in options]
+    heads = limits.model.kv_heads
+    flat = [(layer, cached([choice.plan], heads, module)) for layer, options in enumerate(table) for choice in options]
     rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
     right = [1.0] * len(table)
     if pairs:
@@ -218,14 +228,14 @@ def _equalities(table: list[list[Choice]], pairs: list[tuple[int, int]]) -> tupl
 
 
 def _limits(
-    flat: list[Choice], pairs: list[tuple[int, int]], limits: Budget, settings: Plan
+    flat: list[Choice], pairs: list[tuple[int, int]], module: int, limits: Budget, settings: Plan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one row per limit with the fraction that each choice and pair uses; the bounds; which limit costs."""
     base, without = limits.base(), limits.plan([])
     costs = [limits.layer(choice.plan) for choice in flat]
     rows, bounds, of_costs = [], [], []
     for name, fraction in limits.fractions.items():
-        padding = [limits.padding_fraction(*pair) if name == KV_BYTES else 0.0 for pair in pairs]
+        padding = [limits.padding_fraction(*pair, module) if name == KV_BYTES else 0.0 for pair in pairs]
         rows.append([cost[name] / base[name] for cost in costs] + padding)
         bounds.append(fraction - without[name] / base[name])
         of_costs.append(True)

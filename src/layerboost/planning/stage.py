@@ -12,7 +12,7 @@ from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.model.base import Base
 from layerboost.planning.choices import metric_limits, predict, windows
-from layerboost.planning.frontier import frontier
+from layerboost.planning.frontier import frontier, knee
 from layerboost.planning.greedy import Measure
 from layerboost.planning.methods import MEASURING, select
 from layerboost.probes.calibration import open_measured
@@ -20,9 +20,12 @@ from layerboost.probes.metrics import TEXT_METRICS
 from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.artifact import write_json
-from layerboost.schemas.plan import FRONTIER, Frontier, PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import FRONTIER, Frontier, FrontierPoint, PlanFile, read_plan, write_plan
 from layerboost.schemas.run import PLAN, SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
+
+# Unhealed plans of 0.32 and 0.41 measured were healed to 0.085 and 0.112; nothing worse was tried.
+REPAIRED_KL = 0.3
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -39,6 +42,12 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
                 found=f"no {key}",
                 do=f"set {key}, or plan without it",
             )
+    if settings.unit == "kv_head" != measure.unit:
+        raise ConfigError(
+            "the plan needs scores of KV heads, which are not measured",
+            found=f"plan.unit {settings.unit}, measure.unit {measure.unit}",
+            do="set measure.unit to kv_head, or plan.unit to layer",
+        )
     if settings.window and settings.window not in measure.windows:
         raise ConfigError(
             f"plan.window {settings.window} is not measured",
@@ -68,6 +77,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         log.info("%s was made from other inputs: choosing again", target)
     plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
     _say(plan, Budget.of(sensitivity, recipe.plan))
+    _explain(plan, sensitivity, recipe.plan)
     write_plan(target, plan)
     return plan
 
@@ -80,6 +90,7 @@ def choose(
     `measure`: for the methods that measure whole plans; `made_from`: hash of the file of sensitivities. Raise
     ConfigError, or InfeasibleBudget with the nearest budget that can be met.
     """
+    _check_heads(sensitivity, recipe.plan)
     layers = select(sensitivity, recipe.plan, recipe.seed, measure)
     plan = PlanFile(
         model=sensitivity.model,
@@ -98,11 +109,14 @@ def run_frontier(recipe: Recipe, run: Path) -> Frontier:
     """Write `frontier.json`, the plans of every budget, and return it; `plan.yaml` stays. Raise as `run_plan` does."""
     source = run / SENSITIVITY
     sensitivity = _of_the_base(source)
+    _check_heads(sensitivity, recipe.plan)
     points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     for window in sorted({point.window for point in points if point.window}):
         _warn(window, recipe.plan.context_tokens)
     result = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
     write_json(run / FRONTIER, result)
+    if found := knee(points, recipe.plan.metric):
+        log.info("the knee of the curve: %s", _at(found, recipe.plan.metric))
     return result
 
 
@@ -124,6 +138,17 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
     return open_measured(recipe, run, sensitivity, candidates, start_runtime(recipe))
 
 
+def _check_heads(sensitivity: Sensitivity, settings: Plan) -> None:
+    """Raise ConfigError if the plan is to be made by KV heads and none were measured."""
+    several = sensitivity.model.kv_heads > 1
+    if settings.unit == "kv_head" and several and not any(entry.heads for entry in sensitivity.layers):
+        raise ConfigError(
+            "the plan needs scores of KV heads, which the sensitivities lack",
+            found="measured with measure.unit layer",
+            do="measure with measure.unit kv_head in another --run folder, or set plan.unit to layer",
+        )
+
+
 def _asked(settings: Plan) -> set[str]:
     """Return the metrics that a choice depends on."""
     return {settings.metric, *metric_limits(settings), *(["retrieval"] if settings.retrieval_weight else [])}
@@ -143,7 +168,8 @@ def _of_the_base(source: Path) -> Sensitivity:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return what the choice depends on, apart from the sensitivities."""
-    settings = recipe.plan.model_dump(mode="json")
+    # A setting that older files lack is written only where it changes something: an edited plan stays as it is.
+    settings = recipe.plan.model_dump(mode="json", exclude={"unit"} if recipe.plan.unit == "layer" else None)
     if recipe.plan.method == "random":
         settings["seed"] = recipe.seed
     if recipe.plan.costs and Path(recipe.plan.costs).is_file():
@@ -162,6 +188,35 @@ def _say(plan: PlanFile, budget: Budget) -> None:
     found = plan_serving(plan, cache_defaults(), prefill_ms if rates else None)
     if found and found.flags:
         log.info("with %s %s", " ".join(found.flags), found.gain)
+
+
+def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
+    """Log what the prediction means; warn if it is beyond what healing has been seen to repair."""
+    loss = plan.predicted.damage.get("kl") if plan.predicted else None
+    if loss is None:
+        return
+    log.info(
+        "predicted KL %.3f nats per token, a sum of single scores: the plan itself loses up to twice as much before "
+        "healing",
+        loss,
+    )
+    if loss <= REPAIRED_KL:
+        return
+    advice = "raise plan.kv_fraction"
+    if settings.method not in MEASURING and (found := knee(frontier(sensitivity, settings), "kl")):
+        advice += f" (the knee of the curve: {_at(found, 'kl')})"
+    log.warning(
+        "a predicted KL of %.2f is beyond what healing has been seen to repair (plans of 0.4 measured, 0.3 predicted; "
+        "docs/results/healing.md): evaluate the healed model before you serve it, or %s",
+        loss,
+        advice,
+    )
+
+
+def _at(point: FrontierPoint, metric: str) -> str:
+    """Return a point of the frontier as text."""
+    found = point.predicted
+    return f"{found.kv_fraction:.0%} of the KV cache, predicted {metric} {found.damage.get(metric, 0.0):.3f}"
 
 
 def _warn(window: int | None, context_tokens: int) -> None:

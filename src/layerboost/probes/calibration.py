@@ -99,7 +99,7 @@ class PlanCache:
 
     def __call__(self, plan: Sequence[LayerPlan], compute: Callable[[], Any]) -> Any:
         """Return the cached result of a plan, or compute and cache it."""
-        key = fingerprint([entry.model_dump() for entry in plan])
+        key = fingerprint([entry.key() for entry in plan])
         if key not in self.results:
             self.results[key] = compute()
             line = {"made_from": self.made_from, "plan": key, "found": self.results[key]}

@@ -191,7 +191,7 @@ def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
     found = [
         (x, y)
         for entry in plan.layers
-        if (trace := traces.get((entry.attention, entry.window, entry.sink)))
+        if not entry.full_kv_heads and (trace := traces.get((entry.attention, entry.window, entry.sink)))
         for x, y in zip(trace["x"], trace["y"], strict=True)
         if round(x) == entry.layer
     ]

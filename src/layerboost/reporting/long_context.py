@@ -13,8 +13,15 @@ from layerboost.reporting.text import ABSENT, number, percent, with_error, with_
 from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup
 
 FILE = "eval/comparison.json"
-KINDS = {"passkey": "passkey", "key_value": "key-value"}
-DASHES = {"passkey": "solid", "key_value": "dot"}
+# The forms of retrieval prompts: name and line.
+FORMS = {
+    "passkey": ("passkey", "solid"),
+    "key_value": ("key-value", "dot"),
+    "prose": ("fact in prose", "dash"),
+    "json": ("JSON", "longdash"),
+    "code": ("code", "dashdot"),
+    "copy": ("copying", "longdashdot"),
+}
 
 
 def long_context_panel(sources: Sources) -> Panel:
@@ -37,7 +44,8 @@ def long_context_panel(sources: Sources) -> Panel:
         missing.append("no retrieval test: run `layerboost evaluate --set 'evaluate.retrieval_tokens=[256, 2048]'`")
     else:
         notes.append(
-            "Retrieval: a fact told somewhere in the text, asked for at its end. Exact match is the share of prompts "
+            "Retrieval: a fact stated somewhere in the text and asked for at its end, or a passage to copy; plans are "
+            "chosen on passkeys and key-value pairs alone. Exact match is the share of prompts "
             "whose answer greedy decoding gives; the log-probability of the right answer is the finer measure."
         )
         if unable := ", ".join(_name(group) for group in quality.retrieval.groups if not group.able):
@@ -69,7 +77,7 @@ def position_figure(positions: Positions) -> Figure:
 def retrieval_figure(retrieval: Retrieval) -> Figure:
     """Return a line per model and kind: share of prompts answered against their length."""
     traces = []
-    for kind, title in KINDS.items():
+    for kind, (title, dash) in FORMS.items():
         groups = [group for group in retrieval.groups if group.kind == kind]
         models = model_order({model for group in groups for model in group.models})
         for model in models:
@@ -81,7 +89,7 @@ def retrieval_figure(retrieval: Retrieval) -> Figure:
                     [100 * group.models[model].value for group in groups],
                     color,
                     [_hover(group, model) for group in groups],
-                    line={"color": color, "width": 2, "dash": DASHES[kind]},
+                    line={"color": color, "width": 2, "dash": dash},
                 )
             )
     lengths = [_length(group) for group in sorted(retrieval.groups, key=lambda group: group.length_tokens)]
@@ -99,7 +107,7 @@ def _length(group: RetrievalGroup) -> str:
 
 
 def _name(group: RetrievalGroup) -> str:
-    return f"{KINDS.get(group.kind, group.kind)} at {_length(group)} tokens"
+    return f"{FORMS[group.kind][0] if group.kind in FORMS else group.kind} at {_length(group)} tokens"
 
 
 def _buckets(positions: Positions) -> list[str]:

@@ -13,8 +13,9 @@ from layerboost.reporting.page import Chart, Panel, Table, tabulate
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, with_error
 from layerboost.schemas.healing import MetricLine
+from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.run import StageRecord
-from layerboost.schemas.sensitivity import Sensitivity, Variant
+from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
 from layerboost.strategies import label
 
 STAGES = {
@@ -52,6 +53,7 @@ def layers_panel(sources: Sources) -> Panel:
                 title = SENSITIVITIES[metric][0]
                 charts.append(Chart(name, title, sensitivity_figure(sensitivity, plan, metric)))
             tables.append(_sensitivity_table(sensitivity))
+            tables += [_heads_table(sensitivity, plan, metric) for metric in _head_metrics(sensitivity)]
     if sources.plan_is_stale:
         warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
     files = ["plan.yaml", "sensitivity.json"]
@@ -76,7 +78,7 @@ def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
         ]
         return f"{label(variant)}: {', '.join(scores)}"
 
-    return {entry.layer: [line(variant) for variant in entry.variants] for entry in sensitivity.layers}
+    return {entry.layer: [line(variant) for variant in (*entry.variants, *entry.heads)] for entry in sensitivity.layers}
 
 
 def _sensitivity_table(sensitivity: Sensitivity) -> Table:
@@ -93,8 +95,37 @@ def _sensitivity_table(sensitivity: Sensitivity) -> Table:
         "replaced by": lambda row: label(row[1]),
         **{title: partial(score, metric) for metric, title in titles.items()},
     }
-    rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in entry.variants]
+    rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in (*entry.variants, *entry.heads)]
     return tabulate("Every sensitivity", rows, columns, text_columns=(0, 1), folded=True)
+
+
+def _head_metrics(sensitivity: Sensitivity) -> list[str]:
+    """Return the metrics of KV heads that plans are made from, none if heads were not measured."""
+    found = {metric for entry in sensitivity.layers for variant in entry.heads for metric in variant.scores}
+    return [metric for metric in ("kl", "retrieval") if metric in found]
+
+
+def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -> Table:
+    """Return the map of layers and KV heads: one metric of each head alone under the plan's window, or the shortest."""
+    heads = range(sensitivity.model.kv_heads)
+    measured = {variant.window for entry in sensitivity.layers for variant in entry.heads if variant.window}
+    window = plan.window if plan and plan.window in measured else min(measured)
+    full = (
+        {entry.layer: [*heads] if not entry.changed else entry.full_kv_heads for entry in plan.layers} if plan else {}
+    )
+
+    def cell(head: int, entry: LayerSensitivity) -> str:
+        for variant in entry.heads:
+            if variant.window == window and head not in variant.full_kv_heads:
+                kept = " (full)" if head in full.get(entry.layer, ()) else ""
+                return with_error(variant.scores[metric], signed=metric != "kl") + kept
+        return ABSENT
+
+    columns: dict[str, Callable[[LayerSensitivity], str]] = {"layer": lambda entry: str(entry.layer)}
+    columns |= {f"KV head {head}": partial(cell, head) for head in heads}
+    title = f"{SENSITIVITIES[metric][1]}: each KV head alone under a window of {window}"
+    title += "; (full): the plan keeps it" if plan else ""
+    return tabulate(title, sensitivity.layers, columns, folded=True)
 
 
 def healing_panel(sources: Sources) -> Panel:

@@ -93,11 +93,11 @@ def stability_table(stability: Stability) -> Table:
         rows,
         {
             "compared with": lambda row: row[0].other or "itself",
-            "replacement": lambda row: label(row[1]),
+            "replacement": lambda row: label(row[1]) + " of KV heads" * row[1].kv_heads,
             "metric": lambda row: ", ".join(dict.fromkeys((row[1].metric, row[1].other_metric))),
             "Spearman": lambda row: f"{row[1].spearman:.2f}",
             "95 %": lambda row: f"{row[1].low:.2f} to {row[1].high:.2f}",
-            "layers": lambda row: str(row[1].layers),
+            "layers or KV heads": lambda row: str(row[1].layers),
         },
         text_columns=(0, 1, 2),
         folded=len(rows) > 20,

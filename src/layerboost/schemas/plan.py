@@ -1,4 +1,4 @@
-"""`plan.yaml`: a strategy for each layer; and `frontier.json`: the plans of every budget."""
+"""`plan.yaml`: a strategy for each layer or KV head; and `frontier.json`: the plans of every budget."""
 
 from __future__ import annotations
 
@@ -7,29 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from layerboost.files import write_text
 from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
-from layerboost.strategies import FULL, SINK, STRATEGIES, WINDOW, Strategy, StrategyName
+from layerboost.strategies import FULL, FULL_KV_HEADS, SINK, STRATEGIES, WINDOW, Strategy, StrategyName
 
 
 class LayerPlan(BaseModel):
-    """The strategy of one layer. `sink`: a learned logit per head in the softmax's denominator."""
+    """The strategy of one layer, or of its KV heads: those in `full_kv_heads` keep full attention, the others have a
+    window. `sink`: a learned logit in the softmax's denominator, per query head with a window."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
     attention: StrategyName
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
+    full_kv_heads: tuple[int, ...] = ()
+
+    @field_validator("full_kv_heads")
+    @classmethod
+    def _in_order(cls, heads: tuple[int, ...]) -> tuple[int, ...]:
+        if any(head < 0 for head in heads):
+            raise ValueError("KV heads are counted from 0")
+        return tuple(sorted(set(heads)))
 
     @model_validator(mode="after")
     def _only_its_own_settings(self) -> LayerPlan:
         takes = self.strategy.settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
-        for setting, given in ((WINDOW, self.window is not None), (SINK, self.sink)):
+        given_settings = ((WINDOW, self.window is not None), (SINK, self.sink), (FULL_KV_HEADS, self.full_kv_heads))
+        for setting, given in given_settings:
             if given and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
         return self
@@ -43,9 +53,30 @@ class LayerPlan(BaseModel):
         """Return whether the layer differs from the base's."""
         return self.attention != FULL
 
-    def kv_tokens(self, context_tokens: int) -> int:
-        """Return the tokens whose keys and values the layer holds for one request of `context_tokens`."""
-        return self.strategy.kv_tokens(context_tokens, self.window)
+    def full_heads(self, kv_heads: int) -> int:
+        """Return how many of the layer's `kv_heads` have full attention."""
+        return kv_heads if not self.changed else len(self.full_kv_heads)
+
+    def window_heads(self, kv_heads: int) -> int:
+        """Return how many of the layer's `kv_heads` have a window."""
+        return kv_heads - len(self.full_kv_heads) if self.window else 0
+
+    def kv_tokens(self, context_tokens: int, kv_heads: int) -> int:
+        """Return the tokens whose keys and values the layer holds for one request, summed over its `kv_heads`."""
+        held = self.strategy.kv_tokens(context_tokens, self.window)
+        return len(self.full_kv_heads) * context_tokens + (kv_heads - len(self.full_kv_heads)) * held
+
+    def normalized(self, kv_heads: int) -> LayerPlan:
+        """Return full attention for a layer all of whose KV heads are full, else itself; raise ValueError if it names a
+        KV head that a model with `kv_heads` per layer lacks."""
+        if self.full_kv_heads and self.full_kv_heads[-1] >= kv_heads:
+            named = ", ".join(map(str, self.full_kv_heads))
+            raise ValueError(f"layer {self.layer} has KV heads 0 to {kv_heads - 1}; got full_kv_heads {named}")
+        return LayerPlan(layer=self.layer, attention=FULL) if len(self.full_kv_heads) == kv_heads else self
+
+    def key(self) -> dict[str, Any]:
+        """Return what identifies the layer's strategy in hashes; of whole layers, as it was before there were heads."""
+        return self.model_dump(exclude=None if self.full_kv_heads else {FULL_KV_HEADS})
 
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
@@ -64,8 +95,13 @@ def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
-    """Return the counts as text: 8 full, 22 sliding, 0 none."""
-    return ", ".join(f"{count} {name}" for name, count in counts(layers).items())
+    """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none."""
+    mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
+    heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
+    return ", ".join(
+        f"{count} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
+        for (name, strategy), count in zip(STRATEGIES.items(), counts(layers).values(), strict=True)
+    )
 
 
 class Predicted(BaseModel):
@@ -107,6 +143,7 @@ class PlanFile(Artifact):
             raise ValueError(f"the plan must name layers 0 to {self.model.layers - 1} once each, in order; got {order}")
         if len({entry.window for entry in self.layers if entry.window}) > 1:
             raise ValueError("a plan uses one window: vLLM and Transformers keep a single sliding_window")
+        self.layers = [entry.normalized(self.model.kv_heads) for entry in self.layers]
         return self
 
     @property
@@ -128,7 +165,7 @@ class PlanFile(Artifact):
 
     def hash(self) -> str:
         """Return a hash of the model and the layers, whichever way they were chosen."""
-        return fingerprint(self.model.fingerprint, [entry.model_dump() for entry in self.layers])
+        return fingerprint(self.model.fingerprint, [entry.key() for entry in self.layers])
 
 
 def write_plan(path: Path, plan: PlanFile) -> None:

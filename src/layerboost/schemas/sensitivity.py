@@ -39,12 +39,13 @@ class Score(BaseModel):
 
 
 class Variant(BaseModel):
-    """One layer under one replacement, in every metric measured; larger is worse."""
+    """One layer, or all of its KV heads but `full_kv_heads`, under one replacement; larger scores are worse."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
     window: int | None = None
     sink: bool = False
+    full_kv_heads: tuple[int, ...] = ()
     scores: dict[str, Score]
 
     @model_validator(mode="after")
@@ -54,15 +55,16 @@ class Variant(BaseModel):
 
     def plan(self, layer: int) -> LayerPlan:
         """Return the LayerPlan of this replacement."""
-        return LayerPlan(layer=layer, attention=self.attention, window=self.window, sink=self.sink)
+        return LayerPlan(layer=layer, **self.model_dump(exclude={"scores"}))
 
 
 class LayerSensitivity(BaseModel):
-    """All variants of one layer."""
+    """All variants of one layer, and of its KV heads if they were measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int
     variants: list[Variant]
+    heads: list[Variant] = Field([], description="one group of KV heads under a window, the layer's others full")
 
 
 class Sensitivity(Artifact):
@@ -90,18 +92,23 @@ STABILITY = "stability.json"
 
 
 class Agreement(BaseModel):
-    """Rank correlation over layers of one replacement's scores, and its 95 % bootstrap interval over layers."""
+    """Rank correlation of one replacement's scores over layers or KV heads, and its 95 % bootstrap interval."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
     window: int | None
     sink: bool
+    kv_heads: bool = Field(False, description="whether the scores are of KV heads")
     metric: str
     other_metric: str
     spearman: float
     low: float
     high: float
-    layers: int
+    layers: int = Field(description="number of layers or groups of KV heads compared")
+
+    @property
+    def full_kv_heads(self) -> tuple[int, ...]:
+        return ()
 
 
 class Comparison(BaseModel):

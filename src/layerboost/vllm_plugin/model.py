@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -20,7 +20,15 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
-from layerboost.model.modeling import add_sinks, base_config, decoder_layers, make_attention_free, skipped_layers
+from layerboost.model.modeling import (
+    add_sinks,
+    base_config,
+    decoder_layers,
+    make_attention_free,
+    recorded_full_heads,
+    skipped_layers,
+)
+from layerboost.vllm_plugin.heads import make_attention
 from layerboost.vllm_plugin.int8 import check_int8, int8_through_onednn
 from layerboost.vllm_plugin.native import BoostedLlama, BoostedQwen3, check_attending
 
@@ -31,7 +39,7 @@ NATIVE = {"llama": BoostedLlama, "qwen3": BoostedQwen3}
 
 
 class LayerBoostForCausalLM(TransformersForCausalLM):
-    """A decoder whose layers have full, sliding (with or without sinks) or no attention, as its config says.
+    """A decoder whose layers have full, sliding or no attention, or both kinds of KV heads, as its config says.
 
     An attention-free layer has no attention weights, no `Attention` and no KV cache.
     """
@@ -63,12 +71,12 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         if family is None:
             raise ValueError(f"layerboost has no family {self.config.model_type!r}; known: {', '.join(FAMILIES)}")
         self._attention_free = set(skipped_layers(self.config))
-        sink_layers = set(getattr(self.config, "attention_sink_layers", []))
+        sink_layers, mixed = set(getattr(self.config, "attention_sink_layers", [])), recorded_full_heads(self.config)
         for index, layer in enumerate(decoder_layers(self.model)):
             if index in self._attention_free:
                 make_attention_free(layer, index, family)
             elif index in sink_layers:
-                add_sinks(getattr(layer, family.attention))
+                add_sinks(getattr(layer, family.attention), len(mixed.get(index, ())))
         super()._create_hf_to_vllm_mapper()
 
     def recursive_replace(self) -> None:
@@ -94,21 +102,28 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             module = self.get_submodule(name)
             heads = self.model_config.model_arch_config[index]
             scale = fuser.scale(module)
-            kwargs: dict[str, Any] = {}
-            if config.layer_types[index] == "sliding_attention":
-                kwargs["per_layer_sliding_window"] = config.sliding_window
-            sinks = fuser.sinks(module)
-            if sinks is not None:
-                kwargs["sinks"] = sinks
-            attention = Attention(
-                num_heads=self.model_config.get_num_attention_heads(self.parallel_config, heads),
+            num_kv_heads = self.model_config.get_num_kv_heads(self.parallel_config, heads)
+            make = partial(
+                self._attention,
                 head_size=heads.head_size,
                 scale=heads.head_size**-0.5 if scale is None else scale,
-                num_kv_heads=self.model_config.get_num_kv_heads(self.parallel_config, heads),
-                cache_config=self.cache_config,
-                quant_config=self.quant_config,
-                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
-                prefix=maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
-                **kwargs,
+                groups=self.model_config.get_num_attention_heads(self.parallel_config, heads) // num_kv_heads,
             )
+            place = maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}")
+            attention = make_attention(config, index, num_kv_heads, fuser.sinks(module), place, make)
             setattr(module, VLLM_ATTN_ATTR, attention)
+
+    def _attention(
+        self, num_kv_heads: int, prefix: str, *, head_size: int, scale: float, groups: int, **more: Any
+    ) -> Attention:
+        return Attention(
+            num_heads=num_kv_heads * groups,
+            head_size=head_size,
+            scale=scale,
+            num_kv_heads=num_kv_heads,
+            cache_config=self.cache_config,
+            quant_config=self.quant_config,
+            logits_soft_cap=getattr(self.text_config, "attn_logit_softcapping", None),
+            prefix=prefix,
+            **more,
+        )

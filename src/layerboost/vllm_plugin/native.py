@@ -1,7 +1,7 @@
 """Boosted Llama and Qwen3 on vLLM's own classes, so that base and boosted are served by the same code.
 
-Written against vLLM 0.32. What its classes lack are sinks and layers without attention, and Qwen3's the window of each
-layer, which Llama's reads from `layer_types`.
+Written against vLLM 0.32. What its classes lack are sinks, windows of single KV heads and layers without attention, and
+Qwen3's the window of each layer, which Llama's reads from `layer_types`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
-from layerboost.model.modeling import skipped_layers
+from layerboost.model.modeling import recorded_full_heads, skipped_layers
+from layerboost.vllm_plugin.heads import head_windows, make_attention
 
 
 class BoostedLlama(LlamaForCausalLM):
-    """A Llama whose layers have full, sliding (with or without sinks) or no attention, as its config says."""
+    """A Llama whose layers have full, sliding or no attention, or both kinds of KV heads, as its config says."""
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
         config = vllm_config.model_config.hf_config
@@ -41,7 +42,7 @@ class BoostedLlama(LlamaForCausalLM):
 
 
 class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
-    """A Qwen3 whose layers have full, sliding (with or without sinks) or no attention, as its config says."""
+    """A Qwen3 whose layers have full, sliding or no attention, or both kinds of KV heads, as its config says."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
@@ -56,7 +57,7 @@ class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
             if index in skipped:
                 forget_attention(f"{name}.self_attn.attn")
                 self.model.layers[index] = AttentionFreeLayer(config, quant_config, name)
-            elif config.layer_types[index] == "sliding_attention" or has_sink(config, index):
+            elif needs_own_attention(config, index):
                 attention = self.model.layers[index].self_attn
                 set_attention(attention, config, vllm_config.cache_config, quant_config, f"{name}.self_attn")
         check_stage(self.model, skipped)
@@ -81,13 +82,13 @@ def check_attending(attending: list[int], start: int, end: int) -> None:
 
 
 class SinkAttention(LlamaAttention):
-    """vLLM's Llama attention, with sinks where the config says so."""
+    """vLLM's Llama attention, with sinks and windows of single KV heads where the config says so."""
 
     def __init__(
         self, config: Any, *args: Any, prefix: str, cache_config: Any, quant_config: Any, **kwargs: Any
     ) -> None:
         super().__init__(config, *args, prefix=prefix, cache_config=cache_config, quant_config=quant_config, **kwargs)
-        if has_sink(config, extract_layer_index(prefix)):
+        if needs_own_attention(config, extract_layer_index(prefix)):
             set_attention(self, config, cache_config, quant_config, prefix)
 
 
@@ -101,22 +102,33 @@ def set_attention(attention: Any, config: Any, cache_config: Any, quant_config: 
 
     vLLM's `Attention` takes both when it is made, so it is made again.
     """
-    layer, sinks = extract_layer_index(prefix), {}
+    layer, groups = extract_layer_index(prefix), attention.num_heads // attention.num_kv_heads
     if has_sink(config, layer):
-        attention.sinks = nn.Parameter(torch.empty(attention.num_heads), requires_grad=False)
+        windowed = sum(window is not None for window in head_windows(config, layer)[: attention.num_kv_heads])
+        attention.sinks = nn.Parameter(torch.empty(windowed * groups), requires_grad=False)
         set_weight_attrs(attention.sinks, {"weight_loader": sharded_weight_loader(0)})
-        sinks["sinks"] = attention.sinks
     forget_attention(f"{prefix}.attn")
-    attention.attn = Attention(
-        attention.num_heads,
-        attention.head_dim,
-        attention.scaling,
-        num_kv_heads=attention.num_kv_heads,
-        cache_config=cache_config,
-        quant_config=quant_config,
-        per_layer_sliding_window=config.sliding_window if config.layer_types[layer] == "sliding_attention" else None,
-        prefix=f"{prefix}.attn",
-        **sinks,
+
+    def module(num_kv_heads: int, name: str, **more: Any) -> Attention:
+        return Attention(
+            num_kv_heads * groups,
+            attention.head_dim,
+            attention.scaling,
+            num_kv_heads=num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=name,
+            **more,
+        )
+
+    sinks = getattr(attention, "sinks", None)
+    attention.attn = make_attention(config, layer, attention.num_kv_heads, sinks, f"{prefix}.attn", module)
+
+
+def needs_own_attention(config: Any, layer: int) -> bool:
+    """Return whether a layer needs other modules than vLLM's class gives a full one."""
+    return (
+        config.layer_types[layer] == "sliding_attention" or has_sink(config, layer) or bool(recorded_full_heads(config))
     )
 
 

@@ -51,11 +51,15 @@ class BoostedConfig:
         from vllm import __version__
         from vllm.platforms import current_platform
 
-        from layerboost.model.modeling import skipped_layers
+        from layerboost.model.modeling import recorded_full_heads, skipped_layers
+        from layerboost.vllm_plugin.heads import check_ranks
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
+        if recorded_full_heads(config):
+            kinds = {"full_attention", "sliding_attention"}
+            check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
         if current_platform.is_cpu():
             if getattr(config, "attention_sink_layers", []):
                 check_sinks(__version__, str(vllm_config.model_config.dtype))

@@ -1,0 +1,69 @@
+"""The scan against the exact losses of changed models, for changes small enough for second order."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny import tiny_model
+
+from layerboost.measuring.scan import scan
+from layerboost.model.sinks import calibrate_sinks
+from layerboost.model.surgery import apply_plan
+from layerboost.schemas.plan import LayerPlan
+
+IDS = torch.randint(3, 200, (6, 48), generator=torch.Generator().manual_seed(1))
+
+
+def site(layer: int, head: int, window: int = 24, sink: bool = False) -> LayerPlan:
+    others = tuple(other for other in range(2) if other != head)
+    return LayerPlan(layer=layer, attention="sliding", window=window, sink=sink, full_kv_heads=others)
+
+
+@torch.no_grad()
+def exact(plans: list[LayerPlan], **changes: Any) -> float:
+    """The KL of a changed model per token."""
+    base = tiny_model(layers=3, **changes)
+    expected = base(IDS).logits.log_softmax(-1)
+    sinks = calibrate_sinks(base, list(IDS.split(2)), range(3), [24])
+    merged: dict[int, LayerPlan] = {}
+    for plan in plans:
+        both = plan.layer in merged
+        merged[plan.layer] = plan.model_copy(update={"full_kv_heads": ()}) if both else plan
+    layers = [merged.get(layer, LayerPlan(layer=layer, attention="full")) for layer in range(3)]
+    changed = apply_plan(base, layers, {entry.layer: sinks(entry) for entry in layers if entry.sink})(IDS).logits
+    return float((expected.exp() * (expected - changed.log_softmax(-1))).sum(-1).mean())
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_scores_and_interactions_are_those_of_small_changes(sink: bool) -> None:
+    """With small weights a window changes little, and the second order is all there is."""
+    small: dict[str, Any] = {"initializer_range": 0.08}
+    base = tiny_model(layers=3, **small)
+    sites = [site(layer, head, sink=sink) for layer in range(3) for head in range(2)]
+    batches = list(IDS.split(4))
+    found = scan(base, batches, sites, calibrate_sinks(base, batches, range(3), [24]), draws=200)
+    assert found.kl().shape == (6, 6)
+    values = found.kl().mean(0).tolist()
+    expected = [exact([plan], **small) for plan in sites]
+    assert values == pytest.approx(expected, rel=0.35)
+    assert spearmanr(values, expected).statistic > 0.7
+    pairs = list(combinations(range(6), 2))
+    of_pairs = [exact([sites[one], sites[other]], **small) for one, other in pairs]
+    assert [found.plan_kl(pair) for pair in pairs] == pytest.approx(of_pairs, rel=0.4)
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_the_model_is_as_before_and_a_seed_repeats() -> None:
+    base = tiny_model(layers=3)
+    before = base(IDS).logits
+    sites = [site(0, 1), site(2, 0)]
+    batches = list(IDS.split(2))
+    sinks = calibrate_sinks(base, batches, range(3), [24])
+    one, again, other = (scan(base, batches, sites, sinks, draws=2, seed=seed).products for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(base(IDS).logits, before)
