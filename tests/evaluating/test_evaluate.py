@@ -138,7 +138,7 @@ def test_long_contexts_are_in_the_comparison(done: tuple[Path, EvalComparison]) 
         assert set(group.log_probability) == {"base", "healed", "same"}
         assert group.log_probability_difference["same"].mean == 0
     raw = json.loads((run / "eval" / "healed.retrieval.json").read_text())
-    assert len(raw["answers"]) == 4
+    assert len(raw["answers"]) == 12
 
 
 def test_tasks_that_chose_layers_are_marked(
