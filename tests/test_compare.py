@@ -84,7 +84,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     page = (run / "compare" / "comparison.md").read_text()
     assert page.count("\n| ours | ") == 2
     assert "\n| base | – | – | 100.0 % | – |" in page
-    assert "`as_wide` is left out: its plan is that of wide, which is left out." in page
+    assert "`as_wide` is skipped: its plan is that of wide, which is skipped." in page
 
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert layerboost("compare", rows, "--run", run, "--json").stdout == shown
