@@ -1,13 +1,16 @@
-"""The command line: a command per stage, and run, serve, costs, check and ls. Results on stdout, progress on stderr."""
+"""The command line: a command per stage, and run, compare, check, serve, costs and ls.
+
+Results are printed on stdout, progress on stderr. Imports are local, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,27 +31,20 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Give each layer of a language model the cheapest attention it can live with; heal it; serve it with vLLM.
+    """Give each layer of a language model the cheapest attention that keeps its quality; heal it; serve it with vLLM.
 
     MODEL is a Hub id, a directory, a GGUF file, or package:NAME (a GGUF file inside an installed PyPI package).
     """
 
 
-def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
-    """Make the command of one stage."""
+def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
+    from layerboost.pipeline import run_stage
 
-    @cli.command(name, cls=Command, help=help_text, examples=examples)
-    @with_recipe
-    def command(recipe: Recipe, run: Path, as_json: bool) -> None:
-        from layerboost.pipeline import run_stage
-
-        show(run_stage(name, recipe, run), as_json, lambda result: rows(result, run))
+    return run_stage(stage, recipe, run, **options)
 
 
 @cli.command(
-    "measure",
     cls=Command,
-    help="Measure how much each layer's attention matters: what the model loses when it is replaced.",
     examples=(
         "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
         "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
@@ -59,7 +55,7 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="OTHER",
-    help="Compare what RUN holds with another sensitivity.json or run folder, by rank correlation.",
+    help="Compare RUN's sensitivities with another sensitivity.json or run folder, by rank correlation.",
 )
 @click.option(
     "--plan",
@@ -70,17 +66,13 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
 )
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
-    """Run the measure stage."""
-    from layerboost.pipeline import run_stage
-
-    found = run_stage("measure", recipe, run, compare=compare)
+    """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
+    found = _run("measure", recipe, run, compare=compare)
     show(found, as_json, tables.stability_rows if compare else tables.measured_rows)
 
 
 @cli.command(
-    "plan",
     cls=Command,
-    help="Choose a strategy for every layer and write plan.yaml, which you may edit.",
     examples=(
         "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
         "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
@@ -90,24 +82,18 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
 @with_recipe
 def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
-    """Run the plan stage."""
-    from layerboost.pipeline import run_stage
-    from layerboost.reporting.difference import difference_table, plan_difference
-
+    """Choose a strategy for every layer and write plan.yaml, which you may edit."""
     if diff:
+        from layerboost.reporting.difference import difference_table, plan_difference
+
         show(plan_difference(*diff), as_json, difference_table)
         return
-    show(
-        run_stage("plan", recipe, run, curve=frontier),
-        as_json,
-        tables.frontier_rows if frontier else tables.planned_rows,
-    )
+    found = _run("plan", recipe, run, curve=frontier)
+    show(found, as_json, tables.frontier_rows if frontier else tables.planned_rows)
 
 
 @cli.command(
-    "convert",
     cls=Command,
-    help="Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",
     examples=(
         "layerboost convert --run runs/qwen3",
         "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
@@ -118,16 +104,12 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
 )
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
-    """Run the convert stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("convert", recipe, run, compat=compat), as_json, tables.written_rows)
+    """Apply the plan to the base's weights: converted/, a Hugging Face checkpoint."""
+    show(_run("convert", recipe, run, compat=compat), as_json, tables.written_rows)
 
 
 @cli.command(
-    "heal",
     cls=Command,
-    help="Train the converted model against the base, by attention distillation and LoRA distillation: healed/.",
     examples=(
         "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
         "layerboost heal --run runs/qwen3 --resume",
@@ -136,27 +118,25 @@ def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Resume from the last checkpoint.")
 @with_recipe
 def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
-    """Run the heal stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("heal", recipe, run, resume=resume), as_json, tables.written_rows)
-
-
-_stage(
-    "evaluate",
-    "Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences.",
-    (
-        "layerboost evaluate --run runs/qwen3",
-        "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
-    ),
-    lambda result, run: tables.summarized_rows(run),
-)
+    """Train the converted model against the base, by attention distillation and LoRA distillation: healed/."""
+    show(_run("heal", recipe, run, resume=resume), as_json, tables.written_rows)
 
 
 @cli.command(
-    "bench",
     cls=Command,
-    help="Serve base and boosted with vLLM in turn and measure throughput and latency.",
+    examples=(
+        "layerboost evaluate --run runs/qwen3",
+        "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
+    ),
+)
+@with_recipe
+def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
+    """Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences."""
+    show(_run("evaluate", recipe, run), as_json, lambda _: tables.summarized_rows(run))
+
+
+@cli.command(
+    cls=Command,
     examples=(
         "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
         "layerboost bench --run runs/qwen3 --decode-sweep",
@@ -166,47 +146,35 @@ _stage(
 @click.option("--engine", metavar="NAME", help="vllm or transformers; default: bench.engine of the recipe.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
-    """Run the bench stage."""
-    from layerboost.pipeline import run_stage
-
-    found = run_stage("bench", recipe, run, decode_sweep=decode_sweep)
+    """Serve base and boosted with vLLM in turn and measure throughput and latency."""
+    found = _run("bench", recipe, run, decode_sweep=decode_sweep)
     show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
-@cli.command(
-    "report",
-    cls=Command,
-    help="Write report.html and report.md from the files of the run folder.",
-    examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"),
-)
+@cli.command(cls=Command, examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"))
 @click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
 @with_recipe
 def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
-    """Run the report stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("report", recipe, run, png=png), as_json, lambda _: tables.reported_rows(run))
+    """Write report.html and report.md from the files of the run folder."""
+    show(_run("report", recipe, run, png=png), as_json, tables.reported_rows)
 
 
 @cli.command(
     "run",
     cls=Command,
-    help="Run all stages from one recipe; what an earlier run finished is kept.",
     examples=("layerboost run --config demo --run runs/demo", "layerboost run --config qwen3-4b --run runs/qwen3"),
 )
 @with_recipe
 def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
-    """Run every stage."""
+    """Run all stages from one recipe; what an earlier run finished is kept."""
     from layerboost.pipeline import run_all
 
-    show(run_all(recipe, run), as_json, lambda _: tables.reported_rows(run))
+    show(run_all(recipe, run), as_json, tables.reported_rows)
 
 
 @cli.command(
     "compare",
     cls=Command,
-    help="Compare plans, each healed and evaluated alike, with intervals. ROWS is a YAML file; by default the recipe's "
-    "plan, the paper's tiers, LLM-Drop and controls at equal cost.",
     examples=(
         "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
         "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
@@ -215,16 +183,18 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @click.argument("rows", default="equal-cost")
 @with_recipe
 def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None:
-    """Compare plans."""
+    """Compare plans, each healed and evaluated in the same way, with intervals. ROWS is a YAML file; by default the
+    recipe's plan, the paper's tiers, LLM-Drop and controls at equal cost.
+    """
     from layerboost.compare import run_compare
 
-    show(run_compare(recipe, run, rows), as_json, lambda _: [["written"], [str(run / "compare" / "comparison.md")]])
+    found = run_compare(recipe, run, rows)
+    show(found, as_json, lambda _: tables.written_rows(run / "compare" / "comparison.md"))
 
 
 @cli.command(
     "check",
     cls=Command,
-    help="Check recipe, model, data, memory and disk for what would fail in a run, before hours of compute.",
     examples=(
         "layerboost check --config demo",
         "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
@@ -232,7 +202,7 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None
 )
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
-    """Check a recipe."""
+    """Check recipe, model, data, memory and disk for what would fail in a run, before hours of compute."""
     from layerboost.check import check
 
     def rows(estimate: Any) -> list[list[str]]:
@@ -242,9 +212,7 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 
 
 @cli.command(
-    "serve",
     cls=Command,
-    help="Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM.",
     examples=(
         "layerboost serve runs/qwen3/healed",
         "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
@@ -254,9 +222,7 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 @click.option("--port", default=8000, show_default=True)
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
-    """Serve a checkpoint."""
-    import shlex
-
+    """Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM."""
     from layerboost.engines.vllm import serve_command
     from layerboost.runtime import clean_environment
 
@@ -267,9 +233,7 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
 
 
 @cli.command(
-    "costs",
     cls=Command,
-    help="Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time.",
     examples=(
         "layerboost costs runs/qwen3/base --out costs.json",
         "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
@@ -280,35 +244,34 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
 @click.option("--cache-gib", default=1.5, show_default=True, help="KV cache of the engines that are timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
-    """Measure rates."""
+    """Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time."""
     from layerboost.benching.costs import run_costs
 
     show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 
 
-@cli.command(
-    "ls",
-    cls=Command,
-    help="List the supported model families, the recipes that come with layerboost, or every setting of a recipe.",
-    examples=("layerboost ls recipes", "layerboost ls settings"),
-)
+@cli.command(cls=Command, examples=("layerboost ls recipes", "layerboost ls settings"))
 @click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
-    """List families, recipes or settings."""
+    """List the supported model families, the recipes that come with layerboost, or every setting of a recipe."""
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        show({name: {"vllm": family.vllm} for name, family in FAMILIES.items()}, as_json, tables.supported_rows)
-        return
-    if what == "settings":
-        from layerboost.settings import described_settings, setting_rows
+        classes = {name: family.vllm for name, family in FAMILIES.items()}
+        found: dict[str, Any] = {name: {"vllm": served} for name, served in classes.items()}
+        rows = [["family", "vLLM"], *([name, served or "not served"] for name, served in classes.items())]
+    elif what == "recipes":
+        from layerboost.recipe import RECIPES
 
-        show(described_settings(), as_json, setting_rows)
-        return
-    from layerboost.recipe import RECIPES
+        found = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
+        rows = [["recipe", "file"], *map(list, found.items())]
+    else:
+        from layerboost.settings import described_settings
 
-    show({file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}, as_json, tables.recipe_rows)
+        found = described_settings()
+        rows = [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in found.items())]
+    show(found, as_json, lambda _: rows)
 
 
 def main() -> None:
@@ -321,7 +284,7 @@ def main() -> None:
     logger.filters = [_is_logged]
     logger.setLevel(logging.INFO)
     # A terminated job ends like an interrupted one: servers are stopped, run.json is written.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except LayerboostError as error:
