@@ -14,9 +14,9 @@ from layerboost.strategies import label
 
 
 def plan_difference(first: Path, second: Path) -> dict[str, Any]:
-    """Return of two plans, files or run folders: per layer, how many of each kind, KV bytes, predicted damage.
+    """Return two plans, files or run folders, by layer, with counts of each strategy, KV bytes and predicted loss.
 
-    KV bytes are of one request at the first plan's context. Raises ConfigError for models of different depth.
+    KV bytes are per request, at the first plan's context. Raise ConfigError for models of different depth.
     """
     a, b = (read_plan(path / PLAN if path.is_dir() else path) for path in (first, second))
     if a.model.layers != b.model.layers:
@@ -52,7 +52,7 @@ def difference_table(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
-    kept = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
-    damage = plan.valid_prediction.damage if plan.valid_prediction else {}
-    predicted = {f"{metric}, predicted": value for metric, value in damage.items()}
-    return {"method": plan.method, **counts(plan.layers), "KV of base": kept, **predicted}
+    fraction = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
+    losses = plan.valid_prediction.damage if plan.valid_prediction else {}
+    predicted = {f"{metric}, predicted": value for metric, value in losses.items()}
+    return {"method": plan.method, **counts(plan.layers), "KV of base": fraction, **predicted}

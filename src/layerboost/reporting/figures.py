@@ -1,4 +1,4 @@
-"""The report's charts as plotly figures; colours are names of CSS variables, resolved by page.js."""
+"""The report's charts as plotly figures; colours are names of CSS variables, which page.js replaces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
 def figure(
     traces: list[Trace], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> Figure:
-    """Return a plain figure: no box, faint horizontal lines, legend above; `x`, `y`: what else the axes need."""
+    """Return a figure without a box, with faint horizontal lines and the legend above; `x`, `y`: more axis settings."""
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
     ticks = {"showgrid": False, "ticks": "outside", "tickcolor": "var(--rule)"}
     font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12.5, "color": "var(--ink)"}
@@ -61,10 +61,10 @@ def scatter(
     y_ends: Ends | None = None,
     **more: Any,
 ) -> Trace:
-    """Return points of one colour, joined or not.
+    """Return points of one colour.
 
     `hover`: plotly's template, or a text per point. `x_ends`, `y_ends`: the low and high end of each point's bar.
-    `more`: further keys of plotly's trace, in place of those here.
+    `more`: further keys of plotly's trace, which override those here.
     """
     points = {"x": list(x), "y": list(y)}
     texts = {"customdata": hover, "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>"}
@@ -146,7 +146,7 @@ def healing_figure(lines: list[MetricLine]) -> Figure:
         hover = "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>"
         marker = {"color": "var(--converted)", "size": 9, "symbol": "diamond"}
         traces.append(scatter("validation KL", at, values, "var(--converted)", hover, "markers", marker=marker))
-    # Stage 1's loss is of another kind than the validation KL beside it.
+    # The loss of stage 1 has another unit than the validation KL in the same chart.
     local = any(line.stage == "attention" and line.loss is not None for line in lines)
     title = "normalised MSE of all layers (KL: nats per token)" if local else "nats per token" if validation else "loss"
     values = [value for _, value in (*training, *validation)]
@@ -161,7 +161,7 @@ def running_mean(values: list[float], half: int) -> list[float]:
 
 
 def model_color(name: str, among: Iterable[str]) -> str:
-    """Return a model's colour in charts of `among`: base, converted and healed have their own, others take turns."""
+    """Return a model's colour in charts of `among`: three have their own, the others cycle through OTHERS."""
     if name in MODELS:
         return f"var(--{name})"
     return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
@@ -187,7 +187,7 @@ def _hover(layer: int, variant: Variant) -> str:
 
 
 def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
-    """Return rings around what the plan chose, where that was measured."""
+    """Return rings around the plan's choices, if they were measured."""
     found = [
         (x, y)
         for entry in plan.layers

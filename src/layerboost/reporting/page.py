@@ -19,7 +19,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, the same in HTML and Markdown. `text_columns` are set flush left; `folded`: closed on the page."""
+    """Cells as text, the same in HTML and Markdown. `text_columns` are left-aligned; `folded`: closed on the page."""
 
     title: str
     header: list[str]
@@ -29,7 +29,7 @@ class Table:
 
     @property
     def lines(self) -> list[list[str]]:
-        """The header and the rows."""
+        """Return the header and the rows."""
         return [self.header, *self.rows]
 
 
@@ -44,9 +44,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """One section: where its numbers come from, what is missing, and what it shows, in this order.
+    """One section: the files that its numbers are from, what is missing, and what it shows, in this order.
 
-    `layers`: lines that a layer of `plan` shows when it is pointed at.
+    `layers`: by layer, the lines that the page shows when the mouse is on that layer of `plan`.
     """
 
     name: str
@@ -59,7 +59,11 @@ class Panel:
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    listing: tuple[str, str] | None = None
+    recipe: str | None = None
+
+    def chart(self, name: str, title: str, figure: dict[str, Any]) -> None:
+        """Add a chart."""
+        self.charts.append(Chart(f"chart-{name}", title, figure))
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def tabulate(
     text_columns: tuple[int, ...] = (0,),
     folded: bool = False,
 ) -> Table:
-    """Return a table with one line per row; `columns`: by title, what a row has there."""
+    """Return a table with one line per row; `columns`: by title, the function that writes its cells."""
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     return Table(title, list(columns), cells, text_columns, folded)
 
@@ -97,7 +101,7 @@ def html_page(page: Page) -> str:
     """Return the page as one HTML file with plotly.js, styles and figures inside."""
     from plotly.offline import get_plotlyjs
 
-    # A healing that diverged may have left numbers that are not finite.
+    # Healing that diverged has written numbers that are not finite.
     figures = finite({chart.name: chart.figure for panel in page.panels for chart in panel.charts})
     # "<" is written as an escape: a model's name must not end the script element.
     data = Markup(json_text(figures, "the report").replace("<", "\\u003c")) if figures else ""

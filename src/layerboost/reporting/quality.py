@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from html import escape
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
-from layerboost.reporting.page import Chart, Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table, tabulate
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error, with_interval
 from layerboost.schemas.evaluation import EvalComparison, Gate, Task
@@ -18,38 +17,39 @@ VERDICTS = {True: "passed", False: "missed", None: "not judged"}
 
 def quality_panel(sources: Sources) -> Panel:
     """Return perplexity, KL and tasks of every model, each difference from the base with its 95 % interval."""
-    panel = partial(Panel, "quality", "Quality", [FILE])
+    panel = Panel("quality", "Quality", [FILE])
     quality = sources.quality
     if quality is None:
-        return panel([absent(FILE)])
-    warnings, charts, tables = [], [], []
+        panel.missing.append(absent(FILE))
+        return panel
     made_from = sources.plan or sources.sensitivity
-    if made_from and quality.models.get("base", made_from.model.fingerprint) != made_from.model.fingerprint:
-        warnings.append(f"the base evaluated here is not the model of this run's other files, {made_from.model.name}")
-    notes = [
+    model = made_from.model if made_from else None
+    if model and quality.models.get("base", model.fingerprint) != model.fingerprint:
+        panel.warnings.append(f"the base evaluated here is not the model of this run's other files, {model.name}")
+    panel.notes.append(
         "Values are given with one standard error. Differences from the base are paired, over the same tokens or "
         "items, with a 95 % interval by bootstrap in brackets."
-    ]
+    )
     if quality.gate:
-        tables.append(_gate_table(quality.gate))
+        panel.tables.append(_gate_table(quality.gate))
     if quality.perplexity:
         if quality.text:
-            notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
-        tables.append(_perplexity_table(quality))
+            panel.notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
+        panel.tables.append(_perplexity_table(quality))
     if quality.tasks:
-        notes.append(
-            "«No worse» says whether a loss of one point is ruled out with 95 % probability; «not shown» proves no "
-            "loss. The smallest detectable difference is what so many items show four times in five. The margin is the "
-            "log-probability of the right answer less that of the best wrong one: it still moves where accuracy is "
-            "near chance."
+        panel.notes.append(
+            "«No worse» says whether a loss of one point is ruled out with 95 % probability; «not shown» does not "
+            "prove a loss. The smallest detectable difference is what a sample of this size shows four times in five. "
+            "The margin is the log-probability of the right answer minus that of the best wrong one: it shows changes "
+            "also where accuracy is near chance."
         )
         if chosen := ", ".join(name for name, task in quality.tasks.items() if task.selection):
-            notes.append(f"Layers were chosen on {chosen} (*): in the tables, but not in the average.")
-        tables.append(_task_table(quality))
+            panel.notes.append(f"Layers were chosen on {chosen} (*): in the tables, but not in the average.")
+        panel.tables.append(_task_table(quality))
         if any(task.difference for task in quality.tasks.values()):
-            charts.append(Chart("chart-tasks", "Difference from the base by task", task_figure(quality)))
-            tables.append(_difference_table(quality))
-    return panel([], warnings, notes=notes, charts=charts, tables=tables)
+            panel.chart("tasks", "Difference from the base by task", task_figure(quality))
+            panel.tables.append(_difference_table(quality))
+    return panel
 
 
 def task_figure(quality: EvalComparison) -> Figure:
@@ -84,7 +84,7 @@ def task_figure(quality: EvalComparison) -> Figure:
 
 
 def nll_difference(quality: EvalComparison, name: str) -> str | None:
-    """Return the NLL of a model less the base's, with its interval; None for the base."""
+    """Return the NLL of a model minus the base's, with its interval; None for the base."""
     found = quality.perplexity[name].nll_difference
     return None if found is None else with_interval(found)
 
@@ -154,7 +154,7 @@ def _starred(name: str, task: Task) -> str:
 def _margin(task: Task, model: str) -> str:
     if task.margin is None:
         return ABSENT
-    per = " a character" if task.margin.unit == "nats per character" else ""
+    per = " per character" if task.margin.unit == "nats per character" else ""
     return with_interval(task.margin.difference[model]) + per
 
 

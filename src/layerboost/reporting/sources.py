@@ -1,4 +1,4 @@
-"""The files of a run folder as the report reads them; a missing file is None, a broken one a ConfigError."""
+"""The files of a run folder as the report reads them: a missing file is None, a damaged one a ConfigError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from layerboost.schemas.sensitivity import Sensitivity, Stability
 # The order of every table and legend; a model of another name comes after these.
 MODELS = ("base", "converted", "healed")
 
-# Which command makes a file of the run folder.
+# The command that makes each file of the run folder.
 MADE_BY = {
     "run.json": "layerboost run",
     "recipe.yaml": "layerboost run",
@@ -37,14 +37,13 @@ MADE_BY = {
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything a report is derived from."""
+    """The files that a report is made from."""
 
     run: Path
     history: RunFile | None
     recipe: Recipe | None
     sensitivity: Sensitivity | None
     plan: PlanFile | None
-    plan_is_stale: bool
     sensitivity_hash: str | None
     frontier: Frontier | None
     stability: Stability | None
@@ -54,17 +53,23 @@ class Sources:
     sweep: BenchComparison | None
 
     @property
+    def plan_is_stale(self) -> bool:
+        """Return whether the plan was made from other sensitivities."""
+        made_from = self.plan.sensitivity if self.plan else None
+        return bool(made_from and self.sensitivity_hash and made_from != self.sensitivity_hash)
+
+    @property
     def changed_since_bench(self) -> list[str]:
-        """Benchmarked models whose directory in the run folder is no longer what was benchmarked."""
+        """Return the models whose config in the run folder changed after the benchmark."""
         hashes = self.bench.models if self.bench else {}
         configs = {name: self.run / name / "config.json" for name in hashes}
         return [name for name, file in configs.items() if file.is_file() and file_hash(file) != hashes[name]]
 
 
 def read_sources(run: Path) -> Sources:
-    """Read the files of `run`.
+    """Return the files of `run`.
 
-    Raises ConfigError when the folder is missing, a file is truncated or foreign, or two files are of different models.
+    Raise ConfigError if the folder is missing, a file is truncated or foreign, or two files are of different models.
     """
     if not run.is_dir():
         raise ConfigError(f"{run} is not a run folder", do="give the folder of an earlier `layerboost run` with --run")
@@ -77,7 +82,6 @@ def read_sources(run: Path) -> Sources:
             f"{sensitivity.model.name} ({sensitivity.model.fingerprint})",
             do="run `layerboost measure` and `layerboost plan` again for one model",
         )
-    found_hash = file_hash(run / "sensitivity.json") if sensitivity else None
     metrics = run / "heal" / "metrics.jsonl"
     return Sources(
         run=run,
@@ -85,8 +89,7 @@ def read_sources(run: Path) -> Sources:
         recipe=load_recipe([run / "recipe.yaml"], {}) if (run / "recipe.yaml").is_file() else None,
         sensitivity=sensitivity,
         plan=plan,
-        plan_is_stale=bool(plan and plan.sensitivity and found_hash and plan.sensitivity != found_hash),
-        sensitivity_hash=found_hash,
+        sensitivity_hash=file_hash(run / "sensitivity.json") if sensitivity else None,
         frontier=_artifact(run, "frontier.json", Frontier),
         stability=_artifact(run, "stability.json", Stability),
         metrics=read_metrics(metrics) if metrics.is_file() else None,
@@ -97,12 +100,12 @@ def read_sources(run: Path) -> Sources:
 
 
 def absent(name: str) -> str:
-    """What a panel says where the file `name` is missing."""
+    """Return the line of a panel whose file `name` is missing."""
     return f"no {name}: run `{MADE_BY[name]}`"
 
 
 def model_order(names: set[str] | list[str] | dict[str, Any]) -> list[str]:
-    """Model names as the report lists them: base, converted, healed, then any other by name."""
+    """Return model names in order: base, converted, healed, then others by name."""
     return [name for name in MODELS if name in names] + sorted(set(names) - set(MODELS))
 
 
