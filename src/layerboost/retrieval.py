@@ -1,6 +1,6 @@
 """Prompts that a model completes only if it attends far back: a passkey or a key-value pair in any text.
 
-Running text barely shows what a window loses; these prompts do.
+They show what a window loses; ordinary text barely does.
 """
 
 from __future__ import annotations

