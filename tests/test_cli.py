@@ -73,7 +73,7 @@ BAD = {
     "no model": (["measure"], 2, "no model given"),
     "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], 2, "did you mean measure.windows"),
     "unknown strategy": (["plan", "--set", "plan.method=magic"], 2, "plan.method"),
-    "a value that is no YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], 2, "not YAML"),
+    "a value that is not YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], 2, "not YAML"),
     "no windows": (["measure", "MODEL", "--set", "measure.windows=[]"], 2, "measure.windows"),
     "no requests": (["bench", "MODEL", "--set", "bench.concurrency=[0]"], 2, "bench.concurrency"),
     "too few samples": (["measure", "MODEL"], 2, "samples are too few"),

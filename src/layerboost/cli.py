@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +38,20 @@ def cli() -> None:
     """
 
 
+def _command(*examples: str, name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command whose help ends with these examples."""
+    return cli.command(name, cls=Command, examples=examples)
+
+
 def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
     from layerboost.pipeline import run_stage
 
     return run_stage(stage, recipe, run, **options)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
-        "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
-    ),
+@_command(
+    "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
+    "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
 )
 @click.option(
     "--compare",
@@ -67,16 +70,13 @@ def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
     """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
-    found = _run("measure", recipe, run, compare=compare)
-    show(found, as_json, tables.stability_rows if compare else tables.measured_rows)
+    result = _run("measure", recipe, run, compare=compare)
+    show(result, as_json, tables.stability_rows if compare else tables.measured_rows)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
-        "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
-    ),
+@_command(
+    "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
+    "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
 )
 @click.option("--frontier", is_flag=True, help="Plan for every budget: quality loss against cost, frontier.json.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
@@ -88,16 +88,13 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
 
         show(plan_difference(*diff), as_json, difference_table)
         return
-    found = _run("plan", recipe, run, curve=frontier)
-    show(found, as_json, tables.frontier_rows if frontier else tables.planned_rows)
+    result = _run("plan", recipe, run, curve=frontier)
+    show(result, as_json, tables.frontier_rows if frontier else tables.planned_rows)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost convert --run runs/qwen3",
-        "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
-    ),
+@_command(
+    "layerboost convert --run runs/qwen3",
+    "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
 )
 @click.option(
     "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, for vLLM without layerboost."
@@ -108,12 +105,9 @@ def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
     show(_run("convert", recipe, run, compat=compat), as_json, tables.written_rows)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
-        "layerboost heal --run runs/qwen3 --resume",
-    ),
+@_command(
+    "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
+    "layerboost heal --run runs/qwen3 --resume",
 )
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Resume from the last checkpoint.")
 @with_recipe
@@ -122,12 +116,9 @@ def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
     show(_run("heal", recipe, run, resume=resume), as_json, tables.written_rows)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost evaluate --run runs/qwen3",
-        "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
-    ),
+@_command(
+    "layerboost evaluate --run runs/qwen3",
+    "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
 )
 @with_recipe
 def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
@@ -135,23 +126,23 @@ def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
     show(_run("evaluate", recipe, run), as_json, lambda _: tables.summarized_rows(run))
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
-        "layerboost bench --run runs/qwen3 --decode-sweep",
-    ),
+@_command(
+    "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
+    "layerboost bench --run runs/qwen3 --decode-sweep",
 )
 @click.option("--decode-sweep", is_flag=True, help="Measure latency and memory against the length of answers instead.")
 @click.option("--engine", metavar="NAME", help="vllm or transformers; default: bench.engine of the recipe.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     """Serve base and boosted with vLLM in turn and measure throughput and latency."""
-    found = _run("bench", recipe, run, decode_sweep=decode_sweep)
-    show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
+    result = _run("bench", recipe, run, decode_sweep=decode_sweep)
+    show(result, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
-@cli.command(cls=Command, examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"))
+@_command(
+    "layerboost report --run runs/qwen3",
+    "layerboost report --run runs/qwen3 --png",
+)
 @click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
 @with_recipe
 def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
@@ -159,10 +150,10 @@ def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
     show(_run("report", recipe, run, png=png), as_json, tables.reported_rows)
 
 
-@cli.command(
-    "run",
-    cls=Command,
-    examples=("layerboost run --config demo --run runs/demo", "layerboost run --config qwen3-4b --run runs/qwen3"),
+@_command(
+    "layerboost run --config demo --run runs/demo",
+    "layerboost run --config qwen3-4b --run runs/qwen3",
+    name="run",
 )
 @with_recipe
 def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
@@ -172,13 +163,10 @@ def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     show(run_all(recipe, run), as_json, tables.reported_rows)
 
 
-@cli.command(
-    "compare",
-    cls=Command,
-    examples=(
-        "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
-        "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
-    ),
+@_command(
+    "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
+    "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
+    name="compare",
 )
 @click.argument("rows", default="equal-cost")
 @with_recipe
@@ -188,17 +176,14 @@ def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None
     """
     from layerboost.compare import run_compare
 
-    found = run_compare(recipe, run, rows)
-    show(found, as_json, lambda _: tables.written_rows(run / "compare" / "comparison.md"))
+    result = run_compare(recipe, run, rows)
+    show(result, as_json, lambda _: tables.written_rows(run / "compare" / "comparison.md"))
 
 
-@cli.command(
-    "check",
-    cls=Command,
-    examples=(
-        "layerboost check --config demo",
-        "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
-    ),
+@_command(
+    "layerboost check --config demo",
+    "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
+    name="check",
 )
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
@@ -211,12 +196,9 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     show(check(recipe, run), as_json, rows)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost serve runs/qwen3/healed",
-        "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
-    ),
+@_command(
+    "layerboost serve runs/qwen3/healed",
+    "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", default=8000, show_default=True)
@@ -232,12 +214,9 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     os.execvpe(argv[0], argv, os.environ | added)
 
 
-@cli.command(
-    cls=Command,
-    examples=(
-        "layerboost costs runs/qwen3/base --out costs.json",
-        "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
-    ),
+@_command(
+    "layerboost costs runs/qwen3/base --out costs.json",
+    "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
 )
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("costs.json"), show_default=True)
@@ -250,7 +229,10 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
     show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 
 
-@cli.command(cls=Command, examples=("layerboost ls recipes", "layerboost ls settings"))
+@_command(
+    "layerboost ls recipes",
+    "layerboost ls settings",
+)
 @click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
@@ -259,19 +241,19 @@ def ls(what: str, as_json: bool) -> None:
         from layerboost.model.families import FAMILIES
 
         classes = {name: family.vllm for name, family in FAMILIES.items()}
-        found: dict[str, Any] = {name: {"vllm": served} for name, served in classes.items()}
+        listing: dict[str, Any] = {name: {"vllm": served} for name, served in classes.items()}
         rows = [["family", "vLLM"], *([name, served or "not served"] for name, served in classes.items())]
     elif what == "recipes":
         from layerboost.recipe import RECIPES
 
-        found = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
-        rows = [["recipe", "file"], *map(list, found.items())]
+        listing = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
+        rows = [["recipe", "file"], *map(list, listing.items())]
     else:
         from layerboost.settings import described_settings
 
-        found = described_settings()
-        rows = [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in found.items())]
-    show(found, as_json, lambda _: rows)
+        listing = described_settings()
+        rows = [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in listing.items())]
+    show(listing, as_json, lambda _: rows)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluating.comparison import average_against
+from layerboost.evaluating.results import read_result
 from layerboost.evaluating.stage import run_evaluate
 from layerboost.evaluating.statistics import difference
 from layerboost.files import write_text
@@ -41,7 +41,7 @@ FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class Alike(Section):
+class EveryLayer(Section):
     """The same attention in every layer. Without a window, sliding layers get the longest that the budget allows."""
 
     attention: StrategyName
@@ -57,7 +57,7 @@ class Row(Section):
     `one_stage`: spend all tokens of healing in stage 2.
     """
 
-    plan: Alike | str | None = None
+    plan: EveryLayer | str | None = None
     run: str | None = None
     one_stage: bool = False
     set: dict[str, Any] = Field({})
@@ -120,7 +120,7 @@ class Compared(Artifact):
     evaluations: dict[str, EvalComparison] = Field(description="eval/comparison.json of each")
 
 
-class Unsuited(ConfigError):
+class NotApplicable(ConfigError):
     """A plan that cannot be made with this model or this text."""
 
 
@@ -157,7 +157,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
         _copy_inputs(run, run / FOLDER / name)
         try:
             plans[name] = _plan(row, row_recipe(recipe, row), run / FOLDER / name, plans, base)
-        except (InfeasibleBudget, Unsuited) as error:
+        except (InfeasibleBudget, NotApplicable) as error:
             if name == file.reference:
                 raise
             plans[name], compared.left_out[name] = None, error.wrong
@@ -184,12 +184,12 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
         _copy_inputs(run, place)
         chosen = [name for name in models if each.rows is None or name in each.rows]
         evaluated = {f"{name}-{stage}": model for name in chosen for stage, model in models[name].items()}
-        found = compared.evaluations[part] = run_evaluate(settings, place, {BASE: base} | evaluated)
+        comparison = compared.evaluations[part] = run_evaluate(settings, place, {BASE: base} | evaluated)
         last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in chosen}
         if reference := last.pop(file.reference, None):
-            tasks = [task for task in load_bench(settings.evaluate) if not found.tasks[task.name].selection]
+            tasks = [task for task in load_bench(settings.evaluate) if not comparison.tasks[task.name].selection]
             for name, model in last.items():
-                compared.rows[name].against[part] = _against(found, model, reference, place / "eval", tasks)
+                compared.rows[name].against[part] = _against(comparison, model, reference, place / "eval", tasks)
     write_json(run / FOLDER / "comparison.json", compared)
     write_text(run / FOLDER / "comparison.md", page(compared))
     return compared
@@ -239,7 +239,7 @@ def _copy_inputs(run: Path, folder: Path) -> None:
 
 
 def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFile | None], base: Base) -> PlanFile:
-    """Return the row's plan, which is also written to its folder; raise Unsuited, or InfeasibleBudget."""
+    """Return the row's plan, which is also written to its folder; raise NotApplicable, or InfeasibleBudget."""
     if (folder / CONVERTED).is_symlink():  # what is converted here must not replace another row's
         (folder / CONVERTED).unlink()
     if row.run:
@@ -247,13 +247,13 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
     if row.plan is None:
         made: PlanFile = run_stage("plan", settings, folder)
         return made
-    if isinstance(row.plan, Alike):
-        plan = alike(row.plan, base, settings)
-        check_suited(plan, base.config, settings.text.sequence_tokens)
+    if isinstance(row.plan, EveryLayer):
+        plan = every_layer_plan(row.plan, base, settings)
+        check_applicable(plan, base.config, settings.text.sequence_tokens)
     elif row.plan in earlier:
         found = earlier[row.plan]
         if found is None:
-            raise Unsuited(f"its plan is that of {row.plan}, which is skipped")
+            raise NotApplicable(f"its plan is that of {row.plan}, which is skipped")
         plan = found
         if not (folder / CONVERTED).exists():
             (folder / CONVERTED).symlink_to(Path("..", row.plan, CONVERTED), target_is_directory=True)
@@ -263,7 +263,7 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
     return plan
 
 
-def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
+def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
     """Return a plan with the same attention in every layer."""
     longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
     window = (given.window or longest) if WINDOW in STRATEGIES[given.attention].settings else None
@@ -272,14 +272,14 @@ def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
     return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)
 
 
-def check_suited(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
-    """Raise Unsuited for what `convert` would refuse later, when other rows are healed already."""
+def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
+    """Raise NotApplicable for what `convert` would refuse later, when other rows are healed already."""
     try:
         check_plan(config, plan.layers)
     except ConfigError as error:
-        raise Unsuited(error.wrong, found=error.found, do=error.do) from None
+        raise NotApplicable(error.wrong, found=error.found, do=error.do) from None
     if plan.layers[0].sink and plan.window and plan.window >= sequence_tokens:
-        raise Unsuited(
+        raise NotApplicable(
             f"sinks are fitted on text longer than the window of {plan.window}",
             found=f"sequences of {sequence_tokens} tokens",
             do="lower plan.kv_fraction or raise text.sequence_tokens",
@@ -292,10 +292,10 @@ def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[
     A converted model that is an earlier row's is not among them.
     """
     if row.run:
-        found = checkpoints(settings, Path(row.run), runtime)
-        if not found.keys() - {BASE}:
+        existing = checkpoints(settings, Path(row.run), runtime)
+        if not existing.keys() - {BASE}:
             raise ConfigError(f"{row.run} has no converted and no healed model", do="make one, or drop the row")
-        return {stage: model for stage, model in found.items() if stage != BASE}
+        return {stage: model for stage, model in existing.items() if stage != BASE}
     run_stage("convert", settings, folder)
     stages = [] if (folder / CONVERTED).is_symlink() else [CONVERTED]
     if healing_tokens(settings) + settings.heal.fit_tokens:
@@ -307,22 +307,21 @@ def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[
     }
 
 
-def _against(found: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
+def _against(comparison: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
     """Return the differences of two models of one evaluation, from its files; `tasks`: those that chose no layers."""
 
-    def read(what: str) -> list[Any]:
-        files = [results / f"{name}.{what}.json" for name in (reference, model)]
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    def read(part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return read_result(results, reference, part), read_result(results, model, part)
 
     def change(values: list[list[float]], **options: bool) -> Any:
         return difference([own - other for other, own in zip(*values, strict=True)], **options)
 
     differences: dict[str, Any] = {}
-    if found.perplexity:
+    if comparison.perplexity:
         differences["kl"] = change([each["kl"] for each in read("text")])
     if tasks:
         differences["average"] = average_against([(task, *read(task.name)) for task in tasks])
-    if found.retrieval:
+    if comparison.retrieval:
         exact = [[float(answer["exact"]) for answer in each["answers"]] for each in read("retrieval")]
         differences["retrieval"] = change(exact, right_or_wrong=True)
     return Against.model_validate(differences)

@@ -107,10 +107,10 @@ def written_rows(result: Any) -> Rows:
 
 def summarized_rows(run: Path) -> Rows:
     """Return cost, throughput and quality of base, converted and healed, as far as the run folder has them."""
-    from layerboost.reporting.sources import read_sources
+    from layerboost.reporting.sources import Sources
     from layerboost.reporting.verdict import summary, summary_table
 
-    return summary_table(summary(read_sources(run)))
+    return summary_table(summary(Sources(run)))
 
 
 def reported_rows(summary: dict[str, Any]) -> Rows:

@@ -136,7 +136,7 @@ def test_long_contexts_are_in_the_comparison(done: tuple[Path, EvalComparison]) 
     assert found.positions.edges == [0, 128, 192]
     assert found.positions.sequences == 3
     assert [group.kind for group in found.retrieval.groups] == ["key_value", "passkey"]
-    # A random model finds nothing, so nothing is judged; the log-probabilities are there.
+    # A random model retrieves nothing, so nothing is judged; log-probabilities are measured.
     assert found.retrieval.able is None
     for group in found.retrieval.groups:
         assert set(group.log_probability) == {"base", "healed", "same"}
@@ -235,7 +235,7 @@ def test_validation_finds_mistakes_without_a_model(data: Path, models: dict[str,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_further_checkpoint_is_looked_through(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_extra_checkpoint_is_checked(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = find_model(str(models["base"]), RUNTIME)
 
     def look(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models against their base on benchmark items: paired differences, the tasks that chose layers kept apart."""
+"""Models against their base on benchmark items: paired differences, apart from tasks that chose layers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def compare_tasks(
             models={
                 model: TaskValue(
                     value=task_value(task, results[task.name][model]),
-                    standard_error=Score.of(list(found.values())).standard_error,
+                    standard_error=Score.of(list(by_item.values())).standard_error,
                 )
-                for model, found in scores[task.name].items()
+                for model, by_item in scores[task.name].items()
             },
             difference=differences(scores[task.name], base, right_or_wrong=True),
             margin=_margins(task, results[task.name], base),
@@ -60,7 +60,7 @@ def _margins(task: BenchTask, results: Mapping[str, Result], base: str) -> Margi
         return None
     return Margin(
         unit="nats per character" if task.metric == "acc_norm" else "nats",
-        models={model: Score.of(list(found.values())) for model, found in margins.items()},
+        models={model: Score.of(list(by_item.values())) for model, by_item in margins.items()},
         difference=differences(margins, base),
     )
 
@@ -69,9 +69,9 @@ def _average(tasks: Mapping[str, Task], scores: Scores, base: str) -> Task:
     """Return the unweighted mean over tasks, as a task; tasks are independent samples."""
 
     def mean_value(model: str) -> TaskValue:
-        found = [task.models[model] for task in tasks.values()]
-        error = math.hypot(*(each.standard_error for each in found)) / len(found)
-        return TaskValue(value=fmean(each.value for each in found), standard_error=error)
+        values = [task.models[model] for task in tasks.values()]
+        error = math.hypot(*(each.standard_error for each in values)) / len(values)
+        return TaskValue(value=fmean(each.value for each in values), standard_error=error)
 
     models = next(iter(tasks.values())).models
     return Task(
@@ -88,7 +88,7 @@ def _average(tasks: Mapping[str, Task], scores: Scores, base: str) -> Task:
 
 
 def average_against(results: list[tuple[BenchTask, Result, Result]]) -> Change:
-    """Return the mean over tasks of second model less first, paired by item, with its interval."""
+    """Return the mean over tasks of the second model minus the first, paired by item, with its interval."""
     return average_difference(
         [paired(item_scores(task, first), item_scores(task, second)) for task, first, second in results]
     )

@@ -22,11 +22,11 @@ def hidden_states(
 
     `advance` is called with the tokens done since the last call.
     """
-    found = []
+    states = []
     for batch in batches:
-        found.append(_decode(model, batch).cpu())
+        states.append(_decode(model, batch).cpu())
         advance(batch.numel())
-    return found
+    return states
 
 
 @torch.inference_mode()
@@ -60,17 +60,17 @@ def changed_losses(
 
 
 def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> dict[str, Perplexity]:
-    """Return perplexity, NLL and KL of each model, and its NLL less the base's, paired by sequence.
+    """Return perplexity, NLL and KL of each model, and its NLL minus the base's, paired by sequence.
 
     `losses`: `nll` and `kl` of every sequence, in nats per token, by model.
     """
     compared = {}
-    for model, found in losses.items():
-        nll, change = Score.of(found["nll"]), None
+    for model, result in losses.items():
+        nll, change = Score.of(result["nll"]), None
         if model != base:
-            change = difference([own - other for own, other in zip(found["nll"], losses[base]["nll"], strict=True)])
+            change = difference([own - other for own, other in zip(result["nll"], losses[base]["nll"], strict=True)])
         compared[model] = Perplexity(
-            perplexity=perplexity(nll.mean), nll=nll, kl=difference(found["kl"]), nll_difference=change
+            perplexity=perplexity(nll.mean), nll=nll, kl=difference(result["kl"]), nll_difference=change
         )
     return compared
 

@@ -55,15 +55,16 @@ class Results:
         self.made_from.files[file.name] = self.required[model, part]
         write_json(self.folder / LEDGER, self.made_from)
 
-    def read(self, model: str, part: str) -> dict[str, Any]:
-        """Return the content of one required file; raise ConfigError if it cannot be read."""
-        file = self._file(model, part)
-        try:
-            values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            do = f"delete {file} and run `layerboost evaluate` again"
-            raise ConfigError(f"cannot read {file}", found=first_line(error), do=do) from None
-        return values
-
     def _file(self, model: str, part: str) -> Path:
         return self.folder / f"{model}.{part}.json"
+
+
+def read_result(folder: Path, model: str, part: str) -> dict[str, Any]:
+    """Return the content of one result file; raise ConfigError if it cannot be read."""
+    file = folder / f"{model}.{part}.json"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        do = f"delete {file} and run `layerboost evaluate` again"
+        raise ConfigError(f"cannot read {file}", found=first_line(error), do=do) from None
+    return values

@@ -26,9 +26,9 @@ from layerboost.evaluating.long_context import (
     retrieval_answers,
 )
 from layerboost.evaluating.quality import base_losses, changed_losses, compare_text, hidden_states, perplexity
-from layerboost.evaluating.results import Facts, Results
+from layerboost.evaluating.results import Facts, Results, read_result
 from layerboost.model.base import Base
-from layerboost.model.checkpoint import check_comparable, check_further
+from layerboost.model.checkpoint import check_comparable, check_extra_checkpoints
 from layerboost.model.modeling import decoder_layers
 from layerboost.probes.metrics import check_values
 from layerboost.recipe import Recipe
@@ -46,7 +46,7 @@ from layerboost.text import SAMPLES, Tokens, check_samples, load_tokens
 def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_evaluate` cannot use, apart from text that the model has yet to write."""
     _check_settings(recipe, base.config.max_position_embeddings)
-    check_further(recipe.evaluate.checkpoints, run, base)
+    check_extra_checkpoints(recipe.evaluate.checkpoints, run, base)
     check_items(load_bench(recipe.evaluate), base.tokenizer, base.config.max_position_embeddings)
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, base.tokenizer, run)
@@ -91,11 +91,11 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Base]) -> EvalC
     work = _Work(recipe, {BASE: base, **models}, {task.name: task for task in tasks}, *texts)
     check_items(tasks, base.tokenizer, base.config.max_position_embeddings)
     required = {(name, part): facts for name in work.models for part, facts in _facts(work, name).items()}
-    results = Results(run / "eval", required)
-    _fill(work, results)
-    comparison = _compare(work, results, _selection(run))
-    write_json(run / "eval" / "comparison.json", comparison)
-    log.info("wrote %s", run / "eval" / "comparison.json")
+    folder = run / "eval"
+    _fill(work, Results(folder, required))
+    comparison = _compare(work, folder, _selection(run))
+    write_json(folder / "comparison.json", comparison)
+    log.info("wrote %s", folder / "comparison.json")
     return comparison
 
 
@@ -161,8 +161,8 @@ def _load_texts(recipe: Recipe, tokenizer: Any, run: Path) -> tuple[Tokens | Non
 def _selection(run: Path) -> list[str]:
     """Return the tasks on which layers were chosen."""
     file = run / SENSITIVITY
-    found = read_json(file, Sensitivity, "layerboost measure").settings.get("tasks") if file.is_file() else None
-    return list(found or [])
+    tasks = read_json(file, Sensitivity, "layerboost measure").settings.get("tasks") if file.is_file() else None
+    return list(tasks or [])
 
 
 def _facts(work: _Work, name: str) -> dict[str, Facts]:
@@ -261,12 +261,12 @@ def _task_result(work: _Work, name: str, task: BenchTask, model: PreTrainedModel
     return result
 
 
-def _compare(work: _Work, results: Results, selection: list[str]) -> EvalComparison:
-    """Return the content of comparison.json, from the result files alone."""
+def _compare(work: _Work, folder: Path, selection: list[str]) -> EvalComparison:
+    """Return the content of comparison.json, from the result files in `folder` alone."""
     settings = work.recipe.evaluate
 
     def read(part: str) -> dict[str, dict[str, Any]]:
-        return {name: results.read(name, part) for name in work.models}
+        return {name: read_result(folder, name, part) for name in work.models}
 
     tasks, average = compare_tasks(
         list(work.tasks.values()), {name: read(name) for name in work.tasks}, BASE, selection

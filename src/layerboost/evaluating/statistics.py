@@ -65,10 +65,10 @@ def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float
         return (sum(part.mean(axis) for part in resampled) + alike) / len(samples)
 
     options: dict[str, Any] = {"vectorized": True, "batch": max(1, BATCH_DRAWS // sum(map(len, varied))), "rng": 0}
-    found = bootstrap(varied, average, n_resamples=RESAMPLES, **options)
+    resampled_means = bootstrap(varied, average, n_resamples=RESAMPLES, **options)
     # The same resamples: 5 % are below the lower end of their 90 % interval.
-    inner = bootstrap(varied, average, n_resamples=0, bootstrap_result=found, confidence_level=0.9, **options)
-    low, high = found.confidence_interval
+    inner = bootstrap(varied, average, n_resamples=0, bootstrap_result=resampled_means, confidence_level=0.9, **options)
+    low, high = resampled_means.confidence_interval
     return float(low), float(inner.confidence_interval.low), float(high)
 
 
@@ -77,8 +77,8 @@ def differences(
 ) -> dict[str, Change]:
     """Return each model's difference from the base; `scores`: by model and item."""
     return {
-        model: difference(paired(scores[base], found), right_or_wrong)
-        for model, found in scores.items()
+        model: difference(paired(scores[base], scored), right_or_wrong)
+        for model, scored in scores.items()
         if model != base
     }
 

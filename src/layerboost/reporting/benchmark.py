@@ -161,26 +161,31 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
         return None
     traces = []
     for name in names:
-        found = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
+        spreads = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
         value, change, ends = 100 * average.models[name].value, average.difference.get(name), None
         text = f"{number(value)} %"
         if change:
             text += f", − base: {with_interval(change, scale=100)} points"
-            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(found)
+            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(
+                spreads
+            )
         color = model_color(name, names)
         traces.append(
             scatter(
                 name,
-                [spread.median for spread in found.values()],
-                [value] * len(found),
+                [spread.median for spread in spreads.values()],
+                [value] * len(spreads),
                 color,
-                [f"{at} concurrent requests: {spread.text(number)} tokens/s<br>{text}" for at, spread in found.items()],
+                [
+                    f"{at} concurrent requests: {spread.text(number)} tokens/s<br>{text}"
+                    for at, spread in spreads.items()
+                ],
                 "lines+markers+text",
-                x_ends=[(spread.min, spread.max) for spread in found.values()],
+                x_ends=[(spread.min, spread.max) for spread in spreads.values()],
                 y_ends=ends,
-                text=[str(concurrency) for concurrency in found],
+                text=[str(concurrency) for concurrency in spreads],
                 # Alternately above and below: near a machine's limit the points of two concurrencies are close.
-                textposition=[("top center", "bottom center")[index % 2] for index in range(len(found))],
+                textposition=[("top center", "bottom center")[index % 2] for index in range(len(spreads))],
                 textfont={"size": 11, "color": "var(--soft)"},
                 line={"color": color, "width": 1, "dash": "dot"},
             )
@@ -193,16 +198,16 @@ def _lines(metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_ti
     names = model_order({name for result in results.values() for name in result.models})
     traces = []
     for name in names:
-        found = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
-        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in found.items()}
+        spreads = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
+        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in spreads.items()}
         traces.append(
             scatter(
                 name,
-                found,
-                [scale * spread.median for spread in found.values()],
+                spreads,
+                [scale * spread.median for spread in spreads.values()],
                 model_color(name, names),
                 [f"{x_title} {x:,}: {text} {y_title}" for x, text in texts.items()],
-                y_ends=[(scale * spread.min, scale * spread.max) for spread in found.values()],
+                y_ends=[(scale * spread.min, scale * spread.max) for spread in spreads.values()],
             )
         )
     return figure(traces, x_title, y_title, {"tickvals": list(results)}, {"rangemode": "tozero"})
@@ -240,8 +245,8 @@ def _cell(bench: Comparison, result: AtConcurrency, name: str, metric: str) -> s
 
 def _measured(bench: Comparison, metrics: Iterable[str]) -> list[str]:
     """Return those of `metrics` that any model has."""
-    found = {key for result in bench.results for values in result.models.values() for key in values}
-    return [metric for metric in metrics if metric in found]
+    measured = {key for result in bench.results for values in result.models.values() for key in values}
+    return [metric for metric in metrics if metric in measured]
 
 
 def _environment(bench: Comparison) -> str:
@@ -250,12 +255,12 @@ def _environment(bench: Comparison) -> str:
 
 def _warnings(bench: Comparison, file: str) -> list[str]:
     """Return a line per point whose numbers show more than the models, and one if measurements are missing."""
-    found = [
+    warnings = [
         f"concurrency {result.concurrency}{f', {result.output_tokens:,} tokens out' if result.output_tokens else ''}"
         f"{result.warning(*model_order(result.disturbed))}"
         for result in bench.results
         if result.disturbed
     ]
     if not bench.complete:
-        found.append(f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it")
-    return found
+        warnings.append(f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it")
+    return warnings

@@ -37,18 +37,18 @@ def plan_difference(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def difference_table(found: dict[str, Any]) -> list[list[str]]:
+def difference_table(difference: dict[str, Any]) -> list[list[str]]:
     """Return rows for a terminal, header first; layers that differ are marked."""
 
     def cell(value: Any) -> str:
         return number(value) if isinstance(value, float) else str(value)
 
     layers = [
-        [str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in found["layers"]
+        [str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in difference["layers"]
     ]
-    names = dict.fromkeys(name for total in found["totals"] for name in total)
-    totals = [[name, *(cell(total.get(name, ABSENT)) for total in found["totals"]), ""] for name in names]
-    return [["layer", *found["plans"], ""], *layers, *totals]
+    names = dict.fromkeys(name for total in difference["totals"] for name in total)
+    totals = [[name, *(cell(total.get(name, ABSENT)) for total in difference["totals"]), ""] for name in names]
+    return [["layer", *difference["plans"], ""], *layers, *totals]
 
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:

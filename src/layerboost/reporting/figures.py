@@ -188,7 +188,7 @@ def _hover(layer: int, variant: Variant) -> str:
 
 def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
     """Return rings around the plan's choices, if they were measured."""
-    found = [
+    points = [
         (x, y)
         for entry in plan.layers
         if (trace := traces.get((entry.attention, entry.window, entry.sink)))
@@ -196,5 +196,5 @@ def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
         if round(x) == entry.layer
     ]
     marker = {"symbol": "circle-open", "size": 14, "color": "var(--ink)", "line": {"width": 1.5}}
-    x, y = [x for x, _ in found], [y for _, y in found]
+    x, y = [x for x, _ in points], [y for _, y in points]
     return scatter("chosen by the plan", x, y, "var(--ink)", "", "markers", marker=marker, hoverinfo="skip")

@@ -22,11 +22,11 @@ TIMEOUT_S, PAGE_CLOCK_MS = 300, 60_000
 
 def find_browser() -> str:
     """Return the path of Chromium or Chrome; raise ConfigError if neither is installed."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
         do = "install chromium, or copy the run folder to a machine that has it and run `layerboost report --png` there"
         raise ConfigError("PNG figures are drawn by a browser, and none is installed", found=", ".join(BROWSERS), do=do)
-    return found
+    return browser
 
 
 def browser_command(browser: str, profile: Path) -> list[str]:
@@ -64,9 +64,9 @@ def _draw(html: str, browser: str) -> dict[str, bytes]:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         except (OSError, subprocess.SubprocessError) as error:
             raise LayerboostError(f"{browser} could not draw the figures", found=first_line(error)) from None
-    found = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
-    if not found:
+    match = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
+    if not match:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise LayerboostError(f"{browser} could not draw the figures", found=said)
-    images: dict[str, str] = json.loads(unescape(found[1]))
+    images: dict[str, str] = json.loads(unescape(match[1]))
     return {name: base64.b64decode(url.partition(",")[2]) for name, url in images.items()}

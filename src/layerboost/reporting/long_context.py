@@ -138,8 +138,8 @@ def _depth_table(retrieval: Retrieval) -> Table:
     models = model_order({model for group in retrieval.groups for model in group.models})
 
     def cells(group: RetrievalGroup, depth: Depth) -> list[str]:
-        found = [f"{percent(depth.exact[model], 0)}, {number(depth.log_probability[model])}" for model in models]
-        return [_name(group), f"{100 * depth.low:.0f} to {100 * depth.high:.0f} %", str(depth.prompts), *found]
+        values = [f"{percent(depth.exact[model], 0)}, {number(depth.log_probability[model])}" for model in models]
+        return [_name(group), f"{100 * depth.low:.0f} to {100 * depth.high:.0f} %", str(depth.prompts), *values]
 
     rows = [cells(group, depth) for group in retrieval.groups for depth in group.depths]
     header = ["task", "depth of the fact", "prompts", *(f"{model}: exact match, nats" for model in models)]

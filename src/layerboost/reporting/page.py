@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
@@ -13,8 +13,6 @@ from markupsafe import Markup, escape
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
 from layerboost.strategies import STRATEGIES, label
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -85,18 +83,6 @@ class Page:
     panels: list[Panel]
 
 
-def tabulate(
-    title: str,
-    rows: Iterable[Row],
-    columns: Mapping[str, Callable[[Row], str]],
-    text_columns: tuple[int, ...] = (0,),
-    folded: bool = False,
-) -> Table:
-    """Return a table with one line per row; `columns`: by title, the function that writes its cells."""
-    cells = [[cell(row) for cell in columns.values()] for row in rows]
-    return Table(title, list(columns), cells, text_columns, folded)
-
-
 def html_page(page: Page) -> str:
     """Return the page as one HTML file with plotly.js, styles and figures inside."""
     from plotly.offline import get_plotlyjs
@@ -142,7 +128,7 @@ def _templates() -> Environment:
 
 
 def _layer_table(plan: PlanFile) -> Table:
-    return tabulate("", plan.layers, {"layer": lambda entry: str(entry.layer), "attention": label})
+    return Table("", ["layer", "attention"], [[str(entry.layer), label(entry)] for entry in plan.layers])
 
 
 def _code(text: str) -> Markup:

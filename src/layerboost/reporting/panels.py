@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from functools import partial
 
 import yaml
 
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
-from layerboost.reporting.page import Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, with_error
 from layerboost.schemas.healing import MetricLine
@@ -61,8 +59,8 @@ def layers_panel(sources: Sources) -> Panel:
 
 def _metrics(sensitivity: Sensitivity) -> list[str]:
     """Return those of SENSITIVITIES that were measured."""
-    found = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
-    return [metric for metric in SENSITIVITIES if metric in found]
+    measured = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
+    return [metric for metric in SENSITIVITIES if metric in measured]
 
 
 def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
@@ -80,21 +78,19 @@ def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
 
 
 def _sensitivity_table(sensitivity: Sensitivity) -> Table:
-    Row = tuple[int, Variant]
-
-    def score(metric: str, row: Row) -> str:
-        found = row[1].scores.get(metric)
-        return with_error(found, signed=metric != "kl") if found else ABSENT
-
     titles = {"kl": "KL, nats per token", "nll": "NLL − base, nats per token"}
     titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in _metrics(sensitivity) if metric != "kl"}
-    columns: dict[str, Callable[[Row], str]] = {
-        "layer": lambda row: str(row[0]),
-        "replaced by": lambda row: label(row[1]),
-        **{title: partial(score, metric) for metric, title in titles.items()},
-    }
-    rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in entry.variants]
-    return tabulate("Every sensitivity", rows, columns, text_columns=(0, 1), folded=True)
+
+    def score(variant: Variant, metric: str) -> str:
+        value = variant.scores.get(metric)
+        return with_error(value, signed=metric != "kl") if value else ABSENT
+
+    rows = [
+        [str(entry.layer), label(variant), *(score(variant, metric) for metric in titles)]
+        for entry in sensitivity.layers
+        for variant in entry.variants
+    ]
+    return Table("Every sensitivity", ["layer", "replaced by", *titles.values()], rows, (0, 1), folded=True)
 
 
 def healing_panel(sources: Sources) -> Panel:
@@ -112,16 +108,14 @@ def healing_panel(sources: Sources) -> Panel:
         if lines:
             rows.append(_healing_row(title, lines))
     panel.tables.append(Table("Stages", ["stage", "steps", "tokens", "time", "first loss", "last loss"], rows))
-    validation = [line for line in sources.metrics if line.validation_kl is not None or line.validation_nll is not None]
+    validation = [
+        [line.stage, f"{line.step:,}", f"{line.tokens:,}", _number(line.validation_kl), _number(line.validation_nll)]
+        for line in sources.metrics
+        if line.validation_kl is not None or line.validation_nll is not None
+    ]
     if validation:
-        columns: dict[str, Callable[[MetricLine], str]] = {
-            "stage": lambda line: line.stage,
-            "step": lambda line: f"{line.step:,}",
-            "tokens": lambda line: f"{line.tokens:,}",
-            "KL, nats per token": lambda line: _number(line.validation_kl),
-            "NLL, nats per token": lambda line: _number(line.validation_nll),
-        }
-        panel.tables.append(tabulate("Validation", validation, columns, folded=len(validation) > 12))
+        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
+        panel.tables.append(Table("Validation", header, validation, folded=len(validation) > 12))
     return panel
 
 
@@ -169,24 +163,23 @@ def _cost(stages: list[StageRecord]) -> str:
 
 
 def _stage_table(stages: list[StageRecord]) -> Table:
-    columns: dict[str, Callable[[StageRecord], str]] = {
-        "stage": lambda record: record.stage,
-        "status": lambda record: record.status + (f": {record.error}" if record.error else ""),
-        "time": lambda record: duration(record.seconds),
-        "device": lambda record: record.device,
-        "seed": lambda record: str(record.seed),
-        "started (UTC)": lambda record: record.started[:16].replace("T", " "),
-        "git revision": lambda record: (record.git_revision or ABSENT)[:12],
-    }
-    return tabulate("Stages run", stages, columns, text_columns=(0, 1, 3, 5, 6))
+    def cells(record: StageRecord) -> list[str]:
+        status = record.status + (f": {record.error}" if record.error else "")
+        started, revision = record.started[:16].replace("T", " "), (record.git_revision or ABSENT)[:12]
+        return [record.stage, status, duration(record.seconds), record.device, str(record.seed), started, revision]
+
+    header = ["stage", "status", "time", "device", "seed", "started (UTC)", "git revision"]
+    return Table("Stages run", header, [cells(record) for record in stages], text_columns=(0, 1, 3, 5, 6))
 
 
 def _version_table(stages: list[StageRecord]) -> Table:
-    found: dict[str, dict[str, None]] = {}
+    versions: dict[str, dict[str, None]] = {}
     for record in stages:
         for package, version in record.versions.items():
-            found.setdefault(package, {})[version] = None
-    return Table("Versions", ["package", "version"], [[name, ", ".join(seen)] for name, seen in found.items()], (0, 1))
+            versions.setdefault(package, {})[version] = None
+    return Table(
+        "Versions", ["package", "version"], [[name, ", ".join(seen)] for name, seen in versions.items()], (0, 1)
+    )
 
 
 def _fingerprints(sources: Sources) -> list[list[str]]:
@@ -206,4 +199,4 @@ def _fingerprints(sources: Sources) -> list[list[str]]:
     if bench:
         file, models = "bench/comparison.json", bench.models
         rows += [(f"config of benchmarked {name}", models[name], file) for name in model_order(models)]
-    return [[what, f"`{found}`", f"`{file}`"] for what, found, file in rows]
+    return [[what, f"`{value}`", f"`{file}`"] for what, value, file in rows]

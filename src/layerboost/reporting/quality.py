@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
-from layerboost.reporting.page import Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error, with_interval
-from layerboost.schemas.evaluation import EvalComparison, Gate, Task
+from layerboost.schemas.evaluation import EvalComparison, Gate, Perplexity, Task
 from layerboost.schemas.sensitivity import Score
 
 FILE = "eval/comparison.json"
@@ -54,24 +54,24 @@ def quality_panel(sources: Sources) -> Panel:
 
 def task_figure(quality: EvalComparison) -> Figure:
     """Return a row per task, a point per model: its difference from the base in points, bars over the 95 % interval."""
-    entries = _entries(quality)
+    entries = quality.scores
     names = list(entries)[::-1]
     models = model_order({model for task in entries.values() for model in task.difference})
     traces = []
     for index, model in enumerate(models):
-        found = {row: entries[name] for row, name in enumerate(names) if model in entries[name].difference}
-        changes = [task.difference[model] for task in found.values()]
+        tasks = {row: entries[name] for row, name in enumerate(names) if model in entries[name].difference}
+        changes = [task.difference[model] for task in tasks.values()]
         offset = 0.5 * ((index + 0.5) / len(models) - 0.5)
         traces.append(
             scatter(
                 model,
                 [100 * change.mean for change in changes],
-                [row - offset for row in found],
+                [row - offset for row in tasks],
                 model_color(model, models),
                 [
                     f"{escape(names[row])}: {with_interval(task.difference[model], scale=100)} points, "
                     f"{task.items:,} items"
-                    for row, task in found.items()
+                    for row, task in tasks.items()
                 ],
                 "markers",
                 x_ends=[(100 * change.low, 100 * change.high) for change in changes],
@@ -85,43 +85,31 @@ def task_figure(quality: EvalComparison) -> Figure:
 
 def nll_difference(quality: EvalComparison, name: str) -> str | None:
     """Return the NLL of a model minus the base's, with its interval; None for the base."""
-    found = quality.perplexity[name].nll_difference
-    return None if found is None else with_interval(found)
+    change = quality.perplexity[name].nll_difference
+    return None if change is None else with_interval(change)
 
 
 def task_value(task: Task, model: str) -> str:
     """Return a model's value on a task in percent, with its standard error."""
     if model not in task.models:
         return ABSENT
-    found = task.models[model]
-    error = Score(mean=100 * found.value, standard_error=100 * found.standard_error)
-    return with_error(error) if found.standard_error > 0 else number(error.mean)
-
-
-def _entries(quality: EvalComparison) -> dict[str, Task]:
-    """Return every task, and the average over those that chose no layers."""
-    return quality.tasks | ({"average": quality.average} if quality.average else {})
+    value = task.models[model]
+    error = Score(mean=100 * value.value, standard_error=100 * value.standard_error)
+    return with_error(error) if value.standard_error > 0 else number(error.mean)
 
 
 def _perplexity_table(quality: EvalComparison) -> Table:
-    found = quality.perplexity
-    return tabulate(
-        "Held-out text",
-        model_order(found),
-        {
-            "model": str,
-            "perplexity": lambda name: number(found[name].perplexity, 4),
-            "NLL, nats per token": lambda name: with_error(found[name].nll),
-            "NLL − base, nats per token": lambda name: nll_difference(quality, name) or ABSENT,
-            "KL(base ‖ model), nats per token": lambda name: (
-                ABSENT if name == "base" else with_interval(found[name].kl, signed=False)
-            ),
-        },
-    )
+    def cells(name: str, losses: Perplexity) -> list[str]:
+        kl = ABSENT if name == "base" else with_interval(losses.kl, signed=False)
+        return [name, number(losses.perplexity, 4), with_error(losses.nll), nll_difference(quality, name) or ABSENT, kl]
+
+    header = ["model", "perplexity", "NLL, nats per token", "NLL − base, nats per token"]
+    rows = [cells(name, quality.perplexity[name]) for name in model_order(quality.perplexity)]
+    return Table("Held-out text", [*header, "KL(base ‖ model), nats per token"], rows)
 
 
 def _task_table(quality: EvalComparison) -> Table:
-    entries = _entries(quality)
+    entries = quality.scores
     models = model_order({name for task in entries.values() for name in task.models})
     rows = [
         [_starred(name, task), task.metric, f"{task.items:,}", *(task_value(task, model) for model in models)]
@@ -140,7 +128,7 @@ def _difference_table(quality: EvalComparison) -> Table:
             number(100 * task.difference[model].detectable, 2),
             _margin(task, model),
         ]
-        for name, task in _entries(quality).items()
+        for name, task in quality.scores.items()
         for model in model_order(task.difference)
     ]
     header = ["task", "model", "difference, points", "no worse than 1 point", "detectable, points"]

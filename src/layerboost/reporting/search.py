@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from layerboost.reporting.figures import Figure, figure, scatter
-from layerboost.reporting.page import Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources, absent
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
-from layerboost.schemas.sensitivity import Agreement, Comparison, Stability
+from layerboost.schemas.sensitivity import Stability
 from layerboost.strategies import STRATEGIES, label
 
 
@@ -58,9 +58,9 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
             marker={"color": "var(--sliding)", "size": 6},
         )
     ]
-    found = plan.valid_prediction if plan else None
-    if found and metric in found.damage and found.context_tokens == context:
-        at, hover = ([100 * found.kv_fraction], [found.damage[metric]]), [_hover(found, metric)]
+    prediction = plan.valid_prediction if plan else None
+    if prediction and metric in prediction.damage and prediction.context_tokens == context:
+        at, hover = ([100 * prediction.kv_fraction], [prediction.damage[metric]]), [_hover(prediction, metric)]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
         traces.append(scatter("plan.yaml", *at, "var(--healed)", hover, "markers", marker=marker))
     return figure(traces, f"KV cache at {context:,} tokens, % of the base", f"predicted {metric}")
@@ -72,11 +72,11 @@ def frontier_table(frontier: Frontier) -> Table:
     timed = frontier.points[0].predicted.decode_ms is not None
 
     def cells(point: FrontierPoint) -> list[str]:
-        found = point.predicted
+        predicted = point.predicted
         by_strategy = [str(count) for count in counts(point.layers).values()]
-        decode = [number(found.decode_ms)] if timed and found.decode_ms is not None else []
-        damage = [number(found.damage.get(metric, 0.0)) for metric in metrics]
-        return [percent(found.kv_fraction), *by_strategy, str(point.window or ABSENT), *decode, *damage]
+        decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
+        damage = [number(predicted.damage.get(metric, 0.0)) for metric in metrics]
+        return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *decode, *damage]
 
     header = ["KV of base", *STRATEGIES, "window", *(["decode, ms"] if timed else []), *metrics]
     return Table("Plans of every budget", header, [cells(point) for point in frontier.points], (), folded=True)
@@ -84,22 +84,20 @@ def frontier_table(frontier: Frontier) -> Table:
 
 def stability_table(stability: Stability) -> Table:
     """Return a row per comparison, replacement and metric."""
-    Row = tuple[Comparison, Agreement]
-    rows: list[Row] = [(found, entry) for found in stability.comparisons for entry in found.agreements]
-    return tabulate(
-        "Stability",
-        rows,
-        {
-            "compared with": lambda row: row[0].other or "itself",
-            "replacement": lambda row: label(row[1]),
-            "metric": lambda row: ", ".join(dict.fromkeys((row[1].metric, row[1].other_metric))),
-            "Spearman": lambda row: f"{row[1].spearman:.2f}",
-            "95 %": lambda row: f"{row[1].low:.2f} to {row[1].high:.2f}",
-            "layers": lambda row: str(row[1].layers),
-        },
-        text_columns=(0, 1, 2),
-        folded=len(rows) > 20,
-    )
+    header = ["compared with", "replacement", "metric", "Spearman", "95 %", "layers"]
+    rows = [
+        [
+            comparison.other or "itself",
+            label(entry),
+            ", ".join(dict.fromkeys((entry.metric, entry.other_metric))),
+            f"{entry.spearman:.2f}",
+            f"{entry.low:.2f} to {entry.high:.2f}",
+            str(entry.layers),
+        ]
+        for comparison in stability.comparisons
+        for entry in comparison.agreements
+    ]
+    return Table("Stability", header, rows, text_columns=(0, 1, 2), folded=len(rows) > 20)
 
 
 def _hover(predicted: Predicted, metric: str) -> str:
@@ -112,8 +110,8 @@ def _counts(point: FrontierPoint) -> str:
 
 def _metric(frontier: Frontier) -> str:
     wanted = str(frontier.settings.get("metric"))
-    found = frontier.points[0].predicted.damage if frontier.points else {}
-    return wanted if wanted in found else next(iter(found), wanted)
+    losses = frontier.points[0].predicted.damage if frontier.points else {}
+    return wanted if wanted in losses else next(iter(losses), wanted)
 
 
 def _context_tokens(frontier: Frontier) -> int:

@@ -13,7 +13,7 @@ from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
 from layerboost.reporting.quality import quality_panel
 from layerboost.reporting.search import search_panel
-from layerboost.reporting.sources import Sources, read_sources
+from layerboost.reporting.sources import Sources
 from layerboost.reporting.verdict import findings, summary, summary_table
 
 __all__ = ["run_report", "summary_table"]
@@ -30,7 +30,7 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
     Raise ConfigError if the folder is missing or one of its files is truncated, foreign or of another model, and
     LayerboostError if the reports cannot be written.
     """
-    sources = read_sources(run)
+    sources = Sources(run)
     page = report_page(sources)
     html = html_page(page)
     images = (

@@ -40,7 +40,7 @@ def summary(sources: Sources) -> dict[str, Any]:
     kv, quality = kv_bytes(sources), sources.quality
     # Ratios to another model than the base are only on the page, under its name.
     ratio = bench_ratio(sources.bench) if sources.bench and sources.bench.reference == "base" else None
-    scores = quality.tasks | ({"average": quality.average} if quality.average else {}) if quality else {}
+    scores = quality.scores if quality else {}
     values = {task: {name: found.value for name, found in entry.models.items()} for task, entry in scores.items()}
     return {
         "kv_fraction": kv[0] / kv[1] if kv else None,
@@ -112,19 +112,19 @@ def _throughput_finding(sources: Sources) -> Finding:
     ratio = bench_ratio(sources.bench)
     if ratio is None:
         return Finding(None, "Throughput: bench/comparison.json has no two models to compare.", files)
-    found = ratio.spread
-    if found.repeats < 2:
+    ratios = ratio.spread
+    if ratios.repeats < 2:
         spread = "one repeat, so its range is unknown and a small difference is not significant"
     else:
         shown = "no difference shown"
-        if not found.min <= 1 <= found.max:
-            shown = f"{'faster' if found.min > 1 else 'slower'} in every repeat"
-        spread = f"{found.min:.2f} to {found.max:.2f} over {found.repeats} interleaved repeats: {shown}"
+        if not ratios.min <= 1 <= ratios.max:
+            shown = f"{'faster' if ratios.min > 1 else 'slower'} in every repeat"
+        spread = f"{ratios.min:.2f} to {ratios.max:.2f} over {ratios.repeats} interleaved repeats: {shown}"
     sentence = (
         f"the output tokens per second of {ratio.reference}: {ratio.model} at concurrency {ratio.concurrency}, "
         f"{spread}{ratio.warning}."
     )
-    return Finding(f"{found.median:.2f} ×", sentence, files)
+    return Finding(f"{ratios.median:.2f} ×", sentence, files)
 
 
 def _quality_finding(sources: Sources) -> Finding:
@@ -141,29 +141,29 @@ def _accuracy(quality: EvalComparison) -> tuple[str | None, str]:
     """Return the change of average accuracy, None without it, and a sentence on it."""
     if not quality.average:
         return None, "Tasks: not measured."
-    found, chosen = quality.average.models, sum(task.selection for task in quality.tasks.values())
-    names, last = _ends(found)
-    values = " → ".join(f"{name} {percent(found[name].value)}" for name in names)
+    models, chosen = quality.average.models, sum(task.selection for task in quality.tasks.values())
+    names, last = _ends(models)
+    values = " → ".join(f"{name} {percent(models[name].value)}" for name in names)
     rest = f" (without {chosen} on which layers were chosen)" if chosen else ""
     change = quality.average.difference.get(last)
     lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})" if change else ""
-    value = percent(found[last].value)
-    if "base" in found and last != "base":
-        moved = found[last].value - found["base"].value
+    value = percent(models[last].value)
+    if "base" in models and last != "base":
+        moved = models[last].value - models["base"].value
         value = f"{'+' if moved > 0 else '−' if moved < 0 else ''}{abs(100 * moved):.1f} points"
     return value, f"Average accuracy of {len(quality.tasks) - chosen} tasks{rest}: {values}{lost}."
 
 
 def _text(quality: EvalComparison) -> tuple[str | None, str]:
     """Return the perplexity of the last model, None without one, and the sentence on held-out text."""
-    found = quality.perplexity
-    if not found:
+    losses = quality.perplexity
+    if not losses:
         return None, "Perplexity: not measured."
-    names, last = _ends(found)
-    values = " → ".join(f"{name} {number(found[name].perplexity, 4)}" for name in names)
-    change, kl = nll_difference(quality, last), with_interval(found[last].kl, signed=False)
+    names, last = _ends(losses)
+    values = " → ".join(f"{name} {number(losses[name].perplexity, 4)}" for name in names)
+    change, kl = nll_difference(quality, last), with_interval(losses[last].kl, signed=False)
     lost = f" ({last} − base: {change} nats per token; KL {kl})" if change else ""
-    return f"perplexity {number(found[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
+    return f"perplexity {number(losses[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
 
 
 def _gate(gate: Gate | None) -> str:
