@@ -207,7 +207,7 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
     if source.startswith("package:"):
         files = package_files(source.removeprefix("package:"))
         # A package's metadata are text files too.
-        texts = sorted(file for file in files if _is_text(file.name) and "dist-info" not in file.parent.name)
+        texts = sorted(file for file in files if _is_text(file.name) and ".dist-info" not in str(file))
         return _local(texts, column, source, seen)
     if path := local_path(source):
         return _local(_files(path) if path.is_dir() else [path], column, source, seen)

@@ -59,7 +59,7 @@ def kept(run: Path) -> Comparison:
 
 
 def wait_for_load(file: Path, port: int) -> None:
-    """Until a file is there and the server answers several requests at once."""
+    """Wait until a file exists and the server answers several requests at once."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         time.sleep(0.1)

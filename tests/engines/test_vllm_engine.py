@@ -208,7 +208,7 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
+def test_similar_arguments_are_accepted(free_port: int) -> None:
     given = (
         "--api-server-count",
         "1",

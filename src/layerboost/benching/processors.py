@@ -20,10 +20,10 @@ class Processors:
     def used(self) -> dict[str, float]:
         """Return the cores in use on average: by this process with all that it started, and by others."""
         wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
-        found = {"own_cores": round(own / wall, 3)}
+        usage = {"own_cores": round(own / wall, 3)}
         if _has_quota():  # then others on these cores do not take time from us
-            return found
-        return found | {"other_cores": round(max(busy - own, 0.0) / wall, 3)}
+            return usage
+        return usage | {"other_cores": round(max(busy - own, 0.0) / wall, 3)}
 
     @staticmethod
     def _now() -> tuple[float, float, float]:

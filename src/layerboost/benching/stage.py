@@ -13,7 +13,7 @@ from layerboost.engines.protocol import Engine, Load, Running
 from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.model.base import Base
-from layerboost.model.checkpoint import check_further
+from layerboost.model.checkpoint import check_extra_checkpoints
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, cores, log
@@ -77,7 +77,7 @@ class Job:
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_bench` could not serve or load."""
-    check_further(recipe.bench.checkpoints, run, base)
+    check_extra_checkpoints(recipe.bench.checkpoints, run, base)
     check_lengths(recipe.bench, "the model", base.config.max_position_embeddings)
     open_engine(recipe.bench.engine).check(recipe.bench, (base.folder, run))
 

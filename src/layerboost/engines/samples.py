@@ -52,8 +52,8 @@ def transformers_generate(model: Any, tokenizer: Any, tokens: int) -> Generate:
             max_new_tokens=tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-        found: list[str] = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
-        return found
+        texts: list[str] = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
+        return texts
 
     return generate
 

@@ -68,11 +68,11 @@ class Server:
                 found=str(error),
                 do=f"read {self.log_file}",
             ) from error
-        found: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[float]] = defaultdict(list)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                found[sample.name].append(sample.value)
-        return found
+                values[sample.name].append(sample.value)
+        return values
 
     def check_alive(self, patience_s: float = 0.0) -> None:
         """Raise LayerboostError, with the errors in the log, if the server has died or dies within `patience_s`."""

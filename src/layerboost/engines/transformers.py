@@ -127,7 +127,7 @@ def generate(
         cache = known.past_key_values
     clock = Clock()
     started = time.perf_counter()
-    found = model.generate(
+    answers = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
         past_key_values=cache,
@@ -135,7 +135,7 @@ def generate(
         stopping_criteria=[clock],
         **settings,
     )
-    return found[:, batch.shape[1] :], [moment - started for moment in clock.times]
+    return answers[:, batch.shape[1] :], [moment - started for moment in clock.times]
 
 
 def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     def per_request(values: list[float]) -> np.ndarray:
         return np.repeat(values, sizes)
 
-    found = {
+    result = {
         "completed": load.requests,
         "duration": float(duration),
         "total_output_tokens": tokens,
@@ -173,8 +173,8 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
         "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
     }
     if torch.cuda.is_available():
-        found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-    return found
+        result["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+    return result
 
 
 def main(job_text: str, result: Path) -> None:

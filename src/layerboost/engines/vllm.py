@@ -50,7 +50,8 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     version = check_vllm()
     for folder in folders:
         check_no_pattern(folder)
-    if flag := reserved_flag(bench.server_args):
+    given = flags_given(bench.server_args)
+    if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
             f"bench.server_args may not have {flag}",
             found="the benchmark itself sets the address, the model's name and the caching of its server",
@@ -225,12 +226,6 @@ def flags_given(given: Sequence[str]) -> dict[str, Any]:
     Raise ConfigError for an invalid number and for an ambiguous abbreviation, which vLLM would refuse too.
     """
     return vars(_parser().parse_known_args([_plain(argument) for argument in given])[0])
-
-
-def reserved_flag(given: Sequence[str]) -> str | None:
-    """Return the first argument that a benchmark's server may not have; None if there is none."""
-    found = flags_given(given)
-    return next((flag for flag in ("--port", *RESERVED) if _key(flag) in found), None)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -97,10 +97,10 @@ class RunningVllm:
 
     def _state(self) -> dict[str, float]:
         """Return counts, summed over the server's engines, the largest usage of a cache, and the memory in use now."""
-        found = self.server.metrics()
-        counts = {name: sum(found[name]) for name in (TOKENS, PREEMPTIONS, HITS, QUERIES)}
+        values = self.server.metrics()
+        counts = {name: sum(values[name]) for name in (TOKENS, PREEMPTIONS, HITS, QUERIES)}
         gpu = 0 if runs_on_cpu() else gpu_bytes()
-        return {**counts, USAGE: max(found[USAGE], default=0.0), "rss": self.server.rss_bytes(), "gpu": gpu}
+        return {**counts, USAGE: max(values[USAGE], default=0.0), "rss": self.server.rss_bytes(), "gpu": gpu}
 
     def _metrics(self, seen: list[dict[str, float]], prefix: bool) -> dict[str, float]:
         """Return memory and KV cache of one load from the states `seen`, the first before it and the last after it."""
@@ -172,12 +172,12 @@ def load_arguments(server: Server, load: Load, result: Path) -> list[str]:
 def kv_cache(log_file: Path, given_bytes: int | None) -> KvCache | None:
     """Return the KV cache as vLLM logged it; None if it did not. Without `given_bytes`, its size is from the log."""
     text = log_file.read_text(errors="replace")
-    found = re.findall(
+    logged = re.findall(
         r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", text
     )
-    if not found:
+    if not logged:
         return None
-    tokens, context, concurrency = (float(part.replace(",", "")) for part in found[-1])
+    tokens, context, concurrency = (float(part.replace(",", "")) for part in logged[-1])
     free = re.search(r"Available KV cache memory: ([\d.]+) GiB", text)
     size = given_bytes or (int(float(free[1]) * GIB) if free else None)
     return KvCache(int(tokens), concurrency, int(context), size)
