@@ -73,7 +73,7 @@ def test_odd_items_are_scored_as_lm_eval_does_and_counted(
     scores, margins = item_scores(task, found), item_margins(task, found)
     assert score in (None, scores["own", 2])
     assert set(margins) == {("own", index) for index in range(6) if score is None or index != 2}
-    compared, _ = compare_tasks([task], {"own": {"base": found, "healed": found}}, "base", [])
+    compared, _ = compare_tasks([task], {"own": {"base": found, "healed": found}}, [])
     assert compared["own"].margin
     assert compared["own"].margin.difference["healed"].mean == 0
 

@@ -25,7 +25,7 @@ from layerboost.evaluating.long_context import (
     position_losses,
     retrieval_answers,
 )
-from layerboost.evaluating.quality import base_losses, changed_losses, compare_text, hidden_states, perplexity
+from layerboost.evaluating.quality import compare_text, hidden_states, perplexity, text_losses
 from layerboost.evaluating.results import Facts, Results, read_result
 from layerboost.model.base import Base
 from layerboost.model.checkpoint import check_comparable, check_extra_checkpoints
@@ -217,11 +217,9 @@ def _progress(description: str, batches: list[torch.Tensor]) -> Progress:
 
 def _text_losses(work: _Work, name: str, model: PreTrainedModel) -> dict[str, Any]:
     """Return NLL and KL of every sequence."""
-    if name == BASE:
-        losses = base_losses(model, work.batches, work.base_hidden)
-    else:
-        with _progress(f"held-out text: {name}", work.batches) as progress:
-            losses = changed_losses(work.base, work.base_hidden, model, work.batches, progress.advance)
+    hidden, changed = work.base_hidden, None if name == BASE else model
+    with _progress(f"losses on held-out text: {name}", work.batches) as progress:
+        losses = text_losses(work.base, hidden, changed, work.batches, progress.advance)
     assert work.text is not None
     check_values(f"NLL of {name} on held-out text", losses.nll, model, work.text.ids)
     check_values(f"KL to the base of {name} on held-out text", losses.kl, model, work.text.ids)
@@ -268,9 +266,7 @@ def _compare(work: _Work, folder: Path, selection: list[str]) -> EvalComparison:
     def read(part: str) -> dict[str, dict[str, Any]]:
         return {name: read_result(folder, name, part) for name in work.models}
 
-    tasks, average = compare_tasks(
-        list(work.tasks.values()), {name: read(name) for name in work.tasks}, BASE, selection
-    )
+    tasks, average = compare_tasks(list(work.tasks.values()), {name: read(name) for name in work.tasks}, selection)
     answers = {name: result["answers"] for name, result in read("retrieval").items()} if work.prompts else {}
     comparison = EvalComparison(
         settings={
@@ -284,11 +280,11 @@ def _compare(work: _Work, folder: Path, selection: list[str]) -> EvalComparison:
         models={name: model.fingerprint for name, model in work.models.items()},
         selection=selection,
         text=_text_info(work.recipe, work.text) if work.text else None,
-        perplexity=compare_text(read("text"), BASE) if work.text else {},
+        perplexity=compare_text(read("text")) if work.text else {},
         tasks=tasks,
         average=average,
-        positions=compare_positions(read("positions"), BASE) if work.long else None,
-        retrieval=compare_retrieval(answers, BASE) if answers else None,
+        positions=compare_positions(read("positions")) if work.long else None,
+        retrieval=compare_retrieval(answers) if answers else None,
     )
     return comparison.model_copy(update={"gate": gate_checks(comparison, settings)})
 

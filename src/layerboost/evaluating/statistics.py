@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from layerboost.schemas.evaluation import Change
+from layerboost.schemas.run import BASE
 from layerboost.schemas.sensitivity import Score
 
 RESAMPLES = 10_000
@@ -72,15 +73,10 @@ def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float
     return float(low), float(inner.confidence_interval.low), float(high)
 
 
-def differences(
-    scores: Mapping[str, Mapping[Any, float]], base: str, right_or_wrong: bool = False
-) -> dict[str, Change]:
+def differences(scores: Mapping[str, Mapping[Any, float]], right_or_wrong: bool = False) -> dict[str, Change]:
     """Return each model's difference from the base; `scores`: by model and item."""
-    return {
-        model: difference(paired(scores[base], scored), right_or_wrong)
-        for model, scored in scores.items()
-        if model != base
-    }
+    changed = {model: scored for model, scored in scores.items() if model != BASE}
+    return {model: difference(paired(scores[BASE], scored), right_or_wrong) for model, scored in changed.items()}
 
 
 def paired(base: Mapping[Any, float], changed: Mapping[Any, float]) -> list[float]:

@@ -11,12 +11,10 @@ from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
-from layerboost.strategies import STRATEGIES, StrategyName, label
+from layerboost.strategies import STRATEGIES, label
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
-# Attention, window, sink.
-Kind = tuple[StrategyName, int | None, bool]
 # The low and the high end of each point's bar.
 Ends = Sequence[tuple[float, float]]
 
@@ -95,31 +93,32 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
 
     KL has a log axis. With a plan, windows it does not use start hidden: a click on the legend shows them.
     """
-    measured: dict[Kind, list[tuple[int, Variant]]] = {}
+    measured: dict[str, list[tuple[int, Variant]]] = {}
     for entry in sensitivity.layers:
         for variant in entry.variants:
             # A log axis cannot show zero; the panel says how many values it leaves out.
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
-                measured.setdefault(_kind(variant), []).append((entry.layer, variant))
-    kinds = sorted(measured, key=lambda kind: (kind[1] or 0, kind[0], kind[2]))
-    windows = sorted({window for _, window, _ in kinds if window})
-    hidden = [kind for kind in kinds if plan and plan.window and kind[1] not in (None, plan.window)]
+                measured.setdefault(label(variant), []).append((entry.layer, variant))
+    kinds = {name: rows[0][1] for name, rows in measured.items()}
+    names = sorted(kinds, key=lambda name: (kinds[name].window or 0, kinds[name].attention, kinds[name].sink))
+    windows = sorted({kind.window for kind in kinds.values() if kind.window})
+    hidden = [name for name in names if plan and plan.window and kinds[name].window not in (None, plan.window)]
     traces = {}
-    for kind in kinds:
-        side = hidden if kind in hidden else [other for other in kinds if other not in hidden]
-        offset = 0.5 * ((side.index(kind) + 0.5) / len(side) - 0.5)
-        scores = [variant.scores[metric] for _, variant in measured[kind]]
-        color, symbol = _mark(kind, windows)
-        traces[kind] = scatter(
-            label(measured[kind][0][1]),
-            [layer + offset for layer, _ in measured[kind]],
+    for name in names:
+        side = hidden if name in hidden else [other for other in names if other not in hidden]
+        offset = 0.5 * ((side.index(name) + 0.5) / len(side) - 0.5)
+        scores = [variant.scores[metric] for _, variant in measured[name]]
+        color, symbol = _mark(kinds[name], windows)
+        traces[name] = scatter(
+            name,
+            [layer + offset for layer, _ in measured[name]],
             [score.mean for score in scores],
             color,
-            [_hover(layer, variant) for layer, variant in measured[kind]],
+            [_hover(layer, variant) for layer, variant in measured[name]],
             "markers",
             y_ends=[(score.mean - score.standard_error, score.mean + score.standard_error) for score in scores],
             marker={"color": color, "symbol": symbol, "size": 7},
-            visible="legendonly" if kind in hidden else True,
+            visible="legendonly" if name in hidden else True,
         )
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
     y = log if metric == "kl" else {"zeroline": True, "zerolinecolor": "var(--soft)"}
@@ -167,31 +166,27 @@ def model_color(name: str, among: Iterable[str]) -> str:
     return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
 
 
-def _kind(of: Variant) -> Kind:
-    return of.attention, of.window, of.sink
-
-
-def _mark(kind: Kind, windows: list[int]) -> tuple[str, str]:
+def _mark(kind: Variant, windows: list[int]) -> tuple[str, str]:
     """Return the colour and symbol of a replacement."""
-    attention, window, sink = kind
-    if window is None:
-        return f"var(--{attention})", "x"
-    rank = windows.index(window)
-    shade = rank % len(STRATEGIES[attention].shades)
-    color = f"var(--{attention}-{shade + 1})" if shade else f"var(--{attention})"
-    return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
+    color = f"var(--{kind.attention})"
+    if kind.window is None:
+        return color, "x"
+    rank = windows.index(kind.window)
+    if shade := rank % len(STRATEGIES[kind.attention].shades):
+        color = f"var(--{kind.attention}-{shade + 1})"
+    return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if kind.sink else "-open")
 
 
 def _hover(layer: int, variant: Variant) -> str:
     return f"layer {layer}" + "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
 
 
-def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
+def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
     """Return rings around the plan's choices, if they were measured."""
     points = [
         (x, y)
         for entry in plan.layers
-        if (trace := traces.get((entry.attention, entry.window, entry.sink)))
+        if (trace := traces.get(label(entry)))
         for x, y in zip(trace["x"], trace["y"], strict=True)
         if round(x) == entry.layer
     ]

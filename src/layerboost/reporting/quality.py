@@ -22,8 +22,7 @@ def quality_panel(sources: Sources) -> Panel:
     if quality is None:
         panel.missing.append(absent(FILE))
         return panel
-    made_from = sources.plan or sources.sensitivity
-    model = made_from.model if made_from else None
+    model = sources.model
     if model and quality.models.get("base", model.fingerprint) != model.fingerprint:
         panel.warnings.append(f"the base evaluated here is not the model of this run's other files, {model.name}")
     panel.notes.append(

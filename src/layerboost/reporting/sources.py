@@ -64,6 +64,7 @@ class Sources:
                 found=", ".join(f"{model.name} ({model.fingerprint})" for model in models),
                 do="run `layerboost measure` and `layerboost plan` again for one model",
             )
+        self.model = models[0] if models else None
 
     def _read(self, name: str, kind: type[Record]) -> Record | None:
         return read_json(self.run / name, kind, MADE_BY[name]) if (self.run / name).is_file() else None

@@ -58,12 +58,9 @@ def report_page(sources: Sources) -> Page:
 
 def _heading(sources: Sources) -> tuple[str, str]:
     """Return the model's name, and a line of facts about it and the run."""
-    made_from = sources.plan or sources.sensitivity
-    run = sources.run.resolve().name
-    if made_from is None:
-        recipe = sources.recipe
+    model, recipe, run = sources.model, sources.recipe, sources.run.resolve().name
+    if model is None:
         return (recipe.model if recipe and recipe.model else run), f"run {run}"
-    model = made_from.model
     facts = [
         f"{model.model_type}, {model.parameters / 1e6:,.0f} M parameters, {model.layers} layers",
         f"{model.kv_heads} KV heads of {model.head_dim}",
