@@ -201,16 +201,6 @@ def test_measuring_with_other_settings_in_the_same_folder(measured: Path, tmp_pa
     assert "windows: [8, 16] there, [8] here" in found.stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_damaged_sensitivities(damage: str, measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    file = run / "sensitivity.json"
-    file.write_text(file.read_text()[:200] if damage == "truncated" else '{"hello": 1}')
-    found = layerboost("plan", "--run", run, check=False)
-    assert found.returncode == 2
-    assert "not a valid Sensitivity" in found.stderr
-
-
 def test_healing_is_refused_before_it_begins(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     for setting, messages in {
