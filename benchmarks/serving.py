@@ -22,7 +22,7 @@ from typing import Any
 import timing
 import torch
 
-from layerboost.benching.stage import BASE, run_bench
+from layerboost.benching.stage import run_bench
 from layerboost.costs.budget import decode_work, prefill_work
 from layerboost.costs.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
 from layerboost.engines.vllm import cache_defaults, flags_given, runs_on_cpu
@@ -38,6 +38,7 @@ from layerboost.schemas.artifact import write_json
 from layerboost.schemas.benchmark import Comparison, Spread
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full, counted, window_of
+from layerboost.schemas.run import BASE
 
 WORKLOADS: dict[str, dict[str, int]] = {
     "chat": {"input_tokens": 128, "output_tokens": 256},
@@ -160,7 +161,7 @@ def measure(bench: Bench, run: Path, folders: dict[str, Path]) -> Comparison:
     """Every concurrency once, then the highest until it has its repeats."""
     run_bench(Recipe(bench=bench.model_copy(update={"repeats": 1})), run, folders)
     last = bench.model_copy(update={"concurrency": (max(bench.concurrency),)})
-    return Comparison.model_validate(run_bench(Recipe(bench=last), run, folders))
+    return run_bench(Recipe(bench=last), run, folders)
 
 
 def used_engine(comparison: Comparison) -> CacheSettings:

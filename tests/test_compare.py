@@ -11,7 +11,16 @@ import yaml
 from test_pipeline import layerboost, write_recipe
 from tiny import RUNTIME, save_tiny
 
-from layerboost.compare import SHIPPED, Alike, Unsuited, alike, check_suited, read_rows, row_recipe, with_settings
+from layerboost.compare import (
+    SHIPPED,
+    EveryLayer,
+    NotApplicable,
+    check_applicable,
+    every_layer_plan,
+    read_rows,
+    row_recipe,
+    with_settings,
+)
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
@@ -84,7 +93,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     page = (run / "compare" / "comparison.md").read_text()
     assert page.count("\n| ours | ") == 2
     assert "\n| base | – | – | 100.0 % | – |" in page
-    assert "`as_wide` is left out: its plan is that of wide, which is left out." in page
+    assert "`as_wide` is skipped: its plan is that of wide, which is skipped." in page
 
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert layerboost("compare", rows, "--run", run, "--json").stdout == shown
@@ -103,7 +112,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     found_again = {name: part["kl"]["mean"] for name, part in again["evaluations"][""]["perplexity"].items()}
     assert again["rows"]["plan"]["models"] == ["converted"]
     assert found_again["whole-healed"] == kl["random-healed"]
-    # Converted anew, no longer the model of the first row, which stays.
+    # Converted again, no longer the model of the first row, which stays.
     assert found_again["plan-converted"] == found_again["one_stage-converted"] == pytest.approx(kl["random-converted"])
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
@@ -160,9 +169,9 @@ def test_what_cannot_slide_is_known_before_anything_is_healed(
     tmp_path: Path, family: str, sequence_tokens: int, sink: bool, why: str | None
 ) -> None:
     base = find_model(str(save_tiny(tmp_path / "model", family)), RUNTIME)
-    plan = alike(Alike(attention="sliding", window=25, sink=sink), base, load_recipe([], {}))
+    plan = every_layer_plan(EveryLayer(attention="sliding", window=25, sink=sink), base, load_recipe([], {}))
     if why is None:
-        check_suited(plan, base.config, sequence_tokens)
+        check_applicable(plan, base.config, sequence_tokens)
         return
-    with pytest.raises(Unsuited, match=why):
-        check_suited(plan, base.config, sequence_tokens)
+    with pytest.raises(NotApplicable, match=why):
+        check_applicable(plan, base.config, sequence_tokens)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from processes import command, free_port
 from safetensors.torch import load_file, save_file
-from tiny import save_text, save_tiny
+from tiny import RUNTIME, save_text, save_tiny
 from tiny_bench import rows, write_jsonl
 from transformers import PreTrainedModel
 
@@ -29,6 +29,7 @@ from layerboost.check import Estimate, check_room
 from layerboost.cli import main
 from layerboost.compare import run_compare
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.model.base import Base
 from layerboost.pipeline import run_all, run_stage
 from layerboost.recipe import load_recipe, parse_recipe, recipe_yaml
 from layerboost.schemas.artifact import read_json
@@ -276,14 +277,15 @@ def test_a_late_refusal_leaves_a_run_the_recipe_of_what_it_made(
         assert (tmp_path / "recipe.yaml").read_text() == recipe_yaml(first)
 
 
-def test_a_benchmark_needs_no_converted_model_beside_the_healed(
+def test_the_converted_model_is_not_benchmarked_if_there_is_a_healed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"base": tmp_path / "base", "healed": tmp_path / "healed"}
-    monkeypatch.setattr(pipeline, "checkpoints", lambda *_: dict(own))
+    own = {name: Base(name, tmp_path / name, RUNTIME) for name in ("base", "converted", "healed")}
+    monkeypatch.setattr(pipeline, "checkpoints", lambda *_: own)
     monkeypatch.setattr("layerboost.benching.stage.run_bench", lambda recipe, run, models, sweep: models)
     recipe = parse_recipe({"model": "m", "bench": {"checkpoints": {"other": "~/other"}}}, "test")
-    assert pipeline.bench(recipe, tmp_path) == own | {"other": Path.home() / "other"}
+    folders = {name: tmp_path / name for name in ("base", "healed")}
+    assert pipeline.bench(recipe, tmp_path) == folders | {"other": Path.home() / "other"}
 
 
 def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def test_samples_that_cannot_fill_a_split_are_refused() -> None:
             check_samples(text, tokens, split)
 
 
-def test_a_language_that_the_tokenizer_shreds_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_language_whose_words_the_tokenizer_splits_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "!"
     (tmp_path / "t.txt").write_text("слово " * 400)
@@ -300,7 +302,7 @@ def test_single_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplo
     file = save_rows(tmp_path / "a.jsonl", ["w3", 7, ["w9"], "w4"])
     file.write_text(file.read_text() + '{"body": "w5"}\n"w6"\n')
     assert documents(file) == ["w3", "w4"]
-    assert f"{file}: 4 rows without a text are left out" in caplog.text
+    assert f"{file}: 4 rows without a text are skipped" in caplog.text
     assert f"int in line 2 of {file}" in caplog.text
     caplog.clear()
     assert documents(file) == ["w3", "w4"]

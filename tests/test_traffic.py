@@ -192,7 +192,7 @@ def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.
     assert load_traffic(file, tiny_tokenizer(), 7, 10_000).lengths == [7, 7, 7, 6]
     with caplog.at_level("WARNING"):
         cut = load_traffic(file, tiny_tokenizer(), 5, 10_000)
-    assert "cannot be scored: 4; the first is line 3 of" in caplog.text
+    assert "cannot be scored are skipped: 4; the first is line 3 of" in caplog.text
     assert [shown(cut, row)[1] for row in (0, 1)] == [[50, 51], [51]]
 
 
@@ -320,7 +320,7 @@ def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplo
     called = conversation("w3", None)
     called["messages"][1]["tool_calls"] = [call]
     odd: list[Any] = [
-        conversation("Hi", "Hello", "And?", "<think>I am</think>fine"),  # written anew, with other white space
+        conversation("Hi", "Hello", "And?", "<think>I am</think>fine"),  # written again, with other white space
         called,
         conversation("w3", ""),
         conversation("w3"),
@@ -333,7 +333,7 @@ def test_odd_rows_among_good_ones_are_left_out_and_counted(tmp_path: Path, caplo
     good = [conversation(f"w{index}", f"w{index + 1}") for index in range(4)]
     found = scored_texts(tmp_path, good[0], *odd, *good[1:])
     assert found == [[f"w{index + 1}"] for index in range(4)]
-    assert f"rows of {tmp_path / 't.jsonl'} left out that cannot be scored: 9; the first is line 2 of" in caplog.text
+    assert f"rows of {tmp_path / 't.jsonl'} that cannot be scored are skipped: 9; the first is line 2 of" in caplog.text
 
 
 @pytest.mark.parametrize("word", [None, "nan", "None", "null", " N/A\n", "", "  ", float("nan")])
@@ -387,7 +387,7 @@ def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:
 
 
 def test_a_conversation_of_many_turns_is_rendered_twice(tmp_path: Path) -> None:
-    """Rendering the beginning anew for every answer took minutes here."""
+    """Rendering the prefix again for every answer took minutes here."""
     rows = [conversation(*["w3", "w4"] * 3000)] * 2
     assert scored_texts(tmp_path, *rows, template=TEMPLATE) == [["w4"] * 45] * 2
 

@@ -1,4 +1,4 @@
-"""layerboost: give each layer of a pretrained transformer the cheapest attention it can live with.
+"""layerboost: give each layer of a pretrained transformer the cheapest attention that keeps its quality.
 
 Importing the package imports neither torch nor Transformers, because the command line and every vLLM process on the
 machine import it. The names in `__all__` are imported on first use.

@@ -143,16 +143,14 @@ def evaluate(
         raise ConfigError("nothing to compare with: models['base'] must be a base", do="open it with open_base")
     recipe = _recipe(base, text=text, evaluate=settings or Evaluate(), seed=seed)
     with _folder(folder) as run, _folder(None) as saved:
-        places: dict[str, Path] = {}
+        opened: dict[str, Base] = {}
         for name, model in models.items():
-            match model:
-                case Base():
-                    places[name] = model.folder
-                case Boosted():
-                    places[name] = model.save(saved / name)
-                case _:
-                    places[name] = Path(model)
-        return run_evaluate(recipe, run, places, base.runtime)
+            if isinstance(model, Base):
+                opened[name] = model
+            else:
+                place = model.save(saved / name) if isinstance(model, Boosted) else model
+                opened[name] = find_model(str(place), base.runtime, run, base.trust_remote_code)
+        return run_evaluate(recipe, run, opened)
 
 
 def _recipe(base: Base, **sections: Any) -> Recipe:

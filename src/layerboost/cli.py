@@ -1,9 +1,13 @@
-"""The command line: a command per stage, and run, serve, costs, check and ls. Results on stdout, progress on stderr."""
+"""The command line: a command per stage, and run, compare, check, serve, costs and ls.
+
+Results are printed on stdout, progress on stderr. Imports are local, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -28,38 +32,33 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Give each layer of a language model the cheapest attention it can live with; heal it; serve it with vLLM.
+    """Give each layer of a language model the cheapest attention that keeps its quality; heal it; serve it with vLLM.
 
     MODEL is a Hub id, a directory, a GGUF file, or package:NAME (a GGUF file inside an installed PyPI package).
     """
 
 
-def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[[Any, Path], list[list[str]]]) -> None:
-    """Make the command of one stage."""
-
-    @cli.command(name, cls=Command, help=help_text, examples=examples)
-    @with_recipe
-    def command(recipe: Recipe, run: Path, as_json: bool) -> None:
-        from layerboost.pipeline import run_stage
-
-        show(run_stage(name, recipe, run), as_json, lambda result: rows(result, run))
+def _command(*examples: str, name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command whose help ends with these examples."""
+    return cli.command(name, cls=Command, examples=examples)
 
 
-@cli.command(
-    "measure",
-    cls=Command,
-    help="Measure how much each layer's attention matters: what the model loses when it is replaced.",
-    examples=(
-        "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
-        "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
-    ),
+def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
+    from layerboost.pipeline import run_stage
+
+    return run_stage(stage, recipe, run, **options)
+
+
+@_command(
+    "layerboost measure Qwen/Qwen3-4B --run runs/qwen3 --text wikitext.txt",
+    "layerboost measure --run runs/qwen3 --compare runs/qwen3-other-text",
 )
 @click.option(
     "--compare",
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="OTHER",
-    help="Compare what RUN holds with another sensitivity.json or run folder, by rank correlation.",
+    help="Compare RUN's sensitivities with another sensitivity.json or run folder, by rank correlation.",
 )
 @click.option(
     "--plan",
@@ -70,169 +69,125 @@ def _stage(name: str, help_text: str, examples: tuple[str, ...], rows: Callable[
 )
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
-    """Run the measure stage."""
-    from layerboost.pipeline import run_stage
-
-    found = run_stage("measure", recipe, run, compare=compare)
-    show(found, as_json, tables.stability_rows if compare else tables.measured_rows)
+    """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
+    result = _run("measure", recipe, run, compare=compare)
+    show(result, as_json, tables.stability_rows if compare else tables.measured_rows)
 
 
-@cli.command(
-    "plan",
-    cls=Command,
-    help="Choose a strategy for every layer and write plan.yaml, which you may edit.",
-    examples=(
-        "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
-        "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
-    ),
+@_command(
+    "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
+    "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
 )
 @click.option("--frontier", is_flag=True, help="Plan for every budget: quality loss against cost, frontier.json.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
 @with_recipe
 def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
-    """Run the plan stage."""
-    from layerboost.pipeline import run_stage
-    from layerboost.reporting.difference import difference_table, plan_difference
-
+    """Choose a strategy for every layer and write plan.yaml, which you may edit."""
     if diff:
+        from layerboost.reporting.difference import difference_table, plan_difference
+
         show(plan_difference(*diff), as_json, difference_table)
         return
-    show(
-        run_stage("plan", recipe, run, curve=frontier),
-        as_json,
-        tables.frontier_rows if frontier else tables.planned_rows,
-    )
+    result = _run("plan", recipe, run, curve=frontier)
+    show(result, as_json, tables.frontier_rows if frontier else tables.planned_rows)
 
 
-@cli.command(
-    "convert",
-    cls=Command,
-    help="Apply the plan to the base's weights: converted/, a Hugging Face checkpoint.",
-    examples=(
-        "layerboost convert --run runs/qwen3",
-        "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
-    ),
+@_command(
+    "layerboost convert --run runs/qwen3",
+    "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
 )
 @click.option(
     "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, for vLLM without layerboost."
 )
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
-    """Run the convert stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("convert", recipe, run, compat=compat), as_json, tables.written_rows)
+    """Apply the plan to the base's weights: converted/, a Hugging Face checkpoint."""
+    show(_run("convert", recipe, run, compat=compat), as_json, tables.written_rows)
 
 
-@cli.command(
-    "heal",
-    cls=Command,
-    help="Train the converted model against the base, by attention distillation and LoRA distillation: healed/.",
-    examples=(
-        "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
-        "layerboost heal --run runs/qwen3 --resume",
-    ),
+@_command(
+    "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
+    "layerboost heal --run runs/qwen3 --resume",
 )
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Resume from the last checkpoint.")
 @with_recipe
 def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
-    """Run the heal stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("heal", recipe, run, resume=resume), as_json, tables.written_rows)
+    """Train the converted model against the base, by attention distillation and LoRA distillation: healed/."""
+    show(_run("heal", recipe, run, resume=resume), as_json, tables.written_rows)
 
 
-_stage(
-    "evaluate",
-    "Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences.",
-    (
-        "layerboost evaluate --run runs/qwen3",
-        "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
-    ),
-    lambda result, run: tables.summarized_rows(run),
+@_command(
+    "layerboost evaluate --run runs/qwen3",
+    "layerboost evaluate --run runs/qwen3 --set 'evaluate.tasks=[piqa,mmlu]' --set evaluate.bench_data=data/bench",
 )
+@with_recipe
+def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
+    """Perplexity, KL and lm-eval tasks of base, converted and healed, with paired differences."""
+    show(_run("evaluate", recipe, run), as_json, lambda _: tables.summarized_rows(run))
 
 
-@cli.command(
-    "bench",
-    cls=Command,
-    help="Serve base and boosted with vLLM in turn and measure throughput and latency.",
-    examples=(
-        "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
-        "layerboost bench --run runs/qwen3 --decode-sweep",
-    ),
+@_command(
+    "layerboost bench --run runs/qwen3 --set 'bench.concurrency=[16,64]' --set bench.repeats=3",
+    "layerboost bench --run runs/qwen3 --decode-sweep",
 )
 @click.option("--decode-sweep", is_flag=True, help="Measure latency and memory against the length of answers instead.")
 @click.option("--engine", metavar="NAME", help="vllm or transformers; default: bench.engine of the recipe.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
-    """Run the bench stage."""
-    from layerboost.pipeline import run_stage
-
-    found = run_stage("bench", recipe, run, decode_sweep=decode_sweep)
-    show(found, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
+    """Serve base and boosted with vLLM in turn and measure throughput and latency."""
+    result = _run("bench", recipe, run, decode_sweep=decode_sweep)
+    show(result, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
 
-@cli.command(
-    "report",
-    cls=Command,
-    help="Write report.html and report.md from the files of the run folder.",
-    examples=("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --png"),
+@_command(
+    "layerboost report --run runs/qwen3",
+    "layerboost report --run runs/qwen3 --png",
 )
 @click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
 @with_recipe
 def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
-    """Run the report stage."""
-    from layerboost.pipeline import run_stage
-
-    show(run_stage("report", recipe, run, png=png), as_json, lambda _: tables.reported_rows(run))
+    """Write report.html and report.md from the files of the run folder."""
+    show(_run("report", recipe, run, png=png), as_json, tables.reported_rows)
 
 
-@cli.command(
-    "run",
-    cls=Command,
-    help="Run all stages from one recipe; what an earlier run finished is kept.",
-    examples=("layerboost run --config demo --run runs/demo", "layerboost run --config qwen3-4b --run runs/qwen3"),
+@_command(
+    "layerboost run --config demo --run runs/demo",
+    "layerboost run --config qwen3-4b --run runs/qwen3",
+    name="run",
 )
 @with_recipe
 def run_command(recipe: Recipe, run: Path, as_json: bool) -> None:
-    """Run every stage."""
+    """Run all stages from one recipe; what an earlier run finished is kept."""
     from layerboost.pipeline import run_all
 
-    show(run_all(recipe, run), as_json, lambda _: tables.reported_rows(run))
+    show(run_all(recipe, run), as_json, tables.reported_rows)
 
 
-@cli.command(
-    "compare",
-    cls=Command,
-    help="Compare plans, each healed and evaluated alike, with intervals. ROWS is a YAML file; by default the recipe's "
-    "plan, the paper's tiers, LLM-Drop and controls at equal cost.",
-    examples=(
-        "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
-        "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
-    ),
+@_command(
+    "layerboost compare --run runs/qwen3 --set plan.kv_fraction=0.35 --set heal.tokens=50000",
+    "layerboost compare rows.yaml Qwen/Qwen3-4B --run runs/rows --text books.jsonl",
+    name="compare",
 )
 @click.argument("rows", default="equal-cost")
 @with_recipe
 def compare_command(recipe: Recipe, run: Path, as_json: bool, rows: str) -> None:
-    """Compare plans."""
+    """Compare plans, each healed and evaluated in the same way, with intervals. ROWS is a YAML file; by default the
+    recipe's plan, the paper's tiers, LLM-Drop and controls at equal cost.
+    """
     from layerboost.compare import run_compare
 
-    show(run_compare(recipe, run, rows), as_json, lambda _: [["written"], [str(run / "compare" / "comparison.md")]])
+    result = run_compare(recipe, run, rows)
+    show(result, as_json, lambda _: tables.written_rows(run / "compare" / "comparison.md"))
 
 
-@cli.command(
-    "check",
-    cls=Command,
-    help="Check recipe, model, data, memory and disk for what would fail in a run, before hours of compute.",
-    examples=(
-        "layerboost check --config demo",
-        "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
-    ),
+@_command(
+    "layerboost check --config demo",
+    "layerboost check Qwen/Qwen3-4B --config qwen3-4b --text books.jsonl",
+    name="check",
 )
 @with_recipe
 def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
-    """Check a recipe."""
+    """Check recipe, model, data, memory and disk for what would fail in a run, before hours of compute."""
     from layerboost.check import check
 
     def rows(estimate: Any) -> list[list[str]]:
@@ -241,22 +196,15 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     show(check(recipe, run), as_json, rows)
 
 
-@cli.command(
-    "serve",
-    cls=Command,
-    help="Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM.",
-    examples=(
-        "layerboost serve runs/qwen3/healed",
-        "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
-    ),
+@_command(
+    "layerboost serve runs/qwen3/healed",
+    "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", default=8000, show_default=True)
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
-    """Serve a checkpoint."""
-    import shlex
-
+    """Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM."""
     from layerboost.engines.vllm import serve_command
     from layerboost.runtime import clean_environment
 
@@ -266,49 +214,46 @@ def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
     os.execvpe(argv[0], argv, os.environ | added)
 
 
-@cli.command(
-    "costs",
-    cls=Command,
-    help="Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time.",
-    examples=(
-        "layerboost costs runs/qwen3/base --out costs.json",
-        "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
-    ),
+@_command(
+    "layerboost costs runs/qwen3/base --out costs.json",
+    "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
 )
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("costs.json"), show_default=True)
 @click.option("--cache-gib", default=1.5, show_default=True, help="KV cache of the engines that are timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
-    """Measure rates."""
+    """Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time."""
     from layerboost.benching.costs import run_costs
 
     show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
 
 
-@cli.command(
-    "ls",
-    cls=Command,
-    help="List the supported model families, the recipes that come with layerboost, or every setting of a recipe.",
-    examples=("layerboost ls recipes", "layerboost ls settings"),
+@_command(
+    "layerboost ls recipes",
+    "layerboost ls settings",
 )
 @click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
-    """List families, recipes or settings."""
+    """List the supported model families, the recipes that come with layerboost, or every setting of a recipe."""
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        show({name: {"vllm": family.vllm} for name, family in FAMILIES.items()}, as_json, tables.supported_rows)
-        return
-    if what == "settings":
-        from layerboost.settings import described_settings, setting_rows
+        classes = {name: family.vllm for name, family in FAMILIES.items()}
+        listing: dict[str, Any] = {name: {"vllm": served} for name, served in classes.items()}
+        rows = [["family", "vLLM"], *([name, served or "not served"] for name, served in classes.items())]
+    elif what == "recipes":
+        from layerboost.recipe import RECIPES
 
-        show(described_settings(), as_json, setting_rows)
-        return
-    from layerboost.recipe import RECIPES
+        listing = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
+        rows = [["recipe", "file"], *map(list, listing.items())]
+    else:
+        from layerboost.settings import described_settings
 
-    show({file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}, as_json, tables.recipe_rows)
+        listing = described_settings()
+        rows = [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in listing.items())]
+    show(listing, as_json, lambda _: rows)
 
 
 def main() -> None:
@@ -321,7 +266,7 @@ def main() -> None:
     logger.filters = [_is_logged]
     logger.setLevel(logging.INFO)
     # A terminated job ends like an interrupted one: servers are stopped, run.json is written.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except LayerboostError as error:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluating.comparison import average_against
+from layerboost.evaluating.results import read_result
 from layerboost.evaluating.stage import run_evaluate
 from layerboost.evaluating.statistics import difference
 from layerboost.files import write_text
 from layerboost.healing.least_squares import check_fit
 from layerboost.healing.training import batch_of_process
 from layerboost.measuring.stage import run_measure
-from layerboost.model.base import Base, open_base
+from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.surgery import check_plan
 from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_recipe
 from layerboost.probes.calibration import MEASURED
@@ -29,7 +29,7 @@ from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, interval, number, percent
 from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, log, start_runtime
-from layerboost.schemas.artifact import Artifact, write_json
+from layerboost.schemas.artifact import Artifact, problems, write_json
 from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
@@ -41,8 +41,8 @@ FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class Alike(Section):
-    """A plan with every layer alike. Sliding layers without a window get the longest that plan.kv_fraction allows."""
+class EveryLayer(Section):
+    """The same attention in every layer. Without a window, sliding layers get the longest that the budget allows."""
 
     attention: StrategyName
     window: int | None = Field(None, ge=1)
@@ -52,26 +52,26 @@ class Alike(Section):
 class Row(Section):
     """One plan and how it is healed. `set` has dotted keys as on the command line.
 
-    `plan`: an earlier row, whose converted model is taken too, a plan file, or every layer alike; without it
-    `layerboost plan` chooses. `run`: an existing run folder, whose models are evaluated as they are. `one_stage`: spend
-    all tokens of healing in stage 2.
+    `plan`: an earlier row, whose converted model is used too, a plan file, or the same attention in every layer;
+    without it `layerboost plan` chooses. `run`: an existing run folder, whose models are evaluated as they are.
+    `one_stage`: spend all tokens of healing in stage 2.
     """
 
-    plan: Alike | str | None = None
+    plan: EveryLayer | str | None = None
     run: str | None = None
     one_stage: bool = False
     set: dict[str, Any] = Field({})
 
 
 class Evaluation(Section):
-    """What the base and these rows, or all, are evaluated on; `set` as in a row."""
+    """Settings with which the base and these rows, or all rows, are evaluated; `set` as in a row."""
 
     rows: tuple[Name, ...] | None = None
     set: dict[str, Any] = Field({})
 
 
 class Rows(Section):
-    """A file of rows. `set` holds for all of them and wins over the command line."""
+    """A file of rows. `set` applies to all of them and overrides the command line."""
 
     schema_version: Literal[1] = 1
     reference: Name
@@ -88,7 +88,7 @@ class Rows(Section):
 
 
 class Against(BaseModel):
-    """A row's last model less the reference's, paired over the same sequences, items and prompts."""
+    """A row's last model minus the reference's, paired over the same sequences, items and prompts."""
 
     kl: Change | None = Field(None, description="nats per token")
     average: Change | None = Field(None, description="accuracy, a fraction")
@@ -96,7 +96,7 @@ class Against(BaseModel):
 
 
 class RowResult(BaseModel):
-    """What a row's plan is and costs. Its models are `ROW-converted` and `ROW-healed` in every evaluation."""
+    """A row's plan and its cost. Its models are `ROW-converted` and `ROW-healed` in every evaluation."""
 
     plan: str = Field(description="hash")
     layers: dict[StrategyName, int]
@@ -117,20 +117,19 @@ class Compared(Artifact):
     context_tokens: int = Field(description="at which KV bytes are counted")
     left_out: dict[str, str] = Field(description="rows that have no plan, and why")
     rows: dict[str, RowResult]
-    evaluations: dict[str, dict[str, Any]] = Field(description="eval/comparison.json of each")
+    evaluations: dict[str, EvalComparison] = Field(description="eval/comparison.json of each")
 
 
-class Unsuited(ConfigError):
-    """A row that this model or this text does not allow."""
+class NotApplicable(ConfigError):
+    """A plan that cannot be made with this model or this text."""
 
 
 def run_compare(recipe: Recipe, run: Path, rows: str = DEFAULT) -> Compared:
-    """Plan, convert and heal every row, evaluate all of them together, and write the table.
+    """Plan, convert and heal every row, evaluate all of them together, and write RUN/compare/comparison.json and .md.
 
-    What an earlier call finished is kept. `rows`: a YAML file, or the name of one that ships with the package. Writes
-    RUN/compare/comparison.json and comparison.md. RUN is measured first if a row has to be planned and RUN has no
-    sensitivities. A row without a plan within the budget, or with one that this model or text does not allow, is left
-    out and named. Raises ConfigError, and what the stages raise.
+    What an earlier call finished is kept. `rows`: a YAML file, or the name of one that ships with the package. RUN is
+    measured first if a row has to be planned and RUN has no sensitivities. A row without a plan within the budget, or
+    with one that this model or text does not allow, is skipped and named. Raise ConfigError, and what the stages raise.
     """
     only_one_process("compare")
     file = read_rows(rows)
@@ -152,17 +151,17 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
     context_tokens = recipe.plan.context_tokens
     compared = Compared(reference=file.reference, context_tokens=context_tokens, left_out={}, rows={}, evaluations={})
     plans: dict[str, PlanFile | None] = {}
-    models: dict[str, dict[str, Path]] = {}
+    models: dict[str, dict[str, Base]] = {}
     for name, row in file.rows.items():
         log.info("compare: plan of %s", name)
-        _share(run, run / FOLDER / name)
+        _copy_inputs(run, run / FOLDER / name)
         try:
             plans[name] = _plan(row, row_recipe(recipe, row), run / FOLDER / name, plans, base)
-        except (InfeasibleBudget, Unsuited) as error:
+        except (InfeasibleBudget, NotApplicable) as error:
             if name == file.reference:
                 raise
             plans[name], compared.left_out[name] = None, error.wrong
-            log.warning("%s is left out: %s", name, error)
+            log.warning("%s is skipped: %s", name, error)
     for name, plan in plans.items():
         if plan is None:
             continue
@@ -182,23 +181,22 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
         )
     for part, each in file.evaluations.items():
         settings, place = with_settings(recipe, each.set), run / FOLDER / part
-        _share(run, place)
-        asked = [name for name in models if each.rows is None or name in each.rows]
-        folders = {f"{name}-{stage}": folder for name in asked for stage, folder in models[name].items()}
-        found = run_evaluate(settings, place, {BASE: base.folder} | folders, runtime)
-        compared.evaluations[part] = found.model_dump(mode="json", by_alias=True)
-        last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in asked}
+        _copy_inputs(run, place)
+        chosen = [name for name in models if each.rows is None or name in each.rows]
+        evaluated = {f"{name}-{stage}": model for name in chosen for stage, model in models[name].items()}
+        comparison = compared.evaluations[part] = run_evaluate(settings, place, {BASE: base} | evaluated)
+        last = {name: f"{name}-{compared.rows[name].models[-1]}" for name in chosen}
         if reference := last.pop(file.reference, None):
-            tasks = [task for task in load_bench(settings.evaluate) if not found.tasks[task.name].selection]
+            tasks = [task for task in load_bench(settings.evaluate) if not comparison.tasks[task.name].selection]
             for name, model in last.items():
-                compared.rows[name].against[part] = _against(found, model, reference, place / "eval", tasks)
+                compared.rows[name].against[part] = _against(comparison, model, reference, place / "eval", tasks)
     write_json(run / FOLDER / "comparison.json", compared)
     write_text(run / FOLDER / "comparison.md", page(compared))
     return compared
 
 
 def read_rows(name: str) -> Rows:
-    """Read a file of rows, or one that ships with the package; raises ConfigError."""
+    """Return the content of a file of rows, or of one that ships with the package; raise ConfigError."""
     path = Path(name) if Path(name).is_file() else SHIPPED / f"{name}.yaml"
     if not path.is_file():
         names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
@@ -206,37 +204,33 @@ def read_rows(name: str) -> Rows:
     try:
         return Rows.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        found = str(error)
-        if isinstance(error, ValidationError):
-            found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
-        raise ConfigError(
-            f"{path} is not a valid file of rows", found=found, do="see docs/reference/compare.md"
-        ) from None
+        do = "see docs/reference/compare.md"
+        raise ConfigError(f"{path} is not a valid file of rows", found=problems(error), do=do) from None
 
 
-def with_settings(recipe: Recipe, *changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with dotted settings, the later the stronger; raises ConfigError for one that no recipe has."""
+def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with changed settings, by dotted key; raise ConfigError for one that no recipe has."""
     values = recipe.model_dump(mode="json")
-    for dotted, value in (item for each in changes for item in each.items()):
+    for dotted, value in changes.items():
         section, _, key = dotted.rpartition(".")
         (values.setdefault(section, {}) if section else values)[key] = value
     return parse_recipe(values, source="rows")
 
 
 def row_recipe(recipe: Recipe, row: Row) -> Recipe:
-    """The recipe of one row."""
+    """Return the recipe of one row."""
     changed = with_settings(recipe, row.set)
     one_stage = {"heal.fit_tokens": 0, "heal.attention_tokens": 0, "heal.tokens": healing_tokens(changed)}
     return with_settings(changed, one_stage) if row.one_stage else changed
 
 
 def healing_tokens(recipe: Recipe) -> int:
-    """Tokens of both stages."""
+    """Return the tokens of both stages."""
     return recipe.heal.attention_tokens + recipe.heal.tokens
 
 
-def _share(run: Path, folder: Path) -> None:
-    """Copy what a folder takes over from the run: sensitivities, plans measured before, the model's own samples."""
+def _copy_inputs(run: Path, folder: Path) -> None:
+    """Copy sensitivities, plans measured before and the model's own samples from the run to the folder of a row."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SENSITIVITY, MEASURED, SAMPLES, SAMPLES_FROM):
         # A search that was killed has measured more than the run.
@@ -245,7 +239,7 @@ def _share(run: Path, folder: Path) -> None:
 
 
 def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFile | None], base: Base) -> PlanFile:
-    """The row's plan, in its folder; raises Unsuited, or InfeasibleBudget."""
+    """Return the row's plan, which is also written to its folder; raise NotApplicable, or InfeasibleBudget."""
     if (folder / CONVERTED).is_symlink():  # what is converted here must not replace another row's
         (folder / CONVERTED).unlink()
     if row.run:
@@ -253,13 +247,13 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
     if row.plan is None:
         made: PlanFile = run_stage("plan", settings, folder)
         return made
-    if isinstance(row.plan, Alike):
-        plan = alike(row.plan, base, settings)
-        check_suited(plan, base.config, settings.text.sequence_tokens)
+    if isinstance(row.plan, EveryLayer):
+        plan = every_layer_plan(row.plan, base, settings)
+        check_applicable(plan, base.config, settings.text.sequence_tokens)
     elif row.plan in earlier:
         found = earlier[row.plan]
         if found is None:
-            raise Unsuited(f"its plan is that of {row.plan}, which is left out")
+            raise NotApplicable(f"its plan is that of {row.plan}, which is skipped")
         plan = found
         if not (folder / CONVERTED).exists():
             (folder / CONVERTED).symlink_to(Path("..", row.plan, CONVERTED), target_is_directory=True)
@@ -269,8 +263,8 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
     return plan
 
 
-def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
-    """Every layer alike."""
+def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
+    """Return a plan with the same attention in every layer."""
     longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
     window = (given.window or longest) if WINDOW in STRATEGIES[given.attention].settings else None
     values = given.model_dump() | {"window": window}
@@ -278,59 +272,63 @@ def alike(given: Alike, base: Base, recipe: Recipe) -> PlanFile:
     return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)
 
 
-def check_suited(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
-    """Raise Unsuited for what `convert` would refuse, after other rows were healed."""
+def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
+    """Raise NotApplicable for what `convert` would refuse later, when other rows are healed already."""
     try:
         check_plan(config, plan.layers)
     except ConfigError as error:
-        raise Unsuited(error.wrong, found=error.found, do=error.do) from None
+        raise NotApplicable(error.wrong, found=error.found, do=error.do) from None
     if plan.layers[0].sink and plan.window and plan.window >= sequence_tokens:
-        raise Unsuited(
+        raise NotApplicable(
             f"sinks are fitted on text longer than the window of {plan.window}",
             found=f"sequences of {sequence_tokens} tokens",
             do="lower plan.kv_fraction or raise text.sequence_tokens",
         )
 
 
-def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[str, Path]:
-    """The models that the row adds, by stage, made where they are missing; converted may be an earlier row's."""
+def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[str, Base]:
+    """Return the models that the row adds, by stage; those that are missing are made.
+
+    A converted model that is an earlier row's is not among them.
+    """
     if row.run:
-        found = checkpoints(settings, Path(row.run), runtime)
-        if found.keys() <= {BASE}:
-            raise ConfigError(f"{row.run} holds no converted and no healed model", do="make one, or drop the row")
-        return {stage: found[stage] for stage in (CONVERTED, HEALED) if stage in found}
+        existing = checkpoints(settings, Path(row.run), runtime)
+        if not existing.keys() - {BASE}:
+            raise ConfigError(f"{row.run} has no converted and no healed model", do="make one, or drop the row")
+        return {stage: model for stage, model in existing.items() if stage != BASE}
     run_stage("convert", settings, folder)
-    if healing_tokens(settings) + settings.heal.fit_tokens == 0:
-        return {CONVERTED: folder / CONVERTED}
-    run_stage("heal", settings, folder)
-    healed = {HEALED: folder / HEALED}
-    return healed if (folder / CONVERTED).is_symlink() else {CONVERTED: folder / CONVERTED} | healed
+    stages = [] if (folder / CONVERTED).is_symlink() else [CONVERTED]
+    if healing_tokens(settings) + settings.heal.fit_tokens:
+        run_stage("heal", settings, folder)
+        stages.append(HEALED)
+    return {
+        stage: find_model(str(folder / stage), runtime, None, settings.trust_remote_code)
+        for stage in stages or [CONVERTED]
+    }
 
 
-def _against(found: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
-    """Compare two models of one evaluation, from its result files; `tasks`: those that chose no layers."""
+def _against(comparison: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:
+    """Return the differences of two models of one evaluation, from its files; `tasks`: those that chose no layers."""
 
-    def read(what: str) -> list[Any]:
-        files = [results / f"{name}.{what}.json" for name in (reference, model)]
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    def read(part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return read_result(results, reference, part), read_result(results, model, part)
 
     def change(values: list[list[float]], **options: bool) -> Any:
         return difference([own - other for other, own in zip(*values, strict=True)], **options)
 
     differences: dict[str, Any] = {}
-    if found.perplexity:
+    if comparison.perplexity:
         differences["kl"] = change([each["kl"] for each in read("text")])
     if tasks:
         differences["average"] = average_against([(task, *read(task.name)) for task in tasks])
-    if found.retrieval:
+    if comparison.retrieval:
         exact = [[float(answer["exact"]) for answer in each["answers"]] for each in read("retrieval")]
         differences["retrieval"] = change(exact, right_or_wrong=True)
     return Against.model_validate(differences)
 
 
 def page(compared: Compared) -> str:
-    """The table in Markdown."""
-    found = {part: EvalComparison.model_validate(each) for part, each in compared.evaluations.items()}
+    """Return the table in Markdown."""
     blank = dict.fromkeys(("row", "model", "layers", "KV bytes", "healing tokens", "predicted KL"), ABSENT)
     entries = [(blank | {"row": BASE, "KV bytes": percent(1)}, BASE, dict[str, Against]())]
     for name, row in compared.rows.items():
@@ -347,7 +345,7 @@ def page(compared: Compared) -> str:
     for facts, model, against in entries:
         cells = {
             f"{key}, {part}".removesuffix(", "): cell
-            for part, quality in found.items()
+            for part, quality in compared.evaluations.items()
             for key, cell in _cells(quality, model, against.get(part, Against()), compared.reference).items()
         }
         lines.append(facts | cells)
@@ -357,14 +355,14 @@ def page(compared: Compared) -> str:
         "# Plans side by side",
         f"KV bytes at {compared.context_tokens:,} tokens of context, KL in nats per token, differences of accuracy and "
         "of exact retrievals in points. In brackets 95 % intervals; differences are paired over the same sequences, "
-        "items and prompts. Bold: the interval leaves out zero.",
-        *(f"`{row}` is left out: {why}." for row, why in compared.left_out.items()),
+        "items and prompts. Bold: the interval does not contain zero.",
+        *(f"`{row}` is skipped: {why}." for row, why in compared.left_out.items()),
     ]
     return "\n\n".join([*notes, markdown_table(table)]) + "\n"
 
 
 def _cells(quality: EvalComparison, model: str, against: Against, reference: str) -> dict[str, str]:
-    """One model's cells in one evaluation, by column; ABSENT where there is nothing to say."""
+    """Return one model's cells in one evaluation, by column; ABSENT for what was not measured."""
     text, groups = quality.perplexity.get(model), quality.retrieval.groups if quality.retrieval else []
     average = quality.average.difference.get(model) if quality.average else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerboost.errors import ConfigError, GateMissed, InfeasibleBudget
 from layerboost.files import write_text
@@ -14,6 +14,9 @@ from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, is_main_process, log, release_memory, start_runtime, world_size
 from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN
+
+if TYPE_CHECKING:
+    from layerboost.model.base import Base
 
 RECIPE = "recipe.yaml"
 # Stages that may run under torchrun.
@@ -56,11 +59,13 @@ def evaluate(recipe: Recipe, run: Path) -> Any:
     """Run stage 5 on base, converted and healed, as far as they exist, and the recipe's extra checkpoints."""
     from layerboost.evaluating.gate import check_gate
     from layerboost.evaluating.stage import run_evaluate
+    from layerboost.model.base import find_model
 
     runtime = start_runtime(recipe)
-    own = checkpoints(recipe, run, runtime)
-    others = extra_checkpoints(recipe.evaluate.checkpoints, own, "evaluate")
-    comparison = run_evaluate(recipe, run, own | others, runtime)
+    models = checkpoints(recipe, run, runtime)
+    extra = extra_checkpoints(recipe.evaluate.checkpoints, models, "evaluate")
+    models |= {name: find_model(str(folder), runtime, run, recipe.trust_remote_code) for name, folder in extra.items()}
+    comparison = run_evaluate(recipe, run, models)
     check_gate(comparison.gate)
     return comparison
 
@@ -69,7 +74,7 @@ def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
     """Run stage 6 on base, healed (or else converted, which is as fast) and the recipe's extra checkpoints."""
     from layerboost.benching.stage import run_bench
 
-    own = checkpoints(recipe, run, start_runtime(recipe))
+    own = {name: model.folder for name, model in checkpoints(recipe, run, start_runtime(recipe)).items()}
     if "healed" in own:
         own.pop("converted", None)
     return run_bench(recipe, run, own | extra_checkpoints(recipe.bench.checkpoints, own, "bench"), decode_sweep)
@@ -167,17 +172,17 @@ def finished(recipe: Recipe, run: Path) -> bool:
     )
 
 
-def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
-    """Return the directories of base, converted and healed that exist, by name.
+def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Base]:
+    """Return those of base, converted and healed that exist, by name.
 
     Raise ConfigError if one was made from another plan than RUN/plan.yaml or from another base.
     """
-    from layerboost.model.base import open_base
+    from layerboost.model.base import find_model, open_base
     from layerboost.model.checkpoint import check_same_model, check_same_plan, plan_in
     from layerboost.model.integrity import check_checkpoint
 
     base = open_base(recipe, run, runtime)
-    existing = {"base": base.folder}
+    existing = {"base": base}
     for name, folder, command in (("converted", run / CONVERTED, "convert"), ("healed", run / HEALED, "heal")):
         made_from = plan_in(folder)
         if made_from is None:
@@ -185,11 +190,11 @@ def checkpoints(recipe: Recipe, run: Path, runtime: Runtime) -> dict[str, Path]:
         check_same_plan(made_from, folder, run / PLAN, command)
         check_same_model(made_from, base.info, folder)
         check_checkpoint(folder)
-        existing[name] = folder
+        existing[name] = find_model(str(folder), runtime, run, recipe.trust_remote_code)
     return existing
 
 
-def extra_checkpoints(given: dict[str, str], own: dict[str, Path], section: str) -> dict[str, Path]:
+def extra_checkpoints(given: dict[str, str], own: Mapping[str, Any], section: str) -> dict[str, Path]:
     """Return the recipe's extra checkpoints; raise ConfigError if one has the name of a model of the run."""
     if twice := own.keys() & given.keys():
         raise ConfigError(f"{section}.checkpoints uses a name of the run's own models", found=", ".join(sorted(twice)))

@@ -1,7 +1,7 @@
 """Prompts that a model completes only if it attends far back: a fact in any text, or a passage to copy.
 
-Running text barely shows what a window loses; these prompts do. Plans are chosen on KINDS alone, so that the other
-forms show whether a model can look back or has learnt a form.
+They show what a window loses; ordinary text barely does. Plans are chosen on KINDS alone: the other forms show whether
+a model can look back or has learnt a form.
 """
 
 from __future__ import annotations

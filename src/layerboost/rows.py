@@ -1,8 +1,9 @@
-"""Rows of JSONL and Parquet files and lines of text; errors name the file and the line."""
+"""Rows of JSONL and Parquet files, lines of text, files of packages; errors name the file and the line."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import json
 import math
 import re
@@ -21,14 +22,14 @@ NO_VALUE = {"nan", "NaN", "NaT", "None", "<NA>", "N/A", "n/a", "#N/A", "null", "
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a field of a row is empty: null, not a number, blank, or a text that means these."""
+    """Return whether a field of a row is empty: null, NaN, blank, or a text that means one of these."""
     if isinstance(value, str):
         return not (word := value.strip()) or word in NO_VALUE
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield each row and its place, as text, of a Parquet file, or else of a JSONL file, which may be gzipped.
+    """Yield each row with its place, as text, of a Parquet file, or else of a JSONL file, which may be gzipped.
 
     If a Parquet file has `column`, rows hold that column alone. Blank lines and byte order marks are skipped;
     halves of surrogate pairs become U+FFFD. Raise ConfigError for a file that cannot be read.
@@ -49,7 +50,7 @@ def read_rows(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield each line and its place, as text, of a text file, which may be gzipped; raise ConfigError if unreadable."""
+    """Yield each line with its place, as text, of a text file, perhaps gzipped; raise ConfigError if unreadable."""
     where = str(file)
     try:
         # Bytes that are not UTF-8 become surrogates, so that the error can name their line.
@@ -71,6 +72,15 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
         raise ConfigError(f"{where} is not UTF-8", do=f"convert it: iconv -f ENCODING -t UTF-8 {file}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"cannot read {file}", found=first_line(error)) from None
+
+
+def package_files(package: str) -> list[Path]:
+    """Return the files of a PyPI package; raise ConfigError if it is not installed."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
+    return [Path(str(file.locate())) for file in files]
 
 
 def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:

@@ -47,11 +47,6 @@ def described_settings() -> dict[str, dict[str, str]]:
     return described
 
 
-def setting_rows(described: dict[str, dict[str, str]]) -> list[list[str]]:
-    """Return one row per setting, header first."""
-    return [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in described.items())]
-
-
 def settings_page() -> str:
     """Return docs/reference/recipe.md: a table per section of the recipe."""
     groups: dict[str, list[str]] = {}

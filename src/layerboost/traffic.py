@@ -1,4 +1,4 @@
-"""The text on which layers are measured: the calibration split, or the user's own prompts and answers."""
+"""The text on which layers are measured: the calibration split, or calibration prompts, the user's own requests."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ MARK = "\ue0f0"
 
 @dataclass(frozen=True)
 class Traffic:
-    """Prompts and answers of different length: `ids` `[N, T]`, padded on the right, which a causal model does not see.
+    """Calibration prompts with answers, of different length: `ids` `[N, T]`, padded on the right.
 
-    `scored` `[N, T]`: the tokens whose prediction counts. A row ends with its last one.
+    `scored` `[N, T]`: the tokens whose prediction counts; the last of them is the last token of a row.
     """
 
     ids: torch.Tensor
@@ -88,7 +88,7 @@ class _Unscorable(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: the user's part of it."""
+    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: the part from the file."""
 
     opening: list[int]
     text: str
@@ -101,7 +101,7 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
 
     A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
     assistant's turns; or `text`. Answers are scored, and every token of `text`. Rows are truncated to `most` tokens.
-    Rows that cannot be scored are left out and counted. Raise ConfigError for a file without two rows to score.
+    Rows that cannot be scored are skipped and counted. Raise ConfigError for a file without two rows to score.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -130,13 +130,13 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
     if len(rows) < 2:
         held = f"{len(rows)} in {file}, after {skip:,} skipped tokens, truncated to {most:,} tokens"
         raise ConfigError(
-            "measure.traffic must hold two rows to score, or there is no standard error",
+            "measure.traffic must hold two rows to score: a standard error needs them",
             found="; ".join([held, *left_out[:1]]),
             do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
             "text.sequence_tokens",
         )
     if left_out:
-        warn_once(f"rows of {file} left out that cannot be scored: {len(left_out)}; the first is {left_out[0]}")
+        warn_once(f"rows of {file} that cannot be scored are skipped: {len(left_out)}; the first is {left_out[0]}")
     rows.sort(key=lambda row: -len(row[0]))
     width = len(rows[0][0])
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
@@ -169,8 +169,8 @@ def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
 def _turns(messages: Any) -> list[dict[str, Any]]:
     """Return the messages of a conversation, the content of each as one text, as vLLM passes them to a template.
 
-    Null content is empty; parts become lines. Other fields that are null are left out: in a Parquet column they
-    belong to other messages.
+    Null content is empty; parts become lines. Other fields that are null are removed: in a Parquet column they belong
+    to other messages.
     """
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unscorable("its messages are not a list of messages")
@@ -218,7 +218,7 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
 
 
 def _between(rendered: str, frames: list[str], answers: list[str]) -> Spans:
-    """Return the spans of the answers in `rendered`, frames with answers between them; nothing if it is not so.
+    """Return the spans of the answers in `rendered` if it is `frames` with the answers between them, or else nothing.
 
     White space around an answer, which a template may strip, counts as frame.
     """
@@ -233,11 +233,8 @@ def _between(rendered: str, frames: list[str], answers: list[str]) -> Spans:
         follows = rendered.find(frame, end, end + len(after) + len(frame))
         if number == len(answers):
             follows = len(rendered) - len(frame) if rendered.endswith(frame) else -1
-        if (
-            start < 0
-            or follows < end
-            or not (before.endswith(rendered[at:start]) and after.startswith(rendered[end:follows]))
-        ):
+        stripped = before.endswith(rendered[at:start]) and after.startswith(rendered[end:follows])
+        if start < 0 or follows < end or not stripped:
             return []
         spans.append((start, end))
         at = follows + len(frame)
@@ -247,8 +244,8 @@ def _between(rendered: str, frames: list[str], answers: list[str]) -> Spans:
 def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
     """Return a row's ids and which are scored, up to the last such one; raise _Unscorable if none can be predicted.
 
-    The text is tokenized as one, as a model receives it: its parts alone may have other tokens. A token that holds any
-    of an answer is scored.
+    The text is tokenized as a whole, as a model receives it: single parts may have other tokens. A token with any
+    character of an answer is scored.
     """
     ids, scored, answers = [*row.opening], [False] * len(row.opening), row.answers
     passed = done = 0  # in answers, and in characters

@@ -45,7 +45,7 @@ def test_plans_are_of_every_kind() -> None:
     assert min(counts["all three, 128"]) > 0
 
 
-def test_the_table_sets_measured_beside_predicted() -> None:
+def test_the_table_has_measured_and_predicted_values() -> None:
     timing = [{"plan": "base", "what": "decode, 1 x 64", "ms": 10.0, "predicted_ms": 11.0}]
     memory = [{"context_tokens": 1024, "max_batched_tokens": 64, "concurrency": 4.0, "concurrency_predicted": 5.0}]
     header, *rows = costs_rows({"timing": timing, "plans": [{"plan": "base", "memory": memory}]})
@@ -67,7 +67,7 @@ def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_cache_of_no_size_is_refused(size: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no size of a cache"):
+    with pytest.raises(ConfigError, match="is not a valid size"):
         run_costs(str(tmp_path), tmp_path / "costs.json", size)
 
 

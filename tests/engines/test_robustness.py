@@ -59,7 +59,7 @@ def kept(run: Path) -> Comparison:
 
 
 def wait_for_load(file: Path, port: int) -> None:
-    """Until a file is there and the server answers several requests at once."""
+    """Wait until a file exists and the server answers several requests at once."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         time.sleep(0.1)
@@ -153,12 +153,12 @@ def test_bench_measures_both_models_and_leaves_nothing_running(
     comparison = run_bench(recipe, tmp_path / "run", models)
     assert survivors(2) == []
     check_port(free_port)
-    assert comparison["complete"]
+    assert comparison.complete
     for name in models:
         raw = json.loads((tmp_path / "run" / "bench" / f"{name}-c1-r0.json").read_text())
-        metrics = comparison["results"][0]["models"][name]
+        metrics = comparison.results[0].models[name]
         assert (raw["completed"], raw["total_output_tokens"]) == (2, 16)
-        assert metrics["peak_rss_gib"]["median"] > 0.001
+        assert metrics["peak_rss_gib"].median > 0.001
 
     # A second call finds everything there; other lengths are refused.
     assert run_bench(recipe, tmp_path / "run", models) == comparison

@@ -148,7 +148,7 @@ def test_more_processes_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_as_many_requests_decode_as_are_concurrent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def flags(**changes: Any) -> dict[str, str]:
         argv = bench_command(tmp_path, Bench(**{"kv_cache_gib": 0.5, **changes}))[0]
         return dict(pairwise(argv))
@@ -164,7 +164,7 @@ def test_as_many_requests_decode_as_are_in_flight(tmp_path: Path, caplog: pytest
     assert flags(concurrency=[4096])["--max-num-seqs"] == "2048"
 
 
-def test_given_flags_win_over_advised_ones() -> None:
+def test_given_flags_override_advised_ones() -> None:
     advised = {"--max-num-batched-tokens": "256", "--block-size": "32"}
     assert unless_given((), advised) == ("--max-num-batched-tokens", "256", "--block-size", "32")
     assert unless_given(("--block_size=16", "-O0"), advised) == ("--max-num-batched-tokens", "256")
@@ -208,7 +208,7 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
+def test_similar_arguments_are_accepted(free_port: int) -> None:
     given = (
         "--api-server-count",
         "1",
@@ -224,7 +224,7 @@ def test_arguments_that_are_alike_are_let_through(free_port: int) -> None:
 
 
 @pytest.mark.parametrize("port", [70_000, -1])
-def test_a_number_that_is_no_port_is_refused(port: int) -> None:
+def test_an_invalid_port_is_refused(port: int) -> None:
     with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
         check_port(port)
 
@@ -245,7 +245,7 @@ def test_gpus_that_are_hidden_from_a_build_for_them_are_named(monkeypatch: pytes
     monkeypatch.setattr("layerboost.engines.vllm.vllm_version", lambda: "0.32.0")
     monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ConfigError, match="may see none"):
+    with pytest.raises(ConfigError, match="no GPU is visible"):
         check_vllm()
     monkeypatch.setattr("layerboost.engines.vllm._is_cpu_build", lambda: True)
     check_vllm()

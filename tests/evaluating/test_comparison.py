@@ -30,7 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str
 
 
 def test_margins_and_scores_stand_side_by_side(found: tuple[list[Any], dict[str, dict[str, Any]]]) -> None:
-    compared, average = compare_tasks(*found, "base", [])
+    compared, average = compare_tasks(*found, [])
     assert average is not None
     assert average.tasks == list(NAMES)
     assert average.items == 24
@@ -46,12 +46,12 @@ def test_margins_and_scores_stand_side_by_side(found: tuple[list[Any], dict[str,
 
 
 def test_tasks_that_chose_layers_are_not_in_the_headline(found: tuple[list[Any], dict[str, dict[str, Any]]]) -> None:
-    compared, average = compare_tasks(*found, "base", ["arc_easy"])
+    compared, average = compare_tasks(*found, ["arc_easy"])
     assert {name: task.selection for name, task in compared.items()} == {"piqa": False, "arc_easy": True}
     assert average is not None
     assert average.tasks == ["piqa"]
     assert average.models["base"].value == compared["piqa"].models["base"].value
-    assert compare_tasks(*found, "base", list(NAMES))[1] is None
+    assert compare_tasks(*found, list(NAMES))[1] is None
 
 
 def test_parts_and_groups_of_a_selection_task_count_too() -> None:

@@ -67,10 +67,14 @@ def recipe(data: Path, **evaluate: Any) -> Recipe:
     )
 
 
+def evaluate(recipe: Recipe, run: Path, models: dict[str, Path]) -> EvalComparison:
+    return run_evaluate(recipe, run, {name: find_model(str(folder), RUNTIME) for name, folder in models.items()})
+
+
 @pytest.fixture(scope="module")
 def done(data: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvalComparison]:
     run = tmp_path_factory.mktemp("run")
-    return run, run_evaluate(recipe(data), run, models, RUNTIME)
+    return run, evaluate(recipe(data), run, models)
 
 
 def stamps(run: Path) -> dict[str, int]:
@@ -132,7 +136,7 @@ def test_long_contexts_are_in_the_comparison(done: tuple[Path, EvalComparison]) 
     assert found.positions.edges == [0, 128, 192]
     assert found.positions.sequences == 3
     assert [group.kind for group in found.retrieval.groups] == ["code", "copy", "json", "key_value", "passkey", "prose"]
-    # A random model finds nothing, so nothing is judged; the log-probabilities are there.
+    # A random model retrieves nothing, so nothing is judged; log-probabilities are measured.
     assert found.retrieval.able is None
     for group in found.retrieval.groups:
         assert set(group.log_probability) == {"base", "healed", "same"}
@@ -150,7 +154,7 @@ def test_tasks_that_chose_layers_are_marked(
         model=info(), text="t", settings={"tasks": ["mmlu"]}, sequences=2, tokens=64, base_nll=score, layers=[]
     )
     write_json(run / "sensitivity.json", measured)
-    again = run_evaluate(recipe(data), run, models, RUNTIME)
+    again = evaluate(recipe(data), run, models)
     (run / "sensitivity.json").unlink()
     assert again.selection == ["mmlu"]
     assert again.tasks["mmlu_anatomy"] == found.tasks["mmlu_anatomy"].model_copy(update={"selection": True})
@@ -161,7 +165,7 @@ def test_tasks_that_chose_layers_are_marked(
 def test_a_model_of_another_vocabulary_is_refused(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     save_tiny(tmp_path / "other")
     with pytest.raises(ConfigError, match="other cannot be compared with the base: another vocabulary"):
-        run_evaluate(recipe(data), tmp_path, models | {"other": tmp_path / "other"}, RUNTIME)
+        evaluate(recipe(data), tmp_path, models | {"other": tmp_path / "other"})
     assert not (tmp_path / "eval").exists()
 
 
@@ -172,7 +176,7 @@ def test_only_a_missing_result_is_made_again(
     before = stamps(run)
     assert len(before) == 15
     (run / "eval" / "healed.piqa.json").unlink()
-    assert run_evaluate(recipe(data), run, models, RUNTIME) == found
+    assert evaluate(recipe(data), run, models) == found
     assert {name for name, stamp in stamps(run).items() if before[name] != stamp} == {"healed.piqa.json"}
 
 
@@ -181,11 +185,11 @@ def test_results_of_other_settings_are_refused(
 ) -> None:
     run, _ = done
     with pytest.raises(ConfigError, match=r"base\.piqa\.json \(limit: 6 there, 5 now(.|\n)*delete .*base\.piqa\.json"):
-        run_evaluate(recipe(data, limit=5), run, models, RUNTIME)
+        evaluate(recipe(data, limit=5), run, models)
     with pytest.raises(ConfigError, match=r"same\.text\.json \(model: "):
-        run_evaluate(recipe(data), run, models | {"same": models["healed"]}, RUNTIME)
+        evaluate(recipe(data), run, models | {"same": models["healed"]})
     with pytest.raises(ConfigError, match=r"base\.text\.json \(text: "):
-        run_evaluate(recipe(data, perplexity_tokens=400), run, models, RUNTIME)
+        evaluate(recipe(data, perplexity_tokens=400), run, models)
 
 
 def test_a_damaged_result_is_named(done: tuple[Path, EvalComparison], data: Path, models: dict[str, Path]) -> None:
@@ -193,26 +197,25 @@ def test_a_damaged_result_is_named(done: tuple[Path, EvalComparison], data: Path
     file = run / "eval" / "base.piqa.json"
     file.write_text("{")
     with pytest.raises(ConfigError, match=r"cannot read .*base\.piqa\.json(.|\n)*delete"):
-        run_evaluate(recipe(data), run, models, RUNTIME)
+        evaluate(recipe(data), run, models)
     file.unlink()
-    assert run_evaluate(recipe(data), run, models, RUNTIME) == found
+    assert evaluate(recipe(data), run, models) == found
 
 
 def test_text_and_tasks_can_be_left_out(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     short: dict[str, Any] = {"position_tokens": 0, "retrieval_tokens": []}
-    only_text = run_evaluate(recipe(data, tasks=(), **short), tmp_path / "a", models, RUNTIME)
+    only_text = evaluate(recipe(data, tasks=(), **short), tmp_path / "a", models)
     assert (only_text.tasks, only_text.average) == ({}, None)
     assert (only_text.positions, only_text.retrieval, only_text.gate) == (None, None, None)
     assert set(only_text.perplexity) == set(models)
-    only_tasks = run_evaluate(
+    only_tasks = evaluate(
         recipe(data, tasks=("piqa",), limit=2, perplexity_tokens=0, **short),
         tmp_path / "b",
         {"base": models["base"]},
-        RUNTIME,
     )
     assert (only_tasks.text, only_tasks.perplexity) == (None, {})
     with pytest.raises(ConfigError, match="no model has the name base"):
-        run_evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]}, RUNTIME)
+        evaluate(recipe(data), tmp_path / "c", {"healed": models["healed"]})
 
 
 @pytest.mark.pipeline
@@ -232,7 +235,7 @@ def test_validation_finds_mistakes_without_a_model(data: Path, models: dict[str,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_further_checkpoint_is_looked_through(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_extra_checkpoint_is_checked(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = find_model(str(models["base"]), RUNTIME)
 
     def look(folder: Path) -> None:
@@ -282,7 +285,7 @@ def test_a_model_that_is_not_finite_is_named_and_nothing_of_it_written(
     settings, message = PARTS[part]
     broken = damaged(models, tmp_path / "healed")
     with pytest.raises(LayerboostError, match=rf"{message}(.|\n)*first in layer 1 (.|\n)*mlp.down_proj.weight"):
-        run_evaluate(recipe(data, **settings), tmp_path, {"base": models["base"], "healed": broken}, RUNTIME)
+        evaluate(recipe(data, **settings), tmp_path, {"base": models["base"], "healed": broken})
     written = [file.name for file in (tmp_path / "eval").iterdir()]
     assert not [name for name in written if name.startswith(("healed", "comparison"))]
     for name in written:
@@ -291,7 +294,7 @@ def test_a_model_that_is_not_finite_is_named_and_nothing_of_it_written(
 
 def test_a_perplexity_too_large_for_a_float_is_still_a_number() -> None:
     losses = {"base": {"nll": [800.0, 900.0], "kl": [0.0, 0.0]}}
-    assert math.isfinite(compare_text(losses, "base")["base"].perplexity)
+    assert math.isfinite(compare_text(losses)["base"].perplexity)
 
 
 def test_text_longer_than_the_context_is_refused(data: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_window_loses_nothing_within_itself_and_something_beyond() -> None:
         name: {"edges": position_edges(400), "nll": position_losses(model, ids, lambda tokens: None)}
         for name, model in (("base", tiny_model(layers=3)), ("sliding", boosted("sss", window=128)))
     }
-    compared = compare_positions(losses, "base")
+    compared = compare_positions(losses)
     assert compared.edges == [0, 128, 256, 400]
     first, *rest = compared.difference["sliding"]
     assert abs(first.mean) < 1e-5
@@ -83,7 +83,7 @@ def answers(exact: list[bool], kind: str = "passkey", length: int = 256) -> list
 def test_only_what_the_base_is_able_to_do_is_judged() -> None:
     base = answers([True] * 8) + answers([False] * 7 + [True], "key_value")
     healed = answers([False] * 4 + [True] * 4) + answers([False] * 8, "key_value")
-    found = compare_retrieval({"base": base, "healed": healed}, "base")
+    found = compare_retrieval({"base": base, "healed": healed})
     by_kind = {group.kind: group for group in found.groups}
     assert by_kind["passkey"].able
     assert not by_kind["key_value"].able
@@ -94,4 +94,4 @@ def test_only_what_the_base_is_able_to_do_is_judged() -> None:
     assert by_kind["key_value"].log_probability_difference["healed"].mean == pytest.approx(-8.5 / 8)
     quarters = by_kind["passkey"].depths
     assert [quarter.exact for quarter in quarters] == [{"base": 1.0, "healed": value} for value in (0, 0, 1, 1)]
-    assert compare_retrieval({"base": base[8:], "healed": healed[8:]}, "base").able is None
+    assert compare_retrieval({"base": base[8:], "healed": healed[8:]}).able is None

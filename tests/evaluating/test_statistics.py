@@ -63,7 +63,7 @@ def test_what_a_sample_could_have_seen_shrinks_with_its_root() -> None:
 
 
 def unseen(items: int) -> float:
-    """The largest share of items of which none is among so many, with 97.5 % probability."""
+    """The largest fraction of items of which a sample of this size has none, with 97.5 % probability."""
     return float(binomtest(0, items).proportion_ci(0.95).high)
 
 
@@ -81,14 +81,14 @@ def test_one_item_that_differs_proves_no_more_than_none() -> None:
     assert found.detectable == pytest.approx(unseen(60))
     none = accuracies(60, 0, 0)
     assert average_difference([gained, none, none]).at_least == pytest.approx((1 / 60 - unseen(60)) / 3)
-    # Tasks weigh alike, so what a small one cannot see is not made up for by a large one.
+    # Tasks have equal weights, so a large one does not make up for what a small one cannot show.
     assert average_difference([[0.0] * 50, [0.0] * 14_000]).at_least == pytest.approx(-unseen(50) / 2)
     # Where many differ, the bootstrap says more than the items unseen.
     many = accuracies(1000, 80, 50)
     assert difference(many, right_or_wrong=True) == difference(many)
 
 
-def test_the_average_weighs_tasks_alike() -> None:
+def test_tasks_have_equal_weights_in_the_average() -> None:
     small, large = accuracies(100, 10, 0), accuracies(2000, 0, 100)
     found = average_difference([small, large])
     assert found.mean == pytest.approx((-0.1 + 0.05) / 2)

@@ -11,7 +11,7 @@ from made_run import make_run, model_info, sensitivity
 
 from layerboost.files import file_hash
 from layerboost.reporting.page import markdown_page
-from layerboost.reporting.sources import read_sources
+from layerboost.reporting.sources import Sources
 from layerboost.reporting.stage import report_page
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.plan import read_plan, write_plan
@@ -37,7 +37,7 @@ def missed_gate(values: dict[str, Any]) -> None:
     values["tasks"]["arc_easy"]["selection"] = True
 
 
-def further_model(values: dict[str, Any]) -> None:
+def extra_model(values: dict[str, Any]) -> None:
     values["perplexity"]["longer"] = values["perplexity"]["healed"]
     values["average"]["models"]["longer"] = values["average"]["models"]["base"]
 
@@ -77,7 +77,7 @@ def healed_again(run: Path) -> None:
 
 EDITS: dict[str, Edit] = {
     "a gate is missed, and layers were chosen on a task": edit(QUALITY, missed_gate),
-    "a further checkpoint is evaluated": edit(QUALITY, further_model),
+    "an extra checkpoint is evaluated": edit(QUALITY, extra_model),
     "another base was evaluated": edit(QUALITY, lambda values: values["models"].update(base="0" * 16)),
     "no task outside the selection": edit(QUALITY, lambda values: values.update(average=None)),
     "no long contexts": edit(QUALITY, lambda values: values.update(positions=None, retrieval=None)),
@@ -96,7 +96,7 @@ def test_what_a_report_points_out(tmp_path: Path, golden: Callable[[str, str], N
     def lines(name: str, change: Edit) -> list[str]:
         run = make_run(tmp_path / name / "run")
         change(run)
-        return markdown_page(report_page(read_sources(run))).splitlines()
+        return markdown_page(report_page(Sources(run))).splitlines()
 
     plain = set(lines("plain", lambda run: None))
     parts = []
@@ -112,4 +112,4 @@ def test_a_model_that_is_the_one_benchmarked_is_not_pointed_out(tmp_path: Path) 
     run = make_run(tmp_path / "run")
     healed_again(run)
     edit(BENCH, lambda values: values["models"].update(healed=file_hash(run / "healed" / "config.json")))(run)
-    assert "changed after the benchmark" not in markdown_page(report_page(read_sources(run)))
+    assert "changed after the benchmark" not in markdown_page(report_page(Sources(run)))

@@ -52,7 +52,7 @@ ODD: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "an index beyond the choices": ({"a": 7}, "not among their choices", 0.0),
     "no answer, as -1": ({"a": -1}, "not among their choices", 0.0),
     "a single choice": ({"c": ["one"]}, "only one choice", 1.0),
-    "no right one of two alike": ({"c": ["one", "one"], "a": 1}, "two equal choices", None),
+    "two equal choices": ({"c": ["one", "one"], "a": 1}, "two equal choices", None),
 }
 
 
@@ -73,7 +73,7 @@ def test_odd_items_are_scored_as_lm_eval_does_and_counted(
     scores, margins = item_scores(task, found), item_margins(task, found)
     assert score in (None, scores["own", 2])
     assert set(margins) == {("own", index) for index in range(6) if score is None or index != 2}
-    compared, _ = compare_tasks([task], {"own": {"base": found, "healed": found}}, "base", [])
+    compared, _ = compare_tasks([task], {"own": {"base": found, "healed": found}}, [])
     assert compared["own"].margin
     assert compared["own"].margin.difference["healed"].mean == 0
 
@@ -103,7 +103,7 @@ LONG = " ".join(["one"] * CONTEXT)
 UNSCORABLE: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "no choices": ({"c": []}, "template", "its choices are []"),
     "an answer that is null": ({"a": None}, "field", "its answer is None"),
-    "an index far below 0": ({"a": -7}, "field", "acc of its answer -7 ends in IndexError"),
+    "an index far below 0": ({"a": -7}, "field", "acc of its answer -7 raises IndexError"),
     "a choice longer than the context": ({"c": ["one", LONG]}, "template", "tokens, in a model with a context of 512"),
     "an empty prompt": ({"q": "  "}, "template", "its prompt is empty"),
     "a prompt that is null": ({"q": None}, "template", "AssertionError: Context is not a string"),
@@ -130,9 +130,9 @@ def test_a_field_that_is_null_is_not_read_as_a_word(name: str, tokenizer: Any, t
     items[2] |= change
     kinds = dict(kinds)
     more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n' if "output" in kinds else ""
-    told = refusal(load(tmp_path, items, kinds.pop("target", TARGETS["template"]), more, **kinds), tokenizer)
+    shown = refusal(load(tmp_path, items, kinds.pop("target", TARGETS["template"]), more, **kinds), tokenizer)
     [field] = change
-    assert f"line 3 of {tmp_path / 'own.jsonl'}: its {field!r} is null, which is read as 'None'" in told
+    assert f"line 3 of {tmp_path / 'own.jsonl'}: its {field!r} is null, which is read as 'None'" in shown
 
 
 def test_choices_as_a_list_of_templates_are_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_what_lm_eval_would_fail_on_is_refused_before_a_model_runs(name: str, to
     task = load(tmp_path, items, TARGETS[target])
     with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):  # and lm-eval does fail
         run_task(task, tiny_model(), tokenizer, 8, lambda items: None)
-    told = refusal(task, tokenizer)
-    assert "2 of 6 items of task own cannot be scored" in told
-    assert f"line 3 of {tmp_path / 'own.jsonl'}" in told
-    assert message in told
+    shown = refusal(task, tokenizer)
+    assert "2 of 6 items of task own cannot be scored" in shown
+    assert f"line 3 of {tmp_path / 'own.jsonl'}" in shown
+    assert message in shown
 
 
 def test_items_are_named_by_their_number_in_the_file_under_a_limit(tokenizer: Any, tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ def test_generated_answers_are_checked(tokenizer: Any, tmp_path: Path, caplog: p
         "metric": "exact_match",
     }
     task = load(tmp_path, [ITEM, ITEM | {"a": 7}, ITEM | {"q": ""}], TARGETS["field"], **kinds)
-    told = refusal(task, tokenizer)
-    assert "2 of 3 items" in told
-    assert "its answer 7 is not among its 3 choices" in told
+    shown = refusal(task, tokenizer)
+    assert "2 of 3 items" in shown
+    assert "its answer 7 is not among its 3 choices" in shown
     check_items([load(tmp_path, [ITEM, ITEM | {"q": LONG}], TARGETS["field"], **kinds)], tokenizer, CONTEXT)
     assert "1 of 2 items of task own are longer than the model's context" in caplog.text
 
@@ -206,8 +206,8 @@ def test_the_examples_before_a_question_are_lm_evals_own(tokenizer: Any, tmp_pat
 
 
 def test_a_metric_without_a_score_for_each_item_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    told = refusal(load(tmp_path, [ITEM], metric="brier_score"), tokenizer)
-    assert "brier_score of its answer 0 ends in TypeError" in told
+    shown = refusal(load(tmp_path, [ITEM], metric="brier_score"), tokenizer)
+    assert "brier_score of its answer 0 raises TypeError" in shown
 
 
 def test_answers_to_generate_that_are_missing(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -133,7 +133,7 @@ def test_numbers_are_those_of_stock_lm_eval(name: str, bench: Path, tokenizer: A
     assert task_value(task, found) == scores[f"{task.metric},none"]
     answers = [sample["filtered_resps"] for sample in expected["samples"]["stock"]]
     assert [[tuple(pair) for pair in sample["filtered_resps"]] for sample in found["samples"][name]] == answers
-    compared, _ = compare_tasks([task], {name: {"base": found}}, "base", [])
+    compared, _ = compare_tasks([task], {name: {"base": found}}, [])
     error = compared[name].models["base"].standard_error
     assert error == pytest.approx(scores[f"{task.metric}_stderr,none"])
     margins, right = item_margins(task, found), item_scores(task, found)

@@ -1,8 +1,8 @@
 """costs: this machine's rates, from vLLM's own times of four plans of one model → costs.json, for `plan.costs`.
 
-Each plan is served by the real engine. What vLLM reports of its KV cache is compared with `costs/memory.py`, what
-requests hold while they decode with its residency, and the times of prefill and decoding steps with the linear model of
-`costs/budget.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all.
+Each plan is served by the real engine. Its KV cache as vLLM reports it, and the memory that requests hold while they
+decode, are compared with `costs/memory.py`; the times of prefill and decoding steps with the linear model of
+`costs/budget.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all plans.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ CONTEXTS = (1024, 2048)
 BATCHES = (64, 256, 1024)
 DECODE_BATCH = 256
 PROMPT_TOKENS = 1024
-# Requests that decode at once, tokens of each.
+# Concurrent requests, and tokens per request.
 LOADS = ((1, 64), (1, 1000), (32, 120), (12, 800))
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One time of one plan: what it is of, its work `[6]` (columns of `decode_work`), and milliseconds."""
+    """One time of one plan, in ms: the step that took it, and its work `[6]` (columns of `decode_work`)."""
 
     plan: str
     what: str
@@ -56,14 +56,14 @@ class Timed:
 
 
 def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
-    """Measure the rates with MODEL, a base, and write them to `out`; return what they were fitted to.
+    """Measure the rates with MODEL, a base, and write them to `out`; return the measurements that they are fitted to.
 
-    Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError when the
+    Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError if the
     engine fails.
     """
     clean_environment()
     if not 0 < cache_gib < math.inf:
-        raise ConfigError(f"--cache-gib {cache_gib} is no size of a cache", do="give a positive number of GiB")
+        raise ConfigError(f"--cache-gib {cache_gib} is not a valid size", do="give a positive number of GiB")
     version, on_cpu = check_vllm(), runs_on_cpu()
     base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
     config, info = base.config, base.info
@@ -73,13 +73,13 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
         raise ConfigError(
             "rates are measured with a base in Hugging Face's format",
             found="a GGUF file" if base.gguf else "a boosted checkpoint",
-            do="give the base that the run folder has: RUN/base",
+            do="give the base in the run folder: RUN/base",
         )
     if info.max_context_tokens < max(CONTEXTS):
         raise ConfigError(
             f"rates are measured at a context of {max(CONTEXTS)} tokens",
             found=f"{base.name} has one of {info.max_context_tokens}",
-            do="measure with a larger model, or write the rates down yourself: docs/reference/plan.md",
+            do="measure with a larger model, or write the rates yourself: docs/reference/plan.md",
         )
     chosen = plans(info.layers)
     for layers in chosen.values():
@@ -101,11 +101,11 @@ def _check_writable(out: Path) -> None:
     """Raise ConfigError for a file that could not be written after the measurement."""
     place = out.absolute().parent
     if not place.is_dir() or not os.access(out if out.exists() else place, os.W_OK):
-        raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in a directory that is there")
+        raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in an existing directory")
 
 
 def plans(layers: int) -> dict[str, list[LayerPlan]]:
-    """Return four plans of every kind, by fractions of the layers; full layers evenly spaced."""
+    """Return four plans that together have every strategy; full layers are evenly spaced."""
     return {
         "base": _plan(layers, layers, 0, 64),
         "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64),
@@ -129,8 +129,10 @@ def _plan(layers: int, full: int, none: int, window: int) -> list[LayerPlan]:
 def measure(
     base: Base, info: ModelInfo, chosen: dict[str, list[LayerPlan]], cache_bytes: int
 ) -> tuple[list[dict[str, Any]], list[Timed]]:
-    """Serve every plan with several settings. Return for each its layers by kind, and rows of `memory` and of what
-    requests hold as they `decode`, measured and predicted; and all times.
+    """Serve every plan with several settings; return measurements per plan, and all times.
+
+    Of a plan: its layers by strategy, the KV cache (`memory`) and the bytes that requests hold while they decode
+    (`decode`), each measured and predicted.
     """
     default = cache_defaults()
     settings = [(default, context) for context in CONTEXTS]
@@ -166,7 +168,7 @@ def measure(
 
 
 def boost(base: Base, layers: list[LayerPlan], folder: Path) -> None:
-    """Save a model with a plan applied; its sinks are zero, which costs the same."""
+    """Save a model with a plan applied. Its sinks are zero, which does not change the time."""
     loaded = base.load()
     apply_plan(loaded, layers)
     loaded.save_pretrained(folder)
@@ -180,7 +182,7 @@ def memory_row(
     context_tokens: int,
     cache_bytes: int,
 ) -> dict[str, Any]:
-    """Return blocks and concurrency, as vLLM reports them and as `costs/memory.py` has them."""
+    """Return blocks and concurrency as vLLM reports them, and as `costs/memory.py` predicts them."""
     block = block_bytes(info, layers, settings)
     predicted = cache_bytes // block
     blocks, concurrency = engine.kv_cache()
@@ -196,7 +198,7 @@ def memory_row(
 
 
 def fit(timed: Sequence[Timed]) -> Rates:
-    """Return the rates that explain the times: least squares of relative errors, none negative."""
+    """Return the rates fitted to the times: non-negative least squares of relative errors."""
     work, times = np.array([row.work for row in timed]), np.array([row.ms for row in timed])
     scale = work.max(0)
     scale[scale == 0] = 1.0

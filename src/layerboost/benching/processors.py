@@ -12,7 +12,7 @@ from layerboost.runtime import cores
 
 
 class Processors:
-    """Counts from when it is made."""
+    """A count that starts when it is made."""
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -20,19 +20,19 @@ class Processors:
     def used(self) -> dict[str, float]:
         """Return the cores in use on average: by this process with all that it started, and by others."""
         wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
-        found = {"own_cores": round(own / wall, 3)}
-        if _has_quota():  # then these cores are not ours, and what others do there takes nothing from us
-            return found
-        return found | {"other_cores": round(max(busy - own, 0.0) / wall, 3)}
+        usage = {"own_cores": round(own / wall, 3)}
+        if _has_quota():  # then others on these cores do not take time from us
+            return usage
+        return usage | {"other_cores": round(max(busy - own, 0.0) / wall, 3)}
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds on the clock, of all processors together, of our processes."""
+        """Return seconds: of the clock, of all processors together, and of our processes."""
         return time.monotonic(), _busy_s(), _own_s()
 
 
 def _busy_s() -> float:
-    """Return the seconds that the cores did not idle; a hypervisor's for other machines (steal) are among them."""
+    """Return the seconds that the cores were busy, also for other machines of a hypervisor (steal)."""
     every, mine = psutil.cpu_times(percpu=True), set(cores())
     busy = 0.0
     for core, times in enumerate(every):
@@ -51,7 +51,7 @@ def _has_quota() -> bool:
 
 
 def _own_s() -> float:
-    """Return the seconds of this process and its descendants, those that have ended included."""
+    """Return the seconds of this process and its descendants, also of those that have ended."""
     total, this = 0.0, psutil.Process()
     for process in (this, *this.children(recursive=True)):
         with suppress(psutil.Error):  # it has just ended, and counts with its parent

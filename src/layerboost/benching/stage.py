@@ -13,30 +13,28 @@ from layerboost.engines.protocol import Engine, Load, Running
 from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.model.base import Base
-from layerboost.model.checkpoint import check_further
+from layerboost.model.checkpoint import check_extra_checkpoints
 from layerboost.model.integrity import check_checkpoint
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import Progress, cores, log
 from layerboost.schemas.artifact import finite, read_json, write_json
 from layerboost.schemas.benchmark import SPEED, Comparison, Measurement, Point, metrics_of
 from layerboost.schemas.plan import read_plan
-from layerboost.schemas.run import PLAN
+from layerboost.schemas.run import BASE, PLAN
 
 FOLDER = "bench"
-COMPARISON, DECODE_SWEEP = "comparison.json", "decode_sweep.json"
-BASE = "base"
-# What may differ between two calls without changing what one measurement means.
+# Settings that may differ between two calls: they do not change a single measurement.
 FREE_SETTINGS = {"port", "startup_timeout_s", "repeats", "concurrency", "decode_lengths"}
-# What means nothing in the other kind of benchmark.
+# Settings of one kind of benchmark that the other does not use.
 OF_LOAD = {"concurrency", "requests_per_concurrency", "output_tokens"}
 OF_SWEEP = {"decode_batch", "decode_lengths"}
-# A prompt of a decode sweep: next to nothing, so that the length is that of the answer.
+# The prompt of a decode sweep: short, so that the length is that of the answer.
 SWEEP_INPUT_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one call measures, and where it writes."""
+    """The measurements of one call, and their files."""
 
     recipe: Recipe
     run: Path
@@ -53,7 +51,7 @@ class Job:
 
     @property
     def file(self) -> Path:
-        return self.run / FOLDER / (DECODE_SWEEP if self.decode_sweep else COMPARISON)
+        return self.run / FOLDER / ("decode_sweep.json" if self.decode_sweep else "comparison.json")
 
     @property
     def points(self) -> list[Point]:
@@ -79,26 +77,26 @@ class Job:
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for what `run_bench` could not serve or load."""
-    check_further(recipe.bench.checkpoints, run, base)
+    check_extra_checkpoints(recipe.bench.checkpoints, run, base)
     check_lengths(recipe.bench, "the model", base.config.max_position_embeddings)
     open_engine(recipe.bench.engine).check(recipe.bench, (base.folder, run))
 
 
-def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> dict[str, Any]:
+def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool = False) -> Comparison:
     """Measure every model (name -> directory) at every concurrency and write `RUN/bench/`; return the comparison.
 
     In each repeat every model is started anew. The engine's JSON goes to `{model}-c{concurrency}-r{repeat}.json`, ours
-    to `comparison.json`. With `decode_sweep` it is lengths instead of concurrencies, and
-    `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed goes on where it stopped.
-    Raise ConfigError before anything is started if the engine is missing, the port taken, a model incomplete or its
-    context too short, or if the results there are of other settings or models; LayerboostError when the engine or a
+    to `comparison.json`. With `decode_sweep`, lengths are measured instead of concurrencies, and the files are
+    `{model}-decode{length}-r{repeat}.json` and `decode_sweep.json`. A run that was killed continues where it stopped.
+    Raise ConfigError before anything is started if the engine is missing, the port is taken, a model is incomplete or
+    its context too short, or if existing results are of other settings or models; LayerboostError if the engine or a
     request fails.
     """
     job = _checked(recipe, run, models, decode_sweep)
     comparison = _opened(job)
     done = {entry.key for entry in comparison.measurements}
     repeats = range(job.bench.repeats)
-    # A model alone has nothing to be interleaved with: one server for all repeats, where it remembers no prompt.
+    # Repeats of a single model need not alternate: one server for all of them, unless it caches prompts.
     alone = len(models) == 1 and not job.bench.shared_prefix_tokens
     planned = [
         (name, [(repeat, point) for repeat in turn for point in job.points if (name, point, repeat) not in done])
@@ -106,7 +104,7 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
         for name in models
     ]
     missing = sum(len(measurements) for _, measurements in planned)
-    log.info("bench: %d measurements to make, %d are there", missing, len(done))
+    log.info("bench: %d measurements to make, %d exist", missing, len(done))
     comparison.complete = missing == 0
     tokens = sum(job.load(point).tokens for _, measurements in planned for _, point in measurements)
     with Progress("bench", max(tokens, 1), "output tokens") as progress:
@@ -121,27 +119,21 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
                     write_json(job.file, comparison)
     write_json(job.file, comparison)
     _log_ratios(comparison)
-    return comparison.model_dump(mode="json")
+    return comparison
 
 
 def _launched(job: Job, name: str, repeat: int) -> AbstractContextManager[Running]:
     """Start one model of one repeat."""
     folder = job.models[name]
-    check_checkpoint(folder)  # once more: it may have changed since the first look
+    check_checkpoint(folder)  # again: it may have changed
     log_file = job.run / FOLDER / "logs" / f"{name}{'-decode' if job.decode_sweep else ''}-r{repeat}.log"
     return job.engine.launch(name, folder, job.recipe, log_file)
 
 
 def _measure(job: Job, running: Running, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
     load, stem = job.load(point), job.stem(name, point, repeat)
-    log.info(
-        "measuring %s at concurrency %d, %d tokens out, repeat %d of %d",
-        name,
-        load.concurrency,
-        load.output_tokens,
-        repeat + 1,
-        job.bench.repeats,
-    )
+    at = f"at concurrency {load.concurrency}, {load.output_tokens} tokens out"
+    log.info("measuring %s %s, repeat %d of %d", name, at, repeat + 1, job.bench.repeats)
     processors = Processors()
     answer = running.answer(load, progress.advance)
     used = processors.used()
@@ -189,8 +181,10 @@ def check_lengths(bench: Bench, name: str, context_tokens: int, decode_sweep: bo
 
 
 def _flags(engine: Engine, models: dict[str, Path], given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the serving flags that the models' plans need beside those `given`, one set for all of them, the base
-    included: else a ratio would compare settings too. Raise ConfigError when plans differ.
+    """Return the serving flags that the models' plans need in addition to those `given`.
+
+    They are the same for all models, the base included: otherwise a ratio would compare settings too. Raise ConfigError
+    if plans need different flags.
     """
     plans = {name: read_plan(folder / PLAN) for name, folder in models.items() if (folder / PLAN).is_file()}
     needed = {name: flags for name, plan in plans.items() if (flags := engine.serving_flags(plan, given))}
@@ -204,11 +198,11 @@ def _flags(engine: Engine, models: dict[str, Path], given: tuple[str, ...]) -> t
 
 
 def _opened(job: Job) -> Comparison:
-    """Return the comparison so far, or an empty one; raise ConfigError if it is of something else."""
-    engine, bench = job.engine, job.bench
-    of_other = (OF_LOAD if job.decode_sweep else OF_SWEEP) | engine.UNUSED
+    """Return the existing comparison, or an empty one; raise ConfigError if it is of other settings or models."""
+    engine = job.engine
+    unused = {"checkpoints", *(OF_LOAD if job.decode_sweep else OF_SWEEP), *engine.UNUSED}
     new = Comparison(
-        settings={**bench.model_dump(mode="json", exclude={"checkpoints", *of_other}), "seed": job.recipe.seed},
+        settings={**job.bench.model_dump(mode="json", exclude=unused), "seed": job.recipe.seed},
         environment={**engine.environment(job.recipe), "cores": len(cores())},
         models={name: file_hash(folder / "config.json") for name, folder in job.models.items()},
         reference=BASE if BASE in job.models else next(iter(job.models)),
@@ -217,17 +211,13 @@ def _opened(job: Job) -> Comparison:
         return new
     old = read_json(job.file, Comparison, "layerboost bench")
     before, now = _identity(old), _identity(new)
-    if changed := [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
-    ]:
+    if changed := [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]:
         raise ConfigError(
             f"{job.file} holds results of other settings or models",
-            found="; ".join(changed),
+            found="; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed),
             do=f"use another --run folder, or delete {job.file.parent}",
         )
-    # A result whose file is gone is made again.
+    # A measurement whose file is missing is made again.
     new.measurements = [entry for entry in old.measurements if (job.file.parent / entry.file).is_file()]
     return new
 

@@ -1,4 +1,4 @@
-"""What serves a model, behind one protocol. A further engine is a module here, a name below and in `bench.engine`."""
+"""Engines that serve a model, behind one protocol. An engine is a module here, with a name below and in the recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(name: EngineName) -> Engine:
-    """Return the engine of a recipe's `bench.engine`; each imports what it needs when it is opened."""
+    """Return the engine of a recipe's `bench.engine`; its libraries are imported only then."""
     match name:
         case "vllm":
             from layerboost.engines import vllm

@@ -1,8 +1,8 @@
 """Run a command that must not outlive its owner: `python guard.py COMMAND...`, in a session of its own.
 
-The owner holds the other end of standard input. What it writes is passed on to the command. When that end closes,
-because the owner closes it or because the owner died, however it died, the command gets SIGTERM, a grace period, and
-then SIGKILL with every process of its group. Imports nothing of layerboost: it starts at once and is run by path.
+The owner holds the other end of standard input; its bytes are passed to the command. When that end closes, because the
+owner closes it or dies in any way, the command gets SIGTERM, a grace period, and then SIGKILL with every process of its
+group. This module imports nothing of layerboost: it starts at once and is run by path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLL_S = 0.2
 
 
 def main(command: list[str]) -> None:
-    """Run `command` until it ends or standard input closes; ends by killing its own process group."""
+    """Run `command` until it ends or standard input closes; then kill the own process group."""
     for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Not SIG_IGN, which the command would inherit.
         signal.signal(caught, lambda *_: None)
@@ -39,7 +39,7 @@ def main(command: list[str]) -> None:
             while child.poll() is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             break
-    # Whatever the command started and left behind, an engine or a worker above all, and this process with it.
+    # This ends all remaining processes of the command, such as engines and workers, and this process.
     os.killpg(0, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own load generator, `vllm bench serve`, kept running: importing it takes longer than many a load.
+"""vLLM's own load generator, `vllm bench serve`, kept running: importing it takes longer than many loads.
 
 Run in a process of its own. Each line of standard input is a JSON list of the arguments of `vllm bench serve`; the
 result file that they name appears when it is complete.

@@ -1,4 +1,4 @@
-"""What the benchmark and the command line ask of an engine, and what they hand to it."""
+"""The interface of an engine, for the benchmark and the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARMUP_OUTPUT_TOKENS = 8
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent to a model: `requests` random prompts, at most `concurrency` at a time."""
+    """Requests to a model: `requests` random prompts, at most `concurrency` at a time."""
 
     concurrency: int
     requests: int
@@ -27,17 +27,17 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """Output tokens of all requests."""
+        """Return the output tokens of all requests."""
         return self.requests * self.output_tokens
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one load gave.
+    """The result of one load.
 
-    `raw`: throughput and latency under the names of `vllm bench serve`, and whatever else the engine reports.
-    `metrics`: memory and counters of the same time, keys of `Measurement.metrics`. `context_tokens`: the context length
-    that `kv_max_concurrency` among them counts with.
+    `raw`: throughput and latency under the names of `vllm bench serve`, and what else the engine reports. `metrics`:
+    memory and counters during the load, keys of `Measurement.metrics`. `context_tokens`: the context length to which
+    `kv_max_concurrency` refers.
     """
 
     raw: dict[str, Any]
@@ -46,37 +46,37 @@ class Answer:
 
 
 class Running(Protocol):
-    """A model that an engine has started, warmed up where that has to happen once, and ready for loads."""
+    """A model that an engine has started and, if it needs that, warmed up."""
 
     def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
-        """Answer one load; call `advance` with the number of further output tokens as they come.
+        """Answer one load; call `advance` with the number of output tokens since the last call.
 
-        Raise LayerboostError when the engine or any request fails.
+        Raise LayerboostError if the engine or any request fails.
         """
 
 
 class Engine(Protocol):
-    """One way to run a model. A module with these functions is one."""
+    """One way to run a model: a module with these functions."""
 
     @property
     def UNUSED(self) -> frozenset[str]:
-        """Keys of the recipe's section `bench` that mean nothing to it."""
+        """Return the keys of the recipe's section `bench` that the engine does not use."""
 
     def check(self, bench: Bench, folders: Iterable[Path]) -> str:
-        """Return the engine's version, or say that none is needed.
+        """Return the engine's version, or that none is needed.
 
-        Raise ConfigError for what would fail once the models in `folders` are ready: a missing engine, a taken port.
+        Raise ConfigError for what would fail later, when the models in `folders` exist: a missing engine, a taken port.
         """
 
     def environment(self, recipe: Recipe) -> dict[str, Any]:
-        """Return what results depend on beside models and settings: the version, `device`: cpu or another."""
+        """Return what results depend on, apart from models and settings: the version, and `device`, cpu or another."""
 
     def serving_flags(self, plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the arguments of the engine's command, each followed by its value, that make the plan's memory real on
+        """Return the arguments of the engine's command, each followed by its value, with which the plan saves memory on
         this machine; without those that are among the arguments `given`."""
 
     def launch(self, name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractContextManager[Running]:
-        """Start a model directory, wait until it is ready, and end it with the block, however that ends.
+        """Start a model directory, wait until it is ready, and stop it at the end of the block.
 
-        `name` is for messages. What the engine prints goes to `log_file`.
+        `name` is for messages. The engine's output goes to `log_file`.
         """

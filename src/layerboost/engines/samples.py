@@ -1,4 +1,4 @@
-"""The base's own samples as text: by vLLM where it is installed, else by Transformers."""
+"""The base's own samples as text: by vLLM if it is installed, or else by Transformers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from layerboost.text import Generate, sample_documents, samples_missing
 
 
 def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
-    """Where the text is the model's own (`text.source: self`), write its samples to the run folder if they are missing.
+    """Write the model's samples to the run folder if the recipe needs them (`text.source: self`) and they are missing.
 
-    Plain ancestral sampling at temperature 1 from the begin-of-text token, by vLLM in a process of its own; should that
-    fail, by Transformers, from where it stopped.
+    Plain ancestral sampling at temperature 1 from the begin-of-text token, by vLLM in a process of its own; if that
+    fails, Transformers continues from where it stopped.
     """
     if "self" not in recipe.text.sources:
         return
@@ -35,7 +35,7 @@ def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def transformers_generate(model: Any, tokenizer: Any, tokens: int) -> Generate:
-    """Return what samples texts of at most `tokens` tokens by Transformers."""
+    """Return a function that samples texts of at most `tokens` tokens by Transformers."""
 
     def generate(count: int, seed: int) -> list[str]:
         torch.manual_seed(seed)
@@ -52,14 +52,14 @@ def transformers_generate(model: Any, tokenizer: Any, tokens: int) -> Generate:
             max_new_tokens=tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-        found: list[str] = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
-        return found
+        texts: list[str] = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
+        return texts
 
     return generate
 
 
 def vllm_generate(folder: str, start: int, tokens: int, dtype: str, trust_remote_code: bool) -> Generate:
-    """Return what samples texts of at most `tokens` tokens by vLLM."""
+    """Return a function that samples texts of at most `tokens` tokens by vLLM."""
     from vllm import LLM, SamplingParams
 
     on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": GIB} if runs_on_cpu() else {}
@@ -81,7 +81,7 @@ def vllm_generate(folder: str, start: int, tokens: int, dtype: str, trust_remote
 
 
 def _sampled_by_vllm(recipe: Recipe, run: Path, base: Base, made_from: dict[str, Any]) -> bool:
-    """Return whether a process of this module's own has written all samples; it logs to RUN/self_samples.log."""
+    """Return whether a process that runs this module wrote all samples; its log is RUN/self_samples.log."""
     job = [
         recipe.model_dump(mode="json"),
         str(run),
@@ -93,11 +93,11 @@ def _sampled_by_vllm(recipe: Recipe, run: Path, base: Base, made_from: dict[str,
     log_file = run / "self_samples.log"
     log.info("sampling text from the model with vLLM; its log is %s", log_file)
     command = [*MODULE, __name__, json.dumps(job)]
-    # Its errors are not caught: they are its progress.
+    # Its stderr is not redirected: it shows the progress.
     with log_file.open("wb") as output, guarded(command, vllm_environment(), output, errors=None) as process:
         process.wait()
     if samples_missing(recipe.text, run, made_from):
-        log.warning("vLLM could not sample (%s says why); Transformers does", log_file)
+        log.warning("vLLM could not sample (see %s); Transformers is used", log_file)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""A server that lives exactly as long as a `with` block, and commands that end with this process."""
+"""A server that runs for the time of a `with` block, and commands that end with this process."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench
 from layerboost.runtime import RANKS, clean_environment, log, release_memory
 
-# The arguments of a command, and what to add to its environment.
+# The arguments of a command, and the variables to add to its environment.
 Command = tuple[list[str], dict[str, str]]
 HOST = "127.0.0.1"
 POLL_S = 0.5
 REPORT_EVERY_S = 30.0
 METRICS_TIMEOUT_S = 30
-# Of one process among several, not of a server's; a key that our requests do not have; whole GiB, which where it is set
-# wins over vLLM's --kv-cache-memory-bytes.
+# Variables that a server must not get: torchrun's ranks; a key that our requests do not send; a cache size in GiB,
+# which overrides vLLM's --kv-cache-memory-bytes.
 NOT_PASSED_ON = {*RANKS, "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
-# Runs a module that follows, which finds no files of the current folder in place of libraries.
+# Runs the module that follows; with -P, files of the current directory are not imported in place of libraries.
 MODULE = (sys.executable, "-P", "-m")
-# A proxy that the environment or the system names is for other hosts.
+# Without proxies: those of the environment or the system are for other hosts.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -54,9 +54,9 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def metrics(self) -> Mapping[str, list[float]]:
-        """Return the values of each metric at /metrics, one per series of labels; none for an unknown name.
+        """Return the values of each metric at /metrics, one per series of labels; an empty list for an unknown name.
 
-        Raise LayerboostError when the server does not answer.
+        Raise LayerboostError if the server does not answer.
         """
         try:
             with DIRECT.open(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
@@ -68,14 +68,14 @@ class Server:
                 found=str(error),
                 do=f"read {self.log_file}",
             ) from error
-        found: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[float]] = defaultdict(list)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                found[sample.name].append(sample.value)
-        return found
+                values[sample.name].append(sample.value)
+        return values
 
     def check_alive(self, patience_s: float = 0.0) -> None:
-        """Raise LayerboostError, with what the log says, if the server has died or dies within `patience_s`."""
+        """Raise LayerboostError, with the errors in the log, if the server has died or dies within `patience_s`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_s)
             raise LayerboostError(
@@ -85,7 +85,7 @@ class Server:
             )
 
     def wait_until_ready(self, timeout_s: int) -> None:
-        """Return when the server answers /health; raise LayerboostError when it dies or does not within `timeout_s`."""
+        """Return when the server answers /health; raise LayerboostError if it dies or does not within `timeout_s`."""
         started = reported = time.monotonic()
         while True:
             self.check_alive()
@@ -97,7 +97,7 @@ class Server:
                 raise LayerboostError(
                     f"{self.engine} did not answer with {self.name} within {timeout_s} s",
                     found=last_words(self.log_file),
-                    do=f"read {self.log_file}; raise bench.startup_timeout_s if it only needs longer",
+                    do=f"read {self.log_file}; raise bench.startup_timeout_s if it needs more time",
                 )
             if now - reported > REPORT_EVERY_S:
                 reported = now
@@ -106,7 +106,7 @@ class Server:
         log.info("%s serves %s after %.0f s", self.engine, self.name, time.monotonic() - started)
 
     def rss_bytes(self) -> int:
-        """Return the resident memory of the server's processes; pages that they share count more than once."""
+        """Return the resident memory of the server's processes; pages that they share are counted more than once."""
         total = 0
         with suppress(psutil.Error):
             for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -124,10 +124,10 @@ def running_server(
     bench: Bench,
     log_file: Path,
 ) -> Iterator[Server]:
-    """Yield a server of the model directory `folder` on HOST and `bench.port`: ready, and gone after the block.
+    """Yield a server of the model directory `folder` on HOST and `bench.port`, ready for requests.
 
-    Should this process be killed outright, the guard around the server ends it. Its output goes to `log_file`. Raise
-    ConfigError if the port is taken, LayerboostError if the server dies or does not answer in time.
+    It ends with the block, or with this process: the guard ends it if this process is killed. Its output goes to
+    `log_file`. Raise ConfigError if the port is taken, LayerboostError if the server dies or does not answer in time.
     """
     check_port(bench.port)
     argv, environment = command
@@ -147,9 +147,9 @@ def running_server(
 def guarded(
     argv: Sequence[str], environment: Mapping[str, str], output: IO[bytes], errors: int | None = subprocess.STDOUT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a started command that ends, with all that it started, with the block or with this process.
+    """Yield a started command that ends with the block or with this process, together with all that it started.
 
-    What models held on a GPU here is given back first: the command may want all of it.
+    This process first frees the GPU memory of its models: the command may need all of it.
     """
     release_memory()
     clean_environment()
@@ -175,7 +175,7 @@ def guarded(
 
 
 def check_port(port: int, host: str = HOST) -> None:
-    """Raise ConfigError if something else listens on `port`, or if it is not the number of a port."""
+    """Raise ConfigError if another process listens on `port`, or if it is not a valid port."""
     with socket.socket() as probe:
         # As servers bind it: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,7 +188,7 @@ def check_port(port: int, host: str = HOST) -> None:
 
 
 def gpu_bytes() -> int:
-    """Return the memory in use on all NVIDIA GPUs, whoever uses it; 0 where none can be asked."""
+    """Return the memory in use on all NVIDIA GPUs, by any process; 0 without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     with suppress(OSError, ValueError):
         used = subprocess.run(command, capture_output=True, text=True, check=False).stdout

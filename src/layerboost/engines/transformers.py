@@ -1,4 +1,4 @@
-"""Transformers as an engine: a load answered one batch after the other, for machines without vLLM.
+"""Transformers as an engine: a load is answered in one batch after another, for machines without vLLM.
 
 `python -m layerboost.engines.transformers JOB RESULT` is a process of its own: its peak memory is the model's.
 """
@@ -31,30 +31,30 @@ from layerboost.schemas.artifact import json_text
 from layerboost.schemas.plan import PlanFile
 
 UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args"})
-# Special tokens come first, as a rule.
+# Special tokens usually have the first ids.
 FIRST_TOKEN = 3
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
-    """Return what stands in place of a server's version: it needs none."""
+    """Return that no server is needed."""
     return "not needed"
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """Return the version of Transformers, and what it computes on and in."""
+    """Return the version of Transformers, the device and the dtype."""
     runtime = start_runtime(recipe)
     version = importlib.metadata.version("transformers")
     return {"transformers": version, "device": runtime.device.type, "dtype": runtime.dtype_name}
 
 
 def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return no flags: a plan's memory is real as it is."""
+    """Return no flags: a plan saves memory without any."""
     return ()
 
 
 @dataclass(frozen=True)
 class RunningTransformers:
-    """A model directory; each load gets a process of its own, whose output goes to `output`, the file `log_file`."""
+    """A model directory. Each load runs in a process of its own, whose output goes to `output`, the file `log_file`."""
 
     name: str
     folder: Path
@@ -63,7 +63,7 @@ class RunningTransformers:
     output: IO[bytes]
 
     def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
-        """Answer `load` in a process of its own. Raise LayerboostError when it fails."""
+        """Answer `load` in a process of its own. Raise LayerboostError if it fails."""
         job = {"folder": str(self.folder.absolute()), "settings": self.settings, "load": asdict(load)}
         with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
             result = Path(scratch) / "result.json"
@@ -82,7 +82,7 @@ class RunningTransformers:
 
 @contextmanager
 def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[RunningTransformers]:
-    """Yield a model directory that answers loads; nothing is started before the first."""
+    """Yield a model directory that answers loads; nothing is started before the first load."""
     settings = recipe.model_dump(include={"device", "dtype", "trust_remote_code"})
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as output:
@@ -90,7 +90,7 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token of a batch is there; stops nothing."""
+    """Records the time of each token of a batch; never stops it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -113,8 +113,9 @@ def prompts(load: Load, vocabulary: int) -> torch.Tensor:
 def generate(
     model: PreTrainedModel, batch: torch.Tensor, prefix_tokens: int, output_tokens: int
 ) -> tuple[torch.Tensor, list[float]]:
-    """Return greedy answers `[B, output]` to prompts `[B, T]`, and the seconds after which each step's tokens were
-    there. The first `prefix_tokens` are in the cache when the clock starts.
+    """Return greedy answers `[B, output]` to prompts `[B, T]`, and the time of each step's tokens in seconds.
+
+    The first `prefix_tokens` are in the cache when the clock starts.
     """
     cache = None
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -126,7 +127,7 @@ def generate(
         cache = known.past_key_values
     clock = Clock()
     started = time.perf_counter()
-    found = model.generate(
+    answers = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
         past_key_values=cache,
@@ -134,7 +135,7 @@ def generate(
         stopping_criteria=[clock],
         **settings,
     )
-    return found[:, batch.shape[1] :], [moment - started for moment in clock.times]
+    return answers[:, batch.shape[1] :], [moment - started for moment in clock.times]
 
 
 def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     def per_request(values: list[float]) -> np.ndarray:
         return np.repeat(values, sizes)
 
-    found = {
+    result = {
         "completed": load.requests,
         "duration": float(duration),
         "total_output_tokens": tokens,
@@ -172,12 +173,12 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
         "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
     }
     if torch.cuda.is_available():
-        found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-    return found
+        result["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+    return result
 
 
 def main(job_text: str, result: Path) -> None:
-    """Do a job and write its result."""
+    """Answer one load and write the result."""
     job = json.loads(job_text)
     recipe, folder = Recipe(**job["settings"]), Path(job["folder"])
     model = find_model(str(folder), start_runtime(recipe), None, recipe.trust_remote_code).load()

@@ -1,4 +1,4 @@
-"""vLLM as an engine: finding it, its command lines and environments. What runs inside it is in vllm_plugin/."""
+"""vLLM as an engine: where it is, its command lines and environments. The code that it loads is in vllm_plugin/."""
 
 from __future__ import annotations
 
@@ -27,57 +27,52 @@ UNUSED: frozenset[str] = frozenset()
 PLUGIN, PLUGIN_GROUP = "layerboost", "vllm.general_plugins"
 # Factors of a number, as in 8k.
 UNITS = {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30}
-# The flags that we read, with their short names: those with a number, and those of which we ask whether they are there.
+# The flags that we read, with their short names: those with a number, and those of which only the presence matters.
 NUMBERS = (
     *("--port", "--max-num-batched-tokens", "--max-num-seqs", "--block-size", "--kv-cache-memory-bytes"),
     *("--tensor-parallel-size -tp", "--pipeline-parallel-size -pp", "--nnodes -n"),
     *("--data-parallel-size -dp", "--data-parallel-size-local -dpl"),
 )
 OTHERS = ("--dtype", "--max-model-len", "--compilation-config -cc", "--optimization-level -O")
-# Those that a benchmark sets itself, or that would keep it from its server or from the server's numbers.
+# Flags that a benchmark sets itself, or with which it could not reach its server or read the server's numbers.
 RESERVED = (
     *("--host", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model", "--config"),
-    *(
-        "--headless",
-        "--grpc",
-        "--tokens-only",
-        "--disable-log-stats",
-        "--enable-prefix-caching",
-        "--no-enable-prefix-caching",
-    ),
+    *("--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
+    *("--enable-prefix-caching", "--no-enable-prefix-caching"),
 )
-# Requests that `vllm serve` lets decode at once, on a CPU and on most GPUs.
+# vLLM's default of --max-num-seqs, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
-BATCHED_TOKENS = 2048  # of a step, unless told otherwise, on all but the largest GPUs
+BATCHED_TOKENS = 2048  # vLLM's default of --max-num-batched-tokens, except on the largest GPUs
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
-    """Return the version of the vLLM that can be benchmarked here on models in `folders`."""
+    """Return vLLM's version; raise ConfigError if it cannot be benchmarked here on models in `folders`."""
     version = check_vllm()
     for folder in folders:
-        check_path(folder)
-    if flag := reserved_flag(bench.server_args):
+        check_no_pattern(folder)
+    given = flags_given(bench.server_args)
+    if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
             f"bench.server_args may not have {flag}",
-            found="the benchmark itself says how its server is reached and what it caches, and reads the numbers there",
-            do="leave it out; the port is bench.port, and prompts share a prefix with bench.shared_prefix_tokens",
+            found="the benchmark itself sets the address, the model's name and the caching of its server",
+            do="remove it; the port is bench.port, and prompts share a prefix with bench.shared_prefix_tokens",
         )
     check_port(bench.port)
     return version
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """Return vLLM's version and what it runs on."""
+    """Return vLLM's version and its device."""
     return {"vllm": check_vllm(), "device": "cpu" if runs_on_cpu() else "accelerator"}
 
 
 def cache_defaults() -> CacheSettings:
-    """Return what vLLM starts with here, as far as its KV cache is concerned."""
+    """Return vLLM's default settings of the KV cache on this machine."""
     return CPU_DEFAULTS if runs_on_cpu() else GPU_DEFAULTS
 
 
 def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the flags that the plan needs from vLLM here; none for a plan that names no context length."""
+    """Return the flags that the plan needs on this machine; none for a plan without a context length."""
     found = plan_serving(plan, cache_defaults())
     return unless_given(given, dict(zip(found.flags[::2], found.flags[1::2], strict=True))) if found else ()
 
@@ -86,7 +81,7 @@ def serve_command(folder: Path, port: int, given: tuple[str, ...]) -> Command:
     """Return the command that serves a model directory, stock or boosted, until interrupted."""
     check_vllm()
     config = check_checkpoint(folder)
-    check_path(folder)
+    check_no_pattern(folder)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
     check_port(flags_given(given).get("port", port), host="")
@@ -101,7 +96,7 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
     return launched(name, folder, recipe.bench, log_file)
 
 
-def check_path(folder: Path) -> None:
+def check_no_pattern(folder: Path) -> None:
     """Raise ConfigError for a path that vLLM takes for a pattern."""
     if set(str(folder.absolute())) & set("*?["):
         raise ConfigError(
@@ -112,15 +107,15 @@ def check_path(folder: Path) -> None:
 
 
 def bench_command(folder: Path, bench: Bench) -> Command:
-    """Return the command and the added environment of a server to be benchmarked; `bench.server_args` win over ours."""
+    """Return the command and the added environment of a server to benchmark; `bench.server_args` override ours."""
     on_cpu = runs_on_cpu()
-    # The longest context that the cache has room for, at most the model's own: a long context alone is no reason to
-    # refuse to start.
+    # The longest context that the cache has room for, at most the model's own: vLLM would refuse to start with a longer
+    # one.
     defaults = {"--host": HOST, "--port": str(bench.port), "--max-model-len": "auto"}
     if not bench.shared_prefix_tokens:
-        # Requests share no prefixes, and a warm-up must not make the first of them free.
+        # Requests share no prefixes, and a warm-up must not speed up the first of them.
         defaults["--no-enable-prefix-caching"] = ""
-    # As many as are concurrent, and as the tokens of one step allow: vLLM wants no more sequences than those.
+    # As many sequences as are concurrent, but not more than the tokens of one step: vLLM refuses that.
     wanted = max(*bench.concurrency, bench.decode_batch)
     most = flags_given(bench.server_args).get("max_num_batched_tokens", BATCHED_TOKENS)
     if most < wanted:
@@ -134,13 +129,13 @@ def bench_command(folder: Path, bench: Bench) -> Command:
 
 
 def cache_bytes(bench: Bench) -> int | None:
-    """Return the memory of the KV cache where it is settled before the server starts."""
+    """Return the bytes of the KV cache; None if vLLM chooses them when it starts."""
     own = int(bench.kv_cache_gib * GIB) if runs_on_cpu() else None
     return flags_given(bench.server_args).get("kv_cache_memory_bytes", own)
 
 
 def check_vllm() -> str:
-    """Return the version of the vLLM that this interpreter would run; raise ConfigError without it or our plugin."""
+    """Return the version of vLLM in this environment; raise ConfigError without it or our plugin."""
     version = vllm_version()
     if version is None:
         raise ConfigError(
@@ -150,24 +145,24 @@ def check_vllm() -> str:
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and not _is_cpu_build():
         raise ConfigError(
-            "this vLLM is a build for GPUs, and it may see none",
+            "this vLLM is built for GPUs, and no GPU is visible to it",
             found=f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}",
-            do="unset it, or name a GPU there",
+            do="unset it, or name a GPU in it",
         )
     ours = [p for p in importlib.metadata.entry_points(group=PLUGIN_GROUP) if p.value.startswith("layerboost.")]
-    if not any(map(_is_there, (point.module for point in ours))):
+    if not any(_exists(point.module) for point in ours):
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
             found="another version of layerboost is installed" if ours else "layerboost is imported, not installed",
-            do="pip install . in a checkout (-e to go on editing it)",
+            do="pip install . in a checkout (with -e if you edit it)",
         )
     return version
 
 
-def _is_there(module: str) -> bool:
+def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its package
+    except ModuleNotFoundError:  # of its package
         return False
 
 
@@ -198,17 +193,18 @@ def _is_cpu_build() -> bool:
 
 
 def vllm_command() -> list[str]:
-    """Return `vllm` of this interpreter's environment, which need not be the first on PATH."""
+    """Return the command `vllm` of this environment, which may not be the first on PATH."""
     script = Path(sys.executable).with_name("vllm")
     return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
 
 
 def serve_line(folder: Path, given: Sequence[str], defaults: Mapping[str, str]) -> Command:
-    """Return `vllm serve` of a model directory with the `defaults`, on a CPU what vLLM wants there, and the arguments
-    `given`, which win. Raise ConfigError for arguments that vLLM would refuse.
+    """Return `vllm serve` of a model directory with `defaults`, those for a CPU, and the arguments `given`.
+
+    The arguments `given` override. Raise ConfigError for those that vLLM would refuse.
     """
     if runs_on_cpu():
-        # Half precision is emulated on most CPUs. torch.compile wants a C++ compiler at run time; pipelines want it.
+        # Most CPUs emulate half precision. torch.compile needs a C++ compiler at run time; pipelines need to compile.
         flags = flags_given(given)
         compiles = {"compilation_config", "optimization_level"} & flags.keys()
         eager = {} if compiles or flags.get("pipeline_parallel_size", 1) > 1 else {"--enforce-eager": ""}
@@ -218,24 +214,18 @@ def serve_line(folder: Path, given: Sequence[str], defaults: Mapping[str, str]) 
 
 
 def unless_given(given: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the arguments that `defaults` (flag to value, "" where it has none) adds to those `given`."""
+    """Return `defaults` (flag to value, "" for none) as arguments, without the flags among those `given`."""
     named = flags_given(given).keys()
     missing = [(flag, value) for flag, value in defaults.items() if _key(flag) not in named]
     return tuple(part for pair in missing for part in pair if part)
 
 
 def flags_given(given: Sequence[str]) -> dict[str, Any]:
-    """Return those of the arguments of `vllm serve` that we read, by argparse's names: max_num_seqs.
+    """Return those arguments of `vllm serve` that we read, by argparse's names: max_num_seqs.
 
-    Raise ConfigError for a number that is none and for an ambiguous abbreviation, which vLLM would refuse too.
+    Raise ConfigError for an invalid number and for an ambiguous abbreviation, which vLLM would refuse too.
     """
     return vars(_parser().parse_known_args([_plain(argument) for argument in given])[0])
-
-
-def reserved_flag(given: Sequence[str]) -> str | None:
-    """Return the first of the arguments that a benchmark's server may not be given; None if there is none."""
-    found = flags_given(given)
-    return next((flag for flag in ("--port", *RESERVED) if _key(flag) in found), None)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -245,7 +235,7 @@ class _Parser(argparse.ArgumentParser):
 
 @cache
 def _parser() -> argparse.ArgumentParser:
-    """Knows the flags that we read. vLLM's own parser knows all, and takes longer to import than most commands run."""
+    """Return a parser of the flags that we read. Importing vLLM's own takes longer than most commands run."""
     parser = _Parser(prog="vllm serve", add_help=False, argument_default=argparse.SUPPRESS)
     for names in NUMBERS:
         parser.add_argument(*names.split(), type=number)
@@ -258,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plain(argument: str) -> str:
-    """Spell a flag as argparse knows it: vLLM also takes --max_num_seqs, and -cc.mode=3 for a part of -cc."""
+    """Return a flag in the form for argparse: vLLM also takes --max_num_seqs, and -cc.mode=3 for a part of -cc."""
     if not argument.startswith("-"):
         return argument
     name, equals, value = argument.partition("=")
@@ -266,7 +256,7 @@ def _plain(argument: str) -> str:
 
 
 def number(text: str) -> int:
-    """Read a number as vLLM does: 8k is 8,000 and 8K 8,192."""
+    """Return a number, read as vLLM reads it: 8k is 8,000 and 8K 8,192."""
     return int(float(text[:-1]) * UNITS[text[-1]]) if text[-1:] in UNITS else int(text)
 
 
@@ -275,35 +265,34 @@ def _key(flag: str) -> str:
 
 
 def vllm_environment(given: Sequence[str] = ()) -> dict[str, str]:
-    """Return what vLLM is to have in its environment wherever it runs; what the user has set for a CPU stays.
+    """Return the variables to add to the environment of any vLLM process; a user's own settings for a CPU stay.
 
-    `given` are the server's arguments: each of its processes gets cores of its own. Raise ConfigError if there are too
-    few.
+    Each process of a server with the arguments `given` gets cores of its own. Raise ConfigError if there are too few.
     """
     added = {"HF_HUB_OFFLINE": "1"}
-    if plugins := os.environ.get("VLLM_PLUGINS"):  # the only ones that vLLM then loads
+    if plugins := os.environ.get("VLLM_PLUGINS"):  # vLLM loads no others
         added["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), PLUGIN]))
     if not runs_on_cpu():
         return added
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        # By default vLLM leaves a core of each NUMA node alone, which on a small machine is half of it.
+        # By default vLLM leaves one core of each NUMA node unused, which on a small machine is half of them.
         added["VLLM_CPU_OMP_THREADS_BIND"] = _core_lists(_processes(flags_given(given)))
     if "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
-        # oneDNN keeps compiled products of 1,024 shapes, and each number of tokens per step has shapes of its own: the
-        # server grows by up to a gigabyte. Compiling one anew takes a millisecond.
+        # oneDNN caches compiled products of 1,024 shapes, and each number of tokens per step has its own shapes: the
+        # server grows by up to a gigabyte. Compiling a product again takes a millisecond.
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
     return added
 
 
 def _processes(flags: Mapping[str, int]) -> int:
-    """Return how many of a server's processes run on this machine."""
+    """Return the number of a server's processes on this machine."""
     per_model = flags.get("tensor_parallel_size", 1) * flags.get("pipeline_parallel_size", 1)
     here = flags.get("data_parallel_size_local", flags.get("data_parallel_size", 1))
     return max(1, per_model // flags.get("nnodes", 1) * here)
 
 
 def _core_lists(processes: int) -> str:
-    """Return the cores of each process: equally many, since the processes wait for one another, and neighbours."""
+    """Return the cores of each process: the same number, since processes wait for one another, and close together."""
     mine = sorted(cores(), key=_place)
     each = len(mine) // processes
     if not each:
@@ -317,7 +306,7 @@ def _core_lists(processes: int) -> str:
 
 
 def _place(core: int) -> tuple[int, int]:
-    """Return socket and physical core of a logical one, where the system tells."""
+    """Return socket and physical core of a logical core, if the system reports them."""
     topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
         socket_id, physical = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))

@@ -23,9 +23,9 @@ from layerboost.runtime import GIB
 WARMUP_REQUESTS = 4
 POLL_S = 1.0
 RESULT_POLL_S = 0.1
-# A server that is dying takes its requests with it some seconds before it is gone.
+# Requests of a dying server fail some seconds before it ends.
 DYING_S = 5.0
-# What a benchmark reads of /metrics: a fraction, and counts.
+# Metrics that a benchmark reads: a fraction, and counts.
 USAGE, TOKENS = "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total"
 PREEMPTIONS = "vllm:num_preemptions_total"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
@@ -33,7 +33,7 @@ HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total
 
 @dataclass(frozen=True)
 class KvCache:
-    """What vLLM logs of its KV cache when it starts."""
+    """The KV cache as vLLM logs it when it starts."""
 
     tokens: int
     max_concurrency: float
@@ -43,7 +43,7 @@ class KvCache:
 
 @dataclass(frozen=True)
 class RunningVllm:
-    """A server that is ready, with the process that sends loads to it."""
+    """A server that is ready, and the process that sends loads to it."""
 
     server: Server
     generator: subprocess.Popen[bytes]
@@ -51,12 +51,12 @@ class RunningVllm:
     cache: KvCache | None
 
     def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
-        """Send one load; return vLLM's JSON untouched, and the server's own metrics of the same time."""
+        """Send one load; return vLLM's JSON unchanged, and the server's own metrics during the load."""
         seen = [self._state()]
         with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
             result = Path(scratch) / "result.json"
             assert self.generator.stdin
-            with suppress(BrokenPipeError):  # it has died, which _progress sees
+            with suppress(BrokenPipeError):  # it has died, as _progress will find
                 self.generator.stdin.write(json.dumps(load_arguments(self.server, load, result)).encode() + b"\n")
                 self.generator.stdin.flush()
             done = 0.0
@@ -85,25 +85,25 @@ class RunningVllm:
         return Answer(raw, metrics, self.cache.context_tokens if self.cache else None)
 
     def _progress(self, result: Path) -> Iterator[dict[str, float]]:
-        """Yield the server's state now and then until the result is there or the load generator has ended."""
+        """Yield the server's state each second until the result exists or the load generator has ended."""
         polled = time.monotonic()
         while self.generator.poll() is None and not result.is_file():
             time.sleep(RESULT_POLL_S)
             if time.monotonic() - polled > POLL_S:
                 polled = time.monotonic()
                 self.server.check_alive()
-                with suppress(LayerboostError):  # busy; it is asked again
+                with suppress(LayerboostError):  # busy; the next poll tries again
                     yield self._state()
 
     def _state(self) -> dict[str, float]:
-        """Return counts, summed over the server's engines, the greatest usage of a cache, and the memory in use now."""
-        found = self.server.metrics()
-        counts = {name: sum(found[name]) for name in (TOKENS, PREEMPTIONS, HITS, QUERIES)}
+        """Return counts, summed over the server's engines, the largest usage of a cache, and the memory in use now."""
+        values = self.server.metrics()
+        counts = {name: sum(values[name]) for name in (TOKENS, PREEMPTIONS, HITS, QUERIES)}
         gpu = 0 if runs_on_cpu() else gpu_bytes()
-        return {**counts, USAGE: max(found[USAGE], default=0.0), "rss": self.server.rss_bytes(), "gpu": gpu}
+        return {**counts, USAGE: max(values[USAGE], default=0.0), "rss": self.server.rss_bytes(), "gpu": gpu}
 
     def _metrics(self, seen: list[dict[str, float]], prefix: bool) -> dict[str, float]:
-        """Return memory and KV cache of one load from the states seen, the first before it and the last after it."""
+        """Return memory and KV cache of one load from the states `seen`, the first before it and the last after it."""
         peak = {name: max(state[name] for state in seen) for name in (USAGE, "rss", "gpu")}
         counted = {name: seen[-1][name] - seen[0][name] for name in (PREEMPTIONS, HITS, QUERIES)}
         metrics = {
@@ -124,7 +124,7 @@ class RunningVllm:
 
 @contextmanager
 def launched(name: str, folder: Path, bench: Bench, log_file: Path) -> Iterator[RunningVllm]:
-    """Yield a warmed-up server with its load generator, whose output goes beside `log_file`."""
+    """Yield a warmed-up server with its load generator, whose output goes to a file next to `log_file`."""
     load_log = log_file.with_suffix(".load.log")
     load_log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -135,7 +135,7 @@ def launched(name: str, folder: Path, bench: Bench, log_file: Path) -> Iterator[
         served(name, folder, bench, log_file) as server,
     ):
         running = RunningVllm(server, generator, load_log, kv_cache(log_file, cache_bytes(bench)))
-        # As long as the measured ones beyond a shared prefix, so that none of those pays for first-time work.
+        # As long as the measured ones without a shared prefix, so that those do not include first-time work.
         warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
         running.answer(Load(WARMUP_REQUESTS, WARMUP_REQUESTS, 0, bench.input_tokens, warm, seed=0), lambda _: None)
         yield running
@@ -164,20 +164,20 @@ def load_arguments(server: Server, load: Load, result: Path) -> list[str]:
         *("--save-result", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]
     if load.shared_prefix_tokens:
-        # The warm-up is the first request: it leaves the prefix in the server's cache before the clock starts.
+        # The warm-up is the first request: it puts the prefix into the server's cache before the clock starts.
         argv += ["--random-prefix-len", str(load.shared_prefix_tokens), "--num-warmups", "1"]
     return argv
 
 
 def kv_cache(log_file: Path, given_bytes: int | None) -> KvCache | None:
-    """Return the KV cache as vLLM logged it, of the `given_bytes` or of what it found free; None if it did not."""
+    """Return the KV cache as vLLM logged it; None if it did not. Without `given_bytes`, its size is from the log."""
     text = log_file.read_text(errors="replace")
-    found = re.findall(
+    logged = re.findall(
         r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", text
     )
-    if not found:
+    if not logged:
         return None
-    tokens, context, concurrency = (float(part.replace(",", "")) for part in found[-1])
+    tokens, context, concurrency = (float(part.replace(",", "")) for part in logged[-1])
     free = re.search(r"Available KV cache memory: ([\d.]+) GiB", text)
     size = given_bytes or (int(float(free[1]) * GIB) if free else None)
     return KvCache(int(tokens), concurrency, int(context), size)

@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, timed step by step: what `layerboost costs` fits a machine's rates to."""
+"""A vLLM engine in this process, timed step by step: the times to which `layerboost costs` fits a machine's rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TimedVllm:
     def __init__(
         self, folder: Path, settings: CacheSettings, context_tokens: int, cache_bytes: int, **options: Any
     ) -> None:
-        """Start it; raise LayerboostError where it cannot start."""
+        """Start it; raise LayerboostError if it cannot start."""
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | vllm_environment()
         from vllm import LLM
 
@@ -42,16 +42,16 @@ class TimedVllm:
                 **options,
             ).llm_engine
         except Exception as error:  # vLLM raises whatever its parts do
-            raise LayerboostError("vLLM could not start", found=first_line(error), do="change --cache-gib?") from error
+            raise LayerboostError("vLLM could not start", found=first_line(error), do="change --cache-gib") from error
         self.batched_tokens = settings.max_batched_tokens
 
     def kv_cache(self) -> tuple[int, float]:
-        """Return the number of blocks, and of requests of the whole context that fit at once."""
+        """Return the number of blocks, and the number of requests of the full context that fit at once."""
         cache = self.engine.vllm_config.cache_config
         return cache.num_gpu_blocks, cache.kv_cache_max_concurrency
 
     def prefill_ms(self, tokens: int) -> float:
-        """Return the milliseconds to read a prompt: of each of its steps the least time in a few repeats."""
+        """Return the milliseconds to read a prompt: the sum over its steps of the least time in a few repeats."""
         best: dict[int, float] = {}
         for repeat in range(REPEATS + 1):
             self._add(f"prefill-{repeat}", 1, tokens, 1)
@@ -65,12 +65,13 @@ class TimedVllm:
         return 1e3 * sum(best.values())
 
     def decode(self, requests: int, tokens: int) -> dict[str, float]:
-        """Return the least time of a step in which requests of at least `tokens` decode together, the tokens that each
-        then has on average, and the blocks that all then hold."""
+        """Return the least time of a step in which requests of at least `tokens` tokens decode together, in `ms`, and
+        on average over these steps the `tokens` per request and the blocks that all hold, `held_blocks`.
+        """
         scheduler = self.engine.engine_core.engine_core.scheduler
         pool = scheduler.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
-        # Who is read first decodes while the others are read, so answers are as long as that takes.
+        # The first request decodes while the others are read, so answers must be long enough for that.
         longest = requests * tokens // self.batched_tokens + requests + 2 * DECODE_STEPS
         names = self._add(f"decode-{requests}-{tokens}", requests, tokens, longest)
         answers: dict[str, int] = {}
@@ -97,7 +98,7 @@ class TimedVllm:
         return {"ms": 1e3 * min(times), "tokens": round(float(np.mean(lengths))), "held_blocks": float(np.mean(held))}
 
     def _add(self, name: str, requests: int, tokens: int, answer: int) -> list[str]:
-        """Add random prompts of one length; return the requests' names."""
+        """Add requests with random prompts of one length; return their names."""
         from vllm import SamplingParams
 
         vocabulary = self.engine.vllm_config.model_config.get_vocab_size()

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.evaluating.statistics import difference, differences
+from layerboost.evaluating.statistics import differences
 from layerboost.model.stream import head_logits
 from layerboost.probes.metrics import CHUNK_TOKENS, answer_scores
 from layerboost.retrieval import Prompts
 from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup, RetrievalScores, TaskValue
+from layerboost.schemas.run import BASE
 from layerboost.schemas.sensitivity import Score
 
 Answer = dict[str, Any]
@@ -36,7 +37,7 @@ def position_edges(length: int) -> list[int]:
 @torch.inference_mode()
 def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable[[float], None]) -> list[list[float]]:
     """Return the NLL of each sequence of `ids` `[N, T]` in each bucket of `position_edges(T)`, in nats per token."""
-    edges, found = position_edges(ids.shape[1]), []
+    edges, losses = position_edges(ids.shape[1]), []
     for sequence in ids:
         row = sequence.to(model.device)
         hidden = model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
@@ -47,22 +48,22 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
             ]
         )
         # The loss at index i is that of token i + 1, which has i + 1 tokens before it.
-        found.append([float(nll[max(low - 1, 0) : high - 1].mean()) for low, high in pairwise(edges)])
+        losses.append([float(nll[max(low - 1, 0) : high - 1].mean()) for low, high in pairwise(edges)])
         advance(len(sequence))
-    return found
+    return losses
 
 
 @torch.inference_mode()
 def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: Callable[[float], None]) -> list[Answer]:
     """Return per prompt: kind, length, depth, log-probability of its answer in nats, and whether greedy is exact."""
-    found = []
+    answers = []
     for part in prompts:
         length = part.ids.shape[1]
         for batch in part.batches(max(1, BATCH_TOKENS // length)):
             ids = batch.ids.to(model.device)
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             scores, exact = answer_scores(model, batch, hidden)
-            found += [
+            answers += [
                 {
                     "kind": batch.kind,
                     "length_tokens": length,
@@ -73,64 +74,61 @@ def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: C
                 for depth, score, hit in zip(batch.depths, scores, exact, strict=True)
             ]
             advance(batch.ids.numel())
-    return found
+    return answers
 
 
-def compare_positions(losses: Mapping[str, Mapping[str, Any]], base: str) -> Positions:
+def compare_positions(losses: Mapping[str, Mapping[str, Any]]) -> Positions:
     """Return NLL by bucket of each model, and each one's difference from the base, paired by sequence."""
-    columns = {model: list(zip(*found["nll"], strict=True)) for model, found in losses.items()}
+    buckets = {model: list(zip(*result["nll"], strict=True)) for model, result in losses.items()}
+    changes = [
+        differences({model: dict(enumerate(columns[bucket])) for model, columns in buckets.items()})
+        for bucket in range(len(buckets[BASE]))
+    ]
     return Positions(
-        edges=losses[base]["edges"],
-        sequences=len(losses[base]["nll"]),
-        models={model: [Score.of(bucket) for bucket in found] for model, found in columns.items()},
-        difference={
-            model: [
-                difference([own - other for own, other in zip(bucket, origin, strict=True)])
-                for bucket, origin in zip(found, columns[base], strict=True)
-            ]
-            for model, found in columns.items()
-            if model != base
-        },
+        edges=losses[BASE]["edges"],
+        sequences=len(losses[BASE]["nll"]),
+        models={model: [Score.of(column) for column in columns] for model, columns in buckets.items()},
+        difference={model: [change[model] for change in changes] for model in buckets if model != BASE},
     )
 
 
-def compare_retrieval(answers: Mapping[str, list[Answer]], base: str) -> Retrieval:
+def compare_retrieval(answers: Mapping[str, list[Answer]]) -> Retrieval:
     """Return exact match and log-probability by kind, length and depth, and over all that the base can do."""
     rows: dict[tuple[str, int], list[int]] = {}
-    for index, answer in enumerate(answers[base]):
+    for index, answer in enumerate(answers[BASE]):
         rows.setdefault((answer["kind"], answer["length_tokens"]), []).append(index)
     groups, able = [], list[int]()
     for kind, length in sorted(rows):
-        found = rows[kind, length]
-        depths = _depths(answers, found)
-        groups.append(RetrievalGroup(kind=kind, length_tokens=length, depths=depths, **_scores(answers, base, found)))
+        indices = rows[kind, length]
+        depths = _depths(answers, indices)
+        groups.append(RetrievalGroup(kind=kind, length_tokens=length, depths=depths, **_scores(answers, indices)))
         if groups[-1].able:
-            able += found
-    return Retrieval(groups=groups, able=RetrievalScores(**_scores(answers, base, able)) if able else None)
+            able += indices
+    return Retrieval(groups=groups, able=RetrievalScores(**_scores(answers, able)) if able else None)
 
 
-def _scores(answers: Mapping[str, list[Answer]], base: str, rows: list[int]) -> dict[str, Any]:
+def _scores(answers: Mapping[str, list[Answer]], rows: list[int]) -> dict[str, Any]:
     """Return the fields of `RetrievalScores` over some of the prompts."""
     exact, nats = (
         {model: {row: float(given[row][key]) for row in rows} for model, given in answers.items()}
         for key in ("exact", "log_probability")
     )
-    matches = {model: Score.of(list(found.values())) for model, found in exact.items()}
+    matches = {model: Score.of(list(by_prompt.values())) for model, by_prompt in exact.items()}
     return {
         "prompts": len(rows),
-        "able": matches[base].mean >= ABLE,
+        "able": matches[BASE].mean >= ABLE,
         "models": {
             model: TaskValue(value=match.mean, standard_error=match.standard_error) for model, match in matches.items()
         },
-        "difference": differences(exact, base, right_or_wrong=True),
-        "log_probability": {model: Score.of(list(found.values())) for model, found in nats.items()},
-        "log_probability_difference": differences(nats, base),
+        "difference": differences(exact, right_or_wrong=True),
+        "log_probability": {model: Score.of(list(by_prompt.values())) for model, by_prompt in nats.items()},
+        "log_probability_difference": differences(nats),
     }
 
 
 def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]:
     """Return the means of each model in each quarter of the prompt, in order."""
-    found = []
+    depths = []
     for quarter in range(DEPTHS):
         part = [row for row in rows if int(next(iter(answers.values()))[row]["depth"] * DEPTHS) == quarter]
         if part:
@@ -139,5 +137,5 @@ def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]
                 for key in ("exact", "log_probability")
             }
             edges = {"from": quarter / DEPTHS, "to": (quarter + 1) / DEPTHS}
-            found.append(Depth.model_validate({**edges, "prompts": len(part), **means}))
-    return found
+            depths.append(Depth.model_validate({**edges, "prompts": len(part), **means}))
+    return depths

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.evaluating.statistics import difference
+from layerboost.evaluating.statistics import difference, differences
 from layerboost.probes.metrics import SequenceLosses, token_losses
 from layerboost.schemas.evaluation import Perplexity
 from layerboost.schemas.sensitivity import Score
@@ -22,57 +22,51 @@ def hidden_states(
 
     `advance` is called with the tokens done since the last call.
     """
-    found = []
+    states = []
     for batch in batches:
-        found.append(_decode(model, batch).cpu())
+        states.append(_decode(model, batch).cpu())
         advance(batch.numel())
-    return found
+    return states
 
 
 @torch.inference_mode()
-def base_losses(model: PreTrainedModel, batches: list[torch.Tensor], hidden: list[torch.Tensor]) -> SequenceLosses:
-    """Return the NLL of the base over all sequences, `[N]` in nats per token; its KL to itself is 0."""
-    nll = torch.cat(
-        [
-            token_losses(model, states.to(model.device), batch.to(model.device), [])[0].cpu()
-            for batch, states in zip(batches, hidden, strict=True)
-        ]
-    )
-    return SequenceLosses(kl=torch.zeros_like(nll), nll=nll)
-
-
-@torch.inference_mode()
-def changed_losses(
+def text_losses(
     base: PreTrainedModel,
     base_hidden: list[torch.Tensor],
-    changed: PreTrainedModel,
+    changed: PreTrainedModel | None,
     batches: list[torch.Tensor],
     advance: Callable[[float], None],
 ) -> SequenceLosses:
-    """Return KL(base ‖ changed) and NLL of the changed model over all sequences, `[N]` in nats per token."""
-    parts = []
+    """Return KL(base ‖ changed) and NLL of the changed model over all sequences, `[N]` in nats per token.
+
+    If `changed` is None, they are those of the base itself: its NLL, and a KL of 0.
+    """
+    kl, nll = [], []
     for batch, states in zip(batches, base_hidden, strict=True):
-        other = _decode(changed, batch)
-        _, [losses] = token_losses(base, states.to(base.device), batch.to(base.device), [other], changed)
-        parts.append(losses)
+        others = [] if changed is None else [_decode(changed, batch)]
+        own, losses = token_losses(base, states.to(base.device), batch.to(base.device), others, changed)
+        kl.append(losses[0].kl if losses else torch.zeros_like(own))
+        nll.append(losses[0].nll if losses else own)
         advance(batch.numel())
-    return SequenceLosses(torch.cat([part.kl for part in parts]).cpu(), torch.cat([part.nll for part in parts]).cpu())
+    return SequenceLosses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
 
 
-def compare_text(losses: Mapping[str, Mapping[str, list[float]]], base: str) -> dict[str, Perplexity]:
-    """Return perplexity, NLL and KL of each model, and its NLL less the base's, paired by sequence.
+def compare_text(losses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Perplexity]:
+    """Return perplexity, NLL and KL of each model, and its NLL minus the base's, paired by sequence.
 
     `losses`: `nll` and `kl` of every sequence, in nats per token, by model.
     """
-    compared = {}
-    for model, found in losses.items():
-        nll, change = Score.of(found["nll"]), None
-        if model != base:
-            change = difference([own - other for own, other in zip(found["nll"], losses[base]["nll"], strict=True)])
-        compared[model] = Perplexity(
-            perplexity=perplexity(nll.mean), nll=nll, kl=difference(found["kl"]), nll_difference=change
+    nll = {model: Score.of(result["nll"]) for model, result in losses.items()}
+    changes = differences({model: dict(enumerate(result["nll"])) for model, result in losses.items()})
+    return {
+        model: Perplexity(
+            perplexity=perplexity(nll[model].mean),
+            nll=nll[model],
+            kl=difference(result["kl"]),
+            nll_difference=changes.get(model),
         )
-    return compared
+        for model, result in losses.items()
+    }
 
 
 def perplexity(nll: float) -> float:

@@ -23,48 +23,48 @@ class MadeFrom(Artifact):
 
 
 class Results:
-    """The result files of one evaluation in `folder`, by name, with the facts from which each must have been made."""
+    """The result files of one evaluation in `folder`, by model and part, with what each must be made from."""
 
-    def __init__(self, folder: Path, required: dict[str, Facts]) -> None:
+    def __init__(self, folder: Path, required: dict[tuple[str, str], Facts]) -> None:
         """Raise ConfigError if a required file exists but was made from other facts."""
         self.folder, self.required = folder, required
         ledger = folder / LEDGER
         self.made_from = read_json(ledger, MadeFrom, "layerboost evaluate") if ledger.exists() else MadeFrom()
-        self._refuse_changed()
-
-    def missing(self, name: str) -> bool:
-        """Return whether a required file is missing; one that is not in the ledger counts as missing."""
-        return name not in self.made_from.files or not (self.folder / name).is_file()
-
-    def save(self, name: str, text: str) -> None:
-        """Write one required file, then its facts to the ledger."""
-        write_text(self.folder / name, text)
-        self.made_from.files[name] = self.required[name]
-        write_json(self.folder / LEDGER, self.made_from)
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Return the content of one required file; raise ConfigError if it cannot be read."""
-        file = self.folder / name
-        try:
-            values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            do = f"delete {file} and run `layerboost evaluate` again"
-            raise ConfigError(f"cannot read {file}", found=first_line(error), do=do) from None
-        return values
-
-    def _refuse_changed(self) -> None:
-        changed = {
-            name: [
-                f"{key}: {before.get(key)} there, {facts.get(key)} now"
-                for key in facts
-                if before.get(key) != facts[key]
-            ]
-            for name, facts in self.required.items()
-            if not self.missing(name) and (before := self.made_from.files[name]) != facts
-        }
+        changed: dict[Path, list[str]] = {}
+        for (model, part), facts in required.items():
+            file = self._file(model, part)
+            before = facts if part in self.missing(model) else self.made_from.files[file.name]
+            if differing := [key for key in facts if before.get(key) != facts[key]]:
+                changed[file] = [f"{key}: {before.get(key)} there, {facts[key]} now" for key in differing]
         if changed:
             raise ConfigError(
-                f"results in {self.folder} were made from other models, data or settings",
-                found="; ".join(f"{name} ({', '.join(what)})" for name, what in changed.items()),
-                do=f"delete {' '.join(str(self.folder / name) for name in changed)}, or choose another --run folder",
+                f"results in {folder} were made from other models, data or settings",
+                found="; ".join(f"{file.name} ({', '.join(what)})" for file, what in changed.items()),
+                do=f"delete {' '.join(map(str, changed))}, or choose another --run folder",
             )
+
+    def missing(self, model: str) -> list[str]:
+        """Return the parts of a model whose files are missing; a file that is not in the ledger counts as missing."""
+        files = {part: self._file(model, part) for name, part in self.required if name == model}
+        return [part for part, file in files.items() if file.name not in self.made_from.files or not file.is_file()]
+
+    def save(self, model: str, part: str, text: str) -> None:
+        """Write one required file, then its facts to the ledger."""
+        file = self._file(model, part)
+        write_text(file, text)
+        self.made_from.files[file.name] = self.required[model, part]
+        write_json(self.folder / LEDGER, self.made_from)
+
+    def _file(self, model: str, part: str) -> Path:
+        return self.folder / f"{model}.{part}.json"
+
+
+def read_result(folder: Path, model: str, part: str) -> dict[str, Any]:
+    """Return the content of one result file; raise ConfigError if it cannot be read."""
+    file = folder / f"{model}.{part}.json"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        do = f"delete {file} and run `layerboost evaluate` again"
+        raise ConfigError(f"cannot read {file}", found=first_line(error), do=do) from None
+    return values

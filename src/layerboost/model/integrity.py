@@ -73,8 +73,8 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
 def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
     """Raise ConfigError if a directory cannot be MODEL, loaded in `dtype`. Reads every weight.
 
-    Refused besides what `check_checkpoint` refuses: quantised and boosted models, weights that are not finite, tied
-    weights that differ, and a second format of the weights that differs.
+    In addition to `check_checkpoint`, this refuses quantised and boosted models, weights that are not finite, tied
+    weights that differ, and weights in two formats that differ.
     """
     plain = plain_config(folder)
     for key in ("quantization_config", "compression_config"):
@@ -102,7 +102,7 @@ def check_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether `check_checkpoint` finds nothing wrong; what it finds is logged."""
+    """Return whether `check_checkpoint` accepts a directory; log the error if it does not."""
     try:
         check_checkpoint(folder)
     except ConfigError as error:
@@ -112,18 +112,18 @@ def is_intact(folder: Path) -> bool:
 
 
 def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
-    """Transformers' config of a directory; raises ConfigError with the first line of whatever is wrong with it."""
+    """Return Transformers' config of a directory; raise ConfigError with the first line of any error."""
     try:
         if "gguf_file" not in kwargs:
             check_readable(folder / "config.json")
         return AutoConfig.from_pretrained(folder, **kwargs)
-    except Exception as error:  # a config edited by hand fails in as many ways as its class has fields
+    except Exception as error:  # a config edited by hand fails in many ways
         do = "copy or download it again" if "gguf_file" in kwargs else ""
         raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error), do=do) from None
 
 
 def _check_window(folder: Path, plain: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Raise ConfigError where Transformers and vLLM would not give a stock model's layers the same window."""
+    """Raise ConfigError if Transformers and vLLM would not give the layers of a stock model the same window."""
     window = plain.get("sliding_window") if plain.get("use_sliding_window", True) else None
     ignored = not hasattr(type(config), "sliding_window") and "layer_types" not in plain
     if window is not None and window < config.max_position_embeddings and ignored:
@@ -155,7 +155,7 @@ def _check_formats(folder: Path, weights: Tensors) -> None:
         return
     try:
         others = read_weights(folder, PICKLED)
-    except Exception as error:  # nobody loads it
+    except Exception as error:  # no library loads it
         log.warning("%s: weights other than safetensors are ignored (%s)", folder, first_line(error))
         return
     for name in others.keys() & weights.keys():
@@ -170,10 +170,9 @@ def _check_formats(folder: Path, weights: Tensors) -> None:
 
 def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
     planned = [label(entry) for entry in plan.layers]
+    pairs = enumerate(zip(planned, recorded, strict=False))
     differing = [
-        f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json"
-        for layer, (ours, theirs) in enumerate(zip(planned, recorded, strict=False))
-        if ours != theirs
+        f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json" for layer, (ours, theirs) in pairs if ours != theirs
     ]
     if len(planned) != len(recorded):
         differing = [f"{len(planned)} layers in {PLAN}, {len(recorded)} in config.json"]
@@ -186,7 +185,7 @@ def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
 
 
 def _recorded(folder: Path, config: PreTrainedConfig) -> list[str]:
-    """Per layer, the strategy that a boosted checkpoint's config records; raises ConfigError where it is nonsense."""
+    """Return the strategy of each layer in a boosted checkpoint's config; raise ConfigError if it is invalid."""
     try:
         found = recorded_plan(config)
         window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
@@ -197,7 +196,7 @@ def _recorded(folder: Path, config: PreTrainedConfig) -> list[str]:
     ):
         raise ConfigError(
             f"cannot read the configuration of {folder}",
-            found=f"sliding_window {window!r}, where 1 to {context:,} tokens make sense",
+            found=f"sliding_window {window!r}, not 1 to {context:,} tokens",
             do="make the checkpoint again; its own files are not for editing",
         )
     return [label(entry) for entry in found]

@@ -31,14 +31,14 @@ COPIED = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
-# AutoTokenizer and tokenizer.json must agree on it: case, digits, runs of spaces, newlines, punctuation, other scripts.
+# A text on which tokenizers must agree: case, digits, runs of spaces, newlines, punctuation, other scripts.
 SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
 
 def open_tokenizer(
     folder: Path, name: str, config: PreTrainedConfig, trust_remote_code: bool = False, gguf: str | None = None
 ) -> Any:
-    """Load a tokenizer that encodes as its files say, appends nothing and has an end-of-text and a padding token.
+    """Return a tokenizer that encodes as its files say, appends nothing and has an end-of-text and a padding token.
 
     Raise ConfigError if it cannot be the tokenizer of the model with this config.
     """
@@ -50,7 +50,6 @@ def open_tokenizer(
         file = folder / "tokenizer.json"
         if file.is_file() and not gguf:
             tokenizer = _as_written(tokenizer, file)
-            _forget_new_end(tokenizer, file)
     except Exception as error:  # each kind of tokenizer has its own
         raise ConfigError(
             f"cannot load the tokenizer of {name}",
@@ -81,32 +80,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _as_written(tokenizer: Any, file: Path) -> Any:
-    """Return the tokenizer if it encodes a sentence as its tokenizer.json does, else one that does.
+    """Return the tokenizer if it encodes a sentence as its tokenizer.json does, or else one that does.
 
-    Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer.
+    Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer. It also gives an
+    end-of-text token that the file lacks a new id, which no model knows: such a token is unset.
     """
     plain = Tokenizer.from_file(str(file))
     plain.no_truncation()
     plain.no_padding()
     wanted = plain.encode(SENTENCE, add_special_tokens=False).ids
-    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == wanted:
-        return tokenizer
-    as_written = PreTrainedTokenizerFast.from_pretrained(file.parent)
-    if as_written(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-        raise ValueError(f"{file} and what Transformers makes of it disagree")
-    log.warning(
-        "%s is used as it is: Transformers' %s splits text in another way, and vLLM may do so too",
-        file,
-        type(tokenizer).__name__,
-    )
-    return as_written
-
-
-def _forget_new_end(tokenizer: Any, file: Path) -> None:
-    """Forget an end-of-text token that tokenizer.json lacks: Transformers gives it a new id, which no model learned."""
-    if tokenizer.eos_token is not None and Tokenizer.from_file(str(file)).token_to_id(tokenizer.eos_token) is None:
+    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
+        kind = type(tokenizer).__name__
+        log.warning("%s is used as it is: Transformers' %s splits text differently, and vLLM may do so too", file, kind)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
+        if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
+            raise ValueError(f"{file} and the tokenizer that Transformers makes of it disagree")
+    if tokenizer.eos_token is not None and plain.token_to_id(tokenizer.eos_token) is None:
         log.warning("%s has no %s, which tokenizer_config.json calls the end of a text", file, tokenizer.eos_token)
         tokenizer.eos_token = None
+    return tokenizer
 
 
 def _set_end(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:

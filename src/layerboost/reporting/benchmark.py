@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
-from layerboost.reporting.page import Chart, Panel, Table
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
 from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
@@ -15,13 +15,13 @@ from layerboost.schemas.evaluation import EvalComparison
 
 FILE, SWEEP = "bench/comparison.json", "bench/decode_sweep.json"
 LATENCY, RATIO = "latency_ms_median", "ratio of "
-# What the tables show of what was measured, with its title.
-FURTHER = {
+# Columns of the table of throughput and memory, if they were measured.
+MEASURED = {
     "requests_per_s": "requests/s",
     "peak_rss_gib": "peak RSS, GiB",
     "gpu_memory_gib": "GPU memory, GiB",
     "kv_cache_tokens": "KV cache, tokens",
-    "kv_usage_peak": "used at most",
+    "kv_usage_peak": "KV cache, peak use",
     "preemptions": "preemptions",
     "prefix_hit_share": "prompt tokens from the prefix cache",
     "other_cores": "cores used by other processes",
@@ -31,7 +31,7 @@ LATENCIES = {
     for kind in ("ttft", "tpot", "itl")
     for statistic in ("median", "p99")
 }
-# The first that was measured is drawn: what the model needs, else what the process holds.
+# The first that was measured is drawn: the memory that the model needs, or else that of the process.
 MEMORY = {
     "kv_used_gib": "KV cache in use, GiB",
     "gpu_memory_gib": "GPU memory, GiB",
@@ -63,7 +63,7 @@ class Ratio:
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
-    """Return the ratio at the highest concurrency that has one, of the healed model, or else the converted one."""
+    """Return the ratio at the highest concurrency that has one: of the healed model, or else the converted one."""
     for result in sorted(bench.results, key=lambda result: -result.concurrency):
         names = [name for name in model_order(result.ratios) if metric in result.ratios[name]]
         known = [name for name in names if name in ("converted", "healed")] or names
@@ -74,70 +74,70 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
 
 
 def throughput_panel(sources: Sources) -> Panel:
-    """Return output tokens per second against concurrency, what accuracy goes with them, and latencies."""
+    """Return output tokens per second against concurrency, accuracy against them, and latencies."""
     bench, quality = sources.bench, sources.quality
-    panel = partial(Panel, "throughput", "Throughput", [FILE, "eval/comparison.json"])
-    if bench is None:
-        return panel([absent(FILE)])
-    if not bench.results:
-        return panel([f"{FILE} holds no measurement yet: run `layerboost bench`"])
-    missing = [] if quality else [f"accuracy against throughput: {absent('eval/comparison.json')}"]
-    notes = [
+    panel = Panel("throughput", "Throughput", [FILE, "eval/comparison.json"])
+    if bench is None or not bench.results:
+        empty = f"{FILE} holds no measurement yet: run `layerboost bench`"
+        panel.missing.append(empty if bench else absent(FILE))
+        return panel
+    panel.notes.append(
         "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
-        "the least and the greatest in brackets where there are several; ratios are taken within a repeat. "
+        "minimum and maximum in brackets if there are several; ratios are computed within a repeat. "
         f"{_environment(bench)}"
-    ]
+    )
     settings = bench.settings
     if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
         shared = settings.get("shared_prefix_tokens")
-        prefix = f"all behind one prefix of {shared:,} tokens that is in the cache, " if shared else ""
-        notes.append(
-            f"{settings['requests_per_concurrency']:g} requests for each in flight, {prefix}"
+        prefix = f"all with one prefix of {shared:,} tokens that is in the cache, " if shared else ""
+        panel.notes.append(
+            f"{settings['requests_per_concurrency']:g} times as many requests as are concurrent, {prefix}"
             f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
         )
-    charts = [Chart("chart-throughput", "Output tokens per second", throughput_figure(bench))]
-    if quality and (drawn := accuracy_figure(bench, quality)):
-        charts.append(Chart("chart-accuracy", "Accuracy against throughput", drawn))
-        notes.append(
+    panel.chart("throughput", "Output tokens per second", throughput_figure(bench))
+    if quality is None:
+        panel.missing.append(f"accuracy against throughput: {absent('eval/comparison.json')}")
+    elif drawn := accuracy_figure(bench, quality):
+        panel.chart("accuracy", "Accuracy against throughput", drawn)
+        panel.notes.append(
             "Accuracy is the average over tasks that chose no layers; its bars are the 95 % interval of the paired "
-            "difference from the base, those of throughput the least and the greatest repeat. Numbers at the points "
-            "are requests in flight."
+            "difference from the base, those of throughput minimum and maximum over the repeats. Numbers at the points "
+            "are concurrent requests."
         )
-    elif quality:
-        missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
-    warnings = _warnings(bench, FILE)
-    if changed := sources.changed_since_bench:
-        warnings.append(f"{', '.join(changed)} changed after the benchmark: delete bench/ and run `layerboost bench`")
+    else:
+        panel.missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
+    panel.warnings.extend(_warnings(bench, FILE))
+    if changed := ", ".join(sources.changed_since_bench):
+        panel.warnings.append(f"{changed} changed after the benchmark: delete bench/ and run `layerboost bench`")
     results = {str(result.concurrency): result for result in bench.results}
     speed = {SPEED: "output tokens/s", RATIO + SPEED: f"ratio to {bench.reference}"}
-    tables = [
-        _table("Throughput and memory", bench, "concurrency", results, speed | FURTHER),
-        _table("Latency", bench, "concurrency", results, LATENCIES),
-    ]
-    return panel(missing, warnings, notes=notes, charts=charts, tables=tables)
+    panel.tables.append(_table("Throughput and memory", bench, "concurrency", results, speed | MEASURED))
+    panel.tables.append(_table("Latency", bench, "concurrency", results, LATENCIES))
+    return panel
 
 
 def decode_panel(sweep: Comparison | None) -> Panel:
-    """Return what one batch of answers takes and holds as they grow longer."""
-    panel = partial(Panel, "decode", "Decoding against length", [SWEEP])
-    if sweep is None:
-        return panel([absent(SWEEP)])
-    results = {result.output_tokens: result for result in sweep.results if result.output_tokens}
-    if not results:
-        return panel([f"{SWEEP} holds no measurement yet: run `layerboost bench --decode-sweep`"])
+    """Return latency and memory of one batch of answers against their length."""
+    panel = Panel("decode", "Decoding against length", [SWEEP])
+    results = {result.output_tokens: result for result in sweep.results if result.output_tokens} if sweep else {}
+    if sweep is None or not results:
+        empty = f"{SWEEP} holds no measurement yet: run `layerboost bench --decode-sweep`"
+        panel.missing.append(empty if sweep else absent(SWEEP))
+        return panel
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
-    notes = [
+    panel.notes.append(
         f"{batch} requests decode at once; latency is of a whole answer, first token included; values are medians over "
-        f"the repeats, bars from the least to the greatest. {_environment(sweep)}"
-    ]
-    charts = []
-    if _measured(sweep, [LATENCY]):
-        drawn = _lines(LATENCY, results, "tokens in the answer", "latency, s", 1e-3)
-        charts.append(Chart("chart-decode-latency", "Latency against length", drawn))
+        f"the repeats, bars go from minimum to maximum. {_environment(sweep)}"
+    )
+    for metric in _measured(sweep, [LATENCY]):
+        drawn = _lines(metric, results, "tokens in the answer", "latency, s", 1e-3)
+        panel.chart("decode-latency", "Latency against length", drawn)
     for metric in _measured(sweep, MEMORY)[:1]:
         drawn = _lines(metric, results, "tokens in the answer", MEMORY[metric])
-        charts.append(Chart("chart-decode-memory", "Memory against length", drawn))
-    return panel([], _warnings(sweep, SWEEP), notes=notes, charts=charts, tables=[decode_table(sweep)])
+        panel.chart("decode-memory", "Memory against length", drawn)
+    panel.warnings.extend(_warnings(sweep, SWEEP))
+    panel.tables.append(decode_table(sweep))
+    return panel
 
 
 def decode_table(sweep: Comparison) -> Table:
@@ -150,7 +150,7 @@ def decode_table(sweep: Comparison) -> Table:
 def throughput_figure(bench: Comparison) -> Figure:
     """Return output tokens per second against concurrency."""
     results = {result.concurrency: result for result in bench.results}
-    return _lines(SPEED, results, "requests in flight", "output tokens/s")
+    return _lines(SPEED, results, "concurrent requests", "output tokens/s")
 
 
 def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None:
@@ -161,26 +161,31 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
         return None
     traces = []
     for name in names:
-        found = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
+        spreads = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
         value, change, ends = 100 * average.models[name].value, average.difference.get(name), None
         text = f"{number(value)} %"
         if change:
             text += f", − base: {with_interval(change, scale=100)} points"
-            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(found)
+            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(
+                spreads
+            )
         color = model_color(name, names)
         traces.append(
             scatter(
                 name,
-                [spread.median for spread in found.values()],
-                [value] * len(found),
+                [spread.median for spread in spreads.values()],
+                [value] * len(spreads),
                 color,
-                [f"{at} requests in flight: {spread.text(number)} tokens/s<br>{text}" for at, spread in found.items()],
+                [
+                    f"{at} concurrent requests: {spread.text(number)} tokens/s<br>{text}"
+                    for at, spread in spreads.items()
+                ],
                 "lines+markers+text",
-                x_ends=[(spread.min, spread.max) for spread in found.values()],
+                x_ends=[(spread.min, spread.max) for spread in spreads.values()],
                 y_ends=ends,
-                text=[str(concurrency) for concurrency in found],
-                # In turn above and below: near a machine's limit the points of two concurrencies are close.
-                textposition=[("top center", "bottom center")[index % 2] for index in range(len(found))],
+                text=[str(concurrency) for concurrency in spreads],
+                # Alternately above and below: near a machine's limit the points of two concurrencies are close.
+                textposition=[("top center", "bottom center")[index % 2] for index in range(len(spreads))],
                 textfont={"size": 11, "color": "var(--soft)"},
                 line={"color": color, "width": 1, "dash": "dot"},
             )
@@ -189,20 +194,20 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
 
 
 def _lines(metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_title: str, scale: float = 1.0) -> Figure:
-    """Return one metric, times `scale`, against what `results` are keyed by, per model; bars over the repeats."""
+    """Return one metric, times `scale`, against the keys of `results`, per model; bars over the repeats."""
     names = model_order({name for result in results.values() for name in result.models})
     traces = []
     for name in names:
-        found = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
-        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in found.items()}
+        spreads = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
+        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in spreads.items()}
         traces.append(
             scatter(
                 name,
-                found,
-                [scale * spread.median for spread in found.values()],
+                spreads,
+                [scale * spread.median for spread in spreads.values()],
                 model_color(name, names),
                 [f"{x_title} {x:,}: {text} {y_title}" for x, text in texts.items()],
-                y_ends=[(scale * spread.min, scale * spread.max) for spread in found.values()],
+                y_ends=[(scale * spread.min, scale * spread.max) for spread in spreads.values()],
             )
         )
     return figure(traces, x_title, y_title, {"tickvals": list(results)}, {"rangemode": "tozero"})
@@ -211,7 +216,7 @@ def _lines(metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_ti
 def _table(
     title: str, bench: Comparison, at: str, results: Mapping[str, AtConcurrency], titles: Mapping[str, str]
 ) -> Table:
-    """Return a row per point (`at`: what it is of) and model; `titles`: by metric, of which those measured are shown.
+    """Return a row per model and point, a key of `results`, whose column is `at`; `titles`: by metric, if measured.
 
     A metric that begins with RATIO is the ratio of another one to the reference.
     """
@@ -225,27 +230,23 @@ def _table(
 
 
 def _cell(bench: Comparison, result: AtConcurrency, name: str, metric: str) -> str:
+    """Return a model's metric, or its ratio to the reference and whether something disturbed either of them."""
     if metric.startswith(RATIO):
-        return _ratio_cell(bench, result, name, metric.removeprefix(RATIO))
+        if name == bench.reference:
+            return "1"
+        ratio = result.ratios.get(name, {}).get(metric.removeprefix(RATIO))
+        disturbed = {name, bench.reference} & result.disturbed.keys()
+        return ABSENT if ratio is None else f"{ratio.as_ratio}{', disturbed' if disturbed else ''}"
     spread = result.models[name].get(metric)
     if spread is None:
         return ABSENT
     return WRITTEN[metric](spread.median) if metric in WRITTEN else spread.text(number)
 
 
-def _ratio_cell(bench: Comparison, result: AtConcurrency, name: str, metric: str) -> str:
-    """Return a model's ratio to the reference, and whether something disturbed either of them."""
-    found = result.ratios.get(name, {}).get(metric)
-    if name == bench.reference:
-        return "1"
-    disturbed = {name, bench.reference} & result.disturbed.keys()
-    return ABSENT if found is None else f"{found.as_ratio}{', disturbed' if disturbed else ''}"
-
-
 def _measured(bench: Comparison, metrics: Iterable[str]) -> list[str]:
     """Return those of `metrics` that any model has."""
-    found = {key for result in bench.results for values in result.models.values() for key in values}
-    return [metric for metric in metrics if metric in found]
+    measured = {key for result in bench.results for values in result.models.values() for key in values}
+    return [metric for metric in metrics if metric in measured]
 
 
 def _environment(bench: Comparison) -> str:
@@ -253,13 +254,13 @@ def _environment(bench: Comparison) -> str:
 
 
 def _warnings(bench: Comparison, file: str) -> list[str]:
-    """Return where measurements are still to come, and per point what else than the models its numbers show."""
-    found = [
+    """Return a line per point whose numbers show more than the models, and one if measurements are missing."""
+    warnings = [
         f"concurrency {result.concurrency}{f', {result.output_tokens:,} tokens out' if result.output_tokens else ''}"
         f"{result.warning(*model_order(result.disturbed))}"
         for result in bench.results
         if result.disturbed
     ]
     if not bench.complete:
-        found.append(f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it")
-    return found
+        warnings.append(f"{file} is not complete ({len(bench.measurements)} runs): `{MADE_BY[file]}` continues it")
+    return warnings

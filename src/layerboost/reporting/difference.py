@@ -14,9 +14,9 @@ from layerboost.strategies import label
 
 
 def plan_difference(first: Path, second: Path) -> dict[str, Any]:
-    """Return of two plans, files or run folders: per layer, how many of each kind, KV bytes, predicted damage.
+    """Return two plans, files or run folders, by layer, with counts of each strategy, KV bytes and predicted loss.
 
-    KV bytes are of one request at the first plan's context. Raises ConfigError for models of different depth.
+    KV bytes are per request, at the first plan's context. Raise ConfigError for models of different depth.
     """
     a, b = (read_plan(path / PLAN if path.is_dir() else path) for path in (first, second))
     if a.model.layers != b.model.layers:
@@ -37,22 +37,22 @@ def plan_difference(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def difference_table(found: dict[str, Any]) -> list[list[str]]:
+def difference_table(difference: dict[str, Any]) -> list[list[str]]:
     """Return rows for a terminal, header first; layers that differ are marked."""
 
     def cell(value: Any) -> str:
         return number(value) if isinstance(value, float) else str(value)
 
     layers = [
-        [str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in found["layers"]
+        [str(row["layer"]), row["first"], row["second"], "≠" if row["differs"] else ""] for row in difference["layers"]
     ]
-    names = dict.fromkeys(name for total in found["totals"] for name in total)
-    totals = [[name, *(cell(total.get(name, ABSENT)) for total in found["totals"]), ""] for name in names]
-    return [["layer", *found["plans"], ""], *layers, *totals]
+    names = dict.fromkeys(name for total in difference["totals"] for name in total)
+    totals = [[name, *(cell(total.get(name, ABSENT)) for total in difference["totals"]), ""] for name in names]
+    return [["layer", *difference["plans"], ""], *layers, *totals]
 
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
-    kept = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
-    damage = plan.valid_prediction.damage if plan.valid_prediction else {}
-    predicted = {f"{metric}, predicted": value for metric, value in damage.items()}
-    return {"method": plan.method, **counts(plan.layers), "KV of base": kept, **predicted}
+    fraction = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
+    losses = plan.valid_prediction.damage if plan.valid_prediction else {}
+    predicted = {f"{metric}, predicted": value for metric, value in losses.items()}
+    return {"method": plan.method, **counts(plan.layers), "KV of base": fraction, **predicted}

@@ -1,4 +1,4 @@
-"""The report's charts as plotly figures; colours are names of CSS variables, resolved by page.js."""
+"""The report's charts as plotly figures; colours are names of CSS variables, which page.js replaces."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
-from layerboost.strategies import STRATEGIES, StrategyName, label
+from layerboost.strategies import STRATEGIES, label
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
-# Attention, window, sink.
-Kind = tuple[StrategyName, int | None, bool]
 # The low and the high end of each point's bar.
 Ends = Sequence[tuple[float, float]]
 
@@ -33,7 +31,7 @@ OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
 def figure(
     traces: list[Trace], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> Figure:
-    """Return a plain figure: no box, faint horizontal lines, legend above; `x`, `y`: what else the axes need."""
+    """Return a figure without a box, with faint horizontal lines and the legend above; `x`, `y`: more axis settings."""
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
     ticks = {"showgrid": False, "ticks": "outside", "tickcolor": "var(--rule)"}
     font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12.5, "color": "var(--ink)"}
@@ -61,10 +59,10 @@ def scatter(
     y_ends: Ends | None = None,
     **more: Any,
 ) -> Trace:
-    """Return points of one colour, joined or not.
+    """Return points of one colour.
 
     `hover`: plotly's template, or a text per point. `x_ends`, `y_ends`: the low and high end of each point's bar.
-    `more`: further keys of plotly's trace, in place of those here.
+    `more`: further keys of plotly's trace, which override those here.
     """
     points = {"x": list(x), "y": list(y)}
     texts = {"customdata": hover, "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>"}
@@ -95,31 +93,32 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
 
     KL has a log axis. With a plan, windows it does not use start hidden: a click on the legend shows them.
     """
-    measured: dict[Kind, list[tuple[int, Variant]]] = {}
+    measured: dict[str, list[tuple[int, Variant]]] = {}
     for entry in sensitivity.layers:
         for variant in entry.variants:
             # A log axis cannot show zero; the panel says how many values it leaves out.
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
-                measured.setdefault(_kind(variant), []).append((entry.layer, variant))
-    kinds = sorted(measured, key=lambda kind: (kind[1] or 0, kind[0], kind[2]))
-    windows = sorted({window for _, window, _ in kinds if window})
-    hidden = [kind for kind in kinds if plan and plan.window and kind[1] not in (None, plan.window)]
+                measured.setdefault(label(variant), []).append((entry.layer, variant))
+    kinds = {name: rows[0][1] for name, rows in measured.items()}
+    names = sorted(kinds, key=lambda name: (kinds[name].window or 0, kinds[name].attention, kinds[name].sink))
+    windows = sorted({kind.window for kind in kinds.values() if kind.window})
+    hidden = [name for name in names if plan and plan.window and kinds[name].window not in (None, plan.window)]
     traces = {}
-    for kind in kinds:
-        side = hidden if kind in hidden else [other for other in kinds if other not in hidden]
-        offset = 0.5 * ((side.index(kind) + 0.5) / len(side) - 0.5)
-        scores = [variant.scores[metric] for _, variant in measured[kind]]
-        color, symbol = _mark(kind, windows)
-        traces[kind] = scatter(
-            label(measured[kind][0][1]),
-            [layer + offset for layer, _ in measured[kind]],
+    for name in names:
+        side = hidden if name in hidden else [other for other in names if other not in hidden]
+        offset = 0.5 * ((side.index(name) + 0.5) / len(side) - 0.5)
+        scores = [variant.scores[metric] for _, variant in measured[name]]
+        color, symbol = _mark(kinds[name], windows)
+        traces[name] = scatter(
+            name,
+            [layer + offset for layer, _ in measured[name]],
             [score.mean for score in scores],
             color,
-            [_hover(layer, variant) for layer, variant in measured[kind]],
+            [_hover(layer, variant) for layer, variant in measured[name]],
             "markers",
             y_ends=[(score.mean - score.standard_error, score.mean + score.standard_error) for score in scores],
             marker={"color": color, "symbol": symbol, "size": 7},
-            visible="legendonly" if kind in hidden else True,
+            visible="legendonly" if name in hidden else True,
         )
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
     y = log if metric == "kl" else {"zeroline": True, "zerolinecolor": "var(--soft)"}
@@ -146,7 +145,7 @@ def healing_figure(lines: list[MetricLine]) -> Figure:
         hover = "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>"
         marker = {"color": "var(--converted)", "size": 9, "symbol": "diamond"}
         traces.append(scatter("validation KL", at, values, "var(--converted)", hover, "markers", marker=marker))
-    # Stage 1's loss is of another kind than the validation KL beside it.
+    # The loss of stage 1 has another unit than the validation KL in the same chart.
     local = any(line.stage == "attention" and line.loss is not None for line in lines)
     title = "normalised MSE of all layers (KL: nats per token)" if local else "nats per token" if validation else "loss"
     values = [value for _, value in (*training, *validation)]
@@ -161,40 +160,36 @@ def running_mean(values: list[float], half: int) -> list[float]:
 
 
 def model_color(name: str, among: Iterable[str]) -> str:
-    """Return a model's colour in charts of `among`: base, converted and healed have their own, others take turns."""
+    """Return a model's colour in charts of `among`: three have their own, the others cycle through OTHERS."""
     if name in MODELS:
         return f"var(--{name})"
     return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
 
 
-def _kind(of: Variant) -> Kind:
-    return of.attention, of.window, of.sink
-
-
-def _mark(kind: Kind, windows: list[int]) -> tuple[str, str]:
+def _mark(kind: Variant, windows: list[int]) -> tuple[str, str]:
     """Return the colour and symbol of a replacement."""
-    attention, window, sink = kind
-    if window is None:
-        return f"var(--{attention})", "x"
-    rank = windows.index(window)
-    shade = rank % len(STRATEGIES[attention].shades)
-    color = f"var(--{attention}-{shade + 1})" if shade else f"var(--{attention})"
-    return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if sink else "-open")
+    color = f"var(--{kind.attention})"
+    if kind.window is None:
+        return color, "x"
+    rank = windows.index(kind.window)
+    if shade := rank % len(STRATEGIES[kind.attention].shades):
+        color = f"var(--{kind.attention}-{shade + 1})"
+    return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if kind.sink else "-open")
 
 
 def _hover(layer: int, variant: Variant) -> str:
     return f"layer {layer}" + "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
 
 
-def _chosen(traces: Mapping[Kind, Trace], plan: PlanFile) -> Trace:
-    """Return rings around what the plan chose, where that was measured."""
-    found = [
+def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
+    """Return rings around the plan's choices, if they were measured."""
+    points = [
         (x, y)
         for entry in plan.layers
-        if not entry.full_kv_heads and (trace := traces.get((entry.attention, entry.window, entry.sink)))
+        if (trace := traces.get(label(entry)))
         for x, y in zip(trace["x"], trace["y"], strict=True)
         if round(x) == entry.layer
     ]
     marker = {"symbol": "circle-open", "size": 14, "color": "var(--ink)", "line": {"width": 1.5}}
-    x, y = [x for x, _ in found], [y for _, y in found]
+    x, y = [x for x, _ in points], [y for _, y in points]
     return scatter("chosen by the plan", x, y, "var(--ink)", "", "markers", marker=marker, hoverinfo="skip")

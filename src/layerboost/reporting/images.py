@@ -16,31 +16,31 @@ from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.files import new_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# Patience with a browser, in seconds, and how long it may let the page's own clock run, in milliseconds.
+# Time limits: of the browser, in seconds, and of the page's own clock, in milliseconds.
 TIMEOUT_S, PAGE_CLOCK_MS = 300, 60_000
 
 
 def find_browser() -> str:
-    """The path of a Chromium or Chrome; raises ConfigError where there is none."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    """Return the path of Chromium or Chrome; raise ConfigError if neither is installed."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
         do = "install chromium, or copy the run folder to a machine that has it and run `layerboost report --png` there"
         raise ConfigError("PNG figures are drawn by a browser, and none is installed", found=", ".join(BROWSERS), do=do)
-    return found
+    return browser
 
 
 def browser_command(browser: str, profile: Path) -> list[str]:
-    """A headless browser that asks nobody anything; `profile` is an empty folder of its own."""
+    """Return the command of a headless browser that makes no requests of its own; `profile` is an empty directory."""
     command = [browser, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
-    # Its sandbox refuses to run as root, as in most containers; the page is our own and loads nothing.
+    # The sandbox refuses to run as root, as in most containers; the page is our own and loads nothing.
     return [*command, "--no-sandbox"] if os.geteuid() == 0 else command
 
 
 def write_images(html: str, folder: Path) -> list[Path]:
     """Write each chart of a page made by `html_page` as `folder`/NAME.png, replacing the folder.
 
-    Raises ConfigError without a browser and LayerboostError when it fails.
+    Raise ConfigError without a browser and LayerboostError when it fails.
     """
     images = _draw(html, find_browser())
     with new_folder(folder) as new:
@@ -51,7 +51,7 @@ def write_images(html: str, folder: Path) -> list[Path]:
 
 def _draw(html: str, browser: str) -> dict[str, bytes]:
     script = (Path(__file__).parent / "templates" / "images.js").read_text()
-    # Plotly paints a chart on its way to PNG as an image of its own making.
+    # Plotly draws a chart for PNG through a blob.
     page = html.replace("img-src data:", "img-src data: blob:", 1).replace(
         "</body>", f"<script>{script}</script></body>"
     )
@@ -64,9 +64,9 @@ def _draw(html: str, browser: str) -> dict[str, bytes]:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         except (OSError, subprocess.SubprocessError) as error:
             raise LayerboostError(f"{browser} could not draw the figures", found=first_line(error)) from None
-    found = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
-    if not found:
+    match = re.search(r'<pre id="images">(.*?)</pre>', done.stdout, re.DOTALL)
+    if not match:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise LayerboostError(f"{browser} could not draw the figures", found=said)
-    images: dict[str, str] = json.loads(unescape(found[1]))
+    images: dict[str, str] = json.loads(unescape(match[1]))
     return {name: base64.b64decode(url.partition(",")[2]) for name, url in images.items()}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import pairwise
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
-from layerboost.reporting.page import Chart, Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_error, with_interval
 from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup
@@ -25,36 +24,38 @@ FORMS = {
 
 
 def long_context_panel(sources: Sources) -> Panel:
-    """Return what a window breaks and short tasks cannot see."""
-    panel = partial(Panel, "long-context", "Long context", [FILE])
+    """Return what a window loses and short tasks do not show."""
+    panel = Panel("long-context", "Long context", [FILE])
     quality = sources.quality
     if quality is None:
-        return panel([absent(FILE)])
-    missing, notes, charts, tables = [], [], [], []
+        panel.missing.append(absent(FILE))
+        return panel
     if quality.positions is None:
-        missing.append("no perplexity by position: run `layerboost evaluate --set evaluate.position_tokens=2048`")
+        panel.missing.append("no perplexity by position: run `layerboost evaluate --set evaluate.position_tokens=2048`")
     else:
-        notes.append(
+        panel.notes.append(
             f"Perplexity by position in {quality.positions.sequences} texts of {quality.positions.edges[-1]:,} tokens: "
-            "a window that hurts does so beyond its own length. Brackets and bars are 95 % intervals over the texts."
+            "a window loses quality beyond its own length. Brackets and bars are 95 % intervals over the texts."
         )
-        charts.append(Chart("chart-positions", "Perplexity by position", position_figure(quality.positions)))
-        tables.append(_position_table(quality.positions))
+        panel.chart("positions", "Perplexity by position", position_figure(quality.positions))
+        panel.tables.append(_position_table(quality.positions))
     if quality.retrieval is None:
-        missing.append("no retrieval test: run `layerboost evaluate --set 'evaluate.retrieval_tokens=[256, 2048]'`")
+        panel.missing.append(
+            "no retrieval test: run `layerboost evaluate --set 'evaluate.retrieval_tokens=[256, 2048]'`"
+        )
     else:
-        notes.append(
-            "Retrieval: a fact stated somewhere in the text and asked for at its end, or a passage to copy; plans are "
-            "chosen on passkeys and key-value pairs alone. Exact match is the share of prompts "
-            "whose answer greedy decoding gives; the log-probability of the right answer is the finer measure."
+        panel.notes.append(
+            "Retrieval: the text states a fact, and the prompt ends by asking for it, or by repeating a passage to "
+            "copy. Plans are chosen on passkeys and key-value pairs alone. Exact match is the fraction of prompts that "
+            "greedy decoding answers; the log-probability of the right answer is the finer measure."
         )
         if unable := ", ".join(_name(group) for group in quality.retrieval.groups if not group.able):
-            notes.append(
-                f"The base itself answers fewer than half of {unable}: there, look at the log-probability alone."
+            panel.notes.append(
+                f"The base itself answers fewer than half of {unable}: compare only the log-probability there."
             )
-        charts.append(Chart("chart-retrieval", "Retrieval by length", retrieval_figure(quality.retrieval)))
-        tables += [_retrieval_table(quality.retrieval), _depth_table(quality.retrieval)]
-    return panel(missing, notes=notes, charts=charts, tables=tables)
+        panel.chart("retrieval", "Retrieval by length", retrieval_figure(quality.retrieval))
+        panel.tables.extend([_retrieval_table(quality.retrieval), _depth_table(quality.retrieval)])
+    return panel
 
 
 def position_figure(positions: Positions) -> Figure:
@@ -67,7 +68,7 @@ def position_figure(positions: Positions) -> Figure:
         ends = None
         if changes := positions.difference.get(model):
             pairs = list(zip(base, changes, strict=True))
-            # The paired interval, laid upon the base's own value.
+            # The paired interval, around the base's own value.
             ends = [(math.exp(origin + change.low), math.exp(origin + change.high)) for origin, change in pairs]
             hover = [f"{text}, NLL {with_interval(change)}" for text, change in zip(hover, changes, strict=True)]
         traces.append(scatter(model, names, values, model_color(model, positions.models), hover, y_ends=ends))
@@ -75,7 +76,7 @@ def position_figure(positions: Positions) -> Figure:
 
 
 def retrieval_figure(retrieval: Retrieval) -> Figure:
-    """Return a line per model and kind: share of prompts answered against their length."""
+    """Return a line per model and kind: exact match against the length of the prompts."""
     traces = []
     for kind, (title, dash) in FORMS.items():
         groups = [group for group in retrieval.groups if group.kind == kind]
@@ -98,8 +99,8 @@ def retrieval_figure(retrieval: Retrieval) -> Figure:
 
 
 def _hover(group: RetrievalGroup, model: str) -> str:
-    share, nats = percent(group.models[model].value, 0), with_error(group.log_probability[model])
-    return f"{_length(group)} tokens: {share}<br>log-probability {nats} nats, {group.prompts} prompts"
+    exact, nats = percent(group.models[model].value, 0), with_error(group.log_probability[model])
+    return f"{_length(group)} tokens: {exact}<br>log-probability {nats} nats, {group.prompts} prompts"
 
 
 def _length(group: RetrievalGroup) -> str:
@@ -130,36 +131,23 @@ def _position_table(positions: Positions) -> Table:
 
 
 def _retrieval_table(retrieval: Retrieval) -> Table:
-    Row = tuple[RetrievalGroup, str]
+    def cells(group: RetrievalGroup, model: str) -> list[str]:
+        exact = percent(group.models[model].value, 0) + ("" if group.able else " (base cannot)")
+        change = group.log_probability_difference.get(model)
+        nats = [with_error(group.log_probability[model]), with_interval(change) if change else ABSENT]
+        return [_name(group), model, str(group.prompts), exact, *nats]
 
-    def change(row: Row) -> str:
-        found = row[0].log_probability_difference.get(row[1])
-        return with_interval(found) if found else ABSENT
-
-    rows: list[Row] = [(group, model) for group in retrieval.groups for model in model_order(group.models)]
-    return tabulate(
-        "Retrieval",
-        rows,
-        {
-            "task": lambda row: _name(row[0]),
-            "model": lambda row: row[1],
-            "prompts": lambda row: str(row[0].prompts),
-            "exact match": lambda row: (
-                percent(row[0].models[row[1]].value, 0) + ("" if row[0].able else " (base cannot)")
-            ),
-            "log-probability, nats": lambda row: with_error(row[0].log_probability[row[1]]),
-            "− base, nats": change,
-        },
-        text_columns=(0, 1),
-    )
+    header = ["task", "model", "prompts", "exact match", "log-probability, nats", "− base, nats"]
+    rows = [cells(group, model) for group in retrieval.groups for model in model_order(group.models)]
+    return Table("Retrieval", header, rows, text_columns=(0, 1))
 
 
 def _depth_table(retrieval: Retrieval) -> Table:
     models = model_order({model for group in retrieval.groups for model in group.models})
 
     def cells(group: RetrievalGroup, depth: Depth) -> list[str]:
-        found = [f"{percent(depth.exact[model], 0)}, {number(depth.log_probability[model])}" for model in models]
-        return [_name(group), f"{100 * depth.low:.0f} to {100 * depth.high:.0f} %", str(depth.prompts), *found]
+        values = [f"{percent(depth.exact[model], 0)}, {number(depth.log_probability[model])}" for model in models]
+        return [_name(group), f"{100 * depth.low:.0f} to {100 * depth.high:.0f} %", str(depth.prompts), *values]
 
     rows = [cells(group, depth) for group in retrieval.groups for depth in group.depths]
     header = ["task", "depth of the fact", "prompts", *(f"{model}: exact match, nats" for model in models)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
@@ -14,12 +14,10 @@ from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
 from layerboost.strategies import STRATEGIES, label
 
-Row = TypeVar("Row")
-
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, the same in HTML and Markdown. `text_columns` are set flush left; `folded`: closed on the page."""
+    """Cells as text, the same in HTML and Markdown. `text_columns` are left-aligned; `folded`: closed on the page."""
 
     title: str
     header: list[str]
@@ -29,7 +27,7 @@ class Table:
 
     @property
     def lines(self) -> list[list[str]]:
-        """The header and the rows."""
+        """Return the header and the rows."""
         return [self.header, *self.rows]
 
 
@@ -44,9 +42,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """One section: where its numbers come from, what is missing, and what it shows, in this order.
+    """One section: the files that its numbers are from, what is missing, and what it shows, in this order.
 
-    `layers`: lines that a layer of `plan` shows when it is pointed at.
+    `layers`: by layer, the lines that the page shows when the mouse is on that layer of `plan`.
     """
 
     name: str
@@ -59,7 +57,11 @@ class Panel:
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    listing: tuple[str, str] | None = None
+    recipe: str | None = None
+
+    def chart(self, name: str, title: str, figure: dict[str, Any]) -> None:
+        """Add a chart."""
+        self.charts.append(Chart(f"chart-{name}", title, figure))
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,11 @@ class Page:
     panels: list[Panel]
 
 
-def tabulate(
-    title: str,
-    rows: Iterable[Row],
-    columns: Mapping[str, Callable[[Row], str]],
-    text_columns: tuple[int, ...] = (0,),
-    folded: bool = False,
-) -> Table:
-    """Return a table with one line per row; `columns`: by title, what a row has there."""
-    cells = [[cell(row) for cell in columns.values()] for row in rows]
-    return Table(title, list(columns), cells, text_columns, folded)
-
-
 def html_page(page: Page) -> str:
     """Return the page as one HTML file with plotly.js, styles and figures inside."""
     from plotly.offline import get_plotlyjs
 
-    # A healing that diverged may have left numbers that are not finite.
+    # Healing that diverged has written numbers that are not finite.
     figures = finite({chart.name: chart.figure for panel in page.panels for chart in panel.charts})
     # "<" is written as an escape: a model's name must not end the script element.
     data = Markup(json_text(figures, "the report").replace("<", "\\u003c")) if figures else ""
@@ -138,7 +128,7 @@ def _templates() -> Environment:
 
 
 def _layer_table(plan: PlanFile) -> Table:
-    return tabulate("", plan.layers, {"layer": lambda entry: str(entry.layer), "attention": label})
+    return Table("", ["layer", "attention"], [[str(entry.layer), label(entry)] for entry in plan.layers])
 
 
 def _code(text: str) -> Markup:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from functools import partial
 
 import yaml
 
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
-from layerboost.reporting.page import Chart, Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, duration, number, with_error
 from layerboost.schemas.healing import MetricLine
@@ -28,47 +26,47 @@ STAGES = {
 def layers_panel(sources: Sources) -> Panel:
     """Return the layer map and the sensitivities it was chosen from."""
     plan, sensitivity = sources.plan, sources.sensitivity
-    missing, warnings, notes, charts, tables = [], [], [], [], []
+    panel = Panel("layers", "Layers", ["plan.yaml", "sensitivity.json"], plan=plan)
     if plan is None:
-        missing.append(absent("plan.yaml"))
+        panel.missing.append(absent("plan.yaml"))
     if sensitivity is None:
-        missing.append(absent("sensitivity.json"))
-    else:
-        if not sensitivity.complete:
-            warnings.append(
-                f"sensitivity.json holds {len(sensitivity.layers)} of {sensitivity.model.layers} layers: "
-                f"`{MADE_BY['sensitivity.json']}` continues it"
-            )
-        notes.append(
-            "Damage of one replacement at a time, all other layers left as they are, over "
-            f"{sensitivity.tokens:,} tokens in {sensitivity.sequences:,} sequences; bars are one standard error. "
-            f"Base NLL: {with_error(sensitivity.base_nll)} nats per token."
+        panel.missing.append(absent("sensitivity.json"))
+        return panel
+    if not sensitivity.complete:
+        panel.warnings.append(
+            f"sensitivity.json holds {len(sensitivity.layers)} of {sensitivity.model.layers} layers: "
+            f"`{MADE_BY['sensitivity.json']}` continues it"
         )
-        variants = [variant for entry in sensitivity.layers for variant in entry.variants]
-        if hidden := sum(variant.scores["kl"].mean <= 0 for variant in variants):
-            notes.append(f"{hidden} of {len(variants)} values are zero or below, off the log axis; the table has them.")
-        if variants:
-            for metric in _metrics(sensitivity):
-                name = "chart-sensitivity" + (f"-{metric}" if metric != "kl" else "")
-                title = SENSITIVITIES[metric][0]
-                charts.append(Chart(name, title, sensitivity_figure(sensitivity, plan, metric)))
-            tables.append(_sensitivity_table(sensitivity))
-            tables += [_heads_table(sensitivity, plan, metric) for metric in _head_metrics(sensitivity)]
     if sources.plan_is_stale:
-        warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
-    files = ["plan.yaml", "sensitivity.json"]
-    lines = _layer_lines(sensitivity) if sensitivity else {}
-    return Panel("layers", "Layers", files, missing, warnings, plan, lines, notes, charts, tables)
+        panel.warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
+    panel.notes.append(
+        "Quality loss of one replacement at a time, with all other layers unchanged, over "
+        f"{sensitivity.tokens:,} tokens in {sensitivity.sequences:,} sequences; bars are one standard error. "
+        f"Base NLL: {with_error(sensitivity.base_nll)} nats per token."
+    )
+    variants = [variant for entry in sensitivity.layers for variant in entry.variants]
+    if hidden := sum(variant.scores["kl"].mean <= 0 for variant in variants):
+        panel.notes.append(
+            f"{hidden} of {len(variants)} KL values are not above zero: not on the log axis, but listed."
+        )
+    for metric in _metrics(sensitivity):
+        name = "sensitivity" + (f"-{metric}" if metric != "kl" else "")
+        panel.chart(name, SENSITIVITIES[metric][0], sensitivity_figure(sensitivity, plan, metric))
+    if variants:
+        panel.tables.append(_sensitivity_table(sensitivity))
+    panel.tables.extend(_heads_table(sensitivity, plan, metric) for metric in _head_metrics(sensitivity))
+    panel.layers.update(_layer_lines(sensitivity))
+    return panel
 
 
 def _metrics(sensitivity: Sensitivity) -> list[str]:
     """Return those of SENSITIVITIES that were measured."""
-    found = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
-    return [metric for metric in SENSITIVITIES if metric in found]
+    measured = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
+    return [metric for metric in SENSITIVITIES if metric in measured]
 
 
 def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
-    """Return by layer a line per replacement: what it alone does to each metric."""
+    """Return by layer a line per replacement: its scores when it is the only one."""
 
     def line(variant: Variant) -> str:
         scores = [
@@ -82,21 +80,19 @@ def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
 
 
 def _sensitivity_table(sensitivity: Sensitivity) -> Table:
-    Row = tuple[int, Variant]
-
-    def score(metric: str, row: Row) -> str:
-        found = row[1].scores.get(metric)
-        return with_error(found, signed=metric != "kl") if found else ABSENT
-
     titles = {"kl": "KL, nats per token", "nll": "NLL − base, nats per token"}
     titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in _metrics(sensitivity) if metric != "kl"}
-    columns: dict[str, Callable[[Row], str]] = {
-        "layer": lambda row: str(row[0]),
-        "replaced by": lambda row: label(row[1]),
-        **{title: partial(score, metric) for metric, title in titles.items()},
-    }
-    rows = [(entry.layer, variant) for entry in sensitivity.layers for variant in (*entry.variants, *entry.heads)]
-    return tabulate("Every sensitivity", rows, columns, text_columns=(0, 1), folded=True)
+
+    def score(variant: Variant, metric: str) -> str:
+        value = variant.scores.get(metric)
+        return with_error(value, signed=metric != "kl") if value else ABSENT
+
+    rows = [
+        [str(entry.layer), label(variant), *(score(variant, metric) for metric in titles)]
+        for entry in sensitivity.layers
+        for variant in (*entry.variants, *entry.heads)
+    ]
+    return Table("Every sensitivity", ["layer", "replaced by", *titles.values()], rows, (0, 1), folded=True)
 
 
 def _head_metrics(sensitivity: Sensitivity) -> list[str]:
@@ -121,40 +117,36 @@ def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -
                 return with_error(variant.scores[metric], signed=metric != "kl") + kept
         return ABSENT
 
-    columns: dict[str, Callable[[LayerSensitivity], str]] = {"layer": lambda entry: str(entry.layer)}
-    columns |= {f"KV head {head}": partial(cell, head) for head in heads}
     title = f"{SENSITIVITIES[metric][1]}: each KV head alone under a window of {window}"
     title += "; (full): the plan keeps it" if plan else ""
-    return tabulate(title, sensitivity.layers, columns, folded=True)
+    rows = [[str(entry.layer), *(cell(head, entry) for head in heads)] for entry in sensitivity.layers]
+    return Table(title, ["layer", *(f"KV head {head}" for head in heads)], rows, folded=True)
 
 
 def healing_panel(sources: Sources) -> Panel:
     """Return loss against tokens of the stages that have one, and the validation points."""
-    panel = partial(Panel, "healing", "Healing", ["heal/metrics.jsonl"])
-    if sources.metrics is None:
-        return panel([absent("heal/metrics.jsonl")])
+    panel = Panel("healing", "Healing", ["heal/metrics.jsonl"])
     if not sources.metrics:
-        return panel(["heal/metrics.jsonl holds no line yet: run `layerboost heal`"])
-    charts, rows = [], []
+        empty = "heal/metrics.jsonl holds no line yet: run `layerboost heal`"
+        panel.missing.append(absent("heal/metrics.jsonl") if sources.metrics is None else empty)
+        return panel
+    rows = []
     for stage, title in STAGES.items():
         lines = [line for line in sources.metrics if line.stage == stage]
         if any(line.loss is not None for line in lines):
-            charts.append(Chart(f"chart-heal-{stage}", title, healing_figure(lines)))
+            panel.chart(f"heal-{stage}", title, healing_figure(lines))
         if lines:
             rows.append(_healing_row(title, lines))
-    header = ["stage", "steps", "tokens", "time", "first loss", "last loss"]
-    tables = [Table("Stages", header, rows)]
-    validation = [line for line in sources.metrics if line.validation_kl is not None or line.validation_nll is not None]
+    panel.tables.append(Table("Stages", ["stage", "steps", "tokens", "time", "first loss", "last loss"], rows))
+    validation = [
+        [line.stage, f"{line.step:,}", f"{line.tokens:,}", _number(line.validation_kl), _number(line.validation_nll)]
+        for line in sources.metrics
+        if line.validation_kl is not None or line.validation_nll is not None
+    ]
     if validation:
-        columns: dict[str, Callable[[MetricLine], str]] = {
-            "stage": lambda line: line.stage,
-            "step": lambda line: f"{line.step:,}",
-            "tokens": lambda line: f"{line.tokens:,}",
-            "KL, nats per token": lambda line: _number(line.validation_kl),
-            "NLL, nats per token": lambda line: _number(line.validation_nll),
-        }
-        tables.append(tabulate("Validation", validation, columns, folded=len(validation) > 12))
-    return panel(charts=charts, tables=tables)
+        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
+        panel.tables.append(Table("Validation", header, validation, folded=len(validation) > 12))
+    return panel
 
 
 def _number(value: float | None) -> str:
@@ -170,31 +162,29 @@ def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
 
 def provenance_panel(sources: Sources) -> Panel:
     """Return what ran, when, where, on what, for how long, and with which settings."""
-    missing, notes, tables = [], [], []
-    stages = sources.history.stages if sources.history else []
-    if not stages:
-        missing.append(absent("run.json"))
-    else:
-        tables += [_stage_table(stages), _version_table(stages)]
-        notes.append(_cost(stages))
-    if prints := _fingerprints(sources):
-        tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, text_columns=(0, 1, 2)))
-    if stages:
-        # As typed: where this machine keeps the program is nobody's business.
-        commands = [[record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in stages]
-        tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
-    listing = None
-    if sources.recipe is None:
-        missing.append(absent("recipe.yaml"))
-    else:
+    text = None
+    if sources.recipe:
         text = yaml.safe_dump(sources.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        listing = ("Recipe", text)
-    files = ["run.json", "recipe.yaml"]
-    return Panel("provenance", "Cost and provenance", files, missing, notes=notes, tables=tables, listing=listing)
+    panel = Panel("provenance", "Cost and provenance", ["run.json", "recipe.yaml"], recipe=text)
+    stages = sources.history.stages if sources.history else []
+    if stages:
+        panel.tables.extend([_stage_table(stages), _version_table(stages)])
+        panel.notes.append(_cost(stages))
+    else:
+        panel.missing.append(absent("run.json"))
+    if prints := _fingerprints(sources):
+        panel.tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, (0, 1, 2)))
+    if stages:
+        # As typed, without the program's path on this machine.
+        commands = [[record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in stages]
+        panel.tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
+    if text is None:
+        panel.missing.append(absent("recipe.yaml"))
+    return panel
 
 
 def _cost(stages: list[StageRecord]) -> str:
-    """Return the time by stage, attempts that failed or were interrupted included."""
+    """Return the time by stage, with attempts that failed or were interrupted."""
     seconds: dict[str, float] = {}
     for record in stages:
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
@@ -203,24 +193,23 @@ def _cost(stages: list[StageRecord]) -> str:
 
 
 def _stage_table(stages: list[StageRecord]) -> Table:
-    columns: dict[str, Callable[[StageRecord], str]] = {
-        "stage": lambda record: record.stage,
-        "status": lambda record: record.status + (f": {record.error}" if record.error else ""),
-        "time": lambda record: duration(record.seconds),
-        "device": lambda record: record.device,
-        "seed": lambda record: str(record.seed),
-        "started (UTC)": lambda record: record.started[:16].replace("T", " "),
-        "git revision": lambda record: (record.git_revision or ABSENT)[:12],
-    }
-    return tabulate("Stages run", stages, columns, text_columns=(0, 1, 3, 5, 6))
+    def cells(record: StageRecord) -> list[str]:
+        status = record.status + (f": {record.error}" if record.error else "")
+        started, revision = record.started[:16].replace("T", " "), (record.git_revision or ABSENT)[:12]
+        return [record.stage, status, duration(record.seconds), record.device, str(record.seed), started, revision]
+
+    header = ["stage", "status", "time", "device", "seed", "started (UTC)", "git revision"]
+    return Table("Stages run", header, [cells(record) for record in stages], text_columns=(0, 1, 3, 5, 6))
 
 
 def _version_table(stages: list[StageRecord]) -> Table:
-    found: dict[str, dict[str, None]] = {}
+    versions: dict[str, dict[str, None]] = {}
     for record in stages:
         for package, version in record.versions.items():
-            found.setdefault(package, {})[version] = None
-    return Table("Versions", ["package", "version"], [[name, ", ".join(seen)] for name, seen in found.items()], (0, 1))
+            versions.setdefault(package, {})[version] = None
+    return Table(
+        "Versions", ["package", "version"], [[name, ", ".join(seen)] for name, seen in versions.items()], (0, 1)
+    )
 
 
 def _fingerprints(sources: Sources) -> list[list[str]]:
@@ -240,4 +229,4 @@ def _fingerprints(sources: Sources) -> list[list[str]]:
     if bench:
         file, models = "bench/comparison.json", bench.models
         rows += [(f"config of benchmarked {name}", models[name], file) for name in model_order(models)]
-    return [[what, f"`{found}`", f"`{file}`"] for what, found, file in rows]
+    return [[what, f"`{value}`", f"`{file}`"] for what, value, file in rows]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from html import escape
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
-from layerboost.reporting.page import Chart, Panel, Table, tabulate
+from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error, with_interval
-from layerboost.schemas.evaluation import EvalComparison, Gate, Task
+from layerboost.schemas.evaluation import EvalComparison, Gate, Perplexity, Task
 from layerboost.schemas.sensitivity import Score
 
 FILE = "eval/comparison.json"
@@ -18,60 +17,60 @@ VERDICTS = {True: "passed", False: "missed", None: "not judged"}
 
 def quality_panel(sources: Sources) -> Panel:
     """Return perplexity, KL and tasks of every model, each difference from the base with its 95 % interval."""
-    panel = partial(Panel, "quality", "Quality", [FILE])
+    panel = Panel("quality", "Quality", [FILE])
     quality = sources.quality
     if quality is None:
-        return panel([absent(FILE)])
-    warnings, charts, tables = [], [], []
-    made_from = sources.plan or sources.sensitivity
-    if made_from and quality.models.get("base", made_from.model.fingerprint) != made_from.model.fingerprint:
-        warnings.append(f"the base evaluated here is not the model of this run's other files, {made_from.model.name}")
-    notes = [
+        panel.missing.append(absent(FILE))
+        return panel
+    model = sources.model
+    if model and quality.models.get("base", model.fingerprint) != model.fingerprint:
+        panel.warnings.append(f"the base evaluated here is not the model of this run's other files, {model.name}")
+    panel.notes.append(
         "Values are given with one standard error. Differences from the base are paired, over the same tokens or "
         "items, with a 95 % interval by bootstrap in brackets."
-    ]
+    )
     if quality.gate:
-        tables.append(_gate_table(quality.gate))
+        panel.tables.append(_gate_table(quality.gate))
     if quality.perplexity:
         if quality.text:
-            notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
-        tables.append(_perplexity_table(quality))
+            panel.notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
+        panel.tables.append(_perplexity_table(quality))
     if quality.tasks:
-        notes.append(
-            "«No worse» says whether a loss of one point is ruled out with 95 % probability; «not shown» proves no "
-            "loss. The smallest detectable difference is what so many items show four times in five. The margin is the "
-            "log-probability of the right answer less that of the best wrong one: it still moves where accuracy is "
-            "near chance."
+        panel.notes.append(
+            "«No worse» says whether a loss of one point is ruled out with 95 % probability; «not shown» does not "
+            "prove a loss. The smallest detectable difference is what a sample of this size shows four times in five. "
+            "The margin is the log-probability of the right answer minus that of the best wrong one: it shows changes "
+            "also where accuracy is near chance."
         )
         if chosen := ", ".join(name for name, task in quality.tasks.items() if task.selection):
-            notes.append(f"Layers were chosen on {chosen} (*): in the tables, but not in the average.")
-        tables.append(_task_table(quality))
+            panel.notes.append(f"Layers were chosen on {chosen} (*): in the tables, but not in the average.")
+        panel.tables.append(_task_table(quality))
         if any(task.difference for task in quality.tasks.values()):
-            charts.append(Chart("chart-tasks", "Difference from the base by task", task_figure(quality)))
-            tables.append(_difference_table(quality))
-    return panel([], warnings, notes=notes, charts=charts, tables=tables)
+            panel.chart("tasks", "Difference from the base by task", task_figure(quality))
+            panel.tables.append(_difference_table(quality))
+    return panel
 
 
 def task_figure(quality: EvalComparison) -> Figure:
     """Return a row per task, a point per model: its difference from the base in points, bars over the 95 % interval."""
-    entries = _entries(quality)
+    entries = quality.scores
     names = list(entries)[::-1]
     models = model_order({model for task in entries.values() for model in task.difference})
     traces = []
     for index, model in enumerate(models):
-        found = {row: entries[name] for row, name in enumerate(names) if model in entries[name].difference}
-        changes = [task.difference[model] for task in found.values()]
+        tasks = {row: entries[name] for row, name in enumerate(names) if model in entries[name].difference}
+        changes = [task.difference[model] for task in tasks.values()]
         offset = 0.5 * ((index + 0.5) / len(models) - 0.5)
         traces.append(
             scatter(
                 model,
                 [100 * change.mean for change in changes],
-                [row - offset for row in found],
+                [row - offset for row in tasks],
                 model_color(model, models),
                 [
                     f"{escape(names[row])}: {with_interval(task.difference[model], scale=100)} points, "
                     f"{task.items:,} items"
-                    for row, task in found.items()
+                    for row, task in tasks.items()
                 ],
                 "markers",
                 x_ends=[(100 * change.low, 100 * change.high) for change in changes],
@@ -84,44 +83,32 @@ def task_figure(quality: EvalComparison) -> Figure:
 
 
 def nll_difference(quality: EvalComparison, name: str) -> str | None:
-    """Return the NLL of a model less the base's, with its interval; None for the base."""
-    found = quality.perplexity[name].nll_difference
-    return None if found is None else with_interval(found)
+    """Return the NLL of a model minus the base's, with its interval; None for the base."""
+    change = quality.perplexity[name].nll_difference
+    return None if change is None else with_interval(change)
 
 
 def task_value(task: Task, model: str) -> str:
     """Return a model's value on a task in percent, with its standard error."""
     if model not in task.models:
         return ABSENT
-    found = task.models[model]
-    error = Score(mean=100 * found.value, standard_error=100 * found.standard_error)
-    return with_error(error) if found.standard_error > 0 else number(error.mean)
-
-
-def _entries(quality: EvalComparison) -> dict[str, Task]:
-    """Return every task, and the average over those that chose no layers."""
-    return quality.tasks | ({"average": quality.average} if quality.average else {})
+    value = task.models[model]
+    error = Score(mean=100 * value.value, standard_error=100 * value.standard_error)
+    return with_error(error) if value.standard_error > 0 else number(error.mean)
 
 
 def _perplexity_table(quality: EvalComparison) -> Table:
-    found = quality.perplexity
-    return tabulate(
-        "Held-out text",
-        model_order(found),
-        {
-            "model": str,
-            "perplexity": lambda name: number(found[name].perplexity, 4),
-            "NLL, nats per token": lambda name: with_error(found[name].nll),
-            "NLL − base, nats per token": lambda name: nll_difference(quality, name) or ABSENT,
-            "KL(base ‖ model), nats per token": lambda name: (
-                ABSENT if name == "base" else with_interval(found[name].kl, signed=False)
-            ),
-        },
-    )
+    def cells(name: str, losses: Perplexity) -> list[str]:
+        kl = ABSENT if name == "base" else with_interval(losses.kl, signed=False)
+        return [name, number(losses.perplexity, 4), with_error(losses.nll), nll_difference(quality, name) or ABSENT, kl]
+
+    header = ["model", "perplexity", "NLL, nats per token", "NLL − base, nats per token"]
+    rows = [cells(name, quality.perplexity[name]) for name in model_order(quality.perplexity)]
+    return Table("Held-out text", [*header, "KL(base ‖ model), nats per token"], rows)
 
 
 def _task_table(quality: EvalComparison) -> Table:
-    entries = _entries(quality)
+    entries = quality.scores
     models = model_order({name for task in entries.values() for name in task.models})
     rows = [
         [_starred(name, task), task.metric, f"{task.items:,}", *(task_value(task, model) for model in models)]
@@ -140,7 +127,7 @@ def _difference_table(quality: EvalComparison) -> Table:
             number(100 * task.difference[model].detectable, 2),
             _margin(task, model),
         ]
-        for name, task in _entries(quality).items()
+        for name, task in quality.scores.items()
         for model in model_order(task.difference)
     ]
     header = ["task", "model", "difference, points", "no worse than 1 point", "detectable, points"]
@@ -154,7 +141,7 @@ def _starred(name: str, task: Task) -> str:
 def _margin(task: Task, model: str) -> str:
     if task.margin is None:
         return ABSENT
-    per = " a character" if task.margin.unit == "nats per character" else ""
+    per = " per character" if task.margin.unit == "nats per character" else ""
     return with_interval(task.margin.difference[model]) + per
 
 

@@ -13,28 +13,24 @@ from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
 from layerboost.reporting.quality import quality_panel
 from layerboost.reporting.search import search_panel
-from layerboost.reporting.sources import Sources, read_sources
+from layerboost.reporting.sources import Sources
 from layerboost.reporting.verdict import findings, summary, summary_table
 
 __all__ = ["run_report", "summary_table"]
-
-
 FIGURES = "figures"
 
 
 def run_report(run: Path, png: bool = False) -> dict[str, Any]:
-    """Write `report.html` (one file, works offline) and `report.md` into the run folder.
+    """Write `report.html` (one file, works offline) and `report.md` to the run folder; return a summary.
 
-    With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; that takes a Chromium.
-
-    A file that is not there yet leaves its panel saying which command makes it. Returns a summary: `kv_fraction` (of
-    the base's KV bytes, None without a plan), `throughput_ratio` (median, low, high, repeats, text, concurrency and
-    model, or None), `perplexity` by model, `tasks` by task and model, `average` by model or None (fractions), and
-    `report`, the HTML.
-    Raises ConfigError when the folder is missing or one of its files is truncated, foreign or of another model, and
-    LayerboostError when the reports cannot be written.
+    With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; this needs Chromium. The panel of a
+    missing file names the command that makes it. The summary has `kv_fraction` (of the base's KV bytes, None without a
+    plan), `throughput_ratio` (median, low, high, repeats, text, concurrency and model, or None), `perplexity` by model,
+    `tasks` by task and model, `average` by model or None (fractions), and `report`, the HTML.
+    Raise ConfigError if the folder is missing or one of its files is truncated, foreign or of another model, and
+    LayerboostError if the reports cannot be written.
     """
-    sources = read_sources(run)
+    sources = Sources(run)
     page = report_page(sources)
     html = html_page(page)
     images = (
@@ -61,13 +57,10 @@ def report_page(sources: Sources) -> Page:
 
 
 def _heading(sources: Sources) -> tuple[str, str]:
-    """The model's name, and a line of what is known about it and the run."""
-    made_from = sources.plan or sources.sensitivity
-    run = sources.run.resolve().name
-    if made_from is None:
-        recipe = sources.recipe
+    """Return the model's name, and a line of facts about it and the run."""
+    model, recipe, run = sources.model, sources.recipe, sources.run.resolve().name
+    if model is None:
         return (recipe.model if recipe and recipe.model else run), f"run {run}"
-    model = made_from.model
     facts = [
         f"{model.model_type}, {model.parameters / 1e6:,.0f} M parameters, {model.layers} layers",
         f"{model.kv_heads} KV heads of {model.head_dim}",

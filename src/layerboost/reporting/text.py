@@ -1,4 +1,4 @@
-"""Numbers as the report writes them; the same text in the page, in Markdown and in the CLI's table."""
+"""Numbers as text, the same in the page, in Markdown and in the tables of the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ABSENT = "–"
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, thousands separated: 0.0123, 12.3, 1,234."""
+    """Return a number with `digits` significant digits and separated thousands: 0.0123, 12.3, 1,234."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -22,16 +22,11 @@ def number(value: float, digits: int = 3) -> str:
     return minus(f"{value:,.{max(0, digits - 1 - power)}f}")
 
 
-def with_sign(value: float) -> str:
-    """`value` with three significant digits and its sign, also where it is positive."""
-    return f"+{number(value)}" if value > 0 else number(value)
-
-
 def with_error(score: Score, signed: bool = False) -> str:
-    """A mean and its standard error, both to the error's second digit: 0.0123 ± 0.0041."""
+    """Return a mean and its standard error, both to the error's second digit: 0.0123 ± 0.0041."""
     mean, error = score.mean, score.standard_error
     if not math.isfinite(mean) or not math.isfinite(error) or error <= 0:
-        return f"{with_sign(mean) if signed else number(mean)} (no standard error)"
+        return f"{'+' if signed and mean > 0 else ''}{number(mean)} (no standard error)"
     power = math.floor(math.log10(error))
     if power < -6:
         text = f"{mean:.2e} ± {error:.1e}"
@@ -42,7 +37,7 @@ def with_error(score: Score, signed: bool = False) -> str:
 
 
 def interval(mean: float, low: float, high: float, signed: bool = False) -> str:
-    """A mean with its 95 % interval in brackets, to the interval's second digit: −0.6 (−2.1 to +0.8)."""
+    """Return a mean with its 95 % interval in brackets, to the interval's second digit: −0.6 (−2.1 to +0.8)."""
     if not all(map(math.isfinite, (mean, low, high))):
         return "not finite"
     half = (high - low) / 2
@@ -58,17 +53,17 @@ def interval(mean: float, low: float, high: float, signed: bool = False) -> str:
 
 
 def with_interval(change: Change, signed: bool = True, scale: float = 1.0) -> str:
-    """A change times `scale` with its 95 % interval; 100 makes points of fractions."""
+    """Return a change times `scale` with its 95 % interval; 100 converts fractions to points."""
     return interval(scale * change.mean, scale * change.low, scale * change.high, signed)
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a percentage: 0.4231 is 42.3 %."""
+    """Return a fraction as a percentage: 0.4231 is 42.3 %."""
     return minus(f"{100 * fraction:.{digits}f} %")
 
 
 def size(count: float) -> str:
-    """Bytes in binary units: 23.6 MiB."""
+    """Return bytes in binary units: 23.6 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{number(count)} {unit}"
@@ -77,7 +72,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8.2 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds as 8.2 s, 3 min 20 s or 2 h 05 min."""
     if seconds < 60:
         return f"{number(seconds, 2)} s"
     if seconds < 3600:
@@ -86,5 +81,5 @@ def duration(seconds: float) -> str:
 
 
 def minus(text: str) -> str:
-    """Text with the typographic minus, as wide as a digit in tables; exponents keep their hyphen."""
+    """Return text with a typographic minus, as wide as a digit in tables; exponents keep their hyphen."""
     return f"−{text[1:]}" if text.startswith("-") else text

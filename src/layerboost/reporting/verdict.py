@@ -1,4 +1,4 @@
-"""The three lines at the top, and the summary the command line prints: no more than the files' numbers allow."""
+"""The three lines at the top of the report, and the summary that the command line prints."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from layerboost.schemas.evaluation import Change, EvalComparison, Gate
 
 
 def kv_bytes(sources: Sources) -> tuple[int, int, int] | None:
-    """Return KV bytes per request of plan and base, and the context in tokens they are counted at; None without a plan.
+    """Return KV bytes per request of plan and base, and the context in tokens at which they are counted.
 
-    Counted from the plan's layers, which a person may have edited after the prediction was written. The context is the
-    prediction's, or the recipe's, or the model's longest.
+    None without a plan. They are counted from the plan's layers, which may have been edited after the prediction was
+    written. The context is the prediction's, or the recipe's, or the model's longest.
     """
     plan = sources.plan
     if plan is None:
@@ -36,11 +36,11 @@ def findings(sources: Sources) -> list[Finding]:
 
 
 def summary(sources: Sources) -> dict[str, Any]:
-    """Return the numbers of the verdict as plain values; what was not measured is None or an empty mapping."""
+    """Return the numbers of the verdict as JSON values: None or an empty mapping for what was not measured."""
     kv, quality = kv_bytes(sources), sources.quality
-    # A benchmark without the base has ratios to another model; they are on the page, under its name.
+    # Ratios to another model than the base are only on the page, under its name.
     ratio = bench_ratio(sources.bench) if sources.bench and sources.bench.reference == "base" else None
-    scores = quality.tasks | ({"average": quality.average} if quality.average else {}) if quality else {}
+    scores = quality.scores if quality else {}
     values = {task: {name: found.value for name, found in entry.models.items()} for task, entry in scores.items()}
     return {
         "kv_fraction": kv[0] / kv[1] if kv else None,
@@ -67,13 +67,13 @@ def _ratio_values(ratio: Ratio) -> dict[str, Any]:
 def summary_table(values: dict[str, Any]) -> list[list[str]]:
     """Return rows for a terminal, header first: metric, base, converted, healed. `values`: what `summary` returned."""
     fraction, ratio = values["kv_fraction"], values["throughput_ratio"]
-    kept = {} if fraction is None else {"base": 1.0, "converted": fraction, "healed": fraction}
+    cache = {} if fraction is None else {"base": 1.0, "converted": fraction, "healed": fraction}
     speed = {"base": "1", ratio["model"]: ratio["text"]} if ratio else {}
     at = f" (concurrency {ratio['concurrency']})" if ratio else ""
     perplexity = {name: number(value, 4) for name, value in values["perplexity"].items()}
     scores = values["tasks"] | ({"average": values["average"]} if values["average"] else {})
     cells: dict[str, dict[str, str]] = {
-        "KV bytes": {name: percent(share) for name, share in kept.items()},
+        "KV bytes": {name: percent(value) for name, value in cache.items()},
         f"output tokens/s, ratio to base{at}": speed,
         "perplexity": perplexity,
         **{task: {name: percent(value) for name, value in found.items()} for task, found in scores.items()},
@@ -89,12 +89,12 @@ def _kv_finding(sources: Sources) -> Finding:
         return Finding(None, f"KV cache: {absent('plan.yaml')}.", files)
     planned, base, context = counted
     sentence = (
-        f"of the base's KV cache at {context:,} tokens of context: {size(planned)} a request against {size(base)}, "
+        f"of the base's KV cache at {context:,} tokens of context: {size(planned)} per request against {size(base)}, "
         "counted from the plan's layers."
     )
     predicted = sources.plan.predicted
     if predicted and abs(predicted.kv_fraction - planned / base) > 0.005:
-        sentence += f" plan.yaml predicted {percent(predicted.kv_fraction)}: its layers were edited since."
+        sentence += f" plan.yaml predicted {percent(predicted.kv_fraction)}: its layers were edited later."
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:
         sentence += (
@@ -111,20 +111,20 @@ def _throughput_finding(sources: Sources) -> Finding:
         return Finding(None, f"Throughput: {absent('bench/comparison.json')}.", files)
     ratio = bench_ratio(sources.bench)
     if ratio is None:
-        return Finding(None, "Throughput: bench/comparison.json compares no two models.", files)
-    found = ratio.spread
-    if found.repeats < 2:
-        spread = "one repeat, so its range is unknown and a small difference means nothing"
+        return Finding(None, "Throughput: bench/comparison.json has no two models to compare.", files)
+    ratios = ratio.spread
+    if ratios.repeats < 2:
+        spread = "one repeat, so its range is unknown and a small difference is not significant"
     else:
         shown = "no difference shown"
-        if not found.min <= 1 <= found.max:
-            shown = f"{'faster' if found.min > 1 else 'slower'} in every repeat"
-        spread = f"{found.min:.2f} to {found.max:.2f} over {found.repeats} interleaved repeats: {shown}"
+        if not ratios.min <= 1 <= ratios.max:
+            shown = f"{'faster' if ratios.min > 1 else 'slower'} in every repeat"
+        spread = f"{ratios.min:.2f} to {ratios.max:.2f} over {ratios.repeats} interleaved repeats: {shown}"
     sentence = (
         f"the output tokens per second of {ratio.reference}: {ratio.model} at concurrency {ratio.concurrency}, "
         f"{spread}{ratio.warning}."
     )
-    return Finding(f"{found.median:.2f} ×", sentence, files)
+    return Finding(f"{ratios.median:.2f} ×", sentence, files)
 
 
 def _quality_finding(sources: Sources) -> Finding:
@@ -138,32 +138,32 @@ def _quality_finding(sources: Sources) -> Finding:
 
 
 def _accuracy(quality: EvalComparison) -> tuple[str | None, str]:
-    """Return the verdict's number from the average over tasks, None without one, and its sentence."""
+    """Return the change of average accuracy, None without it, and a sentence on it."""
     if not quality.average:
         return None, "Tasks: not measured."
-    found, chosen = quality.average.models, sum(task.selection for task in quality.tasks.values())
-    names, last = _ends(found)
-    values = " → ".join(f"{name} {percent(found[name].value)}" for name in names)
-    rest = f" (without {chosen} that layers were chosen on)" if chosen else ""
+    models, chosen = quality.average.models, sum(task.selection for task in quality.tasks.values())
+    names, last = _ends(models)
+    values = " → ".join(f"{name} {percent(models[name].value)}" for name in names)
+    rest = f" (without {chosen} on which layers were chosen)" if chosen else ""
     change = quality.average.difference.get(last)
     lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})" if change else ""
-    value = percent(found[last].value)
-    if "base" in found and last != "base":
-        moved = found[last].value - found["base"].value
+    value = percent(models[last].value)
+    if "base" in models and last != "base":
+        moved = models[last].value - models["base"].value
         value = f"{'+' if moved > 0 else '−' if moved < 0 else ''}{abs(100 * moved):.1f} points"
     return value, f"Average accuracy of {len(quality.tasks) - chosen} tasks{rest}: {values}{lost}."
 
 
 def _text(quality: EvalComparison) -> tuple[str | None, str]:
     """Return the perplexity of the last model, None without one, and the sentence on held-out text."""
-    found = quality.perplexity
-    if not found:
+    losses = quality.perplexity
+    if not losses:
         return None, "Perplexity: not measured."
-    names, last = _ends(found)
-    values = " → ".join(f"{name} {number(found[name].perplexity, 4)}" for name in names)
-    change, kl = nll_difference(quality, last), with_interval(found[last].kl, signed=False)
+    names, last = _ends(losses)
+    values = " → ".join(f"{name} {number(losses[name].perplexity, 4)}" for name in names)
+    change, kl = nll_difference(quality, last), with_interval(losses[last].kl, signed=False)
     lost = f" ({last} − base: {change} nats per token; KL {kl})" if change else ""
-    return f"perplexity {number(found[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
+    return f"perplexity {number(losses[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
 
 
 def _gate(gate: Gate | None) -> str:
@@ -180,17 +180,17 @@ def _gate(gate: Gate | None) -> str:
 
 
 def _ends(models: dict[str, Any]) -> tuple[list[str], str]:
-    """Return the models in order, and the one that the page is about: healed, else converted, not a further one."""
+    """Return the models in order, and the one that the report is about: healed, or else converted, or else the last."""
     names = model_order(models)
     return names, next((name for name in ("healed", "converted") if name in names), names[-1])
 
 
 def certainty(change: Change) -> str:
-    """Return what a paired difference of accuracies and its interval allow to be said."""
+    """Return what a paired difference of accuracies and its interval show."""
     if change.high < 0:
         seen = "a loss beyond the 95 % interval"
     elif change.low > 0:
         seen = "a gain beyond the 95 % interval"
     else:
-        seen = f"no difference shown, of which these items show {number(100 * change.detectable, 2)} points or more"
+        seen = f"no difference shown; these items show {number(100 * change.detectable, 2)} points or more"
     return f"{seen}; no worse than 1 point: {change.no_worse}"

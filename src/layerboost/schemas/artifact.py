@@ -87,14 +87,15 @@ def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
             raise ValueError(wrong)
         return kind.model_validate(values)
     except (ValueError, yaml.YAMLError) as error:
-        if isinstance(error, ValidationError):
-            found = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()[:3]
-            )
-        else:
-            found = first_line(error)
         raise ConfigError(
             f"{path} is not a valid {kind.__name__} (schema version {kind.model_fields['schema_version'].default})",
-            found=found,
+            found=problems(error),
             do=f"correct it, or delete it and run `{made_by}` again",
         ) from None
+
+
+def problems(error: Exception) -> str:
+    """Return what is wrong with a file that cannot be parsed: up to three invalid fields, or the error's first line."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors()[:3])

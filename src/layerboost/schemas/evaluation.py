@@ -67,7 +67,7 @@ class TaskValue(Part):
 
 
 class Margin(Part):
-    """The log-probability of the right answer less that of the best wrong one."""
+    """The log-probability of the right answer minus that of the best wrong one."""
 
     unit: str
     models: dict[str, Score]
@@ -96,7 +96,7 @@ class Positions(Part):
 
 
 class Depth(Part):
-    """A part of the prompts' depths: means by model."""
+    """The prompts at part of the depths: means by model."""
 
     low: float = Field(alias="from")
     high: float = Field(alias="to")
@@ -167,3 +167,8 @@ class EvalComparison(Artifact):
     positions: Positions | None = None
     retrieval: Retrieval | None = None
     gate: Gate | None = None
+
+    @property
+    def scores(self) -> dict[str, Task]:
+        """Return every task, and the average over those that chose no layers, `average`."""
+        return self.tasks | ({"average": self.average} if self.average else {})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # lm-eval's defaults: tokens per answer, and the seed of the examples before a question.
 GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
-# Items that lm-eval scores in a special way; of the first kinds, they tell nothing about a model.
+# Kinds of items that lm-eval scores in a special way.
 NO_ANSWER = "have an answer that is not among their choices: they count as wrong for every model"
 NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
 EMPTY_ANSWER = "have an empty answer"
@@ -35,9 +35,9 @@ CUT = "are longer than the model's context: their start is truncated"
 def check_items(tasks: list[BenchTask], tokenizer: Any, context_tokens: int) -> None:
     """Read every item of the tasks as lm-eval will, for a model that takes `context_tokens`.
 
-    Raise ConfigError for items that lm-eval cannot score (it would fail after all models were run), with their number
-    and the file and line of the first, and for tasks that tell nothing about a model. Warn of items that count in an
-    unexpected way.
+    Raise ConfigError for items that lm-eval cannot score (it would fail after the model has run), with their number and
+    the file and line of the first, and for tasks on which every model has the same score. Warn of items that are scored
+    in a special way.
     """
     with quiet():
         for task in tasks:
@@ -145,7 +145,7 @@ def _request_kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context
             float(leaf.process_results(doc, likelihoods)[task.metric])
         except Exception as error:
             reason = (
-                f"{task.metric} of its answer {_short(answer_of(leaf, doc))} ends in {type(error).__name__}: {error}"
+                f"{task.metric} of its answer {_short(answer_of(leaf, doc))} raises {type(error).__name__}: {error}"
             )
             raise _Unscorable(reason) from None
     for request in found if isinstance(found, list) else [found]:

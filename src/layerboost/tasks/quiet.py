@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def quiet() -> Iterator[None]:
         # lm-eval has no switch for its bars, and runs git in the current directory, which fails outside a checkout.
         for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
             restored.callback(setattr, module, "tqdm", module.tqdm)
-            module.tqdm = _hidden(module.tqdm)
+            module.tqdm = partial(_hidden, module.tqdm)
         restored.callback(setattr, lm_eval.evaluator, "get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
         lm_eval.evaluator.get_git_commit_hash = git_revision
         # It compiles the template again for every item.
@@ -56,8 +56,5 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
-    def hidden_bar(*args: Any, **kwargs: Any) -> Any:
-        return bar(*args, **kwargs | {"disable": True})
-
-    return hidden_bar
+def _hidden(bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return bar(*args, **kwargs | {"disable": True})
