@@ -162,6 +162,7 @@ def test_the_whole_pipeline_and_a_second_run(family: str, unit: str, tmp_path: P
     run = tmp_path / "run"
     first = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
     assert first["kv_fraction"] <= 0.4
+    assert (unit == "kv_head") == any(entry.full_kv_heads for entry in read_plan(run / "plan.yaml").layers)
     assert set(first["perplexity"]) == {"base", "converted", "healed"}
     quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
     assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
