@@ -11,10 +11,12 @@ import pytest
 import torch
 from offline import Vllm, check_same_model
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny
+from tiny import WINDOW, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from layerboost.model.surgery import apply_plan
 from layerboost.runtime import cores
+from layerboost.schemas.plan import LayerPlan
 
 pytestmark = [
     pytest.mark.server,
@@ -22,7 +24,7 @@ pytestmark = [
 ]
 
 # Attention-free, sliding with and without sinks, and full layers, first and last among them.
-MODELS = {"llama": ("llama", "nSfsn"), "qwen3": ("qwen3", "SnfsS"), "smollm3": ("smollm3", "SnfsS")}
+MODELS = {"llama": ("llama", "nSfHn"), "qwen3": ("qwen3", "SnfsS"), "smollm3": ("smollm3", "hnfsS")}
 FEATURES: dict[str, dict[str, Any]] = {
     "no-prefix-caching": {"enable_prefix_caching": False},
     "compiled": {"enforce_eager": False},
@@ -103,8 +105,33 @@ PARALLEL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "name"), [("tensor", "llama"), ("tensor", "qwen3"), ("pipeline", "llama"), ("pipeline", "smollm3")]
 )
-def test_two_processes_on_a_cpu(vllm_with: Callable[..., Vllm], folders: dict[str, Path], kind: str, name: str) -> None:
-    check_same_model(folders[name], vllm_with(**TWO_PROCESSES).answers(folders[name], **PARALLEL[kind]))
+def test_two_processes_on_a_cpu(
+    vllm_with: Callable[..., Vllm], folders: dict[str, Path], even: dict[str, Path], kind: str, name: str
+) -> None:
+    folder = even.get(name, folders[name]) if kind == "tensor" else folders[name]
+    check_same_model(folder, vllm_with(**TWO_PROCESSES).answers(folder, **PARALLEL[kind]))
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of which both ranks get one full KV head and one with a window."""
+    root, folders = tmp_path_factory.mktemp("even"), {}
+    for name in ("llama", "qwen3"):
+        plan = [
+            LayerPlan(layer=layer, attention="sliding", window=WINDOW, sink=sink, full_kv_heads=(0, 2))
+            for layer, sink in enumerate((True, False))
+        ]
+        model = apply_plan(tiny_model(name, 2, num_key_value_heads=4), plan, {0: torch.randn(2)})
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+        folders[name] = root / name
+    return folders
+
+
+@pytest.mark.exhaustive
+def test_ranks_that_would_differ_are_refused(vllm: Vllm, folders: dict[str, Path]) -> None:
+    refused = vllm.answers(folders["llama"], tensor_parallel_size=2)
+    assert "layer 3 keeps KV heads 0 of 2 full" in refused
 
 
 @pytest.mark.gpu
