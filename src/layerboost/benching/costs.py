@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 
 from layerboost.benching.processors import Processors
 from layerboost.costs.budget import Costs, Rates, decode_work, prefill_work
-from layerboost.costs.memory import CacheSettings, admission_bytes, block_bytes, resident_bytes
+from layerboost.costs.memory import admission_bytes, block_bytes, resident_bytes
 from layerboost.engines.vllm import cache_defaults, check_vllm, runs_on_cpu
 from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
@@ -85,7 +85,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
     for layers in chosen.values():
         check_plan(config, layers)
     processors = Processors()
-    measured, timed = measure(base, info, chosen, int(cache_gib * GIB))
+    measured, timed = measure(base, chosen, int(cache_gib * GIB))
     if disturbed := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):
         log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", disturbed)
     rates, timing = fit(timed), []
@@ -127,14 +127,14 @@ def _plan(layers: int, full: int, none: int, window: int) -> list[LayerPlan]:
 
 
 def measure(
-    base: Base, info: ModelInfo, chosen: dict[str, list[LayerPlan]], cache_bytes: int
+    base: Base, chosen: dict[str, list[LayerPlan]], cache_bytes: int
 ) -> tuple[list[dict[str, Any]], list[Timed]]:
     """Serve every plan with several settings; return measurements per plan, and all times.
 
     Of a plan: its layers by strategy, the KV cache (`memory`) and the bytes that requests hold while they decode
     (`decode`), each measured and predicted.
     """
-    default = cache_defaults()
+    info, default = base.info, cache_defaults()
     settings = [(default, context) for context in CONTEXTS]
     settings += [(replace(default, max_batched_tokens=size, block_size=32), max(CONTEXTS)) for size in BATCHES]
     measured, timed, clock = [], [], time.monotonic()
@@ -142,58 +142,44 @@ def measure(
         kinds = dict(Counter(entry.attention for entry in layers))
         entry: dict[str, Any] = {"plan": name, "layers": kinds, "memory": [], "decode": []}
         with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as folder:
-            boost(base, layers, Path(folder))
+            # The sinks are zero, which does not change the time.
+            apply_plan(base.load(), layers).save_pretrained(folder)
             for own, context in settings:
                 engine = TimedVllm(Path(folder), own, context, cache_bytes)
                 size = own.max_batched_tokens
-                entry["memory"].append(memory_row(engine, info, layers, own, context, cache_bytes))
+                entry["memory"].append(memory_row(engine, info, layers))
                 if own is not default:
                     work = prefill_work(info, layers, PROMPT_TOKENS, size)
                     what = f"prefill of {PROMPT_TOKENS} by {size}"
                     timed.append(Timed(name, what, work, engine.prefill_ms(PROMPT_TOKENS)))
                 for requests, tokens in LOADS if size == DECODE_BATCH else ():
-                    row = engine.decode(requests, tokens)
+                    row = {"requests": requests, **engine.decode(requests, tokens)}
                     length = int(row["tokens"])
                     work = decode_work(info, layers, requests, length)
                     timed.append(Timed(name, f"decode, {requests} x {length}", work, row["ms"]))
-                    held = row.pop("held_blocks") * block_bytes(info, layers, own)
-                    predicted = requests * resident_bytes(info, layers, length, own)
-                    entry["decode"].append(
-                        {"requests": requests, **row, "held_bytes": held, "held_predicted": predicted}
-                    )
+                    row["held_bytes"] = row.pop("held_blocks") * block_bytes(info, layers, own)
+                    row["held_predicted"] = requests * resident_bytes(info, layers, length, own)
+                    entry["decode"].append(row)
                 del engine
                 log.info("%s, %d batched tokens: %.0f s", name, size, time.monotonic() - clock)
         measured.append(entry)
     return measured, timed
 
 
-def boost(base: Base, layers: list[LayerPlan], folder: Path) -> None:
-    """Save a model with a plan applied. Its sinks are zero, which does not change the time."""
-    loaded = base.load()
-    apply_plan(loaded, layers)
-    loaded.save_pretrained(folder)
-
-
-def memory_row(
-    engine: TimedVllm,
-    info: ModelInfo,
-    layers: list[LayerPlan],
-    settings: CacheSettings,
-    context_tokens: int,
-    cache_bytes: int,
-) -> dict[str, Any]:
+def memory_row(engine: TimedVllm, info: ModelInfo, layers: list[LayerPlan]) -> dict[str, Any]:
     """Return blocks and concurrency as vLLM reports them, and as `costs/memory.py` predicts them."""
+    settings, context = engine.settings, engine.context_tokens
     block = block_bytes(info, layers, settings)
-    predicted = cache_bytes // block
+    predicted = engine.cache_bytes // block
     blocks, concurrency = engine.kv_cache()
     return {
-        "context_tokens": context_tokens,
+        "context_tokens": context,
         "max_batched_tokens": settings.max_batched_tokens,
         "block_size": settings.block_size,
         "blocks": blocks,
         "blocks_predicted": predicted,
         "concurrency": round(concurrency, 3),
-        "concurrency_predicted": round(predicted * block / admission_bytes(info, layers, context_tokens, settings), 3),
+        "concurrency_predicted": round(predicted * block / admission_bytes(info, layers, context, settings), 3),
     }
 
 
@@ -203,12 +189,6 @@ def fit(timed: Sequence[Timed]) -> Rates:
     scale = work.max(0)
     scale[scale == 0] = 1.0
     prices = nnls(work / scale / times[:, None], np.ones(len(times)))[0] / scale
-    rates = [1e3 / price if price else None for price in prices[2:]]
-    return Rates(
-        step_ms=prices[0],
-        layer_ms=prices[1],
-        weight_bytes_per_s=rates[0],
-        flops_per_s=rates[1],
-        kv_bytes_per_s=rates[2],
-        attention_flops_per_s=rates[3],
-    )
+    names = ("weight_bytes_per_s", "flops_per_s", "kv_bytes_per_s", "attention_flops_per_s")
+    rates = {name: 1e3 / price if price else None for name, price in zip(names, prices[2:], strict=True)}
+    return Rates(step_ms=prices[0], layer_ms=prices[1], **rates)

@@ -43,7 +43,7 @@ class TimedVllm:
             ).llm_engine
         except Exception as error:  # vLLM raises whatever its parts do
             raise LayerboostError("vLLM could not start", found=first_line(error), do="change --cache-gib") from error
-        self.batched_tokens = settings.max_batched_tokens
+        self.settings, self.context_tokens, self.cache_bytes = settings, context_tokens, cache_bytes
 
     def kv_cache(self) -> tuple[int, float]:
         """Return the number of blocks, and the number of requests of the full context that fit at once."""
@@ -72,7 +72,7 @@ class TimedVllm:
         pool = scheduler.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
         # The first request decodes while the others are read, so answers must be long enough for that.
-        longest = requests * tokens // self.batched_tokens + requests + 2 * DECODE_STEPS
+        longest = requests * tokens // self.settings.max_batched_tokens + requests + 2 * DECODE_STEPS
         names = self._add(f"decode-{requests}-{tokens}", requests, tokens, longest)
         answers: dict[str, int] = {}
         times: list[float] = []
