@@ -36,8 +36,8 @@ class Module(nn.Module):
         groups = query.shape[1] // key.shape[1]
         repeated = key.unflatten(1, (self.heads, 1, 2)).expand(-1, -1, groups, -1).flatten(1)
         window, sinks = self.settings["per_layer_sliding_window"], self.settings.get("sinks")
-        out = (query + repeated) * (10 if window is None else 1)
-        return out if sinks is None else out + sinks.repeat_interleave(2)
+        out: torch.Tensor = (query + repeated) * (10 if window is None else 1)
+        return out if sinks is None else out.add(sinks.repeat_interleave(2))
 
 
 @pytest.mark.parametrize(("full", "modules"), [((1,), 4), ((0, 2), 2), ((0, 1), 2), ((2, 0, 3), 4)])
