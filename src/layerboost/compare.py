@@ -102,6 +102,7 @@ class RowResult(BaseModel):
     layers: dict[StrategyName, int]
     window: int | None
     sinks: int
+    full_kv_heads: int = Field(0, description="full KV heads of sliding layers")
     kv_fraction: float
     predicted_kl: float | None
     healing_tokens: int | None = Field(description="of both stages; None of a run folder taken as it is")
@@ -173,6 +174,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             layers=counts(plan.layers),
             window=plan.window,
             sinks=sum(entry.sink for entry in plan.layers),
+            full_kv_heads=sum(len(entry.full_kv_heads) for entry in plan.layers),
             kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
             / base_kv_bytes(base.info, context_tokens),
             predicted_kl=plan.valid_prediction.damage.get("kl") if plan.valid_prediction else None,
@@ -334,6 +336,7 @@ def page(compared: Compared) -> str:
     for name, row in compared.rows.items():
         layers = ", ".join(f"{count} {kind}" for kind, count in row.layers.items() if count)
         layers += f"; window {row.window}, {row.sinks} sinks" if row.window else ""
+        layers += f", {row.full_kv_heads} full KV heads in them" if row.full_kv_heads else ""
         for stage in row.models:
             facts = blank | {"row": name, "model": stage, "layers": layers, "KV bytes": percent(row.kv_fraction)}
             if stage == HEALED and row.healing_tokens is not None:

@@ -165,6 +165,7 @@ def test_flags_are_those_of_the_layers_that_are_there(tmp_path: Path, models: di
     assert _checked(recipe(), tmp_path, models, False).bench.server_args == ()
 
 
+@pytest.mark.pipeline
 def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "guarded", forked)
     models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}

@@ -150,6 +150,7 @@ def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder
         validate(tasks=["piqa"])
 
 
+@pytest.mark.pipeline
 def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Path) -> None:
     """From the exact sweep and from the scan: a plan that keeps single KV heads full."""
     heads = ("measure.unit=kv_head", "plan.unit=kv_head", "measure.tasks=[]")
