@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -24,22 +23,19 @@ def site(layer: int, head: int, window: int = 24, sink: bool = False) -> LayerPl
 
 
 @torch.no_grad()
-def exact(plans: list[LayerPlan], **changes: Any) -> float:
+def exact(plan: LayerPlan, **changes: Any) -> float:
     """The KL of a changed model per token."""
     base = tiny_model(layers=3, **changes)
     expected = base(IDS).logits.log_softmax(-1)
     sinks = calibrate_sinks(base, list(IDS.split(2)), range(3), [24])
-    merged: dict[int, LayerPlan] = {}
-    for plan in plans:
-        both = plan.layer in merged
-        merged[plan.layer] = plan.model_copy(update={"full_kv_heads": ()}) if both else plan
-    layers = [merged.get(layer, LayerPlan(layer=layer, attention="full")) for layer in range(3)]
+    layers = [LayerPlan(layer=layer, attention="full") for layer in range(3)]
+    layers[plan.layer] = plan
     changed = apply_plan(base, layers, {entry.layer: sinks(entry) for entry in layers if entry.sink})(IDS).logits
     return float((expected.exp() * (expected - changed.log_softmax(-1))).sum(-1).mean())
 
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_scores_and_interactions_are_those_of_small_changes(sink: bool) -> None:
+def test_scores_are_those_of_small_changes(sink: bool) -> None:
     """With small weights a window changes little, and the second order is all there is."""
     small: dict[str, Any] = {"initializer_range": 0.08}
     base = tiny_model(layers=3, **small)
@@ -48,12 +44,9 @@ def test_scores_and_interactions_are_those_of_small_changes(sink: bool) -> None:
     found = scan(base, batches, sites, calibrate_sinks(base, batches, range(3), [24]), draws=200)
     assert found.kl().shape == (6, 6)
     values = found.kl().mean(0).tolist()
-    expected = [exact([plan], **small) for plan in sites]
+    expected = [exact(plan, **small) for plan in sites]
     assert values == pytest.approx(expected, rel=0.35)
     assert spearmanr(values, expected).statistic > 0.7
-    pairs = list(combinations(range(6), 2))
-    of_pairs = [exact([sites[one], sites[other]], **small) for one, other in pairs]
-    assert [found.plan_kl(pair) for pair in pairs] == pytest.approx(of_pairs, rel=0.4)
     assert all(parameter.grad is None for parameter in base.parameters())
 
 

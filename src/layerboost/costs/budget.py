@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.costs.memory import as_served, cached, module_heads, padded_full
+from layerboost.costs.memory import as_served, cached, padded_full
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
@@ -177,8 +177,9 @@ class Budget:
 
     def limited(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Return the costs to compare with the limits: `relative`, with the padding in the KV bytes."""
-        costs, module = self.relative(layers), module_heads(self.model.kv_heads, layers)
-        padding = self.padding_fraction(*cached(layers, self.model.kv_heads, module), module)
+        costs = self.relative(layers)
+        # Modules of one KV head: larger ones pad as many heads.
+        padding = self.padding_fraction(*cached(layers, self.model.kv_heads, 1), 1)
         return costs | {KV_BYTES: costs[KV_BYTES] + padding}
 
     def padding_fraction(self, full: int, sliding: int, module: int) -> float:

@@ -2,7 +2,7 @@
 
 To second order, the KL of a small change Δ of a head's output is half of its Fisher information, E[(g·Δ)²] / 2, where g
 is the gradient of the log-likelihood of labels that are drawn from the model itself. One backward pass gives g for all
-heads at once, and (Σ g·Δ)² over several heads contains their interactions. An exact sweep runs the model once per head.
+heads at once, where an exact sweep runs the model once per head.
 """
 
 from __future__ import annotations
@@ -39,10 +39,6 @@ class Scan:
         """Return the estimated KL of each site in each sequence, nats per token: `[sequences, sites]`."""
         by_sequence = self.products.view(-1, self.draws, self.products.shape[1])
         return by_sequence.square().mean(1) / 2
-
-    def plan_kl(self, sites: Sequence[int]) -> float:
-        """Return the estimated KL of changing several sites at once, their interactions included."""
-        return float(self.products[:, list(sites)].sum(1).square().mean()) / 2
 
 
 def scanned(
