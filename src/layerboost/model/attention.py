@@ -1,4 +1,4 @@
-"""The strategies as tensor functions, each with its naive reference beside it.
+"""The strategies as tensor functions, each next to its naive reference.
 
 Travels inside every boosted checkpoint, so it imports nothing of layerboost. Full attention stays the stock backend's;
 `none` is the absence of a function.
@@ -29,12 +29,12 @@ def sliding_attention_reference(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax over the last `window` keys, itself included, written the plain way: O(T²) time and memory.
+    """Return softmax attention over the last `window` keys, itself included, in O(T²) time and memory.
 
     query `[B, H, Tq, D]`, key and value `[B, Hkv, Tk, D]` with Tk ≥ Tq, the queries being the last Tq positions;
     `sinks` `[H]`: one logit per head added to the softmax's denominator (gpt-oss); `mask` bool `[B, 1, Tq, Tk]`, True
-    where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). Returns `[B, H, Tq, D]`; a query
-    that sees nothing gets a row without meaning.
+    where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). The result is
+    `[B, H, Tq, D]`; the row of a query that sees nothing has no meaning.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -60,7 +60,7 @@ def sliding_attention(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The same as `sliding_attention_reference` in O(T·window) time and memory, in the form that suits the device.
+    """Return the same as `sliding_attention_reference` in O(T·window) time and memory, in the form for the device.
 
     CPU: PyTorch's flash kernel over blocks. CUDA: FlexAttention, but for single queries. Elsewhere, and where the CPU's
     kernel cannot soft-cap: plain tensor operations over blocks. Sinks are exact in each.
@@ -85,7 +85,7 @@ def sliding_attention_flash(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """As `sliding_attention`, by PyTorch's CPU flash kernel, which never holds scores; Tk ≤ Tq + window - 1.
+    """Return `sliding_attention` by PyTorch's CPU flash kernel, which never holds scores; Tk ≤ Tq + window - 1.
 
     Long texts go in chunks, so that what is copied for the kernel stays in cache and is allocated once.
     """
@@ -120,7 +120,7 @@ def _flash_chunk(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> list[torch.Tensor]:
-    """Sliding attention in one or two parts along the queries.
+    """Return sliding attention in one or two parts along the queries.
 
     A block of queries reads the `block + window - 1` keys it sees as a view that overlaps the next block's. The first
     queries, for which there are fewer keys than a window, are a block of their own.
@@ -162,7 +162,7 @@ def _flash_blocks(
     sinks: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention inside N blocks of n queries: query `[B, H, N·n, D]`, key and value `[B, N, Hkv, S, D]`, visible
+    """Return attention inside N blocks of n queries: query `[B, H, N·n, D]`, key and value `[B, N, Hkv, S, D]`, visible
     `[B or 1, N or 1, n, S]`. Returns `[B, H, N·n, D]`.
 
     Blocks become the kernel's batch; the heads that share keys become rows of one block, so that no key is repeated.
@@ -200,7 +200,7 @@ class _FlashWithSinks(torch.autograd.Function):
         sinks: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        """Query `[B, H, n, D]`, key and value `[B, H, S, D]`, bias `[B, 1, n, S]`, sinks `[H, n]`."""
+        """Return `[B, H, n, D]` of query, key and value `[B, H, S, D]`, bias `[B, 1, n, S]`, sinks `[H, n]`."""
         out, lse = FLASH_CPU(query, key, value, attn_mask=bias, scale=scaling)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks)
@@ -212,7 +212,7 @@ class _FlashWithSinks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """Gradients of query, key, value and sinks."""
+        """Return the gradients of query, key, value and sinks."""
         query, key, value, bias, sinks, out, lse = ctx.saved_tensors
         grads = FLASH_CPU_BACKWARD(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=ctx.scaling)
         by_sinks = None
@@ -231,7 +231,7 @@ def sliding_attention_flex(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As `sliding_attention`, by FlexAttention with a block mask: compiled on CUDA, unfused elsewhere."""
+    """Return `sliding_attention` by FlexAttention with a block mask: compiled on CUDA, unfused elsewhere."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     offset = key.shape[2] - query.shape[2]
@@ -279,7 +279,7 @@ def sliding_attention_blocked(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As `sliding_attention`, in plain tensor operations; Tk ≤ Tq + window - 1.
+    """Return `sliding_attention` by plain tensor operations; Tk ≤ Tq + window - 1.
 
     Queries are cut into blocks of `window`; a block sees its own keys and the block before. The sink enters exactly
     through the log-sum-exp: softmax with a sink is softmax times sigmoid(lse - sink).
@@ -317,7 +317,7 @@ def sliding_attention_blocked(
 
 
 def window_mask(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """Bool `[Tq, Tk]`: True where the key is causal and within the window; queries are the last positions."""
+    """Return bool `[Tq, Tk]`: True where the key is causal and within the window; queries are the last positions."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
     return (column <= row) & (column > row - window)
@@ -341,7 +341,7 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Softmax attention inside blocks.
+    """Return softmax attention inside blocks.
 
     query `[B, Hkv, G, N, Tq, D]`, key and value `[B, Hkv, 1, N, Tk, D]`, visible broadcastable to
     `[B, Hkv, G, N, Tq, Tk]`. Returns `[B, H, N·Tq, D]`.

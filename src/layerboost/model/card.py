@@ -1,4 +1,4 @@
-"""The model card of a boosted checkpoint, and what the base's own card and files say of its licence."""
+"""The model card of a boosted checkpoint, with base and licence from the base's own card and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card tells of the base: its Hub id, its licence in the Hub's keys, and the licence files to pass on."""
+    """The base in a card: its Hub id, its licence in the Hub's keys, and the licence files to copy."""
 
     base_model: str | None = None
     licence: tuple[tuple[str, str], ...] = ()
@@ -35,14 +35,14 @@ HEADS = """
 
 
 def origin_of(folder: Path, name: str, settings: Card) -> Origin:
-    """What is known of a base that lies in `folder` and was asked for by `name`; nothing is made up.
+    """Return what is known of the base in `folder`, which was asked for by `name`.
 
     Its own card comes before the settings; the Hub id is `name` where that is one.
     """
     file = folder / CARD
     try:
         data = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
-    except Exception:  # a card is free text: a broken one says nothing
+    except Exception:  # a card is free text: ignore a broken one
         data = {}
     licence = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
     if not licence and settings.license:
@@ -51,13 +51,13 @@ def origin_of(folder: Path, name: str, settings: Card) -> Origin:
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
-    """Files beside the weights that must travel with them."""
+    """Return the licence and notice files next to the weights, which must be copied with them."""
     named = (found for found in sorted(folder.iterdir()) if found.name.upper().startswith(LICENCE_FILES))
     return tuple(found for found in named if found.is_file())
 
 
 def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:
-    """The card's metadata block for the Hub."""
+    """Return the card's metadata block for the Hub."""
     licence: dict[str, Any] = dict(origin.licence)
     data = ModelCardData(
         base_model=origin.base_model,
@@ -70,7 +70,7 @@ def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:
 
 
 def licence_sentence(origin: Origin) -> str:
-    """What the card says of the licence."""
+    """Return the card's sentence on the licence."""
     licence = dict(origin.licence)
     named = licence.get("license_name") or licence.get("license")
     if named is None:
@@ -79,7 +79,7 @@ def licence_sentence(origin: Origin) -> str:
 
 
 def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
-    """`README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
+    """Return `README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
     mixed = any(entry.full_kv_heads for entry in plan.layers)
     rows = ["| layer | attention | window | sink |" + " full KV heads |" * mixed, "|---|---|---|---|" + "---|" * mixed]
     rows += [
@@ -136,7 +136,7 @@ serving. Generation needs Transformers' dynamic cache.
 
 
 def _full_layers(plan: PlanFile) -> tuple[str, str]:
-    """Which of them slide as in the base, and the name of those that reach beyond a window."""
+    """Return which full layers slide as in the base, and the name of those that reach beyond a window."""
     heads = " and full KV heads" * any(entry.full_kv_heads for entry in plan.layers)
     if not (slide := ", ".join(map(str, plan.sliding_as_base))):
         return "", f"full layers{heads}"
@@ -147,7 +147,7 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 
 def _serve(plan: PlanFile) -> str:
-    """The commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
@@ -156,7 +156,8 @@ def _serve(plan: PlanFile) -> str:
     gains = [f"{where} {advised.gain}." for where, advised in found.items()]
     context = next(iter(found.values())).context_tokens
     return (
-        "\n".join(commands) + "\n```\n\nvLLM reserves the tokens in flight for every sliding layer. With these flags "
+        "\n".join(commands)
+        + "\n```\n\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
         f"and `--max-model-len {context}`: {' '.join(gains)}\n"
     )
 

@@ -21,7 +21,7 @@ IS_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` and its gradients: `x` `[..., K]`, `weight` `[N, K]` in any layout, `bias` `[N]`; `[..., N]`.
+    """Return `F.linear` `[..., N]` of `x` `[..., K]`, `weight` `[N, K]` in any layout and `bias` `[N]`, with gradients.
 
     Few tokens, what oneDNN cannot do, and all on a processor where it is slower, go to PyTorch.
     """
@@ -42,7 +42,7 @@ class OneDNNLinear(nn.Linear):
     """A linear layer computed by `linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`."""
+        """Return `[..., N]` of `[..., K]`."""
         return linear(input, self.weight, self.bias)
 
 
@@ -66,7 +66,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """Rows `[M, K]` and some of zeros: 8 to 16 sizes from one power of two to the next.
+    """Return rows `[M, K]` padded with zeros: 8 to 16 sizes from one power of two to the next.
 
     oneDNN compiles a kernel for every size and keeps a thousand of them: text of all lengths would fill gigabytes.
     """

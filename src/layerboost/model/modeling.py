@@ -27,7 +27,7 @@ SLIDING = "layerboost_sliding"
 
 
 class AttentionFree(nn.Module):
-    """Stands where a `none` layer's attention stood: adds nothing to the stream, holds no weight and no cache."""
+    """Replaces the attention of a layer without one: adds nothing to the stream, has no weights and no cache."""
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class AttentionFree(nn.Module):
 
 
 class AttentionFreeCacheLayer(DynamicLayer):
-    """The cache of a `none` layer: counts tokens, because Transformers asks layer 0 for the length, and holds none."""
+    """The cache of a layer without attention: counts tokens, because Transformers asks layer 0 for the length."""
 
     # Neither True nor False: the masks of full and of sliding layers take their sizes from the first layer of their
     # kind, which this is not.
@@ -78,7 +78,7 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Transformers': adds to the cache and returns what the new queries may see."""
+        """Add keys and values to the cache; return those that the new queries may see."""
         seen = super().update(key_states, value_states, *args, **kwargs)
         if key_states.shape[-2] > 1:
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -129,14 +129,14 @@ class MixedCacheLayer(DynamicLayer):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal LM or of its decoder."""
+    """Return the decoder layers of a causal LM or of its decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers: nn.ModuleList = decoder.layers
     return layers
 
 
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
-    """The `none` layers that a config records as `per_layer_config[i].skip == ["attention"]`."""
+    """Return the layers without attention, which a config records as `per_layer_config[i].skip == ["attention"]`."""
     if not config.is_heterogeneous:
         return []
     layers = enumerate(config.per_layer_config)
@@ -144,7 +144,7 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
-    """The layers with two kinds of KV heads that a config records, and which of their KV heads stay full."""
+    """Return, for each layer with two kinds of KV heads in a config, its full KV heads."""
     return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
 
 
@@ -180,7 +180,7 @@ def add_sinks(attention: Any, full_kv_heads: int = 0) -> None:
 
 
 def base_layer_types(config: PreTrainedConfig) -> list[str]:
-    """Per layer of a stock or a boosted config: `full_attention`, or `sliding_attention` where the base itself slides.
+    """Return `full_attention` for each layer of a config, or `sliding_attention` if it slides in the base already.
 
     Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide. A window no shorter than the
     context drops nothing: such layers are full, unless their type says more of them.
@@ -198,7 +198,7 @@ def base_layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config from which to build the base of a boosted config.
+    """Return the config to build the base of a boosted config from.
 
     Families tie more than the window to `layer_types`, Gemma 3 and OLMo 3 the rotary embedding, Cohere 2 whether there
     is one: a layer that slides only by the plan must be built as the full layer it was.
@@ -288,10 +288,10 @@ def sliding_attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface for a layer whose KV heads, or some of them, have a window.
+    """Return the attention `[B, T, H, D]` of a layer in which some or all KV heads have a window.
 
-    Returns `[B, T, H, D]`; attention dropout is left out where there is a window. It is applied here, so any mask will
-    do that holds causality and padding.
+    This is a function of Transformers' attention interface. The window is applied here, so the mask only needs to be
+    causal and to exclude padding. There is no attention dropout under a window.
     """
     if module.layerboost_heads[0]:
         return _mixed_attention(
@@ -311,9 +311,10 @@ def _mixed_attention(
     mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Full KV heads by the stock backend, the others by `sliding_attention`: once each, and joined in their order.
+    """Return the attention `[B, T, H, D]` of a layer with two kinds of KV heads, in the order of the heads.
 
-    Keys and values are tensors, or pairs from a `MixedCacheLayer`.
+    The stock backend computes the full heads and `sliding_attention` the others, once each. Keys and values are
+    tensors, or pairs from a `MixedCacheLayer`.
     """
     heads = module.layerboost_heads
     groups = query.shape[1] // sum(map(len, heads))
@@ -333,20 +334,20 @@ def _mixed_attention(
 
 
 def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """Some heads of states `[B, H, T, D]`: a view where they are consecutive."""
+    """Return some heads of states `[B, H, T, D]`, as a view if they are consecutive."""
     first, end = heads[0], heads[-1] + 1
     return states[:, first:end] if len(heads) == end - first else states[:, list(heads)]
 
 
 def stock_attention(module: Any, implementation: str) -> Any:
-    """The function of Transformers' attention interface that a stock module calls for an implementation."""
+    """Return the attention function that a stock module calls for an implementation."""
     # Each family has an eager attention of its own, in the file of its attention class.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """Any backend's mask as bool `[B, 1, Tq or 1, Tk]`, cut to the last `keys` keys."""
+    """Return a mask of any backend as bool `[B, 1, Tq or 1, Tk]`, for the last `keys` keys."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
@@ -365,7 +366,7 @@ _BOOSTED: dict[type, Any] = {}
 
 
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class, built as the base; then every layer takes the strategy of the config."""
+    """Return a subclass of a stock class that builds the base and gives every layer the strategy of its config."""
     if stock.__name__ == "LayerBoostForCausalLM":
         return stock
     if stock not in _BOOSTED:
@@ -387,7 +388,7 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Transformers' own causal LM class of a family; raises ValueError for a family that is not in the table."""
+    """Return Transformers' own causal LM class of a family; raise ValueError if the family is not supported."""
     if config.model_type not in FAMILIES:
         raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
     found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
@@ -401,7 +402,7 @@ class LayerBoostForCausalLM:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, *args: Any, config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """As `PreTrainedModel.from_pretrained`."""
+        """Load a checkpoint as `PreTrainedModel.from_pretrained` does."""
         if config is None:
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
         kwargs.pop("trust_remote_code", None)
@@ -414,7 +415,7 @@ class LayerBoostForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Called by Transformers on remote code; there is nothing to note down."""
+        """Do nothing: Transformers calls this on remote code."""
 
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -100,9 +100,9 @@ def head_outputs(
     softcap: float | None = None,
     queries: int = QUERIES,
 ) -> Terms:
-    """Attention with and without the window: query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`.
+    """Return attention with and without the window, of query `[B, H, T, D]`, key and value `[B, Hkv, T, D]`.
 
-    Return, for some `queries` of the T queries of each sequence, N in all, full and windowed output `[N, H, D]`, the
+    For some `queries` of the T queries of each sequence, N in all: full and windowed output `[N, H, D]`, the
     window's log-sum-exp `[N, H]`, and the mean log-sum-exp of the dropped scores `[B, H]`.
     """
     heads, length = query.shape[1:3]

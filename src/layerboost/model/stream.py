@@ -196,7 +196,7 @@ class LayerStream:
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft-cap."""
+    """Return the logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft-cap."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
     config = model.config
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
@@ -209,7 +209,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
-    """The head's weight `[V, D]` where logits are its product with the hidden state and nothing more; else None."""
+    """Return the head's weight `[V, D]` if logits are its product with the hidden state and nothing more; else None."""
     head: Any = model.get_output_embeddings()
     config = model.config
     extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
@@ -221,9 +221,9 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
 
 @torch.no_grad()
 def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, str]:
-    """Where a forward pass over one sequence of ids `[T]` first gives a number that is not finite, and what to do.
+    """Return where a forward pass over ids `[T]` first gives a number that is not finite, and what to do about it.
 
-    Names the module, the token and the weights that are not finite themselves; empty where all numbers are finite.
+    The first text names module, token and weights that are not finite themselves; empty if all numbers are finite.
     """
     places: list[str] = []
 

@@ -30,7 +30,7 @@ CAPTURE = "layerboost_capture"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The table's row for a model; raises ConfigError when its family is not supported."""
+    """Return the row of a model's family; raise ConfigError if it is not supported."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
     # Embedding models say it in either way.
@@ -46,18 +46,18 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The attention module of one decoder layer."""
+    """Return the attention module of one decoder layer."""
     found: nn.Module = getattr(decoder_layers(model)[layer], family_of(model.config).attention)
     return found
 
 
 def native_window(config: PreTrainedConfig) -> int | None:
-    """The window of the layers that slide in the base; None where none does."""
+    """Return the window of the layers that slide in the base; None if no layer does."""
     return config.sliding_window if "sliding_attention" in base_layer_types(config) else None
 
 
 def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
-    """Raise ConfigError for windows that no plan can have beside the layers that slide in the base."""
+    """Raise ConfigError for windows that no plan can combine with the layers that slide in the base."""
     native = native_window(config)
     if native is not None and set(windows) - {native}:
         raise ConfigError(
@@ -65,7 +65,7 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
             found=f"windows {', '.join(map(str, windows))}; the base's is {native}",
             do=f"set measure.windows to [{native}]"
             if native < config.max_position_embeddings
-            else "use another model: this one's own window drops nothing, and no other can stand beside it",
+            else "use another model: this one's own window drops nothing, and cannot be combined with another",
         )
 
 
@@ -106,10 +106,10 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 
 
 def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
-    """A stock config with a plan in Hugging Face's own words: `layer_types`, `sliding_window`, `per_layer_config`.
+    """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, `per_layer_config`.
 
     Three keys are ours: `attention_sink_layers`, `full_kv_heads` by layer where some of a layer's KV heads stay full
-    (its type is then the base's), and `base_layer_types` where layers slide in the base already. Raises ConfigError.
+    (its type is then the base's), and `base_layer_types` if layers slide in the base already. Raise ConfigError.
     """
     check_plan(config, layers)
     layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
@@ -158,7 +158,7 @@ def apply_plan(
 ) -> PreTrainedModel:
     """Boost a loaded stock model in place: removed attention is dropped, sliding layers get their window and sinks.
 
-    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. Raises
+    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. Raise
     ConfigError.
     """
     # The decoder keeps the base's config: what it derives from it (masks, rotary embeddings) stays the base's.
@@ -234,7 +234,7 @@ def captured_attention(model: PreTrainedModel, layers: Sequence[int], see: Calla
 def _capturing_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Transformers' attention interface for a layer whose attention is captured."""
+    """Show queries, keys and values to the capturing function; then do what the stock attention does."""
     see, implementation = module.layerboost_capture
     stock = stock_attention(module, implementation)
     scaling = kwargs.get("scaling")

@@ -102,6 +102,6 @@ class SplitAttention(nn.Module):
 
 
 def _heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """Some KV heads of states `[T, Hkv, ...]` as `[T, ...]`: a view where they are consecutive."""
+    """Return some KV heads of states `[T, Hkv, ...]` as `[T, ...]`, a view if they are consecutive."""
     first, end = heads[0], heads[-1] + 1
     return (states[:, first:end] if len(heads) == end - first else states[:, list(heads)]).flatten(1)

@@ -45,7 +45,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
     """
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        """The native class where there is one; vLLM knows one class for an architecture."""
+        """Make the native class if there is one: vLLM knows one class per architecture."""
         if current_platform.is_cpu():
             check_int8(vllm_config.model_config.hf_config)
         int8_through_onednn()
@@ -80,7 +80,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         super()._create_hf_to_vllm_mapper()
 
     def recursive_replace(self) -> None:
-        """As vLLM's; then every layer's sinks become a parameter that is loaded by shards of heads."""
+        """Do what vLLM's does, then make the sinks of every layer a parameter that is loaded by shards of heads."""
         super().recursive_replace()
         for index, (name, fuser) in list(self.attention_fusers.items()):
             module = self.get_submodule(name)
@@ -90,7 +90,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
                 self.attention_fusers[index] = (name, with_sinks)
 
     def _create_attention_instances(self, prefix: str = "") -> None:
-        """vLLM's, for the layers of this pipeline stage that have attention; vLLM's own raises at one that has not."""
+        """Create the attention of this pipeline stage's layers; vLLM's own raises for a layer without attention."""
         config = self.text_config
         start, end = get_pp_indices(config.num_hidden_layers, self.pp_group.rank_in_group, self.pp_group.world_size)
         attending = sorted(set(range(start, end)) - self._attention_free)

@@ -155,7 +155,7 @@ class AttentionFreeLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """vLLM's layers hand on the stream in two parts, `[T, D]`: what was added last, and the rest."""
+        """Return the stream in two parts, `[T, D]`, as vLLM's layers do: what was added last, and the rest."""
         if residual is None:
             residual = hidden_states
             hidden_states = self.post_attention_layernorm(hidden_states)
