@@ -51,14 +51,10 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     if recipe.evaluate.perplexity_text or "self" not in recipe.text.sources or (run / SAMPLES).is_file():
         _load_texts(recipe, base.tokenizer, run)
     else:
-        check_samples(recipe.text, _most_tokens(recipe), "held_out")
-
-
-def _most_tokens(recipe: Recipe) -> int:
-    """Return the held-out tokens that the largest part of the evaluation needs."""
-    settings = recipe.evaluate
-    prompts = settings.retrieval_prompts * max(settings.retrieval_tokens, default=0)
-    return max(settings.perplexity_tokens, settings.position_sequences * settings.position_tokens, prompts)
+        settings = recipe.evaluate
+        prompts = settings.retrieval_prompts * max(settings.retrieval_tokens, default=0)
+        most = max(settings.perplexity_tokens, settings.position_sequences * settings.position_tokens, prompts)
+        check_samples(recipe.text, most, "held_out")
 
 
 def _check_settings(recipe: Recipe, context_tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from layerboost.reporting.sources import MODELS
@@ -133,7 +134,8 @@ def healing_figure(lines: list[MetricLine]) -> Figure:
     validation = [(line.tokens, line.validation_kl) for line in lines if line.validation_kl is not None]
     losses = [loss for _, loss in training]
     half = len(losses) // 40
-    smooth = running_mean(losses, half)
+    # Each value's mean with its neighbours on both sides, fewer at the ends.
+    smooth = [fmean(losses[max(0, index - half) : index + half + 1]) for index in range(len(losses))]
     x, color = [tokens for tokens, _ in training], "var(--healed)"
     mode, hover = "lines" if len(losses) > 1 else "markers", "%{x:,} tokens: loss %{y:.4g}<extra></extra>"
     faint: dict[str, Any] = {"line": {"color": color, "width": 1}, "opacity": 0.4 if smooth != losses else 1.0}
@@ -151,12 +153,6 @@ def healing_figure(lines: list[MetricLine]) -> Figure:
     values = [value for _, value in (*training, *validation)]
     wide = values and min(values) > 0 and max(values) > 20 * min(values)
     return figure(traces, "tokens", title, y={"type": "log", "dtick": "D2", "tickformat": "~g"} if wide else None)
-
-
-def running_mean(values: list[float], half: int) -> list[float]:
-    """Return each value's mean with its `half` neighbours on both sides, fewer at the ends."""
-    near = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
-    return [sum(part) / len(part) for part in near]
 
 
 def model_color(name: str, among: Iterable[str]) -> str:
