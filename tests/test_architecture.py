@@ -20,7 +20,7 @@ FLOORS = [
     {"model"},
     {"probes"},
     {"tasks", "vllm_plugin", "engines"},
-    {"converting", "measuring", "planning", "healing", "evaluating", "benching", "reporting"},
+    {"converting", "measuring", "planning", "healing", "evaluating", "benching", "reporting", "exporting"},
     {"check"},
     {"pipeline", "tables", "options"},
     {"compare", "api"},

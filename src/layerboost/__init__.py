@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM
 
-    from layerboost.api import Boosted, convert, evaluate, heal, measure, open_base, plan
+    from layerboost.api import Boosted, convert, evaluate, export, heal, measure, open_base, plan
     from layerboost.recipe import Evaluate, Heal, Measure, Plan, Text
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Text",
     "convert",
     "evaluate",
+    "export",
     "heal",
     "measure",
     "open_base",

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from layerboost import converting
 from layerboost.errors import ConfigError
 from layerboost.evaluating.stage import run_evaluate
+from layerboost.exporting.stage import run_export
 from layerboost.healing.stage import run_heal
 from layerboost.measuring import stage as measuring
 from layerboost.model import base as models
@@ -151,6 +152,16 @@ def evaluate(
                 place = model.save(saved / name) if isinstance(model, Boosted) else model
                 opened[name] = find_model(str(place), base.runtime, run, base.trust_remote_code)
         return run_evaluate(recipe, run, opened)
+
+
+def export(model: Boosted | str | Path, folder: str | Path, to: str = "auto") -> Path:
+    """Write a boosted model or checkpoint in a stock format (`layerboost ls targets`); return the new directory.
+
+    Raise ConfigError if the format, or none at all for `auto`, can hold the plan, or if the directory exists.
+    """
+    with _folder(None) as saved:
+        place = model.save(saved / "model") if isinstance(model, Boosted) else Path(model)
+        return Path(run_export(place, to, Path(folder)).folder)
 
 
 def _recipe(base: Base, **sections: Any) -> Recipe:

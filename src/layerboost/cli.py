@@ -230,13 +230,28 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 
 
 @_command(
+    "layerboost export runs/qwen3/healed --to auto",
+    "layerboost export runs/llama/healed --to granite-swa --out llama-swa && vllm serve llama-swa",
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--to", required=True, metavar="TARGET", help="A format from `layerboost ls targets`, or auto.")
+@click.option("--out", type=click.Path(path_type=Path), help="A new directory; default: FOLDER-TARGET.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(folder: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write FOLDER, a boosted checkpoint, in a stock format for engines without layerboost."""
+    from layerboost.exporting.stage import run_export
+
+    show(run_export(folder, to, out), as_json, tables.exported_rows)
+
+
+@_command(
     "layerboost ls recipes",
     "layerboost ls settings",
 )
-@click.argument("what", type=click.Choice(["families", "recipes", "settings"]))
+@click.argument("what", type=click.Choice(["families", "recipes", "settings", "targets"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
-    """List the supported model families, the recipes that come with layerboost, or every setting of a recipe."""
+    """List the model families, the recipes that come with layerboost, the settings of a recipe, or export's targets."""
     if what == "families":
         from layerboost.model.families import FAMILIES
 
@@ -248,6 +263,14 @@ def ls(what: str, as_json: bool) -> None:
 
         listing = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
         rows = [["recipe", "file"], *map(list, listing.items())]
+    elif what == "targets":
+        from layerboost.exporting.targets import described_targets
+
+        listing = described_targets()
+        rows = [
+            ["target", *next(iter(listing.values()))],
+            *([name, *cells.values()] for name, cells in listing.items()),
+        ]
     else:
         from layerboost.settings import described_settings
 

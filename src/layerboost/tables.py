@@ -14,6 +14,7 @@ import click
 from layerboost.strategies import label
 
 if TYPE_CHECKING:
+    from layerboost.exporting.stage import Exported
     from layerboost.schemas.benchmark import Comparison
     from layerboost.schemas.plan import Frontier, LayerPlan, PlanFile
     from layerboost.schemas.sensitivity import Sensitivity, Stability
@@ -110,6 +111,12 @@ def stability_rows(stability: Stability) -> Rows:
 def written_rows(result: Any) -> Rows:
     """Return what a stage wrote."""
     return [["written"], [str(result)]]
+
+
+def exported_rows(result: Exported) -> Rows:
+    """Return what an export wrote, and what it costs."""
+    extra = f"{result.extra_kv_bytes / (1 << 20):.2f} MiB per request" if result.extra_kv_bytes else "none"
+    return [["target", "written", "extra KV cache"], [result.target, result.folder, extra]]
 
 
 def summarized_rows(run: Path) -> Rows:

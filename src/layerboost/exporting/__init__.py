@@ -1,0 +1,1 @@
+"""export: a boosted checkpoint in a stock format, for engines without layerboost."""

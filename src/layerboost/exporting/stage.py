@@ -1,0 +1,106 @@
+"""export: a boosted checkpoint → a directory in a stock format."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+
+from layerboost.errors import ConfigError
+from layerboost.exporting.granite_swa import granite_config, granite_tensors, window_of
+from layerboost.exporting.targets import Target, find_target
+from layerboost.files import new_folder
+from layerboost.model.card import CARD
+from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
+from layerboost.model.compat import export_compat
+from layerboost.model.files import read_weights, weight_files
+from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
+from layerboost.schemas.artifact import write_json
+from layerboost.schemas.plan import PlanFile
+
+NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py", "model.safetensors.index.json"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `extra_kv_bytes`: of one request, by layers without attention that keep a window."""
+
+    target: str
+    folder: str
+    extra_kv_bytes: int
+
+
+def run_export(folder: Path, to: str, out: Path | None = None) -> Exported:
+    """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`).
+
+    `out`: a new directory, by default next to the checkpoint; complete or not there at all. Raise ConfigError, before
+    any weight is read, if the directory is not a boosted checkpoint or no format holds its plan.
+    """
+    plan = plan_in(folder)
+    if plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or []):
+        raise ConfigError(
+            f"{folder} is not a boosted checkpoint",
+            found="no plan.yaml" if plan is None else "another architecture",
+            do="give RUN/healed or RUN/converted",
+        )
+    config = read_config(folder, str(folder))
+    target = find_target(to, config, plan.layers)
+    out = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
+    if out.exists():
+        raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
+    if target.name == "decilm":
+        export_compat(folder, out)
+    else:
+        _write(folder, out, target, plan)
+    removed = sum(not entry.strategy.keeps_weights for entry in plan.layers) if target.window_without_attention else 0
+    return Exported(target.name, str(out), removed * window_of(config) * plan.model.kv_bytes_per_token)
+
+
+def _write(folder: Path, out: Path, target: Target, plan: PlanFile) -> None:
+    config = read_config(folder, str(folder))
+    with new_folder(out) as new:
+        tensors = granite_tensors(config, read_weights(folder))
+        save_torch_state_dict(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            new,
+            max_shard_size=MAX_SHARD_SIZE,
+            metadata={"format": "pt"},
+        )
+        weights = {file.name for file in weight_files(folder)}
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in NOT_COPIED | weights:
+                shutil.copy(file, new)
+        write_json(new / "config.json", granite_config(config))
+        (new / CARD).write_text(_card((folder / CARD).read_text(), target, plan))
+
+
+def _card(boosted: str, target: Target, plan: PlanFile) -> str:
+    """Return the boosted checkpoint's card with another way to load and serve it."""
+    head, _, rest = boosted.partition("## Load")
+    _, table, tail = rest.partition("## The plan")
+    note = (
+        "\nA layer without attention is a sliding layer here whose output projection is zero: exact, but it keeps a "
+        "window of keys and values.\n"
+        if any(not entry.strategy.keeps_weights for entry in plan.layers)
+        else ""
+    )
+    return head + _SERVE.format(title=target.title.partition(",")[0], runs=target.runs, note=note) + table + tail
+
+
+_SERVE = """## Load and serve
+
+In the form of {title}, so layerboost is not needed: {runs}.
+{note}
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+```console
+vllm serve PATH
+```
+
+"""

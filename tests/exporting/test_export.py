@@ -1,0 +1,134 @@
+"""Exports against the boosted checkpoint, by the stock classes of Transformers; under vLLM in tests/vllm_plugin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from test_pipeline import layerboost
+from tiny import RUNTIME, WINDOW, boosted, info, layer_plans, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerboost.errors import ConfigError
+from layerboost.exporting.stage import run_export
+from layerboost.exporting.targets import TARGETS
+from layerboost.model.base import find_model
+from layerboost.model.checkpoint import save_boosted
+from layerboost.schemas.plan import PlanFile, read_plan
+
+IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+# Every family with every kind of layer, settings that are not the defaults, and layers that slide in the base.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "nfSsn", {"tie_word_embeddings": True}),
+    "biases": ("llama", "fSns", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
+    "mistral": ("mistral", "sSnf", {}),
+    "ministral": ("ministral", "Sfnf", {}),
+    "qwen2": ("qwen2", "fSns", {}),
+    "smollm3": ("smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
+    "granite": ("granite", "nSfs", {}),
+    "no-window": ("llama", "fnfn", {}),
+}
+
+
+def saved(folder: Path, family: str, letters: str, **changes: Any) -> Path:
+    """A boosted checkpoint with its plan."""
+    model = boosted(letters, family, **changes)
+    model_info = info(len(letters)).model_copy(update={"model_type": family})
+    plan = PlanFile(model=model_info, method="by hand", layers=layer_plans(letters))
+    save_boosted(model, tiny_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    return folder
+
+
+def test_cases_cover_every_family() -> None:
+    assert {family for family, _, _ in CASES.values()} == set(TARGETS["granite-swa"].families)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_stock_class_gives_the_same_logits(case: str, tmp_path: Path) -> None:
+    family, letters, changes = CASES[case]
+    folder = saved(tmp_path / "healed", family, letters, **changes)
+    found = run_export(folder, "granite-swa")
+    out = tmp_path / "healed-granite-swa"
+    assert (found.target, found.folder) == ("granite-swa", str(out))
+    ours = find_model(str(folder), RUNTIME).load().eval()
+    stock = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(stock).__name__ == "GraniteSWAForCausalLM"
+    assert stock.dtype == ours.dtype
+    torch.testing.assert_close(stock(IDS).logits, ours(IDS).logits, atol=2e-4, rtol=1e-3)
+    answers = [model.generate(IDS[:1], max_new_tokens=20, do_sample=False, eos_token_id=-1) for model in (ours, stock)]
+    assert torch.equal(*answers)
+    window = WINDOW if set(letters) & set("sS") else 16
+    assert found.extra_kv_bytes == letters.count("n") * window * info().kv_bytes_per_token
+
+
+def test_everything_but_the_weights_and_the_config_is_copied(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "nfS")
+    (folder / "LICENSE").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    run_export(folder, "granite-swa", tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    kept = {"tokenizer.json", "plan.yaml", "recipe.yaml", "LICENSE"}
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
+    assert not (tmp_path / "out" / "modeling_layerboost.py").exists()
+    plain = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"auto_map", "per_layer_config", "attention_sink_layers"} & plain.keys()
+    assert AutoConfig.from_pretrained(tmp_path / "out").layer_types == [
+        "sliding_attention", "full_attention", "sliding_attention",
+    ]  # fmt: skip
+    assert read_plan(tmp_path / "out" / "plan.yaml").layers == layer_plans("nfS")
+    text = ModelCard((tmp_path / "out" / "README.md").read_text()).text
+    assert "GraniteSWAForCausalLM, so layerboost is not needed" in text
+    assert "trust_remote_code" not in text
+    assert "keeps a window of keys and values" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("letters", "target"), [("fnfn", "decilm"), ("nfff", "granite-swa"), ("fsfn", "granite-swa"), ("ffff", "decilm")]
+)
+def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path) -> None:
+    shown = layerboost("export", saved(tmp_path / "healed", "llama", letters), "--to", "auto", "--json")
+    assert json.loads(shown.stdout)["target"] == target
+    config = json.loads((tmp_path / f"healed-{target}" / "config.json").read_text())
+    assert config["architectures"] == [{"decilm": "DeciLMForCausalLM"}.get(target, "GraniteSWAForCausalLM")]
+
+
+@pytest.mark.parametrize(
+    ("family", "letters", "to", "message"),
+    [
+        ("llama", "fsfn", "decilm", "layer 1 has a sliding window\ndo: export to granite-swa"),
+        ("llama", "nfff", "decilm", "layer 0 has no attention\ndo: export to granite-swa"),
+        ("llama", "fHff", "granite-swa", "layer 1 has a.* full KV heads|layer 1 has full KV heads"),
+        ("llama", "fhff", "auto", "nearest plan of whole layers: layers 1 full"),
+        ("qwen3", "fSff", "auto", "granite-swa: family qwen3"),
+        ("llama", "ffff", "gguff", "no format is called gguff"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(family: str, letters: str, to: str, message: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", family, letters)
+    with pytest.raises(ConfigError, match=message):
+        run_export(folder, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_directories_that_cannot_be_exported_or_written(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is not a boosted checkpoint"):
+        run_export(tmp_path / "empty", "auto")
+    folder = saved(tmp_path / "healed", "llama", "fn")
+    with pytest.raises(ConfigError, match="exists already"):
+        run_export(folder, "auto", tmp_path / "empty")
+    refused = layerboost("export", tmp_path / "nowhere", "--to", "auto", check=False)
+    assert (refused.returncode, "is not a boosted checkpoint" in refused.stderr) == (2, True)
+
+
+def test_targets_are_listed() -> None:
+    listed = json.loads(layerboost("ls", "targets", "--json").stdout)
+    assert list(listed) == list(TARGETS)
+    assert "sink" in listed["granite-swa"]["holds, besides full layers"]
+    assert "layer 0 must be full" in layerboost("ls", "targets").stdout
