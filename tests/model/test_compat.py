@@ -57,7 +57,8 @@ def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "letters", "message"),
     [
-        ("llama", "fsfS", r"found: sliding layers 1, 3\ndo: "),
+        ("llama", "fsfS", r"found: sinks in layers 3\ndo: "),
+        ("llama", "fhff", "full KV heads in sliding layers 1"),
         ("llama", "nfff", "no attention in layer 0"),
         ("qwen3", "fnff", r"family qwen3; Llama-shaped are llama, qwen2"),
     ],

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "biases": ("decilm", "llama", "fnnf", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
     "all-full": ("decilm", "llama", "ff", {}),
     "qwen2": ("decilm", "qwen2", "fnf", {}),
+    "decilm-windows": ("decilm", "llama", "sfnsf", {}),
+    "decilm-windows-qwen2": ("decilm", "qwen2", "fsn", {}),
     "windows": ("granite-swa", "llama", "nfSsn", {"tie_word_embeddings": True}),
     "windows-biases": ("granite-swa", "llama", "fSns", {"attention_bias": True, "mlp_bias": True}),
     "windows-mistral": ("granite-swa", "mistral", "fSns", {}),
@@ -57,6 +59,6 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(
     found = vllm_with(VLLM_PLUGINS="").answers(exported, trust_remote_code=to == "decilm")
     check_same_model(boosted_folder, found)
     layers = letters.count("f")
-    assert to != "decilm" or found["blocks"] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(
-        KV_CACHE_BYTES, rel=0.02
-    )
+    assert set(letters) != {"f", "n"} or found[
+        "blocks"
+    ] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(KV_CACHE_BYTES, rel=0.02)

@@ -39,14 +39,6 @@ TARGETS = {
     target.name: target
     for target in (
         Target(
-            "decilm",
-            "DeciLMForCausalLM, a Hugging Face directory",
-            "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
-            tuple(LLAMA_SHAPED),
-            holds=frozenset({NONE}),
-            first_layer=frozenset(),
-        ),
-        Target(
             "granite-swa",
             "GraniteSWAForCausalLM, a Hugging Face directory",
             "Transformers 5.19, vLLM 0.32",
@@ -54,6 +46,14 @@ TARGETS = {
             holds=EVERYTHING,
             first_layer=EVERYTHING,
             window_without_attention=True,
+        ),
+        Target(
+            "decilm",
+            "DeciLMForCausalLM, a Hugging Face directory",
+            "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
+            tuple(LLAMA_SHAPED),
+            holds=frozenset({SLIDING, NONE}),
+            first_layer=frozenset({SLIDING}),
         ),
     )
 }
@@ -67,7 +67,7 @@ def described_targets() -> dict[str, dict[str, str]]:
             "runs in": target.runs,
             "families": ", ".join(target.families),
             "holds, besides full layers": ", ".join(sorted(target.holds))
-            + ("" if target.first_layer == target.holds else "; layer 0 must be full"),
+            + ("" if NONE in target.first_layer else "; layer 0 must have attention"),
         }
         for target in TARGETS.values()
     }
@@ -103,7 +103,8 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
     problems = {each: problem(target, config, layers) for each, target in TARGETS.items()}
     able = [target for each, target in TARGETS.items() if not problems[each]]
     if name == "auto" and able:
-        return min(able, key=lambda target: target.window_without_attention)
+        removed = any(NONE in needs(entry, slides=False) for entry in layers)
+        return min(able, key=lambda target: removed and target.window_without_attention)
     if name != "auto" and not problems[name]:
         return TARGETS[name]
     do = f"export to {able[0].name}" if able else "serve the checkpoint itself, with layerboost installed"

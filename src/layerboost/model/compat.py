@@ -1,4 +1,4 @@
-"""Full/none plans of Llama-shaped models as `DeciLMForCausalLM`, which vLLM serves without layerboost.
+"""Plans without sinks of Llama-shaped models as `DeciLMForCausalLM`, which vLLM serves without layerboost.
 
 Written against vLLM 0.32's model_executor/models/nemotron_nas.py.
 """
@@ -17,7 +17,7 @@ from layerboost.files import new_folder
 from layerboost.model import configuration_decilm
 from layerboost.model.card import CARD
 from layerboost.model.integrity import check_checkpoint, read_config
-from layerboost.model.modeling import skipped_layers
+from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
 
@@ -26,12 +26,11 @@ LLAMA_SHAPED: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": Tr
 # Keys for boosted checkpoints or the family's own class alone.
 DROPPED = (
     "attention_sink_layers",
-    "layer_types",
     "max_window_layers",
     "per_layer_config",
-    "sliding_window",
     "use_sliding_window",
 )
+WINDOW = ("layer_types", "sliding_window")
 NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py"}
 CONFIGURATION = "configuration_decilm.py"
 
@@ -39,12 +38,15 @@ CONFIGURATION = "configuration_decilm.py"
 def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
     """Raise ConfigError for what `DeciLMForCausalLM` cannot express; `config`: of the base or a boosted checkpoint."""
     found = None
-    sliding = [entry.layer for entry in plan.layers if entry.window]
+    sinks = [entry.layer for entry in plan.layers if entry.sink]
+    heads = [entry.layer for entry in plan.layers if entry.full_kv_heads]
     if config.model_type not in LLAMA_SHAPED:
         found = f"family {config.model_type}; Llama-shaped are {', '.join(LLAMA_SHAPED)}"
-    elif sliding:
-        found = f"sliding layers {', '.join(map(str, sliding))}"
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "sliding_window", None):
+    elif sinks:
+        found = f"sinks in layers {', '.join(map(str, sinks))}"
+    elif heads:
+        found = f"full KV heads in sliding layers {', '.join(map(str, heads))}"
+    elif "sliding_attention" in base_layer_types(config):
         found = f"a base with sliding layers, window {config.sliding_window}"
     elif not plan.layers[0].strategy.keeps_weights:
         found = "no attention in layer 0, which vLLM's class needs"
@@ -52,7 +54,7 @@ def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
         raise ConfigError(
             "this plan cannot be written as DeciLMForCausalLM",
             found=found,
-            do="serve the boosted checkpoint itself with layerboost installed, or plan full and none layers only",
+            do="serve the boosted checkpoint itself with layerboost installed, or plan without sinks",
         )
 
 
@@ -75,7 +77,8 @@ def export_compat(folder: Path, target: Path) -> None:
 
 
 def _decilm(config: PreTrainedConfig) -> dict[str, Any]:
-    plain = {key: value for key, value in config.to_dict().items() if key not in DROPPED}
+    dropped = DROPPED if "sliding_attention" in config.layer_types else DROPPED + WINDOW
+    plain = {key: value for key, value in config.to_dict().items() if key not in dropped}
     skipped = set(skipped_layers(config))
     group = config.num_attention_heads // config.num_key_value_heads
     blocks = [
