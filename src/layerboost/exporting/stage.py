@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
 from layerboost.exporting.granite_swa import granite_config, granite_tensors, window_of
 from layerboost.exporting.targets import Target, find_target
-from layerboost.files import new_folder
+from layerboost.files import disk_error, new_folder
 from layerboost.model.card import CARD
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.compat import export_compat
@@ -32,11 +33,12 @@ class Exported:
     extra_kv_bytes: int
 
 
-def run_export(folder: Path, to: str, out: Path | None = None) -> Exported:
+def run_export(folder: Path, to: str, out: Path | None = None, kind: str = "f16") -> Exported:
     """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`).
 
-    `out`: a new directory, by default next to the checkpoint; complete or not there at all. Raise ConfigError, before
-    any weight is read, if the directory is not a boosted checkpoint or no format holds its plan.
+    `out`: a new directory, or file for GGUF, by default next to the checkpoint; complete or not there at all. `kind`:
+    the type of a GGUF file's matrices. Raise ConfigError, before any weight is read, if the directory is not a boosted
+    checkpoint or no format holds its plan.
     """
     plan = plan_in(folder)
     if plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or []):
@@ -47,11 +49,14 @@ def run_export(folder: Path, to: str, out: Path | None = None) -> Exported:
         )
     config = read_config(folder, str(folder))
     target = find_target(to, config, plan.layers)
-    out = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
+    ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
+    out = out or folder.with_name(folder.resolve().name + ending)
     if out.exists():
         raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
     if target.name == "decilm":
         export_compat(folder, out)
+    elif target.name == "gguf":
+        _write_gguf(folder, out, config, kind)
     else:
         _write(folder, out, target, plan)
     removed = sum(not entry.strategy.keeps_weights for entry in plan.layers) if target.window_without_attention else 0
@@ -74,6 +79,22 @@ def _write(folder: Path, out: Path, target: Target, plan: PlanFile) -> None:
                 shutil.copy(file, new)
         write_json(new / "config.json", granite_config(config))
         (new / CARD).write_text(_card((folder / CARD).read_text(), target, plan))
+
+
+def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, kind: str) -> None:
+    from layerboost.exporting.gguf_file import TYPES, splitter, write_gguf
+
+    if kind not in TYPES:
+        raise ConfigError(f"no GGUF type is called {kind}", do=f"choose one of {', '.join(TYPES)}")
+    splitter(folder)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        write_gguf(temporary, folder, granite_config(config), granite_tensors(config, read_weights(folder)), kind)
+        temporary.replace(out)
+    except OSError as error:
+        raise disk_error(out, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _card(boosted: str, target: Target, plan: PlanFile) -> str:

@@ -32,6 +32,7 @@ class Target:
     first_layer: frozenset[str]
     # Whether a layer without attention still holds keys and values of a window.
     window_without_attention: bool = False
+    scaled_rope: bool = True
 
 
 EVERYTHING = frozenset({SLIDING, SINK, NONE})
@@ -54,6 +55,16 @@ TARGETS = {
             tuple(LLAMA_SHAPED),
             holds=frozenset({SLIDING, NONE}),
             first_layer=frozenset({SLIDING}),
+        ),
+        Target(
+            "gguf",
+            "GGUF, a file of llama.cpp's granite_swa architecture",
+            "llama.cpp b11549",
+            ("llama", "mistral", "ministral", "granite"),
+            holds=EVERYTHING,
+            first_layer=EVERYTHING,
+            window_without_attention=True,
+            scaled_rope=False,
         ),
     )
 }
@@ -85,6 +96,8 @@ def problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan
     """Return why a format cannot hold a plan, naming the first layer; empty if it can."""
     if config.model_type not in target.families:
         return f"family {config.model_type}; it holds {', '.join(target.families)}"
+    if not target.scaled_rope and config.rope_parameters.get("rope_type", "default") != "default":
+        return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
     for entry, kind in zip(layers, base_layer_types(config), strict=True):
         holds = target.holds if entry.layer else target.first_layer
         for need in needs(entry, kind == "sliding_attention"):

@@ -1,0 +1,151 @@
+"""GraniteSWA as a GGUF file for llama.cpp: the same settings and tensors under llama.cpp's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from layerboost.errors import ConfigError
+from layerboost.model.files import Tensors
+from layerboost.runtime import Progress
+
+ARCHITECTURE = "granite_swa"
+# Types of the matrices by name: of their blocks, and what a file calls itself.
+TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+# Embedding and head lose most by four bits.
+HEADS = ("token_embd.weight", "output.weight")
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.sinks": "attn_sinks.weight",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+# How llama.cpp splits text into words, by the pattern of a tokenizer's own splitter.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTERS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
+
+
+def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensors, kind: str) -> None:
+    """Write a file of these tensors, with matrices of type `kind`; `config`: as from `granite_config`.
+
+    `folder`: the checkpoint, for tokenizer and chat template. Raise ConfigError for a tokenizer that llama.cpp lacks.
+    """
+    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    _, file_type = TYPES[kind]
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_logit_scale(config["logits_scaling"])
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([each == "sliding_attention" for each in config["layer_types"]])
+    writer.add_string("layerboost.plan", (folder / "plan.yaml").read_text())
+    _add_tokenizer(writer, folder, config["vocab_size"])
+    named = list(_named(config, tensors))
+    with Progress("writing GGUF", len(named), "tensors") as progress:
+        for name, tensor in named:
+            values, raw = _encoded(name, tensor, kind)
+            writer.add_tensor(name, values, raw_dtype=raw)
+            progress.advance(1)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    writer.close()
+
+
+def splitter(folder: Path) -> str:
+    """Return llama.cpp's name for how a tokenizer splits text. Raise ConfigError if it has none."""
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    stages = plain.get("pre_tokenizer") or {}
+    parts = stages.get("pretokenizers", [stages])
+    kinds = [part.get("type") for part in parts]
+    if plain["model"]["type"] == "BPE" and kinds and kinds[-1] == "ByteLevel":
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and (name := SPLITTERS.get(parts[0]["pattern"].get("Regex"))):
+            return name
+    raise ConfigError(
+        f"llama.cpp has no tokenizer like that of {folder}",
+        found=f"{plain['model']['type']}, {' then '.join(map(str, kinds))}",
+        do="byte-level BPE as in Llama 3, Qwen2, SmolLM and GPT-2 is supported; convert with llama.cpp's own tools",
+    )
+
+
+def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    tokens = {index: token for token, index in plain["model"]["vocab"].items()}
+    kinds = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
+    for added in plain.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitter(folder))
+    writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocabulary)])
+    writer.add_token_types([kinds.get(index, gguf.TokenType.UNUSED) for index in range(vocabulary)])
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+
+
+def _named(config: dict[str, Any], tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield llama.cpp's names and tensors; rows of q and k in the order of its rotary embedding."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, tensor in tensors.items():
+        if name in OUTER:
+            yield OUTER[name], tensor
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        part, _, end = rest.rpartition(".")
+        if (count := heads.get(part.rpartition(".")[2])) is not None:
+            pairs = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
+        yield f"blk.{layer}.{NAMES[rest] if rest in NAMES else f'{NAMES[part]}.{end}'}", tensor
+
+
+def _encoded(name: str, tensor: torch.Tensor, kind: str) -> tuple[np.ndarray, GGMLQuantizationType]:
+    """Return a tensor's blocks and their type: vectors in float32, matrices as asked if rows divide into blocks."""
+    values = tensor.float().numpy()
+    if values.ndim == 1:
+        return values, GGMLQuantizationType.F32
+    chosen, _ = TYPES["q8_0" if kind == "q4_0" and name in HEADS else kind]
+    if values.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0]:
+        chosen = GGMLQuantizationType.F16
+    return gguf.quants.quantize(values, chosen), chosen
