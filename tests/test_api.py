@@ -67,7 +67,7 @@ def test_the_readmes_lines_run(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "qwen3-boosted" / "plan.yaml").is_file()
 
 
-def test_stages_on_objects(folder: Path) -> None:
+def test_stages_on_objects(folder: Path, tmp_path: Path) -> None:
     base, text = lb.open_base(folder / "model"), lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
     settings = lb.Measure(windows=(8,), tokens=192, retrieval_prompts=0)
     sensitivity = lb.measure(base, text, settings)
@@ -89,5 +89,7 @@ def test_stages_on_objects(folder: Path) -> None:
     converted = lb.convert(base, sinks, text, settings)
     assert converted.model.model.layers[3].self_attn.sinks.shape == (4,)
     assert not torch.equal(converted.model(IDS).logits, base.load()(IDS).logits)
+    stock = lb.AutoModelForCausalLM.from_pretrained(lb.export(converted, tmp_path / "stock"))
+    torch.testing.assert_close(stock(IDS).logits, converted.model(IDS).logits, atol=2e-4, rtol=1e-3)
     with pytest.raises(ConfigError, match=r"models\['base'\] must be a base"):
         lb.evaluate({"healed": converted}, text)
