@@ -67,7 +67,7 @@ def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert found.metrics["peak_rss_gib"] > 0.1
         (folder / "config.json").unlink()
         with pytest.raises(
-            LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*cannot read the configuration"
+            LayerboostError, match=r"Transformers failed at concurrency 2 on it\n.*is not a model directory"
         ):
             running.answer(load(), counted.append)
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".log" and file.name != "here"] == ["model"]
