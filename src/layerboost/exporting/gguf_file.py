@@ -55,7 +55,8 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
 
     `folder`: the checkpoint, for tokenizer and chat template. Raise ConfigError for a tokenizer that llama.cpp lacks.
     """
-    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    # A model of many GiB is encoded on disk, not in memory.
+    writer = gguf.GGUFWriter(file, ARCHITECTURE, use_temp_file=True)
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     _, file_type = TYPES[kind]
     writer.add_file_type(file_type)

@@ -50,7 +50,7 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str = "f16"
     config = read_config(folder, str(folder))
     target = find_target(to, config, plan.layers)
     ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
-    out = out or folder.with_name(folder.resolve().name + ending)
+    out = out or folder.resolve().with_name(folder.resolve().name + ending)
     if out.exists():
         raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
     if target.name == "decilm":
