@@ -154,14 +154,15 @@ def evaluate(
         return run_evaluate(recipe, run, opened)
 
 
-def export(model: Boosted | str | Path, folder: str | Path, to: str = "auto") -> Path:
-    """Write a boosted model or checkpoint in a stock format (`layerboost ls targets`); return the new directory.
+def export(model: Boosted | str | Path, folder: str | Path, to: str = "auto", type: str | None = None) -> Path:
+    """Write a boosted model or checkpoint in a stock format (`layerboost ls targets`); return the directory or file.
 
-    Raise ConfigError if the format, or none at all for `auto`, can hold the plan, or if the directory exists.
+    `type`: of a GGUF file's matrices. Raise ConfigError if the format, or any for `auto`, cannot hold the plan, or if
+    the directory exists.
     """
     with _folder(None) as saved:
         place = model.save(saved / "model") if isinstance(model, Boosted) else Path(model)
-        return Path(run_export(place, to, Path(folder)).folder)
+        return Path(run_export(place, to, Path(folder), type).folder)
 
 
 def _recipe(base: Base, **sections: Any) -> Recipe:

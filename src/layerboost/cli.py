@@ -237,9 +237,9 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--to", required=True, metavar="TARGET", help="A format from `layerboost ls targets`, or auto.")
 @click.option("--out", type=click.Path(path_type=Path), help="A new directory or file; default: FOLDER-TARGET.")
-@click.option("--type", "kind", default="f16", show_default=True, help="GGUF: f32, f16, bf16, q8_0 or q4_0.")
+@click.option("--type", "kind", help="GGUF: f32, f16 (default), bf16, q8_0 or q4_0.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def export(folder: Path, to: str, out: Path | None, kind: str, as_json: bool) -> None:
+def export(folder: Path, to: str, out: Path | None, kind: str | None, as_json: bool) -> None:
     """Write FOLDER, a boosted checkpoint, in a stock format for engines without layerboost."""
     from layerboost.exporting.stage import run_export
 

@@ -82,4 +82,4 @@ def disk_error(path: Path, error: OSError) -> LayerboostError:
     """Return the error for a write that failed; one without an errno is a library's error for a full disk."""
     full = error.errno is None or error.errno in DISK_FULL
     do = "free space" if full else "make it writable"
-    return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another --run folder")
+    return LayerboostError(f"cannot write {path}", found=str(error), do=f"{do}, or choose another folder")

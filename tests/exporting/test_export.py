@@ -128,6 +128,16 @@ def test_directories_that_cannot_be_exported_or_written(tmp_path: Path) -> None:
     assert (refused.returncode, "is not a boosted checkpoint" in refused.stderr) == (2, True)
 
 
+def test_a_type_is_for_gguf_alone_and_a_removed_layer_costs_what_the_engine_holds(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "nfSf")
+    with pytest.raises(ConfigError, match="granite-swa keeps the checkpoint's type\nfound: --type q8_0"):
+        run_export(folder, "auto", kind="q8_0")
+    # 2 KV heads of 32 numbers: a window of float32 in vLLM; in llama.cpp a window and a batch of 512 of float16.
+    assert TARGETS["granite-swa"].removed_bytes(WINDOW, 4) * 2 * 64 == WINDOW * info().kv_bytes_per_token
+    assert TARGETS["gguf"].removed_bytes(WINDOW, 4) == 768 * 2
+    assert TARGETS["decilm"].removed_bytes(WINDOW, 4) == 0
+
+
 def test_targets_are_listed() -> None:
     listed = json.loads(layerboost("ls", "targets", "--json").stdout)
     assert list(listed) == list(TARGETS)

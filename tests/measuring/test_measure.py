@@ -19,7 +19,8 @@ from tiny_bench import rows, write_jsonl
 from layerboost.errors import ConfigError
 from layerboost.measuring.stage import check
 from layerboost.model.base import find_model
-from layerboost.recipe import parse_recipe
+from layerboost.planning.stage import check as check_plan_stage
+from layerboost.recipe import load_recipe, parse_recipe
 from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import SENSITIVITY
 
@@ -161,6 +162,10 @@ def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Pat
         for layer in found["layers"]:
             assert [variant["full_kv_heads"] for variant in layer["heads"]] == [[1], [0]] * 2
             assert all(("nll" in variant["scores"]) == (scores == "exact") for variant in layer["heads"])
+        other = "exact" if scores == "scan" else "scan"
+        options = [word for setting in (*settings, f"measure.head_scores={other}") for word in ("--set", setting)]
+        refused = layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *options, check=False)
+        assert "head_scores: " in refused.stderr, "estimates are not taken for exact scores, or the reverse"
         before = (run / SENSITIVITY).read_text()
         assert measured(folder, run, *settings) == found
         assert (run / SENSITIVITY).read_text() == before
@@ -179,7 +184,8 @@ def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("measure.unit=kv_head", "measure.head_group=3"), "measure.head_group does not divide the KV heads"),
+        (("measure.unit=kv_head", "measure.head_group=3"), "groups of 3, 2 KV heads per layer\ndo: choose one of 1"),
+        (("measure.unit=kv_head", "measure.head_group=2"), "cannot be split into groups"),
         (("measure.unit=kv_head", "measure.head_scores=scan", "measure.plan=plan.yaml"), "the scan estimates scores"),
     ],
 )
@@ -193,6 +199,29 @@ def test_kv_heads_that_cannot_be_measured(
     )  # fmt: skip
     assert refused.returncode == 2
     assert message in refused.stderr
+
+
+def test_a_scan_has_no_retrieval_to_plan_by(folder: Path, tmp_path: Path) -> None:
+    heads = {"measure.unit": "kv_head", "measure.head_scores": "scan", "plan.unit": "kv_head"}
+    asked = load_recipe([folder / "recipe.yaml"], {**heads, "plan.retrieval_weight": 0.2})
+    with pytest.raises(ConfigError, match="the plan needs retrieval of KV heads, and the scan estimates KL alone"):
+        check_plan_stage(asked, tmp_path, find_model(str(folder / "model"), RUNTIME))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {"num_key_value_heads": 1}), ("mistral", {"sliding_window": 16})]
+)
+def test_models_without_heads_to_split(family: str, changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """One KV head per layer is refused; layers that all slide in the base have no scores of heads."""
+    model = save_tiny(tmp_path / "model", family, **changes)
+    options = ("measure.unit=kv_head", "measure.head_scores=scan", "measure.tasks=[]", "measure.windows=[16]")
+    words = [word for setting in options for word in ("--set", setting)]
+    found = layerboost("measure", model, "--config", folder / "recipe.yaml", "--run", tmp_path, *words, check=False)
+    if family == "llama":
+        assert (found.returncode, "set measure.unit and plan.unit to layer" in found.stderr) == (2, True)
+        return
+    assert found.returncode == 0, found.stderr
+    layerboost("plan", "--run", tmp_path, "--set", "plan.unit=kv_head", "--set", "plan.kv_fraction=0.8")
 
 
 def test_a_plan_by_kv_heads_needs_their_scores(folder: Path, tmp_path: Path) -> None:

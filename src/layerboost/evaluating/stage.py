@@ -172,7 +172,12 @@ def _facts(work: _Work, name: str) -> dict[str, Facts]:
     if work.long:
         parts["positions"] = {**made_from, "text": work.long.fingerprint}
     if work.prompts:
-        parts["retrieval"] = {**made_from, "prompts": fingerprint([prompts.ids.tolist() for prompts in work.prompts])}
+        forms = {"evaluate.retrieval_forms": [prompts.kind for prompts in work.prompts]}
+        parts["retrieval"] = {
+            **made_from,
+            **forms,
+            "prompts": fingerprint([prompts.ids.tolist() for prompts in work.prompts]),
+        }
     of_tasks = {**made_from, "limit": work.recipe.evaluate.limit, "lm_eval": importlib.metadata.version("lm-eval")}
     return parts | {name: {**of_tasks, "data": task.data} for name, task in work.tasks.items()}
 

@@ -11,8 +11,10 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
+from huggingface_hub import ModelCard
 
 from layerboost.errors import ConfigError
+from layerboost.model.card import CARD
 from layerboost.model.files import Tensors
 from layerboost.runtime import Progress
 
@@ -55,8 +57,7 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
 
     `folder`: the checkpoint, for tokenizer and chat template. Raise ConfigError for a tokenizer that llama.cpp lacks.
     """
-    # A model of many GiB is encoded on disk, not in memory.
-    writer = gguf.GGUFWriter(file, ARCHITECTURE, use_temp_file=True)
+    writer = gguf.GGUFWriter(file, ARCHITECTURE)
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     _, file_type = TYPES[kind]
     writer.add_file_type(file_type)
@@ -78,37 +79,52 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
     writer.add_residual_scale(config["residual_multiplier"])
     writer.add_sliding_window(config["sliding_window"])
     writer.add_sliding_window_pattern([each == "sliding_attention" for each in config["layer_types"]])
+    card = ModelCard((folder / CARD).read_text()).data.to_dict()
+    writer.add_name(f"{card.get('base_model') or folder.resolve().name}, boosted")
+    if card.get("license"):
+        writer.add_license(card["license"])
     writer.add_string("layerboost.plan", (folder / "plan.yaml").read_text())
     _add_tokenizer(writer, folder, config["vocab_size"])
     named = list(_named(config, tensors))
+    for name, tensor in named:
+        chosen = _type(name, tensor, kind)
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen)
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    # One tensor in memory at a time.
     with Progress("writing GGUF", len(named), "tensors") as progress:
         for name, tensor in named:
-            values, raw = _encoded(name, tensor, kind)
-            writer.add_tensor(name, values, raw_dtype=raw)
+            writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), _type(name, tensor, kind)))
             progress.advance(1)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
     writer.close()
 
 
 def splitter(folder: Path) -> str:
-    """Return llama.cpp's name for how a tokenizer splits text. Raise ConfigError if it has none."""
-    plain = json.loads((folder / "tokenizer.json").read_text())
-    stages = plain.get("pre_tokenizer") or {}
-    parts = stages.get("pretokenizers", [stages])
-    kinds = [part.get("type") for part in parts]
-    if plain["model"]["type"] == "BPE" and kinds and kinds[-1] == "ByteLevel":
-        if kinds == ["ByteLevel"]:
+    """Return llama.cpp's name for how a tokenizer splits text. Raise ConfigError if it is not known."""
+    file = folder / "tokenizer.json"
+    found = "no tokenizer.json"
+    if file.is_file():
+        plain = json.loads(file.read_text())
+        stages = plain.get("pre_tokenizer") or {}
+        parts = stages.get("pretokenizers", [stages])
+        kinds = [part.get("type") for part in parts]
+        model = plain["model"].get("type")
+        found = f"{model}, {' then '.join(map(str, kinds))}"
+        if model == "BPE" and kinds == ["ByteLevel"]:
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"]:
+        if model == "BPE" and kinds == ["Digits", "ByteLevel"]:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and (name := SPLITTERS.get(parts[0]["pattern"].get("Regex"))):
-            return name
+        if model == "BPE" and kinds == ["Split", "ByteLevel"]:
+            pattern = parts[0]["pattern"].get("Regex")
+            if pattern in SPLITTERS:
+                return SPLITTERS[pattern]
+            found += f", pattern {pattern}"
     raise ConfigError(
-        f"llama.cpp has no tokenizer like that of {folder}",
-        found=f"{plain['model']['type']}, {' then '.join(map(str, kinds))}",
-        do="byte-level BPE as in Llama 3, Qwen2, SmolLM and GPT-2 is supported; convert with llama.cpp's own tools",
+        f"the tokenizer of {folder} cannot be written to GGUF",
+        found=f"{found}; known: byte-level BPE as in Llama 3, Qwen2, SmolLM and GPT-2",
+        do="export to granite-swa, for Transformers or vLLM",
     )
 
 
@@ -141,12 +157,9 @@ def _named(config: dict[str, Any], tensors: Tensors) -> Iterator[tuple[str, torc
         yield f"blk.{layer}.{NAMES[rest] if rest in NAMES else f'{NAMES[part]}.{end}'}", tensor
 
 
-def _encoded(name: str, tensor: torch.Tensor, kind: str) -> tuple[np.ndarray, GGMLQuantizationType]:
-    """Return a tensor's blocks and their type: vectors in float32, matrices as asked if rows divide into blocks."""
-    values = tensor.float().numpy()
-    if values.ndim == 1:
-        return values, GGMLQuantizationType.F32
+def _type(name: str, tensor: torch.Tensor, kind: str) -> GGMLQuantizationType:
+    """Return a tensor's type: vectors are float32, matrices as asked if their rows divide into blocks."""
+    if tensor.dim() == 1:
+        return GGMLQuantizationType.F32
     chosen, _ = TYPES["q8_0" if kind == "q4_0" and name in HEADS else kind]
-    if values.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0]:
-        chosen = GGMLQuantizationType.F16
-    return gguf.quants.quantize(values, chosen), chosen
+    return chosen if tensor.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else GGMLQuantizationType.F16

@@ -73,7 +73,7 @@ def granite_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
 
 def window_of(config: PreTrainedConfig) -> int:
     """Return the window of all layers that slide."""
-    return getattr(config, "sliding_window", None) or LEAST_WINDOW
+    return int(config.sliding_window) if "sliding_attention" in config.layer_types else LEAST_WINDOW
 
 
 def _has_bias(config: PreTrainedConfig) -> bool:

@@ -33,12 +33,12 @@ class Exported:
     extra_kv_bytes: int
 
 
-def run_export(folder: Path, to: str, out: Path | None = None, kind: str = "f16") -> Exported:
+def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None = None) -> Exported:
     """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`).
 
     `out`: a new directory, or file for GGUF, by default next to the checkpoint; complete or not there at all. `kind`:
-    the type of a GGUF file's matrices. Raise ConfigError, before any weight is read, if the directory is not a boosted
-    checkpoint or no format holds its plan.
+    the type of a GGUF file's matrices, float16 by default. Raise ConfigError, before any weight is read, if the
+    directory is not a boosted checkpoint or no format holds its plan.
     """
     plan = plan_in(folder)
     if plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or []):
@@ -49,6 +49,9 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str = "f16"
         )
     config = read_config(folder, str(folder))
     target = find_target(to, config, plan.layers)
+    if kind and target.name != "gguf":
+        raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
+    kind = kind or "f16"
     ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
     out = out or folder.resolve().with_name(folder.resolve().name + ending)
     if out.exists():
@@ -59,8 +62,9 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str = "f16"
         _write_gguf(folder, out, config, kind)
     else:
         _write(folder, out, target, plan)
-    removed = sum(not entry.strategy.keeps_weights for entry in plan.layers) if target.window_without_attention else 0
-    return Exported(target.name, str(out), removed * window_of(config) * plan.model.kv_bytes_per_token)
+    info, removed = plan.model, sum(not entry.strategy.keeps_weights for entry in plan.layers)
+    kept = 2 * info.kv_heads * info.head_dim * target.removed_bytes(window_of(config), info.bytes_per_element)
+    return Exported(target.name, str(out), removed * kept)
 
 
 def _write(folder: Path, out: Path, target: Target, plan: PlanFile) -> None:
@@ -89,6 +93,7 @@ def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, kind: str) ->
     splitter(folder)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(temporary, folder, granite_config(config), granite_tensors(config, read_weights(folder)), kind)
         temporary.replace(out)
     except OSError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig
 from layerboost.errors import ConfigError
 from layerboost.model.compat import LLAMA_SHAPED
 from layerboost.model.modeling import base_layer_types
+from layerboost.runtime import log
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import STRATEGIES
 
@@ -30,8 +32,9 @@ class Target:
     families: tuple[str, ...]
     holds: frozenset[str]
     first_layer: frozenset[str]
-    # Whether a layer without attention still holds keys and values of a window.
-    window_without_attention: bool = False
+    # The bytes of keys and values per KV head and dimension that a layer without attention still holds for one request:
+    # (window, bytes per element of the model) -> bytes.
+    removed_bytes: Callable[[int, int], int] = lambda window, size: 0
     scaled_rope: bool = True
 
 
@@ -46,7 +49,7 @@ TARGETS = {
             ("llama", "mistral", "ministral", "qwen2", "smollm3", "granite"),
             holds=EVERYTHING,
             first_layer=EVERYTHING,
-            window_without_attention=True,
+            removed_bytes=lambda window, size: window * size,
         ),
         Target(
             "decilm",
@@ -63,7 +66,8 @@ TARGETS = {
             ("llama", "mistral", "ministral", "granite"),
             holds=EVERYTHING,
             first_layer=EVERYTHING,
-            window_without_attention=True,
+            # A window and a physical batch, in steps of 256, in float16: by llama.cpp's defaults.
+            removed_bytes=lambda window, _: math.ceil((window + 512) / 256) * 256 * 2,
             scaled_rope=False,
         ),
     )
@@ -117,7 +121,10 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
     able = [target for each, target in TARGETS.items() if not problems[each]]
     if name == "auto" and able:
         removed = any(NONE in needs(entry, slides=False) for entry in layers)
-        return min(able, key=lambda target: removed and target.window_without_attention)
+        chosen = min(able, key=lambda target: target.removed_bytes(1, 1) if removed else 0)
+        others = "; ".join(f"{each}: {why}" for each, why in problems.items() if why)
+        log.info("%s holds this plan at the least KV cache%s", chosen.name, f" ({others})" if others else "")
+        return chosen
     if name != "auto" and not problems[name]:
         return TARGETS[name]
     do = f"export to {able[0].name}" if able else "serve the checkpoint itself, with layerboost installed"

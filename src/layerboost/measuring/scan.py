@@ -24,6 +24,9 @@ from layerboost.runtime import Progress
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Variant
 
+# A site's number, its columns of the attention output, and what they change by: `[B, T, columns]`.
+Change = tuple[int, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -54,6 +57,8 @@ def scanned(
     heads = model.config.num_key_value_heads
     sites = {entry.layer: head_candidates(entry.variants, entry.layer, heads, group) for entry in layers}
     every = [site for group_sites in sites.values() for site in group_sites]
+    if not every:  # all layers slide in the base
+        return list(layers)
     values = iter(scan(model, batches, every, sinks, draws, seed).kl().T.tolist())
     tokens = sum(len(ids) * (ids.shape[1] - 1) for ids in batches)
     return [
@@ -87,7 +92,7 @@ def scan(
     found = []
     with Progress("scanning KV heads", sum(ids.numel() for ids in batches) * draws, "tokens") as progress:
         for ids in batches:
-            changes: dict[int, list[tuple[int, torch.Tensor]]] = {layer: [] for layer in layers}
+            changes: dict[int, list[Change]] = {layer: [] for layer in layers}
             outputs, hidden = _forward(model, ids, layers, sites, sinks, changes)
             products = torch.zeros(len(ids), draws, len(sites), device=model.device)
             for draw in range(draws):
@@ -95,8 +100,8 @@ def scan(
                     _likelihood(model, hidden, generator), list(outputs.values()), retain_graph=draw < draws - 1
                 )
                 for layer, gradient in zip(outputs, gradients, strict=True):
-                    for site, change in changes[layer]:
-                        products[:, draw, site] = (gradient * change).flatten(1).sum(1)
+                    for site, columns, change in changes[layer]:
+                        products[:, draw, site] = (gradient[..., columns] * change).flatten(1).sum(1)
                 progress.advance(ids.numel())
             found.append((products / ids.shape[1] ** 0.5).flatten(0, 1).cpu())
     return Scan(torch.cat(found), draws)
@@ -108,36 +113,32 @@ def _forward(
     layers: Sequence[int],
     sites: Sequence[LayerPlan],
     sinks: Sinks,
-    changes: dict[int, list[tuple[int, torch.Tensor]]],
+    changes: dict[int, list[Change]],
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Run the model; return the attention outputs before their projection `[B, T, H·D]` by layer, with gradients, and
     the normed final states. Put each site's change of that output into `changes`."""
     outputs: dict[int, torch.Tensor] = {}
-    windowed: dict[int, list[tuple[int, torch.Tensor]]] = {layer: [] for layer in layers}
 
     @torch.no_grad()
     def see(layer: int, query: Any, key: Any, value: Any, scaling: float, softcap: float | None) -> None:
-        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+        heads, groups, size = key.shape[1], query.shape[1] // key.shape[1], query.shape[3]
         for index, site in enumerate(sites):
-            if site.layer != layer:
-                continue
-            assert site.window is not None
-            kept = torch.tensor([head in site.full_kv_heads for head in range(heads)], device=query.device)
-            logits = None
-            if site.sink:
-                logits = torch.zeros(query.shape[1], device=query.device)
-                logits[~kept.repeat_interleave(groups)] = sinks(site).to(logits)
-            out = sliding_attention(query, key, value, site.window, logits, None, scaling, softcap)
-            out = out.transpose(1, 2)  # [B, T, H, D]
-            windowed[layer].append((index, out.masked_fill(kept.repeat_interleave(groups)[:, None], torch.nan)))
+            if site.layer == layer:
+                assert site.window is not None
+                windowed = [head for head in range(heads) if head not in site.full_kv_heads]
+                queries = [group for head in windowed for group in range(head * groups, (head + 1) * groups)]
+                logits = sinks(site) if site.sink else None
+                out = sliding_attention(
+                    query[:, queries], key[:, windowed], value[:, windowed], site.window, logits, None, scaling, softcap
+                )
+                columns = torch.arange(heads * groups * size, device=out.device).view(-1, size)[queries].flatten()
+                changes[layer].append((index, columns, out.transpose(1, 2).flatten(2)))
 
     def record(layer: int) -> Any:
-        def hook(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        def hook(_: Any, args: tuple[torch.Tensor]) -> None:
             outputs[layer] = args[0]
             full = args[0].detach()
-            for index, out in windowed.pop(layer):
-                changes[layer].append((index, (out.flatten(2) - full).nan_to_num(nan=0.0)))
-            return args
+            changes[layer] = [(site, columns, out - full[..., columns]) for site, columns, out in changes[layer]]
 
         return hook
 

@@ -115,7 +115,7 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
     head_group = _head_group(recipe, base.config)
-    settings = _settings(recipe, inputs, plan, runtime) | {"kv_head_group": head_group}
+    settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
     if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
@@ -230,15 +230,22 @@ def _head_group(recipe: Recipe, config: PreTrainedConfig) -> int | None:
     if recipe.measure.unit == "layer":
         return None
     heads, group = config.num_key_value_heads, recipe.measure.head_group
-    if heads % group:
+    if heads % group or heads == group:
+        sizes = ", ".join(str(size) for size in range(1, heads) if not heads % size)
         raise ConfigError(
-            "measure.head_group does not divide the KV heads of a layer",
-            found=f"groups of {group}, {heads} KV heads",
-            do=f"choose one of {', '.join(str(size) for size in range(1, heads) if not heads % size)}",
+            "the KV heads of a layer cannot be split into groups of measure.head_group",
+            found=f"groups of {group}, {heads} KV heads per layer",
+            do=f"choose one of {sizes}" if sizes else "set measure.unit and plan.unit to layer",
         )
-    if heads == group:
-        log.warning("each layer has one group of %d KV heads: measure.unit kv_head measures layers alone", heads)
     return group
+
+
+def _head_settings(recipe: Recipe, head_group: int | None) -> dict[str, Any]:
+    """Return what the scores of KV heads depend on; None of layers alone, as in files that have no such key."""
+    how: str = recipe.measure.head_scores
+    if how == "scan":
+        how = f"scan of {recipe.measure.scan_draws} draws, seed {recipe.seed}"
+    return {"kv_head_group": head_group, "head_scores": how if head_group else None}
 
 
 def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:

@@ -54,7 +54,7 @@ def check_compat(config: PreTrainedConfig, plan: PlanFile) -> None:
         raise ConfigError(
             "this plan cannot be written as DeciLMForCausalLM",
             found=found,
-            do="serve the boosted checkpoint itself with layerboost installed, or plan without sinks",
+            do="use another format (`layerboost export`), or serve the checkpoint with layerboost installed",
         )
 
 

@@ -28,8 +28,8 @@ class Sinks:
     with a window together add to the stream.
     """
 
-    def __init__(self, terms: Mapping[tuple[int, int], Terms], kv_heads: int) -> None:
-        self.terms, self.kv_heads = terms, kv_heads
+    def __init__(self, terms: Mapping[tuple[int, int], Terms], kv_heads: int, device: torch.device) -> None:
+        self.terms, self.kv_heads, self.device = terms, kv_heads, device
         self._fitted: dict[LayerPlan, torch.Tensor] = {}
 
     def __call__(self, plan: LayerPlan) -> torch.Tensor:
@@ -39,7 +39,7 @@ class Sinks:
             terms = self.terms[plan.layer, plan.window]
             heads = torch.arange(terms[2].shape[1]).view(self.kv_heads, -1)
             windowed = [head for head in range(self.kv_heads) if head not in plan.full_kv_heads]
-            self._fitted[plan] = fit(terms, heads[windowed].flatten().to(terms[2].device))
+            self._fitted[plan] = fit(terms, heads[windowed].flatten()).to(self.device)
         return self._fitted[plan]
 
 
@@ -81,14 +81,16 @@ def calibrate_sinks(
             for window in windows:
                 if length > window:
                     outputs = head_outputs(q, k, v, window, scaling, softcap, per_sequence[window])
-                    fits.setdefault((layer, window), []).append(terms(*outputs, projection.weight.float()))
+                    # Kept for as long as plans are measured, so not in a GPU's memory.
+                    square, cross, lse, center = terms(*outputs, projection.weight.float())
+                    fits.setdefault((layer, window), []).append((square.cpu(), cross.cpu(), lse.cpu(), center.cpu()))
 
     layers = list(layers)
     for ids, lengths in sequences:
         with captured_attention(model, layers, partial(see, lengths)):
             model.get_decoder()(input_ids=ids, use_cache=False)
     joined = {key: tuple(torch.cat(parts) for parts in zip(*found, strict=True)) for key, found in fits.items()}
-    return Sinks(joined, model.config.num_key_value_heads)  # type: ignore[arg-type]
+    return Sinks(joined, model.config.num_key_value_heads, model.device)  # type: ignore[arg-type]
 
 
 def head_outputs(

@@ -48,6 +48,12 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
             found=f"plan.unit {settings.unit}, measure.unit {measure.unit}",
             do="set measure.unit to kv_head, or plan.unit to layer",
         )
+    if settings.unit == "kv_head" and measure.head_scores == "scan" and asked - {"kl"}:
+        raise ConfigError(
+            f"the plan needs {', '.join(sorted(asked - {'kl'}))} of KV heads, and the scan estimates KL alone",
+            found="measure.head_scores scan",
+            do="set measure.head_scores to exact, or plan by KL alone (plan.metric, plan.retrieval_weight, limits)",
+        )
     if settings.window and settings.window not in measure.windows:
         raise ConfigError(
             f"plan.window {settings.window} is not measured",
@@ -77,8 +83,8 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         log.info("%s was made from other inputs: choosing again", target)
     plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
     _say(plan, Budget.of(sensitivity, recipe.plan))
-    _explain(plan, sensitivity, recipe.plan)
     write_plan(target, plan)
+    _explain(plan, sensitivity, recipe.plan)
     return plan
 
 
@@ -139,13 +145,22 @@ def _measure(recipe: Recipe, run: Path, sensitivity: Sensitivity) -> Measure | N
 
 
 def _check_heads(sensitivity: Sensitivity, settings: Plan) -> None:
-    """Raise ConfigError if the plan is to be made by KV heads and none were measured."""
-    several = sensitivity.model.kv_heads > 1
-    if settings.unit == "kv_head" and several and not any(entry.heads for entry in sensitivity.layers):
+    """Raise ConfigError if the plan is to be made by KV heads and their scores are missing, or lack a metric."""
+    if settings.unit != "kv_head":
+        return
+    can_slide = [entry for entry in sensitivity.layers if any(variant.window for variant in entry.variants)]
+    measured = {metric for entry in can_slide for variant in entry.heads for metric in variant.scores}
+    if any(not entry.heads for entry in can_slide):
         raise ConfigError(
             "the plan needs scores of KV heads, which the sensitivities lack",
-            found="measured with measure.unit layer",
+            found=f"measured by {sensitivity.settings.get('head_scores') or 'layer'}",
             do="measure with measure.unit kv_head in another --run folder, or set plan.unit to layer",
+        )
+    if can_slide and (missing := _asked(settings) - measured):
+        raise ConfigError(
+            f"the sensitivities of KV heads have no {', '.join(sorted(missing))}",
+            found=f"{', '.join(sorted(measured))}, by {sensitivity.settings.get('head_scores')}",
+            do="measure with measure.head_scores exact, or plan by what there is",
         )
 
 
