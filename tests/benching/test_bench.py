@@ -181,6 +181,7 @@ def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.Monke
         opened(recipe(engine="transformers", output_tokens=9), tmp_path, models)
 
 
+@pytest.mark.pipeline
 def test_a_decode_sweep_has_a_result_per_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "guarded", forked)
     models = {"base": save_tiny(tmp_path / "base")}

@@ -145,6 +145,7 @@ def test_a_terminated_benchmark_takes_everything_with_it(
     assert json.loads((run / "run.json").read_text())["stages"][-1]["status"] == "interrupted"
 
 
+@pytest.mark.pipeline
 def test_bench_measures_both_models_and_leaves_nothing_running(
     tmp_path: Path, free_port: int, survivors: Callable[[float], list[str]]
 ) -> None:

@@ -59,6 +59,7 @@ def answered(file: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
     params = llama.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.n_batch, params.n_ubatch, params.warmup = 256, 64, 64, False
+    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     server, found = llama.Server(params), []
