@@ -240,11 +240,11 @@ def edit_plan(run: Path, letters: str) -> None:
 @pytest.mark.pipeline
 def test_a_compat_export_is_of_the_last_checkpoint_of_this_plan(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
-    edit_plan(run, "fsnf")
+    edit_plan(run, "fSnf")
     before = (run / "converted" / "plan.yaml").read_text()
     refused = layerboost("convert", "--run", run, "--compat", check=False)
     assert refused.returncode == 2
-    assert "cannot be written as DeciLMForCausalLM\nfound: sliding layers 1" in refused.stderr
+    assert "cannot be written as DeciLMForCausalLM\nfound: sinks in layers 1" in refused.stderr
     assert (run / "converted" / "plan.yaml").read_text() == before
     edit_plan(run, "ffnf")
     assert "compat" in layerboost("convert", "--run", run, "--compat").stdout

@@ -230,8 +230,7 @@ def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
 
 
 @_command(
-    "layerboost export runs/qwen3/healed --to auto",
-    "layerboost export runs/llama/healed --to granite-swa --out llama-swa && vllm serve llama-swa",
+    "layerboost export runs/llama/healed --to auto --out llama-stock && vllm serve llama-stock",
     "layerboost export runs/llama/healed --to gguf --type q8_0 && llama-server -m runs/llama/healed-q8_0.gguf",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
