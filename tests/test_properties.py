@@ -123,7 +123,7 @@ def test_a_longer_context_never_needs_less_kv_memory(letters: str, context: int,
 
 @given(counts=st.lists(st.integers(0, 8), min_size=1, max_size=12))
 def test_attention_modules_hold_every_kv_head_once_and_are_as_large_as_they_can_be(counts: list[int]) -> None:
-    """Each layer keeps the first so many of 8 KV heads full."""
+    """`counts`: how many of its 8 KV heads each layer keeps full, the first ones."""
     layers = [
         LayerPlan(layer=layer, attention="sliding", window=16, full_kv_heads=tuple(range(full))).normalized(8)
         for layer, full in enumerate(counts)

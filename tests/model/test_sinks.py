@@ -14,11 +14,16 @@ from layerboost.schemas.plan import LayerPlan
 IDS = torch.randint(3, 200, (3, 48), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
+def drawn() -> tuple[torch.Tensor, ...]:
+    """Queries of 4 heads, keys and values of 2, and their output projection."""
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(4, 40, 16, generator=draw) * 3
     key, value = torch.randn(2, 40, 16, generator=draw), torch.randn(2, 40, 16, generator=draw)
-    project = torch.randn(24, 64, generator=draw)
+    return query, key, value, torch.randn(24, 64, generator=draw)
+
+
+def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
+    query, key, value, project = drawn()
     outputs = head_outputs(query[None], key[None], value[None], 8, 0.25)
     sinks = fit(terms(*outputs, project), torch.arange(4))
 
@@ -41,10 +46,7 @@ def test_the_fitted_sinks_bring_the_output_nearest_to_full_attention() -> None:
 
 
 def test_sinks_of_some_heads_are_fitted_with_the_others_exact() -> None:
-    draw = torch.Generator().manual_seed(0)
-    query = torch.randn(4, 40, 16, generator=draw) * 3
-    key, value = torch.randn(2, 40, 16, generator=draw), torch.randn(2, 40, 16, generator=draw)
-    project = torch.randn(24, 64, generator=draw)
+    query, key, value, project = drawn()
     outputs = head_outputs(query[None], key[None], value[None], 8, 0.25)
     found = fit(terms(*outputs, project), torch.tensor([2, 3]))
     # The same two heads with a projection of their own.

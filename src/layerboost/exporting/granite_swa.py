@@ -24,17 +24,15 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 def granite_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the plain config of a boosted Llama-shaped config as GraniteSWA."""
     skipped, layers = set(skipped_layers(config)), config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     sliding = [index in skipped or config.layer_types[index] == "sliding_attention" for index in range(layers)]
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
         "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
     )  # fmt: skip
-    theta, rotated = (
-        config.rope_parameters["rope_theta"],
-        getattr(config, "no_rope_layers", None),
-    )  # SmolLM3's: 1 rotates
+    theta = config.rope_parameters["rope_theta"]
+    rotated = getattr(config, "no_rope_layers", None)  # SmolLM3's: 1 for a layer that rotates
     return {
         "architectures": ["GraniteSWAForCausalLM"],
         "model_type": "granite_swa",
@@ -54,8 +52,7 @@ def granite_config(config: PreTrainedConfig) -> dict[str, Any]:
 def granite_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
     """Return the tensors of a boosted checkpoint with those that GraniteSWA has besides."""
     some = next(iter(tensors.values()))
-    found, heads = dict(tensors), config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found, heads, head_dim = dict(tensors), config.num_attention_heads, _head_dim(config)
     sizes = {"q_proj": heads * head_dim, "o_proj": config.hidden_size}
     sizes |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * head_dim)
     inputs = dict.fromkeys(sizes, config.hidden_size) | {"o_proj": heads * head_dim}
@@ -74,6 +71,11 @@ def granite_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
 def window_of(config: PreTrainedConfig) -> int:
     """Return the window of all layers that slide."""
     return int(config.sliding_window) if "sliding_attention" in config.layer_types else LEAST_WINDOW
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Return the size of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _has_bias(config: PreTrainedConfig) -> bool:

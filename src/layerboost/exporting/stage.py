@@ -61,14 +61,13 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     elif target.name == "gguf":
         _write_gguf(folder, out, config, kind)
     else:
-        _write(folder, out, target, plan)
+        _write(folder, out, config, target, plan)
     info, removed = plan.model, sum(not entry.strategy.keeps_weights for entry in plan.layers)
     kept = 2 * info.kv_heads * info.head_dim * target.removed_bytes(window_of(config), info.bytes_per_element)
     return Exported(target.name, str(out), removed * kept)
 
 
-def _write(folder: Path, out: Path, target: Target, plan: PlanFile) -> None:
-    config = read_config(folder, str(folder))
+def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
     with new_folder(out) as new:
         tensors = granite_tensors(config, read_weights(folder))
         save_torch_state_dict(
