@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -158,13 +158,22 @@ def info(layers: int = 4) -> ModelInfo:
     )  # fmt: skip
 
 
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of printable tokens: llama.cpp wants a merge, and gives no probabilities of half characters."""
+    words = {"a": 0, "b": 1, "ab": 2, **{f"t{index}": index for index in range(3, 257)}}
+    tokenizer = Tokenizer(BPE(words, [("a", "b")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, for prompts in plain English; ids below 256."""
     from tokenizers import decoders, models, pre_tokenizers
 
     byte_level = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(byte_level, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

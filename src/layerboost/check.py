@@ -48,7 +48,7 @@ class Estimate:
     calibration_tokens: int
     healing_tokens_per_s: float
     healing_hours: float
-    vllm: str
+    engine: str
 
 
 def check(recipe: Recipe, run: Path) -> Estimate:
@@ -70,6 +70,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     copies = 2 + bool(base.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
     healing = estimate_healing(recipe, base.config, info, runtime, layers)
+    engine = open_engine(recipe.bench.engine)
     estimate = Estimate(
         model=base.name,
         family=info.model_type,
@@ -83,7 +84,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         calibration_tokens=recipe.measure.tokens,
         healing_tokens_per_s=healing.tokens_per_s,
         healing_hours=healing.hours,
-        vllm=open_engine(recipe.bench.engine).check(recipe.bench, ()),
+        engine=f"{engine.NAME}, {engine.check(recipe.bench, ())}",
     )
     check_room(estimate, weights_gib, runtime.device, less_memory(recipe.heal))
     return estimate

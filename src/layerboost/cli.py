@@ -131,10 +131,10 @@ def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
     "layerboost bench --run runs/qwen3 --decode-sweep",
 )
 @click.option("--decode-sweep", is_flag=True, help="Measure latency and memory against the length of answers instead.")
-@click.option("--engine", metavar="NAME", help="vllm or transformers; default: bench.engine of the recipe.")
+@click.option("--engine", metavar="NAME", help="vllm, llama.cpp or transformers; default: bench.engine.")
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
-    """Serve base and boosted with vLLM in turn and measure throughput and latency."""
+    """Serve base and boosted in turn and measure throughput and latency."""
     result = _run("bench", recipe, run, decode_sweep=decode_sweep)
     show(result, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
 
@@ -197,19 +197,22 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
 
 
 @_command(
-    "layerboost serve runs/qwen3/healed",
     "layerboost serve runs/qwen3/healed --port 9000 -- --max-model-len 4096",
+    "layerboost serve runs/llama/healed-q8_0.gguf -- --ctx-size 8192",
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option("--port", default=8000, show_default=True)
+@click.option("--engine", default="auto", metavar="NAME", help="vllm or llama.cpp; default: llama.cpp for a GGUF file.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-def serve(folder: Path, port: int, extra: tuple[str, ...]) -> None:
-    """Print and run the `vllm serve` command for a checkpoint; extra arguments go to vLLM."""
-    from layerboost.engines.vllm import serve_command
+def serve(model: Path, port: int, engine: str, extra: tuple[str, ...]) -> None:
+    """Print and run the engine's command that serves a checkpoint or a GGUF file; extra arguments go to the engine."""
+    from layerboost.engines import open_engine
     from layerboost.runtime import clean_environment
 
     clean_environment()
-    argv, added = serve_command(folder, port, extra)
+    if engine == "auto" and model.suffix == ".gguf":
+        engine = "llama.cpp"
+    argv, added = open_engine(engine).serve_command(model, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
     os.execvpe(argv[0], argv, os.environ | added)
 

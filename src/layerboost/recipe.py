@@ -45,7 +45,7 @@ def _full_sources(given: Sources) -> Sources:
 Task = Annotated[str, AfterValidator(lambda name: _full_path(name) if name.endswith(".yaml") else name)]
 # Names of extra models, and their directories.
 Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
-EngineName = Literal["vllm", "transformers"]
+EngineName = Literal["auto", "vllm", "llama.cpp", "transformers"]
 
 
 class Section(BaseModel):
@@ -246,7 +246,11 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted model under a real server."""
 
-    engine: EngineName = Field("vllm", description="vllm, or transformers: one batch after another, without vLLM")
+    engine: EngineName = Field(
+        "auto",
+        description="vllm; llama.cpp, with GGUF exports; transformers, a batch at a time; auto: the first installed",
+    )
+    gguf_type: str = Field("f16", description="llama.cpp: type of the matrices, as in `layerboost export --type`")
     checkpoints: Checkpoints = Field({}, description="more models to benchmark: {NAME: DIRECTORY}")
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="concurrent requests")
     requests_per_concurrency: PositiveFloat = Field(
@@ -266,7 +270,7 @@ class Bench(Section):
     kv_cache_gib: float = Field(2.0, gt=0, description="memory for the KV cache on a CPU, in GiB")
     startup_timeout_s: int = Field(600, ge=1, description="seconds to wait until a server is ready")
     server_args: tuple[str, ...] = Field(
-        (), description="more arguments of vllm serve, for all models; they override the plan's serving flags"
+        (), description="more arguments of the engine's server, for all models; they override the plan's serving flags"
     )
 
     def requests(self, concurrency: int) -> int:

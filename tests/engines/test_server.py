@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from layerboost.engines import guard
-from layerboost.engines.server import Command, Server, check_port, gpu_bytes, guarded, last_words, running_server
+from layerboost.engines.protocol import Command
+from layerboost.engines.server import Server, check_port, gpu_bytes, guarded, last_words, running_server
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import VOCABULARY, boosted, save_tiny
 
+from layerboost.engines.loads import prompts
 from layerboost.engines.protocol import Load
-from layerboost.engines.transformers import generate, launch, measure, prompts
+from layerboost.engines.transformers import generate, launch, measure
 from layerboost.errors import LayerboostError
 from layerboost.recipe import parse_recipe
 from layerboost.schemas.benchmark import FROM_VLLM, metrics_of

@@ -11,8 +11,7 @@ import gguf
 import pytest
 import torch
 from test_pipeline import layerboost
-from tiny import WINDOW, boosted, info, layer_plans, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
@@ -30,15 +29,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ministral": ("ministral", "Sfnf", {}),
     "granite": ("granite", "nSfs", {}),
 }
-
-
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of printable tokens: llama.cpp wants a merge, and gives no probabilities of half characters."""
-    words = {"a": 0, "b": 1, "ab": 2, **{f"t{index}": index for index in range(3, 257)}}
-    tokenizer = Tokenizer(models.BPE(words, [("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def saved(folder: Path, family: str, letters: str, tokenizer: Any = None, **changes: Any) -> Path:

@@ -156,14 +156,18 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         raise ConfigError("nothing to benchmark", do="give at least one model directory")
     bench = recipe.bench
     if decode_sweep:
-        bench = bench.model_copy(update={"shared_prefix_tokens": 0, "input_tokens": SWEEP_INPUT_TOKENS})
+        longest = max(bench.decode_lengths)
+        used: dict[str, Any] = {"concurrency": (bench.decode_batch,), "output_tokens": longest}
+        used |= {"shared_prefix_tokens": 0, "input_tokens": SWEEP_INPUT_TOKENS}
+        bench = bench.model_copy(update=used)
     for name, folder in models.items():
         context = check_checkpoint(folder).get("max_position_embeddings")
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
     engine = open_engine(bench.engine)
     engine.check(bench, models.values())
-    bench = bench.model_copy(update={"server_args": (*_flags(engine, models, bench.server_args), *bench.server_args)})
+    flags = (*_flags(engine, models, bench.server_args), *bench.server_args)
+    bench = bench.model_copy(update={"engine": engine.NAME, "server_args": flags})
     return Job(recipe.model_copy(update={"bench": bench}), run, models, decode_sweep)
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from layerboost.recipe import Bench, Recipe
+from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.schemas.plan import PlanFile
 
 WARMUP_OUTPUT_TOKENS = 8
+# The arguments of a command, and the variables to add to its environment.
+Command = tuple[list[str], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Engine(Protocol):
     """One way to run a model: a module with these functions."""
 
     @property
+    def NAME(self) -> EngineName:
+        """Return the engine's name in the recipe."""
+
+    @property
     def UNUSED(self) -> frozenset[str]:
         """Return the keys of the recipe's section `bench` that the engine does not use."""
 
@@ -74,6 +80,9 @@ class Engine(Protocol):
     def serving_flags(self, plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
         """Return the arguments of the engine's command, each followed by its value, with which the plan saves memory on
         this machine; without those that are among the arguments `given`."""
+
+    def serve_command(self, model: Path, port: int, given: tuple[str, ...]) -> Command:
+        """Return the command that serves a model until interrupted, with the arguments `given`; raise ConfigError."""
 
     def launch(self, name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractContextManager[Running]:
         """Start a model directory, wait until it is ready, and stop it at the end of the block.

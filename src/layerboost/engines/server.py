@@ -23,12 +23,11 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from layerboost.engines import guard
+from layerboost.engines.protocol import Command
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.recipe import Bench
 from layerboost.runtime import RANKS, clean_environment, log, release_memory
 
-# The arguments of a command, and the variables to add to its environment.
-Command = tuple[list[str], dict[str, str]]
 HOST = "127.0.0.1"
 POLL_S = 0.5
 REPORT_EVERY_S = 30.0

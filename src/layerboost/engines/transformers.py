@@ -16,23 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
+from layerboost.engines.loads import latencies, prompts
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
 from layerboost.engines.server import MODULE, guarded, last_words
-from layerboost.errors import LayerboostError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import write_text
 from layerboost.model.base import find_model
-from layerboost.recipe import Bench, Recipe
+from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
 from layerboost.schemas.artifact import json_text
 from layerboost.schemas.plan import PlanFile
 
-UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args"})
-# Special tokens usually have the first ids.
-FIRST_TOKEN = 3
+NAME: EngineName = "transformers"
+UNUSED = frozenset({"port", "startup_timeout_s", "kv_cache_gib", "server_args", "gguf_type"})
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
@@ -50,6 +49,11 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
     """Return no flags: a plan saves memory without any."""
     return ()
+
+
+def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
+    """Raise ConfigError: Transformers has no server."""
+    raise ConfigError("transformers does not serve models", do="choose --engine vllm or llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -102,14 +106,6 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def prompts(load: Load, vocabulary: int) -> torch.Tensor:
-    """Return random prompts `[requests, shared prefix + input]`, the same for every model with this vocabulary."""
-    draw = torch.Generator().manual_seed(load.seed)
-    prefix = torch.randint(FIRST_TOKEN, vocabulary, (1, load.shared_prefix_tokens), generator=draw)
-    own = torch.randint(FIRST_TOKEN, vocabulary, (load.requests, load.input_tokens), generator=draw)
-    return torch.cat([prefix.expand(load.requests, -1), own], 1)
-
-
 def generate(
     model: PreTrainedModel, batch: torch.Tensor, prefix_tokens: int, output_tokens: int
 ) -> tuple[torch.Tensor, list[float]]:
@@ -148,30 +144,10 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     runs = []
     for batch in text.split(load.concurrency):
         _, times = generate(model, batch, load.shared_prefix_tokens, load.output_tokens)
-        runs.append((len(batch), np.array(times)))
-    duration = sum(times[-1] for _, times in runs)
-    sizes = [size for size, _ in runs]
-    tokens = sum(size * len(times) for size, times in runs)
-
-    def spread(name: str, values: np.ndarray) -> dict[str, float]:
-        ms = values * 1e3 if len(values) else np.zeros(1)
-        return {f"median_{name}_ms": float(np.median(ms)), f"p99_{name}_ms": float(np.percentile(ms, 99))}
-
-    def per_request(values: list[float]) -> np.ndarray:
-        return np.repeat(values, sizes)
-
-    result = {
-        "completed": load.requests,
-        "duration": float(duration),
-        "total_output_tokens": tokens,
-        "request_throughput": float(load.requests / duration),
-        "output_throughput": float(tokens / duration),
-        **spread("ttft", per_request([times[0] for _, times in runs])),
-        **spread("tpot", per_request([(times[-1] - times[0]) / max(len(times) - 1, 1) for _, times in runs])),
-        **spread("e2el", per_request([times[-1] for _, times in runs])),
-        **spread("itl", np.concatenate([np.repeat(np.diff(times), size) for size, times in runs])),
-        "peak_rss_gib": round(peak_rss_bytes() / GIB, 3),
-    }
+        runs.append((len(batch), times))
+    answered = [times for size, times in runs for _ in range(size)]
+    result: dict[str, Any] = latencies(answered, sum(times[-1] for _, times in runs))
+    result["peak_rss_gib"] = round(peak_rss_bytes() / GIB, 3)
     if torch.cuda.is_available():
         result["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
     return result

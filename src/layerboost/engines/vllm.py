@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
-from layerboost.engines.protocol import Running
-from layerboost.engines.server import HOST, Command, check_port
+from layerboost.engines.protocol import Command, Running
+from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
-from layerboost.recipe import Bench, Recipe
+from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
 
-UNUSED: frozenset[str] = frozenset()
+NAME: EngineName = "vllm"
+UNUSED = frozenset({"gguf_type"})
 PLUGIN, PLUGIN_GROUP = "layerboost", "vllm.general_plugins"
 # Factors of a number, as in 8k.
 UNITS = {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30}
@@ -77,16 +78,16 @@ def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
     return unless_given(given, dict(zip(found.flags[::2], found.flags[1::2], strict=True))) if found else ()
 
 
-def serve_command(folder: Path, port: int, given: tuple[str, ...]) -> Command:
+def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     """Return the command that serves a model directory, stock or boosted, until interrupted."""
     check_vllm()
-    config = check_checkpoint(folder)
-    check_no_pattern(folder)
+    config = check_checkpoint(model)
+    check_no_pattern(model)
     if ARCHITECTURE in str(config.get("architectures")):
-        log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", folder)
+        log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
-    flags = serving_flags(read_plan(folder / PLAN), given) if (folder / PLAN).is_file() else ()
-    return serve_line(folder, (*flags, *given), {"--port": str(port)})
+    flags = serving_flags(read_plan(model / PLAN), given) if (model / PLAN).is_file() else ()
+    return serve_line(model, (*flags, *given), {"--port": str(port)})
 
 
 def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractContextManager[Running]:
@@ -116,7 +117,7 @@ def bench_command(folder: Path, bench: Bench) -> Command:
         # Requests share no prefixes, and a warm-up must not speed up the first of them.
         defaults["--no-enable-prefix-caching"] = ""
     # As many sequences as are concurrent, but not more than the tokens of one step: vLLM refuses that.
-    wanted = max(*bench.concurrency, bench.decode_batch)
+    wanted = max(bench.concurrency)
     most = flags_given(bench.server_args).get("max_num_batched_tokens", BATCHED_TOKENS)
     if most < wanted:
         log.warning("at most %d of %d requests decode at once: --max-num-batched-tokens %d", most, wanted, most)

@@ -14,11 +14,15 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from huggingface_hub import ModelCard
 
 from layerboost.errors import ConfigError
+from layerboost.exporting.granite_swa import MULTIPLIERS
 from layerboost.model.card import CARD
 from layerboost.model.files import Tensors
 from layerboost.runtime import Progress
+from layerboost.schemas.run import PLAN
 
 ARCHITECTURE = "granite_swa"
+# Of a model whose layers are all full, without Granite's multipliers.
+PLAIN_ARCHITECTURE = "llama"
 # Types of the matrices by name: of their blocks, and what a file calls itself.
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -27,6 +31,8 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+# The plan of a boosted model in a file's metadata.
+PLAN_KEY = "layerboost.plan"
 # Embedding and head lose most by four bits.
 HEADS = ("token_embd.weight", "output.weight")
 NAMES = {
@@ -57,7 +63,8 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
 
     `folder`: the checkpoint, for tokenizer and chat template. Raise ConfigError for a tokenizer that llama.cpp lacks.
     """
-    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    plain = is_plain(config)
+    writer = gguf.GGUFWriter(file, PLAIN_ARCHITECTURE if plain else ARCHITECTURE)
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     _, file_type = TYPES[kind]
     writer.add_file_type(file_type)
@@ -73,19 +80,22 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_logit_scale(config["logits_scaling"])
-    writer.add_attention_scale(config["attention_multiplier"])
-    writer.add_embedding_scale(config["embedding_multiplier"])
-    writer.add_residual_scale(config["residual_multiplier"])
-    writer.add_sliding_window(config["sliding_window"])
-    writer.add_sliding_window_pattern([each == "sliding_attention" for each in config["layer_types"]])
-    card = ModelCard((folder / CARD).read_text()).data.to_dict()
-    writer.add_name(f"{card.get('base_model') or folder.resolve().name}, boosted")
+    if not plain:
+        writer.add_logit_scale(config["logits_scaling"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([each == "sliding_attention" for each in config["layer_types"]])
+    card = ModelCard((folder / CARD).read_text()).data.to_dict() if (folder / CARD).is_file() else {}
+    boosted = (folder / PLAN).is_file()
+    writer.add_name(f"{card.get('base_model') or folder.resolve().name}{', boosted' if boosted else ''}")
     if card.get("license"):
         writer.add_license(card["license"])
-    writer.add_string("layerboost.plan", (folder / "plan.yaml").read_text())
+    if boosted:
+        writer.add_string(PLAN_KEY, (folder / PLAN).read_text())
     _add_tokenizer(writer, folder, config["vocab_size"])
-    named = list(_named(config, tensors))
+    named = [(name, tensor) for name, tensor in _named(config, tensors) if not (plain and "attn_sinks" in name)]
     for name, tensor in named:
         chosen = _type(name, tensor, kind)
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen)
@@ -99,6 +109,25 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
             writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), _type(name, tensor, kind)))
             progress.advance(1)
     writer.close()
+
+
+def is_plain(config: dict[str, Any]) -> bool:
+    """Return whether llama.cpp's `llama` architecture holds a model: all of its layers are full."""
+    neutral = all(config[name] == 1 for name in MULTIPLIERS)
+    scale = config["attention_multiplier"] == config["head_dim"] ** -0.5
+    return neutral and scale and "sliding_attention" not in config["layer_types"]
+
+
+def window_in(file: Path) -> int | None:
+    """Return the window of a GGUF file's sliding layers, None without any; raise ConfigError for another file."""
+    try:
+        reader = gguf.GGUFReader(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not a GGUF file", found=str(error), do="make one: layerboost export") from None
+    architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+    key = gguf.Keys.Attention.SLIDING_WINDOW.format(arch=architecture.contents() if architecture else "")
+    field = reader.get_field(key)
+    return int(field.contents()) if field else None
 
 
 def splitter(folder: Path) -> str:

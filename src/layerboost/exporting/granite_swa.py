@@ -25,7 +25,7 @@ def granite_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the plain config of a boosted Llama-shaped config as GraniteSWA."""
     skipped, layers = set(skipped_layers(config)), config.num_hidden_layers
     head_dim = _head_dim(config)
-    sliding = [index in skipped or config.layer_types[index] == "sliding_attention" for index in range(layers)]
+    sliding = [index in skipped or kind == "sliding_attention" for index, kind in enumerate(layer_kinds(config))]
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
@@ -70,7 +70,13 @@ def granite_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
 
 def window_of(config: PreTrainedConfig) -> int:
     """Return the window of all layers that slide."""
-    return int(config.sliding_window) if "sliding_attention" in config.layer_types else LEAST_WINDOW
+    return int(config.sliding_window) if "sliding_attention" in layer_kinds(config) else LEAST_WINDOW
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Return the attention of each layer; a stock Llama has no list of it."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    return kinds or ["full_attention"] * config.num_hidden_layers
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

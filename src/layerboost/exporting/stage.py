@@ -19,7 +19,7 @@ from layerboost.model.compat import export_compat
 from layerboost.model.files import read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
 from layerboost.schemas.artifact import write_json
-from layerboost.schemas.plan import PlanFile
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py", "model.safetensors.index.json"}
 
@@ -59,7 +59,7 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     if target.name == "decilm":
         export_compat(folder, out)
     elif target.name == "gguf":
-        _write_gguf(folder, out, config, kind)
+        gguf_file(folder, out, kind)
     else:
         _write(folder, out, config, target, plan)
     info, removed = plan.model, sum(not entry.strategy.keeps_weights for entry in plan.layers)
@@ -84,11 +84,21 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
         (new / CARD).write_text(_card((folder / CARD).read_text(), target, plan))
 
 
-def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, kind: str) -> None:
+def gguf_file(folder: Path, out: Path, kind: str) -> None:
+    """Write a GGUF file of a model directory, stock or boosted, unless `out` is newer than the model.
+
+    Complete or not there at all. Raise ConfigError if llama.cpp cannot hold it.
+    """
     from layerboost.exporting.gguf_file import TYPES, splitter, write_gguf
 
     if kind not in TYPES:
         raise ConfigError(f"no GGUF type is called {kind}", do=f"choose one of {', '.join(TYPES)}")
+    made_from = max(file.stat().st_mtime for file in (*weight_files(folder), folder / "config.json"))
+    if out.is_file() and out.stat().st_mtime > made_from:
+        return
+    config, plan = read_config(folder, str(folder)), plan_in(folder)
+    layers = [LayerPlan(layer=index, attention="full") for index in range(config.num_hidden_layers)]
+    find_target("gguf", config, plan.layers if plan else layers)
     splitter(folder)
     temporary = out.with_name(f".{out.name}.tmp")
     try:

@@ -1,0 +1,196 @@
+"""llama.cpp as an engine: its `llama-server`, from the PATH or from the package xllamacpp, on GGUF exports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerboost.engines.loads import latencies, prompts
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.server import DIRECT, HOST, MODULE, Server, check_port, last_words, running_server
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.exporting.gguf_file import window_in
+from layerboost.exporting.stage import gguf_file
+from layerboost.model.integrity import read_config
+from layerboost.recipe import Bench, EngineName, Recipe
+from layerboost.runtime import GIB, cores
+from layerboost.schemas.plan import PlanFile
+
+NAME: EngineName = "llama.cpp"
+UNUSED = frozenset({"kv_cache_gib"})
+# llama.cpp's cells of a KV cache come in steps of this many tokens.
+CELLS = 256
+# Flags that a benchmark sets itself, with their short names.
+RESERVED = ("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t")
+UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
+
+
+def check(bench: Bench, folders: Iterable[Path]) -> str:
+    """Return llama.cpp's version; raise ConfigError if it cannot be benchmarked here."""
+    found = version()
+    if given := [flag for flag in RESERVED if flag in bench.server_args]:
+        raise ConfigError(
+            f"bench.server_args may not have {given[0]}",
+            found="the benchmark itself sets model, address, context and slots",
+            do="remove it; the port is bench.port",
+        )
+    if bench.shared_prefix_tokens:
+        raise ConfigError(
+            "llama.cpp does not share a prefix between its slots",
+            found=f"bench.shared_prefix_tokens {bench.shared_prefix_tokens}",
+            do="set it to 0 and raise bench.input_tokens",
+        )
+    check_port(bench.port)
+    return found
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Return llama.cpp's version, and that it runs on the CPU: the package has no other build."""
+    return {"llama.cpp": version(), "device": "cpu"}
+
+
+def version() -> str:
+    """Return the version of llama.cpp; raise ConfigError without it."""
+    if server := shutil.which("llama-server"):
+        said = subprocess.run([server, "--version"], capture_output=True, text=True, check=False)
+        match = re.search(r"version: (\S+)", said.stdout + said.stderr)
+        return f"llama-server {match[1] if match else 'of unknown version'}"
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+    raise ConfigError(
+        "llama.cpp is not installed",
+        found="no llama-server on the PATH, and no package xllamacpp",
+        do="pip install xllamacpp, or install llama.cpp",
+    )
+
+
+def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the flags with which the plan saves memory, without those `given`."""
+    return _flags(plan.window, given)
+
+
+def _flags(window: int | None, given: Sequence[str]) -> tuple[str, ...]:
+    """Return the largest physical batch that costs no memory: a sliding layer holds window and batch, in CELLS."""
+    if not window or {UBATCH, UBATCH_SHORT} & set(given):
+        return ()
+    return UBATCH, str(math.ceil((window + 1) / CELLS) * CELLS - window)
+
+
+def kv_bytes(plan: PlanFile, context_tokens: int, slots: int, ubatch_tokens: int) -> int:
+    """Return the bytes of the KV cache that llama.cpp allocates in float16, as an export holds the plan.
+
+    A layer without attention is a sliding layer there. Source: `llama_kv_cache_iswa` in llama.cpp.
+    """
+    full = math.ceil(context_tokens / CELLS) * CELLS
+    window = plan.window or 0
+    sliding = min(full, math.ceil((window + ubatch_tokens) / CELLS) * CELLS)
+    kept = sum(not entry.changed for entry in plan.layers)
+    cells = kept * full + (len(plan.layers) - kept) * sliding
+    return 2 * 2 * plan.model.kv_heads * plan.model.head_dim * cells * slots
+
+
+def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
+    """Return the command that serves a GGUF file until interrupted; of a directory, its export in float16."""
+    version()
+    file = model
+    if model.is_dir():
+        file = model.resolve().with_name(f"{model.resolve().name}-f16.gguf")
+        gguf_file(model, file, "f16")
+    flags = _flags(window_in(file), given)
+    if "--port" not in given:
+        check_port(port, host="")
+        flags += ("--port", str(port))
+    return [*_server(), "--model", str(file.absolute()), *flags, *given], {}
+
+
+@dataclass(frozen=True)
+class RunningLlama:
+    """A server that is ready; `vocabulary`: of the random prompts."""
+
+    server: Server
+    vocabulary: int
+
+    def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
+        """Send one load by as many threads as requests are concurrent; raise LayerboostError if a request fails."""
+        asked = prompts(load, self.vocabulary).tolist()
+        answered: list[list[float]] = []
+        started, memory = time.monotonic(), 0
+        with ThreadPoolExecutor(load.concurrency) as senders:
+            sent = [senders.submit(self._request, ids, load.output_tokens) for ids in asked]
+            try:
+                for each in as_completed(sent):
+                    answered.append(each.result())
+                    memory = max(memory, self.server.rss_bytes())
+                    advance(load.output_tokens)
+            except (OSError, ValueError) as error:
+                senders.shutdown(cancel_futures=True)
+                self.server.check_alive(patience_s=5.0)
+                raise LayerboostError(
+                    f"a request to llama.cpp failed on {self.server.name}",
+                    found=f"{error}; {last_words(self.server.log_file)}",
+                    do=f"read {self.server.log_file}",
+                ) from error
+        raw = latencies(answered, time.monotonic() - started)
+        metrics = {"peak_rss_gib": round(memory / GIB, 3)}
+        if held := kv_gib(self.server.log_file):
+            metrics["kv_used_gib"] = held
+        return Answer(raw, metrics)
+
+    def _request(self, ids: list[int], output_tokens: int) -> list[float]:
+        """Return the time of each token of one greedy answer, in seconds since the request."""
+        asked = {"prompt": ids, "n_predict": output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+        body = json.dumps(asked | {"cache_prompt": False, "return_tokens": True}).encode()
+        request = urllib.request.Request(f"{self.server.url}/completion", body)
+        started, times = time.monotonic(), []
+        with DIRECT.open(request) as answer:
+            for line in answer:
+                if line.startswith(b"data: "):
+                    event = json.loads(line.removeprefix(b"data: "))
+                    times += [time.monotonic() - started] * len(event.get("tokens", ()))
+        if len(times) != output_tokens:
+            raise ValueError(f"{len(times)} of {output_tokens} tokens")
+        return times
+
+
+@contextmanager
+def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[RunningLlama]:
+    """Yield a warmed-up server of a model directory, exported to RUN/bench/gguf unless it is there already."""
+    bench = recipe.bench
+    file = log_file.parents[1] / "gguf" / f"{name}-{bench.gguf_type}.gguf"
+    gguf_file(folder, file, bench.gguf_type)
+    slots, longest = max(bench.concurrency), bench.input_tokens + bench.output_tokens
+    argv = [
+        *(*_server(), "--model", str(file.absolute()), "--host", HOST, "--port", str(bench.port)),
+        *("--parallel", str(slots), "--ctx-size", str(slots * math.ceil(longest / CELLS) * CELLS)),
+        # Verbose enough to log the KV cache; no copies of the cache in memory for other requests.
+        *("--threads", str(len(cores())), "--verbosity", "4", "--cache-ram", "0", *bench.server_args),
+    ]
+    with running_server("llama.cpp", name, folder, (argv, {}), bench, log_file) as server:
+        running = RunningLlama(server, int(read_config(folder, name).vocab_size))
+        warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
+        running.answer(Load(1, 1, 0, bench.input_tokens, warm, seed=0), lambda _: None)
+        yield running
+
+
+def kv_gib(log_file: Path) -> float:
+    """Return the size of all KV caches as llama.cpp logged it; 0 if it did not."""
+    logged = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log_file.read_text(errors="replace"))
+    return round(sum(map(float, logged)) / 1024, 6)
+
+
+def _server() -> Sequence[str]:
+    """Return the command of llama.cpp's server."""
+    server = shutil.which("llama-server")
+    return (server,) if server else (*MODULE, "layerboost.engines.xllamacpp_server")

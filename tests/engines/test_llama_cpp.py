@@ -1,0 +1,146 @@
+"""llama.cpp as an engine: the package xllamacpp serves tiny models, stock and boosted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import free_port
+from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model
+
+from layerboost.engines import open_engine
+from layerboost.engines.llama_cpp import CELLS, check, kv_bytes, launch, serve_command, serving_flags
+from layerboost.engines.protocol import Load
+from layerboost.engines.xllamacpp_server import parameters
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.model.checkpoint import save_boosted
+from layerboost.recipe import Bench, Recipe
+from layerboost.runtime import GIB
+from layerboost.schemas.benchmark import FROM_VLLM, metrics_of
+from layerboost.schemas.plan import PlanFile
+
+LETTERS = "fSsf"
+PLAN = PlanFile(model=info(len(LETTERS)), method="by hand", layers=layer_plans(LETTERS))
+LOAD = Load(concurrency=2, requests=3, shared_prefix_tokens=0, input_tokens=300, output_tokens=6, seed=1)
+
+pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+
+
+def recipe(**bench: Any) -> Recipe:
+    settings = {"engine": "llama.cpp", "port": free_port(), "concurrency": [2], "input_tokens": 300, "output_tokens": 6}
+    return Recipe.model_validate({"bench": settings | bench})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, tokenizer = tmp_path_factory.mktemp("models"), byte_level_tokenizer()
+    base = root / "base"
+    tiny_model("llama", len(LETTERS), vocab_size=257).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_boosted(boosted(LETTERS, vocab_size=257), tokenizer, PLAN, root / "healed", recipe_yaml="schema_version: 1\n")
+    return {"base": base, "healed": root / "healed"}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["base", "healed"])
+def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    asked = recipe(server_args=serving_flags(PLAN, ()), gguf_type="f32")
+    done: list[float] = []
+    with launch(name, models[name], asked, tmp_path / "bench" / "logs" / f"{name}.log") as running:
+        answer = running.answer(LOAD, done.append)
+    assert answer.raw["completed"] == 3
+    assert answer.raw["total_output_tokens"] == sum(done) == 18
+    assert set(metrics_of(answer.raw)) == set(FROM_VLLM)
+    assert answer.metrics["peak_rss_gib"] > 0
+    plan = PLAN if name == "healed" else PLAN.model_copy(update={"layers": layer_plans("ffff")})
+    expected = kv_bytes(plan, context_tokens=2 * CELLS, slots=2, ubatch_tokens=CELLS - WINDOW)
+    assert answer.metrics["kv_used_gib"] * GIB == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.multiprocess
+def test_a_server_that_dies_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    asked = recipe(server_args=("--no-such-flag", "1"))
+    with (
+        pytest.raises(LayerboostError, match=r"llama\.cpp died while serving base") as raised,
+        launch("base", models["base"], asked, tmp_path / "bench" / "logs" / "base.log"),
+    ):
+        pass
+    assert "unrecognized arguments: --no-such-flag 1" in str(raised.value.found)
+
+
+def test_the_batch_fills_the_cells_of_the_window() -> None:
+    window = PLAN.window
+    assert window == WINDOW
+    assert serving_flags(PLAN, ()) == ("--ubatch-size", str(CELLS - WINDOW))
+    assert serving_flags(PLAN, ("-ub", "64")) == ()
+    all_full = PLAN.model_copy(update={"layers": layer_plans("ffff")})
+    assert serving_flags(all_full, ()) == ()
+
+
+def test_a_directory_is_exported_and_served(models: dict[str, Path]) -> None:
+    port = free_port()
+    argv, _ = serve_command(models["healed"], port, ("--ctx-size", "512"))
+    file = models["healed"].with_name("healed-f16.gguf")
+    assert file.is_file()
+    made = file.stat().st_mtime_ns
+    assert argv[-8:] == [
+        *("--model", str(file), "--ubatch-size", str(CELLS - WINDOW), "--port", str(port), "--ctx-size", "512")
+    ]
+    assert serve_command(file, port, ("--ctx-size", "512"))[0] == argv
+    assert file.stat().st_mtime_ns == made
+
+
+def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> None:
+    argv, _ = serve_command(models["base"], free_port(), ())
+    assert "--ubatch-size" not in argv
+    assert b"general.architecture" in (content := models["base"].with_name("base-f16.gguf").read_bytes())[:200]
+    assert b"granite_swa" not in content[:400]
+
+
+@pytest.mark.parametrize(
+    ("bench", "message"),
+    [
+        ({"shared_prefix_tokens": 64}, "does not share a prefix between its slots"),
+        ({"server_args": ["-np", "4"]}, "bench.server_args may not have -np"),
+    ],
+)
+def test_what_a_benchmark_cannot_use_is_refused(bench: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(recipe(**bench).bench, ())
+
+
+def test_the_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("layerboost.engines.llama_cpp.shutil.which", lambda _: None)
+    monkeypatch.setattr("layerboost.engines.llama_cpp.importlib.metadata.version", missing)
+    with pytest.raises(ConfigError, match=r"llama\.cpp is not installed"):
+        check(Bench(), ())
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("no model")
+    with pytest.raises(ConfigError, match="is not a GGUF file"):
+        serve_command(tmp_path / "x.gguf", free_port(), ())
+
+
+def test_flags_become_parameters() -> None:
+    found = parameters(["-m", "x.gguf", "-c", "1024", "-np", "2", "-ub", "64", "-t", "1", "-ctk", "f32", "-fa", "off"])
+    assert (found.model.path, found.n_ctx, found.n_parallel, found.n_ubatch) == ("x.gguf", 1024, 2, 64)
+    assert (found.cpuparams.n_threads, found.port, found.hostnames) == (1, 8080, ["127.0.0.1"])
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [({"vllm", "xllamacpp"}, "vllm"), ({"xllamacpp"}, "llama.cpp"), (set(), "transformers")]
+)
+def test_auto_is_the_first_that_is_installed(there: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.engines.shutil.which", lambda _: None)
+    monkeypatch.setattr("layerboost.engines.importlib.util.find_spec", lambda name: name if name in there else None)
+    assert expected == open_engine("auto").NAME
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no engine is called tgi"):
+        open_engine("tgi")
