@@ -219,17 +219,19 @@ def serve(model: Path, port: int, engine: str, extra: tuple[str, ...]) -> None:
 
 @_command(
     "layerboost costs runs/qwen3/base --out costs.json",
-    "layerboost costs Qwen/Qwen3-4B --out costs.json --cache-gib 8",
+    "layerboost costs runs/llama/base --out laptop.json --engine llama.cpp --type q8_0",
 )
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("costs.json"), show_default=True)
-@click.option("--cache-gib", default=1.5, show_default=True, help="KV cache of the engines that are timed.")
+@click.option("--cache-gib", default=1.5, show_default=True, help="vLLM: KV cache of the engines that are timed.")
+@click.option("--engine", default="auto", metavar="NAME", help="vllm or llama.cpp; default: the first installed.")
+@click.option("--type", "kind", default="f16", show_default=True, help="llama.cpp: type of the GGUF files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
-def costs(model: str, out: Path, cache_gib: float, as_json: bool) -> None:
-    """Measure this machine's rates under vLLM with MODEL, a base: plan.costs needs them to plan for time."""
+def costs(model: str, out: Path, cache_gib: float, engine: str, kind: str, as_json: bool) -> None:
+    """Measure this machine's rates under a real engine with MODEL, a base: plan.costs needs them to plan for time."""
     from layerboost.benching.costs import run_costs
 
-    show(run_costs(model, out, cache_gib), as_json, tables.costs_rows)
+    show(run_costs(model, out, cache_gib, engine, kind), as_json, tables.costs_rows)
 
 
 @_command(

@@ -152,5 +152,9 @@ def costs_rows(costs: dict[str, Any]) -> Rows:
     for plan in costs["plans"]:
         for fits in plan["memory"]:
             what = f"requests of {fits['context_tokens']:,} by {fits['max_batched_tokens']:,}"
-            rows.append(row(plan["plan"], what, fits["concurrency"], fits["concurrency_predicted"]))
+            if "concurrency" in fits:
+                rows.append(row(plan["plan"], what, fits["concurrency"], fits["concurrency_predicted"]))
+            else:
+                held = fits["kv_bytes"] / 2**20, fits["kv_bytes_predicted"] / 2**20
+                rows.append(row(plan["plan"], f"{fits['slots']} {what}, MiB of KV", *held))
     return [["plan", "what", "measured", "predicted", "off"], *rows]

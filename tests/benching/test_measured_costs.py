@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import info, layer_plans, save_tiny
+import torch
+from tiny import byte_level_tokenizer, info, layer_plans, save_tiny, tiny_model
 
 from layerboost.benching.costs import BATCHES, LOADS, Timed, fit, plans, run_costs
 from layerboost.costs.budget import Costs, Rates, decode_work, prefill_work, read_costs
 from layerboost.errors import ConfigError
+from layerboost.model.base import find_model
+from layerboost.runtime import Runtime
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
@@ -82,3 +85,34 @@ def test_rates_of_a_disturbed_machine_are_used_with_a_warning(tmp_path: Path, ca
     write_json(tmp_path / "costs.json", Costs(disturbed="other processes used 1.0 of 2 cores", rates=RATES))
     assert read_costs(tmp_path / "costs.json", info(4)) == RATES
     assert "measured on a disturbed machine (other processes used 1.0 of 2 cores)" in caplog.text
+
+
+@pytest.mark.multiprocess
+def test_rates_under_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    monkeypatch.setattr("layerboost.benching.costs.LLAMA_LOADS", ((1, 40), (2, 300)))
+    model = tmp_path / "model"
+    tiny_model("llama", 4, vocab_size=257, max_position_embeddings=4096).save_pretrained(model)
+    byte_level_tokenizer().save_pretrained(model)
+    found = run_costs(str(model), tmp_path / "costs.json", 1.0, "llama.cpp")
+    assert (
+        read_costs(
+            tmp_path / "costs.json", find_model(str(model), Runtime(torch.device("cpu"), torch.float32)).info
+        ).milliseconds(np.ones(6))
+        > 0
+    )
+    for plan in found["plans"]:
+        for row in plan["memory"]:
+            assert row["kv_bytes"] == pytest.approx(row["kv_bytes_predicted"], rel=0.02)
+    header, *rows = costs_rows(found)
+    assert {row[1] for row in rows if "MiB" in row[1]} == {
+        *("1 requests of 256 by 512, MiB of KV", "2 requests of 512 by 512, MiB of KV"),
+        *("1 requests of 256 by 192, MiB of KV", "2 requests of 512 by 192, MiB of KV"),
+        *("1 requests of 256 by 128, MiB of KV", "2 requests of 512 by 128, MiB of KV"),
+    }
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_transformers_has_no_rates(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rates are of a server"):
+        run_costs(str(tmp_path), tmp_path / "costs.json", 1.0, "transformers")

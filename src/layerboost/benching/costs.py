@@ -1,7 +1,7 @@
-"""costs: this machine's rates, from vLLM's own times of four plans of one model → costs.json, for `plan.costs`.
+"""costs: this machine's rates, from an engine's own times of several plans of one model → costs.json, for `plan.costs`.
 
-Each plan is served by the real engine. Its KV cache as vLLM reports it, and the memory that requests hold while they
-decode, are compared with `costs/memory.py`; the times of prefill and decoding steps with the linear model of
+Each plan is served by the real engine. Its KV cache as the engine reports it, and in vLLM the memory that requests hold
+while they decode, are compared with what is computed; the times of prefill and decoding steps with the linear model of
 `costs/budget.py`, fitted to the other plans only. `costs.json` holds the rates fitted to all plans.
 """
 
@@ -24,25 +24,30 @@ from scipy.optimize import nnls
 from layerboost.benching.processors import Processors
 from layerboost.costs.budget import Costs, Rates, decode_work, prefill_work
 from layerboost.costs.memory import admission_bytes, block_bytes, resident_bytes
+from layerboost.engines import llama_cpp, open_engine
+from layerboost.engines.protocol import Load
 from layerboost.engines.vllm import cache_defaults, check_vllm, runs_on_cpu
 from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
 from layerboost.model.base import Base, find_model
-from layerboost.model.checkpoint import plan_in
+from layerboost.model.checkpoint import plan_in, save_boosted
 from layerboost.model.surgery import apply_plan, check_plan
+from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, Runtime, clean_environment, cores, log, machine
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.benchmark import disturbance
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 CONTEXTS = (1024, 2048)
 # Of --max-num-batched-tokens; decoding is timed at one of them.
 BATCHES = (64, 256, 1024)
 DECODE_BATCH = 256
 PROMPT_TOKENS = 1024
-# Concurrent requests, and tokens per request.
+# Concurrent requests, and tokens per request: on a server, and on a laptop.
 LOADS = ((1, 64), (1, 1000), (32, 120), (12, 800))
+LLAMA_LOADS = ((1, 64), (1, 1000), (1, 2000), (4, 500))
+LLAMA_STEPS, LLAMA_REPEATS = 24, 3
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,21 @@ class Timed:
     ms: float
 
 
-def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
+def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kind: str = "f16") -> dict[str, Any]:
     """Measure the rates with MODEL, a base, and write them to `out`; return the measurements that they are fitted to.
 
-    Raise ConfigError before anything is served if vLLM is missing or the model cannot be used, LayerboostError if the
-    engine fails.
+    `engine`: vllm, llama.cpp, or the first installed; `kind`: the GGUF type for llama.cpp. Raise ConfigError before
+    anything is served if the engine is missing or the model cannot be used, LayerboostError if the engine fails.
     """
     clean_environment()
     if not 0 < cache_gib < math.inf:
         raise ConfigError(f"--cache-gib {cache_gib} is not a valid size", do="give a positive number of GiB")
-    version, on_cpu = check_vllm(), runs_on_cpu()
+    name = open_engine(engine).NAME
+    if name == "transformers":
+        raise ConfigError("rates are of a server", found="--engine transformers", do="install vLLM or xllamacpp")
+    on_llama = name == "llama.cpp"
+    version = llama_cpp.version() if on_llama else check_vllm()
+    on_cpu = on_llama or runs_on_cpu()
     base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
     config, info = base.config, base.info
     base.check()
@@ -82,10 +92,14 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
             do="measure with a larger model, or write the rates yourself: docs/reference/plan.md",
         )
     chosen = plans(info.layers)
+    if on_llama:
+        # A layer without attention is a sliding one in llama.cpp, and takes its time.
+        chosen = {name: layers for name, layers in chosen.items() if all(e.strategy.keeps_weights for e in layers)}
+        chosen["sliding 128"] = _plan(info.layers, 0, 0, 128)
     for layers in chosen.values():
         check_plan(config, layers)
     processors = Processors()
-    measured, timed = measure(base, chosen, int(cache_gib * GIB))
+    measured, timed = measure_llama(base, chosen, kind) if on_llama else measure(base, chosen, int(cache_gib * GIB))
     if disturbed := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):
         log.warning("disturbed (%s): the rates may be too low; measure again on a free machine", disturbed)
     rates, timing = fit(timed), []
@@ -94,7 +108,7 @@ def run_costs(model: str, out: Path, cache_gib: float) -> dict[str, Any]:
         timing.append({"plan": row.plan, "what": row.what, "ms": round(row.ms, 2), "predicted_ms": round(predicted, 2)})
     write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
     log.info("wrote %s", out)
-    return {"machine": machine(), "vllm": version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
+    return {"machine": machine(), name: version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
 
 
 def _check_writable(out: Path) -> None:
@@ -162,6 +176,46 @@ def measure(
                     entry["decode"].append(row)
                 del engine
                 log.info("%s, %d batched tokens: %.0f s", name, size, time.monotonic() - clock)
+        measured.append(entry)
+    return measured, timed
+
+
+def measure_llama(
+    base: Base, chosen: dict[str, list[LayerPlan]], kind: str
+) -> tuple[list[dict[str, Any]], list[Timed]]:
+    """Serve every plan with llama.cpp at several loads, as `measure` does with vLLM."""
+    info = base.info
+    measured, timed = [], []
+    for name, layers in chosen.items():
+        plan = PlanFile(model=info, method="by hand", layers=layers)
+        flags = llama_cpp.serving_flags(plan, ())
+        ubatch = int(flags[1]) if flags else llama_cpp.UBATCH_DEFAULT
+        entry: dict[str, Any] = {"plan": name, "layers": dict(Counter(e.attention for e in layers)), "memory": []}
+        with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as scratch:
+            folder = Path(scratch) / "model"
+            # The sinks are zero, which does not change the time.
+            save_boosted(apply_plan(base.load(), layers), base.tokenizer, plan, folder, recipe_yaml="")
+            for requests, tokens in LLAMA_LOADS:
+                bench = Bench(concurrency=(requests,), input_tokens=tokens, output_tokens=LLAMA_STEPS)
+                recipe = Recipe(bench=bench.model_copy(update={"gguf_type": kind, "server_args": flags}))
+                log_file = Path(scratch) / "bench" / "logs" / "server.log"
+                with llama_cpp.launch(name, folder, recipe, log_file) as running:
+                    loads = [Load(requests, requests, 0, tokens, LLAMA_STEPS, seed) for seed in range(LLAMA_REPEATS)]
+                    answers = [running.answer(load, lambda _: None) for load in loads]
+                slot = math.ceil((tokens + LLAMA_STEPS) / llama_cpp.CELLS) * llama_cpp.CELLS
+                predicted = llama_cpp.kv_bytes(plan, slot, requests, ubatch)
+                row = {"context_tokens": slot, "max_batched_tokens": ubatch, "slots": requests}
+                row["kv_bytes"] = round(answers[0].metrics["kv_used_gib"] * GIB)
+                entry["memory"].append(row | {"kv_bytes_predicted": predicted})
+                length = tokens + LLAMA_STEPS // 2
+                ms = min(answer.raw["median_itl_ms"] for answer in answers)
+                work = decode_work(info, layers, requests, length)
+                timed.append(Timed(name, f"decode, {requests} x {length}", work, ms))
+                if requests == 1:
+                    ms = min(answer.raw["median_ttft_ms"] for answer in answers)
+                    work = prefill_work(info, layers, tokens, ubatch)
+                    timed.append(Timed(name, f"prefill of {tokens} by {ubatch}", work, ms))
+        log.info("timed %s", name)
         measured.append(entry)
     return measured, timed
 

@@ -35,6 +35,7 @@ CELLS = 256
 # Flags that a benchmark sets itself, with their short names.
 RESERVED = ("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t")
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
+UBATCH_DEFAULT = 512
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
