@@ -1,0 +1,154 @@
+"""The scan of KV heads against the exact sweep, and whether its interactions predict whole plans.
+
+    python benchmarks/scan.py RUN [--draws 8] [--scan-tokens 16384] [--plans 50] [--full 24]
+
+RUN holds a sensitivity.json with exact scores of KV heads (measure.unit kv_head) at one window, and its recipe. Prints
+JSON:
+
+- `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
+- `plans`: of random plans with `--full` full KV heads, measured on the scan's text: rank correlation and ratio of each
+  prediction (sums of exact scores; the scan's quadratic form; sums plus its interactions, `mixed`);
+- `chosen`: the plan that each way chooses, measured on text that nothing was chosen on. `mixed` is a local search by
+  swaps, with the interactions shrunk by the factor in its name.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timing
+import torch
+from scipy.stats import spearmanr
+
+from layerboost.measuring.scan import scan
+from layerboost.measuring.sweep import head_candidates
+from layerboost.model.base import open_base
+from layerboost.model.sinks import calibrate_sinks
+from layerboost.model.stream import LayerStream
+from layerboost.probes.probe import TextProbe
+from layerboost.recipe import load_recipe
+from layerboost.runtime import start_runtime
+from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
+from layerboost.text import load_tokens
+
+UNSEEN_TOKENS = 8192
+
+
+def plan_of(sensitivity: Sensitivity, sites: Sequence[LayerPlan], full: frozenset[int]) -> list[LayerPlan]:
+    """The plan in which the sites `full` keep full attention and all others have the window."""
+    heads = sensitivity.model.kv_heads
+    layers = []
+    for layer in range(sensitivity.model.layers):
+        own = [index for index, site in enumerate(sites) if site.layer == layer]
+        kept = tuple(
+            sorted(
+                head for index in own if index in full for head in set(range(heads)) - set(sites[index].full_kv_heads)
+            )
+        )
+        if len(kept) == heads:
+            layers.append(LayerPlan(layer=layer, attention="full"))
+        else:
+            layers.append(sites[own[0]].model_copy(update={"full_kv_heads": kept}))
+    return layers
+
+
+def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
+    """The best set that single swaps reach from `start`."""
+    best, least = start, loss(start)
+    while True:
+        near = [best - {out} | {new} for out in best for new in range(count) if new not in best]
+        found = min(near, key=loss)
+        if (now := loss(found)) >= least - 1e-9:
+            return best
+        best, least = found, now
+
+
+def main() -> None:
+    """Print what the docstring above says."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--scan-tokens", type=int, default=16384)
+    parser.add_argument("--plans", type=int, default=50)
+    parser.add_argument("--full", type=int, default=24)
+    asked = parser.parse_args()
+    recipe = load_recipe([asked.run / "recipe.yaml"], {})
+    sensitivity, base = read_sensitivity(asked.run), open_base(recipe, asked.run, start_runtime(recipe))
+    model = base.load()
+    size, text = recipe.measure.batch_sequences, recipe.text
+    every = load_tokens(text, base.tokenizer, "calibration", asked.scan_tokens + UNSEEN_TOKENS, run=asked.run)
+    batches = list(every.batches(size))
+    own = asked.scan_tokens // (size * text.sequence_tokens)
+    seen, unseen = batches[:own], batches[own:]
+    [window] = {variant.window for entry in sensitivity.layers for variant in entry.heads}
+    sinks = calibrate_sinks(model, seen, range(sensitivity.model.layers), [window])
+    heads = sensitivity.model.kv_heads
+    sites = [site for entry in sensitivity.layers for site in head_candidates(entry.variants, entry.layer, heads, 1)]
+    exact = np.array([variant.scores["kl"].mean for entry in sensitivity.layers for variant in entry.heads])
+    clock = time.monotonic()
+    products = scan(model, seen, sites, sinks, asked.draws, recipe.seed).products.double().numpy()
+    took = time.monotonic() - clock
+    gram = products.T @ products / len(products) / 2
+    single = np.diag(gram)
+    best = lambda values: set(np.argsort(-values)[: asked.full].tolist())  # noqa: E731
+    result: dict[str, Any] = {
+        "scan_s": round(took, 1),
+        "heads": {
+            "spearman": float(spearmanr(exact, single).statistic),
+            "ratio": float((single / exact)[exact > np.median(exact)].mean()),
+            f"of_the_best_{asked.full}": len(best(exact) & best(single)),
+        },
+    }
+    count = len(sites)
+
+    def predictions(full: frozenset[int]) -> dict[str, float]:
+        windowed = np.array([index not in full for index in range(count)], dtype=float)
+        sums, scanned = float(windowed @ exact), float(windowed @ gram @ windowed)
+        between = scanned - float(windowed @ single)
+        return {"sum": sums, "scan": scanned, "mixed": sums + between, "half": sums + between / 2}
+
+    stream = LayerStream(model, sinks)
+    probe, other = TextProbe(stream, seen[:2]), TextProbe(stream, unseen)
+
+    def measured(full: frozenset[int], by: TextProbe) -> float:
+        [losses] = by.losses([plan_of(sensitivity, sites, full)])
+        return float(losses["kl"].mean())
+
+    starts = {"sum": frozenset(best(exact)), "scan_alone": frozenset(best(single))}
+    starts["mixed"] = swapped(starts["sum"], count, lambda full: predictions(full)["mixed"])
+    starts["half"] = swapped(starts["sum"], count, lambda full: predictions(full)["half"])
+    result["chosen"] = {
+        name: {"unseen_kl": measured(full, other), **predictions(full)} for name, full in starts.items()
+    }
+    print(json.dumps(result, indent=1), flush=True)
+    draw, rows = random.Random(0), []
+    for _ in range(asked.plans):
+        # From the best plan to any plan: some of its heads drawn anew.
+        kept = draw.sample(sorted(starts["sum"]), draw.randrange(asked.full + 1))
+        rest = [index for index in range(count) if index not in kept]
+        full = frozenset(kept + draw.sample(rest, asked.full - len(kept)))
+        rows.append({"measured": measured(full, probe), **predictions(full)})
+        print(json.dumps(rows[-1]), flush=True)
+    real = np.array([row["measured"] for row in rows])
+    result["plans"] = {
+        name: {
+            "spearman": float(spearmanr(real, values).statistic),
+            "ratio": float((values / real).mean()),
+            "rms_log_error": float(np.sqrt(np.mean(np.log(values / real) ** 2))),
+        }
+        for name in ("sum", "scan", "mixed", "half")
+        if len(values := np.array([row[name] for row in rows]))
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
