@@ -128,25 +128,34 @@ def main() -> None:
         name: {"unseen_kl": measured(full, other), **predictions(full)} for name, full in starts.items()
     }
     print(json.dumps(result, indent=1), flush=True)
-    draw, rows = random.Random(0), []
-    for _ in range(asked.plans):
-        # From the best plan to any plan: some of its heads drawn anew.
-        kept = draw.sample(sorted(starts["sum"]), draw.randrange(asked.full + 1))
+    best_plan = sorted(starts["sum"])
+    draws = drawn(best_plan, count, asked.plans)
+    rows = [{"measured": measured(full, probe), **predictions(full)} for full in draws]
+    result["plans"] = agreement(rows)
+    print(json.dumps(result, indent=1))
+
+
+def drawn(best: list[int], count: int, plans: int) -> list[frozenset[int]]:
+    """Random sets of as many of `count` sites as `best` has, from nearly that one to any."""
+    draw, sets = random.Random(0), []
+    for _ in range(plans):
+        kept = draw.sample(best, draw.randrange(len(best) + 1))
         rest = [index for index in range(count) if index not in kept]
-        full = frozenset(kept + draw.sample(rest, asked.full - len(kept)))
-        rows.append({"measured": measured(full, probe), **predictions(full)})
-        print(json.dumps(rows[-1]), flush=True)
-    real = np.array([row["measured"] for row in rows])
-    result["plans"] = {
-        name: {
+        sets.append(frozenset(kept + draw.sample(rest, len(best) - len(kept))))
+    return sets
+
+
+def agreement(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Rank correlation, mean ratio and root mean square logarithmic error of each prediction against `measured`."""
+    real, found = np.array([row["measured"] for row in rows]), {}
+    for name in rows[0].keys() - {"measured"}:
+        values = np.array([row[name] for row in rows])
+        found[name] = {
             "spearman": float(spearmanr(real, values).statistic),
             "ratio": float((values / real).mean()),
             "rms_log_error": float(np.sqrt(np.mean(np.log(values / real) ** 2))),
         }
-        for name in ("sum", "scan", "mixed", "half")
-        if len(values := np.array([row[name] for row in rows]))
-    }
-    print(json.dumps(result, indent=1))
+    return found
 
 
 if __name__ == "__main__":
