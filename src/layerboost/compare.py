@@ -17,8 +17,8 @@ from layerboost.evaluating.results import read_result
 from layerboost.evaluating.stage import run_evaluate
 from layerboost.evaluating.statistics import difference
 from layerboost.files import write_text
+from layerboost.healing.data import batch_of_process
 from layerboost.healing.least_squares import check_fit
-from layerboost.healing.training import batch_of_process
 from layerboost.measuring.stage import run_measure
 from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.surgery import check_plan

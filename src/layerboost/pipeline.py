@@ -121,7 +121,7 @@ def run_all(recipe: Recipe, run: Path) -> Any:
 
     After a missed gate, skip the benchmark, write the report and raise GateMissed.
     """
-    from layerboost.healing.training import batch_of_process
+    from layerboost.healing.data import batch_of_process
 
     only_one_process("run")
     if not finished(recipe, run):

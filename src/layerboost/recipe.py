@@ -43,6 +43,16 @@ def _full_sources(given: Sources) -> Sources:
 
 # A task is a name of lm-eval's or a file; a directory may have the name of a task.
 Task = Annotated[str, AfterValidator(lambda name: _full_path(name) if name.endswith(".yaml") else name)]
+
+
+def _lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    if any(max(lengths) % length for length in lengths):
+        raise ValueError("each length must divide the longest")
+    return lengths
+
+
+# Lengths of sequences that are cut from the longest.
+Lengths = Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1), AfterValidator(_lengths)]
 # Names of extra models, and their directories.
 Checkpoints = dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], OnDisk]
 EngineName = Literal["auto", "vllm", "llama.cpp", "transformers"]
@@ -170,6 +180,11 @@ class Heal(Section):
         None,
         description="linear layers that stage 2 adapts, from the first changed layer up; default: v and o of changed "
         "layers, and the MLPs",
+    )
+    sequence_tokens: Lengths | None = Field(
+        None,
+        description="lengths of sequences, each for an equal part of the text; batch_sequences counts those of the "
+        "first; default: text.sequence_tokens alone",
     )
     retrieval_share: float = Field(
         0.0, ge=0, le=1, description="fraction of sequences that state and later ask for facts"

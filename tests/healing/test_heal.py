@@ -122,7 +122,8 @@ def test_what_release_0_1_healed_stands_and_what_it_left_half_done_is_refused(co
     before = (healed / "model.safetensors").stat().st_mtime_ns
     for file in (healed / "heal.json", run / "heal" / "heal.json"):
         identity = json.loads(file.read_text())
-        del identity["heal"]["fit_tokens"], identity["heal"]["attention_repeats"]
+        for added in ("fit_tokens", "attention_repeats", "sequence_tokens"):
+            del identity["heal"][added]
         identity["heal"]["hidden_weight"] = 0.0
         file.write_text(json.dumps(identity))
     run_stage("heal", recipe, run)
@@ -169,6 +170,8 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
     [
         ({"tokens": 0, "attention_tokens": 0, "fit_tokens": 0}, "nothing to train"),
         ({"fit_tokens": 95}, "the fit needs one sequence and another to judge it"),
+        ({"fit_tokens": 96, "sequence_tokens": (16, 64)}, "the fit needs one sequence and another to judge it"),
+        ({"fit_tokens": 0, "sequence_tokens": (48, 9600)}, "within the model's context"),
         ({"fit_tokens": 96, "shard": True}, "processes of torchrun"),
         ({"fit_tokens": 10**7}, "train text is too short"),
         ({"tokens": 10**7}, "train text is too short"),
@@ -220,10 +223,20 @@ def check_same_healing(run: Path, other: Path) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (4, False), (1, True), (4, True)])
-def test_two_processes_give_what_one_gives(converted: Path, tmp_path: Path, accumulation: int, shard: bool) -> None:
+@pytest.mark.parametrize(
+    ("accumulation", "shard", "lengths"),
+    [(1, False, (16, 48)), (4, False, None), (1, True, None), (4, True, (16, 48))],
+)
+def test_two_processes_give_what_one_gives(
+    converted: Path, tmp_path: Path, accumulation: int, shard: bool, lengths: tuple[int, ...] | None
+) -> None:
     recipe = recipe_of(
-        converted, gradient_accumulation=accumulation, lr=1e-3, fit_tokens=0 if shard else 4800, attention_repeats=2
+        converted,
+        gradient_accumulation=accumulation,
+        lr=1e-3,
+        fit_tokens=0 if shard else 4800,
+        attention_repeats=2,
+        sequence_tokens=lengths,
     )
     alone, together = copy_of(converted, tmp_path / "alone"), copy_of(converted, tmp_path / "together")
     run_stage("heal", recipe, alone)

@@ -47,7 +47,7 @@ def test_a_fit_brings_every_sliding_layer_nearer_to_the_base(model_type: str) ->
     other = torch.randint(3, 20, (8, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = local.layer_losses(other)
-        found = fit_outputs(local, IDS, TOKENS)
+        found = fit_outputs(local, list(IDS), TOKENS)
         put(local, found)
         after = local.layer_losses(other)
     sliding = {entry.layer for entry in local.changed if entry.attention == "sliding"}
@@ -71,29 +71,45 @@ def test_the_base_keeps_its_weights_and_adapters_sit_on_the_fitted_ones() -> Non
 
 def test_passes_of_few_layers_give_what_one_pass_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     local = made("sSsns")
-    at_once = fit_outputs(local, IDS, TOKENS)
+    at_once = fit_outputs(local, list(IDS), TOKENS)
     monkeypatch.setattr(least_squares, "MOST_BYTES", 1)
-    one_by_one = fit_outputs(local, IDS, TOKENS)
+    one_by_one = fit_outputs(local, list(IDS), TOKENS)
     assert at_once.keys() == one_by_one.keys()
     assert all(torch.equal(value, one_by_one[layer]) for layer, value in at_once.items())
 
 
 def test_a_window_that_cuts_nothing_off_leaves_the_layer_alone() -> None:
     local = made("sfs")
-    assert fit_outputs(local, IDS[:, :8], 8 * 30) == {}
+    assert fit_outputs(local, list(IDS[:, :8]), 8 * 30) == {}
 
 
 def test_a_sequence_cut_short_neither_fits_nor_judges() -> None:
     local = made("sfs")
-    whole = fit_outputs(local, IDS, 29 * LENGTH)
+    whole = fit_outputs(local, list(IDS), 29 * LENGTH)
     assert whole
-    cut = fit_outputs(local, IDS, 29 * LENGTH + 3)
+    cut = fit_outputs(local, list(IDS), 29 * LENGTH + 3)
     assert all(torch.equal(weight, cut[layer]) for layer, weight in whole.items())
+
+
+def test_of_several_lengths_the_last_fifth_of_the_tokens_is_held_out() -> None:
+    local = made("sfs")
+    sequences = [*IDS[:8], IDS[8:10].flatten()]
+    found = fit_outputs(local, [*sequences, IDS[10]], 10 * LENGTH + 7)
+    assert found.keys() == {0, 2}
+    sums = {layer: [Sums.zeros(projection_of(local, layer)) for _ in range(2)] for layer in found}
+    with torch.no_grad():
+        for ids in sequences:
+            for layer, inputs, error in least_squares._errors(local, [local.changed[0], local.changed[-1]], ids[None]):
+                sums[layer][len(ids) > LENGTH].add(inputs, error)
+    for layer, (seen, unseen) in sums.items():
+        ridge = min(least_squares.RIDGES, key=lambda ridge: unseen.remaining(seen.solve(ridge)))
+        expected = projection_of(local, layer).weight + (seen + unseen).solve(ridge).float()
+        torch.testing.assert_close(found[layer], expected)
 
 
 def test_a_fit_of_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     local = made("sfs")
-    fit_stage(local, IDS[:, :8], 8 * 30, tmp_path, lambda: {"validation_kl": 1.0})
+    fit_stage(local, list(IDS[:, :8]), 8 * 30, tmp_path, lambda: {"validation_kl": 1.0})
     assert "no output projection is fitted" in caplog.text
 
 
@@ -103,13 +119,13 @@ def test_a_fit_that_is_no_better_is_dropped_and_a_finished_one_is_loaded(
     kls = iter([1.0, 2.0])
     local = made("sfs")
     before = projection_of(local, 0).weight
-    fit_stage(local, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
+    fit_stage(local, list(IDS), TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
     assert torch.equal(projection_of(local, 0).weight, before)
     assert "dropped" in caplog.text
     (tmp_path / "fit.safetensors").unlink()
     kls = iter([2.0, 1.0])
-    fit_stage(local, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
+    fit_stage(local, list(IDS), TOKENS, tmp_path, lambda: {"validation_kl": next(kls)})
     again = made("sfs")
-    fit_stage(again, IDS, TOKENS, tmp_path, lambda: {"validation_kl": next(iter([]))})
+    fit_stage(again, list(IDS), TOKENS, tmp_path, lambda: {"validation_kl": next(iter([]))})
     assert not torch.equal(projection_of(again, 0).weight, before)
     assert torch.equal(projection_of(again, 0).weight, projection_of(local, 0).weight)

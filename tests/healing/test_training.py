@@ -16,15 +16,12 @@ from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
 
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.healing.data import cut
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
 from layerboost.healing.training import (
-    Data,
     Validate,
-    batch_of_process,
-    cached_batches,
     check_report_to,
     checkpoints_in,
-    stretch_steps,
     train_stage,
 )
 from layerboost.recipe import Heal
@@ -60,7 +57,7 @@ def unchanged() -> dict[str, float]:
 
 def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
     settings = SETTINGS.model_copy(update={"lr": lr, "attention_lr": lr})
-    train_stage(name, made, IDS, tokens, settings, folder, validation(made))
+    train_stage(name, made, list(IDS), tokens, settings, folder, validation(made))
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:
@@ -92,6 +89,13 @@ def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
     assert sum(end.values()) < 0.8 * sum(start.values())
 
 
+class Uncached(AttentionDistiller):
+    def forward(
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: object = None
+    ) -> torch.Tensor:
+        return super().forward(input_ids, weights)
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
     settings = SETTINGS.model_copy(
@@ -103,60 +107,21 @@ def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: in
         }
     )
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
-    for size in (0, cached_batches(settings, 24)):
+    for kind in (AttentionDistiller, Uncached):
         student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
         teacher.model.register_forward_hook(lambda *_: runs.append(1))
-        made = AttentionDistiller(student, teacher, layer_plans("fSns", 8), cache_size=size)
-        folder = tmp_path / str(size)
+        made = kind(student, teacher, layer_plans("fSns", 8))
+        folder = tmp_path / kind.__name__
         folder.mkdir()
-        train_stage("attention", made, IDS, tokens, settings, folder, unchanged)
+        train_stage("attention", made, list(IDS), tokens, settings, folder, unchanged)
         rows = read_metrics(folder / "metrics.jsonl")
         assert rows[-1].tokens == tokens
         assert max(line.step for line in rows) == 30
         ends.append([line.loss for line in rows if line.loss is not None])
     assert ends[0] == ends[1]
     assert len(runs) == (3 + 1) * 10 * accumulation
-
-
-def test_repeats_come_a_stretch_at_a_time() -> None:
-    settings, ids = Heal(batch_sequences=1), torch.arange(5 * 1024).view(5, 1024)
-    data = Data(ids, ids.numel(), settings, repeats=2)
-    assert data.order.tolist() == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]
-    numbers = [batch["number"].item() for step in range(1, 11) for batch in data.batches(step, ids.device)]
-    assert numbers == data.order.tolist()
-    assert [data.seen(step) for step in (0, 4, 10)] == [0, 2048, 5 * 1024]
-    assert stretch_steps(Heal(batch_sequences=1), 256) == 8
-    assert stretch_steps(Heal(batch_sequences=1, gradient_accumulation=8), 2048) == 1
-    assert cached_batches(Heal(gradient_accumulation=8, attention_repeats=2), 2048) == 8
-    assert cached_batches(Heal(), 2048) == 0
-
-
-def test_the_exact_count_of_tokens_is_trained_on() -> None:
-    ids = torch.arange(5 * 10).view(5, 10)
-    data = Data(ids, 43, Heal(batch_sequences=2, gradient_accumulation=2))
-    assert data.steps == 2
-    steps = [data.batches(step, ids.device) for step in (1, 2)]
-    assert [len(batches) for batches in steps] == [2, 2]
-    weights = torch.cat([batch["weights"] for batches in steps for batch in batches])
-    assert torch.equal(weights[:4], torch.full((4, 10), 2 / 40))
-    assert torch.equal(weights[4, :3], torch.full((3,), 2 / 3))
-    assert weights[4, 3:].sum() == weights[5:].sum() == 0
-    assert torch.equal(torch.cat([batch["input_ids"] for batches in steps for batch in batches])[:5], ids)
-
-
-def test_processes_share_a_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each batch of a step goes to one of them, whichever of the two is cut."""
-    ids = torch.arange(16).view(16, 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for batch, accumulation in ((2, 2), (4, 1)):
-        seen = []
-        for rank in ("0", "1"):
-            monkeypatch.setenv("RANK", rank)
-            data = Data(ids, 16, Heal(batch_sequences=batch, gradient_accumulation=accumulation))
-            seen += [own["input_ids"].flatten().tolist() for own in data.batches(2, ids.device)]
-        assert seen == [[4, 5], [6, 7]]
 
 
 def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
@@ -166,7 +131,7 @@ def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
         ids[5, 3:] = tail
         made = distiller()
         (tmp_path / name).mkdir()
-        train_stage("lora", made, ids, 5 * 24 + 3, SETTINGS, tmp_path / name, validation(made))
+        train_stage("lora", made, list(ids), 5 * 24 + 3, SETTINGS, tmp_path / name, validation(made))
         ends.append(made.trained_state())
         assert read_metrics(tmp_path / name / "metrics.jsonl")[-1].tokens == 123
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
@@ -180,20 +145,12 @@ def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
         settings = SETTINGS.model_copy(update=cut)
         folder = tmp_path / str(batch)
         folder.mkdir()
-        train_stage("lora", made, IDS[:10], 230, settings, folder, validation(made))
+        train_stage("lora", made, list(IDS[:10]), 230, settings, folder, validation(made))
         losses = [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
         ends.append((losses, made))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
     for name, value in ends[0][1].trained_state().items():
         torch.testing.assert_close(ends[1][1].trained_state()[name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_a_step_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert batch_of_process(Heal(batch_sequences=3, gradient_accumulation=4)) == (3, 2)
-    assert batch_of_process(Heal(batch_sequences=4, gradient_accumulation=3)) == (2, 3)
-    with pytest.raises(ConfigError, match="among 2 processes"):
-        batch_of_process(Heal(batch_sequences=3, gradient_accumulation=1))
 
 
 def test_the_best_step_is_kept(tmp_path: Path) -> None:
@@ -203,7 +160,7 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
         seen.append({name: value.clone() for name, value in made.trained_state().items()})
         return {"validation_kl": [5.0, 3.0, 4.0, float("nan"), 3.5][len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, validate)
+    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, validate)
     assert len(seen) == 5
     assert all(torch.equal(value, seen[1][name]) for name, value in made.trained_state().items())
     kept = load_file(tmp_path / "lora.safetensors")
@@ -218,7 +175,7 @@ def test_where_the_loss_holds_cross_entropy_the_best_step_is_judged_by_both(tmp_
         kls, nlls = [5.0, 3.0, 3.1, 3.1, 3.3], [9.0, 9.0, 7.0, 8.0, 6.0]
         return {"validation_kl": kls[len(seen) - 1], "validation_nll": nlls[len(seen) - 1]}
 
-    train_stage("lora", made, IDS, TOKENS, SETTINGS.model_copy(update={"ce_weight": 0.1}), tmp_path, validate)
+    train_stage("lora", made, list(IDS), TOKENS, SETTINGS.model_copy(update={"ce_weight": 0.1}), tmp_path, validate)
     assert all(torch.equal(value, seen[2][name]) for name, value in made.trained_state().items())
 
 
@@ -228,7 +185,7 @@ def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
     made = distiller()
     start = {name: value.clone() for name, value in made.trained_state().items()}
     values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
-    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
+    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     assert "no step of the lora stage is better on the validation text than its start" in caplog.text
     assert all(torch.equal(value, start[name]) for name, value in made.trained_state().items())
 
@@ -259,6 +216,29 @@ def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, .
     rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
     timeless = [[line.model_dump(exclude={"seconds"}) for line in run] for run in rows]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("stage", ["attention", "lora"])
+def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -> None:
+    settings = SETTINGS.model_copy(update={"batch_sequences": 1, "attention_repeats": 2, "attention_lr": 1e-3})
+    rows = cut(IDS[:4].view(2, 48), (16, 48), ())
+
+    def run() -> dict[str, torch.Tensor]:
+        made: Distiller = distiller()
+        if stage == "attention":
+            made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
+        train_stage(stage, made, rows, 90, settings, tmp_path, validation(made))
+        result: dict[str, torch.Tensor] = load_file(tmp_path / f"{stage}.safetensors")
+        return result
+
+    whole = run()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    ends = [line.tokens for line in lines if line.loss is not None]
+    assert ends == ([16, 32, 48, 90] if stage == "lora" else [8, 16, 24, 45, 53, 61, 69, 90])
+    (tmp_path / f"{stage}.safetensors").unlink()
+    checkpoints_in(tmp_path / "checkpoints" / stage)[-1].unlink()
+    assert all(torch.equal(value, whole[name]) for name, value in run().items())
+    assert [line.loss for line in read_metrics(tmp_path / "metrics.jsonl")] == [line.loss for line in lines]
 
 
 @pytest.mark.multiprocess
@@ -310,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_pa
 
 def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     made, values = distiller(), iter([5.0, math.inf, 4.0, math.nan, 3.5])
-    train_stage("lora", made, IDS, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
+    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["validation_kl"] for row in rows if "validation_kl" in row] == [5.0, None, 4.0, None, 3.5]
@@ -319,7 +299,7 @@ def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> N
 def test_no_rate_is_blamed_for_a_start_that_is_not_finite(tmp_path: Path) -> None:
     found = {"validation_kl": math.nan}
     with pytest.raises(LayerboostError, match="validation loss is nan at step 0 of the lora stage") as caught:
-        train_stage("lora", distiller(), IDS, TOKENS, SETTINGS, tmp_path, lambda: found)
+        train_stage("lora", distiller(), list(IDS), TOKENS, SETTINGS, tmp_path, lambda: found)
     assert "rate" not in str(caught.value)
     assert not (tmp_path / "lora.safetensors").exists()
 
@@ -337,7 +317,7 @@ def test_a_base_that_is_not_finite_on_a_text_is_named(tmp_path: Path, stage: str
     with torch.no_grad():
         made.teacher.get_input_embeddings().weight[199] = math.nan
     with pytest.raises(LayerboostError, match=rf"loss is nan at step 6 of the {stage} stage") as caught:
-        train_stage(stage, made, ids, TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": 1.0})
+        train_stage(stage, made, list(ids), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": 1.0})
     assert "the base is not finite on this text either: first in the embedding (token 6, id 199)" in str(caught.value)
     assert "rate" not in str(caught.value)
 

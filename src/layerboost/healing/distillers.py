@@ -27,6 +27,7 @@ from layerboost.schemas.plan import LayerPlan
 
 Checkpointing = Literal["none", "selective", "full"]
 Record = TypeVar("Record")
+Place = tuple[int, ...]
 SAVED_WIDTH = 129  # smallest inner and outer size of a matrix product to save; LoRA ranks are below it
 
 
@@ -96,13 +97,13 @@ class Distiller(nn.Module):
         output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return output
 
-    def explain_not_finite(self, ids: torch.Tensor) -> tuple[str, tuple[str, str]]:
-        """Return where the student is not finite on ids `[B, T]`; where the teacher is not, and what to do about it.
+    def explain_not_finite(self, rows: Sequence[torch.Tensor]) -> tuple[str, tuple[str, str]]:
+        """Return where the student is not finite on rows of ids; where the teacher is not, and what to do about it.
 
         Empty if all is finite.
         """
         student, teacher = (
-            next((found for row in ids if any(found := explain_not_finite(model, row))), ("", ""))
+            next((found for row in rows if any(found := explain_not_finite(model, row))), ("", ""))
             for model in (self.student, self.teacher)
         )
         return student[0], teacher
@@ -122,8 +123,7 @@ class AttentionDistiller(Distiller):
 
     A sliding layer's attention gets the input of the teacher's attention and learns its output. A layer without
     attention has only its MLP: it gets the input of the teacher's layer and learns what the layer adds to the stream.
-    One forward pass of the teacher serves all layers; the activations of the last `cache_size` numbered batches are
-    cached for repeats.
+    One forward pass of the teacher serves all layers; while a stretch of text is repeated, its activations are cached.
     """
 
     def __init__(
@@ -132,27 +132,26 @@ class AttentionDistiller(Distiller):
         teacher: PreTrainedModel,
         layers: list[LayerPlan],
         end: int | None = None,
-        cache_size: int = 0,
     ) -> None:
         super().__init__(student, teacher, layers, end)
-        self.cache_size = cache_size
-        self.cache: dict[tuple[int, ...], dict[int, ModuleCall]] = {}
+        self.cache: dict[Place, dict[int, ModuleCall]] = {}
 
     def forward(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: Place | None = None
     ) -> torch.Tensor:
         """Return the sum of `layer_losses`."""
-        return torch.stack(list(self.layer_losses(input_ids, weights, number).values())).sum()
+        return torch.stack(list(self.layer_losses(input_ids, weights, place).values())).sum()
 
     def layer_losses(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, number: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: Place | None = None
     ) -> dict[int, torch.Tensor]:
         """Return each changed layer's normalised MSE for ids and token weights `[B, T]`.
 
-        `number` `[B]`: of the sequences, the key under which the teacher's activations are cached.
+        `place`: the key under which the teacher's activations are cached; those of another stretch, its first number,
+        are dropped.
         """
         weights = self.token_weights(input_ids, weights)
-        calls = self._cached_calls(input_ids, number)
+        calls = self._cached_calls(input_ids, place)
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
@@ -160,15 +159,14 @@ class AttentionDistiller(Distiller):
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
-    def _cached_calls(self, ids: torch.Tensor, number: torch.Tensor | None) -> dict[int, ModuleCall]:
-        if number is None or not self.cache_size:
+    def _cached_calls(self, ids: torch.Tensor, place: Place | None) -> dict[int, ModuleCall]:
+        if place is None:
             return self.teacher_calls(ids, self.changed)
-        key = tuple(number.tolist())
-        if key not in self.cache:
-            while len(self.cache) >= self.cache_size:
-                del self.cache[next(iter(self.cache))]
-            self.cache[key] = self.teacher_calls(ids, self.changed)
-        return dict(self.cache[key])
+        if place not in self.cache:
+            if any(cached[0] != place[0] for cached in self.cache):
+                self.cache.clear()
+            self.cache[place] = self.teacher_calls(ids, self.changed)
+        return dict(self.cache[place])
 
     def teacher_calls(self, ids: torch.Tensor, layers: Sequence[LayerPlan]) -> dict[int, ModuleCall]:
         """Return the calls of the teacher's modules on ids `[B, T]`, by layer, in one forward pass without gradient."""

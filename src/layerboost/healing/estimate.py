@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from layerboost.healing.data import STRETCH_TOKENS, lengths_of
 from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
 from layerboost.healing.losses import CHUNK_ELEMENTS
-from layerboost.healing.training import stretch_steps
 from layerboost.model.linear import linear
 from layerboost.recipe import Recipe
 from layerboost.runtime import GIB, Runtime, world_size
@@ -49,12 +49,13 @@ def estimate_healing(
     rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
     flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
     seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit costs about one pass of the base
-    batch_tokens = recipe.heal.batch_sequences * recipe.text.sequence_tokens
+    lengths, processes = lengths_of(recipe), world_size()
+    batch_tokens = max(recipe.heal.batch_sequences * lengths[0], *lengths)
     held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
-    step_tokens = batch_tokens * recipe.heal.gradient_accumulation / world_size()
-    repeats = recipe.heal.attention_repeats > 1
-    cached_tokens = stretch_steps(recipe.heal, recipe.text.sequence_tokens) * step_tokens if repeats else 0
+    step_tokens = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation * lengths[0]
+    stretch_tokens = max(max(STRETCH_TOKENS, step_tokens) / processes, *lengths)
+    cached_tokens = stretch_tokens if recipe.heal.attention_repeats > 1 else 0
     cached = 2 * changed * cached_tokens * info.hidden_size * info.bytes_per_element
     sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
     most = max(held + logits, cached, min(sums, MOST_BYTES))

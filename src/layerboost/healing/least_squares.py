@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.healing.data import lengths_of
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.metrics import Metrics
 from layerboost.healing.training import replacing
@@ -28,7 +30,7 @@ from layerboost.schemas.plan import LayerPlan
 
 # In units of the inputs' mean square; each layer takes the best on held-out sequences.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # one sequence in five is held out
+HELD_OUT = 5  # one token in five is held out, in whole sequences
 MOST_BYTES = 2 << 30  # of sums at once: a wide model needs several passes of the base
 STAGE = "fit"
 
@@ -72,7 +74,7 @@ class Sums:
 
 def check_fit(recipe: Recipe) -> None:
     """Raise ConfigError for a fit that cannot be made."""
-    tokens, length = recipe.heal.fit_tokens, recipe.text.sequence_tokens
+    tokens, length = recipe.heal.fit_tokens, max(lengths_of(recipe))
     if 0 < tokens < 2 * length:
         raise ConfigError(
             "heal.fit_tokens are too few: the fit needs one sequence and another to judge it",
@@ -89,12 +91,13 @@ def check_fit(recipe: Recipe) -> None:
 
 def fit_stage(
     distiller: AttentionDistiller,
-    ids: torch.Tensor,
+    sequences: Sequence[torch.Tensor],
     tokens: int,
     folder: Path,
     validate: Callable[[], dict[str, float]],
 ) -> list[int]:
-    """Fit the student's output projections to the first `tokens` tokens of ids `[N, T]`; return the layers changed.
+    """Fit the student's output projections to the first `tokens` tokens of the sequences `[L]`; return the layers
+    changed.
 
     `folder/fit.safetensors` stores them; an existing fit is only loaded. One that does not lower `validation_kl` of
     `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raise
@@ -106,7 +109,7 @@ def fit_stage(
             metrics = Metrics(STAGE, folder / METRICS, after_step=-1)
             before = validate()
             metrics.write(0, 0, before)
-            fitted = fit_outputs(distiller, ids, tokens)
+            fitted = fit_outputs(distiller, sequences, tokens)
             before_fit = {layer: projection_of(distiller, layer).weight for layer in fitted}
             put(distiller, fitted)
             after = validate()
@@ -129,38 +132,41 @@ def fit_stage(
 
 
 @torch.no_grad()
-def fit_outputs(distiller: AttentionDistiller, ids: torch.Tensor, tokens: int) -> dict[int, torch.Tensor]:
-    """Return the output projection `[E, I]` of each sliding layer fitted to the first `tokens` tokens of ids `[N, T]`.
+def fit_outputs(
+    distiller: AttentionDistiller, sequences: Sequence[torch.Tensor], tokens: int
+) -> dict[int, torch.Tensor]:
+    """Return the output projection `[E, I]` of each sliding layer, fitted to the first `tokens` tokens of `sequences`.
 
     The student's attention gets the input of the base's, as in stage 1; the target is the base's output. Left out
-    are layers in which no ridge lowers the error on the held-out fifth of the sequences.
+    are layers in which no ridge lowers the error on the held-out last fifth of the tokens.
     """
     # Full sequences: a shorter last one might fit into the window, and would show nothing.
-    rows = ids.to(next(distiller.student.parameters()).device)[: tokens // ids.shape[1]]
-    fitting = len(rows) - -(-len(rows) // HELD_OUT)
+    ends = [end for end in accumulate(map(len, sequences)) if end <= tokens]
+    total, device = ends[-1], next(distiller.student.parameters()).device
     sliding = [entry for entry in distiller.changed if entry.strategy.keeps_weights]
     groups = list(_groups(distiller, sliding))
     fitted = {}
-    with Progress("fitting output projections", len(groups) * rows.numel(), "tokens") as progress:
+    with Progress("fitting output projections", len(groups) * total, "tokens") as progress:
         for group in groups:
             sums = {
                 entry.layer: tuple(Sums.zeros(projection_of(distiller, entry.layer)) for _ in range(2))
                 for entry in group
             }
-            for index, row in enumerate(rows):
-                for layer, inputs, error in _errors(distiller, group, row[None]):
-                    sums[layer][index >= fitting].add(inputs, error)
+            for row, end in zip(sequences, ends, strict=False):
+                held_out = end * HELD_OUT > total * (HELD_OUT - 1)
+                for layer, inputs, error in _errors(distiller, group, row[None].to(device)):
+                    sums[layer][held_out].add(inputs, error)
                 progress.advance(len(row))
-            for layer, (seen, held_out) in sums.items():
-                if not math.isfinite(seen.error + held_out.error):
+            for layer, (seen, unseen) in sums.items():
+                if not math.isfinite(seen.error + unseen.error):
                     raise LayerboostError(
                         f"the attention of layer {layer} is not finite on the text it is fitted to",
                         do="look for the cause in the base: `layerboost evaluate` names layer and token",
                     )
-                remaining, ridge = min((held_out.remaining(seen.solve(ridge)), ridge) for ridge in RIDGES)
+                remaining, ridge = min((unseen.remaining(seen.solve(ridge)), ridge) for ridge in RIDGES)
                 if remaining < 1:
                     weight = projection_of(distiller, layer).weight
-                    fitted[layer] = (weight.double() + (seen + held_out).solve(ridge)).to(weight.dtype)
+                    fitted[layer] = (weight.double() + (seen + unseen).solve(ridge)).to(weight.dtype)
     return fitted
 
 

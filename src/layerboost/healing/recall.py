@@ -6,6 +6,8 @@ The wording and the facts differ from those of the retrieval tests in `layerboos
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,16 +25,18 @@ NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", 
 TOKENS_PER_FACT, MOST_FACTS = 128, len(NAMES)
 
 
-def with_recall(ids: torch.Tensor, tokenizer: Any, fraction: float, seed: int) -> torch.Tensor:
-    """Return ids `[N, T]` of which a `fraction`, spread evenly, state facts and ask for them; text is truncated.
+def with_recall(sequences: Sequence[torch.Tensor], tokenizer: Any, fraction: float, seed: int) -> list[torch.Tensor]:
+    """Return the sequences `[L]`, a `fraction` of each length, spread evenly, with facts; text is truncated.
 
     One fact per 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
     sequence become one. Sequences too short for a fact stay as they are.
     """
-    result = ids.clone()
-    for row in range(len(ids)):
-        if int((row + 1) * fraction) > int(row * fraction):
-            result[row] = torch.tensor(_recall(ids[row].tolist(), tokenizer, random.Random(f"{seed} {row}")))
+    result = list(sequences)
+    seen: Counter[int] = Counter()
+    for row, ids in enumerate(sequences):
+        seen[len(ids)] += 1
+        if int(seen[len(ids)] * fraction) > int((seen[len(ids)] - 1) * fraction):
+            result[row] = torch.tensor(_recall(ids.tolist(), tokenizer, random.Random(f"{seed} {row}")))
     return result
 
 

@@ -14,19 +14,13 @@ from transformers import PreTrainedModel
 
 from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
+from layerboost.healing.data import batch_of_process, check_lengths, cut, lengths_of
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
-from layerboost.healing.training import (
-    batch_of_process,
-    cached_batches,
-    check_report_to,
-    clean_end,
-    load_result,
-    train_stage,
-)
+from layerboost.healing.training import check_report_to, clean_end, load_result, train_stage
 from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
@@ -37,7 +31,7 @@ from layerboost.runtime import Runtime, is_main_process, log, main_process_first
 from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
-from layerboost.text import Split, Tokens, check_samples, is_local, load_tokens
+from layerboost.text import check_samples, is_local, load_tokens, opening_ids
 
 VALIDATION_SEQUENCES = 8
 IDENTITY, TEXT = "heal.json", "text.json"
@@ -47,10 +41,11 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     """Raise ConfigError for settings and text that `run_heal` cannot use."""
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
-    longest = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
-    check_samples(recipe.text, longest, "train")
+    check_lengths(recipe, base.config.max_position_embeddings)
+    most = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+    check_samples(recipe.text, most, "train")
     if all(map(is_local, recipe.text.sources)):
-        load_tokens(recipe.text, base.tokenizer, "train", longest)
+        load_tokens(training_text(recipe), base.tokenizer, "train", most)
 
 
 def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
@@ -75,6 +70,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         base = open_base(recipe, run, runtime)
         write_samples(recipe, run, base)
     check_same_model(plan, base.info, run / CONVERTED / PLAN)
+    check_lengths(recipe, base.info.max_context_tokens)
     text = load_text(recipe, run, plan, base.tokenizer)
     check_same_text(run / HEAL, text)
     pair = load_pair(recipe, run, plan, base, text)
@@ -116,17 +112,18 @@ def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
 
 STAGES = ("attention", "lora")
 # Settings that older releases lack, with values that change nothing, and settings that only they have.
-ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1}, {"hidden_weight": 0.0}
+ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1, "sequence_tokens": None}, {"hidden_weight": 0.0}
 
 
 @dataclass(frozen=True)
 class HealingText:
-    """Token ids `[N, T]` of each stage, of which the first `tokens[stage]` are trained on, and for validation.
+    """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
-    `fit_tokens`: the first tokens of the attention stage, for the fit before it. `fingerprint`: of all text.
+    `fit_tokens`: the first tokens of the attention stage, for the fit before it. `validation`: ids `[N, T]`.
+    `fingerprint`: of all text.
     """
 
-    ids: dict[str, torch.Tensor]
+    sequences: dict[str, list[torch.Tensor]]
     fit_tokens: int
     tokens: dict[str, int]
     validation: torch.Tensor
@@ -135,6 +132,11 @@ class HealingText:
     @property
     def stages(self) -> list[str]:
         return [stage for stage in STAGES if self.tokens[stage]]
+
+
+def training_text(recipe: Recipe) -> Text:
+    """Return the text in sequences of healing's greatest length."""
+    return recipe.text.model_copy(update={"sequence_tokens": max(lengths_of(recipe))})
 
 
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
@@ -150,16 +152,20 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
             do="give one of the stages some tokens",
         )
 
-    def tokens_of(split: Split, count: int, seed: int = 0) -> Tokens:
-        return load_tokens(recipe.text, tokenizer, split, count, run=run, seed=seed)
-
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
     needed = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
-    train = {name: tokens_of("train", count, seeds[name]) for name, count in needed.items() if count}
-    validation = tokens_of("calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens)
-    fraction = recipe.heal.retrieval_share
+    train = {
+        name: load_tokens(training_text(recipe), tokenizer, "train", count, run=run, seed=seeds[name])
+        for name, count in needed.items()
+        if count
+    }
+    validation = load_tokens(
+        recipe.text, tokenizer, "calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens, run=run
+    )
+    opening, fraction = opening_ids(tokenizer), recipe.heal.retrieval_share
+    sequences = {name: cut(read.ids, lengths_of(recipe), opening) for name, read in train.items()}
     return HealingText(
-        ids={name: with_recall(read.ids, tokenizer, fraction, seeds[name]) for name, read in train.items()},
+        sequences={name: with_recall(each, tokenizer, fraction, seeds[name]) for name, each in sequences.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
@@ -299,7 +305,7 @@ def train(
         ce_weight=settings.ce_weight,
         checkpointing=settings.activation_checkpointing,
     )
-    local = AttentionDistiller(*models, cached_batches(settings, text.validation.shape[1]))
+    local = AttentionDistiller(*models)
     distillers = {"attention": local, "lora": logits}
     validation = Validation(logits, text.validation.to(device).split(settings.batch_sequences))
     if settings.shard:
@@ -310,10 +316,11 @@ def train(
     fitted = []
     if text.fit_tokens:
         with clean_end(folder, settings):
-            fitted = fit_stage(local, text.ids["attention"], text.fit_tokens, folder, validation.measure)
+            fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
         train_only(student, pair.adapted[stage])
-        train_stage(stage, distillers[stage], text.ids[stage], text.tokens[stage], settings, folder, validation.measure)
+        tokens, sequences = text.tokens[stage], text.sequences[stage]
+        train_stage(stage, distillers[stage], sequences, tokens, settings, folder, validation.measure)
         local.cache.clear()
     return fitted
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,30 @@ from transformers import get_scheduler
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import DISK_ERRORS, disk_error
+from layerboost.healing.data import Batch, Data
 from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import Metrics
 from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
-from layerboost.runtime import Progress, is_main_process, log, rank, world_size
+from layerboost.runtime import Progress, is_main_process, log
 from layerboost.schemas.healing import METRICS
 
-STRETCH_TOKENS = 2048
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
 KEPT_START = "no step of the %s stage is better on the validation text than its start, which is kept; lower its rate"
-Batch = dict[str, torch.Tensor]
 Validate = Callable[[], dict[str, float]]
 
 
 def train_stage(
     name: str,
     distiller: Distiller,
-    ids: torch.Tensor,
+    sequences: Sequence[torch.Tensor],
     tokens: int,
     settings: Heal,
     folder: Path,
     validate: Validate,
 ) -> None:
-    """Train a stage, `attention` or `lora`, on the first `tokens` tokens of ids `[N, T]`, in order.
+    """Train a stage, `attention` or `lora`, on the first `tokens` tokens of the sequences `[L]`, in order.
 
     Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
     `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
@@ -57,7 +56,7 @@ def train_stage(
     """
     if load_result(name, distiller, folder):
         return
-    data = Data(ids, tokens, settings, settings.attention_repeats if name == "attention" else 1)
+    data = Data(sequences, tokens, settings, settings.attention_repeats if name == "attention" else 1)
     with clean_end(folder, settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)
@@ -198,80 +197,9 @@ class _Training:
 
     def bad_loss(self, loss: float, step: int, batches: list[Batch]) -> LayerboostError:
         """Return the error for a loss that is not finite, with the place in the model unless that is sharded."""
-        ids = torch.cat([batch["input_ids"] for batch in batches])
-        places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(ids)
+        rows = [row for batch in batches for row in batch["input_ids"]]
+        places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(rows)
         return not_finite(self.name, f"loss is {loss}", step, *places)
-
-
-class Data:
-    """The rows of a stage in the order of training, in full steps.
-
-    A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
-    has them: their weights sum to the number of batches. Rows without such a token fill the last step.
-    """
-
-    def __init__(self, ids: torch.Tensor, tokens: int, settings: Heal, repeats: int = 1) -> None:
-        """Take the first `tokens` tokens of ids `[N, T]`, each stretch of them `repeats` times."""
-        length = ids.shape[1]
-        self.tokens, self.repeats = tokens, repeats
-        self.batch, self.accumulation = batch_of_process(settings)
-        self.per_step = settings.batch_sequences * settings.gradient_accumulation
-        ids = ids[: -(-tokens // length)]
-        self.ids = torch.cat([ids, ids[:1].expand(-len(ids) % self.per_step, -1)])
-        self.counts = torch.arange(self.ids.numel()).view_as(self.ids) < tokens
-        stretches = torch.arange(len(self.ids)).split(self.per_step * stretch_steps(settings, length))
-        self.order = torch.cat([stretch.repeat(repeats) for stretch in stretches])
-        self.steps = len(self.order) // self.per_step
-
-    def batches(self, step: int, device: torch.device) -> list[Batch]:
-        """Return this process's batches of a step, counted from 1: ids and weights `[B, T]`.
-
-        If text is repeated, also the `number` `[B]` of each row.
-        """
-        rows = self.order[(step - 1) * self.per_step : step * self.per_step]
-        weights = self.counts[rows] * (self.per_step // self.batch / self.counts[rows].sum())
-        batches = []
-        for own in torch.arange(self.per_step).view(self.accumulation, -1, self.batch)[:, rank()]:
-            batch = {"input_ids": self.ids[rows[own]].to(device), "weights": weights[own].to(device)}
-            batches.append(batch | ({"number": rows[own]} if self.repeats > 1 else {}))
-        return batches
-
-    def seen(self, step: int) -> int:
-        """Return the tokens of text trained on after `step` steps."""
-        return min(self.tokens, round(step * self.per_step * self.ids.shape[1] / self.repeats))
-
-
-def stretch_steps(settings: Heal, length: int) -> int:
-    """Return the steps that stage 1 repeats at a time: STRETCH_TOKENS, whose activations are cached; at least one."""
-    return max(1, STRETCH_TOKENS // (settings.batch_sequences * settings.gradient_accumulation * length))
-
-
-def cached_batches(settings: Heal, length: int) -> int:
-    """Return the batches of one process in a repeated stretch; 0 without repeats."""
-    return stretch_steps(settings, length) * batch_of_process(settings)[1] if settings.attention_repeats > 1 else 0
-
-
-def batch_of_process(settings: Heal) -> tuple[int, int]:
-    """Return the sequences per batch and batches per step of one process: a step is the same for any number of them.
-
-    Raise ConfigError if a step cannot be divided evenly, or if a model is to be sharded over one process.
-    """
-    batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
-    if settings.shard and processes == 1:
-        raise ConfigError(
-            "heal.shard divides the model among the processes of torchrun",
-            found="one process",
-            do="start `layerboost heal` with torchrun (docs/guide/gpus.md has the commands), or --set heal.shard=false",
-        )
-    if accumulation % processes == 0:
-        return batch, accumulation // processes
-    if batch % processes == 0:
-        return batch // processes, accumulation
-    raise ConfigError(
-        f"a step cannot be divided among {processes} processes",
-        found=f"heal.batch_sequences {batch}, heal.gradient_accumulation {accumulation}",
-        do=f"make one of them a multiple of {processes}",
-    )
 
 
 def load_result(name: str, distiller: Distiller, folder: Path) -> bool:
@@ -340,6 +268,7 @@ def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
 def less_memory(settings: Heal) -> str:
     """Return advice on settings with which healing takes less memory."""
     lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
+    lower = "heal.sequence_tokens" if settings.sequence_tokens else lower
     full = settings.activation_checkpointing == "full"
     checkpointing = "" if full else ", or set heal.activation_checkpointing: full"
     return f"lower {lower} (raise heal.gradient_accumulation to keep the step){checkpointing}"

@@ -1,0 +1,135 @@
+"""The sequences of a healing stage: their lengths, and their order in steps and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+
+from layerboost.errors import ConfigError
+from layerboost.recipe import Heal, Recipe
+from layerboost.runtime import rank, world_size
+
+STRETCH_TOKENS = 2048
+Batch = dict[str, Any]
+
+
+def lengths_of(recipe: Recipe) -> tuple[int, ...]:
+    """Return the lengths of healing's sequences, in tokens."""
+    return recipe.heal.sequence_tokens or (recipe.text.sequence_tokens,)
+
+
+def check_lengths(recipe: Recipe, context_tokens: int) -> None:
+    """Raise ConfigError for sequences that are longer than the model's context."""
+    if max(lengths_of(recipe)) > context_tokens:
+        raise ConfigError(
+            "heal.sequence_tokens (by default text.sequence_tokens) must be within the model's context",
+            found=f"{max(lengths_of(recipe)):,} tokens, a context of {context_tokens:,}",
+        )
+
+
+def cut(ids: torch.Tensor, lengths: Sequence[int], opening: Sequence[int]) -> list[torch.Tensor]:
+    """Return packed ids `[N, T]` as sequences `[L]`: the first row cut to the first length, the next to the next.
+
+    Each length divides T, so all get the same number of tokens. A sequence that starts within a row begins with
+    `opening`, in place of its first tokens.
+    """
+    sequences: list[torch.Tensor] = []
+    for index, row in enumerate(ids):
+        parts = row.clone().view(-1, lengths[index % len(lengths)])
+        parts[1:, : len(opening)] = row.new_tensor(opening)
+        sequences += parts
+    return sequences
+
+
+class Data:
+    """The sequences of a stage in the order of training, in steps of a fixed number of tokens, or of one longer one.
+
+    A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
+    has them: their weights sum to the number of batches.
+    """
+
+    def __init__(self, sequences: Sequence[torch.Tensor], tokens: int, settings: Heal, repeats: int = 1) -> None:
+        """Take the first `tokens` tokens of the sequences `[L]`, each stretch of them `repeats` times.
+
+        A batch and a step hold as many tokens as `settings` give them of sequences as long as the first.
+        """
+        length = len(sequences[0])
+        self.tokens, self.repeats = tokens, repeats
+        self.batch_tokens = batch_of_process(settings)[0] * length
+        ends = accumulate(map(len, sequences))
+        counts = (len(ids) + min(0, tokens - end) for ids, end in zip(sequences, ends, strict=True))
+        self.counts = [count for count in counts if count > 0]
+        self.sequences = sequences[: len(self.counts)]
+        sizes = [len(ids) for ids in self.sequences]
+        steps = grouped(sizes, settings.batch_sequences * settings.gradient_accumulation * length)
+        stretches = grouped([sum(sizes[row] for row in step) for step in steps], STRETCH_TOKENS)
+        # The rows of each step, with the number of its stretch.
+        self.order = [(number, steps[index]) for number, each in enumerate(stretches) for index in each * repeats]
+        self.steps = len(self.order)
+        self.ends = [0, *accumulate(sum(self.counts[row] for row in step) for _, step in self.order)]
+
+    def batches(self, step: int, device: torch.device) -> list[Batch]:
+        """Return this process's batches of a step, counted from 1: ids and weights `[B, T]`, each of one length.
+
+        If text is repeated, also the batch's `place`: its stretch, first row and number.
+        """
+        stretch, rows = self.order[step - 1]
+        parts: list[list[int]] = []
+        for length, same in groupby(rows, key=lambda row: len(self.sequences[row])):
+            indices, size = list(same), max(1, self.batch_tokens // length)
+            parts += [indices[start : start + size] for start in range(0, len(indices), size)]
+        # Every process has as many batches as any other: those that are missing are copies without weight.
+        total = len(parts) + -len(parts) % world_size()
+        weight = total / (self.ends[step] - self.ends[step - 1])
+        batches = []
+        for number in range(rank(), total, world_size()):
+            part = parts[number % len(parts)]
+            ids = torch.stack([self.sequences[row] for row in part])
+            counts = torch.tensor([self.counts[row] if number < len(parts) else 0 for row in part])
+            weights = (torch.arange(ids.shape[1]) < counts[:, None]) * weight
+            batch: Batch = {"input_ids": ids.to(device), "weights": weights.to(device)}
+            batches.append(batch | ({"place": (stretch, rows[0], number)} if self.repeats > 1 else {}))
+        return batches
+
+    def seen(self, step: int) -> int:
+        """Return the tokens of text trained on after `step` steps."""
+        return round(self.ends[step] / self.repeats)
+
+
+def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Return the indices of `sizes` in order, in groups of one or more whose sizes sum to at most `most`."""
+    groups: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(index)
+        room -= size
+    return groups
+
+
+def batch_of_process(settings: Heal) -> tuple[int, int]:
+    """Return the sequences per batch and batches per step of one process: a step is the same for any number of them.
+
+    Raise ConfigError if a step cannot be divided evenly, or if a model is to be sharded over one process.
+    """
+    batch, accumulation, processes = settings.batch_sequences, settings.gradient_accumulation, world_size()
+    if settings.shard and processes == 1:
+        raise ConfigError(
+            "heal.shard divides the model among the processes of torchrun",
+            found="one process",
+            do="start `layerboost heal` with torchrun (docs/guide/gpus.md has the commands), or --set heal.shard=false",
+        )
+    if accumulation % processes == 0:
+        return batch, accumulation // processes
+    if batch % processes == 0:
+        return batch // processes, accumulation
+    raise ConfigError(
+        f"a step cannot be divided among {processes} processes",
+        found=f"heal.batch_sequences {batch}, heal.gradient_accumulation {accumulation}",
+        do=f"make one of them a multiple of {processes}",
+    )
