@@ -7,7 +7,6 @@ from typing import Any
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.reporting.benchmark import Ratio, bench_ratio
 from layerboost.reporting.page import Finding
-from layerboost.reporting.quality import nll_difference
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, size, with_interval
 from layerboost.schemas.evaluation import Change, EvalComparison, Gate
@@ -161,8 +160,8 @@ def _text(quality: EvalComparison) -> tuple[str | None, str]:
         return None, "Perplexity: not measured."
     names, last = _ends(losses)
     values = " → ".join(f"{name} {number(losses[name].perplexity, 4)}" for name in names)
-    change, kl = nll_difference(quality, last), with_interval(losses[last].kl, signed=False)
-    lost = f" ({last} − base: {change} nats per token; KL {kl})" if change else ""
+    change, kl = losses[last].nll_difference, with_interval(losses[last].kl, signed=False)
+    lost = f" ({last} − base: {with_interval(change)} nats per token; KL {kl})" if change else ""
     return f"perplexity {number(losses[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
 
 
