@@ -10,7 +10,7 @@ from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
-from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
+from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
 from layerboost.schemas.evaluation import EvalComparison
 
 FILE, SWEEP = "bench/comparison.json", "bench/decode_sweep.json"
@@ -53,13 +53,20 @@ WRITTEN: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One metric of one model against the reference at one concurrency, and what disturbed either of them."""
+    """One metric of one model against the reference at one concurrency.
+
+    `low`, `high`: the range over the repeats, None for one repeat; `warning`: what disturbed either model.
+    """
 
     model: str
     reference: str
     concurrency: int
-    spread: Spread
+    median: float
+    low: float | None
+    high: float | None
+    repeats: int
     warning: str
+    text: str
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
@@ -69,7 +76,9 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         known = [name for name in names if name in ("converted", "healed")] or names
         if known:
             spread, warning = result.ratios[known[-1]][metric], result.warning(bench.reference, known[-1])
-            return Ratio(known[-1], bench.reference, result.concurrency, spread, warning)
+            low, high = (spread.min, spread.max) if spread.repeats > 1 else (None, None)
+            values = (spread.median, low, high, spread.repeats, warning, spread.as_ratio + warning)
+            return Ratio(known[-1], bench.reference, result.concurrency, *values)
     return None
 
 
