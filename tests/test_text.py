@@ -241,12 +241,6 @@ def test_what_a_tokenizer_normalises_is_known(
     assert "does not know" not in caplog.text
 
 
-def test_a_text_that_is_known_in_part_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.txt").write_text("w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 ☃ " * 100)
-    load_tokens(settings(tmp_path / "a.txt"), TOKENIZER, "all", 64)
-    assert f"does not know all of {tmp_path / 'a.txt'}: 3% of its characters are lost in tokens: ☃" in caplog.text
-
-
 def documents(source: Path, column: str = "text") -> list[str]:
     return sorted(read_documents(str(source), column))
 

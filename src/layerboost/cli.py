@@ -261,28 +261,28 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES
 
-        classes = {name: family.vllm for name, family in FAMILIES.items()}
-        listing: dict[str, Any] = {name: {"vllm": served} for name, served in classes.items()}
-        rows = [["family", "vLLM"], *([name, served or "not served"] for name, served in classes.items())]
+        head = ["family", "vLLM"]
+        listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
     elif what == "recipes":
         from layerboost.recipe import RECIPES
 
+        head = ["recipe", "file"]
         listing = {file.stem: str(file) for file in sorted(RECIPES.glob("*.yaml"))}
-        rows = [["recipe", "file"], *map(list, listing.items())]
     elif what == "targets":
         from layerboost.exporting.targets import described_targets
 
         listing = described_targets()
-        rows = [
-            ["target", *next(iter(listing.values()))],
-            *([name, *cells.values()] for name, cells in listing.items()),
-        ]
+        head = ["target", *next(iter(listing.values()))]
     else:
         from layerboost.settings import described_settings
 
-        listing = described_settings()
-        rows = [["setting", "default", "meaning"], *([key, *cells.values()] for key, cells in listing.items())]
-    show(listing, as_json, lambda _: rows)
+        head, listing = ["setting", "default", "meaning"], described_settings()
+
+    def row(name: str, cells: Any) -> list[str]:
+        values = cells.values() if isinstance(cells, dict) else [cells]
+        return [name, *("not served" if value is None else value for value in values)]
+
+    show(listing, as_json, lambda _: [head, *(row(name, cells) for name, cells in listing.items())])
 
 
 def main() -> None:

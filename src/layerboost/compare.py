@@ -26,7 +26,7 @@ from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_
 from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import RECIPES, Recipe, Section, parse_recipe
 from layerboost.reporting.page import Table, markdown_table
-from layerboost.reporting.text import ABSENT, interval, number, percent
+from layerboost.reporting.text import ABSENT, number, percent, with_interval
 from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.schemas.artifact import Artifact, problems, write_json
@@ -331,18 +331,22 @@ def _against(comparison: EvalComparison, model: str, reference: str, results: Pa
 
 def page(compared: Compared) -> str:
     """Return the table in Markdown."""
-    blank = dict.fromkeys(("row", "model", "layers", "KV bytes", "healing tokens", "predicted KL"), ABSENT)
-    entries = [(blank | {"row": BASE, "KV bytes": percent(1)}, BASE, dict[str, Against]())]
+    columns = dict.fromkeys(("row", "model", "layers", "KV bytes", "healing tokens", "predicted KL"), ABSENT)
+    entries = [(columns | {"row": BASE, "KV bytes": percent(1)}, BASE, dict[str, Against]())]
     for name, row in compared.rows.items():
         layers = ", ".join(f"{count} {kind}" for kind, count in row.layers.items() if count)
         layers += f"; window {row.window}, {row.sinks} sinks" if row.window else ""
         layers += f", {row.full_kv_heads} full KV heads in them" if row.full_kv_heads else ""
         for stage in row.models:
-            facts = blank | {"row": name, "model": stage, "layers": layers, "KV bytes": percent(row.kv_fraction)}
-            if stage == HEALED and row.healing_tokens is not None:
-                facts["healing tokens"] = f"{row.healing_tokens:,}"
-            if row.predicted_kl is not None:
-                facts["predicted KL"] = number(row.predicted_kl)
+            healed = stage == HEALED and row.healing_tokens is not None
+            facts = {
+                "row": name,
+                "model": stage,
+                "layers": layers,
+                "KV bytes": percent(row.kv_fraction),
+                "healing tokens": f"{row.healing_tokens:,}" if healed else ABSENT,
+                "predicted KL": number(row.predicted_kl),
+            }
             entries.append((facts, f"{name}-{stage}", row.against if stage == row.models[-1] else {}))
     lines = []
     for facts, model, against in entries:
@@ -373,7 +377,7 @@ def _cells(quality: EvalComparison, model: str, against: Against, reference: str
         return percent(part[model].value, 0) if model in part else ABSENT
 
     return {
-        "KL": interval(text.kl.mean, text.kl.low, text.kl.high) if text else ABSENT,
+        "KL": with_interval(text.kl if text else None, signed=False),
         f"KL − {reference}": _change(against.kl),
         "NLL − base": _change(text.nll_difference if text else None),
         **{name: score(task.models) for name, task in quality.tasks.items()},
@@ -385,7 +389,5 @@ def _cells(quality: EvalComparison, model: str, against: Against, reference: str
 
 
 def _change(change: Change | None, scale: float = 1) -> str:
-    if change is None:
-        return ABSENT
-    text = interval(scale * change.mean, scale * change.low, scale * change.high, signed=True)
-    return f"**{text}**" if change.low > 0 or change.high < 0 else text
+    text = with_interval(change, scale=scale)
+    return f"**{text}**" if change and (change.low > 0 or change.high < 0) else text

@@ -16,7 +16,7 @@ from layerboost.strategies import label
 if TYPE_CHECKING:
     from layerboost.exporting.stage import Exported
     from layerboost.schemas.benchmark import Comparison
-    from layerboost.schemas.plan import Frontier, LayerPlan, PlanFile
+    from layerboost.schemas.plan import Frontier, PlanFile
     from layerboost.schemas.sensitivity import Sensitivity, Stability
 
 Rows = list[list[str]]
@@ -77,21 +77,14 @@ def measured_rows(sensitivity: Sensitivity) -> Rows:
 
 def planned_rows(plan: PlanFile) -> Rows:
     """Return one row per layer, and the prediction for all."""
-    columns: dict[str, Callable[[LayerPlan], str]] = {
-        "layer": lambda entry: str(entry.layer),
-        "attention": lambda entry: entry.attention,
-        "window": lambda entry: str(entry.window or ""),
-        "sink": lambda entry: "yes" if entry.sink else "",
-    }
-    if any(entry.full_kv_heads for entry in plan.layers):
-        columns["full KV heads"] = lambda entry: " ".join(map(str, entry.full_kv_heads))
-    body = [[text(entry) for text in columns.values()] for entry in plan.layers]
+    from layerboost.schemas.plan import layer_rows
+
+    rows = layer_rows(plan.layers)
     if predicted := plan.valid_prediction:
         metric, value = next(iter(predicted.damage.items()), ("quality loss", 0.0))
-        body.append(
-            ["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted", ""][: len(columns)]
-        )
-    return [[*columns], *body]
+        every = ["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted", ""]
+        rows.append(every[: len(rows[0])])
+    return rows
 
 
 def frontier_rows(frontier: Frontier) -> Rows:

@@ -41,8 +41,8 @@ TOKENIZED_CHARACTERS = 1 << 20
 # A word, or one character of a script without spaces. English takes 1.3 tokens per word, source code 2 to 3.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 SHREDDED = 4
-# Fractions of a text's characters lost in tokenization above which it is refused, and above which we warn.
-LOST, SOME_LOST = 0.1, 0.01
+# The fraction of a text's characters lost in tokenization above which it is refused.
+LOST = 0.1
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
 SAMPLES_AT_ONCE = 64
 # (count, seed) -> samples of a model.
@@ -164,23 +164,21 @@ def check_known(text: str, tokenizer: Any, source: str) -> None:
     """Raise ConfigError if much of the start of a text is lost when it is tokenized and decoded again.
 
     Unknown tokens lose characters, and so do tokenizers without them, which drop what they do not know. White space,
-    case, accents and compatibility forms do not count: tokenizers may normalise them. Warn if a smaller part is lost
-    or if the text makes many tokens.
+    case, accents and compatibility forms do not count: tokenizers may normalise them. Warn if the text makes many
+    tokens.
     """
     sample = text[:PIECE_CHARACTERS]
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     given = _characters(sample)
     lost = given - _characters(tokenizer.decode(ids))
     fraction = lost.total() / max(given.total(), 1)
-    found = f"{fraction:.0%} of its characters are lost in tokens: {' '.join(each for each, _ in lost.most_common(9))}"
     if fraction > LOST:
+        characters = " ".join(each for each, _ in lost.most_common(9))
         raise ConfigError(
             f"the tokenizer does not know the text of {source}",
-            found=found,
+            found=f"{fraction:.0%} of its characters are lost in tokens: {characters}",
             do="give text in the language and script of the model (text.source, measure.traffic), or another model",
         )
-    if fraction > SOME_LOST:
-        log.warning("the tokenizer does not know all of %s: %s", source, found)
     words = len(WORD.findall(sample))
     if words and len(ids) > SHREDDED * words:
         log.warning(

@@ -214,7 +214,7 @@ def test_accuracy_stands_against_throughput_where_both_are_known(run: Path) -> N
 
 def test_decoding_draws_the_memory_that_the_model_needs(run: Path) -> None:
     def charts() -> list[Chart]:
-        return decode_panel(Sources(run).sweep).charts
+        return decode_panel(Sources(run)).charts
 
     latency, memory = charts()
     assert latency.figure["data"][0]["x"] == [256, 512, 1024, 2048]

@@ -164,22 +164,20 @@ def _selection(run: Path) -> list[str]:
 
 def _facts(work: _Work, name: str) -> dict[str, Facts]:
     """Return what each result of one model must be made from, by part: text, positions, retrieval or a task."""
-    model = work.models[name]
-    made_from: Facts = {"model": model.fingerprint, "dtype": model.runtime.dtype_name}
-    parts = {}
+    parts: dict[str, Facts] = {}
     if work.text:
-        parts["text"] = {**made_from, "base": work.models[BASE].fingerprint, "text": work.text.fingerprint}
+        parts["text"] = {"base": work.models[BASE].fingerprint, "text": work.text.fingerprint}
     if work.long:
-        parts["positions"] = {**made_from, "text": work.long.fingerprint}
+        parts["positions"] = {"text": work.long.fingerprint}
     if work.prompts:
-        forms = {"evaluate.retrieval_forms": [prompts.kind for prompts in work.prompts]}
         parts["retrieval"] = {
-            **made_from,
-            **forms,
+            "evaluate.retrieval_forms": [prompts.kind for prompts in work.prompts],
             "prompts": fingerprint([prompts.ids.tolist() for prompts in work.prompts]),
         }
-    of_tasks = {**made_from, "limit": work.recipe.evaluate.limit, "lm_eval": importlib.metadata.version("lm-eval")}
-    return parts | {name: {**of_tasks, "data": task.data} for name, task in work.tasks.items()}
+    limits = {"limit": work.recipe.evaluate.limit, "lm_eval": importlib.metadata.version("lm-eval")}
+    parts |= {task.name: limits | {"data": task.data} for task in work.tasks.values()}
+    model = work.models[name]
+    return {part: {"model": model.fingerprint, "dtype": model.runtime.dtype_name, **parts[part]} for part in parts}
 
 
 def _fill(work: _Work, results: Results) -> None:

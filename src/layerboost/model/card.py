@@ -12,7 +12,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
-from layerboost.schemas.plan import PlanFile, counted
+from layerboost.schemas.plan import PlanFile, counted, layer_rows
 from layerboost.strategies import FULL, STRATEGIES
 
 CARD = "README.md"
@@ -81,12 +81,8 @@ def licence_sentence(origin: Origin) -> str:
 def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
     """Return `README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
     mixed = any(entry.full_kv_heads for entry in plan.layers)
-    rows = ["| layer | attention | window | sink |" + " full KV heads |" * mixed, "|---|---|---|---|" + "---|" * mixed]
-    rows += [
-        f"| {entry.layer} | {entry.attention} | {entry.window or ''} | {'yes' if entry.sink else ''} |"
-        + f" {' '.join(map(str, entry.full_kv_heads))} |" * mixed
-        for entry in plan.layers
-    ]
+    head, *body = layer_rows(plan.layers)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
     name = origin.base_model or Path(plan.model.name).name
     predicted = plan.valid_prediction
     cache = (
@@ -126,7 +122,7 @@ pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is the
 {meanings}.
 `sink`: a learned logit per head in the softmax's denominator.{mixed * HEADS}
 
-{chr(10).join(rows)}
+{table}
 
 ## Limits
 

@@ -8,9 +8,9 @@ from functools import partial
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
-from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
+from layerboost.reporting.sources import MADE_BY, Sources, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
-from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
+from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
 from layerboost.schemas.evaluation import EvalComparison
 
 FILE, SWEEP = "bench/comparison.json", "bench/decode_sweep.json"
@@ -53,13 +53,20 @@ WRITTEN: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One metric of one model against the reference at one concurrency, and what disturbed either of them."""
+    """One metric of one model against the reference at one concurrency.
+
+    `low`, `high`: the range over the repeats, None for one repeat; `warning`: what disturbed either model.
+    """
 
     model: str
     reference: str
     concurrency: int
-    spread: Spread
+    median: float
+    low: float | None
+    high: float | None
+    repeats: int
     warning: str
+    text: str
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
@@ -69,17 +76,18 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         known = [name for name in names if name in ("converted", "healed")] or names
         if known:
             spread, warning = result.ratios[known[-1]][metric], result.warning(bench.reference, known[-1])
-            return Ratio(known[-1], bench.reference, result.concurrency, spread, warning)
+            low, high = (spread.min, spread.max) if spread.repeats > 1 else (None, None)
+            values = (spread.median, low, high, spread.repeats, warning, spread.as_ratio + warning)
+            return Ratio(known[-1], bench.reference, result.concurrency, *values)
     return None
 
 
 def throughput_panel(sources: Sources) -> Panel:
     """Return output tokens per second against concurrency, accuracy against them, and latencies."""
     bench, quality = sources.bench, sources.quality
-    panel = Panel("throughput", "Throughput", [FILE, "eval/comparison.json"])
+    panel = sources.panel("throughput", "Throughput", FILE, "eval/comparison.json")
     if bench is None or not bench.results:
-        empty = f"{FILE} holds no measurement yet: run `layerboost bench`"
-        panel.missing.append(empty if bench else absent(FILE))
+        panel.missing.extend([f"{FILE} holds no measurement yet: run `{MADE_BY[FILE]}`"] if bench else [])
         return panel
     panel.notes.append(
         "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
@@ -95,16 +103,14 @@ def throughput_panel(sources: Sources) -> Panel:
             f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
         )
     panel.chart("throughput", "Output tokens per second", throughput_figure(bench))
-    if quality is None:
-        panel.missing.append(f"accuracy against throughput: {absent('eval/comparison.json')}")
-    elif drawn := accuracy_figure(bench, quality):
+    if quality and (drawn := accuracy_figure(bench, quality)):
         panel.chart("accuracy", "Accuracy against throughput", drawn)
         panel.notes.append(
             "Accuracy is the average over tasks that chose no layers; its bars are the 95 % interval of the paired "
             "difference from the base, those of throughput minimum and maximum over the repeats. Numbers at the points "
             "are concurrent requests."
         )
-    else:
+    elif quality:
         panel.missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
     panel.warnings.extend(_warnings(bench, FILE))
     if changed := ", ".join(sources.changed_since_bench):
@@ -116,13 +122,12 @@ def throughput_panel(sources: Sources) -> Panel:
     return panel
 
 
-def decode_panel(sweep: Comparison | None) -> Panel:
+def decode_panel(sources: Sources) -> Panel:
     """Return latency and memory of one batch of answers against their length."""
-    panel = Panel("decode", "Decoding against length", [SWEEP])
+    panel, sweep = sources.panel("decode", "Decoding against length", SWEEP), sources.sweep
     results = {result.output_tokens: result for result in sweep.results if result.output_tokens} if sweep else {}
     if sweep is None or not results:
-        empty = f"{SWEEP} holds no measurement yet: run `layerboost bench --decode-sweep`"
-        panel.missing.append(empty if sweep else absent(SWEEP))
+        panel.missing.extend([f"{SWEEP} holds no measurement yet: run `{MADE_BY[SWEEP]}`"] if sweep else [])
         return panel
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
     panel.notes.append(

@@ -7,11 +7,10 @@ from itertools import pairwise
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
-from layerboost.reporting.sources import Sources, absent, model_order
-from layerboost.reporting.text import ABSENT, number, percent, with_error, with_interval
+from layerboost.reporting.sources import Sources, model_order
+from layerboost.reporting.text import number, percent, with_error, with_interval
 from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup
 
-FILE = "eval/comparison.json"
 # The forms of retrieval prompts: name and line.
 FORMS = {
     "passkey": ("passkey", "solid"),
@@ -25,10 +24,8 @@ FORMS = {
 
 def long_context_panel(sources: Sources) -> Panel:
     """Return what a window loses and short tasks do not show."""
-    panel = Panel("long-context", "Long context", [FILE])
-    quality = sources.quality
+    panel, quality = sources.panel("long-context", "Long context", "eval/comparison.json"), sources.quality
     if quality is None:
-        panel.missing.append(absent(FILE))
         return panel
     if quality.positions is None:
         panel.missing.append("no perplexity by position: run `layerboost evaluate --set evaluate.position_tokens=2048`")
@@ -134,7 +131,7 @@ def _retrieval_table(retrieval: Retrieval) -> Table:
     def cells(group: RetrievalGroup, model: str) -> list[str]:
         exact = percent(group.models[model].value, 0) + ("" if group.able else " (base cannot)")
         change = group.log_probability_difference.get(model)
-        nats = [with_error(group.log_probability[model]), with_interval(change) if change else ABSENT]
+        nats = [with_error(group.log_probability[model]), with_interval(change)]
         return [_name(group), model, str(group.prompts), exact, *nats]
 
     header = ["task", "model", "prompts", "exact match", "log-probability, nats", "− base, nats"]

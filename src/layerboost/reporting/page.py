@@ -40,7 +40,7 @@ class Chart:
     figure: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Panel:
     """One section: the files that its numbers are from, what is missing, and what it shows, in this order.
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-import yaml
-
+from layerboost.recipe import recipe_yaml
 from layerboost.reporting.figures import SENSITIVITIES, healing_figure, sensitivity_figure
 from layerboost.reporting.page import Panel, Table
-from layerboost.reporting.sources import MADE_BY, Sources, absent, model_order
+from layerboost.reporting.sources import MADE_BY, Sources, model_order
 from layerboost.reporting.text import ABSENT, duration, number, with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
@@ -26,11 +25,9 @@ STAGES = {
 def layers_panel(sources: Sources) -> Panel:
     """Return the layer map and the sensitivities it was chosen from."""
     plan, sensitivity = sources.plan, sources.sensitivity
-    panel = Panel("layers", "Layers", ["plan.yaml", "sensitivity.json"], plan=plan)
-    if plan is None:
-        panel.missing.append(absent("plan.yaml"))
+    panel = sources.panel("layers", "Layers", "plan.yaml", "sensitivity.json")
+    panel.plan = plan
     if sensitivity is None:
-        panel.missing.append(absent("sensitivity.json"))
         return panel
     if not sensitivity.complete:
         panel.warnings.append(
@@ -49,56 +46,45 @@ def layers_panel(sources: Sources) -> Panel:
         panel.notes.append(
             f"{hidden} of {len(variants)} KL values are not above zero: not on the log axis, but listed."
         )
-    for metric in _metrics(sensitivity):
+    for metric in _measured(variants):
         name = "sensitivity" + (f"-{metric}" if metric != "kl" else "")
         panel.chart(name, SENSITIVITIES[metric][0], sensitivity_figure(sensitivity, plan, metric))
     if variants:
-        panel.tables.append(_sensitivity_table(sensitivity))
-    panel.tables.extend(_heads_table(sensitivity, plan, metric) for metric in _head_metrics(sensitivity))
+        panel.tables.append(_sensitivity_table(sensitivity, _measured(variants)))
+    heads = [variant for entry in sensitivity.layers for variant in entry.heads]
+    panel.tables.extend(_heads_table(sensitivity, plan, metric) for metric in _measured(heads))
     panel.layers.update(_layer_lines(sensitivity))
     return panel
 
 
-def _metrics(sensitivity: Sensitivity) -> list[str]:
+def _measured(variants: list[Variant]) -> list[str]:
     """Return those of SENSITIVITIES that were measured."""
-    measured = {metric for entry in sensitivity.layers for variant in entry.variants for metric in variant.scores}
-    return [metric for metric in SENSITIVITIES if metric in measured]
+    return [metric for metric in SENSITIVITIES if any(metric in variant.scores for variant in variants)]
+
+
+def _score(variant: Variant, metric: str) -> str:
+    return with_error(variant.scores.get(metric), signed=metric != "kl")
 
 
 def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
     """Return by layer a line per replacement: its scores when it is the only one."""
 
     def line(variant: Variant) -> str:
-        scores = [
-            f"{'KL' if metric == 'kl' else metric} {with_error(variant.scores[metric], signed=metric != 'kl')}"
-            for metric in SENSITIVITIES
-            if metric in variant.scores
-        ]
+        scores = [f"{'KL' if metric == 'kl' else metric} {_score(variant, metric)}" for metric in _measured([variant])]
         return f"{label(variant)}: {', '.join(scores)}"
 
     return {entry.layer: [line(variant) for variant in (*entry.variants, *entry.heads)] for entry in sensitivity.layers}
 
 
-def _sensitivity_table(sensitivity: Sensitivity) -> Table:
+def _sensitivity_table(sensitivity: Sensitivity, measured: list[str]) -> Table:
     titles = {"kl": "KL, nats per token", "nll": "NLL − base, nats per token"}
-    titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in _metrics(sensitivity) if metric != "kl"}
-
-    def score(variant: Variant, metric: str) -> str:
-        value = variant.scores.get(metric)
-        return with_error(value, signed=metric != "kl") if value else ABSENT
-
+    titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in measured if metric != "kl"}
     rows = [
-        [str(entry.layer), label(variant), *(score(variant, metric) for metric in titles)]
+        [str(entry.layer), label(variant), *(_score(variant, metric) for metric in titles)]
         for entry in sensitivity.layers
         for variant in (*entry.variants, *entry.heads)
     ]
     return Table("Every sensitivity", ["layer", "replaced by", *titles.values()], rows, (0, 1), folded=True)
-
-
-def _head_metrics(sensitivity: Sensitivity) -> list[str]:
-    """Return the metrics of KV heads that plans are made from, none if heads were not measured."""
-    found = {metric for entry in sensitivity.layers for variant in entry.heads for metric in variant.scores}
-    return [metric for metric in ("kl", "retrieval") if metric in found]
 
 
 def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -> Table:
@@ -114,7 +100,7 @@ def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -
         for variant in entry.heads:
             if variant.window == window and head not in variant.full_kv_heads:
                 kept = " (full)" if head in full.get(entry.layer, ()) else ""
-                return with_error(variant.scores[metric], signed=metric != "kl") + kept
+                return _score(variant, metric) + kept
         return ABSENT
 
     title = f"{SENSITIVITIES[metric][1]}: each KV head alone under a window of {window}"
@@ -125,10 +111,10 @@ def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -
 
 def healing_panel(sources: Sources) -> Panel:
     """Return loss against tokens of the stages that have one, and the validation points."""
-    panel = Panel("healing", "Healing", ["heal/metrics.jsonl"])
+    panel = sources.panel("healing", "Healing", "heal/metrics.jsonl")
     if not sources.metrics:
-        empty = "heal/metrics.jsonl holds no line yet: run `layerboost heal`"
-        panel.missing.append(absent("heal/metrics.jsonl") if sources.metrics is None else empty)
+        if sources.metrics is not None:
+            panel.missing.append("heal/metrics.jsonl holds no line yet: run `layerboost heal`")
         return panel
     rows = []
     for stage, title in STAGES.items():
@@ -139,7 +125,13 @@ def healing_panel(sources: Sources) -> Panel:
             rows.append(_healing_row(title, lines))
     panel.tables.append(Table("Stages", ["stage", "steps", "tokens", "time", "first loss", "last loss"], rows))
     validation = [
-        [line.stage, f"{line.step:,}", f"{line.tokens:,}", _number(line.validation_kl), _number(line.validation_nll)]
+        [
+            line.stage,
+            f"{line.step:,}",
+            f"{line.tokens:,}",
+            number(line.validation_kl, 4),
+            number(line.validation_nll, 4),
+        ]
         for line in sources.metrics
         if line.validation_kl is not None or line.validation_nll is not None
     ]
@@ -149,37 +141,28 @@ def healing_panel(sources: Sources) -> Panel:
     return panel
 
 
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else number(value, 4)
-
-
 def _healing_row(title: str, lines: list[MetricLine]) -> list[str]:
     losses: list[float | None] = [line.loss for line in lines if line.loss is not None] or [None]
     last = lines[-1]
     taken = [f"{last.step:,}", f"{last.tokens:,}", duration(last.seconds)]
-    return [title, *taken, _number(losses[0]), _number(losses[-1])]
+    return [title, *taken, number(losses[0], 4), number(losses[-1], 4)]
 
 
 def provenance_panel(sources: Sources) -> Panel:
     """Return what ran, when, where, on what, for how long, and with which settings."""
-    text = None
+    panel = sources.panel("provenance", "Cost and provenance", "run.json", "recipe.yaml")
     if sources.recipe:
-        text = yaml.safe_dump(sources.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    panel = Panel("provenance", "Cost and provenance", ["run.json", "recipe.yaml"], recipe=text)
+        panel.recipe = recipe_yaml(sources.recipe)
     stages = sources.history.stages if sources.history else []
     if stages:
         panel.tables.extend([_stage_table(stages), _version_table(stages)])
         panel.notes.append(_cost(stages))
-    else:
-        panel.missing.append(absent("run.json"))
     if prints := _fingerprints(sources):
         panel.tables.append(Table("Fingerprints", ["what", "fingerprint", "recorded in"], prints, (0, 1, 2)))
     if stages:
         # As typed, without the program's path on this machine.
         commands = [[record.stage, f"`{shlex.join(['layerboost', *record.argv[1:]])}`"] for record in stages]
         panel.tables.append(Table("Commands", ["stage", "command"], commands, text_columns=(0, 1), folded=True))
-    if text is None:
-        panel.missing.append(absent("recipe.yaml"))
     return panel
 
 

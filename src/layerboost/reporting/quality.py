@@ -6,21 +6,18 @@ from html import escape
 
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
-from layerboost.reporting.sources import Sources, absent, model_order
+from layerboost.reporting.sources import Sources, model_order
 from layerboost.reporting.text import ABSENT, interval, number, with_error, with_interval
 from layerboost.schemas.evaluation import EvalComparison, Gate, Perplexity, Task
 from layerboost.schemas.sensitivity import Score
 
-FILE = "eval/comparison.json"
 VERDICTS = {True: "passed", False: "missed", None: "not judged"}
 
 
 def quality_panel(sources: Sources) -> Panel:
     """Return perplexity, KL and tasks of every model, each difference from the base with its 95 % interval."""
-    panel = Panel("quality", "Quality", [FILE])
-    quality = sources.quality
+    panel, quality = sources.panel("quality", "Quality", "eval/comparison.json"), sources.quality
     if quality is None:
-        panel.missing.append(absent(FILE))
         return panel
     model = sources.model
     if model and quality.models.get("base", model.fingerprint) != model.fingerprint:
@@ -82,25 +79,19 @@ def task_figure(quality: EvalComparison) -> Figure:
     return figure(traces, "points, against the base", "", x, y)
 
 
-def nll_difference(quality: EvalComparison, name: str) -> str | None:
-    """Return the NLL of a model minus the base's, with its interval; None for the base."""
-    change = quality.perplexity[name].nll_difference
-    return None if change is None else with_interval(change)
-
-
-def task_value(task: Task, model: str) -> str:
+def _value(task: Task, model: str) -> str:
     """Return a model's value on a task in percent, with its standard error."""
-    if model not in task.models:
+    value = task.models.get(model)
+    if value is None:
         return ABSENT
-    value = task.models[model]
     error = Score(mean=100 * value.value, standard_error=100 * value.standard_error)
     return with_error(error) if value.standard_error > 0 else number(error.mean)
 
 
 def _perplexity_table(quality: EvalComparison) -> Table:
     def cells(name: str, losses: Perplexity) -> list[str]:
-        kl = ABSENT if name == "base" else with_interval(losses.kl, signed=False)
-        return [name, number(losses.perplexity, 4), with_error(losses.nll), nll_difference(quality, name) or ABSENT, kl]
+        kl = with_interval(None if name == "base" else losses.kl, signed=False)
+        return [name, number(losses.perplexity, 4), with_error(losses.nll), with_interval(losses.nll_difference), kl]
 
     header = ["model", "perplexity", "NLL, nats per token", "NLL − base, nats per token"]
     rows = [cells(name, quality.perplexity[name]) for name in model_order(quality.perplexity)]
@@ -111,7 +102,7 @@ def _task_table(quality: EvalComparison) -> Table:
     entries = quality.scores
     models = model_order({name for task in entries.values() for name in task.models})
     rows = [
-        [_starred(name, task), task.metric, f"{task.items:,}", *(task_value(task, model) for model in models)]
+        [_starred(name, task), task.metric, f"{task.items:,}", *(_value(task, model) for model in models)]
         for name, task in entries.items()
     ]
     return Table("Tasks", ["task", "metric", "items", *(f"{model}, %" for model in models)], rows, (0, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Panel, Table
-from layerboost.reporting.sources import Sources, absent
+from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
 from layerboost.schemas.sensitivity import Stability
@@ -13,11 +13,9 @@ from layerboost.strategies import STRATEGIES, label
 
 def search_panel(sources: Sources) -> Panel:
     """Return the frontier and the stability of the sensitivities; each is made by a command of its own."""
-    panel = Panel("search", "Search", ["frontier.json", "stability.json"])
+    panel = sources.panel("search", "Search", "frontier.json", "stability.json")
     frontier, stability, made_from = sources.frontier, sources.stability, sources.sensitivity_hash
-    if frontier is None:
-        panel.missing.append(absent("frontier.json"))
-    else:
+    if frontier:
         metric = _metric(frontier)
         panel.notes.append(
             f"Predicted {metric} of the best plan by {frontier.settings['method']} at every budget: the sum of "
@@ -33,9 +31,7 @@ def search_panel(sources: Sources) -> Panel:
             if here != there:
                 contexts = f"plan.yaml is for {here:,} tokens, frontier.json for {there:,}"
                 panel.warnings.append(f"{contexts}, so the chart does not show the plan: {again}")
-    if stability is None:
-        panel.missing.append(absent("stability.json"))
-    else:
+    if stability:
         panel.notes.append("Stability: Spearman's rank correlation over layers, 95 % bootstrap interval over layers.")
         panel.tables.append(stability_table(stability))
         if made_from not in (None, stability.sensitivity):

@@ -8,6 +8,7 @@ from typing import Any
 from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.recipe import load_recipe
+from layerboost.reporting.page import Panel
 from layerboost.schemas.artifact import Record, read_json
 from layerboost.schemas.benchmark import Comparison as BenchComparison
 from layerboost.schemas.evaluation import EvalComparison
@@ -69,6 +70,10 @@ class Sources:
     def _read(self, name: str, kind: type[Record]) -> Record | None:
         return read_json(self.run / name, kind, MADE_BY[name]) if (self.run / name).is_file() else None
 
+    def panel(self, name: str, title: str, *files: str) -> Panel:
+        """Return an empty panel of these files, which names the missing ones and the commands that make them."""
+        return Panel(name, title, [*files], [absent(file) for file in files if not (self.run / file).is_file()])
+
     @property
     def plan_is_stale(self) -> bool:
         """Return whether the plan was made from other sensitivities."""
@@ -84,7 +89,7 @@ class Sources:
 
 
 def absent(name: str) -> str:
-    """Return the line of a panel whose file `name` is missing."""
+    """Return what to do about the missing file `name`."""
     return f"no {name}: run `{MADE_BY[name]}`"
 
 

@@ -18,6 +18,10 @@ from layerboost.reporting.verdict import findings, summary, summary_table
 
 __all__ = ["run_report", "summary_table"]
 FIGURES = "figures"
+PANELS = (
+    *(layers_panel, search_panel, quality_panel, long_context_panel, healing_panel),
+    *(throughput_panel, decode_panel, provenance_panel),
+)
 
 
 def run_report(run: Path, png: bool = False) -> dict[str, Any]:
@@ -43,17 +47,7 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
 
 def report_page(sources: Sources) -> Page:
     """Return the verdict and every panel of a run."""
-    panels = [
-        layers_panel(sources),
-        search_panel(sources),
-        quality_panel(sources),
-        long_context_panel(sources),
-        healing_panel(sources),
-        throughput_panel(sources),
-        decode_panel(sources.sweep),
-        provenance_panel(sources),
-    ]
-    return Page(*_heading(sources), findings(sources), panels)
+    return Page(*_heading(sources), findings(sources), [panel(sources) for panel in PANELS])
 
 
 def _heading(sources: Sources) -> tuple[str, str]:

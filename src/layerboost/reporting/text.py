@@ -1,4 +1,4 @@
-"""Numbers as text, the same in the page, in Markdown and in the tables of the command line."""
+"""Numbers as text, the same in the page, in Markdown and in the tables of the command line; ABSENT for None."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from layerboost.schemas.sensitivity import Score
 ABSENT = "–"
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Return a number with `digits` significant digits and separated thousands: 0.0123, 12.3, 1,234."""
+    if value is None:
+        return ABSENT
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -22,8 +24,10 @@ def number(value: float, digits: int = 3) -> str:
     return minus(f"{value:,.{max(0, digits - 1 - power)}f}")
 
 
-def with_error(score: Score, signed: bool = False) -> str:
+def with_error(score: Score | None, signed: bool = False) -> str:
     """Return a mean and its standard error, both to the error's second digit: 0.0123 ± 0.0041."""
+    if score is None:
+        return ABSENT
     mean, error = score.mean, score.standard_error
     if not math.isfinite(mean) or not math.isfinite(error) or error <= 0:
         return f"{'+' if signed and mean > 0 else ''}{number(mean)} (no standard error)"
@@ -52,9 +56,9 @@ def interval(mean: float, low: float, high: float, signed: bool = False) -> str:
     return f"{written(mean)} ({written(low)} to {written(high)})"
 
 
-def with_interval(change: Change, signed: bool = True, scale: float = 1.0) -> str:
+def with_interval(change: Change | None, signed: bool = True, scale: float = 1.0) -> str:
     """Return a change times `scale` with its 95 % interval; 100 converts fractions to points."""
-    return interval(scale * change.mean, scale * change.low, scale * change.high, signed)
+    return interval(scale * change.mean, scale * change.low, scale * change.high, signed) if change else ABSENT
 
 
 def percent(fraction: float, digits: int = 1) -> str:

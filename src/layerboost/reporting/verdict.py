@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
-from layerboost.reporting.benchmark import Ratio, bench_ratio
+from layerboost.reporting.benchmark import bench_ratio
 from layerboost.reporting.page import Finding
-from layerboost.reporting.quality import nll_difference
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, size, with_interval
 from layerboost.schemas.evaluation import Change, EvalComparison, Gate
@@ -44,23 +44,10 @@ def summary(sources: Sources) -> dict[str, Any]:
     values = {task: {name: found.value for name, found in entry.models.items()} for task, entry in scores.items()}
     return {
         "kv_fraction": kv[0] / kv[1] if kv else None,
-        "throughput_ratio": _ratio_values(ratio) if ratio else None,
+        "throughput_ratio": asdict(ratio) if ratio else None,
         "perplexity": {name: found.perplexity for name, found in quality.perplexity.items()} if quality else {},
         "average": values.pop("average", None),
         "tasks": values,
-    }
-
-
-def _ratio_values(ratio: Ratio) -> dict[str, Any]:
-    ranged = ratio.spread.repeats > 1
-    return {
-        "median": ratio.spread.median,
-        "low": ratio.spread.min if ranged else None,
-        "high": ratio.spread.max if ranged else None,
-        "repeats": ratio.spread.repeats,
-        "text": f"{ratio.spread.as_ratio}{ratio.warning}",
-        "concurrency": ratio.concurrency,
-        "model": ratio.model,
     }
 
 
@@ -98,7 +85,7 @@ def _kv_finding(sources: Sources) -> Finding:
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:
         sentence += (
-            f" In the benchmark, vLLM's KV cache had room for {cache.spread.median:.2f} × the tokens of "
+            f" In the benchmark, vLLM's KV cache had room for {cache.median:.2f} × the tokens of "
             f"{cache.reference} ({cache.model})."
         )
         files = [*files, "bench/comparison.json"]
@@ -112,19 +99,18 @@ def _throughput_finding(sources: Sources) -> Finding:
     ratio = bench_ratio(sources.bench)
     if ratio is None:
         return Finding(None, "Throughput: bench/comparison.json has no two models to compare.", files)
-    ratios = ratio.spread
-    if ratios.repeats < 2:
+    if ratio.low is None or ratio.high is None:
         spread = "one repeat, so its range is unknown and a small difference is not significant"
     else:
         shown = "no difference shown"
-        if not ratios.min <= 1 <= ratios.max:
-            shown = f"{'faster' if ratios.min > 1 else 'slower'} in every repeat"
-        spread = f"{ratios.min:.2f} to {ratios.max:.2f} over {ratios.repeats} interleaved repeats: {shown}"
+        if not ratio.low <= 1 <= ratio.high:
+            shown = f"{'faster' if ratio.low > 1 else 'slower'} in every repeat"
+        spread = f"{ratio.low:.2f} to {ratio.high:.2f} over {ratio.repeats} interleaved repeats: {shown}"
     sentence = (
         f"the output tokens per second of {ratio.reference}: {ratio.model} at concurrency {ratio.concurrency}, "
         f"{spread}{ratio.warning}."
     )
-    return Finding(f"{ratios.median:.2f} ×", sentence, files)
+    return Finding(f"{ratio.median:.2f} ×", sentence, files)
 
 
 def _quality_finding(sources: Sources) -> Finding:
@@ -161,8 +147,8 @@ def _text(quality: EvalComparison) -> tuple[str | None, str]:
         return None, "Perplexity: not measured."
     names, last = _ends(losses)
     values = " → ".join(f"{name} {number(losses[name].perplexity, 4)}" for name in names)
-    change, kl = nll_difference(quality, last), with_interval(losses[last].kl, signed=False)
-    lost = f" ({last} − base: {change} nats per token; KL {kl})" if change else ""
+    change, kl = losses[last].nll_difference, with_interval(losses[last].kl, signed=False)
+    lost = f" ({last} − base: {with_interval(change)} nats per token; KL {kl})" if change else ""
     return f"perplexity {number(losses[last].perplexity, 4)}", f"Perplexity: {values}{lost}."
 
 

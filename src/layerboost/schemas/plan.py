@@ -104,6 +104,19 @@ def counted(layers: Sequence[LayerPlan]) -> str:
     )
 
 
+def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
+    """Return the layers as a table of text, header first; with a column of full KV heads if any layer has them."""
+    rows = [["layer", "attention", "window", "sink", "full KV heads"]]
+    rows += [
+        [
+            *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
+            " ".join(map(str, entry.full_kv_heads)),
+        ]
+        for entry in layers
+    ]
+    return rows if any(entry.full_kv_heads for entry in layers) else [row[:-1] for row in rows]
+
+
 class Predicted(BaseModel):
     """The predicted quality loss of a plan (sums of single-layer scores) and its costs."""
 

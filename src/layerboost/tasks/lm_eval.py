@@ -305,7 +305,7 @@ def _load_task(name: str, bench_data: str | None, limit: int | None, validation:
             _use_split(part, "validation")
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         if items:
             raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
         raise ConfigError(
