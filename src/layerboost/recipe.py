@@ -187,7 +187,10 @@ class Heal(Section):
         "first; default: text.sequence_tokens alone",
     )
     retrieval_share: float = Field(
-        0.0, ge=0, le=1, description="fraction of sequences that state and later ask for facts"
+        0.0, ge=0, le=1, description="fraction of sequences that state facts and ask for them, and repeat passages"
+    )
+    answer_weight: float = Field(
+        1.0, ge=1, description="stage 2: weight of a token that answers in these sequences; another token has 1"
     )
     temperature: float = Field(1.0, gt=0, description="temperature of the distillation's KL")
     ce_weight: float = Field(0.0, ge=0, description="weight of next-token cross entropy, added to the KL")

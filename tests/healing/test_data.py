@@ -61,6 +61,12 @@ def test_a_step_that_holds_several_lengths_is_a_mean_over_their_tokens() -> None
     assert data.steps == 2
 
 
+def test_weights_are_those_of_a_mean() -> None:
+    weights = [torch.arange(1.0, 1 + len(ids)) for ids in MIXED]
+    [batch] = Data(MIXED, 6, Heal(batch_sequences=2), weights=weights).batches(1, CPU)
+    torch.testing.assert_close(batch["weights"], torch.tensor([[1.0, 2, 3, 4], [1, 2, 0, 0]]) / 13)
+
+
 def test_each_length_is_repeated_in_stretches_of_its_own() -> None:
     sequences = cut(torch.zeros(3, 2048, dtype=torch.long), (1024, 2048), ())
     data = Data(sequences, 3 * 2048, Heal(batch_sequences=1), repeats=2)

@@ -6,6 +6,7 @@ from test_losses import distillation_loss_reference
 from tiny import Products, boosted, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
+from layerboost.healing.data import Data
 from layerboost.healing.distillers import (
     AttentionDistiller,
     LogitDistiller,
@@ -16,6 +17,7 @@ from layerboost.model import linear
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.stream import head_logits
+from layerboost.recipe import Heal
 
 END = 1
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -86,6 +88,30 @@ def test_further_terms_of_the_loss() -> None:
     entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
     with_entropy = made("fSns", ce_weight=0.5)(IDS)
     torch.testing.assert_close(with_entropy, plain + 0.5 * entropy / IDS.numel(), rtol=1e-4, atol=1e-4)
+
+
+def test_answers_weigh_more_in_the_mean_of_a_step() -> None:
+    """A step of two lengths, with the last three tokens beyond the count, against two whole models."""
+    cheap = made("ffSns")
+    sequences = [IDS[0, :20], IDS[0, 20:], IDS[1]]
+    weights = [torch.ones(20), torch.ones(20), torch.ones(40)]
+    weights[1][[4, 5]] = weights[2][[30, 38]] = 9
+    batches = Data(sequences, 77, Heal(batch_sequences=4), weights=weights).batches(1, IDS.device)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 20), (1, 40)]
+    found = sum(cheap(**batch) for batch in batches) / len(batches)
+    total, weight = torch.zeros(()), 0.0
+    for ids, each, count in zip(sequences, weights, (20, 20, 37), strict=True):
+        student, teacher = (
+            model(ids[None]).logits[0, :count].log_softmax(-1) for model in (cheap.student, cheap.teacher)
+        )
+        total = total + ((teacher.exp() * (teacher - student)).sum(-1) * each[:count]).sum()
+        weight += float(each[:count].sum())
+    plain = total / weight
+    torch.testing.assert_close(found, plain)
+    trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(plain, trained)
+    for gradient, other in zip(torch.autograd.grad(found, trained), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["S", "s", "n", "f"])

@@ -14,6 +14,7 @@ from tiny import RUNTIME, layer_plans, save_text, save_tiny
 from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
+from layerboost.healing.stage import load_text
 from layerboost.model.base import find_model
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, Text, parse_recipe
@@ -122,7 +123,7 @@ def test_what_release_0_1_healed_stands_and_what_it_left_half_done_is_refused(co
     before = (healed / "model.safetensors").stat().st_mtime_ns
     for file in (healed / "heal.json", run / "heal" / "heal.json"):
         identity = json.loads(file.read_text())
-        for added in ("fit_tokens", "attention_repeats", "sequence_tokens"):
+        for added in ("fit_tokens", "attention_repeats", "sequence_tokens", "answer_weight"):
             del identity["heal"][added]
         identity["heal"]["hidden_weight"] = 0.0
         file.write_text(json.dumps(identity))
@@ -163,6 +164,21 @@ def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Pat
     text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
     with pytest.raises(ConfigError, match="started on another text"):
         run_stage("heal", recipe, run)
+
+
+def test_sequences_that_ask_are_part_of_the_text(converted: Path, tmp_path: Path) -> None:
+    settings = {"fit_tokens": 0, "attention_tokens": 1024, "tokens": 1024, "sequence_tokens": (256, 512)}
+    recipes = [recipe_of(converted, **settings, retrieval_share=share) for share in (0.0, 1.0)]
+    plan, tokenizer = read_plan(converted / "run" / PLAN), find_model(str(converted / "model"), RUNTIME).tokenizer
+    plain, asking = (load_text(recipe, tmp_path, plan, tokenizer) for recipe in recipes)
+    for text in (plain, asking):
+        assert {stage: [len(ids) for ids in text.sequences[stage]] for stage in text.stages} == {
+            stage: [256, 256, 512] for stage in ("attention", "lora")
+        }
+    assert not any(answers.any() for answers in plain.answers["lora"])
+    assert any(answers.any() for answers in asking.answers["lora"])
+    assert torch.equal(plain.validation, asking.validation)
+    assert plain.fingerprint != asking.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from layerboost.healing.training import (
     Validate,
     check_report_to,
     checkpoints_in,
+    less_memory,
     train_stage,
 )
 from layerboost.recipe import Heal
@@ -329,6 +330,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
         train(tmp_path, made)
     assert "lower heal.batch_sequences" in str(caught.value)
     assert "activation_checkpointing" in str(caught.value)
+    assert less_memory(Heal(sequence_tokens=(256, 2048))).startswith("lower heal.sequence_tokens")
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,14 +47,22 @@ def cut(ids: torch.Tensor, lengths: Sequence[int], opening: Sequence[int]) -> li
 class Data:
     """The sequences of a stage in the order of training, in steps of a fixed number of tokens, or of one longer one.
 
-    A step's loss is the mean over the tokens that count, however the step is cut into batches and whichever process
-    has them: their weights sum to the number of batches.
+    A step's loss is the weighted mean over the tokens that count, however the step is cut into batches and whichever
+    process has them: their weights sum to the number of batches.
     """
 
-    def __init__(self, sequences: Sequence[torch.Tensor], tokens: int, settings: Heal, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[torch.Tensor],
+        tokens: int,
+        settings: Heal,
+        repeats: int = 1,
+        weights: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         """Take the first `tokens` tokens of the sequences `[L]`, each stretch of them `repeats` times.
 
-        A batch and a step hold as many tokens as `settings` give them of sequences as long as the first.
+        `weights` `[L]`: those of the tokens, by default equal. A batch and a step hold as many tokens as `settings`
+        give them of sequences as long as the first.
         """
         length = len(sequences[0])
         self.tokens, self.repeats = tokens, repeats
@@ -63,6 +71,11 @@ class Data:
         counts = (len(ids) + min(0, tokens - end) for ids, end in zip(sequences, ends, strict=True))
         self.counts = [count for count in counts if count > 0]
         self.sequences = sequences[: len(self.counts)]
+        # Without the tokens that do not count.
+        self.weights = [
+            (torch.arange(len(ids)) < count) * (weights[row] if weights else 1.0)
+            for row, (ids, count) in enumerate(zip(self.sequences, self.counts, strict=True))
+        ]
         sizes = [len(ids) for ids in self.sequences]
         steps = grouped(sizes, settings.batch_sequences * settings.gradient_accumulation * length)
         stretches = grouped([sum(sizes[row] for row in step) for step in steps], STRETCH_TOKENS)
@@ -83,13 +96,12 @@ class Data:
             parts += [indices[start : start + size] for start in range(0, len(indices), size)]
         # Every process has as many batches as any other: those that are missing are copies without weight.
         total = len(parts) + -len(parts) % world_size()
-        weight = total / (self.ends[step] - self.ends[step - 1])
+        weight = total / sum(float(self.weights[row].sum()) for row in rows)
         batches = []
         for number in range(rank(), total, world_size()):
             part = parts[number % len(parts)]
             ids = torch.stack([self.sequences[row] for row in part])
-            counts = torch.tensor([self.counts[row] if number < len(parts) else 0 for row in part])
-            weights = (torch.arange(ids.shape[1]) < counts[:, None]) * weight
+            weights = torch.stack([self.weights[row] for row in part]) * (weight if number < len(parts) else 0.0)
             batch: Batch = {"input_ids": ids.to(device), "weights": weights.to(device)}
             batches.append(batch | ({"place": (stretch, rows[0], number)} if self.repeats > 1 else {}))
         return batches

@@ -1,6 +1,6 @@
-"""Training sequences that state facts and ask for them later: ordinary text rarely trains what a window forgets.
+"""Training sequences that ask for what was read long before: ordinary text rarely trains what a window forgets.
 
-The wording and the facts differ from those of the retrieval tests in `layerboost.retrieval`.
+Wordings, keys and values differ from those of the retrieval tests in `layerboost.retrieval`, which stay unseen.
 """
 
 from __future__ import annotations
@@ -8,55 +8,142 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from layerboost.text import opening_ids
 
-# The statement of a fact, and the question with its answer.
-TEMPLATES = (
-    ("\n{name}'s locker opens with {value}.\n", "\nTo open {name}'s locker one enters {value}.\n"),
-    ("\nPlease note: the phone extension of {name} is {value}.\n", "\n{name} can be reached at extension {value}.\n"),
-    ("\nOrder {value} was placed by {name}.\n", "\nThe order that {name} placed has the number {value}.\n"),
-    ("\n{name} lives in room {value}.\n", "\nIf you look for {name}, go to room {value}.\n"),
+NAMES = (
+    *("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jonas", "Karen", "Lewis"),
+    *("Marta", "Nadia", "Oscar", "Paula", "Quentin", "Rosa", "Simon", "Tessa", "Ulrich", "Vera", "Walter", "Yusuf"),
 )
-NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jonas", "Karen", "Lewis")
-TOKENS_PER_FACT, MOST_FACTS = 128, len(NAMES)
+TOWNS = ("Lisbon", "Oslo", "Vienna", "Dublin", "Cairo", "Boston", "Kyoto", "Lima", "Prague", "Naples", "Quebec", "Riga")
+ANIMALS = ("parrot", "tortoise", "donkey", "ferret", "canary", "goat", "hamster", "lizard", "pony", "raven")
 
 
-def with_recall(sequences: Sequence[torch.Tensor], tokenizer: Any, fraction: float, seed: int) -> list[torch.Tensor]:
-    """Return the sequences `[L]`, a `fraction` of each length, spread evenly, with facts; text is truncated.
+@dataclass(frozen=True)
+class Topic:
+    """A kind of fact on a person, in several wordings, and what asks for it; `values`: by default numbers."""
 
-    One fact per 128 tokens, at any place of the first half, asked for at any place after it. Documents of such a
-    sequence become one. Sequences too short for a fact stay as they are.
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    values: tuple[str, ...] = ()
+
+
+TOPICS = (
+    Topic(
+        (
+            "\n{name}'s locker opens with {value}.\n",
+            " (On the lid of {name}'s locker somebody had scratched {value}.) ",
+        ),
+        ("\nTo open {name}'s locker one enters {value}.\n", " The lock of {name} had to be turned to {value}. "),
+    ),
+    Topic(
+        ("\nPlease note: the phone extension of {name} is {value}.\n", "\n- {name}, extension {value}\n"),
+        ("\n{name} can be reached at extension {value}.\n", " Whoever wants to talk to {name} dials {value}. "),
+    ),
+    Topic(
+        ("\nOrder {value} was placed by {name}.\n", "\n| {name} | order {value} | paid |\n"),
+        ("\nThe order that {name} placed has the number {value}.\n", " {name} complained about order {value}. "),
+    ),
+    Topic(
+        ("\n{name} lives in room {value}.\n", ' "And {name}?" - "Upstairs, in room {value}." '),
+        ("\nIf you look for {name}, go to room {value}.\n", " They climbed the stairs to see {name} in room {value}. "),
+    ),
+    Topic(
+        ("\n{name} was born in {value}.\n", " {name}, who came from {value}, said nothing. "),
+        ("\nBirthplaces. {name}: {value}.\n", " In letters {name} used to be called a child of {value}. "),
+        TOWNS,
+    ),
+    Topic(
+        ("\n{name} owns a {value}.\n", " At home {name} was awaited by nobody but a {value}. "),
+        ("\nPets: {name} has a {value}.\n", " The neighbours complained of {name} and the {value}. "),
+        ANIMALS,
+    ),
+)
+# One fact, or one passage that is repeated, per so many tokens; the fraction of repeated passages.
+TOKENS_PER_PART, REPEATS = 128, 0.25
+INTRODUCTIONS = ("\nTo repeat: ", "\n> ", " Once more, word for word: ")
+# The least and the most tokens of a repeated passage. Its first CUE tokens say which one it is, the rest is the answer.
+SHORTEST, LONGEST, CUE = 24, 48, 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Token ids to insert at `place`, a fraction of the text; then the `copied` ids of a passage read before.
+
+    `answer`: the range of its tokens that only the earlier text tells.
     """
-    result = list(sequences)
+
+    place: float
+    ids: list[int]
+    copied: int = 0
+    answer: range = range(0)
+
+
+def with_recall(
+    sequences: Sequence[torch.Tensor], tokenizer: Any, fraction: float, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the sequences `[L]`, a `fraction` of each length asking for what they said before, and their answers.
+
+    Such sequences are spread evenly. They state facts and ask for them, or repeat passages, at distances up to their
+    length; text is truncated, and their documents become one. Sequences too short for it stay as they are. Answers are
+    bool `[L]`: the positions whose next token belongs to an answer.
+    """
+    changed = [(ids, torch.zeros(len(ids), dtype=torch.bool)) for ids in sequences]
     seen: Counter[int] = Counter()
     for row, ids in enumerate(sequences):
         seen[len(ids)] += 1
         if int(seen[len(ids)] * fraction) > int((seen[len(ids)] - 1) * fraction):
-            result[row] = torch.tensor(_recall(ids.tolist(), tokenizer, random.Random(f"{seed} {row}")))
-    return result
+            changed[row] = _recall(ids, tokenizer, random.Random(f"{seed} {row}"))
+    return [ids for ids, _ in changed], [answers for _, answers in changed]
 
 
-def _recall(text: list[int], tokenizer: Any, draw: random.Random) -> list[int]:
-    opening = opening_ids(tokenizer)
-    body = [token for token in text if token not in (tokenizer.eos_token_id, *opening)]
-    facts = []
-    for name in draw.sample(NAMES, min(MOST_FACTS, max(1, len(text) // TOKENS_PER_FACT))):
-        statement, question = draw.choice(TEMPLATES)
-        value = draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 ** (digits + 1))
-        parts = (part.format(name=name, value=value) for part in (statement, question))
-        facts.append([tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts])
-    room = len(text) - len(opening) - sum(len(part) for fact in facts for part in fact)
-    if room < len(text) // 2 or room > len(body):
-        return text
-    places = []
-    for statement, question in facts:
-        stated = draw.randrange(room // 2)
-        places += [(stated, statement), (draw.randint(stated + 1, room), question)]
-    body = body[:room]
-    for place, part in sorted(places, key=lambda entry: entry[0], reverse=True):
-        body[place:place] = part
-    return opening + body
+def _recall(ids: torch.Tensor, tokenizer: Any, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    length, opening = len(ids), opening_ids(tokenizer)
+    body = [token for token in ids.tolist() if token not in (tokenizer.eos_token_id, *opening)]
+    parts = sorted(_parts(length, tokenizer, draw), key=lambda part: part.place)
+    room = length - len(opening) - sum(len(part.ids) + part.copied for part in parts)
+    answers = torch.zeros(length, dtype=torch.bool)
+    if not length // 2 <= room <= len(body):
+        return ids, answers
+    made, taken = list(opening), 0
+    for part in parts:
+        made += body[taken : int(part.place * room)]
+        taken = int(part.place * room)
+        start = draw.randint(len(opening), len(made) - part.copied)
+        answers[[len(made) + index - 1 for index in part.answer]] = True
+        made += part.ids + made[start : start + part.copied]
+    return torch.tensor(made + body[taken:room]), answers
+
+
+def _parts(length: int, tokenizer: Any, draw: random.Random) -> list[Part]:
+    """Return what a sequence of `length` tokens gets: facts of a few topics, each on one person, and repetitions."""
+
+    def encode(words: str) -> list[int]:
+        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+        return ids
+
+    parts = []
+    topics = draw.sample(TOPICS, draw.randint(1, len(TOPICS)))
+    longest = min(LONGEST, length // 8)
+    for name in draw.sample(NAMES, min(len(NAMES), max(1, length // TOKENS_PER_PART))):
+        distance = draw.random()
+        stated = draw.uniform(0, 1 - distance)
+        if longest >= SHORTEST and draw.random() < REPEATS:
+            ids, copied = encode(draw.choice(INTRODUCTIONS)), draw.randint(SHORTEST, longest)
+            answer = range(len(ids) + CUE, len(ids) + copied)
+            # Not before there is something to repeat.
+            parts.append(Part(draw.uniform(0.3, 1), ids, copied, answer))
+            continue
+        topic = draw.choice(topics)
+        digits = draw.randint(3, 6)
+        value = draw.choice(topic.values) if topic.values else str(draw.randrange(10**digits, 10 ** (digits + 1)))
+        asked, end = draw.choice(topic.questions).format(name=name, value="{value}").split(" {value}")
+        known, told = encode(asked), encode(f"{asked} {value}")
+        parts.append(Part(stated, encode(draw.choice(topic.statements).format(name=name, value=value))))
+        question = encode(f"{asked} {value}{end}")
+        parts.append(Part(stated + distance, question, answer=range(len(known), len(told))))
+    return parts

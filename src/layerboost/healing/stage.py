@@ -112,18 +112,22 @@ def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
 
 STAGES = ("attention", "lora")
 # Settings that older releases lack, with values that change nothing, and settings that only they have.
-ADDED, REMOVED = {"fit_tokens": 0, "attention_repeats": 1, "sequence_tokens": None}, {"hidden_weight": 0.0}
+ADDED, REMOVED = (
+    {"fit_tokens": 0, "attention_repeats": 1, "sequence_tokens": None, "answer_weight": 1.0},
+    {"hidden_weight": 0.0},
+)
 
 
 @dataclass(frozen=True)
 class HealingText:
     """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
-    `fit_tokens`: the first tokens of the attention stage, for the fit before it. `validation`: ids `[N, T]`.
-    `fingerprint`: of all text.
+    `answers` `[L]`: where the next token of a sequence answers. `fit_tokens`: the first tokens of the attention stage,
+    for the fit before it. `validation`: ids `[N, T]`. `fingerprint`: of all text.
     """
 
     sequences: dict[str, list[torch.Tensor]]
+    answers: dict[str, list[torch.Tensor]]
     fit_tokens: int
     tokens: dict[str, int]
     validation: torch.Tensor
@@ -163,13 +167,19 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         recipe.text, tokenizer, "calibration", VALIDATION_SEQUENCES * recipe.text.sequence_tokens, run=run
     )
     opening, fraction = opening_ids(tokenizer), recipe.heal.retrieval_share
-    sequences = {name: cut(read.ids, lengths_of(recipe), opening) for name, read in train.items()}
+    made = {
+        name: with_recall(cut(read.ids, lengths_of(recipe), opening), tokenizer, fraction, seeds[name])
+        for name, read in train.items()
+    }
+    # Another release may ask in other words.
+    asking = [ids.tolist() for sequences, _ in made.values() for ids in sequences] if fraction else []
     return HealingText(
-        sequences={name: with_recall(each, tokenizer, fraction, seeds[name]) for name, each in sequences.items()},
+        sequences={name: sequences for name, (sequences, _) in made.items()},
+        answers={name: answers for name, (_, answers) in made.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation.ids,
-        fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation))),
+        fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation)), *asking),
     )
 
 
@@ -279,7 +289,7 @@ def check_same_text(work: Path, text: HealingText) -> None:
     if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
         raise ConfigError(
             f"{work} was started on another text",
-            found="the tokens from text.source have changed",
+            found="the tokens from text.source have changed, or another release made its retrieval sequences",
             do=f"restore the old text, use another --run folder, or delete {work}",
         )
 
@@ -319,8 +329,17 @@ def train(
             fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
         train_only(student, pair.adapted[stage])
-        tokens, sequences = text.tokens[stage], text.sequences[stage]
-        train_stage(stage, distillers[stage], sequences, tokens, settings, folder, validation.measure)
+        weights = [1 + (settings.answer_weight - 1) * answers for answers in text.answers[stage]]
+        train_stage(
+            stage,
+            distillers[stage],
+            text.sequences[stage],
+            text.tokens[stage],
+            settings,
+            folder,
+            validation.measure,
+            weights if stage == "lora" else None,
+        )
         local.cache.clear()
     return fitted
 

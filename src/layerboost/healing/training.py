@@ -43,8 +43,11 @@ def train_stage(
     settings: Heal,
     folder: Path,
     validate: Validate,
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Train a stage, `attention` or `lora`, on the first `tokens` tokens of the sequences `[L]`, in order.
+
+    `weights` `[L]`: those of the tokens in the loss, by default equal.
 
     Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
     `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
@@ -56,7 +59,7 @@ def train_stage(
     """
     if load_result(name, distiller, folder):
         return
-    data = Data(sequences, tokens, settings, settings.attention_repeats if name == "attention" else 1)
+    data = Data(sequences, tokens, settings, settings.attention_repeats if name == "attention" else 1, weights)
     with clean_end(folder, settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)
