@@ -360,6 +360,19 @@ def known_keys() -> list[str]:
     return keys
 
 
+def described_settings() -> dict[str, dict[str, str]]:
+    """Return default and meaning of each setting, by dotted key."""
+    described = {}
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        model: Any = Recipe.model_fields[section].annotation if section else Recipe
+        field = model.model_fields[name]
+        value = field.default
+        shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+        described[key] = {"default": shown, "meaning": field.description or ""}
+    return described
+
+
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe, given as a file or by the name of one that comes with layerboost."""
     path = Path(name)
