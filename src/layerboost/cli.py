@@ -139,10 +139,13 @@ def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
 @with_recipe
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     """Serve base and boosted with vLLM in turn and measure throughput and latency."""
-    from layerboost.reporting.benchmark import decode_table
-
     result = _run("bench", recipe, run, decode_sweep=decode_sweep)
-    show(result, as_json, decode_table if decode_sweep else lambda _: tables.summarized_rows(run))
+    if decode_sweep:
+        from layerboost.reporting.benchmark import decode_table
+
+        show(result, as_json, decode_table)
+    else:
+        show(result, as_json, lambda _: tables.summarized_rows(run))
 
 
 @_command(

@@ -373,16 +373,16 @@ def described_settings() -> dict[str, dict[str, str]]:
     return described
 
 
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe, given as a file or by the name of one that comes with layerboost."""
+def find_recipe(name: str, folder: Path = RECIPES, kind: str = "recipe") -> Path:
+    """Return the path of a recipe, given as a file or by the name of one that comes with layerboost in `folder`."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and shipped.is_file():
         return shipped
-    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    raise ConfigError("no such recipe", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise ConfigError(f"no such {kind}", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
