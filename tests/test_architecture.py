@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "terminal", "strategies"},
     {"files", "recipe"},
     {"schemas"},
-    {"runtime", "settings"},
+    {"runtime"},
     {"run_folder", "costs", "rows"},
     {"text"},
     {"traffic", "retrieval"},

@@ -72,7 +72,6 @@ BAD = {
     "unknown model": (["measure", "nobody/nothing", "--set", "text.source=TEXT"], 2, "neither a directory"),
     "no model": (["measure"], 2, "no model given"),
     "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], 2, "did you mean measure.windows"),
-    "unknown strategy": (["plan", "--set", "plan.method=magic"], 2, "plan.method"),
     "a value that is not YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], 2, "not YAML"),
     "no windows": (["measure", "MODEL", "--set", "measure.windows=[]"], 2, "measure.windows"),
     "no requests": (["bench", "MODEL", "--set", "bench.concurrency=[0]"], 2, "bench.concurrency"),
@@ -87,7 +86,6 @@ BAD = {
     "no sensitivities": (["plan"], 2, "layerboost measure"),
     "no plan": (["convert", "MODEL"], 2, "layerboost plan"),
     "no checkpoint": (["heal", "MODEL"], 2, "does not exist"),
-    "no such recipe": (["run", "--config", "demmo"], 2, "no such recipe"),
     "serve nothing": (["serve", "nowhere"], 2, "nowhere"),
 }
 

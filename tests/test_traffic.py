@@ -178,11 +178,6 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
         load_traffic(write(tmp_path / "t.jsonl", {"text": "a"}), ByT5Tokenizer(), 64, 1000)
 
 
-def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
-    file = write(tmp_path / "t.jsonl", '{"text": "w3 \u2028 w4 w5"}', '{"text": "w6 w7"}')
-    assert load_traffic(file, tiny_tokenizer(), 64, 10_000).lengths[1] == 2
-
-
 def test_rows_are_cut_taken_and_skipped_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": words(10, 3 + index), "answer": " " + words(50 + index, 3)} for index in range(6)]
     file = write(tmp_path / "t.jsonl", *rows)
@@ -390,17 +385,6 @@ def test_a_conversation_of_many_turns_is_rendered_twice(tmp_path: Path) -> None:
     """Rendering the prefix again for every answer took minutes here."""
     rows = [conversation(*["w3", "w4"] * 3000)] * 2
     assert scored_texts(tmp_path, *rows, template=TEMPLATE) == [["w4"] * 45] * 2
-
-
-def test_rows_of_other_files(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": words(10, 4), "answer": " " + words(30 + n, 2)} for n in range(3)]
-    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode())
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
-    for name in ("t.jsonl", "t.parquet"):
-        assert load_traffic(tmp_path / name, tiny_tokenizer(), 64, 1000).lengths == [6, 6, 6]
 
 
 def test_another_part_of_the_calibration_text(tmp_path: Path) -> None:

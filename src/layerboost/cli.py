@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import click
 from layerboost import __version__, tables
 from layerboost.errors import LayerboostError
 from layerboost.options import Command, with_recipe
-from layerboost.tables import show, to_jsonable
+from layerboost.tables import show
 from layerboost.terminal import prepare_terminal
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
     """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
+    from layerboost.reporting.search import stability_table
+
     result = _run("measure", recipe, run, compare=compare)
-    show(result, as_json, tables.stability_rows if compare else tables.measured_rows)
+    show(result, as_json, stability_table if compare else tables.measured_rows)
 
 
 @_command(
@@ -83,13 +86,14 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
 @with_recipe
 def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
     """Choose a strategy for every layer and write plan.yaml, which you may edit."""
-    if diff:
-        from layerboost.reporting.difference import difference_table, plan_difference
+    from layerboost.reporting.difference import difference_table, plan_difference
+    from layerboost.reporting.search import frontier_table
 
+    if diff:
         show(plan_difference(*diff), as_json, difference_table)
         return
     result = _run("plan", recipe, run, curve=frontier)
-    show(result, as_json, tables.frontier_rows if frontier else tables.planned_rows)
+    show(result, as_json, frontier_table if frontier else tables.planned_rows)
 
 
 @_command(
@@ -136,7 +140,12 @@ def evaluate(recipe: Recipe, run: Path, as_json: bool) -> None:
 def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
     """Serve base and boosted in turn and measure throughput and latency."""
     result = _run("bench", recipe, run, decode_sweep=decode_sweep)
-    show(result, as_json, tables.decoded_rows if decode_sweep else lambda _: tables.summarized_rows(run))
+    if decode_sweep:
+        from layerboost.reporting.benchmark import decode_table
+
+        show(result, as_json, decode_table)
+    else:
+        show(result, as_json, lambda _: tables.summarized_rows(run))
 
 
 @_command(
@@ -191,7 +200,7 @@ def check_command(recipe: Recipe, run: Path, as_json: bool) -> None:
     from layerboost.check import check
 
     def rows(estimate: Any) -> list[list[str]]:
-        return [["what", "found"], *([name, str(value)] for name, value in to_jsonable(estimate).items())]
+        return [["what", "found"], *([name, str(value)] for name, value in asdict(estimate).items())]
 
     show(check(recipe, run), as_json, rows)
 
@@ -274,7 +283,7 @@ def ls(what: str, as_json: bool) -> None:
         listing = described_targets()
         head = ["target", *next(iter(listing.values()))]
     else:
-        from layerboost.settings import described_settings
+        from layerboost.recipe import described_settings
 
         head, listing = ["setting", "default", "meaning"], described_settings()
 

@@ -24,7 +24,7 @@ from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.surgery import check_plan
 from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_recipe
 from layerboost.probes.calibration import MEASURED
-from layerboost.recipe import RECIPES, Recipe, Section, parse_recipe
+from layerboost.recipe import RECIPES, Recipe, Section, find_recipe, parse_recipe
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
 from layerboost.run_folder import locked, recorded
@@ -199,10 +199,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
 
 def read_rows(name: str) -> Rows:
     """Return the content of a file of rows, or of one that ships with the package; raise ConfigError."""
-    path = Path(name) if Path(name).is_file() else SHIPPED / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
-        raise ConfigError("no such rows", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
+    path = find_recipe(name, SHIPPED, "rows")
     try:
         return Rows.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -382,16 +382,29 @@ def known_keys() -> list[str]:
     return keys
 
 
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe, given as a file or by the name of one that comes with layerboost."""
+def described_settings() -> dict[str, dict[str, str]]:
+    """Return default and meaning of each setting, by dotted key."""
+    described = {}
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        model: Any = Recipe.model_fields[section].annotation if section else Recipe
+        field = model.model_fields[name]
+        value = field.default
+        shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+        described[key] = {"default": shown, "meaning": field.description or ""}
+    return described
+
+
+def find_recipe(name: str, folder: Path = RECIPES, kind: str = "recipe") -> Path:
+    """Return the path of a recipe, given as a file or by the name of one that comes with layerboost in `folder`."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and shipped.is_file():
         return shipped
-    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    raise ConfigError("no such recipe", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise ConfigError(f"no such {kind}", found=name, do=f"give a YAML file or one of: {', '.join(names)}")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

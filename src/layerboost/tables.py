@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,43 +14,37 @@ from layerboost.strategies import label
 
 if TYPE_CHECKING:
     from layerboost.exporting.stage import Exported
-    from layerboost.schemas.benchmark import Comparison
-    from layerboost.schemas.plan import Frontier, PlanFile
-    from layerboost.schemas.sensitivity import Sensitivity, Stability
+    from layerboost.reporting.page import Table as ReportTable
+    from layerboost.schemas.plan import PlanFile
+    from layerboost.schemas.sensitivity import Sensitivity
 
 Rows = list[list[str]]
 PIPED_COLUMNS = 200  # without a terminal: rich would assume 80 and truncate numbers
 
 
-def show(result: Any, as_json: bool, rows: Callable[[Any], Rows]) -> None:
-    """Print a result on stdout: as JSON, or as a table of rows, header first."""
+def show(result: Any, as_json: bool, table: Callable[[Any], Rows | ReportTable]) -> None:
+    """Print a result on stdout: as JSON, or as a table: of the report, or of rows, header first."""
     from layerboost.runtime import is_main_process
 
     if not is_main_process():
         return
     if as_json:
+        from pydantic_core import to_jsonable_python
+
         from layerboost.schemas.artifact import json_text
 
-        click.echo(json_text(to_jsonable(result), "the result", indent=1, default=str))
+        click.echo(json_text(to_jsonable_python(result), "the result", indent=1))
         return
     from rich.console import Console
     from rich.table import Table
 
-    head, *body = rows(result)
-    table = Table(*head)
+    rows = table(result)
+    head, *body = rows if isinstance(rows, list) else [rows.header, *rows.rows]
+    printed = Table(*head)
     for row in body:
-        table.add_row(*row)
+        printed.add_row(*row)
     width = shutil.get_terminal_size((PIPED_COLUMNS, 24)).columns
-    Console(width=width, markup=False).print(table)  # a path may hold [brackets]
-
-
-def to_jsonable(result: Any) -> Any:
-    """Return a stage's result as JSON values."""
-    from layerboost.schemas.artifact import Artifact
-
-    if isinstance(result, Artifact):
-        return result.model_dump(mode="json")
-    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    Console(width=width, markup=False).print(printed)  # a path may hold [brackets]
 
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
@@ -87,20 +80,6 @@ def planned_rows(plan: PlanFile) -> Rows:
     return rows
 
 
-def frontier_rows(frontier: Frontier) -> Rows:
-    """Return the plans of every budget, as in the report's table."""
-    from layerboost.reporting.search import frontier_table
-
-    return frontier_table(frontier).lines
-
-
-def stability_rows(stability: Stability) -> Rows:
-    """Return the agreement of two measurements, as in the report's table."""
-    from layerboost.reporting.search import stability_table
-
-    return stability_table(stability).lines
-
-
 def written_rows(result: Any) -> Rows:
     """Return what a stage wrote."""
     return [["written"], [str(result)]]
@@ -126,13 +105,6 @@ def reported_rows(summary: dict[str, Any]) -> Rows:
 
     rows = summary_table(summary)
     return [*rows, ["report", str(summary["report"]), *[""] * (len(rows[0]) - 2)]]
-
-
-def decoded_rows(sweep: Comparison) -> Rows:
-    """Return a decode sweep, as in the report's table."""
-    from layerboost.reporting.benchmark import decode_table
-
-    return decode_table(sweep).lines
 
 
 def costs_rows(costs: dict[str, Any]) -> Rows:

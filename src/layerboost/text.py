@@ -27,13 +27,8 @@ SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), 
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
-# Names of files about a data set or a program; the first may have a suffix: README_zh, LICENSE-MIT, README2.
-ABOUT = re.compile(
-    r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])"
-    r"|(authors|contributors|contributing|copyright|datasheet|requirements|code[ _-]?of[ _-]?conduct"
-    r"|(acceptable[ _-]?)?use[ _-]?policy|third[ _-]?party[ _-]?(notices?|licen[cs]es?))\.",
-    re.IGNORECASE,
-)
+# Names of files about a data set or a program, also with a suffix: README_zh, LICENSE-MIT, README2.
+ABOUT = re.compile(r"(readme|licen[cs]es?|notices?|copying|citation|changelog)(?![a-z])", re.IGNORECASE)
 # After this many rows without text, and none with, the column is wrong.
 HOPELESS_ROWS = 1000
 # Characters per call of a tokenizer: for some the time grows with their square.

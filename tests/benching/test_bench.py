@@ -17,11 +17,11 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, s
 from layerboost.engines import transformers
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
+from layerboost.reporting.benchmark import decode_table
 from layerboost.schemas.artifact import read_json, write_json
 from layerboost.schemas.benchmark import Comparison, Measurement
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
-from layerboost.tables import decoded_rows
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -191,9 +191,9 @@ def test_a_decode_sweep_has_a_result_per_length(tmp_path: Path, monkeypatch: pyt
     short, long = (json.loads((tmp_path / "bench" / f"base-decode{n}-r0.json").read_text()) for n in (4, 128))
     assert (short["total_output_tokens"], long["total_output_tokens"]) == (2 * 4, 2 * 128)
     assert all(at.models["base"]["latency_ms_median"].median > 0 for at in sweep.results)
-    head, *rows = decoded_rows(sweep)
-    assert [row[:2] for row in rows] == [["4", "base"], ["128", "base"]]
-    assert {len(row) for row in rows} == {len(head)}
+    table = decode_table(sweep)
+    assert [row[:2] for row in table.rows] == [["4", "base"], ["128", "base"]]
+    assert {len(row) for row in table.rows} == {len(table.header)}
 
     # Another length is added to it, and what was measured stays.
     before = (tmp_path / "bench" / "base-decode4-r0.json").read_text()

@@ -28,12 +28,6 @@ def test_validation_items_stand_in_for_test_items(tmp_path: Path) -> None:
     assert read_items(str(tmp_path), "arc_easy").split == "validation"
 
 
-def test_line_separators_inside_an_item_do_not_cut_it(tmp_path: Path) -> None:
-    item = rows("piqa", 1)[0] | {"goal": "one\u2028two"}
-    write_jsonl(tmp_path / "piqa.jsonl", [item])
-    assert read_items(str(tmp_path), "piqa").rows == [item]
-
-
 @pytest.mark.parametrize(
     ("task", "change", "named"),
     [

@@ -21,7 +21,7 @@ from layerboost.model.surgery import apply_plan
 from layerboost.probes.probe import TextProbe
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity
-from layerboost.tasks.lm_eval import BenchTask, load_validation, run_task, task_value
+from layerboost.tasks.lm_eval import BenchTask, load_task, run_task, task_value
 from layerboost.tasks.probe import TaskProbe, load_choices
 
 NAMES = ["arc_easy", "mmlu", "openbookqa"]
@@ -81,16 +81,13 @@ def test_choices_that_share_an_input_are_computed_once(bench: Path) -> None:
 
 
 def test_tasks_without_choices_are_refused(monkeypatch: pytest.MonkeyPatch, bench: Path) -> None:
-    def generated(*_: Any) -> list[BenchTask]:
-        tasks = load(["arc_easy"], str(bench), 2)
-        for leaf in tasks[0].leaves.values():
+    def generated(*_: Any, **__: Any) -> BenchTask:
+        task = load_task("arc_easy", str(bench), 2)
+        for leaf in task.leaves.values():
             leaf.OUTPUT_TYPE = "generate_until"
-        return tasks
+        return task
 
-    from layerboost.tasks import probe as task_probe
-
-    load = load_validation
-    monkeypatch.setattr(task_probe, "load_validation", generated)
+    monkeypatch.setattr("layerboost.tasks.probe.load_task", generated)
     with pytest.raises(ConfigError, match=r"arc_easy is not multiple choice(.|\n)*generate_until"):
         load_choices(["arc_easy"], str(bench), 2)
 

@@ -26,11 +26,11 @@ from layerboost.tasks.lm_eval import (
     item_margins,
     item_scores,
     load_bench,
-    load_validation,
     run_task,
     spread,
     task_value,
 )
+from layerboost.tasks.probe import load_choices
 from layerboost.tasks.quiet import quiet
 
 YAML = {
@@ -237,7 +237,7 @@ def test_layers_are_chosen_on_validation_items_alone(bench: Path, tokenizer: Any
         shutil.copy(bench / f"{name}.jsonl", tmp_path)
         unseen = [row | {"question": "unseen", "question_stem": "unseen"} for row in rows(name, 3 - (name == "mmlu"))]
         write_jsonl(tmp_path / f"{name}_validation.jsonl", unseen)
-    tasks = load_validation(names, str(tmp_path), None)
+    tasks = load_choices(names, str(tmp_path), None)
     assert [(task.name, task.split, task.items) for task in tasks[:2]] == [
         (name, "validation", 3) for name in names[:2]
     ]
@@ -246,8 +246,8 @@ def test_layers_are_chosen_on_validation_items_alone(bench: Path, tokenizer: Any
         prompts = [leaf.doc_to_text(doc) for leaf in task.leaves.values() for doc in leaf.eval_docs]
         assert all("unseen" in prompt for prompt in prompts)
         assert len(prompts) == task.items
-    assert load_validation(["mmlu"], str(tmp_path), 60)[0].items == 60
-    assert run(load_validation(["mmlu_anatomy"], str(tmp_path), 1)[0], tiny_model(), tokenizer)["results"]
+    assert load_choices(["mmlu"], str(tmp_path), 60)[0].items == 60
+    assert run(load_choices(["mmlu_anatomy"], str(tmp_path), 1)[0], tiny_model(), tokenizer)["results"]
     # The same process scores on the test items afterwards.
     assert load_bench(settings(tmp_path, "arc_easy"))[0].split == "test"
 
@@ -255,12 +255,12 @@ def test_layers_are_chosen_on_validation_items_alone(bench: Path, tokenizer: Any
 @pytest.mark.parametrize("name", ["piqa", "winogrande", "hellaswag"])
 def test_layers_are_not_chosen_on_the_items_a_score_is_reported_on(name: str, bench: Path) -> None:
     with pytest.raises(ConfigError, match=rf"cannot be chosen on task {name}(.|\n)*reported on its validation items"):
-        load_validation([name], str(bench), None)
+        load_choices([name], str(bench), None)
 
 
 def test_validation_items_that_are_not_there_are_named(bench: Path) -> None:
     with pytest.raises(ConfigError, match=r"no items of task arc_easy(.|\n)*add arc_easy_validation\.jsonl"):
-        load_validation(["arc_easy"], str(bench), None)
+        load_choices(["arc_easy"], str(bench), None)
 
 
 @pytest.mark.usefixtures("private_cache", "small_index")
@@ -271,12 +271,12 @@ def test_the_hubs_validation_items_are_asked_for(monkeypatch: pytest.MonkeyPatch
         return {split: datasets.Dataset.from_list(rows(task, 4)[:count]) for split, count in splits.items()}
 
     monkeypatch.setattr(datasets, "load_dataset", items)
-    found = load_validation(["arc_easy", "mmlu_anatomy"], None, None)
+    found = load_choices(["arc_easy", "mmlu_anatomy"], None, None)
     assert [(task.split, task.items) for task in found] == [("validation", 3), ("validation", 3)]
     [scored] = load_bench(Evaluate(tasks=("arc_easy",)))
     assert (scored.split, scored.items) == ("test", 2)
     with pytest.raises(ConfigError, match="cannot be chosen on task lambada_openai"):
-        load_validation(["lambada_openai"], None, None)
+        load_choices(["lambada_openai"], None, None)
 
 
 @pytest.mark.usefixtures("small_index")

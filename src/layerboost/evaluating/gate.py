@@ -5,6 +5,7 @@ from __future__ import annotations
 from layerboost.errors import ConfigError, GateMissed
 from layerboost.recipe import Evaluate
 from layerboost.schemas.evaluation import Check, EvalComparison, Gate, RetrievalScores, Task
+from layerboost.schemas.run import BASE, last_made
 
 
 def validate_gate(settings: Evaluate) -> None:
@@ -27,11 +28,10 @@ def gate_checks(comparison: EvalComparison, settings: Evaluate) -> Gate | None:
     the 95 % interval, which shows whether the sample can detect the loss. `passed` is None if there is nothing to
     judge: the base cannot do the task, or every task chose layers.
     """
-    changed = [name for name in comparison.models if name != "base"]
+    changed = [name for name in comparison.models if name != BASE]
     if not changed:
         return None
-    model = next((name for name in ("healed", "converted") if name in changed), changed[-1])
-    checks = []
+    model, checks = last_made(changed), []
     if settings.max_kl is not None:
         kl = comparison.perplexity[model].kl
         checks.append(_check("KL to the base", kl.mean, settings.max_kl, kl.low, kl.high))

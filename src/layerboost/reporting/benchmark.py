@@ -12,6 +12,7 @@ from layerboost.reporting.sources import MADE_BY, Sources, model_order
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
 from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
 from layerboost.schemas.evaluation import EvalComparison
+from layerboost.schemas.run import last_made
 
 FILE, SWEEP = "bench/comparison.json", "bench/decode_sweep.json"
 LATENCY, RATIO = "latency_ms_median", "ratio of "
@@ -73,12 +74,12 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
     """Return the ratio at the highest concurrency that has one: of the healed model, or else the converted one."""
     for result in sorted(bench.results, key=lambda result: -result.concurrency):
         names = [name for name in model_order(result.ratios) if metric in result.ratios[name]]
-        known = [name for name in names if name in ("converted", "healed")] or names
-        if known:
-            spread, warning = result.ratios[known[-1]][metric], result.warning(bench.reference, known[-1])
+        if names:
+            name = last_made(names)
+            spread, warning = result.ratios[name][metric], result.warning(bench.reference, name)
             low, high = (spread.min, spread.max) if spread.repeats > 1 else (None, None)
             values = (spread.median, low, high, spread.repeats, warning, spread.as_ratio + warning)
-            return Ratio(known[-1], bench.reference, result.concurrency, *values)
+            return Ratio(name, bench.reference, result.concurrency, *values)
     return None
 
 

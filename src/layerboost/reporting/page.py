@@ -25,11 +25,6 @@ class Table:
     text_columns: tuple[int, ...] = (0,)
     folded: bool = False
 
-    @property
-    def lines(self) -> list[list[str]]:
-        """Return the header and the rows."""
-        return [self.header, *self.rows]
-
 
 @dataclass(frozen=True)
 class Chart:

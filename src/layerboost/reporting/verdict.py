@@ -11,6 +11,7 @@ from layerboost.reporting.page import Finding
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, size, with_interval
 from layerboost.schemas.evaluation import Change, EvalComparison, Gate
+from layerboost.schemas.run import last_made
 
 
 def kv_bytes(sources: Sources) -> tuple[int, int, int] | None:
@@ -128,7 +129,8 @@ def _accuracy(quality: EvalComparison) -> tuple[str | None, str]:
     if not quality.average:
         return None, "Tasks: not measured."
     models, chosen = quality.average.models, sum(task.selection for task in quality.tasks.values())
-    names, last = _ends(models)
+    names = model_order(models)
+    last = last_made(names)
     values = " → ".join(f"{name} {percent(models[name].value)}" for name in names)
     rest = f" (without {chosen} on which layers were chosen)" if chosen else ""
     change = quality.average.difference.get(last)
@@ -145,7 +147,8 @@ def _text(quality: EvalComparison) -> tuple[str | None, str]:
     losses = quality.perplexity
     if not losses:
         return None, "Perplexity: not measured."
-    names, last = _ends(losses)
+    names = model_order(losses)
+    last = last_made(names)
     values = " → ".join(f"{name} {number(losses[name].perplexity, 4)}" for name in names)
     change, kl = losses[last].nll_difference, with_interval(losses[last].kl, signed=False)
     lost = f" ({last} − base: {with_interval(change)} nats per token; KL {kl})" if change else ""
@@ -163,12 +166,6 @@ def _gate(gate: Gate | None) -> str:
             f"Quality gate: missed by {gate.model} in {len(gate.missed)} of {len(gate.checks)} checks{rest} ({missed})."
         )
     return f"Quality gate: passed by {gate.model} in {len(gate.checks) - unknown} of {len(gate.checks)} checks{rest}."
-
-
-def _ends(models: dict[str, Any]) -> tuple[list[str], str]:
-    """Return the models in order, and the one that the report is about: healed, or else converted, or else the last."""
-    names = model_order(models)
-    return names, next((name for name in ("healed", "converted") if name in names), names[-1])
 
 
 def certainty(change: Change) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,11 @@ BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "c
 
 
 HEAL, HEALED, COMPAT = "heal", "healed", "compat"
+
+
+def last_made(models: Sequence[str]) -> str:
+    """Return the model that a result is about: the healed one, or else the converted one, or else the last."""
+    return next((name for name in (HEALED, CONVERTED) if name in models), models[-1])
 
 
 class StageRecord(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,23 +60,13 @@ def load_bench(settings: Evaluate) -> list[BenchTask]:
         tasks = [
             _load_file(Path(name).expanduser(), settings.limit)
             if name.endswith(".yaml")
-            else _load_task(name, settings.bench_data, settings.limit)
+            else load_task(name, settings.bench_data, settings.limit)
             for name in settings.tasks
         ]
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError("evaluate.tasks holds two tasks of the same name", found=", ".join(sorted(twice)))
     return tasks
-
-
-def load_validation(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
-    """Return tasks on their validation items, with lm-eval's prompts and metrics, on which layers are chosen.
-
-    `bench_data`, `limit`: as in the recipe. Raise ConfigError as `load_bench` does, and for a task without validation
-    items or whose score is reported on them (piqa, winogrande, hellaswag).
-    """
-    with quiet():
-        return [_load_task(name, bench_data, limit, validation=True) for name in names]
 
 
 def run_task(
@@ -292,7 +282,12 @@ def _use_split(entry: Any, split: str, **changes: Any) -> None:
     entry.yaml_path = None
 
 
-def _load_task(name: str, bench_data: str | None, limit: int | None, validation: bool = False) -> BenchTask:
+def load_task(name: str, bench_data: str | None, limit: int | None, validation: bool = False) -> BenchTask:
+    """Return a task by lm-eval's name with its items; with `validation` on the validation items.
+
+    Raise ConfigError as `load_bench` does, and with `validation` for a task without such items or whose score is
+    reported on them (piqa, winogrande, hellaswag).
+    """
     manager = _manager(name, validation)
     _check_name(manager, name)
     entry = manager.task_index[name]

@@ -18,7 +18,7 @@ from layerboost.probes.metrics import check_values, score
 from layerboost.probes.probe import Losses, Streams
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
-from layerboost.tasks.lm_eval import BenchTask, load_validation
+from layerboost.tasks.lm_eval import BenchTask, load_task
 from layerboost.tasks.quiet import quiet
 
 Likelihood = tuple[float, bool]
@@ -116,11 +116,14 @@ class TaskProbe:
 
 
 def load_choices(names: Sequence[str], bench_data: str | None, limit: int | None) -> list[BenchTask]:
-    """Return multiple-choice tasks on their validation items.
+    """Return multiple-choice tasks on their validation items, with lm-eval's prompts and metrics, to choose layers on.
 
-    Raise ConfigError as `load_validation` does, and for a task that needs anything but log-likelihoods.
+    Raise ConfigError as `load_task` does, and for a task that needs anything but log-likelihoods.
     """
-    tasks = load_validation(names, bench_data, limit) if names else []
+    if not names:
+        return []
+    with quiet():
+        tasks = [load_task(name, bench_data, limit, validation=True) for name in names]
     for task in tasks:
         kinds = {leaf.OUTPUT_TYPE for leaf in task.leaves.values()}
         if kinds != {"multiple_choice"}:
