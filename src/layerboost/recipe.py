@@ -264,10 +264,7 @@ class Evaluate(Section):
 class Bench(Section):
     """Throughput of base and boosted model under a real server."""
 
-    engine: EngineName = Field(
-        "auto",
-        description="vllm; llama.cpp, with GGUF exports; transformers, a batch at a time; auto: the first installed",
-    )
+    engine: EngineName = Field("auto", description="vllm, llama.cpp or transformers; auto: the first that is installed")
     gguf_type: str = Field("f16", description="llama.cpp: type of the matrices, as in `layerboost export --type`")
     checkpoints: Checkpoints = Field({}, description="more models to benchmark: {NAME: DIRECTORY}")
     concurrency: tuple[PositiveInt, ...] = Field((50, 100, 200), min_length=1, description="concurrent requests")
