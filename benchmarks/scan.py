@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import timing
-import torch
 from scipy.stats import spearmanr
 
 from layerboost.measuring.scan import scan
@@ -159,5 +158,4 @@ def agreement(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

@@ -201,10 +201,10 @@ def test_kv_heads_that_cannot_be_measured(
     assert message in refused.stderr
 
 
-def test_a_scan_has_no_retrieval_to_plan_by(folder: Path, tmp_path: Path) -> None:
+def test_a_scan_has_two_metrics_to_plan_by(folder: Path, tmp_path: Path) -> None:
     heads = {"measure.unit": "kv_head", "measure.head_scores": "scan", "plan.unit": "kv_head"}
-    asked = load_recipe([folder / "recipe.yaml"], {**heads, "plan.retrieval_weight": 0.2})
-    with pytest.raises(ConfigError, match="the plan needs retrieval of KV heads, and the scan estimates KL alone"):
+    asked = load_recipe([folder / "recipe.yaml"], {**heads, "plan.metric": "nll"})
+    with pytest.raises(ConfigError, match="the plan needs nll of KV heads, and the scan estimates KL and retrieval"):
         check_plan_stage(asked, tmp_path, find_model(str(folder / "model"), RUNTIME))
 
 

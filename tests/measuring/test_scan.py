@@ -9,9 +9,11 @@ import torch
 from scipy.stats import spearmanr
 from tiny import tiny_model
 
-from layerboost.measuring.scan import scan
+from layerboost.measuring.scan import scan, scan_answers
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan
+from layerboost.probes.metrics import answer_scores
+from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 
 IDS = torch.randint(3, 200, (6, 48), generator=torch.Generator().manual_seed(1))
@@ -60,3 +62,28 @@ def test_the_model_is_as_before_and_a_seed_repeats() -> None:
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert torch.equal(base(IDS).logits, before)
+
+
+def test_answers_lose_what_small_changes_take() -> None:
+    """To first order: the loss of an answer's log-probability, by prompt and site."""
+    small: dict[str, Any] = {"initializer_range": 0.02}
+    base = tiny_model(layers=3, **small)
+    prompts = Prompts("passkey", IDS, answers=(3,) * 6, depths=(0.5,) * 6)
+    sites = [site(layer, head) for layer in range(3) for head in range(2)]
+    sinks = calibrate_sinks(base, list(IDS.split(2)), range(3), [24])
+    found = scan_answers(base, prompts.batches(4), sites, sinks)
+    assert found.shape == (6, 6)
+    expected = torch.stack([answers_lost(plan, prompts, **small) for plan in sites], 1)
+    assert spearmanr(found.flatten(), expected.flatten()).statistic > 0.95
+    assert torch.allclose(found, expected, atol=0.1 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def answers_lost(plan: LayerPlan, prompts: Prompts, **changes: Any) -> torch.Tensor:
+    """The log-probability of each answer that one site loses."""
+    base = tiny_model(layers=3, **changes)
+    before = answer_scores(base, prompts, base.model(IDS).last_hidden_state)[0]
+    layers = [LayerPlan(layer=layer, attention="full") for layer in range(3)]
+    layers[plan.layer] = plan
+    changed = apply_plan(base, layers)
+    return before - answer_scores(changed, prompts, changed.model(IDS).last_hidden_state)[0]

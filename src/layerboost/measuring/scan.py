@@ -1,14 +1,16 @@
-"""The scan: an estimate of every KV head's KL under a window from a few backward passes.
+"""The scan: an estimate of what every KV head's window loses, from a few backward passes.
 
 To second order, the KL of a small change Δ of a head's output is half of its Fisher information, E[(g·Δ)²] / 2, where g
-is the gradient of the log-likelihood of labels that are drawn from the model itself. One backward pass gives g for all
-heads at once, where an exact sweep runs the model once per head.
+is the gradient of the log-likelihood of labels that are drawn from the model itself. To first order, a retrieved answer
+loses −g·Δ of its log-probability, g being that one's gradient. One backward pass gives g for all heads at once, where
+an exact sweep runs the model once per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,16 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.model.sinks import Sinks
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.probes.metrics import answer_scores
+from layerboost.retrieval import Prompts
 from layerboost.runtime import Progress
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Variant
 
 # A site's number, its columns of the attention output, and what they change by: `[B, T, columns]`.
 Change = tuple[int, torch.Tensor, torch.Tensor]
+# The normed final states `[B, T, D]` -> what is differentiated, a sum over sequences.
+Target = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Scan:
 def scanned(
     model: PreTrainedModel,
     batches: Sequence[torch.Tensor],
+    prompts: Sequence[Prompts],
     layers: Sequence[LayerSensitivity],
     sinks: Sinks,
     group: int,
@@ -59,19 +66,19 @@ def scanned(
     every = [site for group_sites in sites.values() for site in group_sites]
     if not every:  # all layers slide in the base
         return list(layers)
-    values = iter(scan(model, batches, every, sinks, draws, seed).kl().T.tolist())
-    tokens = sum(len(ids) * (ids.shape[1] - 1) for ids in batches)
-    return [
-        entry.model_copy(
-            update={
-                "heads": [
-                    Variant(**site.model_dump(exclude={"layer"}), scores={"kl": Score.of(next(values), tokens)})
-                    for site in sites[entry.layer]
-                ]
-            }
-        )
-        for entry in layers
+    lost = {"kl": scan(model, batches, every, sinks, draws, seed).kl()}
+    counts = {"kl": sum(len(ids) * (ids.shape[1] - 1) for ids in batches), "retrieval": 0}
+    if prompts:
+        lost["retrieval"] = scan_answers(model, prompts, every, sinks)
+        counts["retrieval"] = len(lost["retrieval"])
+    scores = [
+        {metric: Score.of(values[:, index].tolist(), counts[metric]) for metric, values in lost.items()}
+        for index in range(len(every))
     ]
+    found = iter(
+        [Variant(**site.model_dump(exclude={"layer"}), scores=each) for site, each in zip(every, scores, strict=True)]
+    )
+    return [entry.model_copy(update={"heads": [next(found) for _ in sites[entry.layer]]}) for entry in layers]
 
 
 def scan(
@@ -87,24 +94,52 @@ def scan(
     `sites`: what is changed alone each time, windows on some KV heads of a layer; `sinks`: as from `calibrate_sinks`.
     Takes a forward pass per batch and a backward pass per batch and draw, with the activations of one batch.
     """
-    layers = sorted({site.layer for site in sites})
     generator = torch.Generator(model.device).manual_seed(seed)
+    targets = [lambda hidden: _likelihood(model, hidden, generator)] * draws
     found = []
     with Progress("scanning KV heads", sum(ids.numel() for ids in batches) * draws, "tokens") as progress:
         for ids in batches:
-            changes: dict[int, list[Change]] = {layer: [] for layer in layers}
-            outputs, hidden = _forward(model, ids, layers, sites, sinks, changes)
-            products = torch.zeros(len(ids), draws, len(sites), device=model.device)
-            for draw in range(draws):
-                gradients = torch.autograd.grad(
-                    _likelihood(model, hidden, generator), list(outputs.values()), retain_graph=draw < draws - 1
-                )
-                for layer, gradient in zip(outputs, gradients, strict=True):
-                    for site, columns, change in changes[layer]:
-                        products[:, draw, site] = (gradient[..., columns] * change).flatten(1).sum(1)
-                progress.advance(ids.numel())
+            products = _products(model, ids, sites, sinks, targets, progress)
             found.append((products / ids.shape[1] ** 0.5).flatten(0, 1).cpu())
     return Scan(torch.cat(found), draws)
+
+
+def scan_answers(
+    model: PreTrainedModel, prompts: Sequence[Prompts], sites: Sequence[LayerPlan], sinks: Sinks
+) -> torch.Tensor:
+    """Return the estimated loss of each answer's log-probability by each site, in nats: `[prompts, sites]`.
+
+    A window that loses an answer whole changes more than the first order sees, so values are too small; their order is
+    what they are for.
+    """
+    found = []
+    with Progress("scanning answers", sum(each.ids.numel() for each in prompts), "tokens") as progress:
+        for batch in prompts:
+            target = partial(_answers, model, batch)
+            found.append(-_products(model, batch.ids.to(model.device), sites, sinks, [target], progress)[:, 0].cpu())
+    return torch.cat(found)
+
+
+def _products(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    sites: Sequence[LayerPlan],
+    sinks: Sinks,
+    targets: Sequence[Target],
+    progress: Progress,
+) -> torch.Tensor:
+    """Return g·Δ of each sequence, target and site: `[B, targets, sites]`."""
+    layers = sorted({site.layer for site in sites})
+    changes: dict[int, list[Change]] = {layer: [] for layer in layers}
+    outputs, hidden = _forward(model, ids, layers, sites, sinks, changes)
+    products = torch.zeros(len(ids), len(targets), len(sites), device=model.device)
+    for index, target in enumerate(targets):
+        gradients = torch.autograd.grad(target(hidden), list(outputs.values()), retain_graph=index < len(targets) - 1)
+        for layer, gradient in zip(outputs, gradients, strict=True):
+            for site, columns, change in changes[layer]:
+                products[:, index, site] = (gradient[..., columns] * change).flatten(1).sum(1)
+        progress.advance(ids.numel())
+    return products
 
 
 def _forward(
@@ -159,6 +194,11 @@ def _with_gradient(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _answers(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the summed log-probability of the prompts' answers."""
+    return answer_scores(model, prompts, hidden)[0].sum()
 
 
 def _likelihood(model: PreTrainedModel, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

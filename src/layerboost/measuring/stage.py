@@ -154,7 +154,8 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
-        save(scanned(model, tokens, found.layers, sinks, head_group, recipe.measure.scan_draws, recipe.seed))
+        draws = recipe.measure.scan_draws
+        save(scanned(model, tokens, inputs.prompts, found.layers, sinks, head_group, draws, recipe.seed))
     return found
 
 

@@ -48,11 +48,11 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
             found=f"plan.unit {settings.unit}, measure.unit {measure.unit}",
             do="set measure.unit to kv_head, or plan.unit to layer",
         )
-    if settings.unit == "kv_head" and measure.head_scores == "scan" and asked - {"kl"}:
+    if settings.unit == "kv_head" and measure.head_scores == "scan" and (other := asked - {"kl", "retrieval"}):
         raise ConfigError(
-            f"the plan needs {', '.join(sorted(asked - {'kl'}))} of KV heads, and the scan estimates KL alone",
+            f"the plan needs {', '.join(sorted(other))} of KV heads, and the scan estimates KL and retrieval alone",
             found="measure.head_scores scan",
-            do="set measure.head_scores to exact, or plan by KL alone (plan.metric, plan.retrieval_weight, limits)",
+            do="set measure.head_scores to exact, or plan by KL and retrieval",
         )
     if settings.window and settings.window not in measure.windows:
         raise ConfigError(
