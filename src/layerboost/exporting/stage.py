@@ -10,8 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
-from layerboost.exporting.granite_swa import granite_config, granite_tensors, window_of
-from layerboost.exporting.targets import Target, find_target
+from layerboost.exporting.granite_swa import granite_config, granite_tensors
+from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, new_folder
 from layerboost.model.card import CARD
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
@@ -59,12 +59,10 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     if target.name == "decilm":
         export_compat(folder, out)
     elif target.name == "gguf":
-        _write_gguf(folder, out, config, kind)
+        _write_gguf(folder, out, config, target.architecture, kind)
     else:
         _write(folder, out, config, target, plan)
-    info, removed = plan.model, sum(not entry.strategy.keeps_weights for entry in plan.layers)
-    kept = 2 * info.kv_heads * info.head_dim * target.removed_bytes(window_of(config), info.bytes_per_element)
-    return Exported(target.name, str(out), removed * kept)
+    return Exported(target.name, str(out), extra_kv_bytes(target, config, plan.model))
 
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
@@ -84,8 +82,9 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
         (new / CARD).write_text(_card((folder / CARD).read_text(), target, plan))
 
 
-def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, kind: str) -> None:
-    from layerboost.exporting.gguf_file import TYPES, splitter, write_gguf
+def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
+    from layerboost.exporting.gguf_file import TYPES, write_gguf
+    from layerboost.exporting.gguf_tokenizer import splitter
 
     if kind not in TYPES:
         raise ConfigError(f"no GGUF type is called {kind}", do=f"choose one of {', '.join(TYPES)}")
@@ -93,7 +92,7 @@ def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, kind: str) ->
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(temporary, folder, granite_config(config), granite_tensors(config, read_weights(folder)), kind)
+        write_gguf(temporary, folder, architecture, config, read_weights(folder), kind)
         temporary.replace(out)
     except OSError as error:
         raise disk_error(out, error) from error
