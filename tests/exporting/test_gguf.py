@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import urllib.request
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tiny import WINDOW, boosted, info, layer_plans, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import LAYOUTS
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
@@ -24,6 +25,7 @@ from layerboost.exporting.targets import TARGETS
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile
+from layerboost.tables import exported_rows
 
 IDS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
@@ -294,3 +296,81 @@ def test_what_gguf_cannot_hold_is_refused(
     with pytest.raises(ConfigError, match=message):
         run_export(folder, "gguf", kind=kind)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def llama_quantize(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a stand-in for llama.cpp's tool, which is no Python package, on the PATH, and nothing else."""
+    tool = folder / "bin" / "llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+
+
+def test_k_quants_are_written_by_llama_cpps_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fS")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no llama-quantize on the PATH\ndo: install llama.cpp"):
+        run_export(folder, "gguf", kind="q4_k_m")
+    llama_quantize(tmp_path, monkeypatch, f'cp "$1" "$2" && echo "$3" > {tmp_path}/asked')
+    out = Path(run_export(folder, "gguf", kind="Q4_K_M").folder)
+    assert out.name == "healed-q4_k_m.gguf"
+    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
+    # It is given the checkpoint's own values.
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "F32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked", "bin", "healed", out.name]
+
+
+def test_a_tool_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fS")
+    llama_quantize(tmp_path, monkeypatch, 'echo half > "$2"; echo "unknown architecture" >&2; exit 3')
+    with pytest.raises(LayerboostError, match="llama-quantize failed, with exit code 3\nfound: unknown architecture"):
+        run_export(folder, "gguf", kind="q6_k")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "healed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), LayerboostError),
+    ],
+)
+@pytest.mark.parametrize("to", ["gguf", "granite-swa", "decilm", "mlx"])
+def test_an_export_that_ends_early_leaves_nothing(
+    to: str, error: BaseException, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fs")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    if to == "gguf":
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    else:  # the last file
+        monkeypatch.setattr("layerboost.exporting.stage.write_json", fail)
+    with pytest.raises(raised):
+        run_export(folder, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
+    base = run_export(saved(tmp_path / "base", "llama", "fs"), "gguf", kind="q8_0")
+    assert base.base_type is None
+    folder = tmp_path / "healed"
+    plan = PlanFile(model=info(2).model_copy(update={"name": base.folder}), method="by hand", layers=layer_plans("fs"))
+    save_boosted(boosted("fs", vocab_size=257), byte_level_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    found = run_export(folder, "gguf", kind="f32")
+    assert found.base_type == "Q8_0"
+    assert exported_rows(found)[1][-1] == "Q8_0"
+    Path(base.folder).unlink()
+    assert run_export(folder, "mlx").base_type == "unknown (the file is not there)"
+
+
+def test_a_window_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fs")
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(plain | {"max_position_embeddings": 8}))
+    with pytest.raises(ConfigError, match="sliding_window 16, not 1 to 8 tokens"):
+        run_export(folder, "gguf")

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from layerboost.exporting.gguf_tokenizer import add_tokenizer
-from layerboost.exporting.granite_swa import MULTIPLIERS, granite_tensors, rotating_layers
+from layerboost.exporting.llama_shaped import MULTIPLIERS, granite_tensors, rotating_layers
 from layerboost.exporting.tensors import (
     full_every,
     head_dim,
@@ -243,7 +243,7 @@ def _settings(config: PreTrainedConfig) -> Settings:
 
 
 def _is_scaled(config: PreTrainedConfig) -> bool:
-    return config.rope_parameters.get("rope_type", "default") != "default"
+    return bool(config.rope_parameters.get("rope_type", "default") != "default")
 
 
 def _rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
@@ -252,7 +252,7 @@ def _rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
         return None
     rotary: Any = LlamaRotaryEmbedding(config)
     plain, _ = rotary.compute_default_rope_parameters(config)
-    return plain / rotary.inv_freq
+    return torch.as_tensor(plain / rotary.inv_freq)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

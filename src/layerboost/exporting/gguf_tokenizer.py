@@ -59,7 +59,7 @@ def splitter(folder: Path) -> str:
         f"the tokenizer of {folder} cannot be written to GGUF",
         found=f"{found}; known: byte-level BPE as in Llama 3, OLMo 2, Qwen2, Mistral Nemo, SmolLM and GPT-2, and "
         "SentencePiece's BPE with tokens for bytes, as in Mistral and Gemma",
-        do="export to granite-swa, for Transformers or vLLM",
+        do="export to another format (`layerboost ls targets`), or serve the checkpoint itself",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
-from layerboost.exporting.tensors import full_every, head_dim, slides_by, window_of
+from layerboost.exporting.tensors import full_every, head_dim, slides_by, slides_where_possible, window_of
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
@@ -20,19 +20,21 @@ from layerboost.strategies import STRATEGIES
 
 # What a layer of a plan may need of a format.
 SLIDING, SINK, NONE, KV_HEADS = "a sliding window", "a sink", "no attention", "full KV heads in a sliding layer"
-EVERYTHING = frozenset({SLIDING, SINK, NONE})
+EVERYTHING, NO_SINKS = frozenset({SLIDING, SINK, NONE}), frozenset({SLIDING, NONE})
 # Families that differ from Llama by settings that its formats have.
-LLAMA_SHAPED = ("llama", "mistral", "ministral", "qwen2", "smollm3", "phi3", "granite")
+PLAIN_LLAMAS = ("llama", "mistral", "ministral", "qwen2", "phi3")
+LLAMA_SHAPED = (*PLAIN_LLAMAS, "smollm3", "granite")
 # Rotary embeddings whose frequencies do not depend on the length of a text.
-FIXED = frozenset({"default", "linear", "llama3", "yarn"})
+DEFAULT = frozenset({"default"})
+FIXED = DEFAULT | {"linear", "llama3", "yarn"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One stock format. `holds`: what a layer may be besides full; `first_layer`: the same for layer 0.
+    """One stock format. `runs`: the engines, with the versions that were tried.
 
-    `runs`: the engines, with the versions that were tried. `architecture`: llama.cpp's, of a GGUF file; `--to gguf`
-    takes the first that holds the plan. `every_nth`: all layers slide but every n-th.
+    `holds`: what a layer may be besides full; `rope`: types of rotary embeddings. `architecture`: llama.cpp's, of a
+    GGUF file; `--to gguf` takes one that holds the plan. `every_nth`: all layers slide but every n-th.
     """
 
     name: str
@@ -40,8 +42,8 @@ class Target:
     runs: str
     families: tuple[str, ...]
     holds: frozenset[str]
-    first_layer: frozenset[str]
     rope: frozenset[str]
+    keeps_first: bool = False  # layer 0 must have attention
     # The tokens that a layer without attention still holds for one request, by the window. None: it is truly absent.
     removed_tokens: Callable[[int], int] | None = None
     # Bytes per number of keys and values, if not the model's.
@@ -57,22 +59,13 @@ class Target:
         return f"{self.name} {self.architecture}".strip()
 
 
-def _unfit_gemma2(config: PreTrainedConfig) -> str:
-    if not config.attn_logit_softcapping or not config.final_logit_softcapping:
-        return "no soft caps"
-    return _needs_tied(config) or _scaled_by_head(config)
-
-
-def _unfit_gemma3(config: PreTrainedConfig) -> str:
-    if config.attn_logit_softcapping or config.final_logit_softcapping:
-        return "soft caps"
-    return _needs_tied(config) or _scaled_by_head(config)
-
-
-def _scaled_by_head(config: PreTrainedConfig) -> str:
-    if config.query_pre_attn_scalar == head_dim(config):
-        return ""
-    return f"scores scaled by {config.query_pre_attn_scalar}, not by the head's size"
+def _unfit_gemma(config: PreTrainedConfig) -> str:
+    caps = [bool(config.attn_logit_softcapping), bool(config.final_logit_softcapping)]
+    if caps != [config.model_type == "gemma2"] * 2:
+        return "soft caps" if any(caps) else "no soft caps"
+    if config.query_pre_attn_scalar != head_dim(config):
+        return f"scores scaled by {config.query_pre_attn_scalar}, not by the head's size"
+    return _needs_tied(config)
 
 
 def _unfit_olmo(config: PreTrainedConfig) -> str:
@@ -98,24 +91,30 @@ def _rotates_partly(config: PreTrainedConfig) -> str:
     return "" if share == 1 else f"rotary embeddings of a fraction of {share} of each head"
 
 
-def _gguf(
-    architecture: str, families: tuple[str, ...], holds: frozenset[str], rope: frozenset[str], **settings: Any
-) -> Target:
+def _unfit_mlx(config: PreTrainedConfig) -> str:
+    if config.rope_parameters.get("attention_factor"):
+        return "rotary embeddings with an attention_factor of their own"
+    return _rotates_partly(config) or ("no full layer" if all(slides_where_possible(config)) else "")
+
+
+def _gguf(architecture: str, families: tuple[str, ...], **settings: Any) -> Target:
+    # By llama.cpp's defaults: float16; per sliding layer a window and a physical batch, in steps of 256.
+    defaults: dict[str, Any] = {
+        "holds": NO_SINKS,
+        "rope": DEFAULT,
+        "kv_bytes": 2,
+        "removed_tokens": lambda window: math.ceil((window + 512) / 256) * 256,
+    }
     return Target(
         "gguf",
         f"GGUF, a file of llama.cpp's {architecture} architecture",
         "llama.cpp b11549",
         families,
-        holds,
-        rope=rope,
         architecture=architecture,
-        # By llama.cpp's defaults: float16; per sliding layer a window and a physical batch, in steps of 256.
-        **{"first_layer": holds, "kv_bytes": 2, "removed_tokens": lambda window: math.ceil((window + 512) / 256) * 256}
-        | settings,
+        **defaults | settings,
     )
 
 
-DEFAULT = frozenset({"default"})
 TARGETS = {
     target.label: target
     for target in (
@@ -124,8 +123,7 @@ TARGETS = {
             "GraniteSWAForCausalLM, a Hugging Face directory",
             "Transformers 5.19, vLLM 0.32",
             LLAMA_SHAPED,
-            holds=EVERYTHING,
-            first_layer=EVERYTHING,
+            EVERYTHING,
             rope=FIXED | {"dynamic"},
             removed_tokens=lambda window: window,
             unfit=_rotates_partly,
@@ -135,43 +133,37 @@ TARGETS = {
             "DeciLMForCausalLM, a Hugging Face directory",
             "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
             ("llama", "qwen2"),
-            holds=frozenset({SLIDING, NONE}),
-            first_layer=frozenset({SLIDING}),
+            NO_SINKS,
             rope=FIXED | {"dynamic"},
+            keeps_first=True,
         ),
-        _gguf("granite_swa", LLAMA_SHAPED, EVERYTHING, FIXED, unfit=_rotates_partly),
+        Target(
+            "mlx",
+            "a Hugging Face directory for mlx-lm's Llama class",
+            "mlx-lm 0.32",
+            PLAIN_LLAMAS,
+            NO_SINKS,
+            rope=FIXED,
+            removed_tokens=lambda window: window,
+            unfit=_unfit_mlx,
+        ),
+        _gguf("granite_swa", LLAMA_SHAPED, holds=EVERYTHING, rope=FIXED, unfit=_rotates_partly),
         _gguf(
             "deci",
-            ("llama", "mistral", "ministral", "qwen2", "phi3"),
-            frozenset({NONE}),
-            FIXED,
-            first_layer=frozenset(),
+            PLAIN_LLAMAS,
+            holds=frozenset({NONE}),
+            rope=FIXED,
+            keeps_first=True,
             removed_tokens=None,
             unfit=_rotates_partly,
         ),
-        _gguf("step35", ("qwen3",), frozenset({SLIDING, NONE}), DEFAULT),
-        _gguf(
-            "olmo2",
-            ("olmo2", "olmo3"),
-            frozenset({SLIDING, NONE}),
-            DEFAULT | {"yarn"},
-            every_nth=True,
-            unfit=_unfit_olmo,
-        ),
-        _gguf("gemma2", ("gemma2",), frozenset({SLIDING, NONE}), DEFAULT, every_nth=True, unfit=_unfit_gemma2),
-        _gguf(
-            "gemma3",
-            ("gemma3_text",),
-            frozenset({SLIDING, NONE}),
-            DEFAULT | {"linear"},
-            every_nth=True,
-            unfit=_unfit_gemma3,
-        ),
+        _gguf("step35", ("qwen3",)),
+        _gguf("olmo2", ("olmo2", "olmo3"), rope=DEFAULT | {"yarn"}, every_nth=True, unfit=_unfit_olmo),
+        _gguf("gemma2", ("gemma2",), every_nth=True, unfit=_unfit_gemma),
+        _gguf("gemma3", ("gemma3_text",), rope=DEFAULT | {"linear"}, every_nth=True, unfit=_unfit_gemma),
         _gguf(
             "cohere2",
             ("cohere2",),
-            frozenset({SLIDING, NONE}),
-            DEFAULT,
             every_nth=True,
             unfit=lambda config: _needs_tied(config) or _needs_square(config),
         ),
@@ -188,7 +180,7 @@ def described_targets() -> dict[str, dict[str, str]]:
             "runs in": target.runs,
             "families": ", ".join(target.families),
             "holds, besides full layers": ", ".join(sorted(target.holds))
-            + ("" if NONE in target.first_layer else "; layer 0 must have attention")
+            + ("; layer 0 must have attention" if target.keeps_first else "")
             + ("; all layers but every n-th slide" if target.every_nth else ""),
             "rotary embeddings": ", ".join(sorted(target.rope)),
         }
@@ -219,9 +211,8 @@ def problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan
 def _layer_problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> str:
     rotates_by_type = FAMILIES[config.model_type].rotary_by_type and not _same_rope(config)
     for entry, kind in zip(layers, base_layer_types(config), strict=True):
-        holds = target.holds if entry.layer else target.first_layer
         for need in needs(entry, kind == "sliding_attention"):
-            if need not in holds:
+            if need not in target.holds or (need == NONE and target.keeps_first and entry.layer == 0):
                 return f"layer {entry.layer} has {need}"
         if entry.window and rotates_by_type:
             return f"layer {entry.layer} slides, but has a full layer's rotary embedding"
@@ -275,8 +266,7 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
     asked = [(target, why) for target, why in problems if name in ("auto", target.name)]
     # Of the formats of one name, those of the family.
     asked = [(target, why) for target, why in asked if config.model_type in target.families] or asked
-    raise ConfigError(
-        "no stock format can hold this plan" if name == "auto" else f"{name} cannot hold this plan",
-        found="; ".join(f"{target.label}: {why}" for target, why in asked) if len(asked) > 1 else asked[0][1],
-        do=do,
-    )
+    named = "; ".join(f"{target.label}: {why}" for target, why in asked)
+    if name == "auto":
+        raise ConfigError("no stock format can hold this plan", found=named, do=do)
+    raise ConfigError(f"{name} cannot hold this plan", found=named if len(asked) > 1 else asked[0][1], do=do)

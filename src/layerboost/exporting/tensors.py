@@ -34,10 +34,12 @@ def split_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
     heads = [config.num_attention_heads * size] + [config.num_key_value_heads * size] * 2
     for name in [name for name in found if ".qkv_proj." in name]:
         parts = found.pop(name).split(heads)
-        found |= {name.replace("qkv", part): value for part, value in zip("qkv", parts, strict=True)}
+        found |= {name.replace("qkv", part): value.clone() for part, value in zip("qkv", parts, strict=True)}
     for name in [name for name in found if ".gate_up_proj." in name]:
-        gate, up = found.pop(name).chunk(2)
-        found |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        parts = found.pop(name).chunk(2)
+        found |= {
+            name.replace("gate_up", part): value.clone() for part, value in zip(("gate", "up"), parts, strict=True)
+        }
     return found
 
 
@@ -57,7 +59,7 @@ def full_every(config: PreTrainedConfig) -> int | None:
 
     A layer without attention counts as either. The largest n is returned, so that most of them slide.
     """
-    skipped, layers = set(skipped_layers(config)), config.num_hidden_layers
+    skipped, layers = set(skipped_layers(config)), int(config.num_hidden_layers)
     kinds = enumerate(config.layer_types)
     slides = {layer: kind == "sliding_attention" for layer, kind in kinds if layer not in skipped}
     for n in (0, *range(layers, 0, -1)):

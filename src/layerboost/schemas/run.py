@@ -12,7 +12,7 @@ from layerboost.schemas.artifact import Artifact
 BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
 
 
-HEAL, HEALED, COMPAT = "heal", "healed", "compat"
+HEAL, HEALED = "heal", "healed"
 
 
 class StageRecord(BaseModel):

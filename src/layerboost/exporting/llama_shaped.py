@@ -1,7 +1,8 @@
 """Llama-shaped checkpoints as GraniteSWA, a stock architecture with windows per layer and sinks.
 
 Every layer of it has sinks and a window or none. A sink of −1e30 takes nothing; a layer without attention becomes a
-sliding layer whose output projection is zero, exact but for the window of keys and values that it holds.
+sliding layer whose output projection is zero, exact but for the window of keys and values that it holds. mlx-lm's Llama
+class has the same form without sinks.
 """
 
 from __future__ import annotations
@@ -21,26 +22,47 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 def granite_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the plain config of a boosted Llama-shaped config as GraniteSWA."""
-    sliding = slides_where_possible(config)
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-        "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
-    )  # fmt: skip
     theta = config.rope_parameters["rope_theta"]
     return {
         "architectures": ["GraniteSWAForCausalLM"],
         "model_type": "granite_swa",
+        **llama_settings(config),
+        "rope_parameters": config.rope_parameters,
+        **{name: getattr(config, name, 1.0) for name in MULTIPLIERS},
+        "attention_multiplier": getattr(config, "attention_multiplier", head_dim(config) ** -0.5),
+        "layer_rope_theta": [theta if rotates else 0 for rotates in rotating_layers(config)],
+    }
+
+
+def mlx_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the plain config of a boosted Llama-shaped config as mlx-lm's Llama class reads it, windows included."""
+    rope = {**config.rope_parameters}
+    theta = rope.pop("rope_theta")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **llama_settings(config),
+        "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+
+
+def llama_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what is set alike in both: Llama's settings, and windows by layer."""
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+        "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
+    )  # fmt: skip
+    sliding = slides_where_possible(config)
+    return {
         "dtype": config.to_dict().get("dtype"),
         **{name: getattr(config, name) for name in same},
-        **{name: getattr(config, name, 1.0) for name in MULTIPLIERS},
         "head_dim": head_dim(config),
-        "attention_multiplier": getattr(config, "attention_multiplier", head_dim(config) ** -0.5),
         "attention_bias": has_bias(config),
         "mlp_bias": getattr(config, "mlp_bias", False),
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
         "sliding_window": window_of(config),
-        "layer_rope_theta": [theta if rotates else 0 for rotates in rotating_layers(config)],
     }
 
 
