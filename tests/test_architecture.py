@@ -92,4 +92,4 @@ def test_json_files_are_written_in_one_place() -> None:
     }
     others |= {f"model/{name}.py" for name in ("base", "integrity", "tokenizer")}
     dumping = {str(file.relative_to(SOURCE)) for file in FILES if "json.dump" in file.read_text()}
-    assert dumping - others == {"schemas/artifact.py", "model/compat.py"}
+    assert dumping - others == {"schemas/artifact.py"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerboost import __version__, tables
-from layerboost.errors import LayerboostError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.options import Command, with_recipe
 from layerboost.tables import show
 from layerboost.terminal import prepare_terminal
@@ -98,15 +98,16 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
 
 @_command(
     "layerboost convert --run runs/qwen3",
-    "layerboost convert --run runs/llama --compat && vllm serve runs/llama/compat --trust-remote-code",
+    "layerboost convert --run runs/llama && layerboost export runs/llama/converted --to auto",
 )
-@click.option(
-    "--compat", is_flag=True, help="Also write healed/ or converted/ as compat/, for vLLM without layerboost."
-)
+@click.option("--compat", is_flag=True, hidden=True)
 @with_recipe
 def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
     """Apply the plan to the base's weights: converted/, a Hugging Face checkpoint."""
-    show(_run("convert", recipe, run, compat=compat), as_json, tables.written_rows)
+    if compat:
+        export = f"layerboost export {run / 'healed'} --to decilm"
+        raise ConfigError("convert no longer has --compat", do=f"`{export}` writes the same, of converted/ too")
+    show(_run("convert", recipe, run), as_json, tables.written_rows)
 
 
 @_command(
@@ -250,7 +251,9 @@ def costs(model: str, out: Path, cache_gib: float, engine: str, kind: str, as_js
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--to", required=True, metavar="TARGET", help="A format from `layerboost ls targets`, or auto.")
 @click.option("--out", type=click.Path(path_type=Path), help="A new directory or file; default: FOLDER-TARGET.")
-@click.option("--type", "kind", help="GGUF: f32, f16 (default), bf16, q8_0 or q4_0.")
+@click.option(
+    "--type", "kind", help="GGUF: f32, f16 (default), bf16, q8_0, q4_0 or, by llama-quantize, q4_k_m and others."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(folder: Path, to: str, out: Path | None, kind: str | None, as_json: bool) -> None:
     """Write FOLDER, a boosted checkpoint, in a stock format for engines without layerboost."""

@@ -9,15 +9,14 @@ from transformers import PreTrainedModel
 from layerboost.engines.samples import write_samples
 from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.card import origin_of
-from layerboost.model.checkpoint import check_same_model, check_same_plan, plan_in, save_boosted
-from layerboost.model.compat import check_compat, export_compat
+from layerboost.model.checkpoint import check_same_model, plan_in, save_boosted
 from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan, check_plan
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.plan import PlanFile, read_plan
-from layerboost.schemas.run import COMPAT, CONVERTED, HEALED, PLAN
+from layerboost.schemas.run import CONVERTED, PLAN
 from layerboost.traffic import load_calibration
 
 
@@ -27,20 +26,17 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
         check_plan(base.config, read_plan(run / PLAN).layers)
 
 
-def run_convert(recipe: Recipe, run: Path, compat: bool = False) -> Path:
-    """Write RUN/converted, unless one of the same plan exists; return the directory written last.
+def run_convert(recipe: Recipe, run: Path) -> Path:
+    """Write RUN/converted, unless one of the same plan exists; return the directory.
 
-    Sink logits start from one pass of the base over the calibration text. `compat`: then write RUN/healed, or
-    RUN/converted without it, as RUN/compat, for vLLM without layerboost. Raise ConfigError before changing any weight.
+    Sink logits start from one pass of the base over the calibration text. Raise ConfigError before changing any weight.
     """
     plan = read_plan(run / PLAN)
     base = open_base(recipe, run, start_runtime(recipe))
     check_plan(base.config, plan.layers)
     check_same_model(plan, base.info, run / PLAN)
-    if compat:
-        check_compat(base.config, plan)
     _convert(recipe, run, plan, base)
-    return _export(run) if compat else run / CONVERTED
+    return run / CONVERTED
 
 
 def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
@@ -70,13 +66,3 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
         fitted = calibrate_sinks(model, batches, with_sink, [plan.window])
         sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
     return apply_plan(model, plan.layers, sinks)
-
-
-def _export(run: Path) -> Path:
-    healed = plan_in(run / HEALED)
-    if healed:
-        check_same_plan(healed, run / HEALED, run / PLAN, "heal")
-    source = run / (HEALED if healed else CONVERTED)
-    log.info("writing %s as %s", source, run / COMPAT)
-    export_compat(source, run / COMPAT)
-    return run / COMPAT

@@ -41,11 +41,11 @@ def plan(recipe: Recipe, run: Path, curve: bool = False) -> Any:
     return run_frontier(recipe, run) if curve else run_plan(recipe, run)
 
 
-def convert(recipe: Recipe, run: Path, compat: bool = False) -> Any:
+def convert(recipe: Recipe, run: Path) -> Any:
     """Run stage 3."""
     from layerboost.converting import run_convert
 
-    return run_convert(recipe, run, compat)
+    return run_convert(recipe, run)
 
 
 def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:

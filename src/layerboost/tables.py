@@ -88,7 +88,9 @@ def written_rows(result: Any) -> Rows:
 def exported_rows(result: Exported) -> Rows:
     """Return what an export wrote, and what it costs."""
     extra = f"{result.extra_kv_bytes / (1 << 20):.2f} MiB per request" if result.extra_kv_bytes else "none"
-    return [["target", "written", "extra KV cache"], [result.target, result.folder, extra]]
+    rows = [["target", "written", "extra KV cache"], [result.target, result.folder, extra]]
+    base = [["base's weights"], [result.base_type]] if result.base_type else [[], []]
+    return [row + more for row, more in zip(rows, base, strict=True)]
 
 
 def summarized_rows(run: Path) -> Rows:

@@ -15,13 +15,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
-from layerboost.exporting.targets import TARGETS
+from layerboost.exporting.targets import TARGETS, extra_kv_bytes
+from layerboost.exporting.tensors import full_every
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
+from layerboost.model.integrity import read_config
 from layerboost.schemas.plan import PlanFile, read_plan
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+TIED = {"tie_word_embeddings": True}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # Every family with every kind of layer, settings that are not the defaults, and layers that slide in the base.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "nfSsn", {"tie_word_embeddings": True}),
@@ -30,6 +39,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ministral": ("ministral", "Sfnf", {}),
     "qwen2": ("qwen2", "fSns", {}),
     "smollm3": ("smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
+    "phi3": ("phi3", "nfSs", {}),
     "granite": ("granite", "nSfs", {}),
     "no-window": ("llama", "fnfn", {}),
 }
@@ -103,10 +113,19 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
     ("family", "letters", "to", "message"),
     [
         ("llama", "fSfn", "decilm", "layer 1 has a sink\ndo: export to granite-swa"),
+        ("llama", "fSfn", "mlx", "layer 1 has a sink\ndo: export to granite-swa"),
+        ("llama", "nssn", "mlx", "no full layer\ndo: export to granite-swa"),
         ("llama", "nfff", "decilm", "layer 0 has no attention\ndo: export to granite-swa"),
         ("llama", "fHff", "granite-swa", "layer 1 has full KV heads"),
         ("llama", "fhff", "auto", "nearest plan of whole layers: layers 1 full"),
-        ("qwen3", "fSff", "auto", "granite-swa: family qwen3"),
+        ("qwen3", "fSff", "auto", "gguf step35: layer 1 has a sink"),
+        ("qwen3", "fSff", "gguf", "gguf cannot hold this plan\nfound: layer 1 has a sink\ndo: serve the checkpoint"),
+        ("qwen3", "fsff", "granite-swa", "family qwen3; it holds .*\ndo: export to gguf"),
+        ("olmo2", "fsff", "gguf", "heads of 128 numbers together, not 64"),
+        ("olmo3", "fffs", "gguf", "full and sliding layers with rotary embeddings of two bases"),
+        ("gemma2", "ffff", "gguf", "an output head of its own"),
+        ("gemma3_text", "ffsf", "gguf", "an output head of its own"),
+        ("llama", "fHff", "gguf", "granite_swa: layer 1 has full KV heads in a sliding layer; gguf deci: layer 1 has"),
         ("llama", "ffff", "gguff", "no format is called gguff"),
     ],
 )
@@ -115,6 +134,81 @@ def test_what_a_format_cannot_hold_is_refused(family: str, letters: str, to: str
     with pytest.raises(ConfigError, match=message):
         run_export(folder, to)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+MLX_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "nfssn", TIED),
+    "linear": ("llama", "fsns", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
+    "llama3": ("llama", "fsns", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", "fsns", {"rope_parameters": YARN}),
+    "mistral": ("mistral", "ssnf", {}),
+    "ministral": ("ministral", "ffnf", {}),
+    "qwen2": ("qwen2", "fsns", {}),
+    "phi3": ("phi3", "nfss", {}),
+    "full": ("llama", "fnf", {}),
+}
+
+
+def test_mlx_cases_cover_every_family() -> None:
+    assert {family for family, _, _ in MLX_CASES.values()} == set(TARGETS["mlx"].families)
+
+
+@pytest.mark.parametrize("case", MLX_CASES)
+@torch.no_grad()
+def test_mlx_lm_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
+    """All at once, and token by token past the window."""
+    mlx = pytest.importorskip("mlx_lm", reason="pip install mlx-lm 'mlx[cpu]'")
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    family, letters, changes = MLX_CASES[case]
+    folder = saved(tmp_path / "healed", family, letters, **changes)
+    out = Path(run_export(folder, "mlx").folder)
+    expected = find_model(str(folder), RUNTIME).load()(IDS[:1]).logits[0].log_softmax(-1)
+    model, _ = mlx.utils.load_model(out)
+    tokens = mx.array(IDS[:1].tolist())
+    cache = make_prompt_cache(model)
+    steps = [model(tokens[:, :40], cache=cache), *(model(tokens[:, i : i + 1], cache=cache) for i in range(40, 60))]
+    for logits in (model(tokens), mx.concatenate(steps, axis=1)):
+        found = torch.tensor(logits.astype(mx.float32).tolist())[0].log_softmax(-1)
+        assert (found - expected).abs().max() < 1e-3
+
+
+def test_what_an_mlx_directory_says(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "qwen2", "nfs", rope_parameters=LLAMA3)
+    out = Path(run_export(folder, "mlx").folder)
+    plain = json.loads((out / "config.json").read_text())
+    assert (plain["model_type"], plain["sliding_window"], plain["attention_bias"]) == ("llama", WINDOW, True)
+    assert plain["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert (plain["rope_theta"], plain["rope_scaling"]["rope_type"]) == (1e4, "llama3")
+    text = " ".join(ModelCard((out / "README.md").read_text()).text.split())
+    assert "Transformers and vLLM would load it as a Llama without windows" in text
+    assert "keeps a window of keys and values" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "letters", "changes", "message"),
+    [
+        ("olmo2", "sfff", {"head_dim": 16}, "windows in all layers but 1, 2, 3; it has them in all but every n-th"),
+        ("gemma3_text", "ffsfff", TIED, "layer 2 slides, but has a full layer's rotary embedding"),
+        ("cohere2", "fffsff", TIED | {"head_dim": 16}, "layer 3 slides, but has a full layer's rotary embedding"),
+        ("gemma2", "ffff", TIED | {"query_pre_attn_scalar": 8}, "scores scaled by 8, not by the head's size"),
+        ("phi3", "fsff", {"rope_parameters": PARTIAL}, "a fraction of 0.5 of each head"),
+        (
+            "llama",
+            "fsff",
+            {"rope_parameters": YARN | {"attention_factor": 1.5}},
+            "mlx: rotary embeddings with an attention_factor of their own",
+        ),
+    ],
+)
+def test_what_an_engine_computes_otherwise_is_refused(
+    family: str, letters: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "healed", family, letters, **changes)
+    to, _, found = message.rpartition(": ")
+    with pytest.raises(ConfigError, match=found):
+        run_export(folder, to or "gguf")
 
 
 def test_directories_that_cannot_be_exported_or_written(tmp_path: Path) -> None:
@@ -133,14 +227,25 @@ def test_a_type_is_for_gguf_alone_and_a_removed_layer_costs_what_the_engine_hold
     with pytest.raises(ConfigError, match="granite-swa keeps the checkpoint's type\nfound: --type q8_0"):
         run_export(folder, "auto", kind="q8_0")
     # 2 KV heads of 32 numbers: a window of float32 in vLLM; in llama.cpp a window and a batch of 512 of float16.
-    assert TARGETS["granite-swa"].removed_bytes(WINDOW, 4) * 2 * 64 == WINDOW * info().kv_bytes_per_token
-    assert TARGETS["gguf"].removed_bytes(WINDOW, 4) == 768 * 2
-    assert TARGETS["decilm"].removed_bytes(WINDOW, 4) == 0
+    one, config = info(), read_config(folder, "healed")
+    assert extra_kv_bytes(TARGETS["granite-swa"], config, one) == WINDOW * one.kv_bytes_per_token
+    assert extra_kv_bytes(TARGETS["gguf granite_swa"], config, one) == 768 * one.kv_bytes_per_token // 2
+    assert extra_kv_bytes(TARGETS["decilm"], config, one) == extra_kv_bytes(TARGETS["gguf deci"], config, one) == 0
+    # Where every third layer is full and lost its attention, its cells are full ones.
+    config = boosted("snnsnn", "olmo2").config
+    assert full_every(config) == 0
+    assert extra_kv_bytes(TARGETS["gguf olmo2"], config, one) == 4 * 768 * one.kv_bytes_per_token // 2
+    config = boosted("sfnsfn", "olmo2").config
+    assert full_every(config) is None
+    config = boosted("sfsnsf", "olmo2").config
+    assert full_every(config) == 2
+    assert extra_kv_bytes(TARGETS["gguf olmo2"], config, one) == 512 * one.kv_bytes_per_token // 2
 
 
 def test_targets_are_listed() -> None:
     listed = json.loads(layerboost("ls", "targets", "--json").stdout)
     assert list(listed) == list(TARGETS)
+    assert listed["gguf step35"]["families"] == "qwen3"
     assert "sink" in listed["granite-swa"]["holds, besides full layers"]
     assert "layer 0 must have attention" in listed["decilm"]["holds, besides full layers"]
     assert "granite-swa" in layerboost("ls", "targets").stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +14,96 @@ import pytest
 import torch
 from test_pipeline import layerboost
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.exporting.gguf_file import LAYOUTS
+from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
 from layerboost.model.checkpoint import save_boosted
+from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile
+from layerboost.tables import exported_rows
 
 IDS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "nfSsn", {}),
-    "tied": ("llama", "fSns", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", "sSnf", {}),
-    "ministral": ("ministral", "Sfnf", {}),
-    "granite": ("granite", "nSfs", {}),
-}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+SAME = {"rope_type": "default", "rope_theta": 5e4}
+BY_TYPE = {"full_attention": SAME, "sliding_attention": SAME}
+TIED = {"tie_word_embeddings": True}
+SMALL = TIED | {"initializer_range": 0.1}
+# By architecture: the family, layers and settings. Every family with what it can have.
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llama": ("granite_swa", "llama", "nfSsn", {}),
+    "unchanged": ("llama", "llama", "ffff", {"rope_parameters": LLAMA3}),
+    "unchanged-mistral": ("llama", "mistral", "fff", {}),
+    "unchanged-qwen2": ("qwen2", "qwen2", "fff", {"head_dim": 16}),
+    "unchanged-qwen3": ("qwen3", "qwen3", "fff", TIED),
+    "tied": ("granite_swa", "llama", "fSns", TIED),
+    "biases": ("granite_swa", "llama", "fSns", {"attention_bias": True, "mlp_bias": True}),
+    "linear": ("granite_swa", "llama", "fSns", {"rope_parameters": LINEAR}),
+    "llama3": ("granite_swa", "llama", "fSns", {"rope_parameters": LLAMA3}),
+    "yarn": ("granite_swa", "llama", "fSns", {"rope_parameters": YARN}),
+    "mistral": ("granite_swa", "mistral", "sSnf", {}),
+    "ministral": ("granite_swa", "ministral", "Sfnf", {}),
+    "granite": ("granite_swa", "granite", "nSfs", {}),
+    "qwen2": ("granite_swa", "qwen2", "fSns", {}),
+    "smollm3": ("granite_swa", "smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
+    "phi3": ("granite_swa", "phi3", "fSns", {}),
+    "absent": ("deci", "llama", "fnfn", {"rope_parameters": LLAMA3}),
+    "absent-first": ("granite_swa", "qwen2", "nffn", {}),
+    "absent-qwen2": ("deci", "qwen2", "ffnn", {}),
+    "absent-phi3": ("deci", "phi3", "fnnf", TIED),
+    "qwen3": ("step35", "qwen3", "fsns", {}),
+    "qwen3-tied": ("step35", "qwen3", "nfsf", TIED),
+    "olmo2": ("olmo2", "olmo2", "sfnf", {"head_dim": 16}),
+    "olmo2-all": ("olmo2", "olmo2", "ssn", {"head_dim": 16} | TIED),
+    "olmo2-none": ("olmo2", "olmo2", "fnf", {"head_dim": 16}),
+    "olmo3": ("olmo2", "olmo3", "fffsnfff", {"head_dim": 16, "rope_parameters": BY_TYPE}),
+    "olmo3-yarn": (
+        "olmo2", "olmo3", "nffff",
+        {"head_dim": 16, "rope_parameters": BY_TYPE | {"full_attention": YARN | {"rope_theta": 5e4}}},
+    ),
+    "gemma2": ("gemma2", "gemma2", "ffnn", SMALL),
+    "gemma2-all": ("gemma2", "gemma2", "fsfs", SMALL),
+    "gemma3": ("gemma3", "gemma3_text", "ffnnff", SMALL),
+    "gemma3-linear": (
+        "gemma3", "gemma3_text", "fffnff",
+        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": SAME}} | SMALL,
+    ),
+    "cohere2": ("cohere2", "cohere2", "fnfffn", {"head_dim": 16} | TIED),
+}  # fmt: skip
 
 
 def saved(folder: Path, family: str, letters: str, tokenizer: Any = None, **changes: Any) -> Path:
     """A boosted checkpoint with byte tokens."""
-    model = boosted(letters, family, vocab_size=257, **changes)
-    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
+    model = boosted(letters, family, **({"vocab_size": 257} | changes))
+    plan = PlanFile(
+        model=info(len(letters)).model_copy(update={"model_type": family}),
+        method="by hand",
+        layers=layer_plans(letters),
+    )
     save_boosted(model, tokenizer or byte_level_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
     return folder
 
 
 def test_cases_cover_every_family() -> None:
-    assert {family for family, _, _ in CASES.values()} == set(TARGETS["gguf"].families)
+    formats = {target.architecture: set(target.families) for target in TARGETS.values() if target.architecture}
+    assert formats.keys() == LAYOUTS.keys()
+    for architecture, families in formats.items():
+        assert families == {family for written, family, _, _ in CASES.values() if written == architecture} | (
+            {"mistral", "ministral"} if architecture == "deci" else set()
+        )
 
 
-def answered(file: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
-    """llama.cpp's log-probabilities of every next token."""
+def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
+    """llama.cpp in this process with a file loaded, to ask by path and message."""
     llama = pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     params = llama.CommonParams()
     params.model.path = str(file)
@@ -52,34 +111,54 @@ def answered(file: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
     params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-    server, found = llama.Server(params), []
-    for prompt in prompts:
-        asked = {"prompt": prompt, "n_predict": 1, "n_probs": 257, "temperature": 0, "post_sampling_probs": False}
-        request = urllib.request.Request(f"{server.listening_address}/completion", json.dumps(asked).encode())
+    server = llama.Server(params)
+
+    def ask(path: str, message: dict[str, Any]) -> Any:
+        request = urllib.request.Request(f"{server.listening_address}/{path}", json.dumps(message).encode())
         with urllib.request.urlopen(request) as answer:
-            [first] = json.load(answer)["completion_probabilities"]
+            return json.load(answer)
+
+    return ask
+
+
+def answered(file: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
+    """llama.cpp's log-probabilities of every next token."""
+    ask, found = serving(file), []
+    for prompt in prompts:
+        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": 257, "temperature": 0, "post_sampling_probs": False}
+        [first] = ask("completion", wanted)["completion_probabilities"]
         found.append({entry["id"]: entry["logprob"] for entry in first["top_logprobs"]})
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
-def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
-    family, letters, changes = CASES[case]
-    folder = saved(tmp_path / "healed", family, letters, **changes)
-    out = Path(run_export(folder, "gguf", kind="f32").folder)
-    prompts = [IDS[:length] for length in (5, WINDOW, WINDOW + 1, 40, 60)]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    for prompt, found in zip(prompts, answered(out, prompts), strict=True):
-        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert len(found) == 257
-        assert max(abs(expected[token] - value) for token, value in found.items()) < 1e-3
+class HalfGelu(torch.nn.Module):
+    """GELU as llama.cpp computes it on a CPU: by a table in float16."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(hidden.half().float(), approximate="tanh").half().float()
 
 
 def field(reader: gguf.GGUFReader, key: str) -> Any:
     found = reader.get_field(key)
     assert found, key
     return found.contents()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
+    architecture, family, letters, changes = CASES[case]
+    folder = saved(tmp_path / "healed", family, letters, **changes)
+    out = Path(run_export(folder, "gguf", kind="f32").folder)
+    assert field(gguf.GGUFReader(out), "general.architecture") == architecture
+    prompts = [IDS[:length] for length in (5, WINDOW, WINDOW + 1, 40, 60)]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for layer in model.model.layers if "gemma" in family else []:
+        layer.mlp.act_fn = HalfGelu()
+    for prompt, found in zip(prompts, answered(out, prompts), strict=True):
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert len(found) == 257
+        assert max(abs(expected[token] - value) for token, value in found.items()) < 1e-3
 
 
 def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
@@ -97,6 +176,72 @@ def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
     assert field(reader, "tokenizer.ggml.pre") == "gpt-2"
     tokens = byte_level_tokenizer().convert_ids_to_tokens(list(range(257)))
     assert field(reader, "tokenizer.ggml.tokens") == tokens
+
+
+def trained(splits: Any, **settings: Any) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of 380 tokens, its merges from a few words."""
+    normalizer = settings.pop("normalizer", None)
+    tokenizer = Tokenizer(models.BPE(**settings))
+    if splits:
+        tokenizer.pre_tokenizer = splits
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if settings.get("byte_fallback") else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<unk>", "<s>", "</s>", *bytes_],
+        initial_alphabet=[] if bytes_ else pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["Hello world it's 2023 2023 the thing that this caf\u00e9 costs in the x"] * 3, trainer
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    plain = json.loads(tokenizer.to_str())
+    # Its bytes are no special tokens, and it needs to know that they stand for bytes.
+    plain["added_tokens"] = plain["added_tokens"][:3]
+    fast._tokenizer = Tokenizer.from_str(json.dumps(plain))
+    return fast
+
+
+def byte_level(*first: Any) -> Any:
+    return pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not first)])
+
+
+def split_by(pattern: str) -> Any:
+    return byte_level(pre_tokenizers.Split(Regex(pattern), "isolated"))
+
+
+REPLACE = normalizers.Replace(" ", "▁")
+BYTES = {"byte_fallback": True, "unk_token": "<unk>"}
+TOKENIZERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    name: ("gpt2", split_by(pattern), {"ignore_merges": whole}) for (pattern, whole), name in SPLITTERS.items()
+} | {
+    "gpt-2": ("gpt2", pre_tokenizers.ByteLevel(add_prefix_space=False), {}),
+    "smollm": ("gpt2", pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ]), {}),
+    "mistral": ("llama", pre_tokenizers.Metaspace(prepend_scheme="always", split=False), BYTES),
+    "never": ("llama", pre_tokenizers.Metaspace(prepend_scheme="never", split=False), BYTES),
+    "llama-2": ("llama", None, BYTES | {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), REPLACE])}),
+    "gemma": ("llama", pre_tokenizers.Split(" ", "merged_with_previous"), BYTES | {"normalizer": REPLACE}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_splits_text_the_same_way(name: str, tmp_path: Path) -> None:
+    kind, splits, settings = TOKENIZERS[name]
+    tokenizer = trained(splits, **settings)
+    folder = saved(tmp_path / "healed", "llama", "fS", tokenizer, vocab_size=380)
+    out = Path(run_export(folder, "gguf", kind="f32").folder)
+    reader = gguf.GGUFReader(out)
+    assert field(reader, "tokenizer.ggml.model") == kind
+    assert kind == "llama" or field(reader, "tokenizer.ggml.pre") == name
+    ask = serving(out)
+    for text in (SENTENCE, "that thing is the cafe", "2023 20231 x</s>the it's"):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = ask("tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        assert found == expected, text
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2), ("q4_0", 0.3)])
@@ -124,9 +269,16 @@ def test_types_of_the_matrices(kind: str, most: float, tmp_path: Path) -> None:
         (
             "fS",
             byte_level_tokenizer(),
-            {"rope_parameters": ROPE},
+            {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
             "f16",
-            "gguf cannot hold this plan\nfound: rotary embeddings of type linear",
+            "gguf cannot hold this plan\nfound: .*rotary embeddings of type dynamic",
+        ),
+        (
+            "fS",
+            trained(pre_tokenizers.Metaspace(split=True), **BYTES),
+            {"vocab_size": 380},
+            "f16",
+            "found: BPE, Metaspace, byte_fallback, unlike SentencePiece's; known",
         ),
         ("fS", byte_level_tokenizer(), {}, "q3", "no GGUF type is called q3"),
         ("fh", byte_level_tokenizer(), {}, "f16", "layer 1 has full KV heads"),
@@ -139,3 +291,81 @@ def test_what_gguf_cannot_hold_is_refused(
     with pytest.raises(ConfigError, match=message):
         run_export(folder, "gguf", kind=kind)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def llama_quantize(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a stand-in for llama.cpp's tool, which is no Python package, on the PATH, and nothing else."""
+    tool = folder / "bin" / "llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+
+
+def test_k_quants_are_written_by_llama_cpps_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fS")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no llama-quantize on the PATH\ndo: install llama.cpp"):
+        run_export(folder, "gguf", kind="q4_k_m")
+    llama_quantize(tmp_path, monkeypatch, f'cp "$1" "$2" && echo "$3" > {tmp_path}/asked')
+    out = Path(run_export(folder, "gguf", kind="Q4_K_M").folder)
+    assert out.name == "healed-q4_k_m.gguf"
+    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
+    # It is given the checkpoint's own values.
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "F32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked", "bin", "healed", out.name]
+
+
+def test_a_tool_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fS")
+    llama_quantize(tmp_path, monkeypatch, 'echo half > "$2"; echo "unknown architecture" >&2; exit 3')
+    with pytest.raises(LayerboostError, match="llama-quantize failed, with exit code 3\nfound: unknown architecture"):
+        run_export(folder, "gguf", kind="q6_k")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "healed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), LayerboostError),
+    ],
+)
+@pytest.mark.parametrize("to", ["gguf", "granite-swa", "decilm", "mlx"])
+def test_an_export_that_ends_early_leaves_nothing(
+    to: str, error: BaseException, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fs")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    if to == "gguf":
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    else:  # the last file
+        monkeypatch.setattr("layerboost.exporting.stage.write_json", fail)
+    with pytest.raises(raised):
+        run_export(folder, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
+    base = run_export(saved(tmp_path / "base", "llama", "fs"), "gguf", kind="q8_0")
+    assert base.base_type is None
+    folder = tmp_path / "healed"
+    plan = PlanFile(model=info(2).model_copy(update={"name": base.folder}), method="by hand", layers=layer_plans("fs"))
+    save_boosted(boosted("fs", vocab_size=257), byte_level_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    found = run_export(folder, "gguf", kind="f32")
+    assert found.base_type == "Q8_0"
+    assert exported_rows(found)[1][-1] == "Q8_0"
+    Path(base.folder).unlink()
+    assert run_export(folder, "mlx").base_type == "unknown (the file is not there)"
+
+
+def test_a_window_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fs")
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(plain | {"max_position_embeddings": 8}))
+    with pytest.raises(ConfigError, match="sliding_window 16, not 1 to 8 tokens"):
+        run_export(folder, "gguf")

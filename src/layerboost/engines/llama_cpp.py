@@ -22,7 +22,7 @@ from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, L
 from layerboost.engines.server import DIRECT, HOST, MODULE, Server, check_port, last_words, running_server
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import window_in
-from layerboost.exporting.stage import gguf_file
+from layerboost.exporting.stage import check_gguf_plan, gguf_file
 from layerboost.model.integrity import read_config
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores
@@ -53,6 +53,9 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
             found=f"bench.shared_prefix_tokens {bench.shared_prefix_tokens}",
             do="set it to 0 and raise bench.input_tokens",
         )
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            check_gguf_plan(folder)
     check_port(bench.port)
     return found
 

@@ -1,9 +1,10 @@
-"""GraniteSWA as a GGUF file for llama.cpp: the same settings and tensors under llama.cpp's names."""
+"""A boosted checkpoint, or a stock model, as a GGUF file: the same settings and tensors under llama.cpp's names."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,27 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from huggingface_hub import ModelCard
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from layerboost.errors import ConfigError
-from layerboost.exporting.granite_swa import MULTIPLIERS
+from layerboost.exporting.gguf_tokenizer import add_tokenizer
+from layerboost.exporting.llama_shaped import MULTIPLIERS, granite_tensors, rotating_layers
+from layerboost.exporting.tensors import (
+    full_every,
+    head_dim,
+    slides_where_possible,
+    split_tensors,
+    whole_tensors,
+    window_of,
+)
 from layerboost.model.card import CARD
 from layerboost.model.files import Tensors
+from layerboost.model.modeling import skipped_layers
 from layerboost.runtime import Progress
 from layerboost.schemas.run import PLAN
 
-ARCHITECTURE = "granite_swa"
-# Of a model whose layers are all full, without Granite's multipliers.
-PLAIN_ARCHITECTURE = "llama"
 # Types of the matrices by name: of their blocks, and what a file calls itself.
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -31,8 +42,6 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-# The plan of a boosted model in a file's metadata.
-PLAN_KEY = "layerboost.plan"
 # Embedding and head lose most by four bits.
 HEADS = ("token_embd.weight", "output.weight")
 NAMES = {
@@ -40,6 +49,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.sinks": "attn_sinks.weight",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -47,55 +58,160 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# With norms after attention and MLP.
+SANDWICHED = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-# How llama.cpp splits text into words, by the pattern of a tokenizer's own splitter.
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITTERS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
+Settings = dict[str, Any]
 
 
-def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensors, kind: str) -> None:
-    """Write a file of these tensors, with matrices of type `kind`; `config`: as from `granite_config`.
+def _granite_settings(config: PreTrainedConfig) -> Settings:
+    embedding, residual, logits = (getattr(config, name, 1.0) for name in MULTIPLIERS)
+    return _windows_by_layer(config) | {
+        "attention.rope_pattern": rotating_layers(config),
+        "attention.scale": getattr(config, "attention_multiplier", head_dim(config) ** -0.5),
+        "embedding_scale": float(embedding),
+        "residual_scale": float(residual),
+        "logit_scale": float(logits),
+    }
 
-    `folder`: the checkpoint, for tokenizer and chat template. Raise ConfigError for a tokenizer that llama.cpp lacks.
+
+def _deci_settings(config: PreTrainedConfig) -> Settings:
+    skipped, layers = skipped_layers(config), range(config.num_hidden_layers)
+    return {
+        "attention.head_count": [0 if layer in skipped else config.num_attention_heads for layer in layers],
+        "attention.head_count_kv": [0 if layer in skipped else config.num_key_value_heads for layer in layers],
+        "feed_forward_length": [config.intermediate_size for _ in layers],
+    }
+
+
+def _step35_settings(config: PreTrainedConfig) -> Settings:
+    # Full layers of that family rotate half of the dimensions in the key, sliding layers all of theirs.
+    return _windows_by_layer(config) | {
+        "rope.dimension_count": 2 * head_dim(config),
+        "rope.dimension_count_swa": head_dim(config),
+        "rope.freq_base_swa": config.rope_parameters["rope_theta"],
+        "expert_feed_forward_length": 0,
+    }
+
+
+def _windows_by_layer(config: PreTrainedConfig) -> Settings:
+    return {
+        "attention.sliding_window": window_of(config),
+        "attention.sliding_window_pattern": slides_where_possible(config),
+    }
+
+
+def _window_in_all_but_every_nth(config: PreTrainedConfig) -> Settings:
+    if (n := full_every(config)) == 1:  # none slides
+        return {}
+    return {"attention.sliding_window": window_of(config), "attention.sliding_window_pattern": n}
+
+
+def _gemma2_settings(config: PreTrainedConfig) -> Settings:
+    return _window_in_all_but_every_nth(config) | {
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _gemma3_settings(config: PreTrainedConfig) -> Settings:
+    rope, near = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.get("factor")}
+    return _window_in_all_but_every_nth(config) | {
+        "rope.freq_base": rope["rope_theta"],
+        "rope.freq_base_swa": near["rope_theta"],
+        **(scaled if rope["rope_type"] == "linear" else {}),
+    }
+
+
+def _olmo_settings(config: PreTrainedConfig) -> Settings:
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    found = _window_in_all_but_every_nth(config) | {"rope.freq_base": rope["rope_theta"]}
+    if rope["rope_type"] == "yarn":  # of full layers alone
+        _, scale = ROPE_INIT_FUNCTIONS["yarn"](config, layer_type="full_attention")
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
+            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
+            # llama.cpp multiplies it by what YaRN says for this factor.
+            "rope.scaling.attn_factor": scale / (1 + 0.1 * math.log(rope["factor"])),
+        }
+    return found
+
+
+def _cohere_settings(config: PreTrainedConfig) -> Settings:
+    return _window_in_all_but_every_nth(config) | {
+        "attention.layer_norm_epsilon": config.layer_norm_eps,
+        "logit_scale": float(config.logit_scale),
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an architecture of llama.cpp writes its files.
+
+    `interleaved`: its rotary embedding rotates neighbours, so that rows of q and k change places; `norm_offset`: what a
+    norm of the family adds to its weights; `head`: the file has one though embedding and head are tied.
     """
-    plain = is_plain(config)
-    writer = gguf.GGUFWriter(file, PLAIN_ARCHITECTURE if plain else ARCHITECTURE)
-    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+
+    settings: Callable[[PreTrainedConfig], Settings]
+    tensors: Callable[[PreTrainedConfig, Tensors], Tensors] = whole_tensors
+    names: dict[str, str] = field(default_factory=lambda: NAMES)
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    head: bool = False
+
+
+LAYOUTS = {
+    "llama": Layout(lambda config: {}, split_tensors, interleaved=True),
+    "qwen2": Layout(lambda config: {}, split_tensors),
+    "qwen3": Layout(lambda config: {}, split_tensors),
+    "granite_swa": Layout(_granite_settings, granite_tensors, interleaved=True),
+    "deci": Layout(_deci_settings, split_tensors, interleaved=True),
+    "step35": Layout(_step35_settings, head=True),
+    "olmo2": Layout(_olmo_settings, names=SANDWICHED, head=True),
+    "gemma2": Layout(_gemma2_settings, names=SANDWICHED, norm_offset=1.0),
+    "gemma3": Layout(_gemma3_settings, names=SANDWICHED, norm_offset=1.0),
+    "cohere2": Layout(_cohere_settings),
+}
+
+
+def write_gguf(
+    file: Path, folder: Path, architecture: str, config: PreTrainedConfig, tensors: Tensors, kind: str
+) -> None:
+    """Write a file of these tensors for an architecture of llama.cpp, with matrices of type `kind`.
+
+    `folder`: the model, stock or boosted, for tokenizer and chat template. Raise ConfigError for a tokenizer that
+    llama.cpp lacks.
+    """
+    layout = LAYOUTS[architecture]
+    writer = gguf.GGUFWriter(file, architecture)
     _, file_type = TYPES[kind]
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(layers)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if not plain:
-        writer.add_logit_scale(config["logits_scaling"])
-        writer.add_attention_scale(config["attention_multiplier"])
-        writer.add_embedding_scale(config["embedding_multiplier"])
-        writer.add_residual_scale(config["residual_multiplier"])
-        writer.add_sliding_window(config["sliding_window"])
-        writer.add_sliding_window_pattern([each == "sliding_attention" for each in config["layer_types"]])
+    for key, value in (_settings(config) | layout.settings(config)).items():
+        _add(writer, f"{architecture}.{key}", value)
     card = ModelCard((folder / CARD).read_text()).data.to_dict() if (folder / CARD).is_file() else {}
     boosted = (folder / PLAN).is_file()
-    writer.add_name(f"{card.get('base_model') or folder.resolve().name}{', boosted' if boosted else ''}")
-    if card.get("license"):
+    writer.add_name(f"{card.get('base_model') or folder.resolve().name}{', boosted' * boosted}")
+    if isinstance(card.get("license"), str):
         writer.add_license(card["license"])
     if boosted:
-        writer.add_string(PLAN_KEY, (folder / PLAN).read_text())
-    _add_tokenizer(writer, folder, config["vocab_size"])
-    named = [(name, tensor) for name, tensor in _named(config, tensors) if not (plain and "attn_sinks" in name)]
+        writer.add_string("layerboost.plan", (folder / PLAN).read_text())
+    add_tokenizer(writer, folder, config.vocab_size)
+    named = list(_named(layout, config, layout.tensors(config, tensors)))
+    if (factors := _rope_factors(config)) is not None:
+        named.append(("rope_freqs.weight", factors))
     for name, tensor in named:
         chosen = _type(name, tensor, kind)
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen)
@@ -111,13 +227,6 @@ def write_gguf(file: Path, folder: Path, config: dict[str, Any], tensors: Tensor
     writer.close()
 
 
-def is_plain(config: dict[str, Any]) -> bool:
-    """Return whether llama.cpp's `llama` architecture holds a model: all of its layers are full."""
-    neutral = all(config[name] == 1 for name in MULTIPLIERS)
-    scale = config["attention_multiplier"] == config["head_dim"] ** -0.5
-    return neutral and scale and "sliding_attention" not in config["layer_types"]
-
-
 def window_in(file: Path) -> int | None:
     """Return the window of a GGUF file's sliding layers, None without any; raise ConfigError for another file."""
     try:
@@ -130,60 +239,72 @@ def window_in(file: Path) -> int | None:
     return int(field.contents()) if field else None
 
 
-def splitter(folder: Path) -> str:
-    """Return llama.cpp's name for how a tokenizer splits text. Raise ConfigError if it is not known."""
-    file = folder / "tokenizer.json"
-    found = "no tokenizer.json"
-    if file.is_file():
-        plain = json.loads(file.read_text())
-        stages = plain.get("pre_tokenizer") or {}
-        parts = stages.get("pretokenizers", [stages])
-        kinds = [part.get("type") for part in parts]
-        model = plain["model"].get("type")
-        found = f"{model}, {' then '.join(map(str, kinds))}"
-        if model == "BPE" and kinds == ["ByteLevel"]:
-            return "gpt-2"
-        if model == "BPE" and kinds == ["Digits", "ByteLevel"]:
-            return "smollm"
-        if model == "BPE" and kinds == ["Split", "ByteLevel"]:
-            pattern = parts[0]["pattern"].get("Regex")
-            if pattern in SPLITTERS:
-                return SPLITTERS[pattern]
-            found += f", pattern {pattern}"
-    raise ConfigError(
-        f"the tokenizer of {folder} cannot be written to GGUF",
-        found=f"{found}; known: byte-level BPE as in Llama 3, Qwen2, SmolLM and GPT-2",
-        do="export to granite-swa, for Transformers or vLLM",
-    )
+def _settings(config: PreTrainedConfig) -> Settings:
+    """Return what every architecture reads."""
+    rope = config.rope_parameters
+    found = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim(config),
+        "attention.value_length": head_dim(config),
+        "rope.dimension_count": head_dim(config),
+    }
+    if "rope_theta" in rope:
+        found |= {"rope.freq_base": rope["rope_theta"]}
+    if hasattr(config, "rms_norm_eps"):
+        found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps}
+    if _is_scaled(config):
+        found |= {"rope.scaling.attn_factor": float(LlamaRotaryEmbedding(config).attention_scaling)}
+    return found
 
 
-def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
-    plain = json.loads((folder / "tokenizer.json").read_text())
-    tokens = {index: token for token, index in plain["model"]["vocab"].items()}
-    kinds = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
-    for added in plain.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitter(folder))
-    writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocabulary)])
-    writer.add_token_types([kinds.get(index, gguf.TokenType.UNUSED) for index in range(vocabulary)])
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+def _is_scaled(config: PreTrainedConfig) -> bool:
+    return bool(config.rope_parameters.get("rope_type", "default") != "default")
 
 
-def _named(config: dict[str, Any], tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield llama.cpp's names and tensors; rows of q and k in the order of its rotary embedding."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+def _rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
+    """Return by what llama.cpp divides each frequency of a scaled rotary embedding `[head_dim / 2]`."""
+    if not _is_scaled(config):
+        return None
+    rotary: Any = LlamaRotaryEmbedding(config)
+    plain, _ = rotary.compute_default_rope_parameters(config)
+    return torch.as_tensor(plain / rotary.inv_freq)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """Add a setting with the type that llama.cpp reads it by."""
+    match value:
+        case list():
+            writer.add_array(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case _:
+            writer.add_string(key, value)
+
+
+def _named(layout: Layout, config: PreTrainedConfig, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield llama.cpp's names and tensors."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if layout.head and "lm_head.weight" not in tensors:
+        tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     for name, tensor in tensors.items():
+        if layout.norm_offset and "norm" in name:
+            tensor = tensor.float() + layout.norm_offset  # noqa: PLW2901
         if name in OUTER:
             yield OUTER[name], tensor
             continue
         _, _, layer, rest = name.split(".", 3)
         part, _, end = rest.rpartition(".")
-        if (count := heads.get(part.rpartition(".")[2])) is not None:
+        if layout.interleaved and (count := heads.get(part.rpartition(".")[2])) is not None:
             pairs = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
-        yield f"blk.{layer}.{NAMES[rest] if rest in NAMES else f'{NAMES[part]}.{end}'}", tensor
+        yield f"blk.{layer}.{layout.names[rest] if rest in layout.names else f'{layout.names[part]}.{end}'}", tensor
 
 
 def _type(name: str, tensor: torch.Tensor, kind: str) -> GGMLQuantizationType:

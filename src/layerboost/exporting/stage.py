@@ -3,73 +3,123 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig
 
-from layerboost.errors import ConfigError
-from layerboost.exporting.granite_swa import granite_config, granite_tensors, window_of
-from layerboost.exporting.targets import Target, find_target
+from layerboost.errors import ConfigError, LayerboostError
+from layerboost.exporting.decilm import CONFIGURATION, decilm_config
+from layerboost.exporting.llama_shaped import granite_config, granite_tensors, llama_tensors, mlx_config
+from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, new_folder
+from layerboost.model.base import find_model
 from layerboost.model.card import CARD
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
-from layerboost.model.compat import export_compat
-from layerboost.model.files import read_weights, weight_files
+from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
+from layerboost.model.modeling import base_layer_types
+from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.plan import LayerPlan, PlanFile
 
+# Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
+QUANTISED_BY_TOOL = ("q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
+EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+# What is not copied as it is.
 NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py", "model.safetensors.index.json"}
 
 
 @dataclass(frozen=True)
+class Directory:
+    """How a format is written as a Hugging Face directory. `serving`: of its card; `file`: one that it has besides."""
+
+    config: Callable[[PreTrainedConfig], dict[str, Any]]
+    tensors: Callable[[PreTrainedConfig, Tensors], Tensors]
+    serving: str
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
 class Exported:
-    """What was written. `extra_kv_bytes`: of one request, by layers without attention that keep a window."""
+    """What was written. `extra_kv_bytes`: of one request, by layers without attention that keep a window.
+
+    `base_type`: of the weights of a base that came quantised, such as Q4_K.
+    """
 
     target: str
     folder: str
     extra_kv_bytes: int
+    base_type: str | None
 
 
 def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None = None) -> Exported:
-    """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`).
+    """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`); as GGUF also a
+    stock model.
 
     `out`: a new directory, or file for GGUF, by default next to the checkpoint; complete or not there at all. `kind`:
     the type of a GGUF file's matrices, float16 by default. Raise ConfigError, before any weight is read, if the
-    directory is not a boosted checkpoint or no format holds its plan.
+    directory is not a model or no format holds its plan.
     """
     plan = plan_in(folder)
-    if plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or []):
+    if to != "gguf" and (plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or [])):
         raise ConfigError(
             f"{folder} is not a boosted checkpoint",
             found="no plan.yaml" if plan is None else "another architecture",
-            do="give RUN/healed or RUN/converted",
+            do="give RUN/healed or RUN/converted; a stock model can only be exported to gguf",
         )
-    config = read_config(folder, str(folder))
-    target = find_target(to, config, plan.layers)
+    config, target = _target(folder, to, plan)
     if kind and target.name != "gguf":
         raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
-    kind = kind or "f16"
+    kind = (kind or "f16").lower()
     ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
     out = out or folder.resolve().with_name(folder.resolve().name + ending)
     if out.exists():
         raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
-    if target.name == "decilm":
-        export_compat(folder, out)
-    elif target.name == "gguf":
-        gguf_file(folder, out, kind)
+    if target.architecture:
+        _write_gguf(folder, out, config, target.architecture, kind)
     else:
+        assert plan is not None
         _write(folder, out, config, target, plan)
-    info, removed = plan.model, sum(not entry.strategy.keeps_weights for entry in plan.layers)
-    kept = 2 * info.kv_heads * info.head_dim * target.removed_bytes(window_of(config), info.bytes_per_element)
-    return Exported(target.name, str(out), removed * kept)
+    if plan is None:
+        return Exported(target.name, str(out), 0, None)
+    if base_type := _base_type(plan.model.name):
+        log.warning("the base was a GGUF file with weights of type %s: no export is more precise", base_type)
+    return Exported(target.name, str(out), extra_kv_bytes(target, config, plan.model), base_type)
+
+
+def check_gguf_plan(folder: Path) -> None:
+    """Raise ConfigError if llama.cpp has no architecture for a model directory, stock or boosted."""
+    _target(folder, "gguf", plan_in(folder))
+
+
+def gguf_file(folder: Path, out: Path, kind: str) -> None:
+    """Write a GGUF file of a model directory, stock or boosted, unless `out` is newer; raise as `run_export` does."""
+    made_from = max(file.stat().st_mtime for file in (*weight_files(folder), folder / "config.json"))
+    if not out.is_file() or out.stat().st_mtime <= made_from:
+        out.unlink(missing_ok=True)
+        run_export(folder, "gguf", out, kind)
+
+
+def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedConfig, Target]:
+    """Return a model's config and the format for it; without a plan all layers are the base's own."""
+    check_checkpoint(folder)
+    config = read_config(folder, str(folder))
+    config.layer_types = base_layer_types(config) if plan is None else config.layer_types
+    layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
+    return config, find_target(to, config, plan.layers if plan else layers)
 
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
+    form = DIRECTORIES[target.name]
     with new_folder(out) as new:
-        tensors = granite_tensors(config, read_weights(folder))
+        tensors = form.tensors(config, read_weights(folder))
         save_torch_state_dict(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             new,
@@ -80,55 +130,93 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
         for file in folder.iterdir():
             if file.is_file() and file.name not in NOT_COPIED | weights:
                 shutil.copy(file, new)
-        write_json(new / "config.json", granite_config(config))
-        (new / CARD).write_text(_card((folder / CARD).read_text(), target, plan))
+        if form.file:
+            shutil.copy(form.file, new)
+        write_json(new / "config.json", form.config(config))
+        (new / CARD).write_text(_card((folder / CARD).read_text(), target, form.serving, plan))
 
 
-def gguf_file(folder: Path, out: Path, kind: str) -> None:
-    """Write a GGUF file of a model directory, stock or boosted, unless `out` is newer than the model.
+def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
+    from layerboost.exporting.gguf_file import TYPES, write_gguf
+    from layerboost.exporting.gguf_tokenizer import splitter
 
-    Complete or not there at all. Raise ConfigError if llama.cpp cannot hold it.
-    """
-    from layerboost.exporting.gguf_file import TYPES, splitter, write_gguf
-
-    if kind not in TYPES:
-        raise ConfigError(f"no GGUF type is called {kind}", do=f"choose one of {', '.join(TYPES)}")
-    made_from = max(file.stat().st_mtime for file in (*weight_files(folder), folder / "config.json"))
-    if out.is_file() and out.stat().st_mtime > made_from:
-        return
-    config, plan = read_config(folder, str(folder)), plan_in(folder)
-    layers = [LayerPlan(layer=index, attention="full") for index in range(config.num_hidden_layers)]
-    find_target("gguf", config, plan.layers if plan else layers)
+    if kind not in (*TYPES, *QUANTISED_BY_TOOL):
+        raise ConfigError(
+            f"no GGUF type is called {kind}", do=f"choose one of {', '.join([*TYPES, *QUANTISED_BY_TOOL])}"
+        )
+    tool = _quantise_tool(kind) if kind not in TYPES else None
     splitter(folder)
-    temporary = out.with_name(f".{out.name}.tmp")
+    tensors = read_weights(folder)
+    temporary, exact = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.exact.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(temporary, folder, granite_config(config), granite_tensors(config, read_weights(folder)), kind)
+        if tool:
+            own = EXACT[next(iter(tensors.values())).dtype]
+            write_gguf(exact, folder, architecture, config, tensors, own)
+            _quantise(tool, exact, temporary, kind)
+        else:
+            write_gguf(temporary, folder, architecture, config, tensors, kind)
         temporary.replace(out)
     except OSError as error:
         raise disk_error(out, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+        exact.unlink(missing_ok=True)
 
 
-def _card(boosted: str, target: Target, plan: PlanFile) -> str:
+def _quantise_tool(kind: str) -> str:
+    """Return the path of llama.cpp's own tool; raise ConfigError if it is not there."""
+    if tool := shutil.which("llama-quantize"):
+        return tool
+    raise ConfigError(
+        f"{kind} is a type that llama.cpp's own tool writes",
+        found="no llama-quantize on the PATH",
+        do="install llama.cpp, or take --type q8_0 or q4_0, which need no tool",
+    )
+
+
+def _quantise(tool: str, file: Path, out: Path, kind: str) -> None:
+    ended = subprocess.run([tool, str(file), str(out), kind.upper()], capture_output=True, text=True, check=False)
+    if ended.returncode or not out.is_file():
+        lines = (ended.stderr or ended.stdout).strip().splitlines()
+        raise LayerboostError(
+            f"llama-quantize failed, with exit code {ended.returncode}",
+            found=lines[-1] if lines else "no message",
+            do="free space if the disk is full, or take --type q8_0",
+        )
+
+
+def _base_type(name: str) -> str | None:
+    """Return the type of most weights of a base that was a quantised GGUF file; None for other bases."""
+    from gguf import GGUFReader
+
+    if not name.startswith("package:") and not name.lower().endswith(".gguf"):
+        return None
+    try:
+        base = find_model(name, Runtime(torch.device("cpu"), torch.float32))
+        sizes = Counter[str]()
+        for tensor in GGUFReader(base.folder / (base.gguf or "")).tensors:
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    except (ConfigError, OSError, ValueError):
+        return "unknown (the file is not there)"
+    [(most, _)] = sizes.most_common(1)
+    return None if most in ("F32", "F16", "BF16") else most
+
+
+def _card(boosted: str, target: Target, serving: str, plan: PlanFile) -> str:
     """Return the boosted checkpoint's card with another way to load and serve it."""
     head, _, rest = boosted.partition("## Load")
     _, table, tail = rest.partition("## The plan")
-    note = (
-        "\nA layer without attention is a sliding layer here whose output projection is zero: exact, but it keeps a "
-        "window of keys and values.\n"
-        if any(not entry.strategy.keeps_weights for entry in plan.layers)
-        else ""
-    )
-    return head + _SERVE.format(title=target.title.partition(",")[0], runs=target.runs, note=note) + table + tail
+    removed = target.removed_tokens and any(not entry.strategy.keeps_weights for entry in plan.layers)
+    heading = f"## Load and serve\n\nIn the form of {target.title.partition(',')[0]}, so layerboost is not needed: "
+    return f"{head}{heading}{target.runs}.\n{_REMOVED * bool(removed)}\n{serving}\n{table}{tail}"
 
 
-_SERVE = """## Load and serve
-
-In the form of {title}, so layerboost is not needed: {runs}.
-{note}
-```python
+_REMOVED = """
+A layer without attention is a sliding layer here whose output projection is zero: exact, but it keeps a window of keys
+and values.
+"""
+_GRANITE = """```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -137,5 +225,23 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ```console
 vllm serve PATH
 ```
-
 """
+_DECILM = """Transformers has no such class; it loads the checkpoint from which this one was exported. The remote code
+is the configuration class next to this card.
+
+```console
+vllm serve PATH --trust-remote-code
+```
+"""
+_MLX = """Transformers and vLLM would load it as a Llama without windows: give them the checkpoint from which this one
+was exported.
+
+```console
+mlx_lm.generate --model PATH --prompt "Hello"
+```
+"""
+DIRECTORIES = {
+    "granite-swa": Directory(granite_config, granite_tensors, _GRANITE),
+    "decilm": Directory(decilm_config, lambda _, tensors: tensors, _DECILM, CONFIGURATION),
+    "mlx": Directory(mlx_config, llama_tensors, _MLX),
+}

@@ -13,7 +13,7 @@ from layerboost.schemas.artifact import Artifact
 BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
 
 
-HEAL, HEALED, COMPAT = "heal", "healed", "compat"
+HEAL, HEALED = "heal", "healed"
 
 
 def last_made(models: Sequence[str]) -> str:

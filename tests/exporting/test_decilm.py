@@ -3,17 +3,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny import boosted, info, layer_plans, tiny_model, tiny_tokenizer
+from tiny import boosted, info, layer_plans, tiny_tokenizer
 from transformers import AutoConfig
 
-from layerboost.errors import ConfigError
+from layerboost.exporting.stage import run_export
 from layerboost.model.card import Origin
 from layerboost.model.checkpoint import save_boosted
-from layerboost.model.compat import check_compat, export_compat
 from layerboost.schemas.plan import PlanFile
 
 
@@ -29,8 +27,8 @@ def saved(folder: Path, letters: str) -> Path:
 
 
 def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
-    folder, target = saved(tmp_path / "converted", "fnfn"), tmp_path / "compat"
-    export_compat(folder, target)
+    folder, target = saved(tmp_path / "converted", "fnfn"), tmp_path / "exported"
+    run_export(folder, "decilm", target)
     plain = json.loads((target / "config.json").read_text())
     assert plain["architectures"] == ["DeciLMForCausalLM"]
     assert not {"layer_types", "sliding_window", "per_layer_config", "attention_sink_layers"} & plain.keys()
@@ -51,29 +49,5 @@ def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
     assert (card.data.to_dict()["base_model"], card.data.to_dict()["license"]) == ("some/model", "apache-2.0")
     assert "vllm serve PATH --trust-remote-code" in card.text
     assert "AutoModelForCausalLM" not in card.text
+    assert "keeps a window" not in card.text
     assert "| 1 | none |  |  |" in card.text
-
-
-@pytest.mark.parametrize(
-    ("family", "letters", "message"),
-    [
-        ("llama", "fsfS", r"found: sinks in layers 3\ndo: "),
-        ("llama", "fhff", "full KV heads in sliding layers 1"),
-        ("llama", "nfff", "no attention in layer 0"),
-        ("qwen3", "fnff", r"family qwen3; Llama-shaped are llama, qwen2"),
-    ],
-)
-def test_what_it_cannot_hold_is_refused(family: str, letters: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_compat(tiny_model(family).config, plan_of(letters))
-    model, tokenizer = boosted(letters, family), tiny_tokenizer()
-    save_boosted(model, tokenizer, plan_of(letters), tmp_path / "in", recipe_yaml="schema_version: 1\n")
-    with pytest.raises(ConfigError, match=message):
-        export_compat(tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_qwen2_that_slides_by_itself_is_refused() -> None:
-    config = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0).config
-    with pytest.raises(ConfigError, match="a base with sliding layers, window 16"):
-        check_compat(config, plan_of("fnfff"))
