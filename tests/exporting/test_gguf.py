@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("granite_swa", "llama", "nfSsn", {}),
     "unchanged": ("llama", "llama", "ffff", {"rope_parameters": LLAMA3}),
     "unchanged-mistral": ("llama", "mistral", "fff", {}),
+    "unchanged-ministral": ("llama", "ministral", "fff", {"sliding_window": 4096}),
     "unchanged-qwen2": ("qwen2", "qwen2", "fff", {"head_dim": 16}),
     "unchanged-qwen3": ("qwen3", "qwen3", "fff", TIED),
     "tied": ("granite_swa", "llama", "fSns", TIED),

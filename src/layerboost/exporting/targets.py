@@ -148,7 +148,7 @@ TARGETS = {
             unfit=_unfit_mlx,
         ),
         # Without changed layers.
-        _gguf("llama", ("llama", "mistral"), holds=frozenset(), rope=FIXED, unfit=_rotates_partly),
+        _gguf("llama", ("llama", "mistral", "ministral"), holds=frozenset(), rope=FIXED, unfit=_rotates_partly),
         _gguf("qwen2", ("qwen2",), holds=frozenset(), rope=FIXED, unfit=_needs_square),
         _gguf("qwen3", ("qwen3",), holds=frozenset(), rope=FIXED),
         _gguf("granite_swa", LLAMA_SHAPED, holds=EVERYTHING, rope=FIXED, unfit=_rotates_partly),
