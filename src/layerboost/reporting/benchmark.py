@@ -77,9 +77,18 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         if names:
             name = last_made(names)
             spread, warning = result.ratios[name][metric], result.warning(bench.reference, name)
-            low, high = (spread.min, spread.max) if spread.repeats > 1 else (None, None)
-            values = (spread.median, low, high, spread.repeats, warning, spread.as_ratio + warning)
-            return Ratio(name, bench.reference, result.concurrency, *values)
+            ranged = spread.repeats > 1
+            return Ratio(
+                model=name,
+                reference=bench.reference,
+                concurrency=result.concurrency,
+                median=spread.median,
+                low=spread.min if ranged else None,
+                high=spread.max if ranged else None,
+                repeats=spread.repeats,
+                warning=warning,
+                text=spread.as_ratio + warning,
+            )
     return None
 
 
@@ -88,7 +97,8 @@ def throughput_panel(sources: Sources) -> Panel:
     bench, quality = sources.bench, sources.quality
     panel = sources.panel("throughput", "Throughput", FILE, "eval/comparison.json")
     if bench is None or not bench.results:
-        panel.missing.extend([f"{FILE} holds no measurement yet: run `{MADE_BY[FILE]}`"] if bench else [])
+        if bench:
+            panel.missing.append(f"{FILE} holds no measurement yet: run `{MADE_BY[FILE]}`")
         return panel
     panel.notes.append(
         "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
@@ -128,7 +138,8 @@ def decode_panel(sources: Sources) -> Panel:
     panel, sweep = sources.panel("decode", "Decoding against length", SWEEP), sources.sweep
     results = {result.output_tokens: result for result in sweep.results if result.output_tokens} if sweep else {}
     if sweep is None or not results:
-        panel.missing.extend([f"{SWEEP} holds no measurement yet: run `{MADE_BY[SWEEP]}`"] if sweep else [])
+        if sweep:
+            panel.missing.append(f"{SWEEP} holds no measurement yet: run `{MADE_BY[SWEEP]}`")
         return panel
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
     panel.notes.append(

@@ -18,9 +18,16 @@ from layerboost.reporting.verdict import findings, summary, summary_table
 
 __all__ = ["run_report", "summary_table"]
 FIGURES = "figures"
+# In the order of the page.
 PANELS = (
-    *(layers_panel, search_panel, quality_panel, long_context_panel, healing_panel),
-    *(throughput_panel, decode_panel, provenance_panel),
+    layers_panel,
+    search_panel,
+    quality_panel,
+    long_context_panel,
+    healing_panel,
+    throughput_panel,
+    decode_panel,
+    provenance_panel,
 )
 
 
@@ -29,7 +36,7 @@ def run_report(run: Path, png: bool = False) -> dict[str, Any]:
 
     With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; this needs Chromium. The panel of a
     missing file names the command that makes it. The summary has `kv_fraction` (of the base's KV bytes, None without a
-    plan), `throughput_ratio` (median, low, high, repeats, text, concurrency and model, or None), `perplexity` by model,
+    plan), `throughput_ratio` (the fields of `benchmark.Ratio`, or None), `perplexity` by model,
     `tasks` by task and model, `average` by model or None (fractions), and `report`, the HTML.
     Raise ConfigError if the folder is missing or one of its files is truncated, foreign or of another model, and
     LayerboostError if the reports cannot be written.
