@@ -179,6 +179,24 @@ def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
     assert field(reader, "tokenizer.ggml.tokens") == tokens
 
 
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("absent", "deci.attention.head_count_kv", [2, 0, 2, 0]),
+        ("qwen3", "step35.attention.sliding_window_pattern", [False, True, True, True]),
+        ("olmo2", "olmo2.attention.sliding_window_pattern", 2),
+        ("gemma2-all", "gemma2.attention.sliding_window_pattern", 0),
+        # Its first full layer has no attention, so that every sixth is full.
+        ("gemma3", "gemma3.attention.sliding_window_pattern", 6),
+        ("smollm3", "granite_swa.attention.rope_pattern", [True, False, True, False, True]),
+    ],
+)
+def test_each_architecture_says_the_same_plan(case: str, key: str, value: Any, tmp_path: Path) -> None:
+    _, family, letters, changes = CASES[case]
+    out = run_export(saved(tmp_path / "healed", family, letters, **changes), "gguf", kind="f32").folder
+    assert field(gguf.GGUFReader(out), key) == value
+
+
 def trained(splits: Any, **settings: Any) -> PreTrainedTokenizerFast:
     """A BPE tokenizer of 380 tokens, its merges from a few words."""
     normalizer = settings.pop("normalizer", None)
