@@ -62,10 +62,8 @@ def full_every(config: PreTrainedConfig) -> int | None:
     skipped, layers = set(skipped_layers(config)), int(config.num_hidden_layers)
     kinds = enumerate(config.layer_types)
     slides = {layer: kind == "sliding_attention" for layer, kind in kinds if layer not in skipped}
-    for n in (0, *range(layers, 0, -1)):
-        if all(slides_by(n, layer) == wanted for layer, wanted in slides.items()):
-            return n
-    return None
+    periods: list[int] = [0, *range(layers, 0, -1)]
+    return next((n for n in periods if all(slides_by(n, layer) == slides[layer] for layer in slides)), None)
 
 
 def slides_by(n: int, layer: int) -> bool:
