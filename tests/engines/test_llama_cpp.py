@@ -74,6 +74,8 @@ def test_the_batch_fills_the_cells_of_the_window() -> None:
     assert window == WINDOW
     assert serving_flags(PLAN, ()) == ("--ubatch-size", str(CELLS - WINDOW))
     assert serving_flags(PLAN, ("-ub", "64")) == ()
+    long = PLAN.model_copy(update={"layers": layer_plans("fSsf", window=250)})
+    assert serving_flags(long, ()) == ("--ubatch-size", str(2 * CELLS - 250)), "not a batch of 6 tokens"
     all_full = PLAN.model_copy(update={"layers": layer_plans("ffff")})
     assert serving_flags(all_full, ()) == ()
 

@@ -35,7 +35,7 @@ CELLS = 256
 # Flags that a benchmark sets itself, with their short names.
 RESERVED = ("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t")
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
-UBATCH_DEFAULT = 512
+UBATCH_DEFAULT, LEAST_BATCH = 512, 64
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
@@ -86,10 +86,13 @@ def serving_flags(plan: PlanFile, given: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _flags(window: int | None, given: Sequence[str]) -> tuple[str, ...]:
-    """Return the largest physical batch that costs no memory: a sliding layer holds window and batch, in CELLS."""
+    """Return the physical batch: a sliding layer holds window and batch in CELLS, and the batch fills the last ones.
+
+    Batches of fewer than LEAST_BATCH tokens would read prompts slowly.
+    """
     if not window or {UBATCH, UBATCH_SHORT} & set(given):
         return ()
-    return UBATCH, str(math.ceil((window + 1) / CELLS) * CELLS - window)
+    return UBATCH, str(math.ceil((window + LEAST_BATCH) / CELLS) * CELLS - window)
 
 
 def kv_bytes(plan: PlanFile, context_tokens: int, slots: int, ubatch_tokens: int) -> int:
