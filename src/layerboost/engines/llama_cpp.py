@@ -36,6 +36,7 @@ CELLS = 256
 RESERVED = ("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t")
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
 UBATCH_DEFAULT, LEAST_BATCH = 512, 64
+WARMUP_INPUT_TOKENS = 64
 
 
 def check(bench: Bench, folders: Iterable[Path]) -> str:
@@ -187,7 +188,7 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
     with running_server("llama.cpp", name, folder, (argv, {}), bench, log_file) as server:
         running = RunningLlama(server, int(read_config(folder, name).vocab_size))
         warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
-        running.answer(Load(1, 1, 0, bench.input_tokens, warm, seed=0), lambda _: None)
+        running.answer(Load(1, 1, 0, min(WARMUP_INPUT_TOKENS, bench.input_tokens), warm, seed=0), lambda _: None)
         yield running
 
 
