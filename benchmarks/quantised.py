@@ -14,9 +14,9 @@ import json
 import gguf
 import timing
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-import layerboost  # noqa: F401 - loads boosted checkpoints
+from layerboost import AutoModelForCausalLM
 from layerboost.exporting.gguf_file import TYPES
 from layerboost.probes.metrics import token_losses
 from layerboost.recipe import Text
