@@ -62,6 +62,9 @@ def test_brackets_in_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 def test_ls() -> None:
     families = json.loads(layerboost("ls", "families", "--json").stdout)
     assert families["llama"] == {"vllm": "Llama classes"}
+    others = json.loads(layerboost("ls", "unsupported", "--json").stdout)
+    assert others["mixtral"] == "a mixture of experts"
+    assert not others.keys() & families.keys()
     assert {"demo", "qwen3-4b", "smollm2-135m"} <= set(json.loads(layerboost("ls", "recipes", "--json").stdout))
     found = json.loads(layerboost("ls", "settings", "--json").stdout)
     assert found["heal.lr"] == {"default": "0.001", "meaning": "peak learning rate of stage 2"}

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders
@@ -27,6 +28,14 @@ VOCABULARY, WINDOW, HEADS, KV_HEADS = 200, 16, 4, 2
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {
@@ -39,9 +48,48 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
     "olmo3": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}},
+    "apertus": {"rope_parameters": LLAMA3_ROPE},
+    "cwm": {"rope_parameters": LLAMA3_ROPE},
+    "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.5},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "helium": {"hidden_size": 128},  # its heads are as wide as the stream
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}},
+    "hyperclovax": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 0.4,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+    },
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+    "nanochat": {"final_logit_softcapping": 5.0},
+    "olmo": {"clip_qkv": 1.5},
+    "stablelm": {"hidden_size": 128, "qk_layernorm": True, "use_parallel_residual": True},
+    "vaultgemma": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
 }
-SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2")
+SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2", "cwm", "exaone4", "vaultgemma")
+# Families that use every field of a row between them. The others are in the whole grids of `make test-all`.
+QUICK_FAMILIES = (
+    "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere2",
+    "phi", "stablelm", "exaone4", "hyperclovax",
+)  # fmt: skip
+
+
+def families(*, sliding: bool = True) -> list[Any]:
+    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides."""
+    names = [name for name in FAMILIES if sliding or name not in SLIDING_BASES]
+    return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
@@ -91,6 +139,7 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
     settings |= FAMILY_SETTINGS.get(model_type, {}) | changes
     config = transformers.CONFIG_MAPPING[model_type](**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=FAMILIES[model_type].attn_implementation)
+    model = model.float()  # Apertus makes its activation's numbers in bfloat16
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes

@@ -266,15 +266,21 @@ def export(folder: Path, to: str, out: Path | None, kind: str | None, as_json: b
     "layerboost ls recipes",
     "layerboost ls settings",
 )
-@click.argument("what", type=click.Choice(["families", "recipes", "settings", "targets"]))
+@click.argument("what", type=click.Choice(["families", "unsupported", "recipes", "settings", "targets"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def ls(what: str, as_json: bool) -> None:
-    """List the model families, the recipes that come with layerboost, the settings of a recipe, or export's targets."""
+    """List the model families, Transformers' others with the reason, our recipes, the settings of a recipe, or export's
+    targets.
+    """
     if what == "families":
         from layerboost.model.families import FAMILIES
 
         head = ["family", "vLLM"]
         listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
+    elif what == "unsupported":
+        from layerboost.model.unsupported import unsupported_families
+
+        head, listing = ["model type", "reason"], dict(unsupported_families())
     elif what == "recipes":
         from layerboost.recipe import RECIPES
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_selection import sensitivity
-from tiny import info, layer_plans, tiny_model
+from tiny import families, info, layer_plans, tiny_model
 
 from layerboost.costs.budget import (
     Budget,
@@ -20,7 +20,6 @@ from layerboost.costs.budget import (
 )
 from layerboost.errors import ConfigError
 from layerboost.model.base import count_parameters
-from layerboost.model.families import FAMILIES
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
@@ -41,7 +40,7 @@ def test_kv_bytes() -> None:
     assert plan_kv_bytes(info(), layer_plans("ssss"), 10) == base_kv_bytes(info(), 10)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 def test_parameters_are_those_of_the_model_without_the_removed_attention(model_type: str) -> None:
     model = tiny_model(model_type, layers=6)
     parameters, attention = count_parameters(model.config)

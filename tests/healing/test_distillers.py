@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_losses import distillation_loss_reference
-from tiny import Products, boosted, fitted, layer_plans, tiny_model
+from tiny import Products, boosted, families, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
 from layerboost.healing.data import Data
@@ -14,7 +14,6 @@ from layerboost.healing.distillers import (
     positions_of,
 )
 from layerboost.model import linear
-from layerboost.model.families import FAMILIES
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.stream import head_logits
 from layerboost.recipe import Heal
@@ -34,7 +33,7 @@ def made(letters: str, model_type: str = "llama", **options: object) -> LogitDis
     return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("letters", ["ffSns", "SnfsS"])
 def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) -> None:
     cheap = made(letters, model_type)

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_distillers import END
-from tiny import boosted, fitted, layer_plans, tiny_model
+from tiny import boosted, families, fitted, layer_plans, tiny_model
 
 from layerboost.healing import least_squares
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.least_squares import Sums, fit_outputs, fit_stage, projection_of, put
 from layerboost.healing.student import with_adapters
-from layerboost.model.families import FAMILIES
 
 LENGTH, TOKENS = 40, 40 * 30 - 7
 IDS = torch.randint(3, 20, (30, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -41,7 +40,7 @@ def test_the_solution_is_the_one_that_ridge_regression_has() -> None:
     assert sums.remaining(sums.solve(0.3)) == pytest.approx(float(left), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 def test_a_fit_brings_every_sliding_layer_nearer_to_the_base(model_type: str) -> None:
     local = made("sfSns", model_type)
     other = torch.randint(3, 20, (8, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import boosted, fitted, layer_plans, save_tiny, tiny_model
+from tiny import boosted, families, fitted, layer_plans, save_tiny, tiny_model
 
 from layerboost.errors import ConfigError
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
@@ -58,13 +58,14 @@ def test_named_targets_take_the_place_of_the_default_in_full_layers_too() -> Non
     }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 def test_every_family_has_something_to_adapt(model_type: str) -> None:
     letters = fitted("ffsss", model_type)
     found = adapted_layers(tiny_model(model_type, layers=5), layer_plans(letters), None)
     slides = {index for index, letter in enumerate(letters) if letter == "s"}
-    assert {int(name.split(".")[2]) for name in found["lora"] if "o_proj" in name} == slides
-    assert {int(name.split(".")[2]) for name in found["lora"] if "down_proj" in name} == set(range(min(slides), 5))
+    output = FAMILIES[model_type].output
+    assert {int(name.split(".")[2]) for name in found["lora"] if name.endswith(f"self_attn.{output}")} == slides
+    assert {int(name.split(".")[2]) for name in found["lora"] if ".mlp." in name} == set(range(min(slides), 5))
     values = [name for name in found["lora"] if name.endswith(("v_proj", "qkv_proj"))]
     assert len(values) == len(slides)
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HEADS, SLIDING_BASES, WINDOW, boosted, fitted, layer_plans, tiny_model
+from tiny import (
+    HEADS,
+    QUICK_FAMILIES,
+    SLIDING_BASES,
+    WINDOW,
+    boosted,
+    families,
+    fitted,
+    layer_plans,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,7 +27,7 @@ from layerboost.model.attention import sliding_attention_reference, window_mask
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
-from layerboost.model.surgery import apply_plan
+from layerboost.model.surgery import apply_plan, output_projection
 
 PLANS = {
     "all-full": "fffff",
@@ -40,7 +50,12 @@ LABELS[1, :10] = -100  # what the last padding token would predict, too
 grid = pytest.mark.parametrize(
     ("family", "letters"),
     [
-        pytest.param(family, fitted(letters, family), id=f"{family}-{plan}")
+        pytest.param(
+            family,
+            fitted(letters, family),
+            id=f"{family}-{plan}",
+            marks=() if family in QUICK_FAMILIES or plan == "mixed" else pytest.mark.exhaustive,
+        )
         for family in FAMILIES
         for plan, letters in PLANS.items()
     ],
@@ -53,9 +68,9 @@ def run(model: PreTrainedModel, **kwargs: Any) -> Any:
 
 def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
     """A stock model in which, by its weights, the attention of `none` layers adds nothing."""
-    for letter, layer in zip(letters, decoder_layers(model), strict=True):
+    for index, letter in enumerate(letters):
         if letter == "n":
-            for parameter in layer.get_submodule("self_attn.o_proj").parameters():
+            for parameter in output_projection(model, index).parameters():
                 torch.nn.init.zeros_(parameter)
     return model
 
@@ -78,9 +93,9 @@ def naive_attention(
 ALL_ATTENTION_FUNCTIONS.register("naive", naive_attention)
 
 
-def reference(family: str, letters: str, like: PreTrainedModel) -> PreTrainedModel:
+def reference(family: str, letters: str, like: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
-    model = silenced(tiny_model(family, len(letters)), letters)
+    model = silenced(tiny_model(family, len(letters), **changes), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
         if letter in "sShH":
             attention: Any = layer.self_attn
@@ -174,7 +189,26 @@ def test_gradients(family: str, letters: str) -> None:
             assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Settings by which real models of a family differ in more than sizes from its tiny one.
+VARIANTS = {
+    "EXAONE 4 1.2B": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
+    "StableLM 2 1.6B": ("stablelm", {"use_parallel_residual": False, "qk_layernorm": False, "use_qkv_bias": True}),
+    "HyperCLOVA X without post-norms": ("hyperclovax", {"use_post_norm": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
+    (family, changes), letters = VARIANTS[variant], PLANS["mixed"]
+    model = boosted(letters, family, **changes)
+    found = run(model).logits
+    expected = run(reference(family, letters, model, **changes)).logits
+    torch.testing.assert_close(found[SEEN], expected[SEEN], atol=1e-4, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path)).logits, found)
+
+
+@pytest.mark.parametrize("family", families())
 def test_sliding_layers_ask_for_no_square_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a layer that runs the stock attention no `[B, 1, T, T]` mask is made, padding or not."""
     slides = [kind == "sliding_attention" for kind in base_layer_types(tiny_model(family).config)]

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import RUNTIME, boosted, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from tiny import RUNTIME, boosted, families, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.model import checkpoint
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
-from layerboost.model.families import FAMILIES
 from layerboost.model.files import INDEX
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
 from layerboost.schemas.plan import PlanFile, write_plan
@@ -77,7 +76,7 @@ def test_shards_and_plan_and_config_that_agree(whole: Path) -> None:
     assert torch.equal(find_model(str(whole), RUNTIME).load()(ids).logits, boosted(LETTERS)(ids).logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("letters", ["", "nfSsf", "fffff"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_we_write_is_intact(model_type: str, letters: str, tied: bool, tmp_path: Path) -> None:

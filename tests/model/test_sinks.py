@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HEADS, tiny_model
+from tiny import HEADS, families, tiny_model
 
 from layerboost.model.attention import sliding_attention_reference
-from layerboost.model.families import FAMILIES
 from layerboost.model.sinks import calibrate_sinks, fit, head_outputs, terms
 from layerboost.schemas.plan import LayerPlan
 
@@ -61,7 +60,7 @@ def test_softcapped_scores_are_fitted_as_the_model_sees_them() -> None:
     assert head_outputs(query, key, value, 8, 1.0, softcap=0.5)[2].max() <= 0.5 + torch.log(torch.tensor(8.0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_one_pass_gives_every_layer_and_window_and_leaves_the_model_as_it_was(family: str) -> None:
     base = tiny_model(family, layers=3)
     before = base(IDS).logits

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import SLIDING_BASES, boosted, layer_plans, tiny_model
+from tiny import SLIDING_BASES, boosted, families, layer_plans, tiny_model
 
-from layerboost.model.families import FAMILIES
 from layerboost.model.stream import LayerStream, explain_not_finite
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SLIDING_BASES])
+@pytest.mark.parametrize("family", families(sliding=False))
 @torch.no_grad()
 def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) -> None:
     stream = LayerStream(tiny_model(family, layers=4))

@@ -16,6 +16,7 @@ from tiny import (
     SLIDING_BASES,
     WINDOW,
     boosted,
+    families,
     fitted,
     layer_plans,
     save_tiny,
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
-from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
 from layerboost.schemas.plan import LayerPlan
@@ -35,7 +35,7 @@ from layerboost.schemas.plan import LayerPlan
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_replaced_is_reversible_and_equals_surgery(family: str) -> None:
     base = tiny_model(family)
     before = base(IDS).logits
@@ -52,7 +52,7 @@ def test_replaced_is_reversible_and_equals_surgery(family: str) -> None:
         assert "sinks" not in dict(decoder_layers(base)[index].named_parameters())
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "ministral3", "phi3", "starcoder2"])
 @pytest.mark.parametrize("letters", ["fffff", "nfnff"])
 def test_bases_in_which_every_layer_slides(family: str, letters: str) -> None:
     """As the first Mistral and Phi-3 mini: layers keep the base's window, in the forward pass and in the cache."""
@@ -60,7 +60,8 @@ def test_bases_in_which_every_layer_slides(family: str, letters: str) -> None:
     assert (base(IDS).logits - tiny_model(family, sliding_window=None)(IDS).logits).abs().max() > 0.1
     for letter, layer in zip(letters, decoder_layers(base), strict=True):
         if letter == "n":
-            torch.nn.init.zeros_(layer.get_parameter("self_attn.o_proj.weight"))
+            for parameter in layer.get_submodule("self_attn.o_proj").parameters():
+                torch.nn.init.zeros_(parameter)
     expected = base(IDS).logits
     model = apply_plan(base, layer_plans(letters))
     out = model(IDS)

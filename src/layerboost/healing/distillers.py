@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
-from layerboost.model.modeling import decoder_layers
+from layerboost.model.modeling import decoder_layers, final_norm
 from layerboost.model.stream import explain_not_finite, head_logits
 from layerboost.model.surgery import attention_of
 from layerboost.schemas.plan import LayerPlan
@@ -256,7 +256,7 @@ class LogitDistiller(Distiller):
                 hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
                 hidden = _tensor(layer(hidden, **arguments))
-        normed: torch.Tensor = self.student.get_decoder().norm(hidden)
+        normed: torch.Tensor = final_norm(self.student)(hidden)
         return normed
 
 

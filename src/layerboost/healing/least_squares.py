@@ -22,7 +22,7 @@ from layerboost.healing.data import lengths_of
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.metrics import Metrics
 from layerboost.healing.training import replacing
-from layerboost.model.surgery import attention_of
+from layerboost.model.surgery import output_projection
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
 from layerboost.schemas.healing import METRICS
@@ -172,7 +172,7 @@ def fit_outputs(
 
 def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
     """Return the student's output projection; if it has an adapter, the linear layer below."""
-    module: Any = attention_of(distiller.student, layer).o_proj
+    module: Any = output_projection(distiller.student, layer)
     projection: nn.Linear = getattr(module, "base_layer", module)
     return projection
 

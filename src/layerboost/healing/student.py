@@ -18,7 +18,7 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import apply_plan
 from layerboost.schemas.plan import LayerPlan
 
-VALUES = ("v_proj", "o_proj", "qkv_proj")  # Phi-3's q, k and v are one
+VALUES = ("v_proj", "qkv_proj")  # Phi-3's q, k and v are one
 
 
 def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[LayerPlan]) -> PreTrainedModel:
@@ -31,10 +31,11 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
     apply_plan(student, layers)
     student.requires_grad_(False)
     parameters = dict(student.named_parameters(remove_duplicate=False))
+    constants = {name for name, _ in student.named_buffers()}  # those that Apertus saves
     missing = {name for name in parameters if name.endswith(".sinks")}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name in set(tensors.keys()) - constants:
                 shape = tensors.get_slice(name).get_shape()
                 if name not in parameters or list(parameters[name].shape) != shape:
                     raise ConfigError(f"{checkpoint} does not hold the weights of its plan", found=name)
@@ -60,21 +61,22 @@ def adapted_layers(
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
     first = min(keeps, default=0)
-    attention = FAMILIES[model.config.model_type].attention
+    family = FAMILIES[model.config.model_type]
+    values = {*VALUES, family.output}
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     stage1, stage2, known = set(), set(), set()
     for name, module in decoder_layers(model).named_modules():
         if not isinstance(module, nn.Linear):
             continue
         index, *parts = name.split(".")
-        layer, in_attention, full_name = int(index), attention in parts, f"{prefix}.{name}"
+        layer, in_attention, full_name = int(index), family.attention in parts, f"{prefix}.{name}"
         known.add(parts[-1])
         has_attention = keeps.get(layer)  # None in an unchanged layer
         if in_attention and has_attention is False:
             continue
         if has_attention is not None and has_attention == in_attention:
             stage1.add(full_name)
-        by_default = not in_attention or (has_attention is True and parts[-1] in VALUES)
+        by_default = not in_attention or (has_attention is True and parts[-1] in values)
         if layer >= first and (parts[-1] in targets if targets else by_default):
             stage2.add(full_name)
     if unknown := set(targets or ()) - known:

@@ -21,7 +21,7 @@ from layerboost.model.attention import sliding_attention
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.sinks import Sinks
 from layerboost.model.stream import head_logits
-from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.model.surgery import captured_attention, output_projection
 from layerboost.probes.metrics import answer_scores
 from layerboost.retrieval import Prompts
 from layerboost.runtime import Progress
@@ -177,7 +177,7 @@ def _forward(
 
         return hook
 
-    projections: list[Any] = [attention_of(model, layer).get_submodule("o_proj") for layer in layers]
+    projections: list[Any] = [output_projection(model, layer) for layer in layers]
     hooks = [each.register_forward_pre_hook(record(layer)) for each, layer in zip(projections, layers, strict=True)]
     # The weights are frozen: the graph starts at the input of the lowest layer.
     start = decoder_layers(model)[0].register_forward_pre_hook(_with_gradient, with_kwargs=True)

@@ -15,23 +15,32 @@ TRANSFORMERS_BACKEND = "Transformers backend"
 class Family:
     """How one `model_type` is built.
 
-    `attention_norms` are the norms of a decoder layer that serve attention alone and go with it; `config_flags` are
-    settings its config class needs before it keeps a `sliding_window`; `attn_implementation` is the stock backend to
-    load it with where the default one leaves something out; `rotary_by_type` says that a layer's type decides on its
-    rotary embedding too, not on its window alone; `vllm` says which classes serve it, empty if none does.
+    `attention` names the attention of a decoder layer, `output` the attention's output projection, `final_norm` the
+    norm after the last layer. `norm_before` and `norm_after` are the norms of a decoder layer that serve attention
+    alone and go with it; `parallel_flag` is a layer's attribute which, if true, has its MLP read `norm_before` too.
+    `config_flags` are settings its config class needs before it keeps a `sliding_window`; `attn_implementation` is the
+    stock backend to load it with where the default one leaves something out. `rotary_by_type` says that a layer's type
+    decides on its rotary embedding too, not on its window alone, and `rotary_by_window` that a full layer has one only
+    if the config has no window. `multiplies_logits` says that the config's `logits_scaling` multiplies, and does not
+    divide. `vllm` says which classes serve it, empty if none does.
     """
 
     model_type: str
     attention: str = "self_attn"
-    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    output: str = "o_proj"
+    norm_before: str | None = "input_layernorm"
+    norm_after: str | None = None
+    parallel_flag: str = ""
+    final_norm: str = "norm"
     config_flags: tuple[tuple[str, Any], ...] = ()
     attn_implementation: str | None = None
     rotary_by_type: bool = False
+    rotary_by_window: bool = False
+    multiplies_logits: bool = False
     vllm: str = TRANSFORMERS_BACKEND
 
 
-AROUND = ("input_layernorm", "post_attention_layernorm")
-AFTER = ("post_attention_layernorm",)
+AFTER = "post_attention_layernorm"
 SLIDING_FLAG = (("use_sliding_window", True),)
 
 FAMILIES: dict[str, Family] = {
@@ -45,13 +54,36 @@ FAMILIES: dict[str, Family] = {
         Family("ministral"),
         Family("phi3"),
         # The stock SDPA path drops the soft-cap of the scores.
-        Family("gemma2", attention_norms=AROUND, attn_implementation="eager"),
-        Family("gemma3_text", attention_norms=AROUND, rotary_by_type=True),
-        Family("olmo2", attention_norms=AFTER),
-        Family("olmo3", attention_norms=AFTER, rotary_by_type=True),
+        Family("gemma2", norm_after=AFTER, attn_implementation="eager"),
+        Family("gemma3_text", norm_after=AFTER, rotary_by_type=True),
+        Family("olmo2", norm_before=None, norm_after=AFTER),
+        Family("olmo3", norm_before=None, norm_after=AFTER, rotary_by_type=True),
         Family("smollm3", config_flags=SLIDING_FLAG),
         Family("granite"),
         # Attention and MLP run side by side behind one norm, which the MLP still needs.
-        Family("cohere2", attention_norms=(), rotary_by_type=True),
+        Family("cohere", norm_before=None),
+        Family("cohere2", norm_before=None, rotary_by_type=True),
+        Family("phi", norm_before=None, output="dense", final_norm="final_layernorm"),
+        Family("stablelm", parallel_flag="use_parallel_residual"),
+        Family("apertus", norm_before="attention_layernorm"),
+        Family("arcee"),
+        Family("cwm"),
+        Family("ernie4_5"),
+        # Full layers have no rotary embedding where others slide (32B), and one where none does (1.2B).
+        Family("exaone4", norm_before=None, norm_after=AFTER, rotary_by_type=True, rotary_by_window=True),
+        Family("gemma"),
+        Family("glm"),
+        Family("glm4", norm_after="post_self_attn_layernorm"),
+        Family("helium"),
+        Family("hunyuan_v1_dense"),
+        Family("hyperclovax", norm_after="post_norm1", multiplies_logits=True),
+        Family("jais2"),
+        Family("ministral3"),
+        Family("nanochat"),
+        Family("nemotron"),
+        Family("olmo"),
+        Family("seed_oss"),
+        Family("starcoder2"),
+        Family("vaultgemma", attn_implementation="eager"),
     )
 }

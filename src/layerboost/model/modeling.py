@@ -135,6 +135,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm after a causal LM's last layer."""
+    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.model_type].final_norm)
+    return norm
+
+
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
     """Return the layers without attention, which a config records as `per_layer_config[i].skip == ["attention"]`."""
     if not config.is_heterogeneous:
@@ -151,8 +157,10 @@ def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
 def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> None:
     """Drop a decoder layer's attention and the norms that serve it alone."""
     setattr(layer, family.attention, AttentionFree(layer_idx))
-    for norm in family.attention_norms:
-        setattr(layer, norm, nn.Identity())
+    if family.norm_before and not getattr(layer, family.parallel_flag, False):
+        setattr(layer, family.norm_before, nn.Identity())
+    if family.norm_after:
+        setattr(layer, family.norm_after, nn.Identity())
 
 
 def make_sliding(attention: Any, window: int, sink: bool, full_kv_heads: Sequence[int] = ()) -> None:
@@ -209,7 +217,8 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if "sliding_attention" not in base.layer_types:
         # Without layer types of its own, a family's window is every layer's; with them, a mask is built for it even
         # where no layer slides, and one that drops nothing is free.
-        base.sliding_window = config.max_position_embeddings if hasattr(type(config), "layer_types") else None
+        needed = hasattr(type(config), "layer_types") and not FAMILIES[config.model_type].rotary_by_window
+        base.sliding_window = config.max_position_embeddings if needed else None
     return base
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
-from layerboost.model.surgery import attention_of, captured_attention
+from layerboost.model.surgery import captured_attention, output_projection
 from layerboost.schemas.plan import LayerPlan
 from layerboost.traffic import Traffic
 
@@ -74,7 +74,7 @@ def calibrate_sinks(
         scaling: float,
         softcap: float | None,
     ) -> None:
-        projection: Any = attention_of(model, layer).o_proj
+        projection: Any = output_projection(model, layer)
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
             q, k, v = (each[rows, :, :length] for each in (query, key, value))

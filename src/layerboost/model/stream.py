@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from layerboost.model.modeling import base_layer_types, decoder_layers
+from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
 from layerboost.model.surgery import family_of, replaced
 from layerboost.schemas.plan import LayerPlan
 
@@ -119,7 +119,7 @@ class LayerStream:
         return result
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.model.get_decoder().norm(hidden)
+        normed: torch.Tensor = final_norm(self.model)(hidden)
         return normed
 
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
@@ -147,8 +147,7 @@ class LayerStream:
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the attention of one stock layer adds to the stream `[B, T, D]`."""
         family, layer, found = family_of(self.model.config), self.layers[index], []
-        after = "post_attention_layernorm"
-        module = getattr(layer, after if after in family.attention_norms else family.attention)
+        module = getattr(layer, family.norm_after or family.attention)
         hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
         try:
             self.layer(index, hidden)
@@ -199,9 +198,9 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Return the logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft-cap."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
     config = model.config
-    if scaling := getattr(config, "logits_scaling", None):  # Granite divides
-        logits = logits / scaling
-    if scale := getattr(config, "logit_scale", None):  # Cohere 2 multiplies
+    if scaling := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+        logits = logits * scaling if family_of(config).multiplies_logits else logits / scaling
+    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
         logits = logits * scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
@@ -242,7 +241,7 @@ def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, 
 
     modules = {"the embedding": model.get_input_embeddings()}
     modules |= {f"layer {index}": layer for index, layer in enumerate(decoder_layers(model))}
-    modules |= {"the final norm": model.get_decoder().norm, "the head": model.get_output_embeddings()}
+    modules |= {"the final norm": final_norm(model), "the head": model.get_output_embeddings()}
     hooks = [watch(name, module) for name, module in modules.items()]
     try:
         model(input_ids=ids[None].to(model.device), use_cache=False)

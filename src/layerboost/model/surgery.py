@@ -24,6 +24,7 @@ from layerboost.model.modeling import (
     skipped_layers,
     stock_attention,
 )
+from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
 
 CAPTURE = "layerboost_capture"
@@ -37,10 +38,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         raise ConfigError("models with bidirectional attention are not supported", found=config.model_type)
     if config.model_type not in FAMILIES:
+        reason = why_unsupported(config.model_type)
         raise ConfigError(
             "this model family is not supported",
-            found=config.model_type,
-            do=f"use one of: {', '.join(sorted(FAMILIES))}",
+            found=config.model_type + (f" ({reason})" if reason else ""),
+            do="use a model of a family in `layerboost ls families`",
         )
     return FAMILIES[config.model_type]
 
@@ -48,6 +50,12 @@ def family_of(config: PreTrainedConfig) -> Family:
 def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the attention module of one decoder layer."""
     found: nn.Module = getattr(decoder_layers(model)[layer], family_of(model.config).attention)
+    return found
+
+
+def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """Return the module that projects the heads of one layer's attention to the stream."""
+    found: nn.Module = getattr(attention_of(model, layer), family_of(model.config).output)
     return found
 
 

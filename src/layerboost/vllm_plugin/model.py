@@ -57,8 +57,9 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         scaling = getattr(self.config, "logits_scaling", None)
-        if scaling and self.pp_group.is_last_rank:  # Granite divides; vLLM's backend knows `logit_scale` alone
-            self.logits_processor.scale = 1 / scaling
+        if scaling and self.pp_group.is_last_rank:  # vLLM's backend knows `logit_scale` alone
+            multiplies = FAMILIES[self.config.model_type].multiplies_logits
+            self.logits_processor.scale = scaling if multiplies else 1 / scaling
 
     @cached_property
     def _from_config_kwargs(self) -> dict[str, Any]:

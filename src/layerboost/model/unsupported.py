@@ -1,0 +1,70 @@
+"""Why a model of the installed Transformers is not supported, from reading its source: nothing is imported."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from layerboost.model.families import FAMILIES
+
+# What a causal LM's classes say, by reason; the first that applies is given.
+REASONS = {
+    "a wrapper of a language model": r"class \w+(ForConditionalGeneration|ImageEmbedding)\b|\bpixel_values\b",
+    "an encoder, or a decoder with cross-attention": r"\b(encoder_hidden_states|cross_attention_states)\b",
+    "multi-head latent attention": r"self\.kv_a_proj",
+    "a hybrid with layers of another kind": r"class \w*(Mixer|Delta|ShortConv|Recurrent|LightningAttention|Rwkv|xLSTM)",
+    "a mixture of experts": r"class \w*(Experts|MoE|Moe)\b",
+    "layers that share keys and values": r"kv_shared|shared_kv",
+    "layers that run several times": r"class \w+Stack\b",
+    "sinks of its own": r"self\.sinks\b",
+    "differential attention": r"\battn_output2\b",
+    # Nothing of the above, and a layer goes through the attention interface.
+    "a row is missing": r"\bALL_ATTENTION_FUNCTIONS\.",
+}
+NO_INTERFACE = "its attention does not go through Transformers' attention interface"
+
+
+@cache
+def why_unsupported(model_type: str) -> str | None:
+    """Return why a model type is not supported; None if it is, or if Transformers has no causal LM of it."""
+    if model_type in FAMILIES or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    source = _source(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return next((reason for reason, pattern in REASONS.items() if re.search(pattern, source)), NO_INTERFACE)
+
+
+def unsupported_families() -> dict[str, str]:
+    """Return, for each model type with a causal LM in Transformers and no row in `FAMILIES`, the reason."""
+    reasons = {name: why_unsupported(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _source(model_type: str, class_name: str) -> str:
+    """Return the source of a causal LM's class and of those in its file that it is built of; empty if not found."""
+    spec = find_spec("transformers")
+    assert spec
+    assert spec.origin
+    folder = Path(spec.origin).parent / "models" / model_type_to_module_name(model_type)
+    texts = (file.read_text(encoding="utf-8") for file in sorted(folder.glob("modeling_*.py")))
+    text = next((text for text in texts if f"\nclass {class_name}(" in text), "")
+    # A class, or a table of classes such as LLAMA_ATTENTION_CLASSES.
+    parts = {
+        found[1]: part
+        for part in re.split(r"\n(?=[@\w])", text)
+        if (found := re.match(r"(?:class )?(\w+)(?:\(| = \{)", part))
+    }
+    reached: dict[str, str] = {}
+    waiting = [class_name]
+    while waiting:
+        name = waiting.pop()
+        if name in parts and name not in reached:
+            part = reached[name] = parts[name]
+            bases = re.match(r"class \w+\(([^)]*)\)", part)
+            waiting += re.findall(r"\w+", bases[1]) if bases else re.findall(r": (\w+)", part)
+            waiting += re.findall(r"\b([A-Z]\w*)[(\[]", part)
+    return "\n".join(part for name, part in reached.items() if not name.endswith("PreTrainedModel"))

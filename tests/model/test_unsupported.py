@@ -1,0 +1,39 @@
+"""Reasons read from the source of the installed Transformers."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from layerboost.model.families import FAMILIES
+from layerboost.model.unsupported import unsupported_families, why_unsupported
+
+REASONS = {
+    "a wrapper of a language model": ["gemma3", "gemma3n"],
+    "an encoder, or a decoder with cross-attention": ["bert", "bart", "gpt2", "mllama"],
+    "multi-head latent attention": ["deepseek_v3", "minicpm3"],
+    "a hybrid with layers of another kind": ["qwen3_next", "jamba", "falcon_h1", "lfm2", "mamba", "recurrent_gemma"],
+    "a mixture of experts": ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"],
+    "layers that share keys and values": ["gemma3n_text"],
+    "layers that run several times": ["hrm_text"],
+    "sinks of its own": ["granite_swa"],
+    "differential attention": ["diffllama"],
+    "a row is missing": ["gpt_neox", "opt"],
+    "its attention does not go through Transformers' attention interface": ["bloom", "gptj"],
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_are_read_from_the_source(reason: str) -> None:
+    assert {name: why_unsupported(name) for name in REASONS[reason]} == dict.fromkeys(REASONS[reason], reason)
+
+
+def test_every_causal_lm_is_supported_or_has_a_reason() -> None:
+    found = unsupported_families()
+    assert found.keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - FAMILIES.keys()
+    assert set(found.values()) == set(REASONS)
+
+
+def test_what_transformers_does_not_have_has_no_reason() -> None:
+    assert why_unsupported("nobody") is None
+    assert why_unsupported("llama") is None
