@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from layerboost.measuring.sweep import head_candidates
 from layerboost.model.attention import sliding_attention
-from layerboost.model.modeling import decoder_layers
+from layerboost.model.modeling import decoder_layers, query_heads
 from layerboost.model.sinks import Sinks
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import captured_attention, output_projection
@@ -160,8 +160,8 @@ def _forward(
         for index, site in enumerate(sites):
             if site.layer == layer:
                 assert site.window is not None
-                windowed = [head for head in range(heads) if head not in site.full_kv_heads]
-                queries = [group for head in windowed for group in range(head * groups, (head + 1) * groups)]
+                windowed = site.windowed(heads)
+                queries = query_heads(windowed, groups)
                 logits = sinks(site) if site.sink else None
                 out = sliding_attention(
                     query[:, queries], key[:, windowed], value[:, windowed], site.window, logits, None, scaling, softcap

@@ -327,7 +327,7 @@ def _mixed_attention(
     """
     heads = module.layerboost_heads
     groups = query.shape[1] // sum(map(len, heads))
-    full, windowed = ([group for head in kind for group in range(head * groups, (head + 1) * groups)] for kind in heads)
+    full, windowed = (query_heads(kind, groups) for kind in heads)
     keys = key if isinstance(key, tuple) else [take_heads(key, kind) for kind in heads]
     values = value if isinstance(value, tuple) else [take_heads(value, kind) for kind in heads]
     far = stock_attention(module, module.layerboost_stock)(
@@ -340,6 +340,11 @@ def _mixed_attention(
     out = torch.cat([far, near.transpose(1, 2)], dim=2)
     order = [*full, *windowed]
     return out if order == sorted(order) else out[:, :, sorted(range(len(order)), key=order.__getitem__)], None
+
+
+def query_heads(kv_heads: Sequence[int], groups: int) -> list[int]:
+    """Return the query heads that read some KV heads, `groups` of each."""
+    return [query for head in kv_heads for query in range(head * groups, (head + 1) * groups)]
 
 
 def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

@@ -38,8 +38,7 @@ class Sinks:
         if plan not in self._fitted:
             terms = self.terms[plan.layer, plan.window]
             heads = torch.arange(terms[2].shape[1]).view(self.kv_heads, -1)
-            windowed = [head for head in range(self.kv_heads) if head not in plan.full_kv_heads]
-            self._fitted[plan] = fit(terms, heads[windowed].flatten()).to(self.device)
+            self._fitted[plan] = fit(terms, heads[plan.windowed(self.kv_heads)].flatten()).to(self.device)
         return self._fitted[plan]
 
 

@@ -164,7 +164,7 @@ def scores_of(entry: LayerSensitivity, plan: LayerPlan, kv_heads: int) -> dict[s
 
     Raise ConfigError if it was not measured.
     """
-    windowed = {head for head in range(kv_heads) if head not in plan.full_kv_heads}
+    windowed = set(plan.windowed(kv_heads))
     groups = [
         (windowed_by(variant, kv_heads), variant)
         for variant in entry.heads
