@@ -190,7 +190,7 @@ def test_gradients(family: str, letters: str) -> None:
 
 
 # Settings by which real models of a family differ in more than sizes from its tiny one.
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4 1.2B": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
     "StableLM 2 1.6B": ("stablelm", {"use_parallel_residual": False, "qk_layernorm": False, "use_qkv_bias": True}),
     "HyperCLOVA X without post-norms": ("hyperclovax", {"use_post_norm": False}),
