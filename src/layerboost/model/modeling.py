@@ -326,13 +326,11 @@ def _mixed_attention(
     tensors, or pairs from a `MixedCacheLayer`.
     """
     heads = module.layerboost_heads
-    groups = query.shape[1] // sum(map(len, heads))
-    full, windowed = (query_heads(kind, groups) for kind in heads)
+    full, windowed = (query_heads(kind, query.shape[1] // sum(map(len, heads))) for kind in heads)
     keys = key if isinstance(key, tuple) else [take_heads(key, kind) for kind in heads]
     values = value if isinstance(value, tuple) else [take_heads(value, kind) for kind in heads]
-    far = stock_attention(module, module.layerboost_stock)(
-        module, take_heads(query, full), keys[0], values[0], mask, **kwargs
-    )[0]
+    stock = stock_attention(module, module.layerboost_stock)
+    far = stock(module, take_heads(query, full), keys[0], values[0], mask, **kwargs)[0]
     near = sliding_attention(
         take_heads(query, windowed), keys[1], values[1], module.layerboost_window, getattr(module, "sinks", None),
         _boolean_mask(mask, keys[1].shape[2]), kwargs.get("scaling"), kwargs.get("softcap"),
