@@ -245,7 +245,7 @@ def costs(model: str, out: Path, cache_gib: float, engine: str, kind: str, as_js
 
 
 @_command(
-    "layerboost export runs/llama/healed --to auto --out llama-stock && vllm serve llama-stock",
+    "layerboost export runs/llama/healed --to granite-swa --out llama-stock && vllm serve llama-stock",
     "layerboost export runs/llama/healed --to gguf --type q8_0 && llama-server -m runs/llama/healed-q8_0.gguf",
 )
 @click.argument("folder", type=click.Path(path_type=Path))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from processes import free_port
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model
 
 from layerboost.engines import open_engine
-from layerboost.engines.llama_cpp import CELLS, check, kv_bytes, launch, serve_command, serving_flags
+from layerboost.engines.llama_cpp import CELLS, check, environment, kv_bytes, launch, serve_command, serving_flags
 from layerboost.engines.protocol import Load
 from layerboost.engines.xllamacpp_server import parameters
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.exporting.stage import gguf_file
 from layerboost.model.checkpoint import save_boosted
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB
@@ -60,13 +62,12 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
 
 @pytest.mark.multiprocess
 def test_a_server_that_dies_is_named(models: dict[str, Path], tmp_path: Path) -> None:
-    asked = recipe(server_args=("--no-such-flag", "1"))
+    asked = recipe(server_args=("--cache-type-k", "q4_0", "--ctx-size", "-7"))
     with (
-        pytest.raises(LayerboostError, match=r"llama\.cpp died while serving base") as raised,
+        pytest.raises(LayerboostError, match=r"llama\.cpp died while serving base|request to llama\.cpp failed"),
         launch("base", models["base"], asked, tmp_path / "bench" / "logs" / "base.log"),
     ):
         pass
-    assert "unrecognized arguments: --no-such-flag 1" in str(raised.value.found)
 
 
 def test_the_batch_fills_the_cells_of_the_window() -> None:
@@ -105,6 +106,8 @@ def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> No
     [
         ({"shared_prefix_tokens": 64}, "does not share a prefix between its slots"),
         ({"server_args": ["-np", "4"]}, "bench.server_args may not have -np"),
+        ({"server_args": ["--port=9"]}, "bench.server_args may not have --port"),
+        ({"server_args": ["--max-num-batched-tokens", "256"]}, "xllamacpp's server would refuse its arguments"),
     ],
 )
 def test_what_a_benchmark_cannot_use_is_refused(bench: dict[str, Any], message: str) -> None:
@@ -122,10 +125,41 @@ def test_the_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check(Bench(), ())
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_text("no model")
+@pytest.mark.parametrize("kept", [0, 3, 40, 200])
+def test_a_file_that_is_no_model_is_refused(kept: int, models: dict[str, Path], tmp_path: Path) -> None:
+    gguf_file(models["base"], tmp_path / "whole.gguf", "f16")
+    (tmp_path / "x.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:kept])
     with pytest.raises(ConfigError, match="is not a GGUF file"):
         serve_command(tmp_path / "x.gguf", free_port(), ())
+
+
+def test_another_model_of_a_name_is_exported_again(models: dict[str, Path], tmp_path: Path) -> None:
+    """Older files, too; a file of the name that export did not write is left alone."""
+    out = tmp_path / "model-f16.gguf"
+    gguf_file(models["base"], out, "f16")
+    first = out.read_bytes()
+    gguf_file(models["base"], out, "f16")
+    assert out.read_bytes() == first
+    gguf_file(models["healed"], out, "f16")
+    assert out.read_bytes() != first
+    foreign = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    foreign.write_header_to_file()
+    foreign.write_kv_data_to_file()
+    foreign.close()
+    with pytest.raises(ConfigError, match="exists already"):
+        gguf_file(models["base"], tmp_path / "other.gguf", "f16")
+
+
+def test_what_cannot_be_exported_is_refused_before_a_server_starts(models: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="no GGUF type is called q9"):
+        check(recipe(gguf_type="q9").bench, [models["base"]])
+    assert "xllamacpp" in check(recipe().bench, models.values())
+
+
+def test_slots_are_part_of_what_results_depend_on() -> None:
+    one, eight = (environment(recipe(concurrency=[count])) for count in (1, 8))
+    assert (one["slots"], eight["slots"]) == (1, 8)
+    assert one["slot_tokens"] == 2 * CELLS
 
 
 def test_flags_become_parameters() -> None:

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "unchanged-ministral": ("llama", "ministral", "fff", {"sliding_window": 4096}),
     "unchanged-qwen2": ("qwen2", "qwen2", "fff", {"head_dim": 16}),
     "unchanged-qwen3": ("qwen3", "qwen3", "fff", TIED),
+    "integer-theta": ("granite_swa", "llama", "fSns", {"rope_parameters": SAME | {"rope_theta": 100000}}),
     "tied": ("granite_swa", "llama", "fSns", TIED),
     "biases": ("granite_swa", "llama", "fSns", {"attention_bias": True, "mlp_bias": True}),
     "linear": ("granite_swa", "llama", "fSns", {"rope_parameters": LINEAR}),
@@ -387,4 +388,11 @@ def test_a_window_longer_than_the_context_is_refused(tmp_path: Path) -> None:
     plain = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(plain | {"max_position_embeddings": 8}))
     with pytest.raises(ConfigError, match="sliding_window 16, not 1 to 8 tokens"):
+        run_export(folder, "gguf")
+
+
+def test_a_boosted_checkpoint_without_its_plan_is_not_a_stock_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fsns")
+    (folder / "plan.yaml").unlink()
+    with pytest.raises(ConfigError, match="is a boosted checkpoint without its plan"):
         run_export(folder, "gguf")

@@ -29,9 +29,11 @@ from layerboost.engines.protocol import Load
 from layerboost.engines.vllm import cache_defaults, check_vllm, runs_on_cpu
 from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
+from layerboost.exporting.stage import check_type
+from layerboost.exporting.targets import find_target
 from layerboost.model.base import Base, find_model
 from layerboost.model.checkpoint import plan_in, save_boosted
-from layerboost.model.surgery import apply_plan, check_plan
+from layerboost.model.surgery import apply_plan, boosted_config, check_plan
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, Runtime, clean_environment, cores, log, machine
 from layerboost.schemas.artifact import write_json
@@ -96,8 +98,13 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
         # A layer without attention is a sliding one in llama.cpp, and takes its time.
         chosen = {name: layers for name, layers in chosen.items() if all(e.strategy.keeps_weights for e in layers)}
         chosen["sliding 128"] = _plan(info.layers, 0, 0, 128)
+        # Sinks change no time there, and some of its architectures have none.
+        chosen = {name: [e.model_copy(update={"sink": False}) for e in layers] for name, layers in chosen.items()}
+        check_type(base.folder, kind)
     for layers in chosen.values():
         check_plan(config, layers)
+        if on_llama:
+            find_target("gguf", boosted_config(config, layers), layers)
     processors = Processors()
     measured, timed = measure_llama(base, chosen, kind) if on_llama else measure(base, chosen, int(cache_gib * GIB))
     if disturbed := disturbance([processors.used()], {"cores": len(cores()), "device": "cpu" if on_cpu else "cuda"}):

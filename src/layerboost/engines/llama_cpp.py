@@ -20,9 +20,10 @@ from typing import Any
 from layerboost.engines.loads import latencies, prompts
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
 from layerboost.engines.server import DIRECT, HOST, MODULE, Server, check_port, last_words, running_server
+from layerboost.engines.xllamacpp_server import check_arguments
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import window_in
-from layerboost.exporting.stage import check_gguf_plan, gguf_file
+from layerboost.exporting.stage import check_gguf, gguf_file
 from layerboost.model.integrity import read_config
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores
@@ -33,7 +34,10 @@ UNUSED = frozenset({"kv_cache_gib"})
 # llama.cpp's cells of a KV cache come in steps of this many tokens.
 CELLS = 256
 # Flags that a benchmark sets itself, with their short names.
-RESERVED = ("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t")
+RESERVED = (
+    *("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t"),
+    *("--verbosity", "-lv", "--cache-ram", "-cram"),
+)
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
 UBATCH_DEFAULT, LEAST_BATCH = 512, 64
 WARMUP_INPUT_TOKENS = 64
@@ -42,10 +46,10 @@ WARMUP_INPUT_TOKENS = 64
 def check(bench: Bench, folders: Iterable[Path]) -> str:
     """Return llama.cpp's version; raise ConfigError if it cannot be benchmarked here."""
     found = version()
-    if given := [flag for flag in RESERVED if flag in bench.server_args]:
+    if given := sorted(set(RESERVED) & names_of(bench.server_args)):
         raise ConfigError(
             f"bench.server_args may not have {given[0]}",
-            found="the benchmark itself sets model, address, context and slots",
+            found="the benchmark itself sets model, address, context, slots and what is logged",
             do="remove it; the port is bench.port",
         )
     if bench.shared_prefix_tokens:
@@ -54,16 +58,33 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
             found=f"bench.shared_prefix_tokens {bench.shared_prefix_tokens}",
             do="set it to 0 and raise bench.input_tokens",
         )
+    if not shutil.which("llama-server"):
+        check_arguments(bench.server_args)
     for folder in folders:
         if (folder / "config.json").is_file():
-            check_gguf_plan(folder)
+            check_gguf(folder, bench.gguf_type)
     check_port(bench.port)
     return found
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """Return llama.cpp's version, and that it runs on the CPU: the package has no other build."""
-    return {"llama.cpp": version(), "device": "cpu"}
+    """Return llama.cpp's version, its device, and the slots of its server, on which memory depends."""
+    slots, tokens = slots_of(recipe.bench)
+    return {"llama.cpp": version(), "device": device(), "slots": slots, "slot_tokens": tokens}
+
+
+def slots_of(bench: Bench) -> tuple[int, int]:
+    """Return the number of slots of a benchmark's server, and the tokens of each: of the longest request, in CELLS."""
+    longest = bench.input_tokens + bench.output_tokens
+    return max(bench.concurrency), math.ceil(longest / CELLS) * CELLS
+
+
+def device() -> str:
+    """Return cpu, or accelerator if the server sees one. The package's build has none."""
+    if not (server := shutil.which("llama-server")):
+        return "cpu"
+    said = subprocess.run([server, "--list-devices"], capture_output=True, text=True, check=False).stdout
+    return "accelerator" if re.search(r"^\s+\w+: ", said, re.MULTILINE) else "cpu"
 
 
 def version() -> str:
@@ -91,9 +112,14 @@ def _flags(window: int | None, given: Sequence[str]) -> tuple[str, ...]:
 
     Batches of fewer than LEAST_BATCH tokens would read prompts slowly.
     """
-    if not window or {UBATCH, UBATCH_SHORT} & set(given):
+    if not window or {UBATCH, UBATCH_SHORT} & names_of(given):
         return ()
     return UBATCH, str(math.ceil((window + LEAST_BATCH) / CELLS) * CELLS - window)
+
+
+def names_of(given: Sequence[str]) -> set[str]:
+    """Return the flags among some arguments."""
+    return {argument.partition("=")[0] for argument in given if argument.startswith("-")}
 
 
 def kv_bytes(plan: PlanFile, context_tokens: int, slots: int, ubatch_tokens: int) -> int:
@@ -117,7 +143,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
         file = model.resolve().with_name(f"{model.resolve().name}-f16.gguf")
         gguf_file(model, file, "f16")
     flags = _flags(window_in(file), given)
-    if "--port" not in given:
+    if "--port" not in names_of(given):
         check_port(port, host="")
         flags += ("--port", str(port))
     return [*_server(), "--model", str(file.absolute()), *flags, *given], {}
@@ -135,21 +161,22 @@ class RunningLlama:
         asked = prompts(load, self.vocabulary).tolist()
         answered: list[list[float]] = []
         started, memory = time.monotonic(), 0
-        with ThreadPoolExecutor(load.concurrency) as senders:
-            sent = [senders.submit(self._request, ids, load.output_tokens) for ids in asked]
-            try:
-                for each in as_completed(sent):
-                    answered.append(each.result())
-                    memory = max(memory, self.server.rss_bytes())
-                    advance(load.output_tokens)
-            except (OSError, ValueError) as error:
-                senders.shutdown(cancel_futures=True)
-                self.server.check_alive(patience_s=5.0)
-                raise LayerboostError(
-                    f"a request to llama.cpp failed on {self.server.name}",
-                    found=f"{error}; {last_words(self.server.log_file)}",
-                    do=f"read {self.server.log_file}",
-                ) from error
+        senders = ThreadPoolExecutor(load.concurrency)
+        sent = [senders.submit(self._request, ids, load.output_tokens) for ids in asked]
+        try:
+            for each in as_completed(sent):
+                answered.append(each.result())
+                memory = max(memory, self.server.rss_bytes())
+                advance(load.output_tokens)
+        except (OSError, ValueError) as error:
+            self.server.check_alive(patience_s=5.0)
+            raise LayerboostError(
+                f"a request to llama.cpp failed on {self.server.name}",
+                found=f"{error}; {last_words(self.server.log_file)}",
+                do=f"read {self.server.log_file}",
+            ) from error
+        finally:  # without waiting: requests in progress end with the server
+            senders.shutdown(wait=False, cancel_futures=True)
         raw = latencies(answered, time.monotonic() - started)
         metrics = {"peak_rss_gib": round(memory / GIB, 3)}
         if held := kv_gib(self.server.log_file):
@@ -178,10 +205,10 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
     bench = recipe.bench
     file = log_file.parents[1] / "gguf" / f"{name}-{bench.gguf_type}.gguf"
     gguf_file(folder, file, bench.gguf_type)
-    slots, longest = max(bench.concurrency), bench.input_tokens + bench.output_tokens
+    slots, tokens = slots_of(bench)
     argv = [
         *(*_server(), "--model", str(file.absolute()), "--host", HOST, "--port", str(bench.port)),
-        *("--parallel", str(slots), "--ctx-size", str(slots * math.ceil(longest / CELLS) * CELLS)),
+        *("--parallel", str(slots), "--ctx-size", str(slots * tokens)),
         # Verbose enough to log the KV cache; no copies of the cache in memory for other requests.
         *("--threads", str(len(cores())), "--verbosity", "4", "--cache-ram", "0", *bench.server_args),
     ]

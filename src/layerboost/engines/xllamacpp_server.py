@@ -9,7 +9,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from layerboost.errors import ConfigError
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # Flag of llama-server and its short name -> the field of llama.cpp's parameters.
@@ -24,13 +26,23 @@ NUMBERS = {
 }
 
 
-def parameters(given: Sequence[str]) -> Any:
-    """Return llama.cpp's parameters for these arguments; end the process with a message for any other argument."""
-    import xllamacpp
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            "xllamacpp's server would refuse its arguments",
+            found=message,
+            do=f"use {', '.join(flag for action in self._actions for flag in action.option_strings[:1])}; or install "
+            "llama-server, which takes all of llama.cpp's flags",
+        )
 
-    parser = argparse.ArgumentParser(
-        prog="xllamacpp", epilog="llama.cpp's own llama-server, if it is on the PATH, takes all of its flags."
-    )
+
+def check_arguments(given: Sequence[str]) -> None:
+    """Raise ConfigError for arguments that this server does not take."""
+    _parser().parse_args(["--model", "", *given])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="xllamacpp", allow_abbrev=False, add_help=False)
     parser.add_argument("--model", "-m", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--threads", "-t", type=int)
@@ -40,7 +52,14 @@ def parameters(given: Sequence[str]) -> Any:
     parser.add_argument("--swa-full", action="store_true")
     for names, field in NUMBERS.items():
         parser.add_argument(*names, type=int, dest=field)
-    asked = parser.parse_args(given)
+    return parser
+
+
+def parameters(given: Sequence[str]) -> Any:
+    """Return llama.cpp's parameters for these arguments; raise ConfigError for others."""
+    import xllamacpp
+
+    asked = _parser().parse_args(given)
     found = xllamacpp.CommonParams()
     found.model.path, found.hostnames, found.swa_full = asked.model, [asked.host], asked.swa_full
     found.port = 8080

@@ -69,6 +69,7 @@ OUTER = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+SOURCE = "layerboost.source"
 Settings = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ def _granite_settings(config: PreTrainedConfig) -> Settings:
     embedding, residual, logits = (getattr(config, name, 1.0) for name in MULTIPLIERS)
     return _windows_by_layer(config) | {
         "attention.rope_pattern": rotating_layers(config),
-        "attention.scale": getattr(config, "attention_multiplier", head_dim(config) ** -0.5),
+        "attention.scale": float(getattr(config, "attention_multiplier", head_dim(config) ** -0.5)),
         "embedding_scale": float(embedding),
         "residual_scale": float(residual),
         "logit_scale": float(logits),
@@ -97,7 +98,7 @@ def _step35_settings(config: PreTrainedConfig) -> Settings:
     return _windows_by_layer(config) | {
         "rope.dimension_count": 2 * head_dim(config),
         "rope.dimension_count_swa": head_dim(config),
-        "rope.freq_base_swa": config.rope_parameters["rope_theta"],
+        "rope.freq_base_swa": float(config.rope_parameters["rope_theta"]),
         "expert_feed_forward_length": 0,
     }
 
@@ -117,24 +118,24 @@ def _window_in_all_but_every_nth(config: PreTrainedConfig) -> Settings:
 
 def _gemma2_settings(config: PreTrainedConfig) -> Settings:
     return _window_in_all_but_every_nth(config) | {
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
     }
 
 
 def _gemma3_settings(config: PreTrainedConfig) -> Settings:
     rope, near = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
-    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.get("factor")}
+    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.get("factor", 1))}
     return _window_in_all_but_every_nth(config) | {
-        "rope.freq_base": rope["rope_theta"],
-        "rope.freq_base_swa": near["rope_theta"],
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.freq_base_swa": float(near["rope_theta"]),
         **(scaled if rope["rope_type"] == "linear" else {}),
     }
 
 
 def _olmo_settings(config: PreTrainedConfig) -> Settings:
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    found = _window_in_all_but_every_nth(config) | {"rope.freq_base": rope["rope_theta"]}
+    found = _window_in_all_but_every_nth(config) | {"rope.freq_base": float(rope["rope_theta"])}
     if rope["rope_type"] == "yarn":  # of full layers alone
         _, scale = ROPE_INIT_FUNCTIONS["yarn"](config, layer_type="full_attention")
         found |= {
@@ -187,12 +188,12 @@ LAYOUTS = {
 
 
 def write_gguf(
-    file: Path, folder: Path, architecture: str, config: PreTrainedConfig, tensors: Tensors, kind: str
+    file: Path, folder: Path, architecture: str, config: PreTrainedConfig, tensors: Tensors, kind: str, source: str
 ) -> None:
     """Write a file of these tensors for an architecture of llama.cpp, with matrices of type `kind`.
 
-    `folder`: the model, stock or boosted, for tokenizer and chat template. Raise ConfigError for a tokenizer that
-    llama.cpp lacks.
+    `folder`: the model, stock or boosted, for tokenizer and chat template; `source`: what it says of where
+    it is from. Raise ConfigError for a tokenizer that llama.cpp lacks.
     """
     layout = LAYOUTS[architecture]
     writer = gguf.GGUFWriter(file, architecture)
@@ -208,6 +209,7 @@ def write_gguf(
         writer.add_license(card["license"])
     if boosted:
         writer.add_string("layerboost.plan", (folder / PLAN).read_text())
+    writer.add_string(SOURCE, source)
     add_tokenizer(writer, folder, config.vocab_size)
     named = list(_named(layout, config, layout.tensors(config, tensors)))
     if (factors := _rope_factors(config)) is not None:
@@ -229,14 +231,24 @@ def write_gguf(
 
 def window_in(file: Path) -> int | None:
     """Return the window of a GGUF file's sliding layers, None without any; raise ConfigError for another file."""
-    try:
-        reader = gguf.GGUFReader(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not a GGUF file", found=str(error), do="make one: layerboost export") from None
+    reader = _reader(file)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE)
     key = gguf.Keys.Attention.SLIDING_WINDOW.format(arch=architecture.contents() if architecture else "")
     field = reader.get_field(key)
     return int(field.contents()) if field else None
+
+
+def source_of(file: Path) -> str | None:
+    """Return what a GGUF file was made from, as `write_gguf` was told; raise ConfigError for another file."""
+    field = _reader(file).get_field(SOURCE)
+    return str(field.contents()) if field else None
+
+
+def _reader(file: Path) -> Any:
+    try:
+        return gguf.GGUFReader(file)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ConfigError(f"{file} is not a GGUF file", found=str(error), do="make one: layerboost export") from None
 
 
 def _settings(config: PreTrainedConfig) -> Settings:
@@ -254,7 +266,7 @@ def _settings(config: PreTrainedConfig) -> Settings:
         "rope.dimension_count": head_dim(config),
     }
     if "rope_theta" in rope:
-        found |= {"rope.freq_base": rope["rope_theta"]}
+        found |= {"rope.freq_base": float(rope["rope_theta"])}
     if hasattr(config, "rms_norm_eps"):
         found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps}
     if _is_scaled(config):

@@ -120,7 +120,7 @@ def _is_sentencepiece(plain: dict[str, Any]) -> bool:
         # Gemma's splits at spaces, of which none is left.
         {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
     )
-    whole = all(step in known or (step["type"] == "Metaspace" and not step["split"]) for step in steps)
+    whole = all(step in known or (step["type"] == "Metaspace" and not step.get("split", True)) for step in steps)
     replaces = any(step["type"] in ("Replace", "Metaspace") for step in steps)
     made = [token for token, _ in groupby(map("".join, _merges(plain["model"])))]
     return whole and replaces and len(made) == len(set(made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from collections import Counter
@@ -26,8 +27,9 @@ from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types
 from layerboost.runtime import Runtime, log
-from layerboost.schemas.artifact import write_json
+from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import LayerPlan, PlanFile
+from layerboost.schemas.run import PLAN
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
 QUANTISED_BY_TOOL = ("q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
@@ -74,6 +76,7 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
             found="no plan.yaml" if plan is None else "another architecture",
             do="give RUN/healed or RUN/converted; a stock model can only be exported to gguf",
         )
+    to = "gguf" if to == "auto" and kind else to
     config, target = _target(folder, to, plan)
     if kind and target.name != "gguf":
         raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
@@ -94,22 +97,41 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     return Exported(target.name, str(out), extra_kv_bytes(target, config, plan.model), base_type)
 
 
-def check_gguf_plan(folder: Path) -> None:
-    """Raise ConfigError if llama.cpp has no architecture for a model directory, stock or boosted."""
+def check_gguf(folder: Path, kind: str) -> None:
+    """Raise ConfigError if a model directory, stock or boosted, cannot be written as GGUF with this type."""
     _target(folder, "gguf", plan_in(folder))
+    check_type(folder, kind)
 
 
 def gguf_file(folder: Path, out: Path, kind: str) -> None:
-    """Write a GGUF file of a model directory, stock or boosted, unless `out` is newer; raise as `run_export` does."""
-    made_from = max(file.stat().st_mtime for file in (*weight_files(folder), folder / "config.json"))
-    if not out.is_file() or out.stat().st_mtime <= made_from:
-        out.unlink(missing_ok=True)
-        run_export(folder, "gguf", out, kind)
+    """Write a GGUF file of a model directory, stock or boosted, unless `out` is of the same files already.
+
+    Raise as `run_export` does, also for a file that was not made so.
+    """
+    from layerboost.exporting.gguf_file import source_of
+
+    if out.is_file() and (source := source_of(out)) is not None:
+        if source == _source(folder):
+            return
+        out.unlink()
+    run_export(folder, "gguf", out, kind)
+
+
+def _source(folder: Path) -> str:
+    """Return a hash of the files that an export is made from; of weights, of their sizes and times."""
+    weights = weight_files(folder)
+    others = [folder / name for name in ("config.json", PLAN, "tokenizer.json", "chat_template.jinja", CARD)]
+    told = [hashlib.sha256(file.read_bytes()).hexdigest() for file in others if file.is_file()]
+    return fingerprint(told, [(file.stat().st_size, file.stat().st_mtime_ns) for file in weights])
 
 
 def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedConfig, Target]:
     """Return a model's config and the format for it; without a plan all layers are the base's own."""
-    check_checkpoint(folder)
+    boosted = ARCHITECTURE in (check_checkpoint(folder).get("architectures") or [])
+    if boosted and plan is None:
+        raise ConfigError(
+            f"{folder} is a boosted checkpoint without its plan", found="no plan.yaml", do="copy it again"
+        )
     config = read_config(folder, str(folder))
     config.layer_types = base_layer_types(config) if plan is None else config.layer_types
     layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
@@ -118,6 +140,7 @@ def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedCon
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
     form = DIRECTORIES[target.name]
+    card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
     with new_folder(out) as new:
         tensors = form.tensors(config, read_weights(folder))
         save_torch_state_dict(
@@ -133,35 +156,42 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
         if form.file:
             shutil.copy(form.file, new)
         write_json(new / "config.json", form.config(config))
-        (new / CARD).write_text(_card((folder / CARD).read_text(), target, form.serving, plan))
+        (new / CARD).write_text(_card(card, target, form.serving, plan))
 
 
 def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
-    from layerboost.exporting.gguf_file import TYPES, write_gguf
-    from layerboost.exporting.gguf_tokenizer import splitter
+    from layerboost.exporting.gguf_file import write_gguf
 
-    if kind not in (*TYPES, *QUANTISED_BY_TOOL):
-        raise ConfigError(
-            f"no GGUF type is called {kind}", do=f"choose one of {', '.join([*TYPES, *QUANTISED_BY_TOOL])}"
-        )
-    tool = _quantise_tool(kind) if kind not in TYPES else None
-    splitter(folder)
-    tensors = read_weights(folder)
+    tool = check_type(folder, kind)
+    tensors, source = read_weights(folder), _source(folder)
     temporary, exact = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.exact.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if tool:
             own = EXACT[next(iter(tensors.values())).dtype]
-            write_gguf(exact, folder, architecture, config, tensors, own)
+            write_gguf(exact, folder, architecture, config, tensors, own, source)
             _quantise(tool, exact, temporary, kind)
         else:
-            write_gguf(temporary, folder, architecture, config, tensors, kind)
+            write_gguf(temporary, folder, architecture, config, tensors, kind, source)
         temporary.replace(out)
     except OSError as error:
         raise disk_error(out, error) from error
     finally:
         temporary.unlink(missing_ok=True)
         exact.unlink(missing_ok=True)
+
+
+def check_type(folder: Path, kind: str) -> str | None:
+    """Return the path of the tool that a type of GGUF file needs, if any; raise ConfigError without it, for an unknown
+    type, and for a tokenizer that llama.cpp lacks."""
+    from layerboost.exporting.gguf_file import TYPES
+    from layerboost.exporting.gguf_tokenizer import splitter
+
+    known = (*TYPES, *QUANTISED_BY_TOOL)
+    if kind not in known:
+        raise ConfigError(f"no GGUF type is called {kind}", do=f"choose one of {', '.join(known)}")
+    splitter(folder)
+    return None if kind in TYPES else _quantise_tool(kind)
 
 
 def _quantise_tool(kind: str) -> str:

@@ -28,6 +28,13 @@ def check_lengths(recipe: Recipe, context_tokens: int) -> None:
             "heal.sequence_tokens (by default text.sequence_tokens) must be within the model's context",
             found=f"{max(lengths_of(recipe)):,} tokens, a context of {context_tokens:,}",
         )
+    lengths = lengths_of(recipe)
+    for key in ("attention_tokens", "tokens"):
+        if 0 < (tokens := getattr(recipe.heal, key)) < len(lengths) * max(lengths) and len(lengths) > 1:
+            raise ConfigError(
+                f"heal.{key} must hold a sequence of the greatest length for each of heal.sequence_tokens",
+                found=f"{tokens:,} tokens, {len(lengths)} x {max(lengths):,}",
+            )
 
 
 def cut(ids: torch.Tensor, lengths: Sequence[int], opening: Sequence[int]) -> list[torch.Tensor]:

@@ -245,7 +245,8 @@ def _head_settings(recipe: Recipe, head_group: int | None) -> dict[str, Any]:
     """Return what the scores of KV heads depend on; None of layers alone, as in files that have no such key."""
     how: str = recipe.measure.head_scores
     if how == "scan":
-        how = f"scan of {recipe.measure.scan_draws} draws, seed {recipe.seed}"
+        answers = ", and of answers" if recipe.measure.retrieval_prompts else ""
+        how = f"scan of {recipe.measure.scan_draws} draws, seed {recipe.seed}{answers}"
     return {"kv_head_group": head_group, "head_scores": how if head_group else None}
 
 
