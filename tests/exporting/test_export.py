@@ -230,7 +230,7 @@ def test_directories_that_cannot_be_exported_or_written(tmp_path: Path) -> None:
 def test_a_type_is_for_gguf_alone_and_a_removed_layer_costs_what_the_engine_holds(tmp_path: Path) -> None:
     folder = saved(tmp_path / "healed", "llama", "nfSf")
     with pytest.raises(ConfigError, match="granite-swa keeps the checkpoint's type\nfound: --type q8_0"):
-        run_export(folder, "auto", kind="q8_0")
+        run_export(folder, "granite-swa", kind="q8_0")
     # 2 KV heads of 32 numbers: a window of float32 in vLLM; in llama.cpp a window and a batch of 512 of float16.
     one, config = info(), read_config(folder, "healed")
     assert extra_kv_bytes(TARGETS["granite-swa"], config, one) == WINDOW * one.kv_bytes_per_token
