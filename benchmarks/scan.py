@@ -58,15 +58,20 @@ def plan_of(sensitivity: Sensitivity, sites: Sequence[LayerPlan], full: frozense
     return layers
 
 
+def best(values: np.ndarray, count: int) -> set[int]:
+    """The sites with the highest values."""
+    return set(np.argsort(-values)[:count].tolist())
+
+
 def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
     """The best set that single swaps reach from `start`."""
-    best, least = start, loss(start)
+    kept, least = start, loss(start)
     while True:
-        near = [best - {out} | {new} for out in best for new in range(count) if new not in best]
+        near = [kept - {out} | {new} for out in kept for new in range(count) if new not in kept]
         found = min(near, key=loss)
         if (now := loss(found)) >= least - 1e-9:
-            return best
-        best, least = found, now
+            return kept
+        kept, least = found, now
 
 
 def main() -> None:
@@ -96,13 +101,12 @@ def main() -> None:
     took = time.monotonic() - clock
     gram = products.T @ products / len(products) / 2
     single = np.diag(gram)
-    best = lambda values: set(np.argsort(-values)[: asked.full].tolist())  # noqa: E731
     result: dict[str, Any] = {
         "scan_s": round(took, 1),
         "heads": {
             "spearman": float(spearmanr(exact, single).statistic),
             "ratio": float((single / exact)[exact > np.median(exact)].mean()),
-            f"of_the_best_{asked.full}": len(best(exact) & best(single)),
+            f"of_the_best_{asked.full}": len(best(exact, asked.full) & best(single, asked.full)),
         },
     }
     count = len(sites)
@@ -120,7 +124,7 @@ def main() -> None:
         [losses] = by.losses([plan_of(sensitivity, sites, full)])
         return float(losses["kl"].mean())
 
-    starts = {"sum": frozenset(best(exact)), "scan_alone": frozenset(best(single))}
+    starts = {"sum": frozenset(best(exact, asked.full)), "scan_alone": frozenset(best(single, asked.full))}
     starts["mixed"] = swapped(starts["sum"], count, lambda full: predictions(full)["mixed"])
     starts["half"] = swapped(starts["sum"], count, lambda full: predictions(full)["half"])
     result["chosen"] = {
@@ -134,13 +138,13 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def drawn(best: list[int], count: int, plans: int) -> list[frozenset[int]]:
-    """Random sets of as many of `count` sites as `best` has, from nearly that one to any."""
+def drawn(from_plan: list[int], count: int, plans: int) -> list[frozenset[int]]:
+    """Random sets of as many of `count` sites as `from_plan` has, from nearly that one to any."""
     draw, sets = random.Random(0), []
     for _ in range(plans):
-        kept = draw.sample(best, draw.randrange(len(best) + 1))
+        kept = draw.sample(from_plan, draw.randrange(len(from_plan) + 1))
         rest = [index for index in range(count) if index not in kept]
-        sets.append(frozenset(kept + draw.sample(rest, len(best) - len(kept))))
+        sets.append(frozenset(kept + draw.sample(rest, len(from_plan) - len(kept))))
     return sets
 
 

@@ -200,16 +200,20 @@ def measure_llama(
         entry: dict[str, Any] = {"plan": name, "layers": dict(Counter(e.attention for e in layers)), "memory": []}
         with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as scratch:
             folder = Path(scratch) / "model"
-            # The sinks are zero, which does not change the time.
             save_boosted(apply_plan(base.load(), layers), base.tokenizer, plan, folder, recipe_yaml="")
             for requests, tokens in LLAMA_LOADS:
-                bench = Bench(concurrency=(requests,), input_tokens=tokens, output_tokens=LLAMA_STEPS)
-                recipe = Recipe(bench=bench.model_copy(update={"gguf_type": kind, "server_args": flags}))
+                bench = Bench(
+                    concurrency=(requests,),
+                    input_tokens=tokens,
+                    output_tokens=LLAMA_STEPS,
+                    gguf_type=kind,
+                    server_args=flags,
+                )
                 log_file = Path(scratch) / "bench" / "logs" / "server.log"
-                with llama_cpp.launch(name, folder, recipe, log_file) as running:
+                with llama_cpp.launch(name, folder, Recipe(bench=bench), log_file) as running:
                     loads = [Load(requests, requests, 0, tokens, LLAMA_STEPS, seed) for seed in range(LLAMA_REPEATS)]
                     answers = [running.answer(load, lambda _: None) for load in loads]
-                slot = math.ceil((tokens + LLAMA_STEPS) / llama_cpp.CELLS) * llama_cpp.CELLS
+                _, slot = llama_cpp.slots_of(bench)
                 predicted = llama_cpp.kv_bytes(plan, slot, requests, ubatch)
                 row = {"context_tokens": slot, "max_batched_tokens": ubatch, "slots": requests}
                 row["kv_bytes"] = round(answers[0].metrics["kv_used_gib"] * GIB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 from collections import Counter
@@ -19,7 +18,7 @@ from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.decilm import CONFIGURATION, decilm_config
 from layerboost.exporting.llama_shaped import granite_config, granite_tensors, llama_tensors, mlx_config
 from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
-from layerboost.files import disk_error, new_folder
+from layerboost.files import disk_error, file_hash, new_folder
 from layerboost.model.base import find_model
 from layerboost.model.card import CARD
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
@@ -70,14 +69,9 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     directory is not a model or no format holds its plan.
     """
     plan = plan_in(folder)
-    if to != "gguf" and (plan is None or ARCHITECTURE not in (check_checkpoint(folder).get("architectures") or [])):
-        raise ConfigError(
-            f"{folder} is not a boosted checkpoint",
-            found="no plan.yaml" if plan is None else "another architecture",
-            do="give RUN/healed or RUN/converted; a stock model can only be exported to gguf",
-        )
-    to = "gguf" if to == "auto" and kind else to
-    config, target = _target(folder, to, plan)
+    if plan is None and to != "gguf":
+        raise _not_boosted(folder, "no plan.yaml")
+    config, target = _target(folder, "gguf" if to == "auto" and kind else to, plan)
     if kind and target.name != "gguf":
         raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
     kind = (kind or "f16").lower()
@@ -121,7 +115,7 @@ def _source(folder: Path) -> str:
     """Return a hash of the files that an export is made from; of weights, of their sizes and times."""
     weights = weight_files(folder)
     others = [folder / name for name in ("config.json", PLAN, "tokenizer.json", "chat_template.jinja", CARD)]
-    told = [hashlib.sha256(file.read_bytes()).hexdigest() for file in others if file.is_file()]
+    told = [file_hash(file) for file in others if file.is_file()]
     return fingerprint(told, [(file.stat().st_size, file.stat().st_mtime_ns) for file in weights])
 
 
@@ -132,10 +126,20 @@ def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedCon
         raise ConfigError(
             f"{folder} is a boosted checkpoint without its plan", found="no plan.yaml", do="copy it again"
         )
+    if plan is not None and not boosted:
+        raise _not_boosted(folder, "another architecture")
     config = read_config(folder, str(folder))
     config.layer_types = base_layer_types(config) if plan is None else config.layer_types
     layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
     return config, find_target(to, config, plan.layers if plan else layers)
+
+
+def _not_boosted(folder: Path, found: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} is not a boosted checkpoint",
+        found=found,
+        do="give RUN/healed or RUN/converted; a stock model can only be exported to gguf",
+    )
 
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:

@@ -22,18 +22,19 @@ def lengths_of(recipe: Recipe) -> tuple[int, ...]:
 
 
 def check_lengths(recipe: Recipe, context_tokens: int) -> None:
-    """Raise ConfigError for sequences that are longer than the model's context."""
-    if max(lengths_of(recipe)) > context_tokens:
+    """Raise ConfigError for sequences longer than the model's context, or too little text for each length."""
+    lengths = lengths_of(recipe)
+    longest = max(lengths)
+    if longest > context_tokens:
         raise ConfigError(
             "heal.sequence_tokens (by default text.sequence_tokens) must be within the model's context",
-            found=f"{max(lengths_of(recipe)):,} tokens, a context of {context_tokens:,}",
+            found=f"{longest:,} tokens, a context of {context_tokens:,}",
         )
-    lengths = lengths_of(recipe)
-    for key in ("attention_tokens", "tokens"):
-        if 0 < (tokens := getattr(recipe.heal, key)) < len(lengths) * max(lengths) and len(lengths) > 1:
+    for key in ("attention_tokens", "tokens") if len(lengths) > 1 else ():
+        if 0 < (tokens := getattr(recipe.heal, key)) < len(lengths) * longest:
             raise ConfigError(
                 f"heal.{key} must hold a sequence of the greatest length for each of heal.sequence_tokens",
-                found=f"{tokens:,} tokens, {len(lengths)} x {max(lengths):,}",
+                found=f"{tokens:,} tokens, {len(lengths)} x {longest:,}",
             )
 
 

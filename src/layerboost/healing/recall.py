@@ -63,7 +63,7 @@ TOPICS = (
         ANIMALS,
     ),
 )
-# One fact, or one passage that is repeated, per so many tokens; the fraction of repeated passages.
+# Tokens of text per fact or repeated passage; the fraction of repeated passages.
 TOKENS_PER_PART, REPEATS = 128, 0.25
 INTRODUCTIONS = ("\nTo repeat: ", "\n> ", " Once more, word for word: ")
 # The least and the most tokens of a repeated passage. Its first CUE tokens say which one it is, the rest is the answer.

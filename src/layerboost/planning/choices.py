@@ -166,19 +166,14 @@ def scores_of(entry: LayerSensitivity, plan: LayerPlan, kv_heads: int) -> dict[s
     """
     windowed = set(plan.windowed(kv_heads))
     groups = [
-        (windowed_by(variant, kv_heads), variant)
+        (set(variant.plan(entry.layer).windowed(kv_heads)), variant)
         for variant in entry.heads
         if plan.full_kv_heads and (variant.window, variant.sink) == (plan.window, plan.sink)
     ]
     inside = [(heads, variant) for heads, variant in groups if heads <= windowed]
-    if inside and set.union(*(set(heads) for heads, _ in inside)) == windowed:
+    if inside and set.union(*(heads for heads, _ in inside)) == windowed:
         return _sums([variant for _, variant in inside])
     return {metric: score.mean for metric, score in variant_of(entry, plan).scores.items()}
-
-
-def windowed_by(variant: Variant, kv_heads: int) -> frozenset[int]:
-    """Return the KV heads that a measurement gave the window."""
-    return frozenset(range(kv_heads)) - set(variant.full_kv_heads)
 
 
 def _sums(variants: Sequence[Variant]) -> dict[str, float]:
