@@ -1,12 +1,14 @@
 """The scan of KV heads against the exact sweep, and whether its interactions predict whole plans.
 
-    python benchmarks/scan.py RUN [--draws 6] [--scan-tokens 4096] [--plans 50] [--full 24]
+    python benchmarks/scan.py RUN [--draws 6] [--scan-tokens 4096] [--plans 50] [--full 24] [--prompts 64]
 
 RUN holds a sensitivity.json with exact scores of KV heads (measure.unit kv_head) at one window, and its recipe. Prints
 JSON:
 
 - `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
 - `answers`: the same for what answers lose, of the recipe's retrieval prompts, with the first three heads of each;
+- `prompts`: of the best heads by two disjoint sets of so many of `--prompts` prompts, the fraction that both have, as
+  the mean of 50 pairs of sets; of the 6 best, and of the `--full` best;
 - `layers`: in how many layers the scores of heads add up to the layer's within a quarter;
 - `plans`: of random plans with `--full` full KV heads, measured on the scan's text: rank correlation and ratio of each
   prediction (sums of exact scores; the scan's quadratic form; sums plus its interactions, `mixed`);
@@ -84,6 +86,16 @@ def answers(sites: Sequence[LayerPlan], exact: np.ndarray, scanned: np.ndarray) 
     return {"spearman": float(spearmanr(exact, scanned).statistic), "exact": first(exact), "scan": first(scanned)}
 
 
+def in_common(lost: np.ndarray, prompts: int, count: int) -> float:
+    """Fraction of the `count` best sites that two disjoint sets of prompts share; `lost`: `[prompts, sites]`."""
+    draw, shared = np.random.default_rng(0), 0
+    for _ in range(50):
+        order = draw.permutation(len(lost))
+        one, other = (best(lost[order[start : start + prompts]].mean(0), count) for start in (0, prompts))
+        shared += len(one & other)
+    return shared / 50 / count
+
+
 def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
     """The best set that single swaps reach from `start`."""
     kept, least = start, loss(start)
@@ -99,7 +111,7 @@ def main() -> None:
     """Print what the docstring above says."""
     parser = timing.parser(__doc__)
     parser.add_argument("run", type=Path)
-    for name, default in (("draws", 6), ("scan-tokens", 4096), ("plans", 50), ("full", 24)):
+    for name, default in (("draws", 6), ("scan-tokens", 4096), ("plans", 50), ("full", 24), ("prompts", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     recipe = load_recipe([asked.run / "recipe.yaml"], {})
@@ -135,6 +147,15 @@ def main() -> None:
         result["answers"] = answers(
             sites, np.array(retrieval), scan_answers(model, prompts, sites, sinks).mean(0).numpy()
         )
+        more = recipe.model_copy(
+            update={"measure": recipe.measure.model_copy(update={"retrieval_prompts": asked.prompts})}
+        )
+        lost = scan_answers(model, load_prompts(more, base.tokenizer, asked.run), sites, sinks).numpy()
+        result["prompts"] = {
+            number: [in_common(lost, number, count) for count in (6, asked.full)]
+            for number in (2, 4, 8, 16, 32)
+            if 2 * number <= len(lost)
+        }
     print(json.dumps(result), flush=True)
 
     def predictions(full: frozenset[int]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from offline import Vllm, check_same_model
+from smollm2 import boosted_default
 from tiny import boosted, info, layer_plans, tiny_tokenizer
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
@@ -65,3 +66,15 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(
     assert set(letters) != {"f", "n"} or found[
         "blocks"
     ] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(KV_CACHE_BYTES, rel=0.02)
+
+
+@pytest.mark.real
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("to", ["granite-swa", "decilm"])
+def test_log_probabilities_are_those_of_the_real_model(
+    vllm_with: Callable[..., Vllm], tmp_path: Path, to: str
+) -> None:
+    folder = boosted_default(tmp_path, sinks=to == "granite-swa", heads=False)
+    run_export(folder, to, tmp_path / "exported")
+    options = {"trust_remote_code": to == "decilm", "max_model_len": 256, "kv_cache_memory_bytes": KV_CACHE_BYTES << 3}
+    check_same_model(folder, vllm_with(VLLM_PLUGINS="").answers(tmp_path / "exported", **options))
