@@ -4,8 +4,8 @@
         [--slots 1 8] [--repeats 3]
 
 Each cell is `layerboost bench --engine llama.cpp` with prompts that fill the context but for 64 tokens, which are
-generated; the models take turns in every repeat. An interrupted run continues. Prints a table of medians and gains (base
-over boosted for bytes and times) with their range over the repeats, then JSON.
+generated; the models take turns in every repeat. An interrupted run continues. Prints a table of medians and gains
+(base over boosted for bytes and times) with their range over the repeats, then JSON.
 """
 
 from __future__ import annotations

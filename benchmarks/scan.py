@@ -86,14 +86,19 @@ def answers(sites: Sequence[LayerPlan], exact: np.ndarray, scanned: np.ndarray) 
     return {"spearman": float(spearmanr(exact, scanned).statistic), "exact": first(exact), "scan": first(scanned)}
 
 
-def in_common(lost: np.ndarray, prompts: int, count: int) -> float:
-    """Fraction of the `count` best sites that two disjoint sets of prompts share; `lost`: `[prompts, sites]`."""
-    draw, shared = np.random.default_rng(0), 0
-    for _ in range(50):
-        order = draw.permutation(len(lost))
-        one, other = (best(lost[order[start : start + prompts]].mean(0), count) for start in (0, prompts))
-        shared += len(one & other)
-    return shared / 50 / count
+def stability(lost: np.ndarray, full: int) -> dict[int, list[float]]:
+    """By number of prompts: the fraction of the 6 and of the `full` best sites that two disjoint sets of prompts share;
+    `lost`: `[prompts, sites]`."""
+    draw, found = np.random.default_rng(0), {}
+    for prompts in (2, 4, 8, 16, 32):
+        orders = [draw.permutation(len(lost)) for _ in range(50)] if 2 * prompts <= len(lost) else []
+        means = [[lost[order[start : start + prompts]].mean(0) for start in (0, prompts)] for order in orders]
+        found[prompts] = [
+            float(np.mean([len(best(one, count) & best(other, count)) / count for one, other in means]))
+            for count in (6, full)
+            if means
+        ]
+    return found
 
 
 def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
@@ -139,23 +144,17 @@ def main() -> None:
             "ratio": float((single / exact)[exact > np.median(exact)].mean()),
             f"of_the_best_{asked.full}": len(best(exact, asked.full) & best(single, asked.full)),
         },
+        "layers": sum(adds_up(entry) for entry in sensitivity.layers),
     }
     count = len(sites)
-    result["layers"] = sum(adds_up(entry) for entry in sensitivity.layers)
     if prompts := load_prompts(recipe, base.tokenizer, asked.run):
         retrieval = [each.scores["retrieval"].mean for entry in sensitivity.layers for each in entry.heads]
         result["answers"] = answers(
             sites, np.array(retrieval), scan_answers(model, prompts, sites, sinks).mean(0).numpy()
         )
-        more = recipe.model_copy(
-            update={"measure": recipe.measure.model_copy(update={"retrieval_prompts": asked.prompts})}
-        )
-        lost = scan_answers(model, load_prompts(more, base.tokenizer, asked.run), sites, sinks).numpy()
-        result["prompts"] = {
-            number: [in_common(lost, number, count) for count in (6, asked.full)]
-            for number in (2, 4, 8, 16, 32)
-            if 2 * number <= len(lost)
-        }
+        settings = recipe.measure.model_copy(update={"retrieval_prompts": asked.prompts})
+        more = load_prompts(recipe.model_copy(update={"measure": settings}), base.tokenizer, asked.run)
+        result["prompts"] = stability(scan_answers(model, more, sites, sinks).numpy(), asked.full)
     print(json.dumps(result), flush=True)
 
     def predictions(full: frozenset[int]) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from smollm2 import MODEL, RUNTIME, SENTENCE, boosted_default
 
 from layerboost.model.base import find_model

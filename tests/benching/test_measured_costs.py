@@ -21,7 +21,12 @@ from layerboost.schemas.run import PLAN
 from layerboost.tables import costs_rows
 
 RATES = Rates(
-    step_ms=2.0, layer_ms=0.1, weight_bytes_per_s=1e9, flops_per_s=1e10, kv_bytes_per_s=2e9, attention_flops_per_s=5e9,
+    step_ms=2.0,
+    layer_ms=0.1,
+    weight_bytes_per_s=1e9,
+    flops_per_s=1e10,
+    kv_bytes_per_s=2e9,
+    attention_flops_per_s=5e9,
     call_ms=0.3,
 )
 

@@ -71,9 +71,7 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(
 @pytest.mark.real
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("to", ["granite-swa", "decilm"])
-def test_log_probabilities_are_those_of_the_real_model(
-    vllm_with: Callable[..., Vllm], tmp_path: Path, to: str
-) -> None:
+def test_log_probabilities_are_those_of_the_real_model(vllm_with: Callable[..., Vllm], tmp_path: Path, to: str) -> None:
     folder = boosted_default(tmp_path, sinks=to == "granite-swa", heads=False)
     run_export(folder, to, tmp_path / "exported")
     options = {"trust_remote_code": to == "decilm", "max_model_len": 256, "kv_cache_memory_bytes": KV_CACHE_BYTES << 3}
