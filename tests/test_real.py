@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smollm2 import MODEL, RUNTIME, SENTENCE, boosted_default
+from smollm2 import CAPITALS, MODEL, RUNTIME, boosted_default
 
 from layerboost.model.base import find_model
 from layerboost.model.card import origin_of
@@ -26,6 +26,6 @@ def test_the_embedded_default_speaks_english_before_and_after(tmp_path: Path) ->
     origin = origin_of(source.folder, source.name, Card())
     assert ("license", "apache-2.0") in origin.licence
     check_checkpoint(folder)
-    text = tokenizer(SENTENCE * 10, return_tensors="pt")
+    text = tokenizer(CAPITALS * 10, return_tensors="pt")
     out = find_model(str(folder), RUNTIME).load().generate(**text, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, text["input_ids"].shape[1] :])

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from smollm2 import boosted_default
+from smollm2 import CAPITALS, RUNTIME, boosted_default
 from test_pipeline import layerboost
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -23,6 +23,7 @@ from layerboost.exporting.gguf_file import LAYOUTS
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
+from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile
@@ -169,7 +170,8 @@ def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -
 def test_llama_cpp_gives_the_same_log_probabilities_for_the_real_model(tmp_path: Path) -> None:
     """30 layers of SmolLM2-135M, and prompts up to three times the window."""
     folder = boosted_default(tmp_path, sinks=True, heads=False)
-    prompts = [IDS[:length] for length in (5, 60)] + [(IDS * 4)[:length] for length in (65, 200)]
+    ids = find_model(str(folder), RUNTIME).tokenizer(CAPITALS * 20)["input_ids"]
+    prompts = [ids[:length] for length in (5, 60, 65, 200)]
     found = answered(Path(run_export(folder, "gguf", kind="f32").folder), prompts, vocabulary=49152)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for prompt, theirs in zip(prompts, found, strict=True):
