@@ -68,7 +68,7 @@ class Vllm:
         assert line, self.log.read_text()[-3000:]
         return json.loads(line)
 
-    def answers(self, model: Path | str, asked: list[list[int]] | None = None, **options: Any) -> Any:
+    def answers(self, model: Path | str, asked: list[list[int]] | None = None, /, **options: Any) -> Any:
         """Return what an engine with these options makes of the prompts, or the text of its error."""
         engine = {"model": str(model), **options}
         return self.ask({"engine": engine, "prompts": asked or prompts(), "output_tokens": OUTPUT_TOKENS})
