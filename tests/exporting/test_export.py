@@ -79,6 +79,7 @@ def test_the_stock_class_gives_the_same_logits(case: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_the_stock_class_gives_the_same_logits_for_the_real_model(tmp_path: Path) -> None:
     folder = boosted_default(tmp_path, sinks=True, heads=False)
@@ -170,7 +171,7 @@ def test_mlx_cases_cover_every_family() -> None:
     assert {family for family, _, _ in MLX_CASES.values()} == set(TARGETS["mlx"].families)
 
 
-@pytest.mark.parametrize("case", [*MLX_CASES, pytest.param("real", marks=pytest.mark.real)])
+@pytest.mark.parametrize("case", [*MLX_CASES, pytest.param("real", marks=[pytest.mark.real, pytest.mark.exhaustive])])
 @torch.no_grad()
 def test_mlx_lm_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
     """All at once, and token by token past the window."""
