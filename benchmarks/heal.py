@@ -131,8 +131,8 @@ def main() -> None:
                     return timing.alone(__file__, *words, "--way", way, "--run", run)
 
             ways: dict[str, Callable[[], dict[str, Any]]] = {way: partial(one, way) for way in WAYS}
-            found = timing.in_turn(ways, asked.repeats, warm_up=0)
-        results[f"T={length}"] = summary(length, found)
+            runs = timing.in_turn(ways, asked.repeats, warm_up=0)
+        results[f"T={length}"] = summary(length, runs)
     timing.show(results, asked)
 
 
