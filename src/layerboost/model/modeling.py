@@ -31,6 +31,8 @@ from layerboost.model.caches import (
 from layerboost.model.families import FAMILIES, Family
 from layerboost.model.linear_attention import make_linear
 
+# More tokens than any draft has: what assisted generation crops.
+SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
 
 
@@ -201,7 +203,9 @@ def _prepare_forward(
 
 
 def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: set[int]) -> None:
-    """Put the layers of our kinds into a cache."""
+    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop."""
+    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    recording = any(layer.record_past for layer in sliding)
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
@@ -214,10 +218,14 @@ def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: s
     for index, full in mixed.items():
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed))
+            # Without a sliding layer nothing says whether the cache will be cropped.
+            spare = 0 if sliding else SPARE_TOKENS
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
     for index in linear:
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             past.layers[index] = LinearCacheLayer(config.sliding_window)
+    if recording:
+        past.activate_past_recording()
 
 
 def sliding_attention_forward(
