@@ -90,8 +90,9 @@ def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, co
     """
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
+    read, used = weights - model.idle_parameters(requests), weights - model.idle_parameters(1)
     held = requests * plan_kv_bytes(model, layers, context_tokens)
-    return np.array([1, attention, weights * model.bytes_per_element, 2 * weights * requests, held, 0], dtype=float)
+    return np.array([1, attention, read * model.bytes_per_element, 2 * used * requests, held, 0], dtype=float)
 
 
 def prefill_work(
@@ -103,8 +104,9 @@ def prefill_work(
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
-    flops = 2 * (weights * prompt_tokens + head * passes)
-    read = passes * (weights + head) * model.bytes_per_element
+    flops = 2 * ((weights - model.idle_parameters(1)) * prompt_tokens + head * passes)
+    idle = model.idle_parameters(min(prompt_tokens, max_batched_tokens))
+    read = passes * (weights - idle + head) * model.bytes_per_element
     return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
 
 

@@ -90,6 +90,12 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
+    experts = (
+        f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
+        f"{plan.model.parameters / 1e6:,.0f} M parameters."
+        if plan.model.expert_parameters
+        else ""
+    )
     own, reach = _full_layers(plan)
     meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
@@ -97,7 +103,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
 # {name}, boosted
 
 Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
-Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
+Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}{experts}
 {licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}
