@@ -93,6 +93,12 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
+    experts = (
+        f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
+        f"{plan.model.parameters / 1e6:,.0f} M parameters."
+        if plan.model.expert_parameters
+        else ""
+    )
     own, reach = _full_layers(plan)
     taken = counts(plan.layers)
     meanings = "; ".join(
@@ -105,7 +111,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
 # {name}, boosted
 
 Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
-Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
+Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}{experts}
 {licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}

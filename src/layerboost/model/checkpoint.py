@@ -17,7 +17,7 @@ from layerboost.files import disk_error, new_folder
 from layerboost.model import attention, caches, families, linear_attention, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
-from layerboost.model.files import read_weights
+from layerboost.model.files import as_saved, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
 from layerboost.schemas.model import ModelInfo
@@ -65,8 +65,11 @@ def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
     """Raise LayerboostError if the checkpoint in `folder` does not load to the weights of `model`."""
     try:
         check_checkpoint(folder)
-        written, state = read_weights(folder), model.state_dict()
-        found = ", ".join(name for name, value in written.items() if not torch.equal(value, state[name].cpu()))
+        written = read_weights(folder)
+        saved = (pair for name, value in model.state_dict().items() for pair in as_saved(model, name, value).items())
+        found = ", ".join(
+            name for name, value in saved if name in written and not torch.equal(written[name], value.cpu())
+        )
     except ConfigError as error:
         found = f"{error.wrong}: {error.found}"
     if found:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import load_state_dict
 
 from layerboost.errors import ConfigError, LayerboostError, first_line
@@ -111,6 +113,13 @@ def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
     for file in weight_files(folder, names):
         weights |= load_state_dict(file)
     return weights
+
+
+def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
+    """Return a tensor of a model's state as `save_pretrained` writes it: Transformers renames some tensors, and packs
+    those of experts, as it loads them."""
+    saved: Tensors = revert_weight_conversion(model, {name: value})
+    return saved
 
 
 def headers(folder: Path) -> Tensors:

@@ -65,6 +65,18 @@ def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     return found
 
 
+def packed_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters `[experts, ...]`, each of all experts of a layer."""
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if parameter.dim() == 3 and name not in ADDED_PARAMETERS]
+
+
+def experts_per_token(config: PreTrainedConfig) -> float:
+    """Return how many experts of a layer a token goes through, the mean over layers."""
+    chosen = config.num_experts_per_tok
+    return sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen
+
+
 def native_window(config: PreTrainedConfig) -> int | None:
     """Return the window of the layers that slide in the base; None if no layer does."""
     return config.sliding_window if "sliding_attention" in base_layer_types(config) else None
