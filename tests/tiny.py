@@ -94,7 +94,7 @@ def families(*, sliding: bool = True) -> list[Any]:
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full."""
+    head 0 full; l and L: linear as LoLCATs and as Liger."""
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
         "s": {"attention": "sliding", "window": window},
@@ -102,6 +102,8 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "n": {"attention": "none"},
         "h": {"attention": "sliding", "window": window, "full_kv_heads": (1,)},
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
+        "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
+        "L": {"attention": "linear", "window": window, "feature_map": "liger"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 

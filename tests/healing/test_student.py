@@ -82,7 +82,7 @@ def test_only_the_named_adapters_and_the_sinks_are_trained() -> None:
     adapters = [m for name, m in student.named_modules() if "lora_" in name and isinstance(m, torch.nn.Linear)]
     assert len(adapters) == 4
     assert {type(module) for module in adapters} == {OneDNNLinear}
-    train_only(student, frozenset({"model.layers.2.mlp.up_proj"}))
+    train_only(student, "lora", frozenset({"model.layers.2.mlp.up_proj"}))
     assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == {
         "model.layers.1.self_attn.sinks",
         "model.layers.2.mlp.up_proj.lora_A.default.weight",

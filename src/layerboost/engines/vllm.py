@@ -20,7 +20,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import PlanFile, check_served, read_plan
 from layerboost.schemas.run import PLAN
 
 NAME: EngineName = "vllm"
@@ -50,7 +50,7 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     """Return vLLM's version; raise ConfigError if it cannot be benchmarked here on models in `folders`."""
     version = check_vllm()
     for folder in folders:
-        check_no_pattern(folder)
+        check_folder(folder)
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -82,7 +82,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     """Return the command that serves a model directory, stock or boosted, until interrupted."""
     check_vllm()
     config = check_checkpoint(model)
-    check_no_pattern(model)
+    check_folder(model)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
@@ -97,8 +97,10 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
     return launched(name, folder, recipe.bench, log_file)
 
 
-def check_no_pattern(folder: Path) -> None:
-    """Raise ConfigError for a path that vLLM takes for a pattern."""
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a path that vLLM takes for a pattern, and for a plan that it cannot serve."""
+    if (folder / PLAN).is_file():
+        check_served(read_plan(folder / PLAN).layers, "vLLM")
     if set(str(folder.absolute())) & set("*?["):
         raise ConfigError(
             f"vLLM cannot read a model from {folder}",

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import use_onednn
+from layerboost.model.linear_attention import FEATURE_PARAMETERS
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import apply_plan
+from layerboost.model.surgery import ADDED_PARAMETERS, apply_plan
 from layerboost.schemas.plan import LayerPlan
 
 VALUES = ("v_proj", "qkv_proj")  # Phi-3's q, k and v are one
@@ -32,7 +33,7 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
     student.requires_grad_(False)
     parameters = dict(student.named_parameters(remove_duplicate=False))
     constants = {name for name, _ in student.named_buffers()}  # those that Apertus saves
-    missing = {name for name in parameters if name.endswith(".sinks")}
+    missing = {name for name in parameters if name.rpartition(".")[2] in ADDED_PARAMETERS}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in set(tensors.keys()) - constants:
@@ -55,11 +56,13 @@ def adapted_layers(
 ) -> dict[str, frozenset[str]]:
     """Return the names of a stock model's linear layers that get an adapter in each stage, `attention` and `lora`.
 
-    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
+    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP; a linear layer trains
+    its feature maps instead. Stage 2: `targets`
     from the first changed layer up, also in full layers; below it, student and base are equal. By default v and o of
     sliding layers, and the MLPs. Raise ConfigError for targets that do not exist, naming those that do.
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
+    linear = {entry.layer for entry in layers if entry.feature_map}
     first = min(keeps, default=0)
     family = FAMILIES[model.config.model_type]
     values = {*VALUES, family.output}
@@ -74,7 +77,7 @@ def adapted_layers(
         has_attention = keeps.get(layer)  # None in an unchanged layer
         if in_attention and has_attention is False:
             continue
-        if has_attention is not None and has_attention == in_attention:
+        if has_attention is not None and has_attention == in_attention and layer not in linear:
             stage1.add(full_name)
         by_default = not in_attention or (has_attention is True and parts[-1] in values)
         if layer >= first and (parts[-1] in targets if targets else by_default):
@@ -88,17 +91,19 @@ def adapted_layers(
 
 
 def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) -> PeftModel:
-    """Add LoRA to the named linear layers, alpha twice the rank; make sinks float32, in which they are trained."""
+    """Add LoRA to the named linear layers, alpha twice the rank; make what surgery added float32, in which it is
+    trained."""
     for name, parameter in list(student.named_parameters()):
-        if name.endswith(".sinks"):
+        if name.rpartition(".")[2] in ADDED_PARAMETERS:
             parameter.data = parameter.data.float()
     adapted = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
     use_onednn(adapted)
     return adapted
 
 
-def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:
-    """Make only the adapters of the named layers and all sinks trainable."""
+def train_only(student: PreTrainedModel, stage: str, names: frozenset[str]) -> None:
+    """Make trainable the adapters of the named layers and all sinks; in the stage `attention` also feature maps."""
+    added = {"sinks", *(FEATURE_PARAMETERS if stage == "attention" else ())}
     for name, parameter in student.named_parameters():
         adapted = "lora_" in name and name.partition(".lora_")[0] in names
-        parameter.requires_grad_(adapted or name.endswith(".sinks"))
+        parameter.requires_grad_(adapted or name.rpartition(".")[2] in added)

@@ -12,7 +12,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
-from layerboost.schemas.plan import PlanFile, counted, layer_rows
+from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, STRATEGIES
 
 CARD = "README.md"
@@ -30,6 +30,9 @@ class Origin:
 
 
 UNKNOWN = Origin()
+INSTALL = """```console
+pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
+"""
 HEADS = """
 `full KV heads`: those of a sliding layer that keep full attention, each with its query heads."""
 
@@ -91,7 +94,12 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     own, reach = _full_layers(plan)
-    meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
+    taken = counts(plan.layers)
+    meanings = "; ".join(
+        f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
+        for each in STRATEGIES.values()
+        if each.name in taken
+    )
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
 # {name}, boosted
@@ -114,8 +122,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 
 ## Serve
 
-```console
-pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
 {_serve(plan)}
 ## The plan
 
@@ -144,15 +150,18 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    if not all(entry.strategy.served for entry in plan.layers):
+        return "vLLM does not serve this plan. Generate with Transformers.\n"
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
-        return "vllm serve PATH\n```\n"
+        return INSTALL + "vllm serve PATH\n```\n"
     commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
     gains = [f"{where} {advised.gain}." for where, advised in found.items()]
     context = next(iter(found.values())).context_tokens
     return (
-        "\n".join(commands)
+        INSTALL
+        + "\n".join(commands)
         + "\n```\n\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
         f"and `--max-model-len {context}`: {' '.join(gains)}\n"
     )
