@@ -109,6 +109,19 @@ def test_few_layers_with_attention(letters: str) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_a_cpu_gives() -> None:
+    model, mask = boosted("fSsnH", "qwen3"), torch.ones_like(IDS)
+    mask[1, :9] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 1}
+    expected, answer = model(IDS, attention_mask=mask).logits, model.generate(IDS, **given)
+    model.to("cuda")
+    ids, given["attention_mask"] = IDS.cuda(), mask.cuda()
+    found = model(ids, attention_mask=mask.cuda()).logits.cpu()
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-3, rtol=1e-3)
+    assert torch.equal(model.generate(ids, **given).cpu(), answer)
+
+
 def test_a_conversation_through_a_chat_template() -> None:
     """Turn after turn on one cache, past the window: the logits of the whole text read at once."""
     model, tokenizer = boosted("nSfHn"), tiny_tokenizer()
