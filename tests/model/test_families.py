@@ -96,7 +96,7 @@ def naive_attention(
         # Queries and keys before their rotary embedding, as the projections or their norms gave them.
         plain = [each.view(*query.shape[::2], -1, query.shape[3]).transpose(1, 2) for each in module.plain]
         features = [each.softmax(-1) for each in plain]
-        far = gated_attention_reference(*features, value, F.logsigmoid(plain[1]) / 16, documents)
+        far = gated_attention_reference(features[0], features[1], value, F.logsigmoid(plain[1]) / 16, documents)
         near = sliding_attention_reference(query, key, value, WINDOW, None, SEEN[:, None, None], kwargs["scaling"])
         return (near / 2 + far / 2).transpose(1, 2), None
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]

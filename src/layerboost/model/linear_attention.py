@@ -235,7 +235,8 @@ def _with_ones(value: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
-    return x.unflatten(-2, (-1, size))
+    blocks: torch.Tensor = x.unflatten(-2, (-1, size))
+    return blocks
 
 
 def _shifted(x: torch.Tensor, dim: int, shift: int) -> torch.Tensor:
@@ -353,16 +354,16 @@ def linear_attention_forward(
     if module.layerboost_feature_map == "lolcats":
         maps = tuple(getattr(module, name) for name in FEATURE_PARAMETERS)
         out = lolcats_attention(query, key, value, maps, window, documents, state, scaling)
-        state = lolcats_state(key, value, maps[1], window, documents, state) if cache else None
+        state = lolcats_state(key, value, maps[1], window, documents, state) if cache else state
     else:
         plain_query, plain_key = _unrotated(module, query, key[:, :, -queries:])
         gate = F.logsigmoid(_wide(plain_key)) / GATE_TEMPERATURE
-        features = (_wide(x).softmax(-1) for x in (plain_query, plain_key))
-        own = None if documents is None else documents[:, -queries:]
-        far, state = gated_attention(*features, value[:, :, -queries:], gate, own, state)
+        query_features, key_features = _wide(plain_query).softmax(-1), _wide(plain_key).softmax(-1)
+        own, values = None if documents is None else documents[:, -queries:], value[:, :, -queries:]
+        far, state = gated_attention(query_features, key_features, values, gate, own, state)
         near = sliding_attention(query, key, value, window, None, mask, scaling)
         out = (near + far.to(near.dtype)) / 2
-    if cache:
+    if cache and state is not None:
         cache.state = state.to(value.dtype)
     return out.transpose(1, 2).contiguous(), None
 
