@@ -181,6 +181,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), expected, atol=5e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
+def test_a_large_log_sum_exp_in_half_precision() -> None:
+    """Scores of 32, a log-sum-exp of 36.6, a sink of 36: bfloat16 knows 36.5."""
+    query, key, value = torch.full((1, 1, 1, 8), 2.0), torch.full((1, 1, 100, 8), 2.0), torch.ones(1, 1, 100, 8)
+    half = (x.bfloat16() for x in (query, key, value, torch.tensor([36.0])))
+    found = sliding_attention_blocked(*(next(half) for _ in range(3)), 100, next(half), None, 1.0, None)
+    expected = sliding_attention_reference(query, key, value, 100, torch.tensor([36.0]), scaling=1.0)
+    torch.testing.assert_close(found.float(), expected, atol=0.0, rtol=1e-2)
+
+
 def test_a_window_as_long_as_the_text_is_full_attention() -> None:
     query, key, value = (torch.randn(2, heads, 40, SIZE) for heads in (4, 2, 2))
     full = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)

@@ -391,6 +391,8 @@ def _attend(
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     out = scores.softmax(-1) @ value
     if sinks is not None:
-        per_head = sinks.to(scores.dtype).view(1, query.shape[1], -1, 1, 1)
-        out = out * torch.sigmoid(scores.logsumexp(-1) - per_head)[..., None]
+        # In half precision, a log-sum-exp is too coarse: it has as many digits before the point as after it.
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        share = torch.sigmoid(wide.logsumexp(-1) - sinks.to(wide.dtype).view(1, query.shape[1], -1, 1, 1))
+        out = out * share[..., None].to(out.dtype)
     return out.flatten(3, 4).flatten(1, 2)
