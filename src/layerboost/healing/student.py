@@ -61,7 +61,7 @@ def adapted_layers(
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
     first = min(keeps, default=0)
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.get_text_config().model_type]
     values = {*VALUES, family.output}
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     stage1, stage2, known = set(), set(), set()

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
+from layerboost.model.families import WRAPPERS
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, layer_rows
 from layerboost.strategies import FULL, STRATEGIES
@@ -30,6 +31,12 @@ class Origin:
 
 
 UNKNOWN = Origin()
+LANGUAGE_MODEL = "AutoModelForCausalLM"
+INSTALL = """```console
+pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
+"""
+WRAPPER_SERVED = """With Transformers, also with images in the prompt; a window counts their tokens too. Not with vLLM.
+"""
 HEADS = """
 `full KV heads`: those of a sliding layer that keep full attention, each with its query heads."""
 
@@ -39,15 +46,21 @@ def origin_of(folder: Path, name: str, settings: Card) -> Origin:
 
     Its own card comes before the settings; the Hub id is `name` where that is one.
     """
-    file = folder / CARD
-    try:
-        data = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
-    except Exception:  # a card is free text: ignore a broken one
-        data = {}
+    data = card_data(folder)
     licence = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
     if not licence and settings.license:
         licence = {"license": settings.license}
     return Origin(name if _is_hub_id(name) else settings.base_model, tuple(licence.items()), licence_files(folder))
+
+
+def card_data(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a model's card, empty without a valid one."""
+    file = folder / CARD
+    try:
+        data: dict[str, Any] = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+    except Exception:  # a card is free text: ignore a broken one
+        return {}
+    return data
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -56,13 +69,13 @@ def licence_files(folder: Path) -> tuple[Path, ...]:
     return tuple(found for found in named if found.is_file())
 
 
-def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:
+def front_matter(origin: Origin, tags: tuple[str, ...], task: str = "text-generation") -> str:
     """Return the card's metadata block for the Hub."""
     licence: dict[str, Any] = dict(origin.licence)
     data = ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["layerboost", *tags],
         **licence,
     )
@@ -91,8 +104,10 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     own, reach = _full_layers(plan)
+    wraps = plan.model.model_type in WRAPPERS
+    auto, task = ("AutoModelForImageTextToText", "image-text-to-text") if wraps else (LANGUAGE_MODEL, "text-generation")
     meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
-    return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
+    return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else (), task)}
 
 # {name}, boosted
 
@@ -107,16 +122,14 @@ Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
 PATH is this directory or its Hub id.
 
 ```python
-from transformers import AutoModelForCausalLM  # without trust_remote_code: from layerboost
+from transformers import {auto}  # without trust_remote_code: from layerboost
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 ## Serve
 
-```console
-pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
-{_serve(plan)}
+{WRAPPER_SERVED if wraps else _serve(plan)}
 ## The plan
 
 {meanings}.
@@ -147,12 +160,13 @@ def _serve(plan: PlanFile) -> str:
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
-        return "vllm serve PATH\n```\n"
+        return f"{INSTALL}vllm serve PATH\n```\n"
     commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
     gains = [f"{where} {advised.gain}." for where, advised in found.items()]
     context = next(iter(found.values())).context_tokens
     return (
-        "\n".join(commands)
+        INSTALL
+        + "\n".join(commands)
         + "\n```\n\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
         f"and `--max-model-len {context}`: {' '.join(gains)}\n"
     )

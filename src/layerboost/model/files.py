@@ -60,6 +60,13 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
+    text = config.get("text_config")
+    if isinstance(text, dict) and not text.get("model_type"):
+        raise ConfigError(
+            f"{folder / 'config.json'} does not say which language model the wrapper {config['model_type']} holds",
+            found="no model_type in its text_config: Transformers would take its default",
+            do="add the model_type of the language model that the weights are of",
+        )
     return config
 
 
