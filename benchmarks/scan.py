@@ -1,12 +1,14 @@
 """The scan of KV heads against the exact sweep, and whether its interactions predict whole plans.
 
-    python benchmarks/scan.py RUN [--draws 6] [--scan-tokens 4096] [--plans 50] [--full 24]
+    python benchmarks/scan.py RUN [--draws 6] [--scan-tokens 4096] [--plans 50] [--full 24] [--prompts 64]
 
 RUN holds a sensitivity.json with exact scores of KV heads (measure.unit kv_head) at one window, and its recipe. Prints
 JSON:
 
 - `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
 - `answers`: the same for what answers lose, of the recipe's retrieval prompts, with the first three heads of each;
+- `prompts`: of the best heads by two disjoint sets of so many of `--prompts` prompts, the fraction that both have, as
+  the mean of 50 pairs of sets; of the 6 best, and of the `--full` best;
 - `layers`: in how many layers the scores of heads add up to the layer's within a quarter;
 - `plans`: of random plans with `--full` full KV heads, measured on the scan's text: rank correlation and ratio of each
   prediction (sums of exact scores; the scan's quadratic form; sums plus its interactions, `mixed`);
@@ -84,6 +86,21 @@ def answers(sites: Sequence[LayerPlan], exact: np.ndarray, scanned: np.ndarray) 
     return {"spearman": float(spearmanr(exact, scanned).statistic), "exact": first(exact), "scan": first(scanned)}
 
 
+def stability(lost: np.ndarray, full: int) -> dict[int, list[float]]:
+    """By number of prompts: the fraction of the 6 and of the `full` best sites that two disjoint sets of prompts share;
+    `lost`: `[prompts, sites]`."""
+    draw, found = np.random.default_rng(0), {}
+    for prompts in (2, 4, 8, 16, 32):
+        orders = [draw.permutation(len(lost)) for _ in range(50)] if 2 * prompts <= len(lost) else []
+        means = [[lost[order[start : start + prompts]].mean(0) for start in (0, prompts)] for order in orders]
+        found[prompts] = [
+            float(np.mean([len(best(one, count) & best(other, count)) / count for one, other in means]))
+            for count in (6, full)
+            if means
+        ]
+    return found
+
+
 def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
     """The best set that single swaps reach from `start`."""
     kept, least = start, loss(start)
@@ -99,7 +116,7 @@ def main() -> None:
     """Print what the docstring above says."""
     parser = timing.parser(__doc__)
     parser.add_argument("run", type=Path)
-    for name, default in (("draws", 6), ("scan-tokens", 4096), ("plans", 50), ("full", 24)):
+    for name, default in (("draws", 6), ("scan-tokens", 4096), ("plans", 50), ("full", 24), ("prompts", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     recipe = load_recipe([asked.run / "recipe.yaml"], {})
@@ -110,7 +127,7 @@ def main() -> None:
     batches = list(every.batches(size))
     own = asked.scan_tokens // (size * text.sequence_tokens)
     seen, unseen = batches[:own], batches[own:]
-    [window] = {variant.window for entry in sensitivity.layers for variant in entry.heads}
+    [window] = {each.window for entry in sensitivity.layers for each in entry.heads if each.window}
     sinks = calibrate_sinks(model, seen, range(sensitivity.model.layers), [window])
     heads = sensitivity.model.kv_heads
     sites = [site for entry in sensitivity.layers for site in head_candidates(entry.variants, entry.layer, heads, 1)]
@@ -127,14 +144,17 @@ def main() -> None:
             "ratio": float((single / exact)[exact > np.median(exact)].mean()),
             f"of_the_best_{asked.full}": len(best(exact, asked.full) & best(single, asked.full)),
         },
+        "layers": sum(adds_up(entry) for entry in sensitivity.layers),
     }
     count = len(sites)
-    result["layers"] = sum(adds_up(entry) for entry in sensitivity.layers)
     if prompts := load_prompts(recipe, base.tokenizer, asked.run):
         retrieval = [each.scores["retrieval"].mean for entry in sensitivity.layers for each in entry.heads]
         result["answers"] = answers(
             sites, np.array(retrieval), scan_answers(model, prompts, sites, sinks).mean(0).numpy()
         )
+        settings = recipe.measure.model_copy(update={"retrieval_prompts": asked.prompts})
+        more = load_prompts(recipe.model_copy(update={"measure": settings}), base.tokenizer, asked.run)
+        result["prompts"] = stability(scan_answers(model, more, sites, sinks).numpy(), asked.full)
     print(json.dumps(result), flush=True)
 
     def predictions(full: frozenset[int]) -> dict[str, float]:

@@ -37,18 +37,22 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GRANITE = {
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+}
+BY_TYPE_ROPE = {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
-    "granite": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 3.0,
-        "residual_multiplier": 0.7,
-        "attention_multiplier": 0.1,
-    },
+    "granite": GRANITE,
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
-    "olmo3": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}},
+    "olmo3": {"rope_parameters": BY_TYPE_ROPE},
     "apertus": {"rope_parameters": LLAMA3_ROPE},
     "cwm": {"rope_parameters": LLAMA3_ROPE},
     "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
@@ -56,7 +60,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "arcee": {"attention_bias": True, "mlp_bias": True},
     "ernie4_5": {"use_bias": True},
     "helium": {"hidden_size": 128},  # its heads are as wide as the stream
-    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}},
+    "hunyuan_v1_dense": {"rope_parameters": HUNYUAN_ROPE},
     "hyperclovax": {
         "embedding_multiplier": 2.0,
         "logits_scaling": 0.4,
@@ -81,6 +85,67 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
     # Its heads are as wide as the stream.
     "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
+    # Mixtures of experts, with the fields that real checkpoints set.
+    "qwen3_moe": {**EXPERTS, "num_experts": 8},
+    "qwen2_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {
+        "hidden_size": 128,  # its heads are as wide as the stream
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 32,
+        "clip_qkv": 1.5,
+    },
+    "granitemoe": {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoeshared": {
+        **GRANITE,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 48,
+    },
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "rotary_dim": 16},
+    "afmoe": {
+        **EXPERTS,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "route_scale": 2.5,
+        "mup_enabled": True,
+        "global_attn_every_n_layers": 2,
+    },
+    "cohere2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+        "intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "prefix_dense_intermediate_size": 96,
+        "logit_scale": 0.5,
+    },
+    "dots1": {
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 32},
+    "exaone_moe": {**EXPERTS, "num_experts": 8, "sliding_window_pattern": 2},
+    "flex_olmo": {"num_experts": 7, "num_experts_per_tok": 5, "intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "rope_parameters": HUNYUAN_ROPE},
+    "hy_v3": {**EXPERTS, "num_experts": 8},
+    "mellum": {**EXPERTS, "num_experts": 8, "rope_parameters": BY_TYPE_ROPE},
+    "phimoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "solar_open": {**EXPERTS, "n_routed_experts": 8},
 }
 IMAGE_TOKEN = 2  # no text has it
 # The tiny image tower of a wrapper, and its other settings.
@@ -98,25 +163,32 @@ TOWERS: dict[str, dict[str, Any]] = {
     "gemma3": {"image_size": 8, "patch_size": 2, "vision_use_head": False},
 }  # fmt: skip
 AROUND: dict[str, dict[str, Any]] = {"gemma3": {"mm_tokens_per_image": 4}}
-SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "gemma3", "olmo3", "cohere2", "cwm", "exaone4", "vaultgemma")
+SLIDING_BASES = (
+    "ministral", "gemma2", "gemma3_text", "gemma3", "olmo3", "cohere2", "cwm", "exaone4", "vaultgemma",
+    "afmoe", "cohere2_moe", "exaone_moe", "mellum",
+)  # fmt: skip
 # What there are models of: language models alone and in wrappers.
 MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
+MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
 # Families that use every field of a row between them. The others are in the whole grids of `make test-all`.
 QUICK_FAMILIES = (
     "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere2",
-    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_vl",
+    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl",
 )  # fmt: skip
 
 
-def families(*, sliding: bool = True) -> list[Any]:
-    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides."""
-    names = [name for name in MODEL_TYPES if sliding or name not in SLIDING_BASES]
+def families(*, sliding: bool = True, experts: bool = False) -> list[Any]:
+    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; with
+    `experts`, the mixtures of experts."""
+    names = [
+        name for name in MODEL_TYPES if (sliding or name not in SLIDING_BASES) and (not experts or name in MIXTURES)
+    ]
     return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full."""
+    head 0 full; l and L: linear as LoLCATs and as Liger."""
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
         "s": {"attention": "sliding", "window": window},
@@ -124,6 +196,8 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "n": {"attention": "none"},
         "h": {"attention": "sliding", "window": window, "full_kv_heads": (1,)},
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
+        "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
+        "L": {"attention": "linear", "window": window, "feature_map": "liger"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 
@@ -143,10 +217,11 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
     text = config.get_text_config()
     model = auto_class(config).from_config(config, attn_implementation=FAMILIES[text.model_type].attn_implementation)
     model = model.float()  # Apertus makes its activation's numbers in bfloat16
+    corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for value in (*model.parameters(), *corrections):
+            if value.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
+                value.add_(torch.randn_like(value) * 0.1)
     return model.eval()
 
 
@@ -180,7 +255,7 @@ def tiny_config(model_type: str, layers: int, **changes: Any) -> PreTrainedConfi
     }
     if model_type in SLIDING_BASES:
         settings["sliding_window"] = WINDOW
-    if model_type == "ministral":
+    if model_type in ("ministral", "mellum"):
         settings["layer_types"] = [("full_attention", "sliding_attention")[i % 2] for i in range(layers)]
     settings |= FAMILY_SETTINGS.get(model_type, {}) | changes
     return transformers.CONFIG_MAPPING[model_type](**settings)

@@ -40,6 +40,7 @@ class Estimate:
     family: str
     layers: int
     parameters: int
+    active_parameters: int
     device: str
     memory_needed_gib: float
     memory_free_gib: float
@@ -76,6 +77,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         family=info.model_type,
         layers=info.layers,
         parameters=info.parameters,
+        active_parameters=info.active_parameters,
         device=str(runtime.device),
         memory_needed_gib=healing.memory_gib,
         memory_free_gib=free_memory_gib(runtime.device),

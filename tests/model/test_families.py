@@ -23,13 +23,19 @@ from tiny import (
     layer_plans,
     tiny_model,
 )
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
-from layerboost.model.families import WRAPPERS
-from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers
+from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.linear_attention import (
+    FEATURE_PARAMETERS,
+    gated_attention_reference,
+    lolcats_attention_reference,
+)
+from layerboost.model.modeling import SPARE_TOKENS, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection
 
@@ -41,6 +47,8 @@ PLANS = {
     "last-none": "fsSfn",
     "kv-heads": "HhnSh",
     "kv-heads-alone": "hHhHH",
+    "linear": "lLfSl",
+    "linear-alone": "LlLlL",
 }
 LENGTH = 60
 IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -62,6 +70,7 @@ grid = pytest.mark.parametrize(
         )
         for family in MODEL_TYPES
         for plan, letters in PLANS.items()
+        if FAMILIES[WRAPPERS.get(family, (family,))[0]].linear or "linear" not in plan
     ],
 )
 
@@ -82,7 +91,18 @@ def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
 def naive_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
 ) -> Any:
-    """The O(T²) strategy under an explicit mask."""
+    """The O(T²) strategy under an explicit mask, or the recurrent one token by token."""
+    documents = SEEN.long() - 1
+    if module.letter == "l":
+        out = lolcats_attention_reference(query, key, value, module.maps, WINDOW, documents, kwargs["scaling"])
+        return out.transpose(1, 2), None
+    if module.letter == "L":
+        # Queries and keys before their rotary embedding, as the projections or their norms gave them.
+        plain = [each.view(*query.shape[::2], -1, query.shape[3]).transpose(1, 2) for each in module.plain]
+        features = [each.softmax(-1) for each in plain]
+        far = gated_attention_reference(*features, value, F.logsigmoid(plain[1]) / 16, documents)
+        near = sliding_attention_reference(query, key, value, WINDOW, None, SEEN[:, None, None], kwargs["scaling"])
+        return (near / 2 + far / 2).transpose(1, 2), None
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]
     windowed, sinks = module.windowed, None
     if module.sinks is not None:
@@ -91,7 +111,7 @@ def naive_attention(
         sliding_attention_reference(query, key, value, window, logits, causal, kwargs["scaling"], kwargs.get("softcap"))
         for window, logits in ((WINDOW, sinks), (LENGTH, None))
     )
-    return torch.where(windowed[:, None, None], out, full).transpose(1, 2), None
+    return torch.where(windowed[:, None, None], out, full).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("naive", naive_attention)
@@ -101,8 +121,18 @@ def reference(family: str, letters: str, like: PreTrainedModel, **changes: Any) 
     """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
     model = silenced(tiny_model(family, len(letters), **changes), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
-        if letter in "sShH":
+        if letter in "sShHlL":
             attention: Any = layer.self_attn
+            attention.letter = letter
+            if letter == "l":
+                attention.maps = tuple(other.get_parameter(f"self_attn.{name}").detach() for name in FEATURE_PARAMETERS)
+            if letter == "L":
+                attention.plain = [None, None]
+                for index, name in enumerate("qk"):
+                    source = getattr(attention, f"{name}_norm", None) or attention.get_submodule(f"{name}_proj")
+                    source.register_forward_hook(
+                        lambda _, __, out, index=index, module=attention: module.plain.__setitem__(index, out)
+                    )
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = "naive"
             attention.sinks = other.get_parameter("self_attn.sinks").detach() if letter in "SH" else None
@@ -153,9 +183,11 @@ def test_cache(family: str, letters: str) -> None:
         for letter, kind, layer in zip(letters, types, out.past_key_values.layers, strict=True):
             held = 0 if layer.keys is None else layer.keys.shape[2]
             full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
-            assert held == {"s": WINDOW - 1, "S": WINDOW - 1, "n": 0}.get(letter, full)
+            assert held == (0 if letter == "n" else WINDOW - 1 if letter in "sSlL" else full)
             if letter in "hH":
-                assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, WINDOW - 1))
+                slides = set(letters) & {*"sS"} or "sliding_attention" in types
+                near = WINDOW - 1 if slides else min(full, WINDOW - 1 + SPARE_TOKENS)
+                assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, near))
 
 
 def test_the_cache_of_a_prompt_frees_what_the_window_drops() -> None:
@@ -198,8 +230,12 @@ def test_gradients(family: str, letters: str) -> None:
     for name, parameter in model.named_parameters():
         if family in WRAPPERS and "language_model" not in name and "lm_head" not in name:
             continue  # the image tower's
-        assert parameter.grad is not None, name
-        if not name.endswith("sinks"):
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+        else:  # biases of routers, which choose experts and do nothing else
+            assert name.endswith(("expert_bias", "e_score_correction_bias"))
+            continue
+        if not name.endswith(("sinks", *FEATURE_PARAMETERS)):
             assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 

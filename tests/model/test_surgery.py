@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
+from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, decoder_layers
 from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
 from layerboost.schemas.plan import LayerPlan
@@ -39,7 +40,8 @@ IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 def test_replaced_is_reversible_and_equals_surgery(family: str) -> None:
     base = tiny_model(family)
     before = base(IDS).logits
-    for letter, index in (("n", 0), ("n", 1), ("s", 2), ("S", 3), ("S", 4), ("h", 0), ("H", 2)):
+    linear = (("l", 1), ("L", 2)) if FAMILIES[family].linear else ()
+    for letter, index in (("n", 0), ("n", 1), ("s", 2), ("S", 3), ("S", 4), ("h", 0), ("H", 2), *linear):
         letters = fitted("".join(letter if layer == index else "f" for layer in range(5)), family)
         plan = layer_plans(letters)[index]
         sinks = torch.randn(sinks_of(plan)) if plan.sink else None

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import info, layer_plans
 
-from layerboost.costs.budget import Budget
+from layerboost.costs.budget import Budget, Costs, Rates
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.planning.choices import blended, choices, predict
 from layerboost.planning.methods import select
 from layerboost.recipe import Plan
+from layerboost.schemas.artifact import write_json
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Sensitivity, Variant
 
@@ -82,6 +84,22 @@ def test_plans_by_kv_heads_are_the_best_of_all_subsets(fraction: float) -> None:
     assert predict(found, chosen, settings).damage.get("kl", 0) == pytest.approx(best)
     layers = predict(found, select(found, settings.model_copy(update={"unit": "layer"})), settings)
     assert best <= layers.damage.get("kl", 0) + 1e-9
+
+
+@pytest.mark.parametrize(("call_ms", "heads"), [(0.0, True), (100.0, False)])
+def test_attention_calls_of_kv_heads_count_as_time(call_ms: float, heads: bool, tmp_path: Path) -> None:
+    """Calls that cost nothing let heads win; dear ones leave whole layers, which is not worse than they can be."""
+    rates = Rates(step_ms=1.0, kv_bytes_per_s=1e8, call_ms=call_ms)
+    write_json(tmp_path / "costs.json", Costs(rates=rates))
+    found = with_heads()
+    settings = Plan(
+        costs=str(tmp_path / "costs.json"), decode_fraction=0.5, kv_fraction=1, context_tokens=100, unit="kv_head"
+    )
+    chosen = select(found, settings)
+    assert Budget.of(found, settings).met(chosen)
+    assert any(entry.full_kv_heads for entry in chosen) == heads
+    if not heads:
+        assert chosen == select(found, settings.model_copy(update={"unit": "layer"}))
 
 
 def test_predictions_of_kv_heads_are_sums_of_their_groups() -> None:

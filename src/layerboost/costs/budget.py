@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.costs.memory import as_served, cached, padded_full
+from layerboost.costs.memory import as_served, cached, module_heads, padded_full
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
@@ -18,15 +18,18 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
+from layerboost.strategies import FEATURE_MAPS
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
-    """Return the KV bytes of a plan for one request of `context_tokens`."""
+    """Return the KV bytes of a plan for one request of `context_tokens`, states of linear attention included."""
     held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
-    return held * model.kv_bytes_per_token // model.kv_heads
+    shape = model.heads, model.kv_heads, model.head_dim
+    states = sum(FEATURE_MAPS[entry.feature_map].state(*shape) for entry in layers if entry.feature_map)
+    return held * model.kv_bytes_per_token // model.kv_heads + states * model.bytes_per_element
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
@@ -44,15 +47,16 @@ class Rates(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     step_ms: float = Field(0.0, ge=0, description="of every forward pass: scheduler, sampler, launches")
     layer_ms: float = Field(0.0, ge=0, description="of every layer with attention in a pass")
+    call_ms: float = Field(0.0, ge=0, description="of every further attention call in a layer, if KV heads differ")
     weight_bytes_per_s: float | None = Field(None, gt=0, description="reading of weights, once per pass")
     flops_per_s: float | None = Field(None, gt=0, description="matrix products with weights")
     kv_bytes_per_s: float | None = Field(None, gt=0, description="reading of the KV cache while decoding")
     attention_flops_per_s: float | None = Field(None, gt=0, description="attention during prefill")
 
     def milliseconds(self, work: np.ndarray) -> float:
-        """Return the milliseconds that `work` `[6]` takes, as from `decode_work` or `prefill_work`."""
+        """Return the milliseconds that `work` `[7]` takes, as from `decode_work` or `prefill_work`."""
         rates = (self.weight_bytes_per_s, self.flops_per_s, self.kv_bytes_per_s, self.attention_flops_per_s)
-        prices = [self.step_ms, self.layer_ms, *(1e3 / rate if rate else 0.0 for rate in rates)]
+        prices = [self.step_ms, self.layer_ms, *(1e3 / rate if rate else 0.0 for rate in rates), self.call_ms]
         return float(work @ np.array(prices))
 
 
@@ -83,36 +87,44 @@ def read_costs(file: Path, model: ModelInfo) -> Rates:
     return costs.rates
 
 
-def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, context_tokens: int) -> np.ndarray:
-    """Return the work `[6]` of one step of `requests` sequences of `context_tokens`.
+def decode_work(
+    model: ModelInfo, layers: Sequence[LayerPlan], requests: int, context_tokens: int, module: int | None = None
+) -> np.ndarray:
+    """Return the work `[7]` of one step of `requests` sequences of `context_tokens`.
 
-    Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention.
+    Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention,
+    attention calls besides one per layer. `module`: KV heads per call, by default as many as the layers allow.
     """
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
     held = requests * plan_kv_bytes(model, layers, context_tokens)
-    return np.array([1, attention, weights * model.bytes_per_element, 2 * weights * requests, held, 0], dtype=float)
+    read = (weights - model.idle_parameters(requests)) * model.bytes_per_element
+    flops = 2 * (weights - model.idle_parameters(1)) * requests
+    return np.array([1, attention, read, flops, held, 0, _further_calls(model, layers, module)], dtype=float)
 
 
 def prefill_work(
     model: ModelInfo, layers: Sequence[LayerPlan], prompt_tokens: int, max_batched_tokens: int
 ) -> np.ndarray:
-    """Return the work `[6]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
+    """Return the work `[7]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     body, head = _body_parameters(model), model.hidden_size * model.vocabulary
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
-    flops = 2 * (weights * prompt_tokens + head * passes)
-    read = passes * (weights + head) * model.bytes_per_element
-    return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
+    flops = 2 * ((weights - model.idle_parameters(1)) * prompt_tokens + head * passes)
+    idle = model.idle_parameters(min(prompt_tokens, max_batched_tokens))
+    read = passes * (weights - idle + head) * model.bytes_per_element
+    calls, scores = passes * _further_calls(model, layers, None), 4 * model.heads * model.head_dim * pairs
+    return np.array([passes, passes * attention, read, flops, 0, scores, calls], dtype=float)
 
 
 @dataclass(frozen=True)
 class Budget:
     """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
-    Costs are sums over layers, except for the padding: vLLM keeps modules of a kind in groups of one size.
+    Costs are sums over layers, except for the padding (vLLM keeps modules of a kind in groups of one size) and the KV
+    heads per attention call, `module`: those that a plan's layers allow, unless given.
     """
 
     model: ModelInfo
@@ -121,6 +133,7 @@ class Budget:
     fractions: dict[str, float]
     rates: Rates | None
     padding: bool = True
+    module: int | None = None
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, settings: Plan) -> Budget:
@@ -157,7 +170,7 @@ class Budget:
             PARAMETERS: float(body + attention * self.model.attention_parameters),
         }
         if self.rates is not None:
-            work = decode_work(self.model, layers, self.concurrency, self.context_tokens)
+            work = decode_work(self.model, layers, self.concurrency, self.context_tokens, self.module)
             costs[DECODE_MS] = self.rates.milliseconds(work)
         return costs
 
@@ -168,7 +181,7 @@ class Budget:
 
     def base(self) -> dict[str, float]:
         """Return the costs of the base."""
-        return self.plan(all_full(self.model))
+        return replace(self, module=None).plan(all_full(self.model))
 
     def relative(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Return the costs of a plan as fractions of the base's."""
@@ -200,6 +213,12 @@ def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:
     seen = entry.strategy.kv_tokens(tokens, entry.window)
     full, others = len(entry.full_kv_heads), kv_heads - len(entry.full_kv_heads)
     return full * (tokens * (tokens + 1) // 2) + others * (seen * (seen + 1) // 2 + (tokens - seen) * seen)
+
+
+def _further_calls(model: ModelInfo, layers: Sequence[LayerPlan], module: int | None) -> int:
+    """Return the attention calls of a pass besides one per layer with attention."""
+    calls = model.kv_heads // (module or module_heads(model.kv_heads, layers))
+    return (calls - 1) * sum(entry.strategy.keeps_weights for entry in layers)
 
 
 def _body_parameters(model: ModelInfo) -> int:

@@ -22,7 +22,7 @@ from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import PlanFile, check_served, read_plan
 from layerboost.schemas.run import PLAN
 
 NAME: EngineName = "vllm"
@@ -52,7 +52,7 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     """Return vLLM's version; raise ConfigError if it cannot be benchmarked here on models in `folders`."""
     version = check_vllm()
     for folder in folders:
-        check_no_pattern(folder)
+        check_folder(folder)
         if (folder / "config.json").is_file():
             check_wrapper(folder, plain_config(folder)["model_type"])
     given = flags_given(bench.server_args)
@@ -86,7 +86,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     """Return the command that serves a model directory, stock or boosted, until interrupted."""
     check_vllm()
     config = check_checkpoint(model)
-    check_no_pattern(model)
+    check_folder(model)
     if ARCHITECTURE in str(config.get("architectures")):
         check_wrapper(model, config["model_type"])
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
@@ -112,8 +112,10 @@ def check_wrapper(folder: Path, model_type: str) -> None:
         )
 
 
-def check_no_pattern(folder: Path) -> None:
-    """Raise ConfigError for a path that vLLM takes for a pattern."""
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a path that vLLM takes for a pattern, and for a plan that it cannot serve."""
+    if (folder / PLAN).is_file():
+        check_served(read_plan(folder / PLAN).layers, "vLLM")
     if set(str(folder.absolute())) & set("*?["):
         raise ConfigError(
             f"vLLM cannot read a model from {folder}",

@@ -338,6 +338,19 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> t
     return (column <= row) & (column > row - window)
 
 
+def boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """Return a mask of any backend as bool `[B, 1, Tq or 1, Tk]`, for the last `keys` keys."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"sliding layers cannot read a {type(mask).__name__}: load with attn_implementation='sdpa'")
+    if mask.dim() == 2:  # FlashAttention's padding mask [B, Tk]
+        mask = mask[:, None, None, :]
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.bool()[..., -keys:]
+
+
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 

@@ -38,7 +38,7 @@ from layerboost.model.files import (
 from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers, make_attention_free
-from layerboost.model.surgery import family_of, native_window
+from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
 from layerboost.recipe import Card, Recipe, model_of
 from layerboost.rows import package_files
@@ -112,7 +112,6 @@ class Base:
     def info(self) -> ModelInfo:
         """Return the facts about the model that plans and sensitivities record."""
         config = self.config
-        parameters, attention_parameters = count_parameters(self.model_config)
         types = base_layer_types(config)
         return ModelInfo(
             name=self.name,
@@ -126,8 +125,7 @@ class Base:
             max_context_tokens=config.max_position_embeddings,
             vocabulary=config.vocab_size,
             tied_head=self.model_config.tie_word_embeddings,
-            parameters=parameters,
-            attention_parameters=attention_parameters,
+            **count_parameters(self.model_config),
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
@@ -255,23 +253,29 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     return Base(base.name, (run / BASE).absolute(), runtime)
 
 
-def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the parameters of a language model, tied ones once, and those of one layer's attention.
+def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the parameters of a language model of this configuration, as the fields of ModelInfo.
 
-    The latter are those that a layer loses when its attention is removed. `config` may be a wrapper's: its tower does
-    not count. No memory is used.
+    A wrapper's tower does not count. No memory is used.
     """
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
+    experts = [
+        module.get_parameter(name) for module in decoder_layers(model).modules() for name in packed_parameters(module)
+    ]
 
     def count() -> int:
-        return sum(
-            each.numel() for each in {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
-        )
+        found = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        return sum(parameter.numel() for parameter in found)
 
     whole = count()
     make_attention_free(decoder_layers(model)[0], 0, family_of(config))
-    return whole, whole - count()
+    return {
+        "parameters": whole,
+        "attention_parameters": whole - count(),
+        "expert_parameters": sum(parameter.numel() for parameter in experts),
+        "expert_fraction": experts_per_token(config.get_text_config()) / len(experts[0]) if experts else 1.0,
+    }
 
 
 def _sha256(file: Path) -> str:

@@ -62,18 +62,24 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
 class MixedCacheLayer(DynamicLayer):
     """The cache of a layer with two kinds of KV heads: it holds the full ones whole, and the others for a window.
 
-    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones.
+    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones. `spare`: how
+    many tokens more than the window needs are kept, so that as many can be cropped without `activate_past_recording`.
     """
 
-    def __init__(self, window: int, heads: tuple[list[int], list[int]]) -> None:
+    def __init__(self, window: int, heads: tuple[list[int], list[int]], spare: int = 0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.spare = heads, spare
         self.windowed = SlidingCacheLayer(window)
+        self.windowed.record_past = spare > 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         full, windowed = self.heads
         keys, values = super().update(take_heads(key_states, full), take_heads(value_states, full))
         near = self.windowed.update(take_heads(key_states, windowed), take_heads(value_states, windowed))
+        if self.spare:
+            held = self.windowed.sliding_window - 1 + self.spare
+            self.windowed.keys = self.windowed.keys[:, :, -held:]
+            self.windowed.values = self.windowed.values[:, :, -held:]
         return (keys, near[0]), (values, near[1])
 
     def activate_past_recording(self) -> None:
@@ -85,6 +91,8 @@ class MixedCacheLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         # The window first: it raises where it no longer has what would be left.
+        if 0 < self.spare < -tokens_to_remove:
+            raise RuntimeError(f"at most {self.spare} tokens can be cropped where KV heads of a layer have a window")
         self.windowed.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
@@ -99,6 +107,45 @@ class MixedCacheLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self.windowed.batch_select_indices(indices)
+
+
+class LinearCacheLayer(SlidingCacheLayer):
+    """The cache of a linear layer: the keys and values of its window, and the state of all that is older.
+
+    `update` returns keys with this layer, whose `state` `[B, ...]` the attention function reads and replaces.
+    """
+
+    # A state cannot forget its last tokens.
+    is_croppable = False
+    state: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return (keys, self), values
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError("the cache of a layer with linear attention cannot be cropped")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.batch_select_state(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.batch_select_state(indices)
+
+    def batch_select_state(self, indices: torch.Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state[indices]
 
 
 def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.model.families import WRAPPERS
 from layerboost.recipe import Card
-from layerboost.schemas.plan import PlanFile, counted, layer_rows
+from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, STRATEGIES
 
 CARD = "README.md"
@@ -103,16 +103,27 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
+    experts = (
+        f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
+        f"{plan.model.parameters / 1e6:,.0f} M parameters."
+        if plan.model.expert_parameters
+        else ""
+    )
     own, reach = _full_layers(plan)
     wraps = plan.model.model_type in WRAPPERS
     auto, task = ("AutoModelForImageTextToText", "image-text-to-text") if wraps else (LANGUAGE_MODEL, "text-generation")
-    meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
+    taken = counts(plan.layers)
+    meanings = "; ".join(
+        f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
+        for each in STRATEGIES.values()
+        if each.name in taken
+    )
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else (), task)}
 
 # {name}, boosted
 
 Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
-Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
+Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}{experts}
 {licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}
@@ -157,10 +168,12 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    if not all(entry.strategy.served for entry in plan.layers):
+        return "vLLM does not serve this plan. Generate with Transformers.\n"
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
-        return f"{INSTALL}vllm serve PATH\n```\n"
+        return INSTALL + "vllm serve PATH\n```\n"
     commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
     gains = [f"{where} {advised.gain}." for where, advised in found.items()]
     context = next(iter(found.values())).context_tokens

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import disk_error, new_folder
-from layerboost.model import attention, caches, families, modeling
+from layerboost.model import attention, caches, families, linear_attention, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
 from layerboost.model.families import WRAPPERS
-from layerboost.model.files import read_weights
+from layerboost.model.files import as_saved, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
 from layerboost.schemas.model import ModelInfo
@@ -68,8 +68,11 @@ def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
     """Raise LayerboostError if the checkpoint in `folder` does not load to the weights of `model`."""
     try:
         check_checkpoint(folder)
-        written, state = read_weights(folder), model.state_dict()
-        found = ", ".join(name for name, value in written.items() if not torch.equal(value, state[name].cpu()))
+        written = read_weights(folder)
+        saved = (pair for name, value in model.state_dict().items() for pair in as_saved(model, name, value).items())
+        found = ", ".join(
+            name for name, value in saved if name in written and not torch.equal(written[name], value.cpu())
+        )
     except ConfigError as error:
         found = f"{error.wrong}: {error.found}"
     if found:
@@ -131,7 +134,7 @@ def check_comparable(other: Base, base: Base) -> None:
 def modeling_source() -> str:
     """Return the modules that are part of a checkpoint as its one file."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
-    for module in (families, attention, caches, modeling):
+    for module in (families, attention, caches, linear_attention, modeling):
         assert module.__file__
         text = Path(module.__file__).read_text()
         lines = text.splitlines()

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import load_state_dict
 
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.files import write_text
+from layerboost.model.families import WRAPPERS
 from layerboost.rows import LFS_POINTER
 from layerboost.schemas.artifact import fingerprint, not_finite
 
@@ -118,6 +121,15 @@ def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
     for file in weight_files(folder, names):
         weights |= load_state_dict(file)
     return weights
+
+
+def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
+    """Return a tensor of a model's state as `save_pretrained` writes it: Transformers renames some tensors, and packs
+    those of experts, as it loads them."""
+    if model.config.model_type in WRAPPERS:  # saved by their own names
+        return {name: value}
+    saved: Tensors = revert_weight_conversion(model, {name: value})
+    return saved
 
 
 def headers(folder: Path) -> Tensors:

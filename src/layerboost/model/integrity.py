@@ -29,8 +29,8 @@ from layerboost.model.files import (
     some,
     weight_files,
 )
-from layerboost.model.modeling import auto_class, base_layer_types
-from layerboost.model.surgery import recorded_plan
+from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers
+from layerboost.model.surgery import experts_per_token, packed_parameters, recorded_plan
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
@@ -254,6 +254,14 @@ def _loaded_on_meta(folder: Path, kind: Any, config: PreTrainedConfig, found: Te
 def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust_remote_code: bool = False) -> None:
     """Raise ConfigError if tensors are missing, unexpected or of another shape than in the config's model."""
     model = _on_meta(folder, config, trust_remote_code)
+    layers, text = decoder_layers(model).modules(), config.get_text_config()
+    experts = min((len(m.get_parameter(name)) for m in layers for name in packed_parameters(m)), default=None)
+    if experts is not None and not 1 <= experts_per_token(text) <= experts:
+        raise ConfigError(
+            f"{folder / 'config.json'} has each token go through more experts than there are, or through none",
+            found=f"{experts_per_token(text)} of {experts}",
+            do="copy or download it again",
+        )
     if getattr(config, "quantization_config", None):
         # Quantised layers hold other tensors than the model's own: compare the modules.
         wanted, there = _modules(model.state_dict()), _modules(_renamed(model, found))

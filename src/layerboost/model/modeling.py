@@ -1,7 +1,7 @@
 """The class that loads a boosted checkpoint: Transformers records `per_layer_config`, this builds the model from it.
 
-Travels inside every boosted checkpoint together with families.py, attention.py and caches.py, joined into one file, so
-that `trust_remote_code=True` loads it where layerboost is not installed.
+Travels inside every boosted checkpoint together with families.py, attention.py, caches.py and linear_attention.py,
+joined into one file, so that `trust_remote_code=True` loads it where layerboost is not installed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from layerboost.model.attention import masked_attention, sliding_attention
-from layerboost.model.caches import AttentionFreeCacheLayer, MixedCacheLayer, SlidingCacheLayer, take_heads
+from layerboost.model.attention import boolean_mask, masked_attention, sliding_attention
+from layerboost.model.caches import (
+    AttentionFreeCacheLayer,
+    LinearCacheLayer,
+    MixedCacheLayer,
+    SlidingCacheLayer,
+    take_heads,
+)
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
+from layerboost.model.linear_attention import make_linear
 
+# More tokens than any draft has: what assisted generation crops.
+SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
 
 
@@ -74,6 +83,11 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
     """Return, for each layer with two kinds of KV heads in a config, its full KV heads."""
     return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
+
+
+def recorded_feature_maps(config: PreTrainedConfig) -> dict[int, str]:
+    """Return the feature map of each layer with linear attention in a config."""
+    return {int(layer): name for layer, name in (getattr(config, "linear_attention", None) or {}).items()}
 
 
 def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> None:
@@ -152,11 +166,13 @@ def apply_config(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
-    skipped, mixed = set(skipped_layers(config)), recorded_full_heads(config)
+    skipped, mixed, linear = set(skipped_layers(config)), recorded_full_heads(config), recorded_feature_maps(config)
     stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:
             make_attention_free(layer, index, family)
+        elif index in linear:
+            make_linear(getattr(layer, family.attention), config.sliding_window, linear[index])
         elif index in mixed or config.layer_types[index] != types[index]:
             sink = index in config.attention_sink_layers
             make_sliding(getattr(layer, family.attention), config.sliding_window, sink, mixed.get(index, ()))
@@ -195,11 +211,19 @@ def _prepare_forward(
         raise ValueError(
             f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
+    _place_cache_layers(past, config, skipped)
+    return args, kwargs
+
+
+def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: set[int]) -> None:
+    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop."""
+    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    recording = any(layer.record_past for layer in sliding)
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
-    mixed = recorded_full_heads(config)
-    while len(past.layers) <= max([*skipped, *mixed], default=-1):
+    mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
+    while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
         past.layers.append(DynamicLayer())
     for index in skipped:
         if not isinstance(past.layers[index], AttentionFreeCacheLayer):
@@ -207,8 +231,14 @@ def _prepare_forward(
     for index, full in mixed.items():
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed))
-    return args, kwargs
+            # Without a sliding layer nothing says whether the cache will be cropped.
+            spare = 0 if sliding else SPARE_TOKENS
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
+    for index in linear:
+        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
+            past.layers[index] = LinearCacheLayer(config.sliding_window)
+    if recording:
+        past.activate_past_recording()
 
 
 def sliding_attention_forward(
@@ -272,7 +302,7 @@ def _window_attention(
     softcap: float | None,
 ) -> torch.Tensor:
     """Return the attention `[B, H, T, D]` of the heads of a layer that have a window."""
-    window, sinks, mask = module.layerboost_window, getattr(module, "sinks", None), _boolean_mask(mask, key.shape[2])
+    window, sinks, mask = module.layerboost_window, getattr(module, "sinks", None), boolean_mask(mask, key.shape[2])
     if FAMILIES[module.config.model_type].images_both_ways and mask is not None and mask.shape[2] > 1:
         # A mask that looks ahead does so within an image. As in the base's own sliding layers, the window ends what is
         # seen of the past alone.
@@ -293,19 +323,6 @@ def stock_attention(module: Any, implementation: str) -> Any:
     # Each family has an eager attention of its own, in the file of its attention class.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-
-
-def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """Return a mask of any backend as bool `[B, 1, Tq or 1, Tk]`, for the last `keys` keys."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"sliding layers cannot read a {type(mask).__name__}: load with attn_implementation='sdpa'")
-    if mask.dim() == 2:  # FlashAttention's padding mask [B, Tk]
-        mask = mask[:, None, None, :]
-    if mask.is_floating_point():
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask.bool()[..., -keys:]
 
 
 ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)

@@ -35,6 +35,10 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """
     limits = Budget.of(sensitivity, settings)
     tables = [_fix_sinks(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
+    if DECODE_MS in limits.fractions:
+        # Where any KV heads differ, every layer takes several attention calls: plans of whole layers apart.
+        whole = [[[each for each in options if not each.plan.full_kv_heads] for options in table] for table in tables]
+        tables += whole if whole != tables else []
     solved = [found for table in tables if (found := _solve(table, limits, settings)) is not None]
     if not solved:
         nearest = _nearest(tables, limits, settings)
@@ -171,6 +175,7 @@ def _program(
     """
     flat = [choice for options in table for choice in options]
     module = module_heads(limits.model.kv_heads, [choice.plan for choice in flat])
+    limits = replace(limits, module=module)
     pairs = _pairs(limits, module, exceed)
     rows, bounds, of_costs = _limits(flat, pairs, module, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
