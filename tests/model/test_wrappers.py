@@ -76,7 +76,7 @@ def test_the_facts_are_those_of_the_language_model(wrapper: str, tmp_path: Path)
     model = base.load()
     inside = sum(each.numel() for each in model.get_decoder().parameters()) + model.lm_head.weight.numel()
     assert info.parameters == inside < sum(each.numel() for each in model.parameters())
-    assert count_parameters(base.model_config) == (inside, info.attention_parameters)
+    assert count_parameters(base.model_config)["attention_parameters"] == info.attention_parameters
     assert decode_work(info, layer_plans("fff"), 1, 64)[2] < 4 * inside  # bytes of weights: no embedding, no tower
 
 

@@ -31,11 +31,11 @@ class Origin:
 
 
 UNKNOWN = Origin()
-LANGUAGE_MODEL = "AutoModelForCausalLM"
+# The auto class, and the Hub's name of what a model does.
+LANGUAGE_MODEL = ("AutoModelForCausalLM", "text-generation")
+WRAPPER = ("AutoModelForImageTextToText", "image-text-to-text")
 INSTALL = """```console
 pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
-"""
-WRAPPER_SERVED = """With Transformers, also with images in the prompt; a window counts their tokens too. Not with vLLM.
 """
 HEADS = """
 `full KV heads`: those of a sliding layer that keep full attention, each with its query heads."""
@@ -110,13 +110,11 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         else ""
     )
     own, reach = _full_layers(plan)
-    wraps = plan.model.model_type in WRAPPERS
-    auto, task = ("AutoModelForImageTextToText", "image-text-to-text") if wraps else (LANGUAGE_MODEL, "text-generation")
-    taken = counts(plan.layers)
+    auto, task = WRAPPER if plan.model.model_type in WRAPPERS else LANGUAGE_MODEL
     meanings = "; ".join(
         f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
         for each in STRATEGIES.values()
-        if each.name in taken
+        if each.name in counts(plan.layers)
     )
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else (), task)}
 
@@ -140,7 +138,7 @@ model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 
 ## Serve
 
-{WRAPPER_SERVED if wraps else _serve(plan)}
+{_serve(plan)}
 ## The plan
 
 {meanings}.
@@ -168,6 +166,8 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    if plan.model.model_type in WRAPPERS:
+        return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -262,13 +263,17 @@ def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust
             found=f"{experts_per_token(text)} of {experts}",
             do="copy or download it again",
         )
-    if getattr(config, "quantization_config", None):
+    settings = getattr(config, "quantization_config", None) or {}
+    if settings and settings.get("quant_method") != "fp8":
         # Quantised layers hold other tensors than the model's own: compare the modules.
         wanted, there = _modules(model.state_dict()), _modules(_renamed(model, found))
         missing, unexpected = wanted - there - _modules(model.all_tied_weights_keys), there - wanted
         mismatched: Iterable[Any] = ()
     else:
-        if strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
+        if settings:
+            config = copy.copy(config)
+            config.quantization_config = {**settings, "dequantize": True}
+        elif strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
             raise _quantised(folder, f"{some(strange)} of type {found[strange[0]].dtype}, no quantization_config")
         # Transformers itself knows which tensors it renames, ignores and initialises.
         loading = _loaded_on_meta(folder, type(model), config, found)
