@@ -75,7 +75,7 @@ def adapted_layers(
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
     linear = {entry.layer for entry in layers if entry.feature_map}
     first = min(keeps, default=0)
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.get_text_config().model_type]
     values = {*VALUES, family.output}
     prefix = _layers_name(model)
     stage1, stage2, known, routers = set(), set(), set(), set()

@@ -17,6 +17,7 @@ from layerboost.files import disk_error, new_folder
 from layerboost.model import attention, caches, families, linear_attention, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import as_saved, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
@@ -48,7 +49,9 @@ def save_boosted(
     """
     with new_folder(target) as folder:
         try:
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            # A wrapper's tensors have other names in its base's file; vLLM and Transformers know these too.
+            own_names = {"save_original_format": False} if model.config.model_type in WRAPPERS else {}
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, **own_names)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
         save_tokenizer(tokenizer, folder)
