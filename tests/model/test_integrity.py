@@ -322,7 +322,11 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fp8": (
         lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
-        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
+        "has quantization_config fp8, and no weight is of that type",
+    ),
+    "gptq": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "gptq"',
     ),
     "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
     "weights of another name": (

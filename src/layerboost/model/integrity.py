@@ -159,6 +159,11 @@ def _check_quantisation(folder: Path, plain: dict[str, Any]) -> None:
         if (package := DEQUANTISED[method]) and find_spec(package) is None:
             raise _quantised(folder, f"{method}, which takes the package {package} to undo")
         tensors = headers(folder)
+        if method == "fp8" and all(tensor.dtype != torch.float8_e4m3fn for tensor in tensors.values()):
+            raise ConfigError(
+                f"{folder / 'config.json'} has quantization_config fp8, and no weight is of that type",
+                do="remove quantization_config if the weights were dequantised, or copy the directory again",
+            )
         unscaled = [name for name in tensors if name.endswith(".weight") and tensors[name].dtype == torch.float8_e4m3fn]
         if unscaled := [name for name in unscaled if not {f"{name}_scale_inv", f"{name}_scale"} & tensors.keys()]:
             raise _quantised(folder, f"{some(unscaled)} of type {torch.float8_e4m3fn} without a scale")
