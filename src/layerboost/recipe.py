@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
+from layerboost.strategies import MEASURED, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
 RECIPES = next(
@@ -91,6 +92,7 @@ class Measure(Section):
     """Sensitivity of each layer to each replacement."""
 
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
+    strategies: tuple[Replacement, ...] = Field(MEASURED, min_length=1, description="sliding, none; linear: not served")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
     skip_tokens: int = Field(
         0, ge=0, description="calibration tokens to skip first, to measure on another part of the text"

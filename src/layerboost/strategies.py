@@ -9,10 +9,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-StrategyName = Literal["full", "sliding", "none"]
+StrategyName = Literal["full", "sliding", "linear", "none"]
+Replacement = Literal["sliding", "linear", "none"]
 FULL: StrategyName = "full"
+SLIDING: StrategyName = "sliding"
+LINEAR: StrategyName = "linear"
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
-WINDOW, SINK, FULL_KV_HEADS = "window", "sink", "full_kv_heads"
+WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
+FeatureMapName = Literal["lolcats", "liger"]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A kind of linear attention: what one layer holds of the tokens beyond its window, and how it is trained."""
+
+    # (query heads, KV heads, head size) -> numbers in the state of one layer.
+    state: Callable[[int, int, int], int]
+    # Whether stage 1 of healing has parameters of its own to train.
+    learned: bool
+    # Whether the first `window` positions are computed as in full attention.
+    exact_within_window: bool
+
+
+LOLCATS_FEATURES = 128  # of [softmax(xW), softmax(−xW)], 64 each
+FEATURE_MAPS: dict[FeatureMapName, FeatureMap] = {
+    # Feature maps are per query head, and the state has one more column: the normaliser.
+    "lolcats": FeatureMap(lambda heads, _, size: heads * LOLCATS_FEATURES * (size + 1), True, True),
+    "liger": FeatureMap(lambda _, kv_heads, size: kv_heads * size * size, False, False),
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +54,14 @@ class Strategy:
     text: tuple[str, str] | None = None  # on those cells; without one, a cell has a dashed border alone
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
+    # Whether vLLM and exports have it.
+    served: bool = True
 
     def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return every combination of window and sink to measure whole layers with, each as fields of a LayerPlan."""
+        """Return every combination of window, sink and feature map to measure whole layers with, each as fields of a
+        LayerPlan."""
         combinations: list[dict[str, Any]] = [{}]
-        for setting, values in ((WINDOW, windows), (SINK, (False, True))):
+        for setting, values in ((WINDOW, windows), (SINK, (False, True)), (FEATURE_MAP, tuple(FEATURE_MAPS))):
             if setting in self.settings:
                 combinations = [fields | {setting: value} for fields in combinations for value in values]
         return combinations
@@ -62,6 +89,16 @@ STRATEGIES: dict[StrategyName, Strategy] = {
             text=("#241800", "#1f1500"),
         ),
         Strategy(
+            "linear",
+            "linear attention",
+            "softmax over the last `window` tokens, and linear attention's state of all tokens",
+            lambda context, window: min(window or 0, context),
+            settings=(WINDOW, FEATURE_MAP),
+            served=False,
+            shades=(("#2c7a66", "#58b59b"), ("#1f5b4c", "#3f8f79"), ("#123f34", "#2f6e5d")),
+            text=("#ffffff", "#04150f"),
+        ),
+        Strategy(
             "none",
             "no attention",
             "no attention, no KV cache",
@@ -71,6 +108,9 @@ STRATEGIES: dict[StrategyName, Strategy] = {
         ),
     )
 }
+
+# What `measure` replaces a layer's attention by, unless it is told otherwise.
+MEASURED: tuple[Replacement, ...] = ("sliding", "none")
 
 
 class Chosen(Protocol):
@@ -84,10 +124,14 @@ class Chosen(Protocol):
     def sink(self) -> bool: ...
     @property
     def full_kv_heads(self) -> tuple[int, ...]: ...
+    @property
+    def feature_map(self) -> FeatureMapName | None: ...
 
 
 def label(chosen: Chosen) -> str:
-    """Return the name of a strategy with its settings: full, sliding 64 + sink, sliding 64 + full KV heads 0 2."""
+    """Return the name of a strategy with its settings: full, sliding 64 + sink, sliding 64 + full KV heads 0 2, linear
+    64 liger."""
     window = f" {chosen.window}" if chosen.window else ""
     heads = f" + full KV heads {' '.join(map(str, chosen.full_kv_heads))}" if chosen.full_kv_heads else ""
-    return chosen.attention + window + (" + sink" if chosen.sink else "") + heads
+    feature_map = f" {chosen.feature_map}" if chosen.feature_map else ""
+    return chosen.attention + window + feature_map + (" + sink" if chosen.sink else "") + heads

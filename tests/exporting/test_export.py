@@ -144,6 +144,8 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
         ("gemma2", "ffff", "gguf", "an output head of its own"),
         ("gemma3_text", "ffsf", "gguf", "an output head of its own"),
         ("llama", "fHff", "gguf", "granite_swa: layer 1 has full KV heads in a sliding layer; gguf deci: layer 1 has"),
+        ("llama", "flff", "auto", "a stock format has no linear attention\nfound: layers 1 of the plan"),
+        ("llama", "fLff", "gguf", "gguf has no linear attention"),
         ("llama", "ffff", "gguff", "no format is called gguff"),
     ],
 )

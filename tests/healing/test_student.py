@@ -150,7 +150,7 @@ def test_adapters_of_experts_are_merged_and_saved(model_type: str, tmp_path: Pat
     adapters = with_adapters(student, names, rank=2)
     before = student(IDS).logits
     state = {name: value.clone() for name, value in student.state_dict().items() if "lora_" not in name}
-    train_only(student, names)
+    train_only(student, "lora", names)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     owners = {name.partition(".lora_")[0].replace(".base_layer", "") for name in trained}
     assert owners == names
@@ -185,7 +185,7 @@ def test_only_the_named_adapters_and_the_sinks_are_trained() -> None:
     adapters = [m for name, m in student.named_modules() if "lora_" in name and isinstance(m, torch.nn.Linear)]
     assert len(adapters) == 4
     assert {type(module) for module in adapters} == {OneDNNLinear}
-    train_only(student, frozenset({"model.layers.2.mlp.up_proj"}))
+    train_only(student, "lora", frozenset({"model.layers.2.mlp.up_proj"}))
     assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == {
         "model.layers.1.self_attn.sinks",
         "model.layers.2.mlp.up_proj.lora_A.default.weight",

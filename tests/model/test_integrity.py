@@ -15,7 +15,7 @@ from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
-from layerboost.model.files import INDEX
+from layerboost.model.files import INDEX, read_weights
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
@@ -322,7 +322,11 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fp8": (
         lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
-        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
+        "has quantization_config fp8, and no weight is of that type",
+    ),
+    "gptq": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "gptq"',
     ),
     "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
     "weights of another name": (
@@ -457,7 +461,7 @@ def test_a_checkpoint_of_experts_is_read_back(model_type: str, tmp_path: Path, m
     letters = fitted(LETTERS, model_type)
     plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
     save_boosted(boosted(letters, model_type), tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="")
-    read = checkpoint.read_weights
+    read = read_weights
 
     def other(folder: Path) -> dict[str, torch.Tensor]:
         return {

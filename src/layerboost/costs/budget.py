@@ -18,15 +18,18 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
+from layerboost.strategies import FEATURE_MAPS
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
-    """Return the KV bytes of a plan for one request of `context_tokens`."""
+    """Return the KV bytes of a plan for one request of `context_tokens`, states of linear attention included."""
     held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
-    return held * model.kv_bytes_per_token // model.kv_heads
+    shape = model.heads, model.kv_heads, model.head_dim
+    states = sum(FEATURE_MAPS[entry.feature_map].state(*shape) for entry in layers if entry.feature_map)
+    return held * model.kv_bytes_per_token // model.kv_heads + states * model.bytes_per_element
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:

@@ -42,7 +42,7 @@ def estimate_healing(
     first = next((entry.layer for entry in plan or [] if entry.changed), 0)
     changed = layers - first
     head = info.hidden_size * config.vocab_size
-    embeddings = head * (1 if config.tie_word_embeddings else 2)
+    embeddings = head * (1 if info.tied_head else 2)
     whole, body = info.parameters - embeddings, info.active_parameters - embeddings
     passes = {"none": 2, "selective": 2, "full": 3}[recipe.heal.activation_checkpointing]
     lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)

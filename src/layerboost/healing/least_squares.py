@@ -27,6 +27,7 @@ from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
 from layerboost.schemas.healing import METRICS
 from layerboost.schemas.plan import LayerPlan
+from layerboost.strategies import SLIDING
 
 # In units of the inputs' mean square; each layer takes the best on held-out sequences.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -143,7 +144,7 @@ def fit_outputs(
     # Full sequences: a shorter last one might fit into the window, and would show nothing.
     ends = [end for end in accumulate(map(len, sequences)) if end <= tokens]
     total, device = ends[-1], next(distiller.student.parameters()).device
-    sliding = [entry for entry in distiller.changed if entry.strategy.keeps_weights]
+    sliding = [entry for entry in distiller.changed if entry.attention == SLIDING]
     groups = list(_groups(distiller, sliding))
     fitted = {}
     with Progress("fitting output projections", len(groups) * total, "tokens") as progress:

@@ -16,8 +16,9 @@ from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES
 from layerboost.model.files import as_saved, read_weights
 from layerboost.model.linear import use_onednn
+from layerboost.model.linear_attention import FEATURE_PARAMETERS
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import apply_plan, packed_parameters
+from layerboost.model.surgery import ADDED_PARAMETERS, apply_plan, packed_parameters
 from layerboost.schemas.plan import LayerPlan
 
 VALUES = ("v_proj", "qkv_proj")  # Phi-3's q, k and v are one
@@ -43,7 +44,7 @@ def shared_student(teacher: PreTrainedModel, checkpoint: Path, layers: list[Laye
         for key, value in saved.items():
             stored = found.pop(key, None)
             if stored is None:
-                wrong = wrong or f"no {key}" * key.endswith(".sinks")
+                wrong = wrong or f"no {key}" * (key.rpartition(".")[2] in ADDED_PARAMETERS)
             elif stored.shape != value.shape:
                 wrong = wrong or key
             elif name not in buffers and not torch.equal(stored.to(value), value):
@@ -65,14 +66,16 @@ def adapted_layers(
 
     They are linear layers, and packed experts, of which all parameters get one. Routers never do.
 
-    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
-    from the first changed layer up, also in full layers; below it, student and base are equal. By default v and o of
-    sliding layers, and the MLPs. Experts are adapted where a layer has nothing else to learn through, or if `targets`
-    name them. Raise ConfigError for targets that do not exist, naming those that do, and for routers.
+    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP; a linear layer trains
+    its feature maps instead. Stage 2: `targets` from the first changed layer up, also in full layers; below it, student
+    and base are equal. By default v and o of changed layers, and the MLPs. Experts are adapted where a layer has
+    nothing else to learn through, or if `targets` name them. Raise ConfigError for targets that do not exist, naming
+    those that do, and for routers.
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
+    linear = {entry.layer for entry in layers if entry.feature_map}
     first = min(keeps, default=0)
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.get_text_config().model_type]
     values = {*VALUES, family.output}
     prefix = _layers_name(model)
     stage1, stage2, known, routers = set(), set(), set(), set()
@@ -92,7 +95,7 @@ def adapted_layers(
             continue
         if packed and has_attention is False:
             experts.setdefault(layer, set()).add(full_name)
-        elif has_attention is not None and has_attention == in_attention:
+        elif has_attention is not None and has_attention == in_attention and layer not in linear:
             stage1.add(full_name)
         by_default = not packed and (not in_attention or (has_attention is True and parts[-1] in values))
         if layer >= first and (parts[-1] in targets if targets else by_default):
@@ -126,12 +129,12 @@ def describe(adapted: Mapping[str, frozenset[str]]) -> str:
 
 
 def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) -> PeftModel:
-    """Add LoRA to the named modules, alpha twice the rank; make sinks float32, in which they are trained.
+    """Add LoRA to the named modules, alpha twice the rank; make what surgery added float32, in which it is trained.
 
     Return what merges the adapters into `student`, which changes in place.
     """
     for name, parameter in list(student.named_parameters()):
-        if name.endswith(".sinks"):
+        if name.rpartition(".")[2] in ADDED_PARAMETERS:
             parameter.data = parameter.data.float()
     prefix = f"{_layers_name(student)}."
     linear, packed = [], []
@@ -147,13 +150,15 @@ def with_adapters(student: PreTrainedModel, names: frozenset[str], rank: int) ->
     return adapted
 
 
-def train_only(student: PreTrainedModel, names: frozenset[str]) -> None:
-    """Make only the adapters of the named modules and all sinks trainable."""
+def train_only(student: PreTrainedModel, stage: str, names: frozenset[str]) -> None:
+    """Make trainable the adapters of the named modules and all sinks; in the stage `attention` also feature maps."""
+    added = {"sinks", *(FEATURE_PARAMETERS if stage == "attention" else ())}
     for name, parameter in student.named_parameters():
         # peft nests the adapters of one module's parameters.
         owner = name.partition(".lora_")[0].replace(".base_layer", "")
-        parameter.requires_grad_(("lora_" in name and owner in names) or name.endswith(".sinks"))
+        parameter.requires_grad_(("lora_" in name and owner in names) or name.rpartition(".")[2] in added)
 
 
 def _layers_name(model: PreTrainedModel) -> str:
-    return next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    names: list[str] = [name for name, module in model.named_modules() if module is decoder_layers(model)]
+    return names[0]

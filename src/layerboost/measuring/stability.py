@@ -23,13 +23,14 @@ from layerboost.schemas.sensitivity import (
     Variant,
     read_sensitivity,
 )
-from layerboost.strategies import StrategyName
+from layerboost.strategies import FeatureMapName, StrategyName
 
 RESAMPLES = 2000
 LEAST_LAYERS = 4
 
-# Strategy, window, sink, and whether it is of KV heads and not of layers (then with the sink that each layer measured).
-Kind = tuple[StrategyName, int | None, bool, bool]
+# Strategy, window, sink, whether it is of KV heads and not of layers (then with the sink that each layer measured), and
+# the feature map.
+Kind = tuple[StrategyName, int | None, bool, bool, FeatureMapName | None]
 
 
 def run_stability(run: Path, others: list[Path]) -> Stability:
@@ -101,10 +102,11 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 
     for entry in sensitivity.layers:
         for variant in entry.variants:
-            put((variant.attention, variant.window, variant.sink, False), layers, entry.layer, variant)
+            kind = (variant.attention, variant.window, variant.sink, False, variant.feature_map)
+            put(kind, layers, entry.layer, variant)
         for variant in entry.heads:
             site = entry.layer * heads + min(set(range(heads)) - set(variant.full_kv_heads))
-            put((variant.attention, variant.window, False, True), layers * heads, site, variant)
+            put((variant.attention, variant.window, False, True, None), layers * heads, site, variant)
     return table
 
 
@@ -129,6 +131,7 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
         window=kind[1],
         sink=kind[2],
         kv_heads=kind[3],
+        feature_map=kind[4],
         metric=metric,
         other_metric=other,
         spearman=float(_spearman(a, b)),

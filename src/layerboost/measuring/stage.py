@@ -18,7 +18,7 @@ from layerboost.model.checkpoint import check_same_model
 from layerboost.model.files import check_gguf
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import check_plan, check_windows
+from layerboost.model.surgery import check_linear, check_plan, check_windows
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
 from layerboost.recipe import Recipe, model_of
@@ -29,6 +29,7 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
+from layerboost.strategies import LINEAR, MEASURED
 from layerboost.tasks.checks import check_items
 from layerboost.tasks.lm_eval import BenchTask
 from layerboost.tasks.probe import TaskProbe, load_choices
@@ -83,8 +84,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     validate_measure(recipe)
     if base.gguf:
         check_gguf(base.folder / base.gguf)
-    check_windows(base.config, recipe.measure.windows)
-    _head_group(recipe, base.config)
+    _check_config(recipe, base.config)
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
@@ -100,8 +100,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
-        check_windows(base.config, recipe.measure.windows)
-        _head_group(recipe, base.config)
+        _check_config(recipe, base.config)
         write_samples(recipe, run, base)
     return measure(recipe, base, run)
 
@@ -150,7 +149,10 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
 
     done = found.layers if found else []
     exact = None if scans else head_group
-    sweep(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact)
+    sweep(
+        *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact),
+        strategies=recipe.measure.strategies,
+    )
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
@@ -178,6 +180,14 @@ def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[Benc
     return tasks
 
 
+def _check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ConfigError for replacements that this model cannot have."""
+    check_windows(config, recipe.measure.windows)
+    if LINEAR in recipe.measure.strategies:
+        check_linear(config)
+    _head_group(recipe, config)
+
+
 def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
     text, window = inputs.text, max(recipe.measure.windows)
     if isinstance(text, Traffic) and max(text.lengths) <= window:
@@ -201,6 +211,7 @@ def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Ru
     return {
         "dtype": runtime.dtype_name,
         "windows": list(recipe.measure.windows),
+        "strategies": list(recipe.measure.strategies) if recipe.measure.strategies != MEASURED else None,
         "sequence_tokens": recipe.text.sequence_tokens,
         "retrieval": fingerprint(rows) if rows else None,
         "tasks": [task.name for task in inputs.tasks] or None,

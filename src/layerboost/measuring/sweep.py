@@ -15,7 +15,7 @@ from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, STRATEGIES, WINDOW
+from layerboost.strategies import FULL, FULL_KV_HEADS, MEASURED, SLIDING, STRATEGIES, WINDOW, StrategyName
 
 
 @torch.no_grad()
@@ -26,9 +26,11 @@ def sweep(
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
     head_group: int | None = None,
+    strategies: Sequence[StrategyName] = MEASURED,
 ) -> None:
     """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
+    `strategies`: what replaces a layer's attention.
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
     loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
     Memory: one hidden state per token for the base's output and for two layers, and the prefix caches of `TextProbe`.
@@ -49,7 +51,8 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    pending.append(_measure(probes, index, windows, plan is not None, head_group))
+                    options = candidates(streams[0].stream.model, index, windows, strategies)
+                    pending.append(_measure(probes, index, options, plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
                     pending = []
@@ -59,16 +62,18 @@ def sweep(
                 del each.inputs[index]
 
 
-def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
-    """Return every replacement of one layer: each strategy but full attention with all of its settings.
+def candidates(
+    model: PreTrainedModel, layer: int, windows: Sequence[int], strategies: Sequence[StrategyName] = MEASURED
+) -> list[LayerPlan]:
+    """Return every replacement of one layer: each of the strategies with all of its settings.
 
     A layer that slides in the base can only be removed.
     """
-    slides = base_layer_types(model.config)[layer] == "sliding_attention"
+    slides = base_layer_types(model.config.get_text_config())[layer] == "sliding_attention"
     return [
         LayerPlan(layer=layer, attention=name, **fields)
         for name, strategy in STRATEGIES.items()
-        if name != FULL and not (slides and WINDOW in strategy.settings)
+        if name in strategies and not (slides and WINDOW in strategy.settings)
         for fields in strategy.variants(windows)
     ]
 
@@ -77,8 +82,10 @@ def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: 
     """Return each window on each group of a layer's KV heads, with a sink if that loses less KL for the whole layer."""
     best: dict[int, Variant] = {}
     for variant in whole:
-        if variant.window and (
-            variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean
+        if (
+            variant.attention == SLIDING
+            and variant.window
+            and (variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean)
         ):
             best[variant.window] = variant
     if group == kv_heads:
@@ -91,16 +98,16 @@ def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: 
 
 
 def _measure(
-    probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool, head_group: int | None
+    probes: Sequence[Probe], index: int, options: list[LayerPlan], on_plan: bool, head_group: int | None
 ) -> LayerSensitivity:
     model = probes[0].streams.stream.model
     # The loss of the plan's other layers, this one being full.
     [rest] = _losses(probes, [LayerPlan(layer=index, attention=FULL)]) if on_plan else [None]
-    whole = _variants(probes, index, candidates(model, index, windows), rest)
+    whole = _variants(probes, index, options, rest)
     if head_group is None:
         return LayerSensitivity(layer=index, variants=whole)
-    options = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
-    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, options, rest))
+    of_heads = head_candidates(whole, index, model.config.get_text_config().num_key_value_heads, head_group)
+    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, of_heads, rest))
 
 
 def _losses(probes: Sequence[Probe], options: Sequence[LayerPlan]) -> list[Losses]:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import disk_error, new_folder
-from layerboost.model import attention, families, modeling
+from layerboost.model import attention, caches, families, linear_attention, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import as_saved, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
@@ -48,7 +49,9 @@ def save_boosted(
     """
     with new_folder(target) as folder:
         try:
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            # A wrapper's tensors have other names in its base's file; vLLM and Transformers know these too.
+            own_names = {"save_original_format": False} if model.config.model_type in WRAPPERS else {}
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, **own_names)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
         save_tokenizer(tokenizer, folder)
@@ -129,9 +132,9 @@ def check_comparable(other: Base, base: Base) -> None:
 
 
 def modeling_source() -> str:
-    """Return families.py, attention.py and modeling.py as the one file that is part of a checkpoint."""
+    """Return the modules that are part of a checkpoint as its one file."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
-    for module in (families, attention, modeling):
+    for module in (families, attention, caches, linear_attention, modeling):
         assert module.__file__
         text = Path(module.__file__).read_text()
         lines = text.splitlines()

@@ -66,15 +66,17 @@ def frontier_table(frontier: Frontier) -> Table:
     """Return a row per plan: cost, counts, window, predicted loss in every metric."""
     metrics = list(frontier.points[0].predicted.damage)
     timed = frontier.points[0].predicted.decode_ms is not None
+    taken = {name for point in frontier.points for name in counts(point.layers)}
+    strategies = [name for name in STRATEGIES if name in taken]
 
     def cells(point: FrontierPoint) -> list[str]:
         predicted = point.predicted
-        by_strategy = [str(count) for count in counts(point.layers).values()]
+        by_strategy = [str(point.count(name)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
         damage = [number(predicted.damage.get(metric, 0.0)) for metric in metrics]
         return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *decode, *damage]
 
-    header = ["KV of base", *STRATEGIES, "window", *(["decode, ms"] if timed else []), *metrics]
+    header = ["KV of base", *strategies, "window", *(["decode, ms"] if timed else []), *metrics]
     return Table("Plans of every budget", header, [cells(point) for point in frontier.points], (), folded=True)
 
 

@@ -9,15 +9,28 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from layerboost.errors import ConfigError
 from layerboost.files import write_text
 from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
-from layerboost.strategies import FULL, FULL_KV_HEADS, SINK, STRATEGIES, WINDOW, Strategy, StrategyName
+from layerboost.strategies import (
+    FEATURE_MAP,
+    FEATURE_MAPS,
+    FULL,
+    FULL_KV_HEADS,
+    SINK,
+    STRATEGIES,
+    WINDOW,
+    FeatureMapName,
+    Strategy,
+    StrategyName,
+)
 
 
 class LayerPlan(BaseModel):
     """The strategy of one layer, or of its KV heads: those in `full_kv_heads` keep full attention, the others have a
-    window. `sink`: a learned logit in the softmax's denominator, per query head with a window."""
+    window. `sink`: a learned logit in the softmax's denominator, per query head with a window. `feature_map`: the kind
+    of linear attention."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
@@ -25,6 +38,7 @@ class LayerPlan(BaseModel):
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    feature_map: FeatureMapName | None = None
 
     @field_validator("full_kv_heads")
     @classmethod
@@ -38,7 +52,12 @@ class LayerPlan(BaseModel):
         takes = self.strategy.settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
-        given_settings = ((WINDOW, self.window is not None), (SINK, self.sink), (FULL_KV_HEADS, self.full_kv_heads))
+        if FEATURE_MAP in takes and self.feature_map is None:
+            raise ValueError(f"a {self.attention} layer needs a feature_map: {', '.join(FEATURE_MAPS)}")
+        given_settings = (
+            *((WINDOW, self.window is not None), (SINK, self.sink)),
+            *((FULL_KV_HEADS, self.full_kv_heads), (FEATURE_MAP, self.feature_map)),
+        )
         for setting, given in given_settings:
             if given and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
@@ -52,6 +71,17 @@ class LayerPlan(BaseModel):
     def changed(self) -> bool:
         """Return whether the layer differs from the base's."""
         return self.attention != FULL
+
+    @property
+    def learns_alone(self) -> bool:
+        """Return whether stage 1 of healing trains the layer; of a changed layer."""
+        return not self.feature_map or FEATURE_MAPS[self.feature_map].learned
+
+    @property
+    def exact_positions(self) -> int:
+        """Return how many first positions the layer computes as a full layer does; of a changed layer."""
+        exact = not self.sink and (not self.feature_map or FEATURE_MAPS[self.feature_map].exact_within_window)
+        return self.window or 0 if exact else 0
 
     def full_heads(self, kv_heads: int) -> int:
         """Return how many of the layer's `kv_heads` have full attention."""
@@ -79,8 +109,9 @@ class LayerPlan(BaseModel):
         return LayerPlan(layer=self.layer, attention=FULL) if len(self.full_kv_heads) == kv_heads else self
 
     def key(self) -> dict[str, Any]:
-        """Return what identifies the layer's strategy in hashes; of whole layers, as it was before there were heads."""
-        return self.model_dump(exclude=None if self.full_kv_heads else {FULL_KV_HEADS})
+        """Return what identifies the layer's strategy in hashes, without settings that older releases lacked."""
+        later = {FULL_KV_HEADS: self.full_kv_heads, FEATURE_MAP: self.feature_map}
+        return self.model_dump(exclude={name for name, value in later.items() if not value})
 
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
@@ -93,9 +124,21 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """Return the number of layers per strategy, in the order of STRATEGIES."""
-    return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
+def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+    """Return the number of layers per strategy, in the order of STRATEGIES; strategies that no engine serves only where
+    a layer has them."""
+    found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
+    return {name: count for name, count in found.items() if count or STRATEGIES[name].served}
+
+
+def check_served(layers: Iterable[LayerPlan], where: str) -> None:
+    """Raise ConfigError for a plan with a strategy that neither vLLM nor an export has; `where`: who was asked."""
+    if unserved := [entry for entry in layers if not entry.strategy.served]:
+        raise ConfigError(
+            f"{where} has no {unserved[0].strategy.title}",
+            found=f"layers {', '.join(str(entry.layer) for entry in unserved)} of the plan",
+            do="evaluate the model with Transformers; to serve one, plan these layers full, sliding or none",
+        )
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
@@ -103,22 +146,25 @@ def counted(layers: Sequence[LayerPlan]) -> str:
     mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
     return ", ".join(
-        f"{count} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
-        for (name, strategy), count in zip(STRATEGIES.items(), counts(layers).values(), strict=True)
+        f"{count} {name}{heads if FULL_KV_HEADS in STRATEGIES[name].settings else ''}"
+        for name, count in counts(layers).items()
     )
 
 
 def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
-    """Return the layers as a table of text, header first; with a column of full KV heads if any layer has them."""
-    rows = [["layer", "attention", "window", "sink", "full KV heads"]]
+    """Return the layers as a table of text, header first; a column of full KV heads or feature maps if any layer has
+    them."""
+    rows = [["layer", "attention", "window", "sink", "full KV heads", "feature map"]]
     rows += [
         [
             *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
-            " ".join(map(str, entry.full_kv_heads)),
+            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or ""),
         ]
         for entry in layers
     ]
-    return rows if any(entry.full_kv_heads for entry in layers) else [row[:-1] for row in rows]
+    return [
+        [cell for index, cell in enumerate(row) if index < 4 or any(each[index] for each in rows[1:])] for row in rows
+    ]
 
 
 class Predicted(BaseModel):
@@ -178,7 +224,7 @@ class PlanFile(Artifact):
         return [e.layer for e in self.layers if not e.changed and e.layer in self.model.sliding_layers]
 
     def count(self, attention: StrategyName) -> int:
-        return counts(self.layers)[attention]
+        return counts(self.layers).get(attention, 0)
 
     def hash(self) -> str:
         """Return a hash of the model and the layers, whichever way they were chosen."""
@@ -212,7 +258,7 @@ class FrontierPoint(BaseModel):
     layers: list[LayerPlan]
 
     def count(self, attention: StrategyName) -> int:
-        return counts(self.layers)[attention]
+        return counts(self.layers).get(attention, 0)
 
     @property
     def window(self) -> int | None:

@@ -13,7 +13,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.strategies import StrategyName
+from layerboost.strategies import FeatureMapName, StrategyName
 
 
 class Score(BaseModel):
@@ -46,6 +46,7 @@ class Variant(BaseModel):
     window: int | None = None
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    feature_map: FeatureMapName | None = None
     scores: dict[str, Score]
 
     @model_validator(mode="after")
@@ -98,6 +99,7 @@ class Agreement(BaseModel):
     attention: StrategyName
     window: int | None
     sink: bool
+    feature_map: FeatureMapName | None = None
     kv_heads: bool = Field(False, description="whether the scores are of KV heads")
     metric: str
     other_metric: str
