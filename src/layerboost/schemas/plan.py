@@ -124,7 +124,7 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
     """Return the number of layers per strategy, in the order of STRATEGIES; strategies that no engine serves only where
     a layer has them."""
     found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
@@ -143,11 +143,12 @@ def check_served(layers: Iterable[LayerPlan], where: str) -> None:
 
 def counted(layers: Sequence[LayerPlan]) -> str:
     """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none."""
-    mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
+    found, mixed = counts(layers), [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
     return ", ".join(
-        f"{count} {name}{heads if FULL_KV_HEADS in STRATEGIES[name].settings else ''}"
-        for name, count in counts(layers).items()
+        f"{found[name]} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
+        for name, strategy in STRATEGIES.items()
+        if name in found
     )
 
 
