@@ -118,8 +118,9 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
         part = query[:, :, start:end], key[:, :, held], value[:, :, held]
         found[0].append(lolcats_attention(*part, maps, window, keys, state))
         state = lolcats_state(*part[1:], maps[1], window, keys, state)
-        new = [each[:, :, start:end] for each in (query, key, value, gate)]
-        out, gated_state = gated_attention(*new, None if places is None else places[:, start:end], gated_state)
+        q, k, v, g = (each[:, :, start:end] for each in (query, key, value, gate))
+        own = None if places is None else places[:, start:end]
+        out, gated_state = gated_attention(q, k, v, g, own, gated_state)
         found[1].append(out)
         start = end
     for parts_out, expected in zip(found, (whole, gated), strict=True):
@@ -162,12 +163,14 @@ def test_half_precision_follows_float32(letter: str) -> None:
 
 
 def test_feature_maps_start_the_same_in_every_model() -> None:
-    one, other = (decoder_layers(boosted("ll"))[1].self_attn for _ in range(2))
-    for name in FEATURE_PARAMETERS:
-        assert torch.equal(one.get_parameter(name), other.get_parameter(name))
-    assert torch.equal(one.feature_map_q, one.feature_map_k)
-    assert not torch.equal(one.feature_map_q, decoder_layers(boosted("ll"))[0].self_attn.feature_map_q)
-    assert one.window_mix.sigmoid().tolist() == pytest.approx([0.1] * 4, abs=1e-5)
+    one, other, below = (
+        {name: decoder_layers(boosted("ll"))[layer].get_parameter(f"self_attn.{name}") for name in FEATURE_PARAMETERS}
+        for layer in (1, 1, 0)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in FEATURE_PARAMETERS)
+    assert torch.equal(one["feature_map_q"], one["feature_map_k"])
+    assert not torch.equal(one["feature_map_q"], below["feature_map_q"])
+    assert one["window_mix"].sigmoid().tolist() == pytest.approx([0.1] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("feature_map", "window"), [("lolcats", 259), ("liger", 96)])

@@ -38,13 +38,28 @@ def sliding_attention_reference(
     where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). The result is
     `[B, H, Tq, D]`; the row of a query that sees nothing has no meaning.
     """
+    visible = window_mask(query.shape[2], key.shape[2], window, query.device)
+    visible = visible if mask is None else visible & mask
+    return masked_attention(query, key, value, visible, sinks, scaling, softcap)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Return softmax attention over the keys that each query may see, `visible` bool `[B, 1, Tq, Tk]` or `[Tq, Tk]`.
+
+    Takes O(T²) time and memory. The other arguments are those of `sliding_attention_reference`.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = _capped(query @ key.transpose(-1, -2) * scaling, softcap)
-    visible = window_mask(query.shape[2], key.shape[2], window, query.device)
-    if mask is not None:
-        visible = visible & mask
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     if sinks is None:
         return scores.softmax(-1) @ value

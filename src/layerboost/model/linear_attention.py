@@ -95,7 +95,13 @@ def lolcats_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (_wide(x) for x in (query, key, value))
     query, key, value = query.unflatten(1, (key.shape[1], -1)), key[:, :, None], _with_ones(value)[:, :, None]
-    query_features, key_features = hedgehog(query, maps[0]), hedgehog(key, maps[1])
+    query_features = hedgehog(query, maps[0])
+    if queries == 1 and keys <= window:  # generating: no key is older than the window, but for the state
+        visible = None if documents is None else (documents == documents[:, -1:])[:, None, None, None]
+        total = _window_terms(query * scaling, key, value, maps[2].sigmoid(), visible)
+        total = total if state is None else total + query_features @ state.to(total.dtype)
+        return _divided(total).flatten(1, 2).to(dtype)
+    key_features = hedgehog(key, maps[1])
     if documents is not None:
         key_features = key_features * (documents >= 0)[:, None, None, :, None]
     front, end = keys - queries, -keys % window
@@ -114,17 +120,15 @@ def lolcats_attention(
         near, far, old = (x[:, None, None] for x in (near & same, far & same_before, old & same_before))
     key_before, value_before, features_before = (_shifted(x, 3, 1) for x in (key, value, key_features))
     visible = torch.cat(torch.broadcast_tensors(far, near), dim=-1)
-    scores = query @ torch.cat([key_before, key], dim=-2).transpose(-1, -2) * scaling
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp() * _per_head(maps[2].sigmoid(), query)
-    total = weights @ torch.cat([value_before, value], dim=-2)
+    key, values = torch.cat([key_before, key], dim=-2), torch.cat([value_before, value], dim=-2)
+    total = _window_terms(query * scaling, key, values, maps[2].sigmoid(), visible)
     total = total + (query_features @ features_before.transpose(-1, -2) * old) @ value_before
     # Blocks before the last one: the state after block n - 2.
     states = _scan(_products(key_features, value, documents), state, documents)
     states = [states[0], *states[: query.shape[3] - 1]]
     reach = None if documents is None else _reach(documents, 2)
     total = total + _read(query_features, states, reach)
-    out = (total[..., :-1] / total[..., -1:]).flatten(3, 4).flatten(1, 2)
+    out = _divided(total).flatten(3, 4).flatten(1, 2)
     return out[:, :, front : front + queries].to(dtype)
 
 
@@ -235,7 +239,8 @@ def _with_ones(value: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
-    return x.unflatten(-2, (-1, size))
+    blocks: torch.Tensor = x.unflatten(-2, (-1, size))
+    return blocks
 
 
 def _shifted(x: torch.Tensor, dim: int, shift: int) -> torch.Tensor:
@@ -249,9 +254,22 @@ def _extended(documents: torch.Tensor, end: int) -> torch.Tensor:
     return torch.cat([documents, documents[:, -1:].expand(-1, end)], dim=1)
 
 
-def _per_head(values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Return `[H]` in a shape for query `[B, Hkv, G, N, n, D]`."""
-    return values.to(query.dtype).view(*query.shape[1:3], 1, 1, 1)
+def _window_terms(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mix: torch.Tensor, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Return mix · e^(score − its maximum) of the visible keys, times their values: numerator and denominator.
+
+    query `[B, Hkv, G, ..., n, D]`, scaled; mix `[H]`.
+    """
+    scores = query @ key.transpose(-1, -2)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    per_head = mix.to(scores.dtype).view(*scores.shape[1:3], *[1] * (scores.dim() - 3))
+    return ((scores - scores.amax(-1, keepdim=True)).exp() * per_head) @ value
+
+
+def _divided(total: torch.Tensor) -> torch.Tensor:
+    return total[..., :-1] / total[..., -1:]
 
 
 def _products(key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
@@ -353,16 +371,16 @@ def linear_attention_forward(
     if module.layerboost_feature_map == "lolcats":
         maps = tuple(getattr(module, name) for name in FEATURE_PARAMETERS)
         out = lolcats_attention(query, key, value, maps, window, documents, state, scaling)
-        state = lolcats_state(key, value, maps[1], window, documents, state) if cache else None
+        state = lolcats_state(key, value, maps[1], window, documents, state) if cache else state
     else:
         plain_query, plain_key = _unrotated(module, query, key[:, :, -queries:])
         gate = F.logsigmoid(_wide(plain_key)) / GATE_TEMPERATURE
-        features = (_wide(x).softmax(-1) for x in (plain_query, plain_key))
-        own = None if documents is None else documents[:, -queries:]
-        far, state = gated_attention(*features, value[:, :, -queries:], gate, own, state)
+        query_features, key_features = _wide(plain_query).softmax(-1), _wide(plain_key).softmax(-1)
+        own, values = None if documents is None else documents[:, -queries:], value[:, :, -queries:]
+        far, state = gated_attention(query_features, key_features, values, gate, own, state)
         near = sliding_attention(query, key, value, window, None, mask, scaling)
         out = (near + far.to(near.dtype)) / 2
-    if cache:
+    if cache and state is not None:
         cache.state = state.to(value.dtype)
     return out.transpose(1, 2).contiguous(), None
 

@@ -124,7 +124,7 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
+def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
     """Return the number of layers per strategy, in the order of STRATEGIES; strategies that no engine serves only where
     a layer has them."""
     found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
