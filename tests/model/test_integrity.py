@@ -320,10 +320,6 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: pickle(f, **{OTHER: torch.zeros(64, 96)}),
         f"weights twice, and they differ\nfound: {OTHER} in safetensors and",
     ),
-    "fp8": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
-        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
-    ),
     "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
     "weights of another name": (
         lambda f: edit_config(f, transformers_weights="x.safetensors"),
