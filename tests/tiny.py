@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
@@ -184,6 +184,11 @@ def families(*, sliding: bool = True, experts: bool = False) -> list[Any]:
         name for name in MODEL_TYPES if (sliding or name not in SLIDING_BASES) and (not experts or name in MIXTURES)
     ]
     return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
+
+
+def row(model_type: str) -> Family:
+    """The row of a family, or of the language model in a tiny wrapper."""
+    return FAMILIES[WRAPPERS.get(model_type, (model_type,))[0]]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
