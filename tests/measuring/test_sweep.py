@@ -173,7 +173,8 @@ def test_local_scores(family: str) -> None:
     [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
     assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
     # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
-    decoder_layers(base)[1].mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    second: Any = decoder_layers(base)[1]
+    second.mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     attended = base(IDS, output_hidden_states=True).hidden_states[2][:, :-1]
     cosine = 1 - torch.cosine_similarity(states[1], attended, dim=-1).mean()
     assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
