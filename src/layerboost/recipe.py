@@ -180,8 +180,8 @@ class Heal(Section):
     lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers that stage 2 adapts, from the first changed layer up; default: v and o of changed "
-        "layers, and the MLPs",
+        description="linear layers, or `experts`, that stage 2 adapts, from the first changed layer up; default: v and "
+        "o of changed layers, and the MLPs",
     )
     sequence_tokens: Lengths | None = Field(
         None,

@@ -98,7 +98,8 @@ def decode_work(
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
     held = requests * plan_kv_bytes(model, layers, context_tokens)
-    read, flops = weights * model.bytes_per_element, 2 * weights * requests
+    read = (weights - model.idle_parameters(requests)) * model.bytes_per_element
+    flops = 2 * (weights - model.idle_parameters(1)) * requests
     return np.array([1, attention, read, flops, held, 0, _further_calls(model, layers, module)], dtype=float)
 
 
@@ -111,8 +112,9 @@ def prefill_work(
     weights = body + attention * model.attention_parameters
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
-    flops = 2 * (weights * prompt_tokens + head * passes)
-    read = passes * (weights + head) * model.bytes_per_element
+    flops = 2 * ((weights - model.idle_parameters(1)) * prompt_tokens + head * passes)
+    idle = model.idle_parameters(min(prompt_tokens, max_batched_tokens))
+    read = passes * (weights - idle + head) * model.bytes_per_element
     calls, scores = passes * _further_calls(model, layers, None), 4 * model.heads * model.head_dim * pairs
     return np.array([passes, passes * attention, read, flops, 0, scores, calls], dtype=float)
 

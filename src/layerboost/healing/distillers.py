@@ -21,7 +21,7 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers, final_norm
-from layerboost.model.stream import explain_not_finite, head_logits
+from layerboost.model.stream import explain_not_finite, head_logits, text_positions
 from layerboost.model.surgery import attention_of, output_projection
 from layerboost.schemas.plan import LayerPlan
 
@@ -93,7 +93,7 @@ class Distiller(nn.Module):
 
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
-        decoder, positions = self.teacher.get_decoder(), positions_of(ids, self.end)
+        decoder, positions = self.teacher.get_decoder(), text_positions(self.teacher, positions_of(ids, self.end))
         output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return output
 

@@ -19,7 +19,7 @@ from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDi
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
-from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.healing.student import adapted_layers, describe, shared_student, train_only, with_adapters
 from layerboost.healing.training import check_report_to, clean_end, load_result, train_stage
 from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
@@ -83,9 +83,9 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         if recipe.heal.shard:
             pair = load_healed(recipe, run, plan, base, text)
         # The base shares the weights that the adapters are merged into: it is unusable from here on.
-        merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
+        pair.adapters.merge_and_unload()
         save_boosted(
-            merged,
+            pair.student.requires_grad_(False).eval(),
             base.tokenizer,
             plan,
             run / HEALED,
@@ -210,6 +210,7 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Heali
             found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
             do="name layers of the MLPs too, or set heal.tokens to 0",
         )
+    log.info("adapters by stage, in layers: %s", describe({stage: adapted[stage] for stage in text.stages}))
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
     # A fit alone trains no adapter, and feature maps alone none, but peft needs some.

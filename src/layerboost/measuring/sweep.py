@@ -69,7 +69,7 @@ def candidates(
 
     A layer that slides in the base can only be removed.
     """
-    slides = base_layer_types(model.config)[layer] == "sliding_attention"
+    slides = base_layer_types(model.config.get_text_config())[layer] == "sliding_attention"
     return [
         LayerPlan(layer=layer, attention=name, **fields)
         for name, strategy in STRATEGIES.items()
@@ -106,7 +106,7 @@ def _measure(
     whole = _variants(probes, index, options, rest)
     if head_group is None:
         return LayerSensitivity(layer=index, variants=whole)
-    of_heads = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
+    of_heads = head_candidates(whole, index, model.config.get_text_config().num_key_value_heads, head_group)
     return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, of_heads, rest))
 
 

@@ -62,18 +62,24 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
 class MixedCacheLayer(DynamicLayer):
     """The cache of a layer with two kinds of KV heads: it holds the full ones whole, and the others for a window.
 
-    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones.
+    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones. `spare`: how
+    many tokens more than the window needs are kept, so that as many can be cropped without `activate_past_recording`.
     """
 
-    def __init__(self, window: int, heads: tuple[list[int], list[int]]) -> None:
+    def __init__(self, window: int, heads: tuple[list[int], list[int]], spare: int = 0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.spare = heads, spare
         self.windowed = SlidingCacheLayer(window)
+        self.windowed.record_past = spare > 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         full, windowed = self.heads
         keys, values = super().update(take_heads(key_states, full), take_heads(value_states, full))
         near = self.windowed.update(take_heads(key_states, windowed), take_heads(value_states, windowed))
+        if self.spare:
+            held = self.windowed.sliding_window - 1 + self.spare
+            self.windowed.keys = self.windowed.keys[:, :, -held:]
+            self.windowed.values = self.windowed.values[:, :, -held:]
         return (keys, near[0]), (values, near[1])
 
     def activate_past_recording(self) -> None:
@@ -85,6 +91,8 @@ class MixedCacheLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         # The window first: it raises where it no longer has what would be left.
+        if 0 < self.spare < -tokens_to_remove:
+            raise RuntimeError(f"at most {self.spare} tokens can be cropped where KV heads of a layer have a window")
         self.windowed.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 

@@ -15,12 +15,22 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-from layerboost.model.attention import boolean_mask, sliding_attention
+from layerboost.model.attention import boolean_mask, masked_attention, sliding_attention
 from layerboost.model.caches import (
     AttentionFreeCacheLayer,
     LinearCacheLayer,
@@ -28,9 +38,11 @@ from layerboost.model.caches import (
     SlidingCacheLayer,
     take_heads,
 )
-from layerboost.model.families import FAMILIES, Family
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import make_linear
 
+# More tokens than any draft has: what assisted generation crops.
+SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
 
 
@@ -48,7 +60,7 @@ class AttentionFree(nn.Module):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a causal LM or of its decoder."""
+    """Return the decoder layers of a causal LM, of the language model in a wrapper, or of a decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers: nn.ModuleList = decoder.layers
     return layers
@@ -56,7 +68,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Return the norm after a causal LM's last layer."""
-    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.model_type].final_norm)
+    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
     return norm
 
 
@@ -136,6 +148,9 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     is one: a layer that slides only by the plan must be built as the full layer it was.
     """
     base = copy.copy(config)
+    if config.model_type in WRAPPERS:
+        base.text_config = base_config(config.get_text_config())
+        return base
     base.per_layer_config = None
     base.layer_types = base_layer_types(config)
     if "sliding_attention" not in base.layer_types:
@@ -148,7 +163,7 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def apply_config(model: PreTrainedModel) -> None:
     """Give every layer of a stock model, built as the base, the strategy that `model.config` records."""
-    config = model.config
+    config = model.config.get_text_config()
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
     skipped, mixed, linear = set(skipped_layers(config)), recorded_full_heads(config), recorded_feature_maps(config)
@@ -201,7 +216,9 @@ def _prepare_forward(
 
 
 def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: set[int]) -> None:
-    """Put the layers of our kinds into a cache."""
+    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop."""
+    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    recording = any(layer.record_past for layer in sliding)
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
@@ -214,10 +231,14 @@ def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: s
     for index, full in mixed.items():
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed))
+            # Without a sliding layer nothing says whether the cache will be cropped.
+            spare = 0 if sliding else SPARE_TOKENS
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
     for index in linear:
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             past.layers[index] = LinearCacheLayer(config.sliding_window)
+    if recording:
+        past.activate_past_recording()
 
 
 def sliding_attention_forward(
@@ -240,9 +261,7 @@ def sliding_attention_forward(
         return _mixed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
         )
-    mask = boolean_mask(attention_mask, key.shape[2])
-    sinks = getattr(module, "sinks", None)
-    out = sliding_attention(query, key, value, module.layerboost_window, sinks, mask, scaling, softcap)
+    out = _window_attention(module, query, key, value, attention_mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -265,13 +284,33 @@ def _mixed_attention(
     values = value if isinstance(value, tuple) else [take_heads(value, kind) for kind in heads]
     stock = stock_attention(module, module.layerboost_stock)
     far = stock(module, take_heads(query, full), keys[0], values[0], mask, **kwargs)[0]
-    near = sliding_attention(
-        take_heads(query, windowed), keys[1], values[1], module.layerboost_window, getattr(module, "sinks", None),
-        boolean_mask(mask, keys[1].shape[2]), kwargs.get("scaling"), kwargs.get("softcap"),
-    )  # fmt: skip
+    near = _window_attention(
+        module, take_heads(query, windowed), keys[1], values[1], mask, kwargs.get("scaling"), kwargs.get("softcap")
+    )
     out = torch.cat([far, near.transpose(1, 2)], dim=2)
     order = [*full, *windowed]
     return out if order == sorted(order) else out[:, :, sorted(range(len(order)), key=order.__getitem__)], None
+
+
+def _window_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return the attention `[B, H, T, D]` of the heads of a layer that have a window."""
+    window, sinks, mask = module.layerboost_window, getattr(module, "sinks", None), boolean_mask(mask, key.shape[2])
+    if FAMILIES[module.config.model_type].images_both_ways and mask is not None and mask.shape[2] > 1:
+        # A mask that looks ahead does so within an image. As in the base's own sliding layers, the window ends what is
+        # seen of the past alone.
+        queries, keys = mask.shape[2], key.shape[2]
+        if mask[..., -queries:].triu(1).any():
+            visible = mask & torch.ones_like(mask[0, 0]).triu(keys - queries - window + 1)
+            return masked_attention(query, key, value, visible, sinks, scaling, softcap)
+    return sliding_attention(query, key, value, window, sinks, mask, scaling, softcap)
 
 
 def query_heads(kv_heads: Sequence[int], groups: int) -> list[int]:
@@ -299,12 +338,14 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if stock not in _BOOSTED:
 
         def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            implementation = FAMILIES[config.model_type].attn_implementation
+            text = config.get_text_config()
+            implementation = FAMILIES[text.model_type].attn_implementation
             if implementation and config._attn_implementation in (None, "sdpa"):
                 config._attn_implementation = implementation
             base = base_config(config)
             stock.__init__(self, base, *args, **kwargs)
             config._attn_implementation_internal = base._attn_implementation
+            text._attn_implementation_internal = base.get_text_config()._attn_implementation
             self.config = config
             apply_config(self)
 
@@ -315,11 +356,19 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return Transformers' own causal LM class of a family; raise ValueError if the family is not supported."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
-    found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    """Return Transformers' own class of a family or a wrapper; raise ValueError if it is not supported."""
+    known = {**FAMILIES, **WRAPPERS}
+    if config.model_type not in known:
+        raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(known)}")
+    wraps = config.model_type in WRAPPERS
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wraps else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found: type[PreTrainedModel] = getattr(transformers, names[config.model_type])
     return found
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class that loads a model of a config."""
+    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
 
 
 class LayerBoostForCausalLM:
@@ -351,13 +400,16 @@ def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def register_auto_classes() -> None:
-    """Let `AutoModelForCausalLM` load boosted checkpoints; stock checkpoints still get their stock class."""
+    """Let the auto classes load boosted checkpoints; stock checkpoints still get their stock class."""
     # Transformers prefers a registered class over a checkpoint's own remote code unless the class is one of its own.
     # Other people's remote code on a stock config must keep working, so this one says it is.
     registered = type("LayerBoostForCausalLM", (LayerBoostForCausalLM,), {"__module__": "transformers.models.auto"})
-    for model_type in FAMILIES:
-        config = transformers.CONFIG_MAPPING[model_type]
-        AutoModelForCausalLM.register(config, registered, exist_ok=True)
+    for auto, names in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        for model_type in names.keys() & {*FAMILIES, *WRAPPERS}:
+            auto.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
 
 
 # Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.

@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.errors import ConfigError
-from layerboost.model.families import FAMILIES, Family
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
 from layerboost.model.modeling import (
     apply_config,
+    auto_class,
     base_layer_types,
     boosted_class,
     decoder_layers,
@@ -37,7 +38,15 @@ ADDED = tuple(f"layerboost_{name}" for name in ("window", "heads", "stock", "fea
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the row of a model's family; raise ConfigError if it is not supported."""
+    """Return the row of a model's family, in a wrapper of its language model's; raise ConfigError if it has none."""
+    if config.model_type in WRAPPERS:
+        wrapper, config = config.model_type, config.get_text_config()
+        if config.model_type not in WRAPPERS[wrapper]:
+            raise ConfigError(
+                "this wrapper is not supported with this language model",
+                found=f"{wrapper} with {config.model_type}",
+                do=f"use one with {', '.join(WRAPPERS[wrapper])}",
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
     # Embedding models say it in either way.
@@ -63,6 +72,18 @@ def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the module that projects the heads of one layer's attention to the stream."""
     found: nn.Module = getattr(attention_of(model, layer), family_of(model.config).output)
     return found
+
+
+def packed_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters `[experts, ...]`, each of all experts of a layer."""
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if parameter.dim() == 3 and name not in ADDED_PARAMETERS]
+
+
+def experts_per_token(config: PreTrainedConfig) -> float:
+    """Return how many experts of a layer a token goes through, the mean over layers."""
+    chosen = config.num_experts_per_tok
+    return sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen
 
 
 def native_window(config: PreTrainedConfig) -> int | None:
@@ -135,14 +156,16 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
     """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, `per_layer_config`.
 
-    Four keys are ours: `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full,
-    and `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types` if
-    layers slide in the base already. Raise ConfigError.
+    They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
+    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
+    `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types` if layers
+    slide in the base already. Raise ConfigError.
     """
+    whole = copy.deepcopy(config)
+    config = whole.get_text_config()
     check_plan(config, layers)
     layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
     types = base_layer_types(config)
-    config = copy.deepcopy(config)
     window = window_of(layers)
     if window is not None:
         for flag, value in family_of(config).config_flags:
@@ -163,9 +186,9 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     none = [entry.layer for entry in layers if not entry.strategy.keeps_weights]
     config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
-    config.architectures = ["LayerBoostForCausalLM"]
-    config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
-    return config
+    whole.architectures = ["LayerBoostForCausalLM"]
+    whole.auto_map = {auto_class(whole).__name__: "modeling_layerboost.LayerBoostForCausalLM"}
+    return whole
 
 
 def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
@@ -217,7 +240,7 @@ def windows_alone(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
 def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTrainedModel:
     """Return a boosted model of the plan `layers`, in which linear layers of `model` slide, with the same weights."""
     config = copy.deepcopy(model.config)
-    vars(config).pop("linear_attention", None)
+    vars(config.get_text_config()).pop("linear_attention", None)
     other = type(model)._from_config(boosted_config(config, layers), dtype=model.dtype).to(model.device)
     state = model.state_dict()
     other.load_state_dict({name: state[name] for name in other.state_dict()})

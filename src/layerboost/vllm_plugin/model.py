@@ -11,11 +11,13 @@ import dataclasses
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
+from vllm.model_executor.models.transformers.moe import MoEMixin
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
@@ -52,7 +54,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         native = NATIVE.get(vllm_config.model_config.hf_config.model_type)
         if native is not None:
             return native(vllm_config=vllm_config, prefix=prefix)
-        return super().__new__(cls)
+        return super().__new__(BoostedMoE if vllm_config.model_config.get_num_experts() else cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -128,3 +130,20 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             prefix=prefix,
             **more,
         )
+
+
+class BoostedMoE(MoEMixin, LayerBoostForCausalLM):
+    """The same with experts, which vLLM's fused kernel computes."""
+
+    def recursive_replace(self) -> None:
+        """Do what vLLM's does, but leave the choice of experts to Transformers where a block holds a part of it.
+
+        MiniMax-M2 and Hunyuan 3 have the correction of their router's scores outside the router, where vLLM 0.32 loses
+        it.
+        """
+        for module in self.model.modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and hasattr(module, "experts") and hasattr(module, "gate"):
+                # vLLM does not take over a router with a tensor that it does not know.
+                module.gate.register_buffer("scores_are_corrected", torch.empty(0), persistent=False)
+        super().recursive_replace()

@@ -78,7 +78,11 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Change nothing: a checkpoint's config is as it should be."""
+        """Refuse a wrapper; change nothing else: a checkpoint's config is as it should be."""
+        from layerboost.model.families import WRAPPERS
+
+        if (wrapper := model_config.hf_config.model_type) in WRAPPERS:
+            raise ValueError(f"layerboost's plugin has no class for boosted language models inside {wrapper}")
 
 
 def keeps_windows(vllm_config: Any) -> bool:
