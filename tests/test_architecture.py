@@ -70,9 +70,10 @@ def test_files_and_functions_stay_short(file: Path) -> None:
 
 
 def test_what_travels_in_a_checkpoint_stands_alone() -> None:
-    for name in ("families", "attention"):
+    beside = ("families", "attention", "mlp")
+    for name in beside:
         assert imports(SOURCE / "model" / f"{name}.py") == []
-    assert set(imports(SOURCE / "model" / "modeling.py")) == {"layerboost.model.families", "layerboost.model.attention"}
+    assert set(imports(SOURCE / "model" / "modeling.py")) == {f"layerboost.model.{name}" for name in beside}
 
 
 def test_what_runs_inside_vllm_imports_the_model_alone() -> None:

@@ -3,13 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import RUNTIME, layer_plans, save_text, save_tiny
 
+from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
+from layerboost.model.surgery import Thinned
+from layerboost.model.thinning import thin_mlps
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import PlanFile, read_plan, write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -36,3 +41,41 @@ def test_a_checkpoint_of_the_same_plan_stays_and_one_of_another_dtype_does_not(t
         run_stage("convert", recipe_of(tmp_path, dtype=dtype), run)
         assert (weights.stat().st_mtime_ns > before) == made
         assert {str(value.dtype) for value in load_file(weights).values()} == {f"torch.{dtype}"}
+
+
+def test_the_converted_mlps_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "model", layers=3)
+    save_text(tmp_path / "text.jsonl")
+    seen: dict[tuple[int, int], Thinned] = {}
+
+    def remember(*given: Any) -> dict[tuple[int, int], Thinned]:
+        seen.update(thin_mlps(*given))
+        return seen
+
+    monkeypatch.setattr("layerboost.measuring.stage.thin_mlps", remember)
+    measure = {"windows": [8], "tokens": 192, "retrieval_prompts": 0, "components": ["attention", "mlp"]}
+    recipe, run = (
+        recipe_of(tmp_path, measure=measure, plan={"context_tokens": 64, "parameter_fraction": 0.85}),
+        tmp_path / "run",
+    )
+    sensitivity = run_stage("measure", recipe, run)
+    run_stage("plan", recipe, run)
+    converted = run_stage("convert", recipe, run)
+    plan, states = read_plan(run / PLAN), load_file(converted / "model.safetensors")
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    assert plan.valid_prediction
+    assert plan.valid_prediction.parameter_fraction <= 0.85
+    parameters = sum(value.numel() for value in states.values())
+    assert parameters == round(plan.valid_prediction.parameter_fraction * sum(value.numel() for value in base.values()))
+    thinned = [entry for entry in plan.layers if entry.mlp_width]
+    assert thinned
+    for entry in thinned:
+        found, name = seen[entry.layer, entry.mlp_width or 0], f"model.layers.{entry.layer}.mlp"
+        assert torch.equal(states[f"{name}.down_proj.weight"], found.output)
+        for part in ("gate_proj", "up_proj"):
+            assert torch.equal(states[f"{name}.{part}.weight"], base[f"{name}.{part}.weight"][found.neurons])
+    # The same settings go on, others do not.
+    assert run_stage("measure", recipe, run) == sensitivity
+    other = recipe_of(tmp_path, measure={**measure, "mlp_widths": [0.5]})
+    with pytest.raises(ConfigError, match=r"mlp_widths: \[64, 48, 32\] there, \[48\] here"):
+        run_stage("measure", other, run)

@@ -94,7 +94,8 @@ def families(*, sliding: bool = True) -> list[Any]:
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full."""
+    head 0 full; with half of an MLP t: f, u: s, o: n; without an MLP m: f, z: n."""
+    half = {"mlp": "thin", "mlp_width": 48}
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
         "s": {"attention": "sliding", "window": window},
@@ -102,6 +103,11 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "n": {"attention": "none"},
         "h": {"attention": "sliding", "window": window, "full_kv_heads": (1,)},
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
+        "t": {"attention": "full", **half},
+        "u": {"attention": "sliding", "window": window, **half},
+        "o": {"attention": "none", **half},
+        "m": {"attention": "full", "mlp": "none"},
+        "z": {"attention": "none", "mlp": "none"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 
@@ -204,6 +210,7 @@ def info(layers: int = 4) -> ModelInfo:
         name="tiny", model_type="llama", layers=layers, hidden_size=64, heads=4, kv_heads=2, head_dim=32,
         bytes_per_element=4, max_context_tokens=512, vocabulary=200, tied_head=False,
         parameters=25_600 + layers * 50_000, attention_parameters=24_640, fingerprint="abc",
+        mlp_width=96, mlp_parameters=18_432, neuron_parameters=192,
     )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ class Measure(Section):
     )
     scan_draws: int = Field(8, ge=1, description="scan: backward passes per batch of text")
     head_group: int = Field(1, ge=1, description="kv_head: KV heads that get the window together, for wide models")
+    components: tuple[Literal["attention", "mlp"], ...] = Field(("attention",), description="attention, or also mlp")
+    mlp_widths: tuple[float, ...] = Field((0.75, 0.5, 0.25), min_length=1, description="mlp: fractions of its width")
 
 
 class Plan(Section):

@@ -19,7 +19,7 @@ from layerboost.costs.budget import (
     read_costs,
 )
 from layerboost.errors import ConfigError
-from layerboost.model.base import count_parameters
+from layerboost.model.base import count_parameters, mlp_facts
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
@@ -52,8 +52,22 @@ def test_parameters_are_those_of_the_model_without_the_removed_attention(model_t
     assert budget(facts).plan(layer_plans(letters))["parameters"] == left < parameters
 
 
+@pytest.mark.parametrize("model_type", families())
+def test_parameters_are_those_of_the_model_with_thinned_and_removed_mlps(model_type: str) -> None:
+    model = tiny_model(model_type, layers=5)
+    parameters, attention = count_parameters(model.config)
+    facts = info(5).model_copy(
+        update={"parameters": parameters, "attention_parameters": attention, **mlp_facts(model.config)}
+    )
+    apply_plan(model, layer_plans("ftomz"))
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert budget(facts).plan(layer_plans("ftomz"))["parameters"] == left < parameters
+
+
 def test_the_facts_of_a_tiny_llama_are_right() -> None:
-    assert count_parameters(tiny_model(layers=4).config)[1] == info().attention_parameters
+    config = tiny_model(layers=4).config
+    assert count_parameters(config)[1] == info().attention_parameters
+    assert info() == info().model_copy(update=mlp_facts(config))
 
 
 @pytest.mark.parametrize("rates", [{}, {"weight_bytes_per_s": -5.0}, {"step_ms": -1.0}])
@@ -73,8 +87,11 @@ def test_decode_time_is_the_sum_of_its_parts() -> None:
     assert RATES.milliseconds(decode_work(model, layers, 8, 100)) == pytest.approx(expected)
     # Per-layer costs add up, which the integer program relies on.
     costs = budget(model)
-    parts = sum(costs.layer(entry)["decode_ms"] for entry in layers) + costs.plan([])["decode_ms"]
+    parts = sum(costs.added(entry)["decode_ms"] for entry in layers) + costs.base()["decode_ms"]
     assert costs.plan(layers)["decode_ms"] == pytest.approx(parts)
+    # Half of an MLP is not read and not multiplied with.
+    saved = 48 * 192 * (4 / 1e6 + 2 * 8 / 1e7)
+    assert costs.added(layer_plans("t")[0])["decode_ms"] == pytest.approx(-1e3 * saved)
 
 
 def test_prefill_counts_every_pair_of_query_and_key() -> None:

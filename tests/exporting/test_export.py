@@ -131,6 +131,9 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
         ("gemma2", "ffff", "gguf", "an output head of its own"),
         ("gemma3_text", "ffsf", "gguf", "an output head of its own"),
         ("llama", "fHff", "gguf", "granite_swa: layer 1 has full KV heads in a sliding layer; gguf deci: layer 1 has"),
+        ("llama", "ftfn", "granite-swa", "layer 1 has a thinned MLP\ndo: export to decilm"),
+        ("llama", "ffmf", "auto", "decilm: layer 2 has no MLP"),
+        ("llama", "fSft", "auto", "granite-swa: layer 3 has a thinned MLP; decilm: layer 1 has a sink"),
         ("llama", "ffff", "gguff", "no format is called gguff"),
     ],
 )

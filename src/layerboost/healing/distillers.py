@@ -122,7 +122,7 @@ class AttentionDistiller(Distiller):
     """Stage 1: each changed layer learns from the teacher's own activations; no gradient crosses a layer.
 
     A sliding layer's attention gets the input of the teacher's attention and learns its output. A layer without
-    attention has only its MLP: it gets the input of the teacher's layer and learns what the layer adds to the stream.
+    attention, or with another MLP, gets the input of the teacher's layer and learns what the layer adds to the stream.
     One forward pass of the teacher serves all layers; while a stretch of text is repeated, its activations are cached.
     """
 
@@ -133,7 +133,7 @@ class AttentionDistiller(Distiller):
         layers: list[LayerPlan],
         end: int | None = None,
     ) -> None:
-        super().__init__(student, teacher, layers, end)
+        super().__init__(student, teacher, [plan for plan in layers if plan.has_weights], end)
         self.cache: dict[Place, dict[int, ModuleCall]] = {}
 
     def forward(
@@ -155,7 +155,7 @@ class AttentionDistiller(Distiller):
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
-            added = call.output if plan.strategy.keeps_weights else call.output - _hidden(call.args, call.kwargs)
+            added = call.output if plan.attention_alone else call.output - _hidden(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
@@ -181,7 +181,7 @@ class AttentionDistiller(Distiller):
 
     @staticmethod
     def _module(model: PreTrainedModel, plan: LayerPlan) -> nn.Module:
-        return attention_of(model, plan.layer) if plan.strategy.keeps_weights else decoder_layers(model)[plan.layer]
+        return attention_of(model, plan.layer) if plan.attention_alone else decoder_layers(model)[plan.layer]
 
 
 @dataclass(frozen=True)

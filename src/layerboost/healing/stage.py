@@ -146,8 +146,10 @@ def training_text(recipe: Recipe) -> Text:
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
     """Return all text of the run, read before training; raise ConfigError if there is too little."""
     changed = [entry for entry in plan.layers if entry.changed]
-    tokens = {"attention": recipe.heal.attention_tokens if changed else 0, "lora": recipe.heal.tokens}
-    fit_tokens = recipe.heal.fit_tokens if any(entry.strategy.keeps_weights for entry in changed) else 0
+    local = any(entry.has_weights for entry in changed)
+    tokens = {"attention": recipe.heal.attention_tokens if local else 0, "lora": recipe.heal.tokens}
+    slides = any(entry.attention_changed and entry.strategy.keeps_weights for entry in changed)
+    fit_tokens = recipe.heal.fit_tokens if slides else 0
     if not any((fit_tokens, *tokens.values())):
         raise ConfigError(
             "there is nothing to train",

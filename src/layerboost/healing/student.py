@@ -55,12 +55,14 @@ def adapted_layers(
 ) -> dict[str, frozenset[str]]:
     """Return the names of a stock model's linear layers that get an adapter in each stage, `attention` and `lora`.
 
-    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP. Stage 2: `targets`
-    from the first changed layer up, also in full layers; below it, student and base are equal. By default v and o of
-    sliding layers, and the MLPs. Raise ConfigError for targets that do not exist, naming those that do.
+    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP, both in a layer with
+    another MLP. Stage 2: `targets` from the first changed layer up, also in full layers; below it, student and base are
+    equal. By default v and o of sliding layers, and the MLPs. Raise ConfigError for targets that do not exist, naming
+    those that do.
     """
-    keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
-    first = min(keeps, default=0)
+    keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.attention_changed}
+    mlps = {entry.layer: entry.mlp for entry in layers if entry.mlp_changed}
+    first = min([*keeps, *mlps], default=0)
     family = FAMILIES[model.config.model_type]
     values = {*VALUES, family.output}
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
@@ -74,7 +76,9 @@ def adapted_layers(
         has_attention = keeps.get(layer)  # None in an unchanged layer
         if in_attention and has_attention is False:
             continue
-        if has_attention is not None and has_attention == in_attention:
+        if not in_attention and mlps.get(layer) == "none":
+            continue
+        if layer in mlps or (has_attention is not None and has_attention == in_attention):
             stage1.add(full_name)
         by_default = not in_attention or (has_attention is True and parts[-1] in values)
         if layer >= first and (parts[-1] in targets if targets else by_default):

@@ -18,7 +18,8 @@ from layerboost.model.checkpoint import check_same_model
 from layerboost.model.files import check_gguf
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import check_plan, check_windows
+from layerboost.model.surgery import check_mlps, check_plan, check_windows
+from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
 from layerboost.recipe import Recipe, model_of
@@ -26,7 +27,7 @@ from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, read_json, write_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
 from layerboost.tasks.checks import check_items
@@ -62,6 +63,12 @@ def validate_measure(recipe: Recipe) -> None:
             found=f"{recipe.measure.retrieval_tokens} tokens, window {max(recipe.measure.windows)}",
             do="raise measure.retrieval_tokens, or set measure.retrieval_prompts to 0",
         )
+    if "attention" not in recipe.measure.components:
+        raise ConfigError(
+            "attention is always measured",
+            found=f"measure.components {', '.join(recipe.measure.components) or 'empty'}",
+            do="set it to [attention], or to [attention, mlp]",
+        )
     filler = filler_tokens(recipe)
     own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
     check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text), "calibration")
@@ -83,8 +90,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     validate_measure(recipe)
     if base.gguf:
         check_gguf(base.folder / base.gguf)
-    check_windows(base.config, recipe.measure.windows)
-    _head_group(recipe, base.config)
+    _check_model(recipe, base.config)
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
@@ -100,8 +106,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
-        check_windows(base.config, recipe.measure.windows)
-        _head_group(recipe, base.config)
+        _check_model(recipe, base.config)
         write_samples(recipe, run, base)
     return measure(recipe, base, run)
 
@@ -114,8 +119,9 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     info, runtime = base.info, base.runtime
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
-    head_group = _head_group(recipe, base.config)
+    head_group, mlp_widths = _head_group(recipe, base.config), _mlp_widths(recipe, base.config)
     settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
+    settings["mlp_widths"] = mlp_widths or None
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
     if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
@@ -124,7 +130,10 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     model = base.load()
     batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
     sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
-    stream = LayerStream(model, sinks)
+    done = found.layers if found else []
+    wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
+    wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
+    stream = LayerStream(model, sinks, thin_mlps(model, batches, sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]
@@ -148,9 +157,8 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
-    done = found.layers if found else []
     exact = None if scans else head_group
-    sweep(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact)
+    sweep(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact, mlp_widths)
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
@@ -224,6 +232,22 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
             do="add it to measure.windows",
         )
     return plan
+
+
+def _check_model(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a model that cannot be measured as the recipe asks."""
+    check_windows(config, recipe.measure.windows)
+    _head_group(recipe, config)
+    _mlp_widths(recipe, config)
+
+
+def _mlp_widths(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
+    """Return the widths of MLPs to measure; none if MLPs are not. Raise ConfigError if the model has no such MLPs."""
+    if "mlp" not in recipe.measure.components:
+        return []
+    widths = widths_of(config, recipe.measure.mlp_widths)
+    check_mlps(config, [LayerPlan(layer=0, attention="full", mlp="thin", mlp_width=width) for width in widths])
+    return widths
 
 
 def _head_group(recipe: Recipe, config: PreTrainedConfig) -> int | None:

@@ -5,6 +5,7 @@ With `head_group`, also every group of a layer's KV heads with every window."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, STRATEGIES, WINDOW
+from layerboost.strategies import FULL, FULL_KV_HEADS, MLP_STRATEGIES, STRATEGIES, WINDOW, label
 
 
 @torch.no_grad()
@@ -26,11 +27,13 @@ def sweep(
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
     head_group: int | None = None,
+    mlp_widths: Sequence[int] = (),
 ) -> None:
     """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
     loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
+    `mlp_widths`: those of thinned MLPs; none measures attention alone.
     Memory: one hidden state per token for the base's output and for two layers, and the prefix caches of `TextProbe`.
     Under torchrun the ranks take turns with the layers; `save` is called on all of them.
     """
@@ -49,7 +52,8 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    pending.append(_measure(probes, index, windows, plan is not None, head_group))
+                    options = candidates(streams[0].stream.model, index, windows, mlp_widths)
+                    pending.append(_measure(probes, index, options, plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
                     pending = []
@@ -59,18 +63,28 @@ def sweep(
                 del each.inputs[index]
 
 
-def candidates(model: PreTrainedModel, layer: int, windows: Sequence[int]) -> list[LayerPlan]:
-    """Return every replacement of one layer: each strategy but full attention with all of its settings.
+def candidates(
+    model: PreTrainedModel, layer: int, windows: Sequence[int], mlp_widths: Sequence[int] = ()
+) -> list[LayerPlan]:
+    """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each strategy but full with
+    all of its settings.
 
-    A layer that slides in the base can only be removed.
+    Attention that slides in the base can only be removed.
     """
     slides = base_layer_types(model.config)[layer] == "sliding_attention"
-    return [
-        LayerPlan(layer=layer, attention=name, **fields)
+    found: list[dict[str, Any]] = [
+        {"attention": name, **fields}
         for name, strategy in STRATEGIES.items()
         if name != FULL and not (slides and WINDOW in strategy.settings)
         for fields in strategy.variants(windows)
     ]
+    found += [
+        {"attention": FULL, "mlp": name, **fields}
+        for name, strategy in MLP_STRATEGIES.items()
+        if name != FULL and mlp_widths
+        for fields in strategy.variants(windows, mlp_widths)
+    ]
+    return [LayerPlan(layer=layer, **fields) for fields in found]
 
 
 def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: int) -> list[LayerPlan]:
@@ -91,16 +105,16 @@ def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: 
 
 
 def _measure(
-    probes: Sequence[Probe], index: int, windows: tuple[int, ...], on_plan: bool, head_group: int | None
+    probes: Sequence[Probe], index: int, options: list[LayerPlan], on_plan: bool, head_group: int | None
 ) -> LayerSensitivity:
     model = probes[0].streams.stream.model
     # The loss of the plan's other layers, this one being full.
     [rest] = _losses(probes, [LayerPlan(layer=index, attention=FULL)]) if on_plan else [None]
-    whole = _variants(probes, index, candidates(model, index, windows), rest)
+    whole = _variants(probes, index, options, rest)
     if head_group is None:
         return LayerSensitivity(layer=index, variants=whole)
-    options = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
-    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, options, rest))
+    of_heads = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
+    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, of_heads, rest))
 
 
 def _losses(probes: Sequence[Probe], options: Sequence[LayerPlan]) -> list[Losses]:
@@ -128,7 +142,7 @@ def _variants(probes: Sequence[Probe], index: int, options: list[LayerPlan], res
             losses["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
-        check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
+        check_finite(f"layer {index} made {label(option)}", means, probes[0].streams.stream.model.dtype)
         variants.append(Variant(**option.model_dump(exclude={"layer"}), scores=scores))
     return variants
 

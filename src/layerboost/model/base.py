@@ -28,6 +28,7 @@ from layerboost.model.files import (
 )
 from layerboost.model.integrity import check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
+from layerboost.model.mlp import mlp_output, set_mlp
 from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import family_of, native_window
 from layerboost.model.tokenizer import open_tokenizer
@@ -102,6 +103,7 @@ class Base:
             tied_head=config.tie_word_embeddings,
             parameters=parameters,
             attention_parameters=attention_parameters,
+            **mlp_facts(config),
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
@@ -226,6 +228,22 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     whole = sum(parameter.numel() for parameter in model.parameters())
     make_attention_free(decoder_layers(model)[0], 0, family_of(config))
     return whole, whole - sum(parameter.numel() for parameter in model.parameters())
+
+
+def mlp_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the facts of ModelInfo about MLPs, empty for a model whose MLPs cannot be thinned. No memory is used."""
+    with torch.device("meta"):
+        layers: Any = decoder_layers(AutoModelForCausalLM.from_config(config))
+    outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
+    widths = {output.in_features if output else None for output in outputs}
+    if len(widths) > 1 or None in widths:
+        return {}
+    [width] = widths
+    sizes = []
+    for kept in (width, width - 1):
+        set_mlp(layers[0], kept)
+        sizes.append(sum(parameter.numel() for parameter in layers[0].mlp.parameters()))
+    return {"mlp_width": width, "mlp_parameters": sizes[0], "neuron_parameters": sizes[0] - sizes[1]}
 
 
 def _sha256(file: Path) -> str:

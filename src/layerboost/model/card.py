@@ -13,7 +13,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, layer_rows
-from layerboost.strategies import FULL, STRATEGIES
+from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -90,8 +90,13 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
+    thinned = any(entry.mlp_changed for entry in plan.layers)
+    if predicted and thinned:
+        cache += f" It has {predicted.parameter_fraction:.0%} of the base's parameters."
     own, reach = _full_layers(plan)
     meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
+    if thinned:
+        meanings += "; of MLPs " + "; ".join(f"`{each.name}`: {each.meaning}" for each in MLP_STRATEGIES.values())
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
 
 # {name}, boosted

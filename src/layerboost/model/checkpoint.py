@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import disk_error, new_folder
-from layerboost.model import attention, families, modeling
+from layerboost.model import attention, families, mlp, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
 from layerboost.model.files import read_weights
@@ -126,9 +126,9 @@ def check_comparable(other: Base, base: Base) -> None:
 
 
 def modeling_source() -> str:
-    """Return families.py, attention.py and modeling.py as the one file that is part of a checkpoint."""
+    """Return families.py, attention.py, mlp.py and modeling.py as the one file that is part of a checkpoint."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
-    for module in (families, attention, modeling):
+    for module in (families, attention, mlp, modeling):
         assert module.__file__
         text = Path(module.__file__).read_text()
         lines = text.splitlines()

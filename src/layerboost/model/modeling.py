@@ -1,7 +1,7 @@
 """The class that loads a boosted checkpoint: Transformers records `per_layer_config`, this builds the model from it.
 
-Travels inside every boosted checkpoint together with families.py and attention.py, joined into one file, so that
-`trust_remote_code=True` loads it where layerboost is not installed.
+Travels inside every boosted checkpoint together with families.py, attention.py and mlp.py, joined into one file, so
+that `trust_remote_code=True` loads it where layerboost is not installed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerboost.model.attention import sliding_attention
 from layerboost.model.families import FAMILIES, Family
+from layerboost.model.mlp import recorded_widths, set_mlp
 
 SLIDING = "layerboost_sliding"
 
@@ -130,8 +131,7 @@ class MixedCacheLayer(DynamicLayer):
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a causal LM or of its decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers: nn.ModuleList = decoder.layers
+    layers: nn.ModuleList = (model.get_decoder() if hasattr(model, "get_decoder") else model).layers
     return layers
 
 
@@ -142,11 +142,9 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
-    """Return the layers without attention, which a config records as `per_layer_config[i].skip == ["attention"]`."""
-    if not config.is_heterogeneous:
-        return []
-    layers = enumerate(config.per_layer_config)
-    return [index for index, layer in layers if "attention" in getattr(layer, "skip", [])]
+    """Return the layers without attention, which a config records in `per_layer_config[i].skip`."""
+    layers = enumerate(config.per_layer_config if config.is_heterogeneous else ())
+    return [index for index, layer in layers if "attention" in layer.skip]
 
 
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
@@ -228,6 +226,8 @@ def apply_config(model: PreTrainedModel) -> None:
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
     skipped, mixed = set(skipped_layers(config)), recorded_full_heads(config)
+    for index, width in recorded_widths(config).items():
+        set_mlp(decoder_layers(model)[index], width)
     stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, Family
+from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
     apply_config,
     base_layer_types,
@@ -26,8 +28,19 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
+from layerboost.strategies import mlp_label
 
 CAPTURE = "layerboost_capture"
+# What a mixture of experts has in its config, over the families.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """The neurons `[W]` of an MLP that stay, and their columns of its output projection `[D, W]`."""
+
+    neurons: torch.Tensor
+    output: torch.Tensor
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -86,7 +99,8 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
         )
     types, native = base_layer_types(config), native_window(config)
-    kept = [e.layer for e in layers if not e.changed and types[e.layer] == "sliding_attention"]
+    check_mlps(config, layers)
+    kept = [e.layer for e in layers if not e.attention_changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
         if entry.window is None:
             continue
@@ -113,8 +127,26 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             )
 
 
+def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError if a plan changes MLPs that this model does not have, or would not thin them."""
+    changed = [entry for entry in layers if entry.mlp_changed]
+    if changed and any(getattr(config, name, None) for name in EXPERTS):
+        raise ConfigError(
+            "MLPs that are mixtures of experts cannot be thinned or removed",
+            found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
+            do="leave mlp out of measure.components, and of the plan",
+        )
+    for entry in changed:
+        if entry.mlp_width is not None and entry.mlp_width >= config.intermediate_size:
+            raise ConfigError(
+                f"layer {entry.layer}: a thinned MLP has fewer neurons than the base's",
+                found=f"mlp_width {entry.mlp_width}, the base's MLPs have {config.intermediate_size}",
+            )
+
+
 def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
-    """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, `per_layer_config`.
+    """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, and `per_layer_config`
+    with `skip` and `intermediate_size`.
 
     Three keys are ours: `attention_sink_layers`, `full_kv_heads` by layer where some of a layer's KV heads stay full
     (its type is then the base's), and `base_layer_types` if layers slide in the base already. Raise ConfigError.
@@ -137,17 +169,24 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
         "sliding_attention" if entry.window and not entry.full_kv_heads else types[entry.layer] for entry in layers
     ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
-    none = [entry.layer for entry in layers if not entry.strategy.keeps_weights]
-    config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
+    config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
     config.architectures = ["LayerBoostForCausalLM"]
     config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
     return config
 
 
+def _overrides(entry: LayerPlan) -> dict[str, Any]:
+    """Return what `per_layer_config` has of a layer."""
+    removed = {"attention": not entry.strategy.keeps_weights, "mlp": entry.mlp == "none"}
+    skip = [component for component, gone in removed.items() if gone]
+    width = {"intermediate_size": entry.mlp_width} if entry.mlp_width else {}
+    return ({"skip": skip} if skip else {}) | width
+
+
 def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
     """Return the plan that `boosted_config` recorded. The entries are not validated: a person may have edited them."""
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
-    mixed = recorded_full_heads(config)
+    mixed, widths = recorded_full_heads(config), recorded_widths(config)
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
         entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
@@ -157,20 +196,29 @@ def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
             entry |= {"attention": "sliding", "window": config.sliding_window, "full_kv_heads": tuple(mixed[layer])}
         elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
             entry |= {"attention": "sliding", "window": config.sliding_window}
+        if layer in widths:
+            entry |= {"mlp": "thin", "mlp_width": widths[layer]} if widths[layer] else {"mlp": "none"}
         found.append(LayerPlan.model_construct(layer=layer, **entry))
     return found
 
 
 def apply_plan(
-    model: PreTrainedModel, layers: Sequence[LayerPlan], sinks: dict[int, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    layers: Sequence[LayerPlan],
+    sinks: dict[int, torch.Tensor] | None = None,
+    thinned: Mapping[int, Thinned] | None = None,
 ) -> PreTrainedModel:
-    """Boost a loaded stock model in place: removed attention is dropped, sliding layers get their window and sinks.
+    """Boost a loaded stock model in place: removed attention and MLPs are dropped, sliding layers get their window and
+    sinks, thinned MLPs their width.
 
-    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. Raise
-    ConfigError.
+    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. `thinned`: per
+    layer with a thinned MLP, its neurons; the first ones where missing. Raise ConfigError.
     """
     # The decoder keeps the base's config: what it derives from it (masks, rotary embeddings) stays the base's.
     model.config = boosted_config(model.config, layers)
+    for layer, given in (thinned or {}).items():
+        decoder_layer: Any = decoder_layers(model)[layer]
+        decoder_layer.mlp = _thin(decoder_layer.mlp, given)
     model.__class__ = boosted_class(type(model))
     apply_config(model)
     for layer, values in (sinks or {}).items():
@@ -182,8 +230,9 @@ def apply_plan(
 
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, one layer of a stock model runs under another strategy; outside, everything is as before."""
-    if not plan.changed:
+    """Inside the block, the attention of one layer of a stock model runs under another strategy; outside, everything is
+    as before."""
+    if not plan.attention_changed:
         yield
         return
     decoder_layer = decoder_layers(model)[layer]
@@ -210,6 +259,41 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
         for attribute in ("layerboost_window", "layerboost_heads", "layerboost_stock", "sinks"):
             if hasattr(attention, attribute):
                 delattr(attention, attribute)
+
+
+@contextmanager
+def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: Thinned | None) -> Iterator[None]:
+    """Do what `replaced` does, for the layer's MLP."""
+    decoder_layer: Any = decoder_layers(model)[layer]
+    if not plan.mlp_changed:
+        yield
+        return
+    mlp = decoder_layer.mlp
+    try:
+        match plan.mlp:
+            case "none":
+                decoder_layer.mlp = NoMLP()
+            case "thin":
+                assert thinned is not None
+                decoder_layer.mlp = _thin(mlp, thinned)
+            case "full":
+                pass
+            case _:
+                assert_never(plan.mlp)
+        yield
+    finally:
+        decoder_layer.mlp = mlp
+
+
+def _thin(mlp: nn.Module, thinned: Thinned) -> nn.Module:
+    """Return an MLP of the neurons that stay, with their fitted output projection."""
+    output = mlp_output(mlp)
+    assert output is not None
+    found = thin(mlp, thinned.neurons.to(output.weight.device))
+    fitted = mlp_output(found)
+    assert fitted is not None
+    fitted.weight.data.copy_(thinned.output)
+    return found
 
 
 class _Silent(nn.Module):

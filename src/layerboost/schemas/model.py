@@ -22,6 +22,9 @@ class ModelInfo(BaseModel):
     tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
     attention_parameters: int = Field(description="per layer: those that a layer without attention lacks")
+    mlp_width: int | None = Field(None, description="neurons of every layer's MLP; None: its MLPs cannot be thinned")
+    mlp_parameters: int = Field(0, description="per layer: those that a layer without an MLP lacks")
+    neuron_parameters: int = Field(0, description="of one neuron of an MLP")
     fingerprint: str
     sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
     sliding_window: int | None = Field(default=None, description="their window")
@@ -30,3 +33,7 @@ class ModelInfo(BaseModel):
     def kv_bytes_per_token(self) -> int:
         """Return the bytes of keys and values per full layer and token."""
         return 2 * self.kv_heads * self.head_dim * self.bytes_per_element
+
+    def removed_from_mlp(self, width: int | None) -> int:
+        """Return the parameters that an MLP of `width` neurons lacks; None: that a layer without an MLP lacks."""
+        return self.mlp_parameters if width is None else ((self.mlp_width or width) - width) * self.neuron_parameters

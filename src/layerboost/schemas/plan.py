@@ -1,4 +1,4 @@
-"""`plan.yaml`: a strategy for each layer or KV head; and `frontier.json`: the plans of every budget."""
+"""`plan.yaml`: strategies of each layer's attention, or KV heads, and MLP; `frontier.json`: plans of every budget."""
 
 from __future__ import annotations
 
@@ -12,12 +12,29 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from layerboost.files import write_text
 from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
-from layerboost.strategies import FULL, FULL_KV_HEADS, SINK, STRATEGIES, WINDOW, Strategy, StrategyName
+from layerboost.strategies import (
+    FULL,
+    FULL_KV_HEADS,
+    MLP_STRATEGIES,
+    MLP_WIDTH,
+    SINK,
+    STRATEGIES,
+    WINDOW,
+    MLPName,
+    Strategy,
+    StrategyName,
+    mlp_label,
+)
+
+MLP_FIELDS = {"mlp", MLP_WIDTH}
 
 
 class LayerPlan(BaseModel):
-    """The strategy of one layer, or of its KV heads: those in `full_kv_heads` keep full attention, the others have a
-    window. `sink`: a learned logit in the softmax's denominator, per query head with a window."""
+    """The strategies of one layer's attention, or of its KV heads, and of its MLP.
+
+    KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
+    denominator, per query head with a window. `mlp_width`: the neurons of a thinned MLP.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
@@ -25,6 +42,8 @@ class LayerPlan(BaseModel):
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    mlp: MLPName = FULL
+    mlp_width: int | None = Field(default=None, ge=1)
 
     @field_validator("full_kv_heads")
     @classmethod
@@ -42,20 +61,56 @@ class LayerPlan(BaseModel):
         for setting, given in given_settings:
             if given and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
+        if (self.mlp_width is not None) != (MLP_WIDTH in MLP_STRATEGIES[self.mlp].settings):
+            raise ValueError(
+                f"an MLP that is {self.mlp} " + ("takes no" if self.mlp_width else "needs an") + " mlp_width"
+            )
         return self
 
     @property
     def strategy(self) -> Strategy:
+        """Return the strategy of the attention."""
         return STRATEGIES[self.attention]
+
+    @property
+    def attention_changed(self) -> bool:
+        """Return whether the layer's attention differs from the base's."""
+        return self.attention != FULL
+
+    @property
+    def mlp_changed(self) -> bool:
+        """Return whether the layer's MLP differs from the base's."""
+        return self.mlp != FULL
 
     @property
     def changed(self) -> bool:
         """Return whether the layer differs from the base's."""
-        return self.attention != FULL
+        return self.attention_changed or self.mlp_changed
+
+    @property
+    def attention_alone(self) -> bool:
+        """Return whether the layer differs from the base's in how its attention runs, and in nothing else."""
+        return self.attention_changed and self.strategy.keeps_weights and not self.mlp_changed
+
+    @property
+    def has_weights(self) -> bool:
+        """Return whether the layer has attention or an MLP."""
+        return self.strategy.keeps_weights or MLP_STRATEGIES[self.mlp].keeps_weights
+
+    def sites(self) -> list[LayerPlan]:
+        """Return the changes of the layer's attention and of its MLP, as far as there are any, each alone."""
+        attention = self.model_copy(update={"mlp": FULL, MLP_WIDTH: None})
+        mlp = LayerPlan(layer=self.layer, attention=FULL, mlp=self.mlp, mlp_width=self.mlp_width)
+        return [site for site in (attention, mlp) if site.changed]
+
+    def with_site(self, site: LayerPlan) -> LayerPlan:
+        """Return the layer with the MLP of `site` if that is changed, else with its attention."""
+        attention, mlp = (self, site) if site.mlp_changed else (site, self)
+        return attention.model_copy(update={"mlp": mlp.mlp, MLP_WIDTH: mlp.mlp_width})
 
     def full_heads(self, kv_heads: int) -> int:
         """Return how many of the layer's `kv_heads` have full attention."""
-        return kv_heads if not self.changed else len(self.full_kv_heads)
+        return len(self.full_kv_heads) if self.attention_changed else kv_heads
 
     def windowed(self, kv_heads: int) -> list[int]:
         """Return the layer's KV heads that have a window."""
@@ -76,11 +131,15 @@ class LayerPlan(BaseModel):
         if self.full_kv_heads and self.full_kv_heads[-1] >= kv_heads:
             named = ", ".join(map(str, self.full_kv_heads))
             raise ValueError(f"layer {self.layer} has KV heads 0 to {kv_heads - 1}; got full_kv_heads {named}")
-        return LayerPlan(layer=self.layer, attention=FULL) if len(self.full_kv_heads) == kv_heads else self
+        if len(self.full_kv_heads) < kv_heads:
+            return self
+        return LayerPlan(layer=self.layer, attention=FULL, mlp=self.mlp, mlp_width=self.mlp_width)
 
     def key(self) -> dict[str, Any]:
-        """Return what identifies the layer's strategy in hashes; of whole layers, as it was before there were heads."""
-        return self.model_dump(exclude=None if self.full_kv_heads else {FULL_KV_HEADS})
+        """Return what identifies the layer's strategies in hashes: as it was before there were KV heads and MLPs where
+        there are none."""
+        added = ({FULL_KV_HEADS} if not self.full_kv_heads else set()) | (set() if self.mlp_changed else MLP_FIELDS)
+        return self.model_dump(exclude=added)
 
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
@@ -94,31 +153,38 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
 
 
 def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """Return the number of layers per strategy, in the order of STRATEGIES."""
+    """Return the number of layers per strategy of attention, in the order of STRATEGIES."""
     return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
-    """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none."""
+    """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none; MLPs: 3 thin.
+
+    Of MLPs only where one is changed.
+    """
     mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
-    return ", ".join(
+    attention = ", ".join(
         f"{count} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
         for (name, strategy), count in zip(STRATEGIES.items(), counts(layers).values(), strict=True)
     )
+    mlps = {name: sum(entry.mlp == name for entry in layers) for name in MLP_STRATEGIES if name != FULL}
+    changed = ", ".join(f"{count} {name}" for name, count in mlps.items() if count)
+    return f"{attention}; MLPs: {changed}" if changed else attention
 
 
 def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
-    """Return the layers as a table of text, header first; with a column of full KV heads if any layer has them."""
-    rows = [["layer", "attention", "window", "sink", "full KV heads"]]
-    rows += [
-        [
-            *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
-            " ".join(map(str, entry.full_kv_heads)),
-        ]
-        for entry in layers
+    """Return the layers as a table of text, header first; with columns of full KV heads and of MLPs if a layer has full
+    KV heads or a changed MLP."""
+    rows = [["layer", "attention", "window", "sink"]]
+    rows += [[str(e.layer), e.attention, str(e.window or ""), "yes" if e.sink else ""] for e in layers]
+    columns = [
+        ["full KV heads", *(" ".join(map(str, entry.full_kv_heads)) for entry in layers)],
+        ["MLP", *(mlp_label(entry) for entry in layers)],
     ]
-    return rows if any(entry.full_kv_heads for entry in layers) else [row[:-1] for row in rows]
+    shown = [any(entry.full_kv_heads for entry in layers), any(entry.mlp_changed for entry in layers)]
+    more = [column for column, show in zip(columns, shown, strict=True) if show]
+    return [[*row, *cells] for row, *cells in zip(rows, *more, strict=True)]
 
 
 class Predicted(BaseModel):
@@ -174,8 +240,8 @@ class PlanFile(Artifact):
 
     @property
     def sliding_as_base(self) -> list[int]:
-        """Return the unchanged layers, which the plan calls full, that slide in the base."""
-        return [e.layer for e in self.layers if not e.changed and e.layer in self.model.sliding_layers]
+        """Return the layers of unchanged attention, which the plan calls full, that slide in the base."""
+        return [e.layer for e in self.layers if not e.attention_changed and e.layer in self.model.sliding_layers]
 
     def count(self, attention: StrategyName) -> int:
         return counts(self.layers)[attention]

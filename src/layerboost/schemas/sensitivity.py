@@ -13,7 +13,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.strategies import StrategyName
+from layerboost.strategies import FULL, MLPName, StrategyName
 
 
 class Score(BaseModel):
@@ -39,13 +39,18 @@ class Score(BaseModel):
 
 
 class Variant(BaseModel):
-    """One layer, or all of its KV heads but `full_kv_heads`, under one replacement; larger scores are worse."""
+    """One layer's attention, all of its KV heads but `full_kv_heads`, or its MLP under one replacement.
+
+    Larger scores are worse.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
     window: int | None = None
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    mlp: MLPName = FULL
+    mlp_width: int | None = None
     scores: dict[str, Score]
 
     @model_validator(mode="after")
@@ -98,6 +103,8 @@ class Agreement(BaseModel):
     attention: StrategyName
     window: int | None
     sink: bool
+    mlp: MLPName = FULL
+    mlp_width: int | None = None
     kv_heads: bool = Field(False, description="whether the scores are of KV heads")
     metric: str
     other_metric: str
