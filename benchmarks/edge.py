@@ -4,8 +4,8 @@
         [--slots 1 8] [--repeats 3]
 
 Each cell is `layerboost bench --engine llama.cpp` with prompts that fill the context but for 64 tokens, which are
-generated; the models take turns in every repeat. An interrupted run continues. Prints a table of medians and ratios
-(base over boosted for times) with their range over the repeats, then JSON.
+generated; the models take turns in every repeat. An interrupted run continues. Prints a table of medians and gains
+(base over boosted for bytes and times) with their range over the repeats, then JSON.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from layerboost.recipe import Recipe
 from layerboost.schemas.benchmark import Spread
 
 OUTPUT_TOKENS = 64
-# Column -> the metric of a comparison, and its factor.
+# Column -> the metric of a comparison, its factor, and whether less is better.
 COLUMNS = {
-    "KV, MiB": ("kv_used_gib", 1024.0),
-    "ms per token": ("tpot_ms_median", 1.0),
-    "prompt, s": ("ttft_ms_median", 1e-3),
+    "KV, MiB": ("kv_used_gib", 1024.0, True),
+    "ms per token": ("tpot_ms_median", 1.0, True),
+    "prompt, s": ("ttft_ms_median", 1e-3, True),
+    "output tokens/s": ("output_tokens_per_s", 1.0, False),
 }
 
 
@@ -37,11 +38,13 @@ def cell(models: dict[str, Path], run: Path, kind: str, context: int, slots: int
     recipe = Recipe.model_validate({"bench": bench})
     [found] = run_bench(recipe, run / f"{kind}-{context}-{slots}", models).results
     row: dict[str, Any] = {"type": kind, "context_tokens": context, "slots": slots, "disturbed": found.disturbed}
-    for column, (metric, factor) in COLUMNS.items():
+    for column, (metric, factor, less) in COLUMNS.items():
         over = found.ratios["boosted"][metric]
         ratio = Spread(median=1 / over.median, min=1 / over.max, max=1 / over.min, repeats=over.repeats)
         medians = {name: round(found.models[name][metric].median * factor, 3) for name in models}
-        row[column] = {**medians, "base over boosted": ratio.as_ratio}
+        row[column] = medians | (
+            {"base over boosted": ratio.as_ratio} if less else {"boosted over base": over.as_ratio}
+        )
     return row
 
 

@@ -1,11 +1,15 @@
 """The scan of KV heads against the exact sweep, and whether its interactions predict whole plans.
 
-    python benchmarks/scan.py RUN [--draws 8] [--scan-tokens 16384] [--plans 50] [--full 24]
+    python benchmarks/scan.py RUN [--draws 6] [--scan-tokens 4096] [--plans 50] [--full 24] [--prompts 64]
 
 RUN holds a sensitivity.json with exact scores of KV heads (measure.unit kv_head) at one window, and its recipe. Prints
 JSON:
 
 - `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
+- `answers`: the same for what answers lose, of the recipe's retrieval prompts, with the first three heads of each;
+- `prompts`: of the best heads by two disjoint sets of so many of `--prompts` prompts, the fraction that both have, as
+  the mean of 50 pairs of sets; of the 6 best, and of the `--full` best;
+- `layers`: in how many layers the scores of heads add up to the layer's within a quarter;
 - `plans`: of random plans with `--full` full KV heads, measured on the scan's text: rank correlation and ratio of each
   prediction (sums of exact scores; the scan's quadratic form; sums plus its interactions, `mixed`);
 - `chosen`: the plan that each way chooses, measured on text that nothing was chosen on. `mixed` is a local search by
@@ -25,16 +29,17 @@ import numpy as np
 import timing
 from scipy.stats import spearmanr
 
-from layerboost.measuring.scan import scan
+from layerboost.measuring.scan import scan, scan_answers
 from layerboost.measuring.sweep import head_candidates
 from layerboost.model.base import open_base
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
+from layerboost.probes.calibration import load_prompts
 from layerboost.probes.probe import TextProbe
 from layerboost.recipe import load_recipe
 from layerboost.runtime import start_runtime
 from layerboost.schemas.plan import LayerPlan
-from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
+from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, read_sensitivity
 from layerboost.text import load_tokens
 
 UNSEEN_TOKENS = 8192
@@ -63,6 +68,39 @@ def best(values: np.ndarray, count: int) -> set[int]:
     return set(np.argsort(-values)[:count].tolist())
 
 
+def adds_up(entry: LayerSensitivity) -> bool:
+    """Whether a layer's window loses as much KL as its heads' windows together, within a quarter."""
+    whole = min(variant.scores["kl"].mean for variant in entry.variants if variant.window)
+    return abs(sum(variant.scores["kl"].mean for variant in entry.heads) / whole - 1) <= 0.25
+
+
+def answers(sites: Sequence[LayerPlan], exact: np.ndarray, scanned: np.ndarray) -> dict[str, Any]:
+    """Rank correlation of two scores, and the first three sites of each as layer, full KV heads, both scores."""
+
+    def first(values: np.ndarray) -> list[Any]:
+        order = np.argsort(-values)[:3].tolist()
+        return [
+            [sites[index].layer, sites[index].full_kv_heads, exact[index], float(scanned[index])] for index in order
+        ]
+
+    return {"spearman": float(spearmanr(exact, scanned).statistic), "exact": first(exact), "scan": first(scanned)}
+
+
+def stability(lost: np.ndarray, full: int) -> dict[int, list[float]]:
+    """By number of prompts: the fraction of the 6 and of the `full` best sites that two disjoint sets of prompts share;
+    `lost`: `[prompts, sites]`."""
+    draw, found = np.random.default_rng(0), {}
+    for prompts in (2, 4, 8, 16, 32):
+        orders = [draw.permutation(len(lost)) for _ in range(50)] if 2 * prompts <= len(lost) else []
+        means = [[lost[order[start : start + prompts]].mean(0) for start in (0, prompts)] for order in orders]
+        found[prompts] = [
+            float(np.mean([len(best(one, count) & best(other, count)) / count for one, other in means]))
+            for count in (6, full)
+            if means
+        ]
+    return found
+
+
 def swapped(start: frozenset[int], count: int, loss: Callable[[frozenset[int]], float]) -> frozenset[int]:
     """The best set that single swaps reach from `start`."""
     kept, least = start, loss(start)
@@ -78,10 +116,8 @@ def main() -> None:
     """Print what the docstring above says."""
     parser = timing.parser(__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--scan-tokens", type=int, default=16384)
-    parser.add_argument("--plans", type=int, default=50)
-    parser.add_argument("--full", type=int, default=24)
+    for name, default in (("draws", 6), ("scan-tokens", 4096), ("plans", 50), ("full", 24), ("prompts", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     recipe = load_recipe([asked.run / "recipe.yaml"], {})
     sensitivity, base = read_sensitivity(asked.run), open_base(recipe, asked.run, start_runtime(recipe))
@@ -108,8 +144,18 @@ def main() -> None:
             "ratio": float((single / exact)[exact > np.median(exact)].mean()),
             f"of_the_best_{asked.full}": len(best(exact, asked.full) & best(single, asked.full)),
         },
+        "layers": sum(adds_up(entry) for entry in sensitivity.layers),
     }
     count = len(sites)
+    if prompts := load_prompts(recipe, base.tokenizer, asked.run):
+        retrieval = [each.scores["retrieval"].mean for entry in sensitivity.layers for each in entry.heads]
+        result["answers"] = answers(
+            sites, np.array(retrieval), scan_answers(model, prompts, sites, sinks).mean(0).numpy()
+        )
+        settings = recipe.measure.model_copy(update={"retrieval_prompts": asked.prompts})
+        more = load_prompts(recipe.model_copy(update={"measure": settings}), base.tokenizer, asked.run)
+        result["prompts"] = stability(scan_answers(model, more, sites, sinks).numpy(), asked.full)
+    print(json.dumps(result), flush=True)
 
     def predictions(full: frozenset[int]) -> dict[str, float]:
         windowed = np.array([index not in full for index in range(count)], dtype=float)

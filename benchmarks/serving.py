@@ -126,7 +126,7 @@ def ideal_tokens_per_s(
     held = resident_bytes(model.info, model.layers, prompt + bench.output_tokens, engine)
     held -= resident_bytes(model.info, model.layers, known, engine) if known else 0
     at_once = max(1, min(concurrency, int(bench.kv_cache_gib * GIB) // max(held, 1)))
-    _, _, weights, flops, cache, _ = decode_work(model.info, model.layers, at_once, prompt + bench.output_tokens // 2)
+    _, _, weights, flops, cache, *_ = decode_work(model.info, model.layers, at_once, prompt + bench.output_tokens // 2)
     step_s = max(weights / rates["bytes_per_s"], flops / rates["flops_per_s"]) + cache / rates["bytes_per_s"]
     read = prefill_work(model.info, model.layers, prompt, prompt)
     if known:

@@ -31,7 +31,7 @@ __all__ = [
     "open_base",
     "plan",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _SETTINGS = ("Text", "Measure", "Plan", "Heal", "Evaluate")
 

@@ -21,7 +21,13 @@ from layerboost.schemas.run import PLAN
 from layerboost.tables import costs_rows
 
 RATES = Rates(
-    step_ms=2.0, layer_ms=0.1, weight_bytes_per_s=1e9, flops_per_s=1e10, kv_bytes_per_s=2e9, attention_flops_per_s=5e9
+    step_ms=2.0,
+    layer_ms=0.1,
+    weight_bytes_per_s=1e9,
+    flops_per_s=1e10,
+    kv_bytes_per_s=2e9,
+    attention_flops_per_s=5e9,
+    call_ms=0.3,
 )
 
 
@@ -29,7 +35,7 @@ def test_rates_are_those_that_explain_the_times() -> None:
     model = info(12)
     timed = [
         Timed(name, "", work, RATES.milliseconds(work))
-        for name, layers in plans(12).items()
+        for name, layers in plans(model).items()
         for work in (
             *(prefill_work(model, layers, 1024, size) for size in BATCHES),
             *(decode_work(model, layers, requests, tokens) for requests, tokens in LOADS),
@@ -40,12 +46,16 @@ def test_rates_are_those_that_explain_the_times() -> None:
 
 
 def test_plans_are_of_every_kind() -> None:
-    chosen = plans(30)
+    chosen = plans(info(30))
     counts = {name: [sum(e.attention == kind for e in layers) for kind in ("full", "sliding", "none")]
               for name, layers in chosen.items()}  # fmt: skip
     assert counts["base"] == [30, 0, 0]
     assert counts["sliding 64"] == [8, 22, 0]
     assert min(counts["all three, 128"]) > 0
+    assert counts["heads, 64"] == [0, 30, 0]
+    assert counts["heads, a third none, 128"] == [0, 20, 10]
+    assert all(e.full_kv_heads == (0,) for name in chosen if "heads" in name for e in chosen[name] if e.window)
+    assert not any("heads" in name for name in plans(info(30).model_copy(update={"kv_heads": 1})))
 
 
 def test_the_table_has_measured_and_predicted_values() -> None:
@@ -98,7 +108,7 @@ def test_rates_under_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (
         read_costs(
             tmp_path / "costs.json", find_model(str(model), Runtime(torch.device("cpu"), torch.float32)).info
-        ).milliseconds(np.ones(6))
+        ).milliseconds(np.ones(7))
         > 0
     )
     for plan in found["plans"]:

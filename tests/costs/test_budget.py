@@ -94,6 +94,26 @@ def test_decode_time_is_the_sum_of_its_parts() -> None:
     assert costs.added(layer_plans("t")[0])["decode_ms"] == pytest.approx(-1e3 * saved)
 
 
+def test_where_kv_heads_differ_every_layer_takes_several_calls() -> None:
+    model = info().model_copy(update={"kv_heads": 4, "heads": 8})
+    mixed = LayerPlan(layer=1, attention="sliding", window=16, sink=True, full_kv_heads=(1,))
+    halves = mixed.model_copy(update={"full_kv_heads": (1, 3)})
+    whole = layer_plans("fsSn")
+
+    def calls(second: LayerPlan, module: int | None = None) -> float:
+        return float(decode_work(model, [whole[0], second, *whole[2:]], 8, 100, module)[6])
+
+    assert [calls(whole[1]), calls(mixed), calls(halves), calls(whole[1], 1)] == [0, 9, 3, 9]
+    assert prefill_work(model, [whole[0], mixed, *whole[2:]], 50, 16)[6] == 4 * 9
+    # With the modules given, per-layer costs add up; the base takes one call per layer in any case.
+    costs = Budget(model, 100, 8, {}, RATES.model_copy(update={"call_ms": 0.25}), module=1)
+    layers = [whole[0], mixed, *whole[2:]]
+    full = costs.plan(layer_plans("ffff"))["decode_ms"]
+    parts = sum(costs.added(entry)["decode_ms"] for entry in layers) + full
+    assert costs.plan(layers)["decode_ms"] == pytest.approx(parts)
+    assert costs.base() == Budget(model, 100, 8, {}, RATES).base()
+
+
 def test_prefill_counts_every_pair_of_query_and_key() -> None:
     mask = np.tril(np.ones((50, 50)))
     pairs = mask.sum() + 2 * (mask - np.tril(mask, -16)).sum()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from smollm2 import boosted_default
 from test_pipeline import layerboost
 from tiny import RUNTIME, WINDOW, boosted, info, layer_plans, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,6 +76,18 @@ def test_the_stock_class_gives_the_same_logits(case: str, tmp_path: Path) -> Non
     assert torch.equal(*answers)
     window = WINDOW if set(letters) & set("sS") else 16
     assert found.extra_kv_bytes == letters.count("n") * window * info().kv_bytes_per_token
+
+
+@pytest.mark.real
+@pytest.mark.exhaustive
+@torch.no_grad()
+def test_the_stock_class_gives_the_same_logits_for_the_real_model(tmp_path: Path) -> None:
+    folder = boosted_default(tmp_path, sinks=True, heads=False)
+    stock = AutoModelForCausalLM.from_pretrained(run_export(folder, "granite-swa").folder, dtype=torch.float32).eval()
+    ours = find_model(str(folder), RUNTIME).load().eval()
+    ids = IDS.reshape(1, -1).repeat(1, 3)
+    logs = [model(ids).logits.log_softmax(-1) for model in (stock, ours)]
+    assert (logs[0] - logs[1]).abs().max() < 1e-3
 
 
 def test_everything_but_the_weights_and_the_config_is_copied(tmp_path: Path) -> None:
@@ -161,7 +174,7 @@ def test_mlx_cases_cover_every_family() -> None:
     assert {family for family, _, _ in MLX_CASES.values()} == set(TARGETS["mlx"].families)
 
 
-@pytest.mark.parametrize("case", MLX_CASES)
+@pytest.mark.parametrize("case", [*MLX_CASES, pytest.param("real", marks=[pytest.mark.real, pytest.mark.exhaustive])])
 @torch.no_grad()
 def test_mlx_lm_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
     """All at once, and token by token past the window."""
@@ -169,14 +182,18 @@ def test_mlx_lm_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> N
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    family, letters, changes = MLX_CASES[case]
-    folder = saved(tmp_path / "healed", family, letters, **changes)
+    if case == "real":
+        folder, ids = boosted_default(tmp_path, sinks=False, heads=False), IDS.reshape(1, -1)
+    else:
+        family, letters, changes = MLX_CASES[case]
+        folder, ids = saved(tmp_path / "healed", family, letters, **changes), IDS[:1]
     out = Path(run_export(folder, "mlx").folder)
-    expected = find_model(str(folder), RUNTIME).load()(IDS[:1]).logits[0].log_softmax(-1)
+    expected = find_model(str(folder), RUNTIME).load()(ids).logits[0].log_softmax(-1)
     model, _ = mlx.utils.load_model(out)
-    tokens = mx.array(IDS[:1].tolist())
-    cache = make_prompt_cache(model)
-    steps = [model(tokens[:, :40], cache=cache), *(model(tokens[:, i : i + 1], cache=cache) for i in range(40, 60))]
+    tokens = mx.array(ids.tolist())
+    cache, past = make_prompt_cache(model), ids.shape[1] - 20
+    steps = [model(tokens[:, :past], cache=cache)]
+    steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(past, ids.shape[1])]
     for logits in (model(tokens), mx.concatenate(steps, axis=1)):
         found = torch.tensor(logits.astype(mx.float32).tolist())[0].log_softmax(-1)
         assert (found - expected).abs().max() < 1e-3

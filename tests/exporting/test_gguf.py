@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from smollm2 import CAPITALS, RUNTIME, boosted_default
 from test_pipeline import layerboost
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -22,6 +23,7 @@ from layerboost.exporting.gguf_file import LAYOUTS
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
+from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile
@@ -124,12 +126,12 @@ def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
     return ask
 
 
-def answered(file: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
+def answered(file: Path, prompts: list[list[int]], vocabulary: int = 257) -> list[dict[int, float]]:
     """llama.cpp's log-probabilities of every next token."""
     ask, found = serving(file), []
     for prompt in prompts:
-        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": 257, "temperature": 0, "post_sampling_probs": False}
-        [first] = ask("completion", wanted)["completion_probabilities"]
+        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "temperature": 0}
+        [first] = ask("completion", wanted | {"post_sampling_probs": False})["completion_probabilities"]
         found.append({entry["id"]: entry["logprob"] for entry in first["top_logprobs"]})
     return found
 
@@ -162,6 +164,21 @@ def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         assert len(found) == 257
         assert max(abs(expected[token] - value) for token, value in found.items()) < 1e-3
+
+
+@pytest.mark.real
+@torch.no_grad()
+def test_llama_cpp_gives_the_same_log_probabilities_for_the_real_model(tmp_path: Path) -> None:
+    """30 layers of SmolLM2-135M, and prompts up to three times the window."""
+    folder = boosted_default(tmp_path, sinks=True, heads=False)
+    ids = find_model(str(folder), RUNTIME).tokenizer(CAPITALS * 20)["input_ids"]
+    prompts = [ids[:length] for length in (5, 60, 65, 200)]
+    found = answered(Path(run_export(folder, "gguf", kind="f32").folder), prompts, vocabulary=49152)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, theirs in zip(prompts, found, strict=True):
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert len(theirs) == 49152
+        assert max(abs(expected[token] - value) for token, value in theirs.items()) < 1e-3
 
 
 def test_the_file_says_the_same_plan(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_one_program_over_attention_and_mlps_finds_the_best_of_all_plans(
     predicted = predict(found, chosen, settings)
     assert predicted.damage.get("kl", 0) == pytest.approx(best)
     assert predicted.parameter_fraction <= (parameters or 1) + 1e-9
-    assert any(entry.mlp_changed for entry in chosen)
+    assert parameters is None or any(entry.mlp_changed for entry in chosen)
 
 
 def test_kv_bytes_alone_leave_mlps_as_they_are_and_controls_do_too() -> None:
@@ -164,6 +164,22 @@ def test_plans_by_kv_heads_are_the_best_of_all_subsets(fraction: float) -> None:
     assert predict(found, chosen, settings).damage.get("kl", 0) == pytest.approx(best)
     layers = predict(found, select(found, settings.model_copy(update={"unit": "layer"})), settings)
     assert best <= layers.damage.get("kl", 0) + 1e-9
+
+
+@pytest.mark.parametrize(("call_ms", "heads"), [(0.0, True), (100.0, False)])
+def test_attention_calls_of_kv_heads_count_as_time(call_ms: float, heads: bool, tmp_path: Path) -> None:
+    """Calls that cost nothing let heads win; dear ones leave whole layers, which is not worse than they can be."""
+    rates = Rates(step_ms=1.0, kv_bytes_per_s=1e8, call_ms=call_ms)
+    write_json(tmp_path / "costs.json", Costs(rates=rates))
+    found = with_heads()
+    settings = Plan(
+        costs=str(tmp_path / "costs.json"), decode_fraction=0.5, kv_fraction=1, context_tokens=100, unit="kv_head"
+    )
+    chosen = select(found, settings)
+    assert Budget.of(found, settings).met(chosen)
+    assert any(entry.full_kv_heads for entry in chosen) == heads
+    if not heads:
+        assert chosen == select(found, settings.model_copy(update={"unit": "layer"}))
 
 
 def test_predictions_of_kv_heads_are_sums_of_their_groups() -> None:

@@ -68,10 +68,10 @@ class Vllm:
         assert line, self.log.read_text()[-3000:]
         return json.loads(line)
 
-    def answers(self, model: Path | str, **options: Any) -> Any:
+    def answers(self, model: Path | str, asked: list[list[int]] | None = None, /, **options: Any) -> Any:
         """Return what an engine with these options makes of the prompts, or the text of its error."""
         engine = {"model": str(model), **options}
-        return self.ask({"engine": engine, "prompts": prompts(), "output_tokens": OUTPUT_TOKENS})
+        return self.ask({"engine": engine, "prompts": asked or prompts(), "output_tokens": OUTPUT_TOKENS})
 
     def close(self) -> None:
         """End the process."""
@@ -81,18 +81,26 @@ class Vllm:
         self.process.wait()
 
 
-def check_same_model(folder: Path | str, found: Any, *, most: float = 1e-3, adapter: Path | None = None) -> None:
+def check_same_model(
+    folder: Path | str,
+    found: Any,
+    asked: list[list[int]] | None = None,
+    *,
+    most: float = 1e-3,
+    adapter: Path | None = None,
+) -> None:
     """Assert that no log-probability in vLLM's answers is further than `most` from that of Transformers' model in
     `folder`, and that no chosen token is worse by more than the best one."""
     assert isinstance(found, dict), found
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
-    cached = [answer["cached_tokens"] for answer in found["answers"][len(prompts()) :]]
+    asked = asked or prompts()
+    cached = [answer["cached_tokens"] for answer in found["answers"][len(asked) :]]
     assert not cached or sum(cached) > len(cached), "nothing came from the prefix cache"
     known: dict[tuple[int, ...], torch.Tensor] = {}
     apart, short = [], []
-    for prompt, answer in zip(prompts() * found["passes"], found["answers"], strict=True):
+    for prompt, answer in zip(asked * found["passes"], found["answers"], strict=True):
         tokens = prompt + answer["tokens"]
         if (key := tuple(tokens)) not in known:
             with torch.no_grad():

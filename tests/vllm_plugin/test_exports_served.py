@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from offline import Vllm, check_same_model
+from smollm2 import RUNTIME, boosted_default
 from tiny import boosted, info, layer_plans, tiny_tokenizer
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
+from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.schemas.plan import PlanFile
 
@@ -65,3 +67,17 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(
     assert set(letters) != {"f", "n"} or found[
         "blocks"
     ] * BLOCK_SIZE * layers * info().kv_bytes_per_token == pytest.approx(KV_CACHE_BYTES, rel=0.02)
+
+
+@pytest.mark.real
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("to", ["granite-swa", "decilm"])
+def test_log_probabilities_are_those_of_the_real_model(vllm_with: Callable[..., Vllm], tmp_path: Path, to: str) -> None:
+    folder = boosted_default(tmp_path, sinks=to == "granite-swa", heads=False)
+    run_export(folder, to, tmp_path / "exported")
+    ids = find_model(str(folder), RUNTIME).tokenizer(Path(__file__).read_text())["input_ids"]
+    asked = [
+        ids[start : start + length] for start, length in ((0, 3), (30, 63), (60, 64), (90, 65), (0, 129), (0, 300))
+    ]
+    options = {"trust_remote_code": to == "decilm", "max_model_len": 512, "kv_cache_memory_bytes": KV_CACHE_BYTES << 3}
+    check_same_model(folder, vllm_with(VLLM_PLUGINS="").answers(tmp_path / "exported", asked, **options), asked)

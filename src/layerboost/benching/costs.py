@@ -54,7 +54,7 @@ LLAMA_STEPS, LLAMA_REPEATS = 24, 3
 
 @dataclass(frozen=True)
 class Timed:
-    """One time of one plan, in ms: the step that took it, and its work `[6]` (columns of `decode_work`)."""
+    """One time of one plan, in ms: the step that took it, and its work `[7]` (columns of `decode_work`)."""
 
     plan: str
     what: str
@@ -93,10 +93,14 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
             found=f"{base.name} has one of {info.max_context_tokens}",
             do="measure with a larger model, or write the rates yourself: docs/reference/plan.md",
         )
-    chosen = plans(info.layers)
+    chosen = plans(info)
     if on_llama:
         # A layer without attention is a sliding one in llama.cpp, and takes its time.
-        chosen = {name: layers for name, layers in chosen.items() if all(e.strategy.keeps_weights for e in layers)}
+        chosen = {
+            name: layers
+            for name, layers in chosen.items()
+            if all(e.strategy.keeps_weights and not e.full_kv_heads for e in layers)
+        }
         chosen["sliding 128"] = _plan(info.layers, 0, 0, 128)
         # Sinks change no time there, and some of its architectures have none.
         chosen = {name: [e.model_copy(update={"sink": False}) for e in layers] for name, layers in chosen.items()}
@@ -125,14 +129,23 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in an existing directory")
 
 
-def plans(layers: int) -> dict[str, list[LayerPlan]]:
-    """Return four plans that together have every strategy; full layers are evenly spaced."""
-    return {
+def plans(model: ModelInfo) -> dict[str, list[LayerPlan]]:
+    """Return plans that together have every strategy, two of them with full KV heads in sliding layers; full layers are
+    evenly spaced."""
+    layers = model.layers
+    found = {
         "base": _plan(layers, layers, 0, 64),
         "sliding 64": _plan(layers, round(layers * 8 / 30), 0, 64),
         "all three, 128": _plan(layers, layers // 3, layers // 3, 128),
         "cheapest": _plan(layers, 0, layers * 2 // 3, 64),
     }
+    if model.kv_heads > 1:
+        for name, none, window in (("heads, 64", 0, 64), ("heads, a third none, 128", layers // 3, 128)):
+            found[name] = [
+                entry.model_copy(update={"full_kv_heads": (0,)}) if entry.window else entry
+                for entry in _plan(layers, 0, none, window)
+            ]
+    return found
 
 
 def _plan(layers: int, full: int, none: int, window: int) -> list[LayerPlan]:
@@ -255,5 +268,5 @@ def fit(timed: Sequence[Timed]) -> Rates:
     scale[scale == 0] = 1.0
     prices = nnls(work / scale / times[:, None], np.ones(len(times)))[0] / scale
     names = ("weight_bytes_per_s", "flops_per_s", "kv_bytes_per_s", "attention_flops_per_s")
-    rates = {name: 1e3 / price if price else None for name, price in zip(names, prices[2:], strict=True)}
-    return Rates(step_ms=prices[0], layer_ms=prices[1], **rates)
+    rates = {name: 1e3 / price if price else None for name, price in zip(names, prices[2:6], strict=True)}
+    return Rates(step_ms=prices[0], layer_ms=prices[1], call_ms=prices[6], **rates)

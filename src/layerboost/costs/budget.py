@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.costs.memory import as_served, cached, padded_full
+from layerboost.costs.memory import as_served, cached, module_heads, padded_full
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
@@ -45,15 +45,16 @@ class Rates(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     step_ms: float = Field(0.0, ge=0, description="of every forward pass: scheduler, sampler, launches")
     layer_ms: float = Field(0.0, ge=0, description="of every layer with attention in a pass")
+    call_ms: float = Field(0.0, ge=0, description="of every further attention call in a layer, if KV heads differ")
     weight_bytes_per_s: float | None = Field(None, gt=0, description="reading of weights, once per pass")
     flops_per_s: float | None = Field(None, gt=0, description="matrix products with weights")
     kv_bytes_per_s: float | None = Field(None, gt=0, description="reading of the KV cache while decoding")
     attention_flops_per_s: float | None = Field(None, gt=0, description="attention during prefill")
 
     def milliseconds(self, work: np.ndarray) -> float:
-        """Return the milliseconds that `work` `[6]` takes, as from `decode_work` or `prefill_work`."""
+        """Return the milliseconds that `work` `[7]` takes, as from `decode_work` or `prefill_work`."""
         rates = (self.weight_bytes_per_s, self.flops_per_s, self.kv_bytes_per_s, self.attention_flops_per_s)
-        prices = [self.step_ms, self.layer_ms, *(1e3 / rate if rate else 0.0 for rate in rates)]
+        prices = [self.step_ms, self.layer_ms, *(1e3 / rate if rate else 0.0 for rate in rates), self.call_ms]
         return float(work @ np.array(prices))
 
 
@@ -84,35 +85,41 @@ def read_costs(file: Path, model: ModelInfo) -> Rates:
     return costs.rates
 
 
-def decode_work(model: ModelInfo, layers: Sequence[LayerPlan], requests: int, context_tokens: int) -> np.ndarray:
-    """Return the work `[6]` of one step of `requests` sequences of `context_tokens`.
+def decode_work(
+    model: ModelInfo, layers: Sequence[LayerPlan], requests: int, context_tokens: int, module: int | None = None
+) -> np.ndarray:
+    """Return the work `[7]` of one step of `requests` sequences of `context_tokens`.
 
-    Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention.
+    Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention,
+    attention calls besides one per layer. `module`: KV heads per call, by default as many as the layers allow.
     """
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model, layers) + model.hidden_size * model.vocabulary
     held = requests * plan_kv_bytes(model, layers, context_tokens)
-    return np.array([1, attention, weights * model.bytes_per_element, 2 * weights * requests, held, 0], dtype=float)
+    read, flops = weights * model.bytes_per_element, 2 * weights * requests
+    return np.array([1, attention, read, flops, held, 0, _further_calls(model, layers, module)], dtype=float)
 
 
 def prefill_work(
     model: ModelInfo, layers: Sequence[LayerPlan], prompt_tokens: int, max_batched_tokens: int
 ) -> np.ndarray:
-    """Return the work `[6]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
+    """Return the work `[7]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights, head = _body_parameters(model, layers), model.hidden_size * model.vocabulary
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
     flops = 2 * (weights * prompt_tokens + head * passes)
     read = passes * (weights + head) * model.bytes_per_element
-    return np.array([passes, passes * attention, read, flops, 0, 4 * model.heads * model.head_dim * pairs], dtype=float)
+    calls, scores = passes * _further_calls(model, layers, None), 4 * model.heads * model.head_dim * pairs
+    return np.array([passes, passes * attention, read, flops, 0, scores, calls], dtype=float)
 
 
 @dataclass(frozen=True)
 class Budget:
     """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
-    Costs are sums over layers, except for the padding: vLLM keeps modules of a kind in groups of one size.
+    Costs are sums over layers, except for the padding (vLLM keeps modules of a kind in groups of one size) and the KV
+    heads per attention call, `module`: those that a plan's layers allow, unless given.
     """
 
     model: ModelInfo
@@ -121,6 +128,7 @@ class Budget:
     fractions: dict[str, float]
     rates: Rates | None
     padding: bool = True
+    module: int | None = None
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, settings: Plan) -> Budget:
@@ -155,7 +163,7 @@ class Budget:
             PARAMETERS: float(plan_parameters(self.model, layers)),
         }
         if self.rates is not None:
-            work = decode_work(self.model, layers, self.concurrency, self.context_tokens)
+            work = decode_work(self.model, layers, self.concurrency, self.context_tokens, self.module)
             costs[DECODE_MS] = self.rates.milliseconds(work)
         return costs
 
@@ -166,7 +174,7 @@ class Budget:
 
     def base(self) -> dict[str, float]:
         """Return the costs of the base."""
-        return self.plan(all_full(self.model))
+        return replace(self, module=None).plan(all_full(self.model))
 
     def relative(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
         """Return the costs of a plan as fractions of the base's."""
@@ -201,11 +209,16 @@ def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:
 
 
 def plan_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:
-    """Return the parameters of a plan; of its layers alone and what is outside of any layer."""
-    # All layers' MLPs, and the attention of the given ones.
+    """Return the parameters of a plan, in which a layer that `layers` leave out has its MLP alone."""
     attention = sum(entry.strategy.keeps_weights for entry in layers) - model.layers
     removed = sum(model.removed_from_mlp(entry.mlp_width) for entry in layers if entry.mlp_changed)
     return model.parameters + attention * model.attention_parameters - removed
+
+
+def _further_calls(model: ModelInfo, layers: Sequence[LayerPlan], module: int | None) -> int:
+    """Return the attention calls of a pass besides one per layer with attention."""
+    calls = model.kv_heads // (module or module_heads(model.kv_heads, layers))
+    return (calls - 1) * sum(entry.strategy.keeps_weights for entry in layers)
 
 
 def _body_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:

@@ -25,7 +25,7 @@ from layerboost.planning.choices import (
     windows,
 )
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import LayerPlan, counted
+from layerboost.schemas.plan import LayerPlan, all_full, counted
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import SINK, StrategyName
 
@@ -44,6 +44,10 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """
     limits = Budget.of(sensitivity, settings)
     tables = [_fix_sinks(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
+    if DECODE_MS in limits.fractions:
+        # Where any KV heads differ, every layer takes several attention calls: plans of whole layers apart.
+        whole = [[[each for each in options if not each.plan.full_kv_heads] for options in table] for table in tables]
+        tables += whole if whole != tables else []
     solved = [found for table in tables if (found := _solve(table, limits, settings)) is not None]
     if not solved:
         nearest = _nearest(tables, limits, settings)
@@ -186,6 +190,7 @@ def _program(
     """
     flat = [choice for options in table for choice in options]
     module = module_heads(limits.model.kv_heads, [choice.plan for choice in flat])
+    limits = replace(limits, module=module)
     pairs = _pairs(limits, module, exceed)
     rows, bounds, of_costs = _limits(flat, pairs, module, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
@@ -251,13 +256,14 @@ def _limits(
     flat: list[Choice], pairs: list[tuple[int, int]], module: int, limits: Budget, settings: Plan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one row per limit with the fraction that each choice and pair uses; the bounds; which limit costs."""
-    base = limits.base()
+    # Each choice against the full one: the rest of a layer is counted once.
+    base, full = limits.base(), limits.plan(all_full(limits.model))
     costs = [limits.added(choice.plan) for choice in flat]
     rows, bounds, of_costs = [], [], []
     for name, fraction in limits.fractions.items():
         padding = [limits.padding_fraction(*pair, module) if name == KV_BYTES else 0.0 for pair in pairs]
         rows.append([cost[name] / base[name] for cost in costs] + padding)
-        bounds.append(fraction - 1)
+        bounds.append(fraction - full[name] / base[name])
         of_costs.append(True)
     for metric, most in metric_limits(settings).items():
         scale = abs(most) or 1.0
