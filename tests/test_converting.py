@@ -13,8 +13,9 @@ from layerboost.model.base import find_model
 from layerboost.model.surgery import Thinned
 from layerboost.model.thinning import thin_mlps
 from layerboost.pipeline import run_stage
+from layerboost.planning.choices import predict
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.schemas.plan import PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -54,23 +55,18 @@ def test_the_converted_mlps_are_those_that_were_measured(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("layerboost.measuring.stage.thin_mlps", remember)
     measure = {"windows": [8], "tokens": 192, "retrieval_prompts": 0, "components": ["attention", "mlp"]}
-    recipe, run = (
-        recipe_of(tmp_path, measure=measure, plan={"context_tokens": 64, "parameter_fraction": 0.85}),
-        tmp_path / "run",
-    )
+    recipe, run = recipe_of(tmp_path, measure=measure, plan={"parameter_fraction": 0.8}), tmp_path / "run"
     sensitivity = run_stage("measure", recipe, run)
-    run_stage("plan", recipe, run)
+    planned = run_stage("plan", recipe, run)
+    assert planned.valid_prediction.parameter_fraction <= 0.8
+    layers = layer_plans("tuo", 8)
+    write_plan(run / PLAN, PlanFile(model=sensitivity.model, method="by hand", layers=layers))
     converted = run_stage("convert", recipe, run)
-    plan, states = read_plan(run / PLAN), load_file(converted / "model.safetensors")
-    base = load_file(tmp_path / "model" / "model.safetensors")
-    assert plan.valid_prediction
-    assert plan.valid_prediction.parameter_fraction <= 0.85
-    parameters = sum(value.numel() for value in states.values())
-    assert parameters == round(plan.valid_prediction.parameter_fraction * sum(value.numel() for value in base.values()))
-    thinned = [entry for entry in plan.layers if entry.mlp_width]
-    assert thinned
-    for entry in thinned:
-        found, name = seen[entry.layer, entry.mlp_width or 0], f"model.layers.{entry.layer}.mlp"
+    states, base = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "model"))
+    left, whole = (sum(value.numel() for value in each.values()) for each in (states, base))
+    assert left / whole == pytest.approx(predict(sensitivity, layers, recipe.plan).parameter_fraction)
+    for layer in range(3):
+        found, name = seen[layer, 48], f"model.layers.{layer}.mlp"
         assert torch.equal(states[f"{name}.down_proj.weight"], found.output)
         for part in ("gate_proj", "up_proj"):
             assert torch.equal(states[f"{name}.{part}.weight"], base[f"{name}.{part}.weight"][found.neurons])
