@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 StrategyName = Literal["full", "sliding", "none"]
-FULL: StrategyName = "full"
+FULL: Literal["full"] = "full"
 Component = Literal["attention", "mlp"]
 MLPName = Literal["full", "thin", "none"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.

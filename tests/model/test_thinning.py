@@ -18,11 +18,16 @@ from layerboost.traffic import Traffic
 IDS = torch.randint(3, 200, (10, 40), generator=torch.Generator().manual_seed(0))
 
 
+def output_of(model: Any, layer: int) -> torch.nn.Linear:
+    output = mlp_output(model.model.layers[layer].mlp)
+    assert output is not None
+    return output
+
+
 def activations(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
     """The neurons of one MLP `[N, T, W]`."""
     seen: list[torch.Tensor] = []
-    output = mlp_output(decoder_layers(model)[layer].mlp)
-    assert output is not None
+    output = output_of(model, layer)
     hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(ids, use_cache=False)
@@ -36,9 +41,7 @@ def test_the_neurons_that_add_most_stay_and_are_fitted(family: str) -> None:
     found = thin_mlps(model, list(IDS.split(4)), [(1, 32), (1, 64)])
     assert found.keys() == {(1, 32), (1, 64)}
     neurons = activations(model, 1, IDS)
-    output = mlp_output(decoder_layers(model)[1].mlp)
-    assert output is not None
-    weight = output.weight.detach().double()
+    weight = output_of(model, 1).weight.detach().double()
     score = neurons.abs().mean((0, 1)) * weight.norm(dim=0)
     for (_, width), thinned in found.items():
         assert torch.equal(thinned.neurons, score.topk(width).indices.sort().values)

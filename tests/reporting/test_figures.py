@@ -31,8 +31,9 @@ def test_losses_of_stage_1_are_not_called_nats(run: Path) -> None:
 
 def test_attention_and_mlps_are_in_one_figure_and_one_table() -> None:
     made = sensitivity(info(2))
+    score = Score(mean=0.1, standard_error=0.01)
     mlps = [
-        Variant(attention="full", mlp=kind, mlp_width=width, scores={"kl": Score(mean=0.1, standard_error=0.01)})
+        Variant(attention="full", mlp=kind, mlp_width=width, scores=dict.fromkeys(("kl", "retrieval"), score))
         for kind, width in (("thin", 48), ("thin", 24), ("none", None))
     ]
     layers = [

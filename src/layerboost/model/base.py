@@ -235,8 +235,8 @@ def mlp_facts(config: PreTrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
         layers: Any = decoder_layers(AutoModelForCausalLM.from_config(config))
     outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
-    widths = {output.in_features if output else None for output in outputs}
-    if len(widths) > 1 or None in widths:
+    widths = {output.in_features for output in outputs if output}
+    if len(widths) > 1 or None in outputs:
         return {}
     [width] = widths
     sizes = []

@@ -148,7 +148,8 @@ def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.T
     error = (inputs @ weight.T) - kept @ weight[:, neurons].T
     rows = torch.cat([kept, penalty * torch.eye(len(neurons), dtype=kept.dtype)])
     targets = torch.cat([error, error.new_zeros(len(neurons), error.shape[1])])
-    return weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
+    found: torch.Tensor = weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
+    return found
 
 
 def _sums(square: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, others: torch.Tensor) -> Sums:
