@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import info, layer_plans, save_tiny
+from tiny import save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
@@ -20,7 +20,6 @@ from layerboost.engines.vllm import (
     RESERVED,
     bench_command,
     check,
-    check_mlps,
     check_vllm,
     flags_given,
     serve_command,
@@ -30,8 +29,6 @@ from layerboost.engines.vllm import (
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
-from layerboost.schemas.plan import PlanFile, write_plan
-from layerboost.schemas.run import PLAN
 
 
 def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +266,3 @@ def test_every_flag_that_we_read_is_one_of_vllms() -> None:
     line = next(line for line in ended.stdout.splitlines() if line.startswith("options "))
     ours = {name for names in (*NUMBERS, *OTHERS, *RESERVED) for name in names.split()} - {"-O"}
     assert ours | {"--enforce-eager", "--no-enforce-eager", "--no-enable-prefix-caching"} <= {*line.split()}
-
-
-def test_thinned_mlps_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    folder, plan = save_tiny(tmp_path / "model", "llama", "ftm"), layer_plans("ftm")
-    write_plan(folder / PLAN, PlanFile(model=info(3), method="by hand", layers=plan))
-    with pytest.raises(ConfigError, match=r"thinned or removed MLPs[\s\S]*layer 1: MLP thin 48[\s\S]*decilm"):
-        check_mlps(folder)
-    # An export of it is a stock model.
-    save_tiny(tmp_path / "stock")
-    (tmp_path / "stock" / PLAN).write_text((folder / PLAN).read_text())
-    check_mlps(tmp_path / "stock")

@@ -17,13 +17,11 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, p
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
-from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
-from layerboost.strategies import mlp_label
 
 NAME: EngineName = "vllm"
 UNUSED = frozenset({"gguf_type"})
@@ -53,7 +51,6 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     version = check_vllm()
     for folder in folders:
         check_no_pattern(folder)
-        check_mlps(folder)
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -86,7 +83,6 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     check_vllm()
     config = check_checkpoint(model)
     check_no_pattern(model)
-    check_mlps(model)
     if ARCHITECTURE in str(config.get("architectures")):
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
@@ -108,20 +104,6 @@ def check_no_pattern(folder: Path) -> None:
             f"vLLM cannot read a model from {folder}",
             found="it takes * ? and [ in a path for a pattern",
             do="rename the directory, or give a symbolic link to it",
-        )
-
-
-def check_mlps(folder: Path) -> None:
-    """Raise ConfigError for a boosted checkpoint, or a run's plan, with other MLPs than the base's: our plugin does not
-    serve them yet. Exports have the plan too, and vLLM serves those."""
-    plan = read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
-    changed = [entry for entry in plan.layers if entry.mlp_changed] if plan else []
-    is_export = (folder / "config.json").is_file() and ARCHITECTURE not in str(plain_config(folder)["architectures"])
-    if changed and not is_export:
-        raise ConfigError(
-            "vLLM does not serve thinned or removed MLPs of a boosted checkpoint",
-            found=f"{folder}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
-            do="export it: `layerboost export --to decilm` or `--to gguf` hold thinned MLPs of some plans",
         )
 
 

@@ -51,16 +51,10 @@ class BoostedConfig:
         from vllm import __version__
         from vllm.platforms import current_platform
 
-        from layerboost.model.mlp import recorded_widths
         from layerboost.model.modeling import recorded_full_heads, skipped_layers
         from layerboost.vllm_plugin.heads import check_ranks
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-        if changed := recorded_widths(config):
-            raise ValueError(
-                f"layerboost's plugin serves no thinned or removed MLPs yet, as of layer {min(changed)}: "
-                "`layerboost export --to decilm` makes a checkpoint that vLLM serves by itself"
-            )
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
         if recorded_full_heads(config):
