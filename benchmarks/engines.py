@@ -95,7 +95,7 @@ class Engine:
     def answer(self) -> int:
         """Tokens of an answer, which does not end while steps are timed: some requests decode while others are read."""
         prompts = self.asked.requests * (self.asked.prefix_tokens + self.asked.prompt_tokens)
-        return 2 * prompts // self.asked.batched_tokens + self.asked.steps + PROFILED + 64
+        return int(2 * prompts // self.asked.batched_tokens + self.asked.steps + PROFILED + 64)
 
     def tokens(self, count: int) -> list[int]:
         """Random ids."""
@@ -185,7 +185,12 @@ def compare(folders: dict[str, Path], asked: argparse.Namespace) -> dict[str, An
     results: dict[str, Any] = {}
     for name, folder in folders.items():
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
-        found = {"weights_mib": weights, "perplexity": quality.get(name), "kl": kl.get(name), "runs": runs[name]}
+        found: dict[str, Any] = {
+            "weights_mib": weights,
+            "perplexity": quality.get(name),
+            "kl": kl.get(name),
+            "runs": runs[name],
+        }
         print(f"{name}: weights {weights:.0f} MiB", end="")
         for what in ("reading", "step"):
             own, theirs = ([run[what] for run in runs[model]] for model in (name, next(iter(folders))))

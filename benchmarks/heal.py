@@ -14,6 +14,7 @@ import itertools
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,9 @@ def main() -> None:
                         (run / made.name).symlink_to(made)
                     return timing.alone(__file__, *words, "--way", way, "--run", run)
 
-            found = timing.in_turn({way: partial(one, way) for way in WAYS}, asked.repeats, warm_up=0)
-        results[f"T={length}"] = summary(length, found)
+            ways: dict[str, Callable[[], dict[str, Any]]] = {way: partial(one, way) for way in WAYS}
+            runs = timing.in_turn(ways, asked.repeats, warm_up=0)
+        results[f"T={length}"] = summary(length, runs)
     timing.show(results, asked)
 
 

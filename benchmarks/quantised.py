@@ -47,7 +47,7 @@ def main() -> None:
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asked.base)
     text = Text(source=asked.text, sequence_tokens=SEQUENCE_TOKENS)
-    batches = list(load_tokens(text, tokenizer, "eval", asked.tokens).batches(4))
+    batches = list(load_tokens(text, tokenizer, "held_out", asked.tokens).batches(4))
     models = {name: AutoModelForCausalLM.from_pretrained(getattr(asked, name)).eval() for name in ("base", "boosted")}
     found = {}
     for kind in ("f32", *(kind for kind in TYPES if kind != "f32")):

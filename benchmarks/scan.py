@@ -127,7 +127,7 @@ def main() -> None:
     batches = list(every.batches(size))
     own = asked.scan_tokens // (size * text.sequence_tokens)
     seen, unseen = batches[:own], batches[own:]
-    [window] = {variant.window for entry in sensitivity.layers for variant in entry.heads}
+    [window] = {each.window for entry in sensitivity.layers for each in entry.heads if each.window}
     sinks = calibrate_sinks(model, seen, range(sensitivity.model.layers), [window])
     heads = sensitivity.model.kv_heads
     sites = [site for entry in sensitivity.layers for site in head_candidates(entry.variants, entry.layer, heads, 1)]

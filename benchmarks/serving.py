@@ -132,7 +132,7 @@ def ideal_tokens_per_s(
     if known:
         read -= prefill_work(model.info, model.layers, known, known)
     prefill_s = (read[3] + read[5]) / rates["flops_per_s"]
-    return bench.output_tokens / (prefill_s + bench.output_tokens * step_s / at_once)
+    return float(bench.output_tokens / (prefill_s + bench.output_tokens * step_s / at_once))
 
 
 def settings(name: str, asked: argparse.Namespace, reference: Model) -> Bench:

@@ -87,6 +87,18 @@ class Plain:
             del attention.sinks
 
 
+class ZeroSinks(Sinks):
+    """Sinks of zero, which are not fitted."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__({}, heads, torch.device("cpu"))
+        self.heads = heads
+
+    def __call__(self, plan: LayerPlan) -> torch.Tensor:
+        """Return the sink logits of a layer whose heads all have a window."""
+        return torch.zeros(self.heads)
+
+
 class Ours:
     """The sweep's own probe, one layer at a time, on a model with the same weights."""
 
@@ -145,7 +157,7 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
 @torch.no_grad()
 def peak_mib(way: str, model: Any, batches: list[torch.Tensor], layer: int) -> float:
     """Peak memory of one way on one layer; sinks of any value, as fitting them would be the peak."""
-    sinks = {(layer, window): torch.zeros(model.config.num_attention_heads) for window in WINDOWS}
+    sinks = ZeroSinks(model.config.num_attention_heads)
     plans = candidates(model, layer, WINDOWS)
     if way == "ours":
         ours = Ours(model, batches, sinks)

@@ -93,3 +93,19 @@ def test_stages_on_objects(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(stock(IDS).logits, converted.model(IDS).logits, atol=2e-4, rtol=1e-3)
     with pytest.raises(ConfigError, match=r"models\['base'\] must be a base"):
         lb.evaluate({"healed": converted}, text)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings(
+    "error:flex_attention called without"
+)  # not compiled, as once under selective checkpointing
+def test_stages_on_a_gpu(folder: Path) -> None:
+    base = lb.open_base(folder / "model", device="cuda")
+    text = lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
+    settings = lb.Measure(windows=(8,), tokens=192, retrieval_prompts=0, unit="kv_head")
+    plan = lb.plan(lb.measure(base, text, settings), lb.Plan(kv_fraction=0.6, context_tokens=64))
+    plan = plan.model_copy(update={"layers": layer_plans("fSnH", 8)})
+    converted = lb.convert(base, plan, text, settings)
+    healed = lb.heal(converted, text, lb.Heal(fit_tokens=96, attention_tokens=384, tokens=384))
+    assert (healed.model.device.type, healed.model.dtype) == ("cuda", torch.bfloat16)
+    assert healed.model(IDS.cuda()).logits.isfinite().all()

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_pipeline import layerboost, write_recipe
 from tiny import RUNTIME, save_tiny
 
@@ -117,6 +119,54 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
+@pytest.mark.pipeline
+def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
+    """The kinds of rows of benchmarks/linearisation.yaml, with a few steps each."""
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), measure={"windows": [8], "retrieval_prompts": 0})
+    linear = {"attention": "linear", "sink": False, "feature_map": "lolcats"}
+    rows = write_rows(
+        tmp_path / "rows.yaml",
+        set={"evaluate.tasks": [], "heal.fit_tokens": 0},
+        rows={
+            "ours": {"set": NOT_HEALED},
+            "lolcats": {"plan": {"attention": "linear", "window": 8, "feature_map": "lolcats"}},
+            "lolcats-window": {"window_only": "lolcats"},
+            "liger": {
+                "plan": {"attention": "linear", "window": 8, "feature_map": "liger"},
+                "set": {"heal.attention_tokens": 0},
+            },
+            "liger-window": {"window_only": "liger"},
+            "lolcats-ours": {"plan": "ours", "sliding": linear},
+            "ours-12": {"plan": "ours", "sliding": {"window": 12}, "set": NOT_HEALED},
+            "wrong": {"plan": "ours", "sliding": {"attention": "linear"}},
+        },
+    )
+    run = tmp_path / "run"
+    found = json.loads(layerboost("compare", rows, "--config", recipe, "--run", run, "--json").stdout)
+    assert found["left_out"] == {"wrong": "its sliding layers cannot be replaced"}
+    plans = {
+        name: read_plan(run / "compare" / name / "plan.yaml").layers for name in ("ours", "lolcats-ours", "ours-12")
+    }
+    sliding = [entry.layer for entry in plans["ours"] if entry.window]
+    assert sliding
+    assert [entry.layer for entry in plans["lolcats-ours"] if entry.feature_map] == sliding
+    assert [(entry.layer, entry.sink) for entry in plans["ours-12"] if entry.window == 12] == [
+        (entry.layer, entry.sink) for entry in plans["ours"] if entry.window
+    ]
+    models = found["evaluations"][""]["perplexity"]
+    assert models["lolcats-healed"]["kl"]["mean"] < models["lolcats-converted"]["kl"]["mean"]
+    # The same weights without the state: another model, at fewer bytes.
+    for name in ("lolcats", "liger"):
+        assert models[f"{name}-window-converted"]["kl"]["mean"] != models[f"{name}-healed"]["kl"]["mean"]
+        cut, healed = (
+            run / "compare" / folder / "model.safetensors" for folder in (f"{name}-window/converted", f"{name}/healed")
+        )
+        weights = load_file(healed)
+        assert all(torch.equal(value, weights[key]) for key, value in load_file(cut).items())
+        assert found["rows"][f"{name}-window"]["kv_fraction"] < found["rows"][name]["kv_fraction"]
+        assert found["rows"][f"{name}-window"]["layers"] == {"full": 0, "sliding": 4, "none": 0}
+
+
 @pytest.mark.parametrize("file", [*SHIPPED.glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")], ids=lambda f: f.stem)
 def test_the_rows_that_ship_are_valid(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -137,6 +187,7 @@ def test_the_rows_that_ship_are_valid(file: Path, monkeypatch: pytest.MonkeyPatc
     [
         ({"rows": {"other": {}}}, "not among the rows: ours"),
         ({"rows": {"ours": {"plans": "x"}}}, "rows.ours.plans: Extra inputs"),
+        ({"rows": {"ours": {"window_only": "ours"}}}, "rows.ours.window_only: ours is not an earlier row"),
         ({"rows": {"ours": {"set": {"heal.token": 5}}}}, "did you mean heal.tokens"),
     ],
 )

@@ -232,6 +232,31 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
 
 
 @pytest.mark.pipeline
+def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe")
+    recipe, run = write_recipe(tmp_path, model, bench={"engine": "transformers"}), tmp_path / "run"
+    checked = json.loads(layerboost("check", "--config", recipe, "--run", run, "--json").stdout)
+    assert checked["active_parameters"] < checked["parameters"]
+    for stage in ("measure", "plan"):
+        layerboost(stage, "--config", recipe, "--run", run)
+    file = run / "plan.yaml"
+    assert len(read_plan(file).layers) == 4
+    kinds = ["full", "none", "sliding, window: 8", "full"]
+    lines = "".join(f"  - {{layer: {index}, attention: {kind}}}\n" for index, kind in enumerate(kinds))
+    file.write_text(file.read_text().split("layers:\n")[0] + "layers:\n" + lines)
+    for stage in ("convert", "heal", "evaluate", "report"):
+        layerboost(stage, "--run", run)
+    quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
+    assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, run / "healed"))
+    changed = {name.split(".experts.")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert not any("gate.weight" in name for name in changed)
+    assert {name for name in changed if "mlp" in name} == {"model.layers.1.mlp"}
+    assert "Each token uses" in (run / "healed" / "README.md").read_text()
+    assert "M active)" in (run / "report.md").read_text()
+
+
+@pytest.mark.pipeline
 def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
@@ -314,9 +339,9 @@ def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -
 def test_memory_is_looked_at_where_healing_runs(
     device: str, memory: tuple[float, float], weights_gib: float, short: str
 ) -> None:
-    estimate = Estimate("m", "llama", 4, 10, device, *memory, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
+    estimate = Estimate("m", "llama", 4, 10, 10, device, *memory, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
     with pytest.raises(LayerboostError) as caught:
         check_room(estimate, weights_gib, torch.device(device), "heal less")
     assert str(caught.value).startswith(short)
-    fits = Estimate("m", "llama", 4, 10, device, 1.0, 2.0, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
+    fits = Estimate("m", "llama", 4, 10, 10, device, 1.0, 2.0, 1.0, 2.0, 100, 10.0, 1.0, "not needed")
     check_room(fits, 0.1, torch.device(device), "heal less")

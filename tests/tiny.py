@@ -14,11 +14,12 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerboost.model.families import FAMILIES
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.linear import ONEDNN_PRODUCT
-from layerboost.model.modeling import base_layer_types
+from layerboost.model.modeling import auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime
 from layerboost.schemas.model import ModelInfo
@@ -36,18 +37,22 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GRANITE = {
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+}
+BY_TYPE_ROPE = {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
-    "granite": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 3.0,
-        "residual_multiplier": 0.7,
-        "attention_multiplier": 0.1,
-    },
+    "granite": GRANITE,
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
-    "olmo3": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}},
+    "olmo3": {"rope_parameters": BY_TYPE_ROPE},
     "apertus": {"rope_parameters": LLAMA3_ROPE},
     "cwm": {"rope_parameters": LLAMA3_ROPE},
     "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
@@ -55,7 +60,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "arcee": {"attention_bias": True, "mlp_bias": True},
     "ernie4_5": {"use_bias": True},
     "helium": {"hidden_size": 128},  # its heads are as wide as the stream
-    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}},
+    "hunyuan_v1_dense": {"rope_parameters": HUNYUAN_ROPE},
     "hyperclovax": {
         "embedding_multiplier": 2.0,
         "logits_scaling": 0.4,
@@ -77,24 +82,114 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "olmo": {"clip_qkv": 1.5},
     "stablelm": {"hidden_size": 128, "qk_layernorm": True, "use_parallel_residual": True},
     "vaultgemma": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "qwen3_vl_text": {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    # Its heads are as wide as the stream.
+    "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
+    # Mixtures of experts, with the fields that real checkpoints set.
+    "qwen3_moe": {**EXPERTS, "num_experts": 8},
+    "qwen2_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {
+        "hidden_size": 128,  # its heads are as wide as the stream
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 32,
+        "clip_qkv": 1.5,
+    },
+    "granitemoe": {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoeshared": {
+        **GRANITE,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 48,
+    },
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "rotary_dim": 16},
+    "afmoe": {
+        **EXPERTS,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "route_scale": 2.5,
+        "mup_enabled": True,
+        "global_attn_every_n_layers": 2,
+    },
+    "cohere2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+        "intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "prefix_dense_intermediate_size": 96,
+        "logit_scale": 0.5,
+    },
+    "dots1": {
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 32},
+    "exaone_moe": {**EXPERTS, "num_experts": 8, "sliding_window_pattern": 2},
+    "flex_olmo": {"num_experts": 7, "num_experts_per_tok": 5, "intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "rope_parameters": HUNYUAN_ROPE},
+    "hy_v3": {**EXPERTS, "num_experts": 8},
+    "mellum": {**EXPERTS, "num_experts": 8, "rope_parameters": BY_TYPE_ROPE},
+    "phimoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "solar_open": {**EXPERTS, "n_routed_experts": 8},
 }
-SLIDING_BASES = ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2", "cwm", "exaone4", "vaultgemma")
+IMAGE_TOKEN = 2  # no text has it
+# The tiny image tower of a wrapper, and its other settings.
+TOWERS: dict[str, dict[str, Any]] = {
+    "llava": {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 32},
+    "mistral3": {"model_type": "pixtral", "image_size": 32, "patch_size": 4},
+    "qwen3_vl": {
+        "depth": 3, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    },
+    "qwen2_5_vl": {
+        "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+    },
+    "gemma3": {"image_size": 8, "patch_size": 2, "vision_use_head": False},
+}  # fmt: skip
+AROUND: dict[str, dict[str, Any]] = {"gemma3": {"mm_tokens_per_image": 4}}
+SLIDING_BASES = (
+    "ministral", "gemma2", "gemma3_text", "gemma3", "olmo3", "cohere2", "cwm", "exaone4", "vaultgemma",
+    "afmoe", "cohere2_moe", "exaone_moe", "mellum",
+)  # fmt: skip
+# What there are models of: language models alone and in wrappers.
+MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
+MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
 # Families that use every field of a row between them. The others are in the whole grids of `make test-all`.
 QUICK_FAMILIES = (
     "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere2",
-    "phi", "stablelm", "exaone4", "hyperclovax",
+    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl",
 )  # fmt: skip
 
 
-def families(*, sliding: bool = True) -> list[Any]:
-    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides."""
-    names = [name for name in FAMILIES if sliding or name not in SLIDING_BASES]
+def families(*, sliding: bool = True, experts: bool = False) -> list[Any]:
+    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; with
+    `experts`, the mixtures of experts."""
+    names = [
+        name for name in MODEL_TYPES if (sliding or name not in SLIDING_BASES) and (not experts or name in MIXTURES)
+    ]
     return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full; with half of an MLP t: f, u: s, o: n; without an MLP m: f, z: n."""
+    head 0 full; l and L: linear as LoLCATs and as Liger; with half of an MLP t: f, u: s, o: n; without an MLP m: f,
+    z: n."""
     half = {"mlp": "thin", "mlp_width": 48}
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
@@ -103,6 +198,8 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "n": {"attention": "none"},
         "h": {"attention": "sliding", "window": window, "full_kv_heads": (1,)},
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
+        "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
+        "L": {"attention": "linear", "window": window, "feature_map": "liger"},
         "t": {"attention": "full", **half},
         "u": {"attention": "sliding", "window": window, **half},
         "o": {"attention": "none", **half},
@@ -115,14 +212,39 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
 def fitted(letters: str, model_type: str) -> str:
     """A plan's letters for a family: where its tiny base slides already, f in place of a window."""
     model = tiny_model(model_type, len(letters))
-    types = base_layer_types(model.config)
+    types = base_layer_types(model.config.get_text_config())
     pairs = zip(letters, types, strict=True)
     return "".join("f" if letter in "sShH" and slides == "sliding_attention" else letter for letter, slides in pairs)
 
 
 def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> PreTrainedModel:
-    """A stock model of a family with random weights, large enough that attention matters to the logits."""
+    """A stock model of a family or a wrapper, with random weights, so large that attention matters to the logits."""
     torch.manual_seed(0)
+    config = tiny_config(model_type, layers, **changes)
+    text = config.get_text_config()
+    model = auto_class(config).from_config(config, attn_implementation=FAMILIES[text.model_type].attn_implementation)
+    model = model.float()  # Apertus makes its activation's numbers in bfloat16
+    corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    with torch.no_grad():
+        for value in (*model.parameters(), *corrections):
+            if value.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
+                value.add_(torch.randn_like(value) * 0.1)
+    return model.eval()
+
+
+def tiny_config(model_type: str, layers: int, **changes: Any) -> PreTrainedConfig:
+    """The config of a tiny model; `changes` to a wrapper are of its language model, but for the tied head."""
+    if model_type in WRAPPERS:
+        tied = changes.pop("tie_word_embeddings", False)
+        inside = tiny_config(changes.pop("inside", WRAPPERS[model_type][0]), layers, **changes)
+        tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return transformers.CONFIG_MAPPING[model_type](
+            text_config=inside.to_dict() | {"dtype": "float32"},
+            vision_config=tower | {"initializer_range": 0.2, "dtype": "float32"} | TOWERS[model_type],
+            image_token_id=IMAGE_TOKEN,
+            tie_word_embeddings=tied,
+            **AROUND.get(model_type, {}),
+        )
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -140,17 +262,30 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
     }
     if model_type in SLIDING_BASES:
         settings["sliding_window"] = WINDOW
-    if model_type == "ministral":
+    if model_type in ("ministral", "mellum"):
         settings["layer_types"] = [("full_attention", "sliding_attention")[i % 2] for i in range(layers)]
     settings |= FAMILY_SETTINGS.get(model_type, {}) | changes
-    config = transformers.CONFIG_MAPPING[model_type](**settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=FAMILIES[model_type].attn_implementation)
-    model = model.float()  # Apertus makes its activation's numbers in bfloat16
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return transformers.CONFIG_MAPPING[model_type](**settings)
+
+
+def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A text `[B, T]` with an image in each row, from the 13th token on, as a processor would give it to a model."""
+    rows, draw = len(text), torch.Generator().manual_seed(2)
+    tokens, size = (2, (8, 16)) if wrapper == "mistral3" else (4, (8, 8))
+    image = torch.full((rows, tokens), IMAGE_TOKEN)
+    ids = torch.cat([text[:, :12], image, text[:, 12 + tokens :]], dim=1)
+    prompt = {"input_ids": ids, "pixel_values": torch.randn(rows, 3, *size, generator=draw)}
+    kinds = (ids == IMAGE_TOKEN).long()
+    match wrapper:
+        case "mistral3":
+            prompt["image_sizes"] = torch.tensor([size] * rows)
+        case "gemma3":
+            prompt["token_type_ids"] = kinds
+        case "qwen3_vl" | "qwen2_5_vl":
+            prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
+            prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
+            prompt["mm_token_type_ids"] = kinds
+    return prompt
 
 
 def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **changes: Any) -> PreTrainedModel:

@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from layerboost.api import Boosted, convert, evaluate, export, heal, measure, open_base, plan
     from layerboost.recipe import Evaluate, Heal, Measure, Plan, Text
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "Boosted",
     "Evaluate",
     "Heal",
@@ -39,6 +40,6 @@ _SETTINGS = ("Text", "Measure", "Plan", "Heal", "Evaluate")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Transformers' own class, which from then on loads boosted checkpoints too.
-    module = "model.modeling" if name == "AutoModelForCausalLM" else "recipe" if name in _SETTINGS else "api"
+    # Transformers' own classes, which from then on load boosted checkpoints too.
+    module = "model.modeling" if name.startswith("Auto") else "recipe" if name in _SETTINGS else "api"
     return getattr(importlib.import_module(f"layerboost.{module}"), name)

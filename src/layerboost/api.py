@@ -79,7 +79,8 @@ def open_base(
 ) -> Base:
     """Open a base: a Hub id, a directory, a GGUF file or `package:NAME`.
 
-    Its facts, tokenizer and weights are read when they are asked for. `folder`: where a GGUF file is unpacked.
+    Its facts, tokenizer and weights are read when they are asked for. `folder`: where a GGUF file or a
+    quantised model is unpacked.
     """
     recipe = Recipe(model=str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return models.open_base(recipe, Path(folder), start_runtime(recipe))

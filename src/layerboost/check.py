@@ -40,6 +40,7 @@ class Estimate:
     family: str
     layers: int
     parameters: int
+    active_parameters: int
     device: str
     memory_needed_gib: float
     memory_free_gib: float
@@ -67,7 +68,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         stage.check(recipe, run, base)
     info = base.info
     weights_gib = info.parameters * info.bytes_per_element / GIB
-    copies = 2 + bool(base.gguf) - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
+    copies = 2 + base.packed - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
     healing = estimate_healing(recipe, base.config, info, runtime, layers)
     engine = open_engine(recipe.bench.engine)
@@ -76,6 +77,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
         family=info.model_type,
         layers=info.layers,
         parameters=info.parameters,
+        active_parameters=info.active_parameters,
         device=str(runtime.device),
         memory_needed_gib=healing.memory_gib,
         memory_free_gib=free_memory_gib(runtime.device),

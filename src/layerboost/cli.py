@@ -273,10 +273,11 @@ def ls(what: str, as_json: bool) -> None:
     targets.
     """
     if what == "families":
-        from layerboost.model.families import FAMILIES
+        from layerboost.model.families import FAMILIES, WRAPPERS
 
         head = ["family", "vLLM"]
         listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
+        listing |= {f"{wrapper} ({', '.join(inner)})": {"vllm": ""} for wrapper, inner in WRAPPERS.items()}
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families
 

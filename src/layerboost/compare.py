@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
+from layerboost.converting import write_windows_alone
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluating.comparison import average_against
@@ -21,7 +22,7 @@ from layerboost.healing.data import batch_of_process
 from layerboost.healing.least_squares import check_fit
 from layerboost.measuring.stage import run_measure
 from layerboost.model.base import Base, find_model, open_base
-from layerboost.model.surgery import check_plan
+from layerboost.model.surgery import check_plan, windows_alone
 from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_recipe
 from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import RECIPES, Recipe, Section, find_recipe, parse_recipe
@@ -33,7 +34,7 @@ from layerboost.schemas.artifact import Artifact, problems, write_json
 from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import STRATEGIES, WINDOW, StrategyName
+from layerboost.strategies import SLIDING, STRATEGIES, WINDOW, FeatureMapName, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
@@ -47,18 +48,22 @@ class EveryLayer(Section):
     attention: StrategyName
     window: int | None = Field(None, ge=1)
     sink: bool = False
+    feature_map: FeatureMapName | None = None
 
 
 class Row(Section):
     """One plan and how it is healed. `set` has dotted keys as on the command line.
 
     `plan`: an earlier row, whose converted model is used too, a plan file, or the same attention in every layer;
-    without it `layerboost plan` chooses. `run`: an existing run folder, whose models are evaluated as they are.
-    `one_stage`: spend all tokens of healing in stage 2.
+    without it `layerboost plan` chooses. `sliding`: fields that the plan's sliding layers get. `run`: an existing run
+    folder, whose models are evaluated as they are. `window_only`: an earlier row, whose last model is evaluated with
+    sliding layers in place of linear ones. `one_stage`: spend all tokens of healing in stage 2.
     """
 
     plan: EveryLayer | str | None = None
+    sliding: dict[str, Any] = Field({})
     run: str | None = None
+    window_only: Name | None = None
     one_stage: bool = False
     set: dict[str, Any] = Field({})
 
@@ -84,6 +89,11 @@ class Rows(Section):
         named = {self.reference, *(row for each in self.evaluations.values() for row in each.rows or ())}
         if unknown := named - self.rows.keys():
             raise ValueError(f"not among the rows: {', '.join(sorted(unknown))}")
+        earlier: set[str] = set()
+        for name, row in self.rows.items():
+            if row.window_only and row.window_only not in earlier:
+                raise ValueError(f"rows.{name}.window_only: {row.window_only} is not an earlier row")
+            earlier.add(name)
         return self
 
 
@@ -140,7 +150,8 @@ def run_compare(recipe: Recipe, run: Path, rows: str = DEFAULT) -> Compared:
         batch_of_process(settings.heal)
         check_fit(settings)
     with locked(run), saved_recipe(recipe, run), recorded(run, "compare", recipe):
-        if not (run / SENSITIVITY).is_file() and any(not (row.plan or row.run) for row in file.rows.values()):
+        planned = any(not (row.plan or row.run or row.window_only) for row in file.rows.values())
+        if planned and not (run / SENSITIVITY).is_file():
             run_measure(recipe, run)
         return _compare(file, recipe, run)
 
@@ -168,7 +179,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             continue
         log.info("compare: models of %s", name)
         row, settings = file.rows[name], row_recipe(recipe, file.rows[name])
-        models[name] = _models(row, settings, run / FOLDER / name, runtime)
+        models[name] = _models(row, settings, run / FOLDER / name, runtime, models)
         compared.rows[name] = RowResult(
             plan=plan.hash(),
             layers=counts(plan.layers),
@@ -178,7 +189,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
             / base_kv_bytes(base.info, context_tokens),
             predicted_kl=plan.valid_prediction.damage.get("kl") if plan.valid_prediction else None,
-            healing_tokens=None if row.run else healing_tokens(settings),
+            healing_tokens=None if row.run or row.window_only else healing_tokens(settings),
             models=list(models[name]),
         )
     for part, each in file.evaluations.items():
@@ -243,10 +254,16 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
         (folder / CONVERTED).unlink()
     if row.run:
         return read_plan(Path(row.run) / PLAN)
+    if row.window_only:
+        other = earlier[row.window_only]
+        if other is None:
+            raise NotApplicable(f"its model is that of {row.window_only}, which is skipped")
+        return other.model_copy(update={"layers": windows_alone(other.layers), "predicted": None})
     if row.plan is None:
-        made: PlanFile = run_stage("plan", settings, folder)
-        return made
-    if isinstance(row.plan, EveryLayer):
+        plan: PlanFile = run_stage("plan", settings, folder)
+        if not row.sliding:
+            return plan
+    elif isinstance(row.plan, EveryLayer):
         plan = every_layer_plan(row.plan, base, settings)
         check_applicable(plan, base.config, settings.text.sequence_tokens)
     elif row.plan in earlier:
@@ -254,12 +271,27 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
         if found is None:
             raise NotApplicable(f"its plan is that of {row.plan}, which is skipped")
         plan = found
-        if not (folder / CONVERTED).exists():
+        if not row.sliding and not (folder / CONVERTED).exists():
             (folder / CONVERTED).symlink_to(Path("..", row.plan, CONVERTED), target_is_directory=True)
     else:
         plan = read_plan(Path(row.plan))
+    if row.sliding:
+        plan = with_sliding_as(plan, row.sliding)
+        check_applicable(plan, base.config, settings.text.sequence_tokens)
     write_plan(folder / PLAN, plan)
     return plan
+
+
+def with_sliding_as(plan: PlanFile, fields: Mapping[str, Any]) -> PlanFile:
+    """Return a plan whose sliding layers have other fields; raise NotApplicable for fields that they cannot have."""
+    try:
+        layers = [
+            LayerPlan(**entry.model_dump() | fields) if entry.attention == SLIDING else entry for entry in plan.layers
+        ]
+    except ValueError as error:
+        raise NotApplicable("its sliding layers cannot be replaced", found=problems(error)) from None
+    method = f"{plan.method}, sliding layers with {', '.join(f'{name} {value}' for name, value in fields.items())}"
+    return PlanFile(model=plan.model, method=method, layers=layers)
 
 
 def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
@@ -285,11 +317,17 @@ def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
         )
 
 
-def _models(row: Row, settings: Recipe, folder: Path, runtime: Runtime) -> dict[str, Base]:
+def _models(
+    row: Row, settings: Recipe, folder: Path, runtime: Runtime, earlier: Mapping[str, dict[str, Base]]
+) -> dict[str, Base]:
     """Return the models that the row adds, by stage; those that are missing are made.
 
     A converted model that is an earlier row's is not among them.
     """
+    if row.window_only:
+        model = list(earlier[row.window_only].values())[-1]
+        write_windows_alone(model, folder / CONVERTED, settings)
+        return {CONVERTED: find_model(str(folder / CONVERTED), runtime, None, settings.trust_remote_code)}
     if row.run:
         existing = checkpoints(settings, Path(row.run), runtime)
         if not existing.keys() - {BASE}:

@@ -12,7 +12,7 @@ from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, plan_in, save_boosted
 from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
-from layerboost.model.surgery import apply_plan, check_plan
+from layerboost.model.surgery import apply_plan, check_plan, windows_alone, without_states
 from layerboost.model.thinning import thin_mlps
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
@@ -56,6 +56,18 @@ def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
     model = boost(recipe, base, plan, run)
     origin = origin_of(base.folder, base.name, recipe.card)
     save_boosted(model, base.tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+
+
+def write_windows_alone(model: Base, target: Path, recipe: Recipe) -> None:
+    """Write a boosted checkpoint with sliding layers in place of its linear ones."""
+    plan = read_plan(model.folder / PLAN)
+    plan = plan.model_copy(update={"layers": windows_alone(plan.layers), "predicted": None})
+    save_boosted(
+        without_states(model.load(), plan.layers),
+        *(model.tokenizer, plan, target),
+        recipe_yaml=recipe_yaml(recipe),
+        healing=f"Made from {model.name} by leaving out the states of its linear attention.",
+    )
 
 
 def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
+from layerboost.strategies import MEASURED, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
 RECIPES = next(
@@ -91,10 +92,9 @@ class Measure(Section):
     """Sensitivity of each layer to each replacement."""
 
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
+    strategies: tuple[Replacement, ...] = Field(MEASURED, min_length=1, description="sliding, none; linear: not served")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
-    skip_tokens: int = Field(
-        0, ge=0, description="calibration tokens to skip first, to measure on another part of the text"
-    )
+    skip_tokens: int = Field(0, ge=0, description="calibration tokens to skip first: another part of the text")
     traffic: OnDisk | None = Field(
         None, description="JSONL of prompt and answer, messages, or text: your own requests; docs/reference/measure.md"
     )
@@ -180,8 +180,8 @@ class Heal(Section):
     lora_rank: int = Field(16, ge=1, description="rank of every LoRA adapter; alpha is twice the rank")
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
-        description="linear layers that stage 2 adapts, from the first changed layer up; default: v and o of changed "
-        "layers, and the MLPs",
+        description="linear layers, or `experts`, that stage 2 adapts, from the first changed layer up; default: v and "
+        "o of changed layers, and the MLPs",
     )
     sequence_tokens: Lengths | None = Field(
         None,

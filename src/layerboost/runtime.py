@@ -226,7 +226,8 @@ class Progress:
 
 def machine() -> str:
     """Return the processor that models run on: the GPU's name, or the CPU's with the usable cores."""
-    if Path("/proc/driver/nvidia").exists():
+    # Containers may lack the first; without a driver, importing PyTorch would be for nothing. dxg: WSL.
+    if any(Path(sign).exists() for sign in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")):
         import torch
 
         if torch.cuda.is_available():

@@ -9,19 +9,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-StrategyName = Literal["full", "sliding", "none"]
+StrategyName = Literal["full", "sliding", "linear", "none"]
+Replacement = Literal["sliding", "linear", "none"]
 FULL: Literal["full"] = "full"
-Component = Literal["attention", "mlp"]
+SLIDING: StrategyName = "sliding"
+LINEAR: StrategyName = "linear"
 MLPName = Literal["full", "thin", "none"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
-WINDOW, SINK, FULL_KV_HEADS, MLP_WIDTH = "window", "sink", "full_kv_heads", "mlp_width"
+WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
+MLP_WIDTH = "mlp_width"
+FeatureMapName = Literal["lolcats", "liger"]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A kind of linear attention: what one layer holds of the tokens beyond its window, and how it is trained."""
+
+    # (query heads, KV heads, head size) -> numbers in the state of one layer.
+    state: Callable[[int, int, int], int]
+    # Whether stage 1 of healing has parameters of its own to train.
+    learned: bool
+    # Whether the first `window` positions are computed as in full attention.
+    exact_within_window: bool
+
+
+LOLCATS_FEATURES = 128  # of [softmax(xW), softmax(−xW)], 64 each
+FEATURE_MAPS: dict[FeatureMapName, FeatureMap] = {
+    # Feature maps are per query head, and the state has one more column: the normaliser.
+    "lolcats": FeatureMap(lambda heads, _, size: heads * LOLCATS_FEATURES * (size + 1), True, True),
+    "liger": FeatureMap(lambda _, kv_heads, size: kv_heads * size * size, False, False),
+}
 
 
 @dataclass(frozen=True)
 class Strategy:
     """One way to run a component of a layer."""
 
-    name: StrategyName | MLPName
+    name: Any  # a StrategyName, or of MLPs an MLPName
     title: str
     # What a model card says of it.
     meaning: str
@@ -32,18 +56,26 @@ class Strategy:
     text: tuple[str, str] | None = None  # on those cells; without one, a cell has a dashed border alone
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
+    # Whether vLLM and exports have it.
+    served: bool = True
 
     def variants(self, windows: Sequence[int], mlp_widths: Sequence[int] = ()) -> list[dict[str, Any]]:
         """Return every combination of settings to measure whole layers with, each as fields of a LayerPlan."""
         combinations: list[dict[str, Any]] = [{}]
-        for setting, values in ((WINDOW, windows), (SINK, (False, True)), (MLP_WIDTH, mlp_widths)):
+        values_of = {
+            WINDOW: windows,
+            SINK: (False, True),
+            FEATURE_MAP: tuple(FEATURE_MAPS),
+            MLP_WIDTH: mlp_widths,
+        }
+        for setting, values in values_of.items():
             if setting in self.settings:
                 combinations = [fields | {setting: value} for fields in combinations for value in values]
         return combinations
 
 
 # Of attention, in the order in which counts and legends name them.
-STRATEGIES: dict[str, Strategy] = {
+STRATEGIES: dict[StrategyName, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy(
@@ -64,6 +96,16 @@ STRATEGIES: dict[str, Strategy] = {
             text=("#241800", "#1f1500"),
         ),
         Strategy(
+            "linear",
+            "linear attention",
+            "softmax over the last `window` tokens, and linear attention's state of all tokens",
+            lambda context, window: min(window or 0, context),
+            settings=(WINDOW, FEATURE_MAP),
+            served=False,
+            shades=(("#2c7a66", "#58b59b"), ("#1f5b4c", "#3f8f79"), ("#123f34", "#2f6e5d")),
+            text=("#ffffff", "#04150f"),
+        ),
+        Strategy(
             "none",
             "no attention",
             "no attention, no KV cache",
@@ -74,7 +116,7 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 # Of MLPs. Their tensor code is in model/mlp.py.
-MLP_STRATEGIES: dict[str, Strategy] = {
+MLP_STRATEGIES: dict[MLPName, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy("full", "full MLP", "all neurons"),
@@ -89,6 +131,9 @@ MLP_STRATEGIES: dict[str, Strategy] = {
     )
 }
 
+# What `measure` replaces a layer's attention by, unless it is told otherwise.
+MEASURED: tuple[Replacement, ...] = ("sliding", "none")
+
 
 class Chosen(Protocol):
     """The strategies of a layer with their settings: a LayerPlan or a Variant."""
@@ -102,6 +147,8 @@ class Chosen(Protocol):
     @property
     def full_kv_heads(self) -> tuple[int, ...]: ...
     @property
+    def feature_map(self) -> FeatureMapName | None: ...
+    @property
     def mlp(self) -> MLPName: ...
     @property
     def mlp_width(self) -> int | None: ...
@@ -109,10 +156,11 @@ class Chosen(Protocol):
 
 def label(chosen: Chosen) -> str:
     """Return the names of a layer's strategies with their settings: full, sliding 64 + sink, sliding 64 + full KV heads
-    0 2, MLP thin 768, none + MLP none."""
+    0 2, linear 64 liger, MLP thin 768, none + MLP none."""
     window = f" {chosen.window}" if chosen.window else ""
     heads = f" + full KV heads {' '.join(map(str, chosen.full_kv_heads))}" if chosen.full_kv_heads else ""
-    attention = chosen.attention + window + (" + sink" if chosen.sink else "") + heads
+    feature_map = f" {chosen.feature_map}" if chosen.feature_map else ""
+    attention = chosen.attention + window + feature_map + (" + sink" if chosen.sink else "") + heads
     if chosen.mlp == FULL:
         return attention
     return (f"{attention} + " if chosen.attention != FULL else "") + f"MLP {mlp_label(chosen)}"

@@ -43,8 +43,8 @@ def test_kv_bytes() -> None:
 @pytest.mark.parametrize("model_type", families())
 def test_parameters_are_those_of_the_model_without_the_removed_attention(model_type: str) -> None:
     model = tiny_model(model_type, layers=6)
-    parameters, attention = count_parameters(model.config)
-    facts = info(6).model_copy(update={"parameters": parameters, "attention_parameters": attention})
+    facts = info(6).model_copy(update=count_parameters(model.config))
+    parameters = facts.parameters
     assert parameters == sum(parameter.numel() for parameter in model.parameters())
     letters = "fnffnf"
     apply_plan(model, layer_plans(letters))
@@ -55,19 +55,43 @@ def test_parameters_are_those_of_the_model_without_the_removed_attention(model_t
 @pytest.mark.parametrize("model_type", families())
 def test_parameters_are_those_of_the_model_with_thinned_and_removed_mlps(model_type: str) -> None:
     model = tiny_model(model_type, layers=5)
-    parameters, attention = count_parameters(model.config)
-    facts = info(5).model_copy(
-        update={"parameters": parameters, "attention_parameters": attention, **mlp_facts(model.config)}
-    )
+    facts = info(5).model_copy(update=count_parameters(model.config) | mlp_facts(model.config))
     apply_plan(model, layer_plans("ftomz"))
     left = sum(parameter.numel() for parameter in model.parameters())
-    assert budget(facts).plan(layer_plans("ftomz"))["parameters"] == left < parameters
+    assert budget(facts).plan(layer_plans("ftomz"))["parameters"] == left < facts.parameters
 
 
 def test_the_facts_of_a_tiny_llama_are_right() -> None:
     config = tiny_model(layers=4).config
-    assert count_parameters(config)[1] == info().attention_parameters
     assert info() == info().model_copy(update=mlp_facts(config))
+    found = info().model_copy(update=count_parameters(config))
+    assert found.attention_parameters == info().attention_parameters
+    assert (found.expert_parameters, found.active_parameters) == (0, found.parameters)
+    assert found.idle_parameters(1) == 0
+
+
+def test_a_token_uses_the_experts_that_it_chooses() -> None:
+    """Counted by hand: two of eight experts of three matrices, in all but the first layer."""
+    config = tiny_model("glm4_moe", layers=4).config
+    found = info().model_copy(update=count_parameters(config))
+    assert found.expert_parameters == 3 * 8 * 3 * 64 * 32
+    assert found.active_parameters == found.parameters - 3 * 6 * 3 * 64 * 32
+    assert found.idle_parameters(2) == found.expert_parameters * 0.75**2
+    assert count_parameters(tiny_model("hunyuan_v1_moe", moe_topk=[2] * 5).config)["expert_fraction"] == 0.25
+
+
+def test_time_counts_active_parameters_and_memory_counts_all() -> None:
+    """Of a decoding step, FLOPs are those of a token's experts; the weights read are those that any request uses."""
+    dense, layers = info(), layer_plans("ffff")
+    mixture = dense.model_copy(update={"expert_parameters": 100_000, "expert_fraction": 0.25})
+    for requests in (1, 8):
+        was, found = decode_work(dense, layers, requests, 64), decode_work(mixture, layers, requests, 64)
+        assert was[3] - found[3] == 2 * requests * 75_000
+        assert was[2] - found[2] == pytest.approx(4 * 100_000 * 0.75**requests)
+    was, found = prefill_work(dense, layers, 64, 16), prefill_work(mixture, layers, 64, 16)
+    assert was[3] - found[3] == 2 * 64 * 75_000
+    assert was[2] - found[2] == pytest.approx(4 * 4 * 100_000 * 0.75**16)
+    assert budget(dense).plan(layers)["parameters"] == budget(mixture).plan(layers)["parameters"]
 
 
 @pytest.mark.parametrize("rates", [{}, {"weight_bytes_per_s": -5.0}, {"step_ms": -1.0}])

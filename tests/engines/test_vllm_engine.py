@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_tiny
+from tiny import info, layer_plans, save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
@@ -29,6 +29,8 @@ from layerboost.engines.vllm import (
 from layerboost.errors import ConfigError
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
+from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.run import PLAN
 
 
 def test_missing_vllm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,16 @@ def test_the_command_that_serves(tmp_path: Path, free_port: int, monkeypatch: py
         assert str(port) not in argv
     if hasattr(os, "sched_getaffinity") and "VLLM_CPU_OMP_THREADS_BIND" in environment:
         assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def test_linear_attention_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.engines.vllm.check_vllm", lambda: "0.32.0")
+    folder = save_tiny(tmp_path / "model", "llama", "fl")
+    write_plan(folder / PLAN, PlanFile(model=info(2), method="by hand", layers=layer_plans("fl")))
+    for refused in (lambda: serve_command(folder, 1, ()), lambda: check(Bench(), [folder])):
+        with pytest.raises(ConfigError, match="vLLM has no linear attention") as raised:
+            refused()
+        assert raised.value.found == "layers 1 of the plan"
 
 
 def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

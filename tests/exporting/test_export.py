@@ -147,6 +147,8 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
         ("llama", "ftfn", "granite-swa", "layer 1 has a thinned MLP\ndo: export to decilm"),
         ("llama", "ffmf", "auto", "decilm: layer 2 has no MLP"),
         ("llama", "fSft", "auto", "granite-swa: layer 3 has a thinned MLP; decilm: layer 1 has a sink"),
+        ("llama", "flff", "auto", "a stock format has no linear attention\nfound: layers 1 of the plan"),
+        ("llama", "fLff", "gguf", "gguf has no linear attention"),
         ("llama", "ffff", "gguff", "no format is called gguff"),
     ],
 )

@@ -48,7 +48,7 @@ class Case:
 
     def gradients(self, stage: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss of ids `[B, T]` and the whole gradient of each parameter that the stage trains."""
-        train_only(self.student, self.adapted[stage])
+        train_only(self.student, stage, self.adapted[stage])
         self.student.zero_grad()
         loss = self.distillers[stage](ids)
         loss.backward()

@@ -28,7 +28,8 @@ def made(letters: str, model_type: str = "llama", **options: object) -> LogitDis
     first = min(letters.index(letter) for letter in letters if letter != "f")
     for name, parameter in student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        parameter.requires_grad_(layer >= first and ("mlp" in name or name.endswith("sinks")))
+        in_mlp = ("mlp" in name or "moe" in name) and not name.endswith(("expert_bias", "e_score_correction_bias"))
+        parameter.requires_grad_(layer >= first and (in_mlp or name.endswith("sinks")))
     teacher = tiny_model(model_type, len(letters)).requires_grad_(False)
     return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import boosted, families, fitted, layer_plans, save_tiny, tiny_model
+from tiny import MIXTURES, boosted, families, fitted, layer_plans, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
-from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.healing.student import ROUTERS, adapted_layers, describe, shared_student, train_only, with_adapters
 from layerboost.model.families import FAMILIES
 from layerboost.model.linear import OneDNNLinear
+from layerboost.model.modeling import decoder_layers
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -82,7 +84,15 @@ def test_every_family_has_something_to_adapt(model_type: str) -> None:
     slides = {index for index, letter in enumerate(letters) if letter == "s"}
     output = FAMILIES[model_type].output
     assert {int(name.split(".")[2]) for name in found["lora"] if name.endswith(f"self_attn.{output}")} == slides
-    assert {int(name.split(".")[2]) for name in found["lora"] if ".mlp." in name} == set(range(min(slides), 5))
+    linear = {
+        index
+        for index, layer in enumerate(decoder_layers(tiny_model(model_type, layers=5)))
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear) and "self_attn" not in name and not ROUTERS & set(name.split("."))
+    }
+    assert len(linear) == 5 or model_type in MIXTURES
+    adapted = {int(name.split(".")[2]) for name in found["lora"] if "self_attn" not in name}
+    assert adapted == linear & set(range(min(slides), 5))
     values = [name for name in found["lora"] if name.endswith(("v_proj", "qkv_proj"))]
     assert len(values) == len(slides)
 
@@ -93,13 +103,106 @@ def test_targets_that_do_not_exist_are_named_with_those_that_do() -> None:
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
 
 
+@pytest.mark.parametrize("model_type", families(experts=True))
+def test_a_layer_without_attention_learns_through_linear_layers_or_its_experts_and_never_a_router(
+    model_type: str,
+) -> None:
+    model = tiny_model(model_type, layers=5)
+    for targets in (None, ("o_proj", "experts")):
+        found = adapted_layers(model, layer_plans("nfnff"), targets)
+        names = found["attention"] | found["lora"]
+        assert {int(name.split(".")[2]) for name in found["attention"]} == {0, 2}
+        assert not any(ROUTERS & set(name.split(".")) for name in names)
+        experts = {int(name.split(".")[2]) for name in found["lora"] if name.endswith(".experts")}
+        assert experts >= {2} if targets else experts <= {0, 2}
+    # A tensor that has the number of experts in its shape is theirs, or a router's.
+    count = next(len(each) for each in model.parameters() if each.dim() == 3)
+    for name, parameter in decoder_layers(model).named_parameters():
+        if count in parameter.shape and parameter.dim() < 3:
+            assert ROUTERS & set(name.split(".")) or name.endswith("expert_bias"), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_moe", "gate"),
+        ("qwen2_moe", "shared_expert_gate"),
+        ("afmoe", "router"),
+        ("hunyuan_v1_moe", "wg"),
+        ("phimoe", "router"),
+    ],
+)
+def test_targets_that_are_routers_are_refused(model_type: str, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"heal.lora_targets names routers: {name}\nfound: .*\ndo: .*experts"
+    ) as raised:
+        adapted_layers(tiny_model(model_type), layer_plans("fffff"), ("v_proj", name))
+    assert "o_proj" in raised.value.do
+
+
+@pytest.mark.parametrize("model_type", families(experts=True))
+def test_the_student_shares_experts_however_its_files_hold_them(model_type: str, tmp_path: Path) -> None:
+    letters = fitted("fSns", model_type)
+    teacher, checkpoint = tiny_model(model_type, layers=4), boosted(letters, model_type)
+    checkpoint.save_pretrained(tmp_path)
+    student = shared_student(teacher, tmp_path, layer_plans(letters))
+    assert torch.equal(student(IDS).logits, checkpoint(IDS).logits)
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    own = {name.rpartition(".")[2] for name, value in student.named_parameters() if value.data_ptr() not in theirs}
+    assert own <= {"sinks"}
+    with torch.no_grad():
+        next(value for value in checkpoint.parameters() if value.dim() == 3)[0] += 1
+    checkpoint.save_pretrained(tmp_path)
+    if any("experts.0." in name for name in load_file(tmp_path / "model.safetensors")):
+        with pytest.raises(ConfigError, match="has other experts than its base"):
+            shared_student(teacher, tmp_path, layer_plans(letters))
+
+
+@pytest.mark.parametrize("model_type", families(experts=True))
+def test_adapters_of_experts_are_merged_and_saved(model_type: str, tmp_path: Path) -> None:
+    letters = fitted("fnsf", model_type)
+    teacher, student = tiny_model(model_type, layers=4), boosted(letters, model_type).requires_grad_(False)
+    plans = layer_plans(letters)
+    names = adapted_layers(teacher, plans, None)["lora"] | adapted_layers(teacher, plans, ("experts",))["lora"]
+    adapters = with_adapters(student, names, rank=2)
+    before = student(IDS).logits
+    state = {name: value.clone() for name, value in student.state_dict().items() if "lora_" not in name}
+    train_only(student, "lora", names)
+    trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    owners = {name.partition(".lora_")[0].replace(".base_layer", "") for name in trained}
+    assert owners == names
+    with torch.no_grad():
+        for value in trained.values():
+            value.add_(torch.randn_like(value) * 0.05)
+    changed = student(IDS)
+    assert (changed.logits - before).abs().max() > 0.1
+    changed.logits.square().mean().backward()
+    assert all(value.grad is not None for value in trained.values())
+    assert all(value.grad is None for name, value in student.named_parameters() if name not in trained)
+    adapters.merge_and_unload()
+    kept = {name.replace(".base_layer", ""): value for name, value in state.items()}
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, kept[name]) or any(name.startswith(f"{owner}.") for owner in names), name
+    torch.testing.assert_close(student(IDS).logits, changed.logits, atol=1e-3, rtol=1e-3)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, student(IDS).logits)
+
+
+def test_what_is_adapted_is_told() -> None:
+    found = adapted_layers(tiny_model("qwen3_moe"), layer_plans("fSnff"), None)
+    assert describe(found) == (
+        "attention: experts in 1, k_proj in 1, o_proj in 1, q_proj in 1, v_proj in 1; "
+        "lora: experts in 1, o_proj in 1, v_proj in 1"
+    )
+
+
 def test_only_the_named_adapters_and_the_sinks_are_trained() -> None:
     student = boosted("fSns")
     with_adapters(student, frozenset({"model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"}), rank=2)
     adapters = [m for name, m in student.named_modules() if "lora_" in name and isinstance(m, torch.nn.Linear)]
     assert len(adapters) == 4
     assert {type(module) for module in adapters} == {OneDNNLinear}
-    train_only(student, frozenset({"model.layers.2.mlp.up_proj"}))
+    train_only(student, "lora", frozenset({"model.layers.2.mlp.up_proj"}))
     assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == {
         "model.layers.1.self_attn.sinks",
         "model.layers.2.mlp.up_proj.lora_A.default.weight",

@@ -18,7 +18,7 @@ from layerboost.probes.probe import TextProbe
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity
-from layerboost.strategies import label
+from layerboost.strategies import MEASURED, StrategyName, label
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
@@ -30,6 +30,7 @@ def swept(
     windows: tuple[int, ...],
     plan: list[LayerPlan] | None = None,
     head_group: int | None = None,
+    strategies: tuple[StrategyName, ...] = MEASURED,
     mlp_widths: tuple[int, ...] = (),
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
@@ -37,7 +38,8 @@ def swept(
     stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows), thinned)
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
-    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan, head_group, mlp_widths)
+    save = lambda layers: found.__setitem__(slice(None), layers)  # noqa: E731
+    sweep([probe], windows, [], save, plan, head_group, strategies, mlp_widths)
     return found
 
 
@@ -82,6 +84,22 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
             assert variant.scores["kl"].count == 5 * 39
             assert variant.scores["retrieval"].count == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_scores_of_linear_attention_equal_full_forward_passes(family: str) -> None:
+    """Untrained; and the sweep leaves nothing of it in the model."""
+    base = tiny_model(family, layers=4)
+    found = swept(base, (8,), strategies=("linear",))
+    assert [label(variant) for variant in found[0].variants] == ["linear 8 lolcats", "linear 8 liger"]
+    for entry in found:
+        for variant in entry.variants:
+            plan = layer_plans("ffff")
+            plan[entry.layer] = variant.plan(entry.layer)
+            for metric, values in naive(base, changed_model(family, plan)).items():
+                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+    assert base.state_dict().keys() == tiny_model(family, layers=4).state_dict().keys()
+    assert torch.equal(base(IDS).logits, tiny_model(family, layers=4)(IDS).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,7 +263,7 @@ def test_candidates_are_every_setting_of_every_strategy() -> None:
         "sliding 16 + sink",
         "none",
     ]
-    assert [label(plan) for plan in candidates(boosted("f"), 0, (8,), (48, 24))[3:]] == [
+    assert [label(plan) for plan in candidates(boosted("f"), 0, (8,), mlp_widths=(48, 24))[3:]] == [
         "MLP thin 48",
         "MLP thin 24",
         "MLP none",

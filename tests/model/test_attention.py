@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from layerboost.model import attention
 from layerboost.model.attention import (
@@ -16,6 +17,7 @@ from layerboost.model.attention import (
     sliding_attention_flash,
     sliding_attention_flex,
     sliding_attention_reference,
+    window_blocks,
 )
 
 SIZE, CUDA_SIZE = 8, 16  # FlexAttention compiles heads of 16 and more
@@ -34,6 +36,12 @@ WINDOWS = {"window-1": 1, "window-7": 7, "window-16": 16, "window-100": 100, "wi
 MASKS = ("no-padding", "left-padding", "packed")
 EXTRAS = {"plain": (False, None), "sink": (True, None), "softcap": (False, 1.5), "sink-softcap": (True, 1.5)}
 GRID = {"-".join(names): names for names in itertools.product(SHAPES, WINDOWS, MASKS, EXTRAS)}
+# On CUDA most cases are compiled apart, forward and backward, for seconds each: two for each shape.
+CUDA_GRID = [
+    "-".join((shape, [*WINDOWS][(row + 2 * turn) % 5], MASKS[(row + turn) % 3], [*EXTRAS][(row + 2 * turn) % 4]))
+    for row, shape in enumerate(SHAPES)
+    for turn in (0, 1)
+]
 Case = tuple[list[torch.Tensor], dict[str, Any], torch.Tensor]
 
 
@@ -104,10 +112,30 @@ def test_plain_blocks(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize("name", CUDA_GRID)
 def test_cuda(name: str) -> None:
     """FlexAttention, compiled; plain blocks for single queries."""
+    torch.set_float32_matmul_precision("highest")  # some images set another, and TF32 has ten bits
     check(sliding_attention, make_case(GRID[name], "cuda"))
+
+
+@pytest.mark.parametrize("queries", [1, 40, 128, 129, 300, 512])
+@pytest.mark.parametrize("before", [0, 1, 100, 128])
+@pytest.mark.parametrize("window", [1, 7, 128, 129, 257, 1000])
+def test_window_blocks_are_those_of_every_pair(queries: int, before: int, window: int) -> None:
+    keys = queries + before
+
+    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q + before) & (k > q + before - window)
+
+    cpu = torch.device("cpu")
+    expected = create_block_mask(visible, None, None, queries, keys, cpu)
+    found = window_blocks(queries, keys, window, True, cpu)
+    for one, other in zip(found.as_tuple()[:-1], expected.as_tuple()[:-1], strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    together = window_blocks(queries, keys, window, False, cpu)
+    assert together.full_kv_num_blocks is None
+    assert torch.equal(together.to_dense(), expected.to_dense())
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if "long" in name or "late-chunk" in name])
@@ -151,6 +179,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     query, key, value, sinks = tensors
     expected = sliding_attention_reference(query, key, value, sinks=sinks, **arguments)
     torch.testing.assert_close(found.float(), expected, atol=5e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def test_a_large_log_sum_exp_in_half_precision() -> None:
+    """Scores of 32, a log-sum-exp of 36.6, a sink of 36: bfloat16 knows 36.5."""
+    query, key, value = torch.full((1, 1, 1, 8), 2.0), torch.full((1, 1, 100, 8), 2.0), torch.ones(1, 1, 100, 8)
+    half = (x.bfloat16() for x in (query, key, value, torch.tensor([36.0])))
+    found = sliding_attention_blocked(*(next(half) for _ in range(3)), 100, next(half), None, 1.0, None)
+    expected = sliding_attention_reference(query, key, value, 100, torch.tensor([36.0]), scaling=1.0)
+    torch.testing.assert_close(found.float(), expected, atol=0.0, rtol=1e-2)
 
 
 def test_a_window_as_long_as_the_text_is_full_attention() -> None:

@@ -10,22 +10,32 @@ import pytest
 import torch
 from tiny import (
     HEADS,
+    IMAGE_TOKEN,
+    MODEL_TYPES,
     QUICK_FAMILIES,
+    ROPE,
     SLIDING_BASES,
     WINDOW,
     boosted,
     families,
     fitted,
+    image_prompt,
     layer_plans,
     tiny_model,
 )
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
-from layerboost.model.families import FAMILIES
-from layerboost.model.modeling import base_layer_types, decoder_layers
+from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.linear_attention import (
+    FEATURE_PARAMETERS,
+    gated_attention_reference,
+    lolcats_attention_reference,
+)
+from layerboost.model.modeling import SPARE_TOKENS, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection
 
@@ -37,6 +47,8 @@ PLANS = {
     "last-none": "fsSfn",
     "kv-heads": "HhnSh",
     "kv-heads-alone": "hHhHH",
+    "linear": "lLfSl",
+    "linear-alone": "LlLlL",
 }
 LENGTH = 60
 IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -56,8 +68,9 @@ grid = pytest.mark.parametrize(
             id=f"{family}-{plan}",
             marks=() if family in QUICK_FAMILIES or plan == "mixed" else pytest.mark.exhaustive,
         )
-        for family in FAMILIES
+        for family in MODEL_TYPES
         for plan, letters in PLANS.items()
+        if FAMILIES[WRAPPERS.get(family, (family,))[0]].linear or "linear" not in plan
     ],
 )
 
@@ -78,7 +91,18 @@ def silenced(model: PreTrainedModel, letters: str) -> PreTrainedModel:
 def naive_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
 ) -> Any:
-    """The O(T²) strategy under an explicit mask."""
+    """The O(T²) strategy under an explicit mask, or the recurrent one token by token."""
+    documents = SEEN.long() - 1
+    if module.letter == "l":
+        out = lolcats_attention_reference(query, key, value, module.maps, WINDOW, documents, kwargs["scaling"])
+        return out.transpose(1, 2), None
+    if module.letter == "L":
+        # Queries and keys before their rotary embedding, as the projections or their norms gave them.
+        plain = [each.view(*query.shape[::2], -1, query.shape[3]).transpose(1, 2) for each in module.plain]
+        features = [each.softmax(-1) for each in plain]
+        far = gated_attention_reference(features[0], features[1], value, F.logsigmoid(plain[1]) / 16, documents)
+        near = sliding_attention_reference(query, key, value, WINDOW, None, SEEN[:, None, None], kwargs["scaling"])
+        return (near / 2 + far / 2).transpose(1, 2), None
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]
     windowed, sinks = module.windowed, None
     if module.sinks is not None:
@@ -87,7 +111,7 @@ def naive_attention(
         sliding_attention_reference(query, key, value, window, logits, causal, kwargs["scaling"], kwargs.get("softcap"))
         for window, logits in ((WINDOW, sinks), (LENGTH, None))
     )
-    return torch.where(windowed[:, None, None], out, full).transpose(1, 2), None
+    return torch.where(windowed[:, None, None], out, full).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("naive", naive_attention)
@@ -97,8 +121,18 @@ def reference(family: str, letters: str, like: PreTrainedModel, **changes: Any) 
     """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
     model = silenced(tiny_model(family, len(letters), **changes), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
-        if letter in "sShH":
+        if letter in "sShHlL":
             attention: Any = layer.self_attn
+            attention.letter = letter
+            if letter == "l":
+                attention.maps = tuple(other.get_parameter(f"self_attn.{name}").detach() for name in FEATURE_PARAMETERS)
+            if letter == "L":
+                attention.plain = [None, None]
+                for index, name in enumerate("qk"):
+                    source = getattr(attention, f"{name}_norm", None) or attention.get_submodule(f"{name}_proj")
+                    source.register_forward_hook(
+                        lambda _, __, out, index=index, module=attention: module.plain.__setitem__(index, out)
+                    )
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = "naive"
             attention.sinks = other.get_parameter("self_attn.sinks").detach() if letter in "SH" else None
@@ -136,7 +170,7 @@ def test_reference(family: str, letters: str) -> None:
 def test_cache(family: str, letters: str) -> None:
     """Batches with left padding, in one prefill and in chunks, well past the window; each layer holds what it may."""
     model, prompt, new = boosted(letters, family), 30, 25
-    types = base_layer_types(tiny_model(family).config)
+    types = base_layer_types(tiny_model(family).config.get_text_config())
     for chunk in (None, 13):
         out = model.generate(
             IDS[:, :prompt], attention_mask=MASK[:, :prompt], max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -149,9 +183,11 @@ def test_cache(family: str, letters: str) -> None:
         for letter, kind, layer in zip(letters, types, out.past_key_values.layers, strict=True):
             held = 0 if layer.keys is None else layer.keys.shape[2]
             full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
-            assert held == {"s": WINDOW - 1, "S": WINDOW - 1, "n": 0}.get(letter, full)
+            assert held == (0 if letter == "n" else WINDOW - 1 if letter in "sSlL" else full)
             if letter in "hH":
-                assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, WINDOW - 1))
+                slides = set(letters) & {*"sS"} or "sliding_attention" in types
+                near = WINDOW - 1 if slides else min(full, WINDOW - 1 + SPARE_TOKENS)
+                assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, near))
 
 
 def test_the_cache_of_a_prompt_frees_what_the_window_drops() -> None:
@@ -162,33 +198,49 @@ def test_the_cache_of_a_prompt_frees_what_the_window_drops() -> None:
             assert held.shape[2] == WINDOW - 1
 
 
+def comparable(config: Any) -> dict[str, Any]:
+    """What a config says, but for the type that loading writes into each part of a wrapper's."""
+    found = {**config.to_diff_dict(), "model_type": None}
+    for part in ("text_config", "vision_config"):
+        found.get(part, {}).pop("dtype", None)
+    return found
+
+
 @grid
 def test_save_and_load(family: str, letters: str, tmp_path: Path) -> None:
     for tied in (False, True):
         model = boosted(letters, family, tie_word_embeddings=tied)
         model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        loaded = auto_class(model.config).from_pretrained(tmp_path)
         assert type(loaded).__name__ == "LayerBoostForCausalLM"
         # Transformers' name for a Mistral with `layer_types` is Ministral.
-        there, here = ({**each.config.to_diff_dict(), "model_type": None} for each in (loaded, model))
+        there, here = (comparable(each.config) for each in (loaded, model))
         assert there == here
         assert torch.equal(run(loaded).logits, run(model).logits)
 
 
 @grid
 def test_gradients(family: str, letters: str) -> None:
-    """Every parameter has a gradient, and it is the reference's."""
+    """Every parameter of the language model has a gradient, and it is the reference's."""
     model = boosted(letters, family)
     stock = reference(family, letters, model)
     for each in (model, stock):
         run(each, labels=LABELS).loss.backward()
     expected = {name: parameter.grad for name, parameter in stock.named_parameters()}
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        if not name.endswith("sinks"):
+        if family in WRAPPERS and "language_model" not in name and "lm_head" not in name:
+            continue  # the image tower's
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+        else:  # biases of routers, which choose experts and do nothing else
+            assert name.endswith(("expert_bias", "e_score_correction_bias"))
+            continue
+        if not name.endswith(("sinks", *FEATURE_PARAMETERS)):
             assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 
+# Every wrapper with every language model that its row names.
+INSIDE = [(wrapper, family) for wrapper, inside in WRAPPERS.items() for family in inside]
 # Settings by which real models of a family differ in more than sizes from its tiny one.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4 1.2B": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
@@ -208,10 +260,80 @@ def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
     assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path)).logits, found)
 
 
+images = pytest.mark.parametrize("wrapper", WRAPPERS)
+
+
+@images
+def test_images_identity_and_reference(wrapper: str, tmp_path: Path) -> None:
+    """With an image in the prompt: all full is the base bit for bit, a plan is the reference's, and so when loaded."""
+    prompt, letters = image_prompt(wrapper, IDS) | {"attention_mask": MASK}, fitted(PLANS["mixed"], wrapper)
+    base = tiny_model(wrapper)
+    expected = base(**prompt).logits
+    assert (base(IDS, attention_mask=MASK).logits - expected)[:, -1].abs().max() > 0.1  # the image matters
+    assert torch.equal(apply_plan(base, layer_plans("fffff"))(**prompt).logits, expected)
+    model = boosted(letters, wrapper)
+    found = model(**prompt).logits
+    expected = reference(wrapper, letters, model)(**prompt).logits
+    if wrapper != "gemma3":  # the naive strategy is causal
+        torch.testing.assert_close(found[SEEN], expected[SEEN], atol=1e-4, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(auto_class(model.config).from_pretrained(tmp_path)(**prompt).logits, found)
+
+
+@pytest.mark.parametrize("letters", ["sss", "hfs"])
+def test_images_that_see_themselves_both_ways(letters: str) -> None:
+    """Gemma 3's full layers under a window, half as long as an image, are its own sliding layers."""
+    window, rope = 2, {"full_attention": ROPE, "sliding_attention": ROPE}
+    prompt = image_prompt("gemma3", IDS) | {"attention_mask": MASK}
+    settings: dict[str, Any] = {"rope_parameters": rope, "sliding_window": window}
+    base = tiny_model("gemma3", 3, **settings, layer_types=["full_attention"] * 3)
+    kinds = ["full_attention" if letter == "f" else "sliding_attention" for letter in letters]
+    stock = tiny_model("gemma3", 3, **settings, layer_types=kinds)
+    full = base(**prompt).logits
+    found = apply_plan(base, layer_plans(letters.replace("h", "s"), window))(**prompt).logits
+    torch.testing.assert_close(found[SEEN], stock(**prompt).logits[SEEN], atol=1e-4, rtol=1e-3)
+    assert (found - full)[SEEN].abs().max() > 0.1
+    if "h" in letters:  # a window as long as the text: the full heads and the others are full attention
+        base = tiny_model("gemma3", 3, **settings, layer_types=["full_attention"] * 3)
+        found = apply_plan(base, layer_plans(letters, LENGTH))(**prompt).logits
+        torch.testing.assert_close(found[SEEN], full[SEEN], atol=1e-4, rtol=1e-3)
+
+
+@images
+def test_images_and_the_cache(wrapper: str) -> None:
+    """Generation after an image, past the window, gives what one pass without a cache does."""
+    model, start, new = boosted(fitted(PLANS["mixed"], wrapper), wrapper), 30, 25
+    whole = image_prompt(wrapper, IDS) | {"attention_mask": MASK}
+    whole = {name: value for name, value in whole.items() if name != "input_ids"}
+    rows = {name: value[:, :start] if value.shape == MASK.shape else value for name, value in whole.items()}
+    out = model.generate(
+        image_prompt(wrapper, IDS)["input_ids"][:, :start], **rows, max_new_tokens=new, min_new_tokens=new,
+        do_sample=False, output_logits=True, return_dict_in_generate=True, suppress_tokens=[IMAGE_TOKEN],
+    )  # fmt: skip
+    length = start + new
+    rows = {name: value[:, :length] if value.shape == MASK.shape else value for name, value in whole.items()}
+    expected = model(out.sequences, **rows, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected[:, start - 1 : -1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("inside", [pair for pair in INSIDE if pair[1] != WRAPPERS[pair[0]][0]], ids="-".join)
+def test_every_language_model_of_a_wrapper(inside: tuple[str, str], tmp_path: Path) -> None:
+    wrapper, family = inside
+    letters = fitted(PLANS["mixed"], family)
+    model, prompt = boosted(letters, wrapper, inside=family), image_prompt(wrapper, IDS) | {"attention_mask": MASK}
+    found = model(**prompt).logits
+    expected = reference(wrapper, letters, model, inside=family)(**prompt).logits
+    torch.testing.assert_close(found[SEEN], expected[SEEN], atol=1e-4, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(auto_class(model.config).from_pretrained(tmp_path)(**prompt).logits, found)
+
+
 @pytest.mark.parametrize("family", families())
 def test_sliding_layers_ask_for_no_square_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a layer that runs the stock attention no `[B, 1, T, T]` mask is made, padding or not."""
-    slides = [kind == "sliding_attention" for kind in base_layer_types(tiny_model(family).config)]
+    if family == "gemma3":
+        pytest.skip("the wrapper makes the masks, in which images see themselves whole")
+    slides = [kind == "sliding_attention" for kind in base_layer_types(tiny_model(family).config.get_text_config())]
     model = boosted("".join("n" if native else "s" for native in slides), family)
     seen = []
     forward = modeling.sliding_attention_forward

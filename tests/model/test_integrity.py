@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import RUNTIME, boosted, families, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
-from layerboost.model.files import INDEX
+from layerboost.model.files import INDEX, read_weights
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
@@ -322,7 +322,11 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fp8": (
         lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
-        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "fp8"',
+        "has quantization_config fp8, and no weight is of that type",
+    ),
+    "gptq": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "gptq"',
     ),
     "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
     "weights of another name": (
@@ -408,3 +412,62 @@ def test_what_transformers_knows_to_leave_out(stock: Path, tmp_path: Path) -> No
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {EMBEDDING: "model.safetensors"}}))
     check_base(folder, torch.float32)
     assert find_model(str(folder), RUNTIME).fingerprint != find_model(str(stock), RUNTIME).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "found"),
+    [
+        (
+            "qwen3_moe",
+            {"num_local_experts": 6},
+            r"experts.down_proj is \[8, 64, 32\], by the configuration \[6, 64, 32\]",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 6},
+            r"experts.down_proj is \[4, 64, 96\], by the configuration \[6, 64, 96\]",
+        ),
+        ("granitemoe", {"num_local_experts": 6}, r"experts.down_proj is \[8, 64, 32\]"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, r"more experts than there are.*\nfound: 9 of 8"),
+        ("hunyuan_v1_moe", {"moe_topk": 0}, r"or through none\nfound: 0 of 8"),
+        ("glm4_moe", {"n_shared_experts": 2}, r"shared_experts.*by the configuration"),
+    ],
+)
+def test_experts_that_do_not_match_the_config(
+    model_type: str, changes: dict[str, int], found: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, model_type, layers=2)
+    edit_config(folder, **changes)
+    with pytest.raises(ConfigError, match=found):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("spoil", ["one expert", "half an expert"])
+def test_experts_that_are_missing(spoil: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "qwen3_moe", layers=2)
+    tensors = load_file(folder / "model.safetensors")
+    expert = "model.layers.1.mlp.experts.5."
+    gone = [name for name in tensors if name.startswith(expert) and (spoil == "one expert" or "up_proj" in name)]
+    assert gone
+    kept = {name: value for name, value in tensors.items() if name not in gone}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"disagree|cannot load"):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("model_type", families(experts=True))
+def test_a_checkpoint_of_experts_is_read_back(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are compared in the form in which the files hold them."""
+    letters = fitted(LETTERS, model_type)
+    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
+    save_boosted(boosted(letters, model_type), tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="")
+    read = read_weights
+
+    def other(folder: Path) -> dict[str, torch.Tensor]:
+        return {
+            name: value + 1 if "expert" in name or "linear" in name else value for name, value in read(folder).items()
+        }
+
+    monkeypatch.setattr(checkpoint, "read_weights", other)
+    with pytest.raises(LayerboostError, match="what is read back is not the model"):
+        save_boosted(boosted(letters, model_type), tiny_tokenizer(), plan, tmp_path / "other", recipe_yaml="")

@@ -84,10 +84,10 @@ def test_saved_and_loaded_with_the_same_logits_and_no_other_weights(family: str,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert recorded_plan(loaded.config) == layer_plans(LETTERS)
-    facts = mlp_facts(tiny_model(family).config)
-    parameters, attention = count_parameters(tiny_model(family).config)
-    removed = 2 * (attention + 48 * facts["neuron_parameters"] + facts["mlp_parameters"])
-    assert sum(parameter.numel() for parameter in loaded.parameters()) == parameters - removed
+    config = tiny_model(family).config
+    facts = count_parameters(config) | mlp_facts(config)
+    removed = 2 * (facts["attention_parameters"] + 48 * facts["neuron_parameters"] + facts["mlp_parameters"])
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == facts["parameters"] - removed
 
 
 @grid
@@ -157,7 +157,7 @@ def test_what_cannot_be_thinned_is_refused() -> None:
     with pytest.raises(ConfigError, match="layer 1: a thinned MLP has fewer neurons than the base's"):
         check_plan(config, [plan.model_copy(update={"mlp_width": 96 if plan.mlp_width else None})
                             for plan in layer_plans("ftfff")])  # fmt: skip
-    config.num_local_experts = 8
+    config.num_experts_per_tok = 2
     with pytest.raises(ConfigError, match="MLPs that are mixtures of experts cannot be thinned or removed"):
         check_plan(config, layer_plans("ffffm"))
     assert mlp_output(torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})) is None

@@ -80,13 +80,8 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
     config, info = base.config, base.info
     base.check()
+    _check_form(base)
     _check_writable(out)
-    if base.gguf or plan_in(base.folder):
-        raise ConfigError(
-            "rates are measured with a base in Hugging Face's format",
-            found="a GGUF file" if base.gguf else "a boosted checkpoint",
-            do="give the base in the run folder: RUN/base",
-        )
     if info.max_context_tokens < max(CONTEXTS):
         raise ConfigError(
             f"rates are measured at a context of {max(CONTEXTS)} tokens",
@@ -120,6 +115,22 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
     log.info("wrote %s", out)
     return {"machine": machine(), name: version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
+
+
+def _check_form(base: Base) -> None:
+    """Raise ConfigError for a model that no engine here serves as it is and boosted."""
+    if base.packed or plan_in(base.folder):
+        raise ConfigError(
+            "rates are measured with a base in Hugging Face's format",
+            found="a GGUF file, or a quantised model" if base.packed else "a boosted checkpoint",
+            do="give the base in the run folder: RUN/base",
+        )
+    if base.config is not base.model_config:
+        raise ConfigError(
+            "rates are of engines, and none of them serves a boosted language model inside a wrapper",
+            found=f"{base.name} is a wrapper, {base.model_config.model_type}",
+            do="measure with a language model of its sizes, or write the rates down yourself: docs/reference/plan.md",
+        )
 
 
 def _check_writable(out: Path) -> None:

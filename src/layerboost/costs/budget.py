@@ -18,16 +18,18 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FULL
+from layerboost.strategies import FEATURE_MAPS, FULL
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
-    """Return the KV bytes of a plan for one request of `context_tokens`."""
+    """Return the KV bytes of a plan for one request of `context_tokens`, states of linear attention included."""
     held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
-    return held * model.kv_bytes_per_token // model.kv_heads
+    shape = model.heads, model.kv_heads, model.head_dim
+    states = sum(FEATURE_MAPS[entry.feature_map].state(*shape) for entry in layers if entry.feature_map)
+    return held * model.kv_bytes_per_token // model.kv_heads + states * model.bytes_per_element
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:
@@ -96,7 +98,8 @@ def decode_work(
     attention = sum(entry.strategy.keeps_weights for entry in layers)
     weights = _body_parameters(model, layers) + model.hidden_size * model.vocabulary
     held = requests * plan_kv_bytes(model, layers, context_tokens)
-    read, flops = weights * model.bytes_per_element, 2 * weights * requests
+    read = (weights - model.idle_parameters(requests)) * model.bytes_per_element
+    flops = 2 * (weights - model.idle_parameters(1)) * requests
     return np.array([1, attention, read, flops, held, 0, _further_calls(model, layers, module)], dtype=float)
 
 
@@ -108,8 +111,9 @@ def prefill_work(
     weights, head = _body_parameters(model, layers), model.hidden_size * model.vocabulary
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
-    flops = 2 * (weights * prompt_tokens + head * passes)
-    read = passes * (weights + head) * model.bytes_per_element
+    flops = 2 * ((weights - model.idle_parameters(1)) * prompt_tokens + head * passes)
+    idle = model.idle_parameters(min(prompt_tokens, max_batched_tokens))
+    read = passes * (weights - idle + head) * model.bytes_per_element
     calls, scores = passes * _further_calls(model, layers, None), 4 * model.heads * model.head_dim * pairs
     return np.array([passes, passes * attention, read, flops, 0, scores, calls], dtype=float)
 

@@ -136,7 +136,7 @@ def generate(
 
 def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     """Answer all requests, `concurrency` per batch; return throughput and latency under vLLM's names for them."""
-    text = prompts(load, model.config.vocab_size).to(model.device)
+    text = prompts(load, model.config.get_text_config().vocab_size).to(model.device)
     warm = min(WARMUP_OUTPUT_TOKENS, load.output_tokens)
     generate(model, text[: load.concurrency], load.shared_prefix_tokens, warm)
     if torch.cuda.is_available():

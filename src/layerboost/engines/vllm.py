@@ -17,10 +17,12 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, p
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
+from layerboost.model.families import WRAPPERS
+from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import PlanFile, check_served, read_plan
 from layerboost.schemas.run import PLAN
 
 NAME: EngineName = "vllm"
@@ -50,7 +52,9 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     """Return vLLM's version; raise ConfigError if it cannot be benchmarked here on models in `folders`."""
     version = check_vllm()
     for folder in folders:
-        check_no_pattern(folder)
+        check_folder(folder)
+        if (folder / "config.json").is_file():
+            check_wrapper(folder, plain_config(folder)["model_type"])
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -82,8 +86,9 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     """Return the command that serves a model directory, stock or boosted, until interrupted."""
     check_vllm()
     config = check_checkpoint(model)
-    check_no_pattern(model)
+    check_folder(model)
     if ARCHITECTURE in str(config.get("architectures")):
+        check_wrapper(model, config["model_type"])
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
     flags = serving_flags(read_plan(model / PLAN), given) if (model / PLAN).is_file() else ()
@@ -97,8 +102,20 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
     return launched(name, folder, recipe.bench, log_file)
 
 
-def check_no_pattern(folder: Path) -> None:
-    """Raise ConfigError for a path that vLLM takes for a pattern."""
+def check_wrapper(folder: Path, model_type: str) -> None:
+    """Raise ConfigError for a model that vLLM could not serve boosted: a language model inside a wrapper."""
+    if model_type in WRAPPERS:
+        raise ConfigError(
+            f"vLLM cannot serve {folder} boosted",
+            found=f"a wrapper, {model_type}: vLLM's class for it makes a stock language model, which knows no plan",
+            do="use Transformers (bench.engine=transformers), or serve its base",
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a path that vLLM takes for a pattern, and for a plan that it cannot serve."""
+    if (folder / PLAN).is_file():
+        check_served(read_plan(folder / PLAN).layers, "vLLM")
     if set(str(folder.absolute())) & set("*?["):
         raise ConfigError(
             f"vLLM cannot read a model from {folder}",

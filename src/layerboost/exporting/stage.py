@@ -22,6 +22,7 @@ from layerboost.files import disk_error, file_hash, new_folder
 from layerboost.model.base import find_model
 from layerboost.model.card import CARD
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types
@@ -129,6 +130,12 @@ def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedCon
     if plan is not None and not boosted:
         raise _not_boosted(folder, "another architecture")
     config = read_config(folder, str(folder))
+    if config.model_type in WRAPPERS:
+        raise ConfigError(
+            "exports hold language models alone",
+            found=f"{folder} is a wrapper, {config.model_type}",
+            do="load the checkpoint itself in Transformers, with layerboost installed or its remote code",
+        )
     config.layer_types = base_layer_types(config) if plan is None else config.layer_types
     layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
     return config, find_target(to, config, plan.layers if plan else layers)

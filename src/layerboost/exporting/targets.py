@@ -15,7 +15,7 @@ from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, skipped_layers
 from layerboost.runtime import log
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.plan import LayerPlan, check_served
 from layerboost.strategies import STRATEGIES
 
 # What a layer of a plan may need of a format.
@@ -257,6 +257,7 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
     """
     if name not in (*NAMES, "auto"):
         raise ConfigError(f"no format is called {name}", do=f"choose one of auto, {', '.join(NAMES)}")
+    check_served(layers, "a stock format" if name == "auto" else name)
     problems = [(target, problem(target, config, layers)) for target in TARGETS.values()]
     able = [target for target, why in problems if not why]
     if fitting := [target for target in able if name in ("auto", target.name)]:

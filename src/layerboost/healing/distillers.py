@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,8 +21,8 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers, final_norm
-from layerboost.model.stream import explain_not_finite, head_logits
-from layerboost.model.surgery import attention_of
+from layerboost.model.stream import explain_not_finite, head_logits, text_positions
+from layerboost.model.surgery import attention_of, output_projection
 from layerboost.schemas.plan import LayerPlan
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -93,7 +93,7 @@ class Distiller(nn.Module):
 
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
-        decoder, positions = self.teacher.get_decoder(), positions_of(ids, self.end)
+        decoder, positions = self.teacher.get_decoder(), text_positions(self.teacher, positions_of(ids, self.end))
         output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return output
 
@@ -121,7 +121,8 @@ class ModuleCall:
 class AttentionDistiller(Distiller):
     """Stage 1: each changed layer learns from the teacher's own activations; no gradient crosses a layer.
 
-    A sliding layer's attention gets the input of the teacher's attention and learns its output. A layer without
+    A sliding layer's attention gets the input of the teacher's attention and learns its output; a linear layer's
+    learns what the output projection gets (LoLCATs), unless its feature map has nothing to learn. A layer without
     attention, or with another MLP, gets the input of the teacher's layer and learns what the layer adds to the stream.
     One forward pass of the teacher serves all layers; while a stretch of text is repeated, its activations are cached.
     """
@@ -133,7 +134,8 @@ class AttentionDistiller(Distiller):
         layers: list[LayerPlan],
         end: int | None = None,
     ) -> None:
-        super().__init__(student, teacher, [plan for plan in layers if plan.has_weights], end)
+        super().__init__(student, teacher, layers, end)
+        self.changed = [plan for plan in self.changed if plan.learns_alone]
         self.cache: dict[Place, dict[int, ModuleCall]] = {}
 
     def forward(
@@ -169,15 +171,22 @@ class AttentionDistiller(Distiller):
         return dict(self.cache[place])
 
     def teacher_calls(self, ids: torch.Tensor, layers: Sequence[LayerPlan]) -> dict[int, ModuleCall]:
-        """Return the calls of the teacher's modules on ids `[B, T]`, by layer, in one forward pass without gradient."""
+        """Return the calls of the teacher's modules on ids `[B, T]`, by layer, in one forward pass without gradient.
+
+        The output of a linear layer's is what its output projection gets.
+        """
         modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
-        with torch.no_grad(), _recorded(modules, ModuleCall) as calls:
+        projections = {plan.layer: output_projection(self.teacher, plan.layer) for plan in layers if plan.feature_map}
+        with torch.no_grad(), _recorded(modules, ModuleCall) as calls, _recorded(projections, _input) as inputs:
             self.run_teacher(ids)
-        return calls
+        return calls | {layer: replace(calls[layer], output=given) for layer, given in inputs.items()}
 
     def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
-        """Return the output `[B, T, D]` of the student's module on the input of the teacher's."""
-        return _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
+        """Return the output `[B, T, D]` of the student's module, as `teacher_calls` does, on the teacher's input."""
+        projections = {0: output_projection(self.student, plan.layer)} if plan.feature_map else {}
+        with _recorded(projections, _input) as inputs:
+            output = _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
+        return inputs.get(0, output)
 
     @staticmethod
     def _module(model: PreTrainedModel, plan: LayerPlan) -> nn.Module:
@@ -300,6 +309,11 @@ def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
 def _tensor(output: Any) -> torch.Tensor:
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+def _input(args: tuple[Any, ...], _: dict[str, Any], __: torch.Tensor) -> torch.Tensor:
+    given: torch.Tensor = args[0]
+    return given
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

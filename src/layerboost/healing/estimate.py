@@ -42,7 +42,8 @@ def estimate_healing(
     first = next((entry.layer for entry in plan or [] if entry.changed), 0)
     changed = layers - first
     head = info.hidden_size * config.vocab_size
-    body = info.parameters - head * (1 if config.tie_word_embeddings else 2)
+    embeddings = head * (1 if info.tied_head else 2)
+    whole, body = info.parameters - embeddings, info.active_parameters - embeddings
     passes = {"none": 2, "selective": 2, "full": 3}[recipe.heal.activation_checkpointing]
     lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)
     attention_flops = 2 * body * (1 + recipe.heal.attention_repeats * changed / layers)
@@ -51,7 +52,7 @@ def estimate_healing(
     seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit costs about one pass of the base
     lengths, processes = lengths_of(recipe), world_size()
     batch_tokens = max(recipe.heal.batch_sequences * lengths[0], *lengths)
-    held = changed * activation_elements(config, recipe) * batch_tokens * info.bytes_per_element
+    held = changed * activation_elements(config, info, body, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
     step_tokens = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation * lengths[0]
     stretch_tokens = max(max(STRETCH_TOKENS, step_tokens) / processes, *lengths)
@@ -64,7 +65,7 @@ def estimate_healing(
         # Without torchrun, as in `check`, assume that a sharded run uses every GPU of the machine. Embeddings, head
         # and three layers are not sharded (docs/guide/gpus.md).
         weights /= world_size() if world_size() > 1 else torch.cuda.device_count()
-        weights += info.parameters - body + 3 * body / layers
+        weights += embeddings + 3 * whole / layers
     weights *= info.bytes_per_element
     return HealingEstimate(
         tokens_per_s=round(rate / lora_flops, 1),
@@ -73,11 +74,17 @@ def estimate_healing(
     )
 
 
-def activation_elements(config: PreTrainedConfig, recipe: Recipe) -> int:
-    """Return the number of elements that a layer saves per token for the backward pass."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, keys = config.num_attention_heads * head_dim, 2 * config.num_key_value_heads * head_dim
+def activation_elements(config: PreTrainedConfig, info: ModelInfo, body: int, recipe: Recipe) -> int:
+    """Return the number of elements that a layer saves per token for the backward pass.
+
+    `body`: the parameters of all layers that a token uses.
+    """
+    hidden = config.hidden_size
+    if info.expert_parameters:  # three matrices for each of a token's experts
+        inner = (body / info.layers - info.attention_parameters) / (3 * hidden)
+    else:
+        inner = config.intermediate_size
+    query, keys = info.heads * info.head_dim, 2 * info.kv_heads * info.head_dim
     products = 2 * hidden + query + keys + 2 * inner
     saved = {
         "full": hidden,

@@ -27,6 +27,7 @@ from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
 from layerboost.schemas.healing import METRICS
 from layerboost.schemas.plan import LayerPlan
+from layerboost.strategies import SLIDING
 
 MOST_BYTES = 2 << 30  # of sums at once: a wide model needs several passes of the base
 STAGE = "fit"
@@ -104,7 +105,7 @@ def fit_outputs(
     ends = [end for end in accumulate(map(len, sequences)) if end <= tokens]
     total, device = ends[-1], next(distiller.student.parameters()).device
     sites = [site for entry in distiller.changed for site in entry.sites()]
-    sliding = [site for site in sites if site.attention_changed and site.strategy.keeps_weights]
+    sliding = [site for site in sites if site.attention == SLIDING]
     groups = list(_groups(distiller, sliding))
     fitted = {}
     with Progress("fitting output projections", len(groups) * total, "tokens") as progress:

@@ -19,7 +19,7 @@ from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDi
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
-from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.healing.student import adapted_layers, describe, shared_student, train_only, with_adapters
 from layerboost.healing.training import check_report_to, clean_end, load_result, train_stage
 from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
@@ -31,6 +31,7 @@ from layerboost.runtime import Runtime, is_main_process, log, main_process_first
 from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
+from layerboost.strategies import SLIDING
 from layerboost.text import check_samples, is_local, load_tokens, opening_ids
 
 VALIDATION_SEQUENCES = 8
@@ -82,9 +83,9 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
         if recipe.heal.shard:
             pair = load_healed(recipe, run, plan, base, text)
         # The base shares the weights that the adapters are merged into: it is unusable from here on.
-        merged = pair.adapters.merge_and_unload().requires_grad_(False).eval()
+        pair.adapters.merge_and_unload()
         save_boosted(
-            merged,
+            pair.student.requires_grad_(False).eval(),
             base.tokenizer,
             plan,
             run / HEALED,
@@ -146,10 +147,9 @@ def training_text(recipe: Recipe) -> Text:
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
     """Return all text of the run, read before training; raise ConfigError if there is too little."""
     changed = [entry for entry in plan.layers if entry.changed]
-    local = any(entry.has_weights for entry in changed)
-    tokens = {"attention": recipe.heal.attention_tokens if local else 0, "lora": recipe.heal.tokens}
-    slides = any(entry.attention_changed and entry.strategy.keeps_weights for entry in changed)
-    fit_tokens = recipe.heal.fit_tokens if slides else 0
+    learns = any(entry.learns_alone for entry in changed)
+    tokens = {"attention": recipe.heal.attention_tokens if learns else 0, "lora": recipe.heal.tokens}
+    fit_tokens = recipe.heal.fit_tokens if any(entry.attention == SLIDING for entry in changed) else 0
     if not any((fit_tokens, *tokens.values())):
         raise ConfigError(
             "there is nothing to train",
@@ -210,10 +210,11 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Heali
             found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
             do="name layers of the MLPs too, or set heal.tokens to 0",
         )
+    log.info("adapters by stage, in layers: %s", describe({stage: adapted[stage] for stage in text.stages}))
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
-    # A fit alone trains no adapter, but peft needs some.
-    names = frozenset[str]().union(*(adapted[stage] for stage in text.stages or STAGES))
+    # A fit alone trains no adapter, and feature maps alone none, but peft needs some.
+    names = frozenset[str]().union(*(adapted[stage] for stage in text.stages)) or adapted["attention"] | adapted["lora"]
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
 
 
@@ -221,7 +222,7 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Hea
     """Return the pair, loaded on this process's CPU with the results in RUN/heal: no device must hold it all."""
     pair = load_pair(recipe, run, plan, base, text)
     for stage in text.stages:
-        train_only(pair.student, pair.adapted[stage])
+        train_only(pair.student, stage, pair.adapted[stage])
         load_result(stage, Distiller(pair.student, pair.teacher, plan.layers), run / HEAL)
     return pair
 
@@ -330,7 +331,7 @@ def train(
         with clean_end(folder, settings):
             fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
-        train_only(student, pair.adapted[stage])
+        train_only(student, stage, pair.adapted[stage])
         weights = [1 + (settings.answer_weight - 1) * answers for answers in text.answers[stage]]
         train_stage(
             stage,

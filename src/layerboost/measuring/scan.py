@@ -61,7 +61,7 @@ def scanned(
     seed: int,
 ) -> list[LayerSensitivity]:
     """Return the layers with a scan's scores of their KV heads, `group` at a time, under every window they have."""
-    heads = model.config.num_key_value_heads
+    heads = model.config.get_text_config().num_key_value_heads
     sites = {entry.layer: head_candidates(entry.variants, entry.layer, heads, group) for entry in layers}
     every = [site for group_sites in sites.values() for site in group_sites]
     if not every:  # all layers slide in the base

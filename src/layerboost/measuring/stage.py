@@ -18,7 +18,7 @@ from layerboost.model.checkpoint import check_same_model
 from layerboost.model.files import check_gguf
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import check_mlps, check_plan, check_windows
+from layerboost.model.surgery import check_linear, check_mlps, check_plan, check_windows
 from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
@@ -30,6 +30,7 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
+from layerboost.strategies import LINEAR, MEASURED
 from layerboost.tasks.checks import check_items
 from layerboost.tasks.lm_eval import BenchTask
 from layerboost.tasks.probe import TaskProbe, load_choices
@@ -90,7 +91,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     validate_measure(recipe)
     if base.gguf:
         check_gguf(base.folder / base.gguf)
-    _check_model(recipe, base.config)
+    _check_config(recipe, base.config)
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
@@ -106,7 +107,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
-        _check_model(recipe, base.config)
+        _check_config(recipe, base.config)
         write_samples(recipe, run, base)
     return measure(recipe, base, run)
 
@@ -158,7 +159,11 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
             write_json(run / SENSITIVITY, found)
 
     exact = None if scans else head_group
-    sweep(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact, mlp_widths)
+    sweep(
+        *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact),
+        strategies=recipe.measure.strategies,
+        mlp_widths=mlp_widths,
+    )
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
@@ -186,6 +191,15 @@ def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[Benc
     return tasks
 
 
+def _check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ConfigError for replacements that this model cannot have."""
+    check_windows(config, recipe.measure.windows)
+    if LINEAR in recipe.measure.strategies:
+        check_linear(config)
+    _head_group(recipe, config)
+    _mlp_widths(recipe, config)
+
+
 def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
     text, window = inputs.text, max(recipe.measure.windows)
     if isinstance(text, Traffic) and max(text.lengths) <= window:
@@ -209,6 +223,7 @@ def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Ru
     return {
         "dtype": runtime.dtype_name,
         "windows": list(recipe.measure.windows),
+        "strategies": list(recipe.measure.strategies) if recipe.measure.strategies != MEASURED else None,
         "sequence_tokens": recipe.text.sequence_tokens,
         "retrieval": fingerprint(rows) if rows else None,
         "tasks": [task.name for task in inputs.tasks] or None,
@@ -232,13 +247,6 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
             do="add it to measure.windows",
         )
     return plan
-
-
-def _check_model(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise ConfigError for a model that cannot be measured as the recipe asks."""
-    check_windows(config, recipe.measure.windows)
-    _head_group(recipe, config)
-    _mlp_widths(recipe, config)
 
 
 def _mlp_widths(recipe: Recipe, config: PreTrainedConfig) -> list[int]:

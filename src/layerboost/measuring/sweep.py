@@ -16,7 +16,17 @@ from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, MLP_STRATEGIES, STRATEGIES, WINDOW, label
+from layerboost.strategies import (
+    FULL,
+    FULL_KV_HEADS,
+    MEASURED,
+    MLP_STRATEGIES,
+    SLIDING,
+    STRATEGIES,
+    WINDOW,
+    StrategyName,
+    label,
+)
 
 
 @torch.no_grad()
@@ -27,10 +37,12 @@ def sweep(
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
     head_group: int | None = None,
+    strategies: Sequence[StrategyName] = MEASURED,
     mlp_widths: Sequence[int] = (),
 ) -> None:
     """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
+    `strategies`: what replaces a layer's attention.
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
     loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
     `mlp_widths`: those of thinned MLPs; none measures attention alone.
@@ -52,7 +64,7 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    options = candidates(streams[0].stream.model, index, windows, mlp_widths)
+                    options = candidates(streams[0].stream.model, index, windows, strategies, mlp_widths)
                     pending.append(_measure(probes, index, options, plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
@@ -64,18 +76,22 @@ def sweep(
 
 
 def candidates(
-    model: PreTrainedModel, layer: int, windows: Sequence[int], mlp_widths: Sequence[int] = ()
+    model: PreTrainedModel,
+    layer: int,
+    windows: Sequence[int],
+    strategies: Sequence[StrategyName] = MEASURED,
+    mlp_widths: Sequence[int] = (),
 ) -> list[LayerPlan]:
-    """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each strategy but full with
+    """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each of the strategies with
     all of its settings.
 
     Attention that slides in the base can only be removed.
     """
-    slides = base_layer_types(model.config)[layer] == "sliding_attention"
+    slides = base_layer_types(model.config.get_text_config())[layer] == "sliding_attention"
     found: list[dict[str, Any]] = [
         {"attention": name, **fields}
         for name, strategy in STRATEGIES.items()
-        if name != FULL and not (slides and WINDOW in strategy.settings)
+        if name in strategies and not (slides and WINDOW in strategy.settings)
         for fields in strategy.variants(windows)
     ]
     found += [
@@ -91,8 +107,10 @@ def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: 
     """Return each window on each group of a layer's KV heads, with a sink if that loses less KL for the whole layer."""
     best: dict[int, Variant] = {}
     for variant in whole:
-        if variant.window and (
-            variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean
+        if (
+            variant.attention == SLIDING
+            and variant.window
+            and (variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean)
         ):
             best[variant.window] = variant
     if group == kv_heads:
@@ -113,7 +131,7 @@ def _measure(
     whole = _variants(probes, index, options, rest)
     if head_group is None:
         return LayerSensitivity(layer=index, variants=whole)
-    of_heads = head_candidates(whole, index, model.config.num_key_value_heads, head_group)
+    of_heads = head_candidates(whole, index, model.config.get_text_config().num_key_value_heads, head_group)
     return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, of_heads, rest))
 
 

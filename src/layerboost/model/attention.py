@@ -6,6 +6,7 @@ Travels inside every boosted checkpoint, so it imports nothing of layerboost. Fu
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 # Queries in a block of the CPU kernel: enough rows for its matrix products, few keys beyond the window.
 FLASH_BLOCK = 64
 FLASH_CHUNK = 2048
+FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
 FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -36,13 +38,28 @@ def sliding_attention_reference(
     where a key may be seen; `softcap` c: scores become c·tanh(score / c) (Gemma 2). The result is
     `[B, H, Tq, D]`; the row of a query that sees nothing has no meaning.
     """
+    visible = window_mask(query.shape[2], key.shape[2], window, query.device)
+    visible = visible if mask is None else visible & mask
+    return masked_attention(query, key, value, visible, sinks, scaling, softcap)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Return softmax attention over the keys that each query may see, `visible` bool `[B, 1, Tq, Tk]` or `[Tq, Tk]`.
+
+    Takes O(T²) time and memory. The other arguments are those of `sliding_attention_reference`.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = _capped(query @ key.transpose(-1, -2) * scaling, softcap)
-    visible = window_mask(query.shape[2], key.shape[2], window, query.device)
-    if mask is not None:
-        visible = visible & mask
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     if sinks is None:
         return scores.softmax(-1) @ value
@@ -232,9 +249,10 @@ def sliding_attention_flex(
     softcap: float | None,
 ) -> torch.Tensor:
     """Return `sliding_attention` by FlexAttention with a block mask: compiled on CUDA, unfused elsewhere."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    offset = key.shape[2] - query.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
+    offset = keys - queries
 
     def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
         seen = (k <= q + offset) & (k > q + offset - window)
@@ -243,21 +261,44 @@ def sliding_attention_flex(
     def capped(score: Any, *_: Any) -> Any:
         return _capped(score, softcap)
 
-    compiled = query.is_cuda
-    blocks = create_block_mask(
-        visible, query.shape[0] if mask is not None else None, None, query.shape[2], key.shape[2], query.device,
-        _compile=compiled,
-    )  # fmt: skip
-    attend: Any = _compiled(flex_attention) if compiled else flex_attention
+    blocks = copy.copy(window_blocks(queries, keys, window, mask is None, query.device))
+    blocks.mask_mod = visible
+    attend: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
     out, extra = attend(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=blocks, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+        # Below 128 queries PyTorch would take another kernel, which fails for 33 to 127 queries and 4 query heads per
+        # KV head, as in Qwen3-4B: it has no configuration for them (pytorch/pytorch#185349).
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )  # fmt: skip
     if sinks is not None:
         # Softmax with a sink is softmax times sigmoid(lse - sink).
         out = out * torch.sigmoid(extra.lse - sinks[:, None])[..., None].to(out.dtype)
     result: torch.Tensor = out
     return result
+
+
+@functools.lru_cache(maxsize=32)
+def window_blocks(queries: int, keys: int, window: int, split: bool, device: torch.device) -> Any:
+    """Return FlexAttention's BlockMask of a window, the queries being the last of the positions, without a `mask_mod`.
+
+    It is `create_block_mask`'s in closed form, which looks at no pair of tokens and needs no compilation. With `split`,
+    blocks that are visible as a whole are listed apart: the kernel does not call `mask_mod` in them.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    with torch.inference_mode(False):  # a mask that inference made may serve in training
+        first = torch.arange(0, queries, FLEX_BLOCK, device=device)[:, None] + keys - queries
+        start = torch.arange(0, keys, FLEX_BLOCK, device=device)
+        last, end = first + FLEX_BLOCK - 1, start + FLEX_BLOCK - 1
+        some = (start <= last) & (end.clamp(max=keys - 1) > first - window)
+        whole = (end <= first) & (start > last - window) & (last < keys)
+        lists = [*listed(some & ~whole), *listed(whole)] if split else listed(some)
+        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(queries, keys))
 
 
 @functools.cache
@@ -323,6 +364,19 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> t
     return (column <= row) & (column > row - window)
 
 
+def boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """Return a mask of any backend as bool `[B, 1, Tq or 1, Tk]`, for the last `keys` keys."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"sliding layers cannot read a {type(mask).__name__}: load with attn_implementation='sdpa'")
+    if mask.dim() == 2:  # FlashAttention's padding mask [B, Tk]
+        mask = mask[:, None, None, :]
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.bool()[..., -keys:]
+
+
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
@@ -352,6 +406,8 @@ def _attend(
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     out = scores.softmax(-1) @ value
     if sinks is not None:
-        per_head = sinks.to(scores.dtype).view(1, query.shape[1], -1, 1, 1)
-        out = out * torch.sigmoid(scores.logsumexp(-1) - per_head)[..., None]
+        # In half precision, a log-sum-exp is too coarse: it has as many digits before the point as after it.
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        share = torch.sigmoid(wide.logsumexp(-1) - sinks.to(wide.dtype).view(1, query.shape[1], -1, 1, 1))
+        out = out * share[..., None].to(out.dtype)
     return out.flatten(3, 4).flatten(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -12,13 +13,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from layerboost.errors import ConfigError, first_line
 from layerboost.files import check_path, file_hash, new_folder
 from layerboost.model import files as model_files
 from layerboost.model import integrity
-from layerboost.model.card import CARD, LICENCE_FILES, Origin, front_matter, licence_files, licence_sentence
+from layerboost.model.card import (
+    CARD,
+    LICENCE_FILES,
+    Origin,
+    front_matter,
+    licence_files,
+    licence_sentence,
+    origin_of,
+)
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
@@ -26,19 +35,19 @@ from layerboost.model.files import (
     remembered,
     weight_files,
 )
-from layerboost.model.integrity import check_base, check_checkpoint, read_config
+from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
-from layerboost.model.modeling import base_layer_types, decoder_layers, make_attention_free
-from layerboost.model.surgery import family_of, native_window
-from layerboost.model.tokenizer import open_tokenizer
-from layerboost.recipe import Recipe, model_of
+from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers, make_attention_free
+from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
+from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
+from layerboost.recipe import Card, Recipe, model_of
 from layerboost.rows import package_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.run import BASE
 
-# In RUN/base: which GGUF file it was unpacked from.
+# In RUN/base: which model it was unpacked from.
 UNPACKED_FROM = "layerboost_source.txt"
 
 
@@ -56,14 +65,31 @@ class Base:
     trust_remote_code: bool = False
 
     @cached_property
-    def config(self) -> PreTrainedConfig:
-        """Return the configuration, checked to be of a supported causal LM."""
+    def model_config(self) -> PreTrainedConfig:
+        """Return the configuration of the model, checked to be of a supported causal LM or a wrapper of one."""
         if self.gguf:
             config = read_config(self.folder, self.name, gguf_file=self.gguf)
         else:
             config = read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
         family_of(config)
         return config
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Return the configuration of the language model: in a wrapper a part of `model_config`, else the same."""
+        return self.model_config.get_text_config()
+
+    @cached_property
+    def dequantised(self) -> dict[str, Any] | None:
+        """Return the settings by which Transformers dequantises the weights; None if it need not or cannot."""
+        settings = None if self.gguf else plain_config(self.folder).get("quantization_config")
+        known = isinstance(settings, dict) and settings.get("quant_method") in DEQUANTISED
+        return {**settings, "dequantize": True} if settings and known else None
+
+    @property
+    def packed(self) -> bool:
+        """Return whether the model is unpacked before it is used: a GGUF file, or weights that can be dequantised."""
+        return bool(self.gguf or self.dequantised)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -87,11 +113,10 @@ class Base:
     def info(self) -> ModelInfo:
         """Return the facts about the model that plans and sensitivities record."""
         config = self.config
-        parameters, attention_parameters = count_parameters(config)
         types = base_layer_types(config)
         return ModelInfo(
             name=self.name,
-            model_type=config.model_type,
+            model_type=self.model_config.model_type,
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             heads=config.num_attention_heads,
@@ -100,10 +125,9 @@ class Base:
             bytes_per_element=self.runtime.dtype.itemsize,
             max_context_tokens=config.max_position_embeddings,
             vocabulary=config.vocab_size,
-            tied_head=config.tie_word_embeddings,
-            parameters=parameters,
-            attention_parameters=attention_parameters,
-            **mlp_facts(config),
+            tied_head=self.model_config.tie_word_embeddings,
+            **count_parameters(self.model_config),
+            **mlp_facts(self.model_config),
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
@@ -124,10 +148,13 @@ class Base:
 
         remembered(what, files, check)
 
-    def load(self) -> PreTrainedModel:
-        """Load the model in eval mode, stock or boosted; raise ConfigError when weights and configuration disagree."""
-        kwargs: dict[str, Any] = {"config": self.config}
-        if implementation := family_of(self.config).attn_implementation:
+    def load(self, dequantise: bool = False) -> PreTrainedModel:
+        """Load the model in eval mode, stock or boosted; raise ConfigError when weights and configuration disagree.
+
+        GGUF files are always dequantised.
+        """
+        kwargs: dict[str, Any] = {"config": self.model_config}
+        if implementation := family_of(self.model_config).attn_implementation:
             kwargs["attn_implementation"] = implementation
         if self.gguf:
             from transformers import GgufConfig
@@ -136,11 +163,14 @@ class Base:
             kwargs |= {"gguf_file": self.gguf, "quantization_config": dequantised}
         else:
             check_checkpoint(self.folder, self.trust_remote_code)
+            if dequantise and self.dequantised:
+                kwargs["config"] = copy.deepcopy(self.model_config)
+                kwargs["config"].quantization_config = self.dequantised
             # Not the model's own generation settings: they would change samples, and Transformers refuses to save some.
             ids = {name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             kwargs["generation_config"] = GenerationConfig(**ids)
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto_class(self.model_config).from_pretrained(
                 self.folder,
                 dtype=self.runtime.dtype,
                 trust_remote_code=self.trust_remote_code,
@@ -161,7 +191,7 @@ class Base:
 def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remote_code: bool = False) -> Base:
     """Resolve MODEL: a directory, a GGUF file, `package:NAME` (a GGUF file in a PyPI package) or a Hub id.
 
-    A GGUF model that was unpacked to the run folder is read from there. Raise ConfigError if there is no such model.
+    A model that was unpacked to the run folder is read from there. Raise ConfigError if there is no such model.
     """
     gguf = None
     try:
@@ -185,7 +215,7 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
         weight_files(folder)
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
-    if run and gguf and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
+    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
         return Base(name, (run / BASE).absolute(), runtime)
     return found
 
@@ -193,24 +223,31 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
 def find_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     """Return the recipe's model, checked unless it is a GGUF file; raise ConfigError if it cannot be used."""
     base = find_model(model_of(recipe), runtime, run, recipe.trust_remote_code)
-    family_of(base.config)
+    family_of(base.model_config)
     base.check()
     return base
 
 
 def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
-    """Return the recipe's model as a Hugging Face directory; a GGUF file is unpacked to `RUN/base` once.
+    """Return the recipe's model as a Hugging Face directory; GGUF and quantised ones are unpacked to `RUN/base` once.
 
     Raise ConfigError if the recipe names no model or one that cannot be used.
     """
     base = find_base(recipe, run, runtime)
-    if base.gguf is None:
+    if not base.packed:
         return base
-    log.info("unpacking %s to %s", base.gguf, run / BASE)
-    model, tokenizer = base.load(), base.tokenizer
+    log.info("unpacking %s to %s", base.gguf or base.name, run / BASE)
+    model, tokenizer = base.load(dequantise=True), base.tokenizer
     with new_folder(run / BASE) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        # By its original names and formats a model would be quantised again, and scales may stay in its state.
+        with torch.device("meta"):
+            stock = auto_class(base.model_config).from_config(base.model_config).state_dict()
+        state = {name: value for name, value in model.state_dict().items() if name in stock}
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        if base.gguf:
+            tokenizer.save_pretrained(folder)
+        else:
+            save_tokenizer(tokenizer, folder)
         (folder / CARD).write_text(_base_card(base))
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
@@ -218,22 +255,35 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     return Base(base.name, (run / BASE).absolute(), runtime)
 
 
-def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the parameters of a model of this configuration, tied ones once, and those of one layer's attention.
+def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the parameters of a language model of this configuration, as the fields of ModelInfo.
 
-    The latter are those that a layer loses when its attention is removed. No memory is used.
+    A wrapper's tower does not count. No memory is used.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+        model = auto_class(config).from_config(config)
+    experts = [
+        module.get_parameter(name) for module in decoder_layers(model).modules() for name in packed_parameters(module)
+    ]
+
+    def count() -> int:
+        found = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        return sum(parameter.numel() for parameter in found)
+
+    whole = count()
     make_attention_free(decoder_layers(model)[0], 0, family_of(config))
-    return whole, whole - sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": whole,
+        "attention_parameters": whole - count(),
+        "expert_parameters": sum(parameter.numel() for parameter in experts),
+        "expert_fraction": experts_per_token(config.get_text_config()) / len(experts[0]) if experts else 1.0,
+    }
 
 
 def mlp_facts(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the facts of ModelInfo about MLPs, empty for a model whose MLPs cannot be thinned. No memory is used."""
     with torch.device("meta"):
-        layers: Any = decoder_layers(AutoModelForCausalLM.from_config(config))
+        layers: Any = decoder_layers(auto_class(config).from_config(config))
     outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
     widths = {output.in_features for output in outputs if output}
     if len(widths) > 1 or None in outputs:
@@ -259,10 +309,12 @@ def _package_gguf(package: str) -> tuple[Path, str]:
 
 
 def _base_card(base: Base) -> str:
-    """Return the card of an unpacked GGUF file, with the licence that its metadata names."""
+    """Return the card of an unpacked model, with the licence that its own card or a GGUF file's metadata names."""
+    if base.gguf is None:
+        origin = origin_of(base.folder, base.name, Card())
+        return f"{front_matter(origin, ())}\n\nDequantised from `{base.name}`. {licence_sentence(origin)}\n"
     from gguf import GGUFReader
 
-    assert base.gguf
     field = GGUFReader(base.folder / base.gguf).get_field("general.license")
     origin = Origin(licence=(("license", str(field.contents())),) if field else ())
     return f"{front_matter(origin, ())}\n\nUnpacked from `{base.name}`. {licence_sentence(origin)}\n"

@@ -11,8 +11,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
+from layerboost.model.families import WRAPPERS
 from layerboost.recipe import Card
-from layerboost.schemas.plan import PlanFile, counted, layer_rows
+from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
 
 CARD = "README.md"
@@ -30,6 +31,12 @@ class Origin:
 
 
 UNKNOWN = Origin()
+# The auto class, and the Hub's name of what a model does.
+LANGUAGE_MODEL = ("AutoModelForCausalLM", "text-generation")
+WRAPPER = ("AutoModelForImageTextToText", "image-text-to-text")
+INSTALL = """```console
+pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
+"""
 HEADS = """
 `full KV heads`: those of a sliding layer that keep full attention, each with its query heads."""
 
@@ -39,15 +46,21 @@ def origin_of(folder: Path, name: str, settings: Card) -> Origin:
 
     Its own card comes before the settings; the Hub id is `name` where that is one.
     """
-    file = folder / CARD
-    try:
-        data = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
-    except Exception:  # a card is free text: ignore a broken one
-        data = {}
+    data = card_data(folder)
     licence = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
     if not licence and settings.license:
         licence = {"license": settings.license}
     return Origin(name if _is_hub_id(name) else settings.base_model, tuple(licence.items()), licence_files(folder))
+
+
+def card_data(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a model's card, empty without a valid one."""
+    file = folder / CARD
+    try:
+        data: dict[str, Any] = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+    except Exception:  # a card is free text: ignore a broken one
+        return {}
+    return data
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -56,13 +69,13 @@ def licence_files(folder: Path) -> tuple[Path, ...]:
     return tuple(found for found in named if found.is_file())
 
 
-def front_matter(origin: Origin, tags: tuple[str, ...]) -> str:
+def front_matter(origin: Origin, tags: tuple[str, ...], task: str = "text-generation") -> str:
     """Return the card's metadata block for the Hub."""
     licence: dict[str, Any] = dict(origin.licence)
     data = ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["layerboost", *tags],
         **licence,
     )
@@ -90,19 +103,23 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
-    thinned = any(entry.mlp_changed for entry in plan.layers)
-    if predicted and thinned:
+    if predicted and any(entry.mlp_changed for entry in plan.layers):
         cache += f" It has {predicted.parameter_fraction:.0%} of the base's parameters."
+    experts = (
+        f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
+        f"{plan.model.parameters / 1e6:,.0f} M parameters."
+        if plan.model.expert_parameters
+        else ""
+    )
     own, reach = _full_layers(plan)
-    meanings = "; ".join(f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}" for each in STRATEGIES.values())
-    if thinned:
-        meanings += "; of MLPs " + "; ".join(f"`{each.name}`: {each.meaning}" for each in MLP_STRATEGIES.values())
-    return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else ())}
+    auto, task = WRAPPER if plan.model.model_type in WRAPPERS else LANGUAGE_MODEL
+    meanings = _meanings(plan, own)
+    return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else (), task)}
 
 # {name}, boosted
 
 Made by layerboost after the method of LayerBoost (arXiv 2604.22050) from `{name}`.
-Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
+Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}{experts}
 {licence_sentence(origin)}
 
 {healing or "Not healed: the weights that remain are the base's own."}
@@ -112,15 +129,13 @@ Of {plan.model.layers} layers: {counted(plan.layers)}.{cache}
 PATH is this directory or its Hub id.
 
 ```python
-from transformers import AutoModelForCausalLM  # without trust_remote_code: from layerboost
+from transformers import {auto}  # without trust_remote_code: from layerboost
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 ## Serve
 
-```console
-pip install ".[serve]"    # in a checkout of layerboost; with a vLLM that is there: pip install .
 {_serve(plan)}
 ## The plan
 
@@ -136,6 +151,18 @@ serving. Generation needs Transformers' dynamic cache.
 """
 
 
+def _meanings(plan: PlanFile, own: str) -> str:
+    """Return what the strategies of a plan mean; `own`: what full layers do in the base."""
+    meanings = "; ".join(
+        f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
+        for each in STRATEGIES.values()
+        if each.name in counts(plan.layers)
+    )
+    if any(entry.mlp_changed for entry in plan.layers):
+        meanings += "; of MLPs " + "; ".join(f"`{each.name}`: {each.meaning}" for each in MLP_STRATEGIES.values())
+    return meanings
+
+
 def _full_layers(plan: PlanFile) -> tuple[str, str]:
     """Return which full layers slide as in the base, and the name of those that reach beyond a window."""
     heads = " and full KV heads" * any(entry.full_kv_heads for entry in plan.layers)
@@ -149,15 +176,20 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
+    if plan.model.model_type in WRAPPERS:
+        return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
+    if not all(entry.strategy.served for entry in plan.layers):
+        return "vLLM does not serve this plan. Generate with Transformers.\n"
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
     if not any(advised.flags for advised in found.values()):
-        return "vllm serve PATH\n```\n"
+        return INSTALL + "vllm serve PATH\n```\n"
     commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
     gains = [f"{where} {advised.gain}." for where, advised in found.items()]
     context = next(iter(found.values())).context_tokens
     return (
-        "\n".join(commands)
+        INSTALL
+        + "\n".join(commands)
         + "\n```\n\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
         f"and `--max-model-len {context}`: {' '.join(gains)}\n"
     )

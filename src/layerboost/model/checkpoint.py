@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import disk_error, new_folder
-from layerboost.model import attention, families, mlp, modeling
+from layerboost.model import attention, caches, families, linear_attention, mlp, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
-from layerboost.model.files import read_weights
+from layerboost.model.families import WRAPPERS
+from layerboost.model.files import as_saved, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
 from layerboost.schemas.model import ModelInfo
@@ -48,7 +49,9 @@ def save_boosted(
     """
     with new_folder(target) as folder:
         try:
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            # A wrapper's tensors have other names in its base's file; vLLM and Transformers know these too.
+            own_names = {"save_original_format": False} if model.config.model_type in WRAPPERS else {}
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, **own_names)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise disk_error(target, OSError(str(error))) from error
         save_tokenizer(tokenizer, folder)
@@ -65,8 +68,11 @@ def _check_written(folder: Path, target: Path, model: PreTrainedModel) -> None:
     """Raise LayerboostError if the checkpoint in `folder` does not load to the weights of `model`."""
     try:
         check_checkpoint(folder)
-        written, state = read_weights(folder), model.state_dict()
-        found = ", ".join(name for name, value in written.items() if not torch.equal(value, state[name].cpu()))
+        written = read_weights(folder)
+        saved = (pair for name, value in model.state_dict().items() for pair in as_saved(model, name, value).items())
+        found = ", ".join(
+            name for name, value in saved if name in written and not torch.equal(written[name], value.cpu())
+        )
     except ConfigError as error:
         found = f"{error.wrong}: {error.found}"
     if found:
@@ -126,9 +132,9 @@ def check_comparable(other: Base, base: Base) -> None:
 
 
 def modeling_source() -> str:
-    """Return families.py, attention.py, mlp.py and modeling.py as the one file that is part of a checkpoint."""
+    """Return the modules that are part of a checkpoint as its one file."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
-    for module in (families, attention, mlp, modeling):
+    for module in (families, attention, caches, linear_attention, mlp, modeling):
         assert module.__file__
         text = Path(module.__file__).read_text()
         lines = text.splitlines()

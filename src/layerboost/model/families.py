@@ -22,7 +22,9 @@ class Family:
     stock backend to load it with where the default one leaves something out. `rotary_by_type` says that a layer's type
     decides on its rotary embedding too, not on its window alone, and `rotary_by_window` that a full layer has one only
     if the config has no window. `multiplies_logits` says that the config's `logits_scaling` multiplies, and does not
-    divide. `vllm` says which classes serve it, empty if none does.
+    divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
+    linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `vllm` says which
+    classes serve it, empty if none does.
     """
 
     model_type: str
@@ -37,6 +39,8 @@ class Family:
     rotary_by_type: bool = False
     rotary_by_window: bool = False
     multiplies_logits: bool = False
+    images_both_ways: bool = False
+    linear: bool = False
     vllm: str = TRANSFORMERS_BACKEND
 
 
@@ -46,20 +50,20 @@ SLIDING_FLAG = (("use_sliding_window", True),)
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", vllm="Llama classes"),
-        Family("qwen2", config_flags=SLIDING_FLAG),
-        Family("qwen3", vllm="Qwen3 classes", config_flags=SLIDING_FLAG),
+        Family("llama", linear=True, vllm="Llama classes"),
+        Family("qwen2", linear=True, config_flags=SLIDING_FLAG),
+        Family("qwen3", linear=True, vllm="Qwen3 classes", config_flags=SLIDING_FLAG),
         # Transformers loads a Mistral with `layer_types`, which a boosted one has, as a Ministral.
-        Family("mistral"),
+        Family("mistral", linear=True),
         Family("ministral"),
         Family("phi3"),
         # The stock SDPA path drops the soft-cap of the scores.
         Family("gemma2", norm_after=AFTER, attn_implementation="eager"),
-        Family("gemma3_text", norm_after=AFTER, rotary_by_type=True),
+        Family("gemma3_text", norm_after=AFTER, rotary_by_type=True, images_both_ways=True),
         Family("olmo2", norm_before=None, norm_after=AFTER),
         Family("olmo3", norm_before=None, norm_after=AFTER, rotary_by_type=True),
         Family("smollm3", config_flags=SLIDING_FLAG),
-        Family("granite"),
+        Family("granite", linear=True),
         # Attention and MLP run side by side behind one norm, which the MLP still needs.
         Family("cohere", norm_before=None),
         Family("cohere2", norm_before=None, rotary_by_type=True),
@@ -85,5 +89,36 @@ FAMILIES: dict[str, Family] = {
         Family("seed_oss"),
         Family("starcoder2"),
         Family("vaultgemma", attn_implementation="eager"),
+        # Mixtures of experts.
+        Family("qwen3_moe", config_flags=SLIDING_FLAG),
+        Family("qwen2_moe", config_flags=SLIDING_FLAG),
+        Family("mixtral"),
+        Family("olmoe"),
+        Family("granitemoe"),
+        Family("granitemoeshared"),
+        Family("glm4_moe"),
+        Family("minimax_m2"),
+        Family("afmoe", norm_after=AFTER, rotary_by_type=True),
+        Family("cohere2_moe", norm_before=None, rotary_by_type=True),
+        Family("dots1"),
+        Family("ernie4_5_moe"),
+        Family("exaone_moe", rotary_by_type=True, rotary_by_window=True),
+        Family("flex_olmo", norm_before=None, norm_after=AFTER),
+        Family("hunyuan_v1_moe"),
+        Family("hy_v3"),
+        Family("mellum", rotary_by_type=True),
+        Family("phimoe"),
+        Family("solar_open"),
+        # Language models that exist inside a wrapper alone.
+        Family("qwen3_vl_text", vllm=""),
+        Family("qwen2_5_vl_text", vllm="", config_flags=SLIDING_FLAG),
     )
+}
+# Vision-language models: an image tower and a language model, whose config is `text_config`, by the families of that.
+WRAPPERS: dict[str, tuple[str, ...]] = {
+    "llava": ("llama", "mistral", "qwen2"),
+    "mistral3": ("mistral", "ministral3"),
+    "qwen3_vl": ("qwen3_vl_text",),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "gemma3": ("gemma3_text",),
 }

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import load_state_dict
 
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.files import write_text
+from layerboost.model.families import WRAPPERS
 from layerboost.rows import LFS_POINTER
 from layerboost.schemas.artifact import fingerprint, not_finite
 
@@ -60,6 +63,13 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
+    text = config.get("text_config")
+    if isinstance(text, dict) and not text.get("model_type"):
+        raise ConfigError(
+            f"{folder / 'config.json'} does not say which language model the wrapper {config['model_type']} holds",
+            found="no model_type in its text_config: Transformers would take its default",
+            do="add the model_type of the language model that the weights are of",
+        )
     return config
 
 
@@ -111,6 +121,15 @@ def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
     for file in weight_files(folder, names):
         weights |= load_state_dict(file)
     return weights
+
+
+def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
+    """Return a tensor of a model's state as `save_pretrained` writes it: Transformers renames some tensors, and packs
+    those of experts, as it loads them."""
+    if model.config.model_type in WRAPPERS:  # saved by their own names
+        return {name: value}
+    saved: Tensors = revert_weight_conversion(model, {name: value})
+    return saved
 
 
 def headers(folder: Path) -> Tensors:

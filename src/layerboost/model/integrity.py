@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from layerboost.errors import ConfigError, first_line
-from layerboost.model.families import FAMILIES
+from layerboost.model.card import card_data
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import (
     PICKLED,
     SINGLE,
@@ -25,14 +30,16 @@ from layerboost.model.files import (
     some,
     weight_files,
 )
-from layerboost.model.modeling import base_layer_types
-from layerboost.model.surgery import recorded_plan
+from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers
+from layerboost.model.surgery import experts_per_token, packed_parameters, recorded_plan
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
 from layerboost.strategies import WINDOW, label
 
 ARCHITECTURE = "LayerBoostForCausalLM"
+# The methods that Transformers undoes on a CPU, and the package that it needs for that.
+DEQUANTISED: dict[Any, str] = {"fp8": "", "compressed-tensors": "compressed_tensors"}
 # Weights of another type are quantised.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,22 +57,22 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
             found=f"transformers_weights {plain['transformers_weights']}",
             do=f"name the file {SINGLE} and remove the setting",
         )
-    tensors = headers(folder)
+    tensors, text = headers(folder), plain.get("text_config") or plain
     if ARCHITECTURE in (plain.get("architectures") or []):
         config = read_config(folder, str(folder))
-        recorded = _recorded(folder, config)
+        recorded = _recorded(folder, config.get_text_config())
         if (folder / PLAN).is_file():
             _check_plan(folder, recorded, read_plan(folder / PLAN))
         _check_tensors(folder, config, tensors)
-    elif "attention_sink_layers" in plain:
+    elif "attention_sink_layers" in text:
         raise ConfigError(
             f"{folder / 'config.json'} is of a boosted checkpoint and no longer names {ARCHITECTURE}",
             found=f"architectures {plain.get('architectures')}",
             do="make the checkpoint again; its own files are not for editing",
         )
-    elif plain["model_type"] in FAMILIES:
+    elif plain["model_type"] in {*FAMILIES, *WRAPPERS}:
         config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
-        _check_window(folder, plain, config)
+        _check_window(folder, text, config.get_text_config())
         _check_tensors(folder, config, tensors, trust_remote_code)
     return plain
 
@@ -73,13 +80,11 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
 def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
     """Raise ConfigError if a directory cannot be MODEL, loaded in `dtype`. Reads every weight.
 
-    In addition to `check_checkpoint`, this refuses quantised and boosted models, weights that are not finite, tied
-    weights that differ, and weights in two formats that differ.
+    In addition to `check_checkpoint`, this refuses boosted models, weights that are quantised in a way that cannot be
+    undone, that are not finite, tied weights that differ, and weights in two formats that differ.
     """
     plain = plain_config(folder)
-    for key in ("quantization_config", "compression_config"):
-        if plain.get(key) is not None:
-            raise _quantised(folder, f"{key} {json.dumps(plain[key])[:200]}")
+    _check_quantisation(folder, plain)
     if ARCHITECTURE in (plain.get("architectures") or []):
         raise ConfigError(f"{folder} is a boosted checkpoint", do="give the base that it was made from as MODEL")
     check_checkpoint(folder, trust_remote_code)
@@ -91,8 +96,10 @@ def check_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
     weights = read_weights(folder)
     check_finite_weights(str(folder), weights, dtype)
     config = read_config(folder, str(folder), trust_remote_code=trust_remote_code)
-    for name, other in _on_meta(folder, config, trust_remote_code).all_tied_weights_keys.items():
-        if {name, other} <= weights.keys() and not torch.equal(weights[name], weights[other]):
+    model = _on_meta(folder, config, trust_remote_code)
+    named = dict(zip(_renamed(model, weights), weights.values(), strict=True))
+    for name, other in model.all_tied_weights_keys.items():
+        if {name, other} <= named.keys() and not torch.equal(named[name], named[other]):
             raise ConfigError(
                 f"weights and configuration of {folder} disagree",
                 found=f"{name} and {other} differ, by the configuration (tie_word_embeddings) they are one",
@@ -129,7 +136,7 @@ def _check_window(folder: Path, plain: dict[str, Any], config: PreTrainedConfig)
     if window is not None and window < config.max_position_embeddings and ignored:
         raise ConfigError(
             f"{folder / 'config.json'} has a sliding window that Transformers ignores and vLLM does not",
-            found=f"sliding_window {window}, model_type {plain['model_type']}",
+            found=f"sliding_window {window}, model_type {config.model_type}",
             do="remove sliding_window if the model was trained without, or name the model_type that has it",
         )
     if "sliding_attention" in base_layer_types(config) and not getattr(config, "sliding_window", None):
@@ -141,11 +148,34 @@ def _check_window(folder: Path, plain: dict[str, Any], config: PreTrainedConfig)
         )
 
 
+def _check_quantisation(folder: Path, plain: dict[str, Any]) -> None:
+    """Raise ConfigError if weights are quantised, by their config or without one, and cannot be dequantised."""
+    for key in ("quantization_config", "compression_config"):
+        if (settings := plain.get(key)) is None:
+            continue
+        method = settings.get("quant_method") if key == "quantization_config" and isinstance(settings, dict) else None
+        if method not in DEQUANTISED:
+            raise _quantised(folder, f"{key} {json.dumps(settings)[:200]}")
+        if (package := DEQUANTISED[method]) and find_spec(package) is None:
+            raise _quantised(folder, f"{method}, which takes the package {package} to undo")
+        tensors = headers(folder)
+        if method == "fp8" and all(tensor.dtype != torch.float8_e4m3fn for tensor in tensors.values()):
+            raise ConfigError(
+                f"{folder / 'config.json'} has quantization_config fp8, and no weight is of that type",
+                do="remove quantization_config if the weights were dequantised, or copy the directory again",
+            )
+        unscaled = [name for name in tensors if name.endswith(".weight") and tensors[name].dtype == torch.float8_e4m3fn]
+        if unscaled := [name for name in unscaled if not {f"{name}_scale_inv", f"{name}_scale"} & tensors.keys()]:
+            raise _quantised(folder, f"{some(unscaled)} of type {torch.float8_e4m3fn} without a scale")
+
+
 def _quantised(folder: Path, found: str) -> ConfigError:
+    base = card_data(folder).get("base_model")
+    named = ", ".join(base) if isinstance(base, list) else base
     return ConfigError(
         f"{folder} is quantised, which MODEL cannot be",
         found=found,
-        do="use the original that it was quantised from, and quantise after healing",
+        do=f"use the original that it was quantised from{f', {named},' if named else ','} and quantise after healing",
     )
 
 
@@ -206,7 +236,7 @@ def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = F
     """Return the model of a config on the meta device."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in read_config
         raise ConfigError(f"no model can be built from {folder / 'config.json'}", found=first_line(error)) from None
 
@@ -230,13 +260,25 @@ def _loaded_on_meta(folder: Path, kind: Any, config: PreTrainedConfig, found: Te
 def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust_remote_code: bool = False) -> None:
     """Raise ConfigError if tensors are missing, unexpected or of another shape than in the config's model."""
     model = _on_meta(folder, config, trust_remote_code)
-    if getattr(config, "quantization_config", None):
+    layers, text = decoder_layers(model).modules(), config.get_text_config()
+    experts = min((len(m.get_parameter(name)) for m in layers for name in packed_parameters(m)), default=None)
+    if experts is not None and not 1 <= experts_per_token(text) <= experts:
+        raise ConfigError(
+            f"{folder / 'config.json'} has each token go through more experts than there are, or through none",
+            found=f"{experts_per_token(text)} of {experts}",
+            do="copy or download it again",
+        )
+    settings = getattr(config, "quantization_config", None) or {}
+    if settings and settings.get("quant_method") != "fp8":
         # Quantised layers hold other tensors than the model's own: compare the modules.
-        wanted, there = _modules(model.state_dict()), _modules(found)
+        wanted, there = _modules(model.state_dict()), _modules(_renamed(model, found))
         missing, unexpected = wanted - there - _modules(model.all_tied_weights_keys), there - wanted
         mismatched: Iterable[Any] = ()
     else:
-        if strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
+        if settings:
+            config = copy.copy(config)
+            config.quantization_config = {**settings, "dequantize": True}
+        elif strange := sorted(name for name, value in found.items() if value.dtype not in FLOATS):
             raise _quantised(folder, f"{some(strange)} of type {found[strange[0]].dtype}, no quantization_config")
         # Transformers itself knows which tensors it renames, ignores and initialises.
         loading = _loaded_on_meta(folder, type(model), config, found)
@@ -252,6 +294,15 @@ def _check_tensors(folder: Path, config: PreTrainedConfig, found: Tensors, trust
             if (folder / PLAN).is_file()
             else "download or write them again, together",
         )
+
+
+def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return a model's own names of tensors that files name otherwise, such as those of a wrapper."""
+    found = list(names)
+    for renaming in get_model_conversion_mapping(model):
+        if type(renaming) is WeightRenaming:
+            found = [renaming.rename_source_key(name)[0] for name in found]
+    return found
 
 
 def _modules(tensors: Iterable[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """The class that loads a boosted checkpoint: Transformers records `per_layer_config`, this builds the model from it.
 
-Travels inside every boosted checkpoint together with families.py, attention.py and mlp.py, joined into one file, so
-that `trust_remote_code=True` loads it where layerboost is not installed.
+Travels inside every boosted checkpoint together with families.py, attention.py, caches.py, linear_attention.py and
+mlp.py, joined into one file, so that `trust_remote_code=True` loads it where layerboost is not installed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,35 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-from layerboost.model.attention import sliding_attention
-from layerboost.model.families import FAMILIES, Family
+from layerboost.model.attention import boolean_mask, masked_attention, sliding_attention
+from layerboost.model.caches import (
+    AttentionFreeCacheLayer,
+    LinearCacheLayer,
+    MixedCacheLayer,
+    SlidingCacheLayer,
+    take_heads,
+)
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
+from layerboost.model.linear_attention import make_linear
 from layerboost.model.mlp import recorded_widths, set_mlp
 
+# More tokens than any draft has: what assisted generation crops.
+SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
 
 
@@ -40,104 +60,16 @@ class AttentionFree(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-class AttentionFreeCacheLayer(DynamicLayer):
-    """The cache of a layer without attention: counts tokens, because Transformers asks layer 0 for the length."""
-
-    # Neither True nor False: the masks of full and of sliding layers take their sizes from the first layer of their
-    # kind, which this is not.
-    is_sliding = None
-
-    def __init__(self, cumulative_length: int = 0) -> None:
-        super().__init__()
-        self.cumulative_length = cumulative_length
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def reset(self) -> None:
-        self.cumulative_length = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            self.cumulative_length = min(self.cumulative_length, tokens_to_remove)
-        else:
-            self.cumulative_length += tokens_to_remove
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
-
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
-
-
-class SlidingCacheLayer(DynamicSlidingWindowLayer):
-    """The cache of a sliding layer. Transformers' keeps a view, and with it a whole prompt, until the next token."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values to the cache; return those that the new queries may see."""
-        seen = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[-2] > 1:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-        found: tuple[torch.Tensor, torch.Tensor] = seen
-        return found
-
-
-class MixedCacheLayer(DynamicLayer):
-    """The cache of a layer with two kinds of KV heads: it holds the full ones whole, and the others for a window.
-
-    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones.
-    """
-
-    def __init__(self, window: int, heads: tuple[list[int], list[int]]) -> None:
-        super().__init__()
-        self.heads = heads
-        self.windowed = SlidingCacheLayer(window)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        full, windowed = self.heads
-        keys, values = super().update(take_heads(key_states, full), take_heads(value_states, full))
-        near = self.windowed.update(take_heads(key_states, windowed), take_heads(value_states, windowed))
-        return (keys, near[0]), (values, near[1])
-
-    def activate_past_recording(self) -> None:
-        self.windowed.activate_past_recording()
-
-    def reset(self) -> None:
-        super().reset()
-        self.windowed.reset()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        # The window first: it raises where it no longer has what would be left.
-        self.windowed.crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.windowed.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.windowed.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.windowed.batch_select_indices(indices)
-
-
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a causal LM or of its decoder."""
-    layers: nn.ModuleList = (model.get_decoder() if hasattr(model, "get_decoder") else model).layers
+    """Return the decoder layers of a causal LM, of the language model in a wrapper, or of a decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers: nn.ModuleList = decoder.layers
     return layers
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Return the norm after a causal LM's last layer."""
-    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.model_type].final_norm)
+    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
     return norm
 
 
@@ -150,6 +82,11 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
     """Return, for each layer with two kinds of KV heads in a config, its full KV heads."""
     return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
+
+
+def recorded_feature_maps(config: PreTrainedConfig) -> dict[int, str]:
+    """Return the feature map of each layer with linear attention in a config."""
+    return {int(layer): name for layer, name in (getattr(config, "linear_attention", None) or {}).items()}
 
 
 def make_attention_free(layer: nn.Module, layer_idx: int, family: Family) -> None:
@@ -210,6 +147,9 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     is one: a layer that slides only by the plan must be built as the full layer it was.
     """
     base = copy.copy(config)
+    if config.model_type in WRAPPERS:
+        base.text_config = base_config(config.get_text_config())
+        return base
     base.per_layer_config = None
     base.layer_types = base_layer_types(config)
     if "sliding_attention" not in base.layer_types:
@@ -222,16 +162,18 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def apply_config(model: PreTrainedModel) -> None:
     """Give every layer of a stock model, built as the base, the strategy that `model.config` records."""
-    config = model.config
+    config = model.config.get_text_config()
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
-    skipped, mixed = set(skipped_layers(config)), recorded_full_heads(config)
+    skipped, mixed, linear = set(skipped_layers(config)), recorded_full_heads(config), recorded_feature_maps(config)
     for index, width in recorded_widths(config).items():
         set_mlp(decoder_layers(model)[index], width)
     stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:
             make_attention_free(layer, index, family)
+        elif index in linear:
+            make_linear(getattr(layer, family.attention), config.sliding_window, linear[index])
         elif index in mixed or config.layer_types[index] != types[index]:
             sink = index in config.attention_sink_layers
             make_sliding(getattr(layer, family.attention), config.sliding_window, sink, mixed.get(index, ()))
@@ -270,11 +212,19 @@ def _prepare_forward(
         raise ValueError(
             f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
+    _place_cache_layers(past, config, skipped)
+    return args, kwargs
+
+
+def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: set[int]) -> None:
+    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop."""
+    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    recording = any(layer.record_past for layer in sliding)
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
-    mixed = recorded_full_heads(config)
-    while len(past.layers) <= max([*skipped, *mixed], default=-1):
+    mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
+    while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
         past.layers.append(DynamicLayer())
     for index in skipped:
         if not isinstance(past.layers[index], AttentionFreeCacheLayer):
@@ -282,8 +232,14 @@ def _prepare_forward(
     for index, full in mixed.items():
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed))
-    return args, kwargs
+            # Without a sliding layer nothing says whether the cache will be cropped.
+            spare = 0 if sliding else SPARE_TOKENS
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
+    for index in linear:
+        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
+            past.layers[index] = LinearCacheLayer(config.sliding_window)
+    if recording:
+        past.activate_past_recording()
 
 
 def sliding_attention_forward(
@@ -306,9 +262,7 @@ def sliding_attention_forward(
         return _mixed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
         )
-    mask = _boolean_mask(attention_mask, key.shape[2])
-    sinks = getattr(module, "sinks", None)
-    out = sliding_attention(query, key, value, module.layerboost_window, sinks, mask, scaling, softcap)
+    out = _window_attention(module, query, key, value, attention_mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -331,13 +285,33 @@ def _mixed_attention(
     values = value if isinstance(value, tuple) else [take_heads(value, kind) for kind in heads]
     stock = stock_attention(module, module.layerboost_stock)
     far = stock(module, take_heads(query, full), keys[0], values[0], mask, **kwargs)[0]
-    near = sliding_attention(
-        take_heads(query, windowed), keys[1], values[1], module.layerboost_window, getattr(module, "sinks", None),
-        _boolean_mask(mask, keys[1].shape[2]), kwargs.get("scaling"), kwargs.get("softcap"),
-    )  # fmt: skip
+    near = _window_attention(
+        module, take_heads(query, windowed), keys[1], values[1], mask, kwargs.get("scaling"), kwargs.get("softcap")
+    )
     out = torch.cat([far, near.transpose(1, 2)], dim=2)
     order = [*full, *windowed]
     return out if order == sorted(order) else out[:, :, sorted(range(len(order)), key=order.__getitem__)], None
+
+
+def _window_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return the attention `[B, H, T, D]` of the heads of a layer that have a window."""
+    window, sinks, mask = module.layerboost_window, getattr(module, "sinks", None), boolean_mask(mask, key.shape[2])
+    if FAMILIES[module.config.model_type].images_both_ways and mask is not None and mask.shape[2] > 1:
+        # A mask that looks ahead does so within an image. As in the base's own sliding layers, the window ends what is
+        # seen of the past alone.
+        queries, keys = mask.shape[2], key.shape[2]
+        if mask[..., -queries:].triu(1).any():
+            visible = mask & torch.ones_like(mask[0, 0]).triu(keys - queries - window + 1)
+            return masked_attention(query, key, value, visible, sinks, scaling, softcap)
+    return sliding_attention(query, key, value, window, sinks, mask, scaling, softcap)
 
 
 def query_heads(kv_heads: Sequence[int], groups: int) -> list[int]:
@@ -345,30 +319,11 @@ def query_heads(kv_heads: Sequence[int], groups: int) -> list[int]:
     return [query for head in kv_heads for query in range(head * groups, (head + 1) * groups)]
 
 
-def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """Return some heads of states `[B, H, T, D]`, as a view if they are consecutive."""
-    first, end = heads[0], heads[-1] + 1
-    return states[:, first:end] if len(heads) == end - first else states[:, list(heads)]
-
-
 def stock_attention(module: Any, implementation: str) -> Any:
     """Return the attention function that a stock module calls for an implementation."""
     # Each family has an eager attention of its own, in the file of its attention class.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-
-
-def _boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """Return a mask of any backend as bool `[B, 1, Tq or 1, Tk]`, for the last `keys` keys."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"sliding layers cannot read a {type(mask).__name__}: load with attn_implementation='sdpa'")
-    if mask.dim() == 2:  # FlashAttention's padding mask [B, Tk]
-        mask = mask[:, None, None, :]
-    if mask.is_floating_point():
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask.bool()[..., -keys:]
 
 
 ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
@@ -384,12 +339,14 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if stock not in _BOOSTED:
 
         def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            implementation = FAMILIES[config.model_type].attn_implementation
+            text = config.get_text_config()
+            implementation = FAMILIES[text.model_type].attn_implementation
             if implementation and config._attn_implementation in (None, "sdpa"):
                 config._attn_implementation = implementation
             base = base_config(config)
             stock.__init__(self, base, *args, **kwargs)
             config._attn_implementation_internal = base._attn_implementation
+            text._attn_implementation_internal = base.get_text_config()._attn_implementation
             self.config = config
             apply_config(self)
 
@@ -400,11 +357,19 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return Transformers' own causal LM class of a family; raise ValueError if the family is not supported."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
-    found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    """Return Transformers' own class of a family or a wrapper; raise ValueError if it is not supported."""
+    known = {**FAMILIES, **WRAPPERS}
+    if config.model_type not in known:
+        raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(known)}")
+    wraps = config.model_type in WRAPPERS
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wraps else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found: type[PreTrainedModel] = getattr(transformers, names[config.model_type])
     return found
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class that loads a model of a config."""
+    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
 
 
 class LayerBoostForCausalLM:
@@ -436,13 +401,16 @@ def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def register_auto_classes() -> None:
-    """Let `AutoModelForCausalLM` load boosted checkpoints; stock checkpoints still get their stock class."""
+    """Let the auto classes load boosted checkpoints; stock checkpoints still get their stock class."""
     # Transformers prefers a registered class over a checkpoint's own remote code unless the class is one of its own.
     # Other people's remote code on a stock config must keep working, so this one says it is.
     registered = type("LayerBoostForCausalLM", (LayerBoostForCausalLM,), {"__module__": "transformers.models.auto"})
-    for model_type in FAMILIES:
-        config = transformers.CONFIG_MAPPING[model_type]
-        AutoModelForCausalLM.register(config, registered, exist_ok=True)
+    for auto, names in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        for model_type in names.keys() & {*FAMILIES, *WRAPPERS}:
+            auto.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
 
 
 # Not where this file travels inside a checkpoint: remote code loads one model and changes nothing else.

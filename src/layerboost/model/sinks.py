@@ -89,7 +89,7 @@ def calibrate_sinks(
         with captured_attention(model, layers, partial(see, lengths)):
             model.get_decoder()(input_ids=ids, use_cache=False)
     joined = {key: tuple(torch.cat(parts) for parts in zip(*found, strict=True)) for key, found in fits.items()}
-    return Sinks(joined, model.config.num_key_value_heads, model.device)  # type: ignore[arg-type]
+    return Sinks(joined, model.config.get_text_config().num_key_value_heads, model.device)  # type: ignore[arg-type]
 
 
 def head_outputs(

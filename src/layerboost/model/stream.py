@@ -106,7 +106,7 @@ class LayerStream:
     @property
     def can_continue(self) -> bool:
         """Return whether `finish_after` works: full attention in all layers, by PyTorch's kernel."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         return config._attn_implementation == "sdpa" and set(base_layer_types(config)) == {"full_attention"}
 
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
@@ -147,7 +147,9 @@ class LayerStream:
             given = dict(self._arguments[torch.Size((batch, every))][index])
             cos, sin = given["position_embeddings"]
             given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": prefix}
-            given |= {"position_ids": given["position_ids"][:, before:], "attention_mask": mask}
+            if (positions := given["position_ids"]) is not None:
+                given["position_ids"] = positions[:, before:]
+            given["attention_mask"] = mask
             hidden = self._run(index, hidden, given)
         return self._normed(hidden)
 
@@ -160,7 +162,9 @@ class LayerStream:
             self.layer(index, hidden)
         finally:
             hook.remove()
-        added: torch.Tensor = found[0] * getattr(self.model.config, "residual_multiplier", 1.0)  # Granite's
+        added: torch.Tensor = found[0] * getattr(
+            self.model.config.get_text_config(), "residual_multiplier", 1.0
+        )  # Granite's
         return added
 
     @contextmanager
@@ -201,10 +205,18 @@ class LayerStream:
                     module.forward = forward
 
 
+def text_positions(model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:
+    """Return positions of text `[B, T]` in the form that a model's decoder takes: `[4, B, T]` if it rotates by three
+    positions of an image, before which it wants the one that masks go by.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return positions.expand(4, *positions.shape) if "mrope_section" in rope else positions
+
+
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Return the logits `[..., V]` of normed hidden states `[..., D]`, with the family's scaling and soft-cap."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    config = model.config
+    config = model.config.get_text_config()
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
         logits = logits * scaling if family_of(config).multiplies_logits else logits / scaling
     if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
@@ -217,7 +229,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
     """Return the head's weight `[V, D]` if logits are its product with the hidden state and nothing more; else None."""
     head: Any = model.get_output_embeddings()
-    config = model.config
+    config = model.config.get_text_config()
     extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extras):
         return None

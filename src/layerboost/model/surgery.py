@@ -14,25 +14,29 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.errors import ConfigError
-from layerboost.model.families import FAMILIES, Family
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
+from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
 from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
     apply_config,
+    auto_class,
     base_layer_types,
     boosted_class,
     decoder_layers,
     make_sliding,
+    recorded_feature_maps,
     recorded_full_heads,
     skipped_layers,
     stock_attention,
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
-from layerboost.strategies import mlp_label
+from layerboost.strategies import SLIDING, mlp_label
 
 CAPTURE = "layerboost_capture"
-# What a mixture of experts has in its config, over the families.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What surgery adds to an attention module.
+ADDED_PARAMETERS = ("sinks", *FEATURE_PARAMETERS)
+ADDED = tuple(f"layerboost_{name}" for name in ("window", "heads", "stock", "feature_map", "rotation"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,15 @@ class Thinned:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the row of a model's family; raise ConfigError if it is not supported."""
+    """Return the row of a model's family, in a wrapper of its language model's; raise ConfigError if it has none."""
+    if config.model_type in WRAPPERS:
+        wrapper, config = config.model_type, config.get_text_config()
+        if config.model_type not in WRAPPERS[wrapper]:
+            raise ConfigError(
+                "this wrapper is not supported with this language model",
+                found=f"{wrapper} with {config.model_type}",
+                do=f"use one with {', '.join(WRAPPERS[wrapper])}",
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
     # Embedding models say it in either way.
@@ -72,6 +84,18 @@ def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     return found
 
 
+def packed_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters `[experts, ...]`, each of all experts of a layer."""
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if parameter.dim() == 3 and name not in ADDED_PARAMETERS]
+
+
+def experts_per_token(config: PreTrainedConfig) -> float:
+    """Return how many experts of a layer a token goes through, the mean over layers."""
+    chosen = config.num_experts_per_tok
+    return sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen
+
+
 def native_window(config: PreTrainedConfig) -> int | None:
     """Return the window of the layers that slide in the base; None if no layer does."""
     return config.sliding_window if "sliding_attention" in base_layer_types(config) else None
@@ -87,6 +111,17 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
             do=f"set measure.windows to [{native}]"
             if native < config.max_position_embeddings
             else "use another model: this one's own window drops nothing, and cannot be combined with another",
+        )
+
+
+def check_linear(config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a family that cannot have linear attention."""
+    if not family_of(config).linear:
+        tested = ", ".join(family.model_type for family in FAMILIES.values() if family.linear)
+        raise ConfigError(
+            "this model family cannot have linear attention",
+            found=f"{config.model_type}; it is tested on {tested}",
+            do="use another strategy, or another model",
         )
 
 
@@ -108,6 +143,8 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             entry.normalized(config.num_key_value_heads)
         except ValueError as error:
             raise ConfigError("the plan names KV heads that the model lacks", found=str(error)) from None
+        if entry.feature_map:
+            check_linear(config)
         if entry.window > config.max_position_embeddings:
             raise ConfigError(
                 f"layer {entry.layer}: the window is longer than the model's context",
@@ -130,7 +167,7 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     """Raise ConfigError if a plan changes MLPs that this model does not have, or would not thin them."""
     changed = [entry for entry in layers if entry.mlp_changed]
-    if changed and any(getattr(config, name, None) for name in EXPERTS):
+    if changed and getattr(config, "num_experts_per_tok", None):
         raise ConfigError(
             "MLPs that are mixtures of experts cannot be thinned or removed",
             found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
@@ -148,13 +185,16 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, and `per_layer_config`
     with `skip` and `intermediate_size`.
 
-    Three keys are ours: `attention_sink_layers`, `full_kv_heads` by layer where some of a layer's KV heads stay full
-    (its type is then the base's), and `base_layer_types` if layers slide in the base already. Raise ConfigError.
+    They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
+    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
+    `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types` if layers
+    slide in the base already. Raise ConfigError.
     """
+    whole = copy.deepcopy(config)
+    config = whole.get_text_config()
     check_plan(config, layers)
     layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
     types = base_layer_types(config)
-    config = copy.deepcopy(config)
     window = window_of(layers)
     if window is not None:
         for flag, value in family_of(config).config_flags:
@@ -165,14 +205,18 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     mixed = {str(entry.layer): list(entry.full_kv_heads) for entry in layers if entry.full_kv_heads}
     if mixed:
         config.full_kv_heads = mixed
+    linear = {str(entry.layer): entry.feature_map for entry in layers if entry.feature_map}
+    if linear:
+        config.linear_attention = linear
     config.layer_types = [
-        "sliding_attention" if entry.window and not entry.full_kv_heads else types[entry.layer] for entry in layers
+        "sliding_attention" if entry.attention == SLIDING and not entry.full_kv_heads else types[entry.layer]
+        for entry in layers
     ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
-    config.architectures = ["LayerBoostForCausalLM"]
-    config.auto_map = {"AutoModelForCausalLM": "modeling_layerboost.LayerBoostForCausalLM"}
-    return config
+    whole.architectures = ["LayerBoostForCausalLM"]
+    whole.auto_map = {auto_class(whole).__name__: "modeling_layerboost.LayerBoostForCausalLM"}
+    return whole
 
 
 def _overrides(entry: LayerPlan) -> dict[str, Any]:
@@ -186,12 +230,15 @@ def _overrides(entry: LayerPlan) -> dict[str, Any]:
 def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
     """Return the plan that `boosted_config` recorded. The entries are not validated: a person may have edited them."""
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
-    mixed, widths = recorded_full_heads(config), recorded_widths(config)
+    mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
+    widths = recorded_widths(config)
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
         entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
         if layer in skipped:
             entry["attention"] = "none"
+        elif layer in linear:
+            entry |= {"attention": "linear", "window": config.sliding_window, "feature_map": linear[layer]}
         elif layer in mixed:
             entry |= {"attention": "sliding", "window": config.sliding_window, "full_kv_heads": tuple(mixed[layer])}
         elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
@@ -228,6 +275,24 @@ def apply_plan(
     return model
 
 
+def windows_alone(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Return a plan with sliding layers in place of linear ones."""
+    return [
+        entry.model_copy(update={"attention": SLIDING, "feature_map": None}) if entry.feature_map else entry
+        for entry in layers
+    ]
+
+
+def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTrainedModel:
+    """Return a boosted model of the plan `layers`, in which linear layers of `model` slide, with the same weights."""
+    config = copy.deepcopy(model.config)
+    vars(config.get_text_config()).pop("linear_attention", None)
+    other = type(model)._from_config(boosted_config(config, layers), dtype=model.dtype).to(model.device)
+    state = model.state_dict()
+    other.load_state_dict({name: state[name] for name in other.state_dict()})
+    return other.eval()
+
+
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
     """Inside the block, the attention of one layer of a stock model runs under another strategy; outside, everything is
@@ -238,7 +303,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
     decoder_layer = decoder_layers(model)[layer]
     name = family_of(model.config).attention
     attention: Any = getattr(decoder_layer, name)
-    config = attention.config
+    config, hook = attention.config, None
     try:
         match plan.attention:
             case "none":
@@ -248,6 +313,10 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
                 assert plan.window is not None
                 make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
                 attention.sinks = sinks
+            case "linear":
+                assert plan.window is not None
+                assert plan.feature_map is not None
+                hook = make_linear(attention, plan.window, plan.feature_map)
             case "full":
                 pass
             case _:
@@ -256,7 +325,9 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
     finally:
         setattr(decoder_layer, name, attention)
         attention.config = config
-        for attribute in ("layerboost_window", "layerboost_heads", "layerboost_stock", "sinks"):
+        if hook is not None:
+            hook.remove()
+        for attribute in (*ADDED, *ADDED_PARAMETERS):
             if hasattr(attention, attribute):
                 delattr(attention, attribute)
 

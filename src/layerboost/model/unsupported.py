@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerboost.model.families import FAMILIES
+from layerboost.model.families import FAMILIES, WRAPPERS
 
 # What a causal LM's classes say, by reason; the first that applies is given.
 REASONS = {
@@ -18,7 +18,12 @@ REASONS = {
     "an encoder, or a decoder with cross-attention": r"\b(encoder_hidden_states|cross_attention_states)\b",
     "multi-head latent attention": r"self\.kv_a_proj",
     "a hybrid with layers of another kind": r"class \w*(Mixer|Delta|ShortConv|Recurrent|LightningAttention|Rwkv|xLSTM)",
-    "a mixture of experts": r"class \w*(Experts|MoE|Moe)\b",
+    "sparse attention by an indexer": r"class \w+Indexer\b",
+    "a mixture of attention heads": r"class \w+MoA\b",
+    "layers with different numbers of heads": r"\bnum_attention_heads_per_layer\b",
+    "chunked attention": r"\bchunked_attention\b",
+    "convolutions in its attention": r"conv_qk",
+    "attention with a mask that it computes": r"dynamic_mask",
     "layers that share keys and values": r"kv_shared|shared_kv",
     "layers that run several times": r"class \w+Stack\b",
     "sinks of its own": r"self\.sinks\b",
@@ -32,14 +37,14 @@ NO_INTERFACE = "its attention does not go through Transformers' attention interf
 @cache
 def why_unsupported(model_type: str) -> str | None:
     """Return why a model type is not supported; None if it is, or if Transformers has no causal LM of it."""
-    if model_type in FAMILIES or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in {*FAMILIES, *WRAPPERS} or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     source = _source(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     return next((reason for reason, pattern in REASONS.items() if re.search(pattern, source)), NO_INTERFACE)
 
 
 def unsupported_families() -> dict[str, str]:
-    """Return, for each model type with a causal LM in Transformers and no row in `FAMILIES`, the reason."""
+    """Return, for each model type with a causal LM in Transformers and no row in our tables, the reason."""
     reasons = {name: why_unsupported(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -10,7 +10,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, label
+from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, label
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Choice:
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
     """Return the choices of each layer's attention, then those of each layer's MLP if they were measured.
 
-    Of attention: full, without loss; none; and the window with and without a sink, as far as measured. Of an MLP: full,
-    none and each width.
+    The first is full, without loss; then every replacement that was measured with this window or without one.
 
     With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
     """
@@ -89,7 +88,7 @@ def score_in(choice: Choice, metric: str) -> float:
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
     """Return the window with or without a sink, whichever loses less; full for a layer that slides in the base."""
-    sliding = [choice for choice in options if choice.plan.window and not choice.plan.full_kv_heads]
+    sliding = [choice for choice in options if choice.plan.attention == SLIDING and not choice.plan.full_kv_heads]
     return min(sliding, key=lambda choice: choice.loss).plan if sliding else options[0].plan
 
 

@@ -62,8 +62,9 @@ def _heading(sources: Sources) -> tuple[str, str]:
     model, recipe, run = sources.model, sources.recipe, sources.run.resolve().name
     if model is None:
         return (recipe.model if recipe and recipe.model else run), f"run {run}"
+    active = f" ({model.active_parameters / 1e6:,.0f} M active)" if model.expert_parameters else ""
     facts = [
-        f"{model.model_type}, {model.parameters / 1e6:,.0f} M parameters, {model.layers} layers",
+        f"{model.model_type}, {model.parameters / 1e6:,.0f} M parameters{active}, {model.layers} layers",
         f"{model.kv_heads} KV heads of {model.head_dim}",
         f"run {run}",
     ]

@@ -25,6 +25,8 @@ class ModelInfo(BaseModel):
     mlp_width: int | None = Field(None, description="neurons of every layer's MLP; None: its MLPs cannot be thinned")
     mlp_parameters: int = Field(0, description="per layer: those that a layer without an MLP lacks")
     neuron_parameters: int = Field(0, description="of one neuron of an MLP")
+    expert_parameters: int = Field(default=0, description="of routed experts, in all layers")
+    expert_fraction: float = Field(default=1.0, description="of a layer's routed experts, those that a token uses")
     fingerprint: str
     sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
     sliding_window: int | None = Field(default=None, description="their window")
@@ -33,6 +35,16 @@ class ModelInfo(BaseModel):
     def kv_bytes_per_token(self) -> int:
         """Return the bytes of keys and values per full layer and token."""
         return 2 * self.kv_heads * self.head_dim * self.bytes_per_element
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the parameters that one token uses."""
+        return self.parameters - round(self.idle_parameters(1))
+
+    def idle_parameters(self, tokens: int) -> float:
+        """Return the parameters of routed experts that a pass over `tokens` tokens does not read: the expectation if
+        each token chooses its experts at random."""
+        return self.expert_parameters * (1 - self.expert_fraction) ** tokens
 
     def removed_from_mlp(self, width: int | None) -> int:
         """Return the parameters that an MLP of `width` neurons lacks; None: that a layer without an MLP lacks."""

@@ -9,10 +9,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from layerboost.errors import ConfigError
 from layerboost.files import write_text
 from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
+    FEATURE_MAP,
+    FEATURE_MAPS,
     FULL,
     FULL_KV_HEADS,
     MLP_STRATEGIES,
@@ -20,20 +23,20 @@ from layerboost.strategies import (
     SINK,
     STRATEGIES,
     WINDOW,
+    FeatureMapName,
     MLPName,
     Strategy,
     StrategyName,
     mlp_label,
 )
 
-MLP_FIELDS = {"mlp", MLP_WIDTH}
-
 
 class LayerPlan(BaseModel):
     """The strategies of one layer's attention, or of its KV heads, and of its MLP.
 
     KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
-    denominator, per query head with a window. `mlp_width`: the neurons of a thinned MLP.
+    denominator, per query head with a window. `feature_map`: the kind of linear attention. `mlp_width`: the neurons of
+    a thinned MLP.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +45,7 @@ class LayerPlan(BaseModel):
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    feature_map: FeatureMapName | None = None
     mlp: MLPName = FULL
     mlp_width: int | None = Field(default=None, ge=1)
 
@@ -57,7 +61,12 @@ class LayerPlan(BaseModel):
         takes = self.strategy.settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
-        given_settings = ((WINDOW, self.window is not None), (SINK, self.sink), (FULL_KV_HEADS, self.full_kv_heads))
+        if FEATURE_MAP in takes and self.feature_map is None:
+            raise ValueError(f"a {self.attention} layer needs a feature_map: {', '.join(FEATURE_MAPS)}")
+        given_settings = (
+            *((WINDOW, self.window is not None), (SINK, self.sink)),
+            *((FULL_KV_HEADS, self.full_kv_heads), (FEATURE_MAP, self.feature_map)),
+        )
         for setting, given in given_settings:
             if given and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
@@ -89,13 +98,9 @@ class LayerPlan(BaseModel):
 
     @property
     def attention_alone(self) -> bool:
-        """Return whether the layer differs from the base's in how its attention runs, and in nothing else."""
-        return self.attention_changed and self.strategy.keeps_weights and not self.mlp_changed
-
-    @property
-    def has_weights(self) -> bool:
-        """Return whether the layer has attention or an MLP."""
-        return self.strategy.keeps_weights or MLP_STRATEGIES[self.mlp].keeps_weights
+        """Return whether stage 1 of healing looks at the layer's attention and not at the whole layer."""
+        changed = self.attention_changed and self.strategy.keeps_weights
+        return changed and (not self.mlp_changed or self.feature_map is not None)
 
     def sites(self) -> list[LayerPlan]:
         """Return the changes of the layer's attention and of its MLP, as far as there are any, each alone."""
@@ -107,6 +112,19 @@ class LayerPlan(BaseModel):
         """Return the layer with the MLP of `site` if that is changed, else with its attention."""
         attention, mlp = (self, site) if site.mlp_changed else (site, self)
         return attention.model_copy(update={"mlp": mlp.mlp, MLP_WIDTH: mlp.mlp_width})
+
+    @property
+    def learns_alone(self) -> bool:
+        """Return whether stage 1 of healing trains the layer; of a changed layer."""
+        if self.feature_map:
+            return FEATURE_MAPS[self.feature_map].learned
+        return self.strategy.keeps_weights or MLP_STRATEGIES[self.mlp].keeps_weights
+
+    @property
+    def exact_positions(self) -> int:
+        """Return how many first positions the layer computes as a full layer does; of a changed layer."""
+        exact = not self.sink and (not self.feature_map or FEATURE_MAPS[self.feature_map].exact_within_window)
+        return self.window or 0 if exact else 0
 
     def full_heads(self, kv_heads: int) -> int:
         """Return how many of the layer's `kv_heads` have full attention."""
@@ -136,10 +154,14 @@ class LayerPlan(BaseModel):
         return LayerPlan(layer=self.layer, attention=FULL, mlp=self.mlp, mlp_width=self.mlp_width)
 
     def key(self) -> dict[str, Any]:
-        """Return what identifies the layer's strategies in hashes: as it was before there were KV heads and MLPs where
-        there are none."""
-        added = ({FULL_KV_HEADS} if not self.full_kv_heads else set()) | (set() if self.mlp_changed else MLP_FIELDS)
-        return self.model_dump(exclude=added)
+        """Return what identifies the layer's strategies in hashes, without settings that older releases lacked."""
+        later = {
+            FULL_KV_HEADS: self.full_kv_heads,
+            FEATURE_MAP: self.feature_map,
+            "mlp": self.mlp_changed,
+            MLP_WIDTH: self.mlp_changed,
+        }
+        return self.model_dump(exclude={name for name, value in later.items() if not value})
 
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
@@ -152,9 +174,21 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """Return the number of layers per strategy of attention, in the order of STRATEGIES."""
-    return {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
+def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+    """Return the number of layers per strategy of attention, in the order of STRATEGIES; strategies that no engine
+    serves only where a layer has them."""
+    found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
+    return {name: count for name, count in found.items() if count or STRATEGIES[name].served}
+
+
+def check_served(layers: Iterable[LayerPlan], where: str) -> None:
+    """Raise ConfigError for a plan with a strategy that neither vLLM nor an export has; `where`: who was asked."""
+    if unserved := [entry for entry in layers if not entry.strategy.served]:
+        raise ConfigError(
+            f"{where} has no {unserved[0].strategy.title}",
+            found=f"layers {', '.join(str(entry.layer) for entry in unserved)} of the plan",
+            do="evaluate the model with Transformers; to serve one, plan these layers full, sliding or none",
+        )
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
@@ -165,8 +199,8 @@ def counted(layers: Sequence[LayerPlan]) -> str:
     mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
     attention = ", ".join(
-        f"{count} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
-        for (name, strategy), count in zip(STRATEGIES.items(), counts(layers).values(), strict=True)
+        f"{count} {name}{heads if FULL_KV_HEADS in STRATEGIES[name].settings else ''}"
+        for name, count in counts(layers).items()
     )
     mlps = {name: sum(entry.mlp == name for entry in layers) for name in MLP_STRATEGIES if name != FULL}
     changed = ", ".join(f"{count} {name}" for name, count in mlps.items() if count)
@@ -174,17 +208,20 @@ def counted(layers: Sequence[LayerPlan]) -> str:
 
 
 def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
-    """Return the layers as a table of text, header first; with columns of full KV heads and of MLPs if a layer has full
-    KV heads or a changed MLP."""
-    rows = [["layer", "attention", "window", "sink"]]
-    rows += [[str(e.layer), e.attention, str(e.window or ""), "yes" if e.sink else ""] for e in layers]
-    columns = [
-        ["full KV heads", *(" ".join(map(str, entry.full_kv_heads)) for entry in layers)],
-        ["MLP", *(mlp_label(entry) for entry in layers)],
+    """Return the layers as a table of text, header first; a column of full KV heads, feature maps or MLPs if any layer
+    has them."""
+    rows = [["layer", "attention", "window", "sink", "full KV heads", "feature map", "MLP"]]
+    mlps = any(entry.mlp_changed for entry in layers)
+    rows += [
+        [
+            *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
+            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", mlp_label(entry) if mlps else ""),
+        ]
+        for entry in layers
     ]
-    shown = [any(entry.full_kv_heads for entry in layers), any(entry.mlp_changed for entry in layers)]
-    more = [column for column, show in zip(columns, shown, strict=True) if show]
-    return [[*row, *cells] for row, *cells in zip(rows, *more, strict=True)]
+    return [
+        [cell for index, cell in enumerate(row) if index < 4 or any(each[index] for each in rows[1:])] for row in rows
+    ]
 
 
 class Predicted(BaseModel):
@@ -244,7 +281,7 @@ class PlanFile(Artifact):
         return [e.layer for e in self.layers if not e.attention_changed and e.layer in self.model.sliding_layers]
 
     def count(self, attention: StrategyName) -> int:
-        return counts(self.layers)[attention]
+        return counts(self.layers).get(attention, 0)
 
     def hash(self) -> str:
         """Return a hash of the model and the layers, whichever way they were chosen."""
@@ -278,7 +315,7 @@ class FrontierPoint(BaseModel):
     layers: list[LayerPlan]
 
     def count(self, attention: StrategyName) -> int:
-        return counts(self.layers)[attention]
+        return counts(self.layers).get(attention, 0)
 
     @property
     def window(self) -> int | None:

@@ -13,7 +13,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.strategies import FULL, MLPName, StrategyName
+from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
 
 
 class Score(BaseModel):
@@ -49,6 +49,7 @@ class Variant(BaseModel):
     window: int | None = None
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
+    feature_map: FeatureMapName | None = None
     mlp: MLPName = FULL
     mlp_width: int | None = None
     scores: dict[str, Score]
@@ -103,6 +104,7 @@ class Agreement(BaseModel):
     attention: StrategyName
     window: int | None
     sink: bool
+    feature_map: FeatureMapName | None = None
     mlp: MLPName = FULL
     mlp_width: int | None = None
     kv_heads: bool = Field(False, description="whether the scores are of KV heads")

@@ -37,6 +37,8 @@ def check_items(tasks: list[BenchTask], tokenizer: Any, context_tokens: int) -> 
     the file and line of the first, and for tasks on which every model has the same score. Warn of items that are scored
     in a special way.
     """
+    if not tasks:  # importing lm-eval takes seconds
+        return
     with quiet():
         for task in tasks:
             _check_task(task, tokenizer, context_tokens)
@@ -253,7 +255,7 @@ def check_scores(task: BenchTask, result: dict[str, Any], model: Any, tokenizer:
             for pair, request in zip(sample["filtered_resps"], sample["arguments"], strict=False):
                 if isinstance(pair, tuple | list) and not math.isfinite(pair[0]):
                     ids = tokenizer("".join(request[:2]), return_tensors="pt")["input_ids"]
-                    ids = ids[:, -model.config.max_position_embeddings :]
+                    ids = ids[:, -model.config.get_text_config().max_position_embeddings :]
                     check_values(f"log-likelihood in {what}", torch.tensor([pair[0]]), model, ids)
             if not math.isfinite(float(sample[task.metric])):
                 raise LayerboostError(f"{what} has a score of {sample[task.metric]}", do="correct the task's metric")

@@ -121,7 +121,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
                 return int(super()._detect_batch_size(requests, pos))
             _, context, answer = requests[pos]
             # Logits and their log-softmax in float32, in half of the free memory.
-            each = 2 * 4 * self.model.config.vocab_size * (len(context) + len(answer))
+            each = 2 * 4 * self.model.config.get_text_config().vocab_size * (len(context) + len(answer))
             return max(1, min(MOST_ITEMS_CPU, int(psutil.virtual_memory().available // 2 // each)))
 
     # In bfloat16 an answer's log-probability of -20 would have steps of 0.125.

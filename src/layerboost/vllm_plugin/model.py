@@ -16,6 +16,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
+from vllm.model_executor.models.transformers.moe import MoEMixin
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
@@ -53,7 +54,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
         native = NATIVE.get(vllm_config.model_config.hf_config.model_type)
         if native is not None:
             return native(vllm_config=vllm_config, prefix=prefix)
-        return super().__new__(cls)
+        return super().__new__(BoostedMoE if vllm_config.model_config.get_num_experts() else cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -131,3 +132,7 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             prefix=prefix,
             **more,
         )
+
+
+class BoostedMoE(MoEMixin, LayerBoostForCausalLM):
+    """The same with experts, which vLLM's fused kernel computes."""

@@ -51,10 +51,12 @@ class BoostedConfig:
         from vllm import __version__
         from vllm.platforms import current_platform
 
-        from layerboost.model.modeling import recorded_full_heads, skipped_layers
+        from layerboost.model.modeling import recorded_feature_maps, recorded_full_heads, skipped_layers
         from layerboost.vllm_plugin.heads import check_ranks
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        if linear := recorded_feature_maps(config):
+            raise ValueError(f"vLLM has no linear attention; this model has it in layers {', '.join(map(str, linear))}")
         skipped = set(skipped_layers(config))
         kinds = {kind for index, kind in enumerate(config.layer_types) if index not in skipped}
         if recorded_full_heads(config):
@@ -76,7 +78,11 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Change nothing: a checkpoint's config is as it should be."""
+        """Refuse a wrapper; change nothing else: a checkpoint's config is as it should be."""
+        from layerboost.model.families import WRAPPERS
+
+        if (wrapper := model_config.hf_config.model_type) in WRAPPERS:
+            raise ValueError(f"layerboost's plugin has no class for boosted language models inside {wrapper}")
 
 
 def keeps_windows(vllm_config: Any) -> bool:

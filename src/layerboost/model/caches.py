@@ -1,0 +1,154 @@
+"""What layers of each kind keep for generation, as layers of Transformers' dynamic cache.
+
+Travels inside every boosted checkpoint, so it imports nothing of layerboost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class AttentionFreeCacheLayer(DynamicLayer):
+    """The cache of a layer without attention: counts tokens, because Transformers asks layer 0 for the length."""
+
+    # Neither True nor False: the masks of full and of sliding layers take their sizes from the first layer of their
+    # kind, which this is not.
+    is_sliding = None
+
+    def __init__(self, cumulative_length: int = 0) -> None:
+        super().__init__()
+        self.cumulative_length = cumulative_length
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def reset(self) -> None:
+        self.cumulative_length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            self.cumulative_length = min(self.cumulative_length, tokens_to_remove)
+        else:
+            self.cumulative_length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
+class SlidingCacheLayer(DynamicSlidingWindowLayer):
+    """The cache of a sliding layer. Transformers' keeps a view, and with it a whole prompt, until the next token."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values to the cache; return those that the new queries may see."""
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        found: tuple[torch.Tensor, torch.Tensor] = seen
+        return found
+
+
+class MixedCacheLayer(DynamicLayer):
+    """The cache of a layer with two kinds of KV heads: it holds the full ones whole, and the others for a window.
+
+    `update` returns keys and values as pairs, of the full heads `[B, Hf, T, D]` and of the windowed ones. `spare`: how
+    many tokens more than the window needs are kept, so that as many can be cropped without `activate_past_recording`.
+    """
+
+    def __init__(self, window: int, heads: tuple[list[int], list[int]], spare: int = 0) -> None:
+        super().__init__()
+        self.heads, self.spare = heads, spare
+        self.windowed = SlidingCacheLayer(window)
+        self.windowed.record_past = spare > 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        full, windowed = self.heads
+        keys, values = super().update(take_heads(key_states, full), take_heads(value_states, full))
+        near = self.windowed.update(take_heads(key_states, windowed), take_heads(value_states, windowed))
+        if self.spare:
+            held = self.windowed.sliding_window - 1 + self.spare
+            self.windowed.keys = self.windowed.keys[:, :, -held:]
+            self.windowed.values = self.windowed.values[:, :, -held:]
+        return (keys, near[0]), (values, near[1])
+
+    def activate_past_recording(self) -> None:
+        self.windowed.activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()
+        self.windowed.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # The window first: it raises where it no longer has what would be left.
+        if 0 < self.spare < -tokens_to_remove:
+            raise RuntimeError(f"at most {self.spare} tokens can be cropped where KV heads of a layer have a window")
+        self.windowed.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.windowed.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.windowed.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.windowed.batch_select_indices(indices)
+
+
+class LinearCacheLayer(SlidingCacheLayer):
+    """The cache of a linear layer: the keys and values of its window, and the state of all that is older.
+
+    `update` returns keys with this layer, whose `state` `[B, ...]` the attention function reads and replaces.
+    """
+
+    # A state cannot forget its last tokens.
+    is_croppable = False
+    state: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return (keys, self), values
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError("the cache of a layer with linear attention cannot be cropped")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.batch_select_state(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.batch_select_state(indices)
+
+    def batch_select_state(self, indices: torch.Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state[indices]
+
+
+def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """Return some heads of states `[B, H, T, D]`, as a view if they are consecutive."""
+    first, end = heads[0], heads[-1] + 1
+    return states[:, first:end] if len(heads) == end - first else states[:, list(heads)]

@@ -1,0 +1,201 @@
+"""Vision-language models through the stages that touch files: opened, converted, loaded as anyone would, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import HEADS, KV_HEADS, RUNTIME, image_prompt, layer_plans, save_text, tiny_model, tiny_tokenizer
+
+import layerboost as lb
+from layerboost.costs.budget import decode_work
+from layerboost.engines.vllm import check_wrapper
+from layerboost.errors import ConfigError
+from layerboost.exporting.stage import run_export
+from layerboost.model.base import count_parameters, find_model
+from layerboost.model.checkpoint import save_boosted
+from layerboost.model.families import WRAPPERS
+from layerboost.model.integrity import check_base, check_checkpoint
+from layerboost.model.surgery import apply_plan, family_of
+from layerboost.model.unsupported import why_unsupported
+from layerboost.recipe import Bench
+from layerboost.schemas.plan import PlanFile
+
+IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
+PROCESSOR = {"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 8}}
+
+
+def save_wrapper(folder: Path, wrapper: str = "llava", layers: int = 3, **changes: Any) -> Path:
+    """A stock wrapper with the names of tensors that its real checkpoints have, a tokenizer and a processor's file."""
+    tiny_model(wrapper, layers, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return folder
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change a config; `text_config` and `vision_config` in part."""
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wrapper(tmp_path_factory.mktemp("stock") / "model")
+
+
+@pytest.fixture(scope="module")
+def converted(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A boosted checkpoint of the stock model, and what it gives for an image prompt in logits.pt."""
+    base = find_model(str(stock), RUNTIME)
+    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("fSn"))
+    model = apply_plan(base.load(), plan.layers)
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    save_boosted(model, base.tokenizer, plan, folder, recipe_yaml="schema_version: 1\n")
+    prompt = image_prompt("llava", IDS)
+    torch.save((prompt, model(**prompt).logits), folder.parent / "logits.pt")
+    return folder
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_facts_are_those_of_the_language_model(wrapper: str, tmp_path: Path) -> None:
+    base = find_model(str(save_wrapper(tmp_path, wrapper)), RUNTIME)
+    base.check()
+    text, info = base.config, base.info
+    assert (base.model_config.model_type, text.model_type) == (wrapper, WRAPPERS[wrapper][0])
+    assert (info.model_type, info.layers, info.heads, info.kv_heads) == (wrapper, 3, HEADS, KV_HEADS)
+    model = base.load()
+    inside = sum(each.numel() for each in model.get_decoder().parameters()) + model.lm_head.weight.numel()
+    assert info.parameters == inside < sum(each.numel() for each in model.parameters())
+    assert count_parameters(base.model_config)["attention_parameters"] == info.attention_parameters
+    assert decode_work(info, layer_plans("fff"), 1, 64)[2] < 4 * inside  # bytes of weights: no embedding, no tower
+
+
+def test_a_checkpoint_has_the_tower_and_the_processor(stock: Path, converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    assert config["architectures"] == ["LayerBoostForCausalLM"]
+    assert config["auto_map"].keys() == {"AutoModelForImageTextToText"}
+    assert config["text_config"]["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    assert config["text_config"]["attention_sink_layers"] == [1]
+    assert json.loads((converted / "preprocessor_config.json").read_text()) == PROCESSOR
+    before, after = (load_file(folder / "model.safetensors") for folder in (stock, converted))
+    tower = {name.removeprefix("model."): value for name, value in after.items() if "language" not in name}
+    assert len(tower) > 20
+    other = {name: value for name, value in before.items() if not name.startswith("language_model")}
+    assert tower.keys() - {"lm_head.weight"} == {name.removeprefix("model.") for name in other}
+    check_checkpoint(converted)
+    card = (converted / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "vllm serve" not in card
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("remote_code", [True, False])
+def test_anyone_can_load_it(converted: Path, tmp_path: Path, remote_code: bool) -> None:
+    """By its remote code, where layerboost is not installed, or after importing layerboost."""
+    module = "transformers" if remote_code else "layerboost"
+    hidden = "sys.modules['layerboost'] = None; " if remote_code else ""
+    script = (
+        f"import sys, torch; {hidden}from {module} import AutoModelForImageTextToText as Auto\n"
+        f"prompt, expected = torch.load({str(converted.parent / 'logits.pt')!r})\n"
+        f"model = Auto.from_pretrained({str(converted)!r}, trust_remote_code={remote_code})\n"
+        "assert type(model).__name__ == 'LayerBoostForCausalLM'\n"
+        "torch.testing.assert_close(model(**prompt).logits, expected, atol=1e-4, rtol=1e-4)\n"
+        "assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5).shape[1] == 65\n"
+    )
+    environment = {"HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        pytest.param(name, marks=pytest.mark.pipeline if name == "qwen3_vl" else pytest.mark.exhaustive)
+        for name in WRAPPERS
+    ],
+)
+def test_the_stages(wrapper: str, tmp_path: Path) -> None:
+    """Measured, planned, converted, healed and evaluated on text; what is saved answers prompts with images."""
+    base = lb.open_base(save_wrapper(tmp_path / "model", wrapper), dtype="float32")
+    text = lb.Text(source=str(save_text(tmp_path / "text.jsonl", 12_000)), sequence_tokens=64)
+    windows = (16,)
+    found = lb.measure(base, text, lb.Measure(windows=windows, tokens=512, retrieval_prompts=0, batch_sequences=4))
+    plan = lb.plan(found, lb.Plan(kv_fraction=0.7, context_tokens=64))
+    assert any(entry.changed for entry in plan.layers)
+    converted = lb.convert(base, plan, text, lb.Measure(windows=windows, tokens=512, batch_sequences=4))
+    settings = lb.Heal(attention_tokens=512, tokens=512, batch_sequences=4, fit_tokens=256)
+    healed = lb.heal(converted, text, settings)
+    healed.save(tmp_path / "healed")
+    loaded = find_model(str(tmp_path / "healed"), RUNTIME).load()
+    prompt = image_prompt(wrapper, IDS)
+    assert torch.equal(loaded(**prompt).logits, healed.model(**prompt).logits)
+    assert not torch.equal(loaded(**prompt).logits, converted.model(**prompt).logits)
+    tower = [name for name, _ in loaded.named_parameters() if "language_model" not in name and "lm_head" not in name]
+    stock = base.load()
+    assert all(torch.equal(loaded.get_parameter(name), stock.get_parameter(name)) for name in tower)
+    compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
+    assert compared.perplexity["healed"].kl
+
+
+def without_tower(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "vision_tower" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "no model_type": (
+        lambda folder: edit(folder, text_config={"model_type": None}),
+        "does not say which language model the wrapper llava holds",
+    ),
+    "a tower without weights": (without_tower, r"weights and configuration[^$]+found: no model.vision_tower\."),
+    "another tower": (
+        lambda folder: edit(folder, vision_config={"intermediate_size": 64}),
+        r"model.vision_tower\.\S+ is \[48, 32\], by the configuration \[64, 32\]",
+    ),
+    "tied and another head": (
+        lambda folder: edit(folder, tie_word_embeddings=True),
+        "lm_head.weight and model.language_model.embed_tokens.weight differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_wrapper_that_cannot_be_the_base(case: str, stock: Path, tmp_path: Path) -> None:
+    folder, (spoil, message) = Path(shutil.copytree(stock, tmp_path / "model")), UNFIT[case]
+    check_base(folder, torch.float32)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message):
+        check_base(folder, torch.float32)
+
+
+def test_another_language_model_inside(tmp_path: Path) -> None:
+    config = tiny_model("llava", 1, inside="granite").config
+    with pytest.raises(ConfigError, match=r"llava with granite\ndo: use one with llama, mistral, qwen2"):
+        family_of(config)
+    assert why_unsupported("gemma3") is None
+
+
+def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path) -> None:
+    from layerboost.engines import vllm
+
+    with pytest.raises(ConfigError, match=r"vLLM cannot serve [^$]+a wrapper, llava[^$]+bench.engine=transformers"):
+        check_wrapper(converted, "llava")
+    check_wrapper(stock, "llama")
+    if vllm.vllm_version():
+        with pytest.raises(ConfigError, match="a wrapper, llava"):
+            vllm.check(Bench(), [stock])
+        with pytest.raises(ConfigError, match="a wrapper, llava"):
+            vllm.serve_command(converted, 8000, ())
+    with pytest.raises(ConfigError, match=r"exports hold language models alone\nfound: [^$]+ is a wrapper, llava"):
+        run_export(converted, "auto")
