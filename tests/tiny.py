@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
@@ -177,13 +177,22 @@ QUICK_FAMILIES = (
 )  # fmt: skip
 
 
-def families(*, sliding: bool = True, experts: bool = False) -> list[Any]:
+def families(*, sliding: bool = True, experts: bool = False, mlps: bool = False) -> list[Any]:
     """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; with
-    `experts`, the mixtures of experts."""
+    `experts`, the mixtures of experts; with `mlps`, those without experts."""
     names = [
-        name for name in MODEL_TYPES if (sliding or name not in SLIDING_BASES) and (not experts or name in MIXTURES)
+        name
+        for name in MODEL_TYPES
+        if (sliding or name not in SLIDING_BASES)
+        and (not experts or name in MIXTURES)
+        and (not mlps or name not in (*MIXTURES, *WRAPPERS))
     ]
     return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
+
+
+def row(model_type: str) -> Family:
+    """The row of a family, or of the language model in a tiny wrapper."""
+    return FAMILIES[WRAPPERS.get(model_type, (model_type,))[0]]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:

@@ -29,7 +29,8 @@ def made(letters: str, model_type: str = "llama", **options: object) -> LogitDis
     for name, parameter in student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
         in_mlp = ("mlp" in name or "moe" in name) and not name.endswith(("expert_bias", "e_score_correction_bias"))
-        parameter.requires_grad_(layer >= first and (in_mlp or name.endswith("sinks")))
+        in_tower = "vis" in name
+        parameter.requires_grad_(not in_tower and layer >= first and (in_mlp or name.endswith("sinks")))
     teacher = tiny_model(model_type, len(letters)).requires_grad_(False)
     return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 LETTERS = "ftomz"
 HALF = torch.arange(96).view(-1, 2)[:, 1]  # every second neuron
 
-grid = pytest.mark.parametrize("family", families())
+grid = pytest.mark.parametrize("family", families(mlps=True))
 
 
 def output_of(model: PreTrainedModel, layer: int) -> Any:

@@ -35,7 +35,7 @@ def activations(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
     return seen[0].double()
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", families(mlps=True))
 def test_the_neurons_that_add_most_stay_and_are_fitted(family: str) -> None:
     model = tiny_model(family, layers=2)
     found = thin_mlps(model, list(IDS.split(4)), [(1, 32), (1, 64)])

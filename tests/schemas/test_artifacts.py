@@ -52,7 +52,7 @@ def test_the_hash_is_of_what_a_plan_does() -> None:
     ("old", "new", "message"),
     [
         ("layer: 3, attention: none", "layer: 4, attention: none", "layers 0 to 3"),
-        ("attention: full", "attention: linear", "attention"),
+        ("attention: full", "attention: ring", "attention"),
         ("window: 16}", "window: 0}", "window"),
         ("window: 16}", "window: 8}", "one window"),
         ("attention: full", "attention: full, window: 8", "takes no window"),

@@ -174,7 +174,7 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
+def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
     """Return the number of layers per strategy of attention, in the order of STRATEGIES; strategies that no engine
     serves only where a layer has them."""
     found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
@@ -196,11 +196,12 @@ def counted(layers: Sequence[LayerPlan]) -> str:
 
     Of MLPs only where one is changed.
     """
-    mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
+    found, mixed = counts(layers), [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
     attention = ", ".join(
-        f"{count} {name}{heads if FULL_KV_HEADS in STRATEGIES[name].settings else ''}"
-        for name, count in counts(layers).items()
+        f"{found[name]} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
+        for name, strategy in STRATEGIES.items()
+        if name in found
     )
     mlps = {name: sum(entry.mlp == name for entry in layers) for name in MLP_STRATEGIES if name != FULL}
     changed = ", ".join(f"{count} {name}" for name, count in mlps.items() if count)
