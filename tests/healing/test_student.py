@@ -51,6 +51,23 @@ def test_adapters_go_where_they_can_matter() -> None:
     assert found["lora"] == lora | {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2, 3, 4) for name in MLP}
 
 
+def test_a_layer_with_another_mlp_is_adapted_whole_and_a_missing_mlp_is_not() -> None:
+    found = adapted_layers(tiny_model(layers=5), layer_plans("ftomz"), None)
+    attention = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in (1, 3) for name in "qkvo"}
+    mlps = {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2) for name in MLP}
+    assert found == {"attention": attention | mlps, "lora": mlps}
+
+
+def test_the_student_has_the_thinned_mlps_of_the_checkpoint(tmp_path: Path) -> None:
+    teacher, checkpoint = tiny_model(layers=4), boosted("ftum")
+    with torch.no_grad():
+        checkpoint.model.layers[1].mlp.down_proj.weight += 0.1
+    checkpoint.save_pretrained(tmp_path)
+    student = shared_student(teacher, tmp_path, layer_plans("ftum"))
+    assert torch.equal(student(IDS).logits, checkpoint(IDS).logits)
+    assert torch.equal(teacher(IDS).logits, tiny_model(layers=4)(IDS).logits)
+
+
 def test_named_targets_take_the_place_of_the_default_in_full_layers_too() -> None:
     found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), ("q_proj", "up_proj"))["lora"]
     assert found == {
