@@ -157,9 +157,10 @@ def test_what_cannot_be_thinned_is_refused() -> None:
     with pytest.raises(ConfigError, match="layer 1: a thinned MLP has fewer neurons than the base's"):
         check_plan(config, [plan.model_copy(update={"mlp_width": 96 if plan.mlp_width else None})
                             for plan in layer_plans("ftfff")])  # fmt: skip
-    config.num_experts_per_tok = 2
+    mixture = tiny_model("qwen3_moe").config
     with pytest.raises(ConfigError, match="MLPs that are mixtures of experts cannot be thinned or removed"):
-        check_plan(config, layer_plans("ffffm"))
+        check_plan(mixture, layer_plans("ffffm"))
+    assert mlp_facts(mixture) == {}
     assert mlp_output(torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})) is None
 
 
