@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
+from layerboost.model.mlp import recorded_widths, set_mlp
 from layerboost.model.modeling import (
     add_sinks,
     base_config,
@@ -75,6 +76,8 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             raise ValueError(f"layerboost has no family {self.config.model_type!r}; known: {', '.join(FAMILIES)}")
         self._attention_free = set(skipped_layers(self.config))
         sink_layers, mixed = set(getattr(self.config, "attention_sink_layers", [])), recorded_full_heads(self.config)
+        for index, width in recorded_widths(self.config).items():
+            set_mlp(decoder_layers(self.model)[index], width)
         for index, layer in enumerate(decoder_layers(self.model)):
             if index in self._attention_free:
                 make_attention_free(layer, index, family)
