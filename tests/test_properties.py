@@ -141,7 +141,7 @@ def test_intervals_cover_the_true_difference(items: int, lost: float, won: float
     samples = draw.choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(150, items))
     found = [difference(sample.tolist(), right_or_wrong=True) for sample in samples]
     assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.897
-    assert np.mean([each.at_least <= truth for each in found]) >= 0.897
+    assert np.mean([each.lower_95 <= truth for each in found]) >= 0.897
 
 
 def test_intervals_of_an_average_cover_the_true_difference() -> None:

@@ -188,7 +188,7 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             full_kv_heads=sum(len(entry.full_kv_heads) for entry in plan.layers),
             kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
             / base_kv_bytes(base.info, context_tokens),
-            predicted_kl=plan.valid_prediction.damage.get("kl") if plan.valid_prediction else None,
+            predicted_kl=plan.valid_prediction.quality_loss.get("kl") if plan.valid_prediction else None,
             healing_tokens=None if row.run or row.window_only else healing_tokens(settings),
             models=list(models[name]),
         )

@@ -14,7 +14,7 @@ from layerboost.schemas.sensitivity import Score
 
 def change(mean: float) -> Change:
     return Change(
-        mean=mean, standard_error=0.01, low=mean - 0.01, high=mean + 0.02, at_least=mean - 0.01, detectable=0.03
+        mean=mean, standard_error=0.01, low=mean - 0.01, high=mean + 0.02, lower_95=mean - 0.01, minimum_detectable=0.03
     )
 
 

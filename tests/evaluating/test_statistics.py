@@ -41,7 +41,7 @@ def test_bounds_are_those_of_the_standard_error_where_a_sample_is_large_and_the_
     values = accuracies(1000, 80, 50)
     found = difference(values)
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.standard_error, rel=0.05)
-    assert found.mean - found.at_least == pytest.approx(1.64 * found.standard_error, rel=0.08)
+    assert found.mean - found.lower_95 == pytest.approx(1.64 * found.standard_error, rel=0.08)
     assert found == difference(values)
 
 
@@ -52,14 +52,14 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     found = [difference(sample.tolist()) for sample in kinds]
     assert 0.90 <= np.mean([each.low <= -0.04 <= each.high for each in found]) <= 0.99
     # "No worse than" is claimed of a truth just below it in one of twenty samples.
-    assert np.mean([each.at_least > -0.04 for each in found]) <= 0.10
-    assert all(each.low <= each.at_least <= each.mean <= each.high for each in found)
+    assert np.mean([each.lower_95 > -0.04 for each in found]) <= 0.10
+    assert all(each.low <= each.lower_95 <= each.mean <= each.high for each in found)
 
 
 def test_what_a_sample_could_have_seen_shrinks_with_its_root() -> None:
     few, many = difference(accuracies(100, 10, 10)), difference(accuracies(10_000, 1000, 1000))
-    assert few.detectable == pytest.approx(2.8 * few.standard_error)
-    assert few.detectable / many.detectable == pytest.approx(10, rel=0.01)
+    assert few.minimum_detectable == pytest.approx(2.8 * few.standard_error)
+    assert few.minimum_detectable / many.minimum_detectable == pytest.approx(10, rel=0.01)
 
 
 def unseen(items: int) -> float:
@@ -70,19 +70,19 @@ def unseen(items: int) -> float:
 def test_items_that_never_differ_still_leave_room() -> None:
     found = difference([0.0] * 50, right_or_wrong=True)
     assert (found.mean, found.standard_error) == (0.0, 0.0)
-    assert found.high == -found.low == found.detectable == pytest.approx(unseen(50))
+    assert found.high == -found.low == found.minimum_detectable == pytest.approx(unseen(50))
     assert difference([0.0] * 50).high == 0
 
 
 def test_one_item_that_differs_proves_no_more_than_none() -> None:
     gained = accuracies(60, 0, 1)
     found = difference(gained, right_or_wrong=True)
-    assert found.at_least == found.low == pytest.approx(1 / 60 - unseen(60))
-    assert found.detectable == pytest.approx(unseen(60))
+    assert found.lower_95 == found.low == pytest.approx(1 / 60 - unseen(60))
+    assert found.minimum_detectable == pytest.approx(unseen(60))
     none = accuracies(60, 0, 0)
-    assert average_difference([gained, none, none]).at_least == pytest.approx((1 / 60 - unseen(60)) / 3)
+    assert average_difference([gained, none, none]).lower_95 == pytest.approx((1 / 60 - unseen(60)) / 3)
     # Tasks have equal weights, so a large one does not make up for what a small one cannot show.
-    assert average_difference([[0.0] * 50, [0.0] * 14_000]).at_least == pytest.approx(-unseen(50) / 2)
+    assert average_difference([[0.0] * 50, [0.0] * 14_000]).lower_95 == pytest.approx(-unseen(50) / 2)
     # Where many differ, the bootstrap says more than the items unseen.
     many = accuracies(1000, 80, 50)
     assert difference(many, right_or_wrong=True) == difference(many)

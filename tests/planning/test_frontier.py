@@ -14,9 +14,9 @@ from layerboost.schemas.plan import FrontierPoint, Predicted
 def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
     found, settings = sensitivity(8), Plan(context_tokens=100)
     points = frontier(found, settings)
-    damage = [point.predicted.damage.get("kl", 0.0) for point in points]
+    quality_loss = [point.predicted.quality_loss.get("kl", 0.0) for point in points]
     assert len(points) > 8
-    assert damage == sorted(damage, reverse=True)
+    assert quality_loss == sorted(quality_loss, reverse=True)
     assert points[-1].count("full") == 8
     half = select(found, settings.model_copy(update={"kv_fraction": 0.5}))
     assert half in [point.layers for point in points]
@@ -30,7 +30,7 @@ def test_no_plan_at_all() -> None:
 def test_the_knee_is_where_savings_begin_to_cost_more() -> None:
     def point(kv_fraction: float, loss: float) -> FrontierPoint:
         predicted = Predicted(
-            damage={"kl": loss} if loss else {},
+            quality_loss={"kl": loss} if loss else {},
             kv_fraction=kv_fraction,
             kv_bytes_per_request=1,
             parameter_fraction=1.0,

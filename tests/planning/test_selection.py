@@ -110,12 +110,12 @@ def test_one_program_over_attention_and_mlps_finds_the_best_of_all_plans(
     chosen, limits = select(found, settings), Budget.of(found, settings)
     assert limits.met(chosen)
     best = min(
-        predict(found, plan, settings).damage.get("kl", 0)
+        predict(found, plan, settings).quality_loss.get("kl", 0)
         for picked in itertools.product(EVERY_SITE, repeat=2)
         if limits.met(plan := [entry.model_copy(update={"layer": layer}) for layer, entry in enumerate(picked)])
     )
     predicted = predict(found, chosen, settings)
-    assert predicted.damage.get("kl", 0) == pytest.approx(best)
+    assert predicted.quality_loss.get("kl", 0) == pytest.approx(best)
     assert predicted.parameter_fraction <= (parameters or 1) + 1e-9
     assert parameters is None or any(entry.mlp_changed for entry in chosen)
 
@@ -156,14 +156,14 @@ def test_plans_by_kv_heads_are_the_best_of_all_subsets(fraction: float) -> None:
         for entry in found.layers
     ]
     best = min(
-        predict(found, plan, settings).damage.get("kl", 0)
+        predict(found, plan, settings).quality_loss.get("kl", 0)
         for picked in itertools.product(*every)
         if (plan := [entry.model_copy(update={"layer": layer}) for layer, entry in enumerate(picked)])
         and Budget.of(found, settings).met(plan)
     )
-    assert predict(found, chosen, settings).damage.get("kl", 0) == pytest.approx(best)
+    assert predict(found, chosen, settings).quality_loss.get("kl", 0) == pytest.approx(best)
     layers = predict(found, select(found, settings.model_copy(update={"unit": "layer"})), settings)
-    assert best <= layers.damage.get("kl", 0) + 1e-9
+    assert best <= layers.quality_loss.get("kl", 0) + 1e-9
 
 
 @pytest.mark.parametrize(("call_ms", "heads"), [(0.0, True), (100.0, False)])
@@ -188,7 +188,7 @@ def test_predictions_of_kv_heads_are_sums_of_their_groups() -> None:
     settings = Plan(context_tokens=100, unit="kv_head")
     plan = [one.plan(0)]
     predicted = predict(found, plan, settings)
-    assert predicted.damage["kl"] == pytest.approx(one.scores["kl"].mean)
+    assert predicted.quality_loss["kl"] == pytest.approx(one.scores["kl"].mean)
     assert predicted.kv_fraction == pytest.approx((2 * 100 + 2 * 16) / 400)
     with pytest.raises(ConfigError, match="was not measured as sliding 16"):
         predict(found, [plan[0].model_copy(update={"full_kv_heads": (0,)})], settings)
@@ -209,12 +209,12 @@ def test_budget_is_the_best_of_all_plans(fraction: float, metric: str) -> None:
     chosen = predict(found, select(found, settings), settings)
     assert chosen.kv_fraction <= fraction + 1e-9
     best = min(
-        predict(found, plan, settings).damage.get(metric, 0)
+        predict(found, plan, settings).quality_loss.get(metric, 0)
         for window in (16, 40)
         for letters in itertools.product("fsSn", repeat=4)
         if (plan := layer_plans("".join(letters), window)) and Budget.of(found, settings).met(plan)
     )
-    assert chosen.damage.get(metric, 0) == pytest.approx(best)
+    assert chosen.quality_loss.get(metric, 0) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("method", ["budget", "uniform", "threshold"])
@@ -242,8 +242,8 @@ def test_threshold_by_counts_and_by_values() -> None:
     assert [entry.layer for entry in counts if entry.attention == "full"] == sorted(order[:2])
     assert [entry.layer for entry in counts if entry.attention == "none"] == sorted(order[3:])
     values = select(found, Plan(method="threshold", full_above=0.5, none_below=0.2))
-    for entry, damage in zip(values, removal, strict=True):
-        assert entry.attention == ("full" if damage > 0.5 else "none" if damage < 0.2 else "sliding")
+    for entry, quality_loss in zip(values, removal, strict=True):
+        assert entry.attention == ("full" if quality_loss > 0.5 else "none" if quality_loss < 0.2 else "sliding")
         if entry.attention == "sliding":
             plain, sink = found.layers[entry.layer].variants[1:]
             assert entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
@@ -257,13 +257,13 @@ def test_one_metric_under_a_limit_on_the_other(limits: dict[str, float]) -> None
     low = "kl" if settings.max_retrieval else "retrieval"
     chosen = predict(found, select(found, settings), settings)
     best = min(
-        made.damage[low]
+        made.quality_loss[low]
         for letters in itertools.product("fsSn", repeat=4)
         if (plan := layer_plans("".join(letters))) and Budget.of(found, settings).met(plan)
         for made in [predict(found, plan, settings)]
-        if made.damage[limited] <= (settings.max_retrieval or settings.max_kl or 0)
+        if made.quality_loss[limited] <= (settings.max_retrieval or settings.max_kl or 0)
     )
-    assert chosen.damage[low] == pytest.approx(best)
+    assert chosen.quality_loss[low] == pytest.approx(best)
     assert chosen.parameter_fraction <= 0.99
     with pytest.raises(InfeasibleBudget, match=f"a predicted {limited} of at most 0.01"):
         select(found, settings.model_copy(update={f"max_{limited}": 0.01}))

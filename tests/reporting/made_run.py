@@ -75,7 +75,7 @@ def make_run(run: Path, name: str = "SmolLM2-135M-Instruct") -> Path:
     write_json(run / "sensitivity.json", sensitivity(model))
     layers = [layer_plan(layer) for layer in range(LAYERS)]
     predicted = Predicted(
-        damage={"kl": 0.21, "nll": 0.19},
+        quality_loss={"kl": 0.21, "nll": 0.19},
         kv_fraction=0.3,
         kv_bytes_per_request=14_155_776,
         parameter_fraction=0.95,
@@ -187,8 +187,8 @@ def _score(mean: float, standard_error: float) -> dict[str, float]:
 
 
 def change(mean: float, error: float) -> dict[str, float]:
-    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "at_least": mean - 1.64 * error}
-    return _score(mean, error) | bounds | {"detectable": 2.8 * error}
+    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "lower_95": mean - 1.64 * error}
+    return _score(mean, error) | bounds | {"minimum_detectable": 2.8 * error}
 
 
 def quality() -> dict[str, object]:

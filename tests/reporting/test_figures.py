@@ -41,7 +41,7 @@ def test_attention_and_mlps_are_in_one_figure_and_one_table() -> None:
     ]
     measured = made.model_copy(update={"layers": layers})
     predicted = Predicted(
-        damage={"kl": 0.2}, kv_fraction=0.5, kv_bytes_per_request=1, parameter_fraction=0.8, context_tokens=64
+        quality_loss={"kl": 0.2}, kv_fraction=0.5, kv_bytes_per_request=1, parameter_fraction=0.8, context_tokens=64
     )
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("uz", 64), predicted=predicted)
     figure = sensitivity_figure(measured, plan)

@@ -21,7 +21,7 @@ def test_the_frontier_has_the_plan_on_it(run: Path) -> None:
     assert curve["y"] == sorted(curve["y"], reverse=True)
     assert (plan["x"], plan["y"]) == ([30.0], [0.21])
     # All layers full: the end of the curve, though such a plan has no metrics.
-    nothing = sources.frontier.points[0].predicted.model_copy(update={"damage": {}, "kv_fraction": 1.0})
+    nothing = sources.frontier.points[0].predicted.model_copy(update={"quality_loss": {}, "kv_fraction": 1.0})
     whole = sources.frontier.points[0].model_copy(update={"predicted": nothing})
     ended = sources.frontier.model_copy(update={"points": [*sources.frontier.points, whole]})
     curve = frontier_figure(ended, sources.plan, "kl")["data"][0]

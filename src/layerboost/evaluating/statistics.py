@@ -36,15 +36,15 @@ def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = 
     scores = [Score.of(values) for values in tasks]
     mean = fmean(score.mean for score in scores)
     error = math.hypot(*(score.standard_error for score in scores)) / len(scores)
-    low, at_least, high = _bounds(tasks, mean)
+    low, lower_95, high = _bounds(tasks, mean)
     unseen = (1 - 0.025 ** (1 / min(map(len, tasks)))) / len(tasks) if right_or_wrong else 0.0
     return Change(
         mean=mean,
         standard_error=error,
         low=min(low, mean - unseen),
         high=max(high, mean + unseen),
-        at_least=min(at_least, mean - unseen),
-        detectable=max(DETECTABLE_ERRORS * error, unseen),
+        lower_95=min(lower_95, mean - unseen),
+        minimum_detectable=max(DETECTABLE_ERRORS * error, unseen),
     )
 
 

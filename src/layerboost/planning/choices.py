@@ -165,7 +165,7 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
     budget = Budget.of(sensitivity, settings)
     costs, fractions = budget.plan(layers), budget.relative(layers)
     return Predicted(
-        damage={metric: sum(scores[metric] for scores in chosen) for metric in first if metric in metrics},
+        quality_loss={metric: sum(scores[metric] for scores in chosen) for metric in first if metric in metrics},
         kv_fraction=fractions[KV_BYTES],
         kv_bytes_per_request=round(costs[KV_BYTES]),
         parameter_fraction=fractions[PARAMETERS],

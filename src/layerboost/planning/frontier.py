@@ -44,7 +44,7 @@ def knee(points: Sequence[FrontierPoint], metric: str) -> FrontierPoint | None:
     if len(points) < 3:
         return None
     x = [point.predicted.kv_fraction for point in points]
-    y = [point.predicted.damage.get(metric, 0.0) for point in points]
+    y = [point.predicted.quality_loss.get(metric, 0.0) for point in points]
     width, height = (x[-1] - x[0]) or 1.0, (y[0] - y[-1]) or 1.0
     below = [(x[-1] - kv) / width - (loss - y[-1]) / height for kv, loss in zip(x, y, strict=True)]
     return points[max(range(len(points)), key=below.__getitem__)]

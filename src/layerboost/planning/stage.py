@@ -207,7 +207,7 @@ def _say(plan: PlanFile, budget: Budget) -> None:
 
 def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
     """Log what the prediction means; warn if it is beyond what healing has been seen to repair."""
-    loss = plan.predicted.damage.get("kl") if plan.predicted else None
+    loss = plan.predicted.quality_loss.get("kl") if plan.predicted else None
     if loss is None:
         return
     log.info(
@@ -231,7 +231,7 @@ def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
 def _at(point: FrontierPoint, metric: str) -> str:
     """Return a point of the frontier as text."""
     found = point.predicted
-    return f"{found.kv_fraction:.0%} of the KV cache, predicted {metric} {found.damage.get(metric, 0.0):.3f}"
+    return f"{found.kv_fraction:.0%} of the KV cache, predicted {metric} {found.quality_loss.get(metric, 0.0):.3f}"
 
 
 def _warn(window: int | None, context_tokens: int) -> None:

@@ -53,6 +53,6 @@ def difference_table(difference: dict[str, Any]) -> list[list[str]]:
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
     fraction = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
-    losses = plan.valid_prediction.damage if plan.valid_prediction else {}
+    losses = plan.valid_prediction.quality_loss if plan.valid_prediction else {}
     predicted = {f"{metric}, predicted": value for metric, value in losses.items()}
     return {"method": plan.method, **counts(plan.layers), "KV of base": fraction, **predicted}

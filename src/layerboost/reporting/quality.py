@@ -115,7 +115,7 @@ def _difference_table(quality: EvalComparison) -> Table:
             model,
             with_interval(task.difference[model], scale=100),
             task.difference[model].no_worse,
-            number(100 * task.difference[model].detectable, 2),
+            number(100 * task.difference[model].minimum_detectable, 2),
             _margin(task, model),
         ]
         for name, task in quality.scores.items()

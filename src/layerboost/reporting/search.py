@@ -42,21 +42,22 @@ def search_panel(sources: Sources) -> Panel:
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> Figure:
     """Return the predicted loss against the KV cache as a fraction of the base's; the run's plan is a diamond."""
     # A plan that changes nothing has no metrics, and loses nothing.
-    points = [point for point in frontier.points if metric in point.predicted.damage or not point.predicted.damage]
+    losses = [point.predicted.quality_loss for point in frontier.points]
+    points = [point for point, loss in zip(frontier.points, losses, strict=True) if metric in loss or not loss]
     context = _context_tokens(frontier)
     traces = [
         scatter(
             f"best by {frontier.settings['method']}",
             [100 * point.predicted.kv_fraction for point in points],
-            [point.predicted.damage.get(metric, 0.0) for point in points],
+            [point.predicted.quality_loss.get(metric, 0.0) for point in points],
             "var(--sliding)",
             [_hover(point.predicted, metric) + _counts(point) for point in points],
             marker={"color": "var(--sliding)", "size": 6},
         )
     ]
     prediction = plan.valid_prediction if plan else None
-    if prediction and metric in prediction.damage and prediction.context_tokens == context:
-        at, hover = ([100 * prediction.kv_fraction], [prediction.damage[metric]]), [_hover(prediction, metric)]
+    if prediction and metric in prediction.quality_loss and prediction.context_tokens == context:
+        at, hover = ([100 * prediction.kv_fraction], [prediction.quality_loss[metric]]), [_hover(prediction, metric)]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
         traces.append(scatter("plan.yaml", *at, "var(--healed)", hover, "markers", marker=marker))
     return figure(traces, f"KV cache at {context:,} tokens, % of the base", f"predicted {metric}")
@@ -64,7 +65,7 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
 
 def frontier_table(frontier: Frontier) -> Table:
     """Return a row per plan: cost, counts, window, predicted loss in every metric."""
-    metrics = list(frontier.points[0].predicted.damage)
+    metrics = list(frontier.points[0].predicted.quality_loss)
     timed = frontier.points[0].predicted.decode_ms is not None
     taken = {name for point in frontier.points for name in counts(point.layers)}
     strategies = [name for name in STRATEGIES if name in taken]
@@ -74,10 +75,10 @@ def frontier_table(frontier: Frontier) -> Table:
         predicted = point.predicted
         by_strategy = [str(point.count(name)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
-        damage = [number(predicted.damage.get(metric, 0.0)) for metric in metrics]
+        loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)
         of_mlps = [str(mlps), percent(predicted.parameter_fraction)] if thinned else []
-        return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *of_mlps, *decode, *damage]
+        return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *of_mlps, *decode, *loss]
 
     of_mlps = ["changed MLPs", "parameters of base"] if thinned else []
     header = ["KV of base", *strategies, "window", *of_mlps, *(["decode, ms"] if timed else []), *metrics]
@@ -103,7 +104,8 @@ def stability_table(stability: Stability) -> Table:
 
 
 def _hover(predicted: Predicted, metric: str) -> str:
-    return f"{percent(predicted.kv_fraction)} of the KV cache, {metric} {number(predicted.damage.get(metric, 0.0))}"
+    loss = number(predicted.quality_loss.get(metric, 0.0))
+    return f"{percent(predicted.kv_fraction)} of the KV cache, {metric} {loss}"
 
 
 def _counts(point: FrontierPoint) -> str:
@@ -112,7 +114,7 @@ def _counts(point: FrontierPoint) -> str:
 
 def _metric(frontier: Frontier) -> str:
     wanted = str(frontier.settings.get("metric"))
-    losses = frontier.points[0].predicted.damage if frontier.points else {}
+    losses = frontier.points[0].predicted.quality_loss if frontier.points else {}
     return wanted if wanted in losses else next(iter(losses), wanted)
 
 

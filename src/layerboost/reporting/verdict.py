@@ -175,5 +175,5 @@ def certainty(change: Change) -> str:
     elif change.low > 0:
         seen = "a gain beyond the 95 % interval"
     else:
-        seen = f"no difference shown; these items show {number(100 * change.detectable, 2)} points or more"
+        seen = f"no difference shown; these items show {number(100 * change.minimum_detectable, 2)} points or more"
     return f"{seen}; no worse than 1 point: {change.no_worse}"

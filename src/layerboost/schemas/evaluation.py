@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from layerboost.schemas.artifact import Artifact
+from layerboost.schemas.artifact import Artifact, renamed
 from layerboost.schemas.sensitivity import Score
 
 # The margin of "no worse than": a difference of two fractions.
@@ -22,21 +22,26 @@ class Part(BaseModel):
 class Change(Part):
     """A paired difference from the base with its 95 % interval.
 
-    `at_least`: the one-sided lower 95 % bound; `detectable`: the smallest difference that such a sample shows four
-    times in five.
+    `lower_95`: the one-sided lower 95 % bound; `minimum_detectable`: the smallest difference that such a sample shows
+    four times in five.
     """
 
     mean: float
     standard_error: float
     low: float
     high: float
-    at_least: float
-    detectable: float
+    lower_95: float
+    minimum_detectable: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        return renamed(values, at_least="lower_95", detectable="minimum_detectable")
 
     @property
     def no_worse(self) -> str:
         """Return whether a loss of more than one point is ruled out: yes, no (it is shown), or not shown."""
-        if self.at_least > -ONE_POINT:
+        if self.lower_95 > -ONE_POINT:
             return "yes"
         return "no" if self.high < -ONE_POINT else "not shown"
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
-from layerboost.schemas.artifact import Artifact, _parse, fingerprint
+from layerboost.schemas.artifact import Artifact, _parse, fingerprint, renamed
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
     FEATURE_MAP,
@@ -229,7 +229,7 @@ class Predicted(BaseModel):
     """The predicted quality loss of a plan (sums of single-layer scores) and its costs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    damage: dict[str, float] = Field(description="quality loss: per metric, the sum over layers of its scores")
+    quality_loss: dict[str, float] = Field(description="per metric, the sum over layers of its scores")
     kv_fraction: float
     kv_bytes_per_request: int
     parameter_fraction: float
@@ -238,6 +238,11 @@ class Predicted(BaseModel):
     decode_ms: float | None = Field(None, description="time of one step; needs plan.costs")
     decode_fraction: float | None = None
     plan: str = Field(default="", description="hash of the plan that it predicts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        return renamed(values, damage="quality_loss")
 
 
 class PlanFile(Artifact):
