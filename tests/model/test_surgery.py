@@ -243,7 +243,9 @@ def test_one_window_and_the_bases_own(family: str) -> None:
         letters = "".join("n" if letter == "S" and s else "f" for s in slides)
         check_plan(config, layer_plans(letters[:layer] + letter + letters[layer + 1 :], window))
 
-    with pytest.raises(ConfigError, match=rf"layer {first} already slides in {config.model_type}, with a window of {WINDOW}"):
+    with pytest.raises(
+        ConfigError, match=rf"layer {first} already slides in {config.model_type}, with a window of {WINDOW}"
+    ):
         plan(first, "s", WINDOW)
     with pytest.raises(
         ConfigError, match=rf"layer {full}: a config has one window, and layer {first} keeps the base's"
