@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, layer_plans, save_text, tiny_tokenizer
+from tiny import RUNTIME, VOCABULARY, layer_plans, save_text, tiny_tokenizer
 from transformers import AutoConfig
 
 from layerboost.check import check
 from layerboost.errors import ConfigError
-from layerboost.model.base import open_base
+from layerboost.model.base import find_model, open_base
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan, native_window
@@ -99,7 +99,8 @@ def save_published(folder: Path, config: dict[str, Any]) -> Path:
 def to_fp8(file: Path, quantisation: dict[str, Any]) -> None:
     """Quantise a file's matrices, but for those that the settings leave out and the embedding."""
     tensors = load_file(file)
-    kept = (*(quantisation.get("modules_to_not_convert") or ["lm_head"]), "embed_tokens")
+    kept = ["embed_tokens", *(quantisation.get("modules_to_not_convert") or ["lm_head"])]
+    kept = [name.removeprefix("model.") for name in kept]  # a file names a wrapper's parts without
     blocks = quantisation.get("weight_block_size")
     for name, weight in list(tensors.items()):
         if weight.dim() != 2 or any(part in name for part in kept):
@@ -181,6 +182,11 @@ def test_check_says_yes_and_a_plan_applies(name: str, text: Path, tmp_path: Path
     types = base_layer_types(base.config)
     assert types.count("sliding_attention") == SLIDING.get(name, 0)
     stock = base.load()
+    if "quantization_config" in published:
+        plain = {key: value for key, value in reduced(published).items() if key != "quantization_config"}
+        original = find_model(str(save_published(tmp_path / "original", plain)), RUNTIME).load().state_dict()
+        for key, value in stock.state_dict().items():
+            torch.testing.assert_close(value, original[key], atol=1e-5, rtol=2**-4)
     ids = torch.arange(3, 3 + TOKENS)[None]
     wanted = stock(ids).logits
     assert wanted.isfinite().all()
