@@ -70,7 +70,7 @@ def test_files_and_functions_stay_short(file: Path) -> None:
 
 
 def test_what_travels_in_a_checkpoint_stands_alone() -> None:
-    joined = ("families", "attention", "caches", "linear_attention", "modeling")
+    joined = ("families", "attention", "caches", "linear_attention", "mlp", "modeling")
     for index, name in enumerate(joined):
         assert set(imports(SOURCE / "model" / f"{name}.py")) <= {f"layerboost.model.{each}" for each in joined[:index]}
 

@@ -3,11 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import RUNTIME, layer_plans, save_text, save_tiny
 
+from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
+from layerboost.model.surgery import Thinned
+from layerboost.model.thinning import thin_mlps
 from layerboost.pipeline import run_stage
+from layerboost.planning.choices import predict
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
@@ -36,3 +42,36 @@ def test_a_checkpoint_of_the_same_plan_stays_and_one_of_another_dtype_does_not(t
         run_stage("convert", recipe_of(tmp_path, dtype=dtype), run)
         assert (weights.stat().st_mtime_ns > before) == made
         assert {str(value.dtype) for value in load_file(weights).values()} == {f"torch.{dtype}"}
+
+
+def test_the_converted_mlps_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "model", layers=3)
+    save_text(tmp_path / "text.jsonl")
+    seen: dict[tuple[int, int], Thinned] = {}
+
+    def remember(*given: Any) -> dict[tuple[int, int], Thinned]:
+        seen.update(thin_mlps(*given))
+        return seen
+
+    monkeypatch.setattr("layerboost.measuring.stage.thin_mlps", remember)
+    measure = {"windows": [8], "tokens": 192, "retrieval_prompts": 0, "components": ["attention", "mlp"]}
+    recipe, run = recipe_of(tmp_path, measure=measure, plan={"parameter_fraction": 0.8}), tmp_path / "run"
+    sensitivity = run_stage("measure", recipe, run)
+    planned = run_stage("plan", recipe, run)
+    assert planned.valid_prediction.parameter_fraction <= 0.8
+    layers = layer_plans("tuo", 8)
+    write_plan(run / PLAN, PlanFile(model=sensitivity.model, method="by hand", layers=layers))
+    converted = run_stage("convert", recipe, run)
+    states, base = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "model"))
+    left, whole = (sum(value.numel() for value in each.values()) for each in (states, base))
+    assert left / whole == pytest.approx(predict(sensitivity, layers, recipe.plan).parameter_fraction)
+    for layer in range(3):
+        found, name = seen[layer, 48], f"model.layers.{layer}.mlp"
+        assert torch.equal(states[f"{name}.down_proj.weight"], found.output)
+        for part in ("gate_proj", "up_proj"):
+            assert torch.equal(states[f"{name}.{part}.weight"], base[f"{name}.{part}.weight"][found.neurons])
+    # The same settings go on, others do not.
+    assert run_stage("measure", recipe, run) == sensitivity
+    other = recipe_of(tmp_path, measure={**measure, "mlp_widths": [0.5]})
+    with pytest.raises(ConfigError, match=r"mlp_widths: \[64, 48, 32\] there, \[48\] here"):
+        run_stage("measure", other, run)

@@ -234,7 +234,8 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
 @pytest.mark.pipeline
 def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "qwen3_moe")
-    recipe, run = write_recipe(tmp_path, model, bench={"engine": "transformers"}), tmp_path / "run"
+    heal = {"attention_tokens": 4096, "tokens": 8192, "batch_sequences": 4, "lr": 3e-3, "save_steps": 100}
+    recipe, run = write_recipe(tmp_path, model, heal=heal, bench={"engine": "transformers"}), tmp_path / "run"
     checked = json.loads(layerboost("check", "--config", recipe, "--run", run, "--json").stdout)
     assert checked["active_parameters"] < checked["parameters"]
     for stage in ("measure", "plan"):

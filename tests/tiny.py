@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
@@ -177,18 +177,29 @@ QUICK_FAMILIES = (
 )  # fmt: skip
 
 
-def families(*, sliding: bool = True, experts: bool = False) -> list[Any]:
+def families(*, sliding: bool = True, experts: bool = False, mlps: bool = False) -> list[Any]:
     """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; with
-    `experts`, the mixtures of experts."""
+    `experts`, the mixtures of experts; with `mlps`, those without experts."""
     names = [
-        name for name in MODEL_TYPES if (sliding or name not in SLIDING_BASES) and (not experts or name in MIXTURES)
+        name
+        for name in MODEL_TYPES
+        if (sliding or name not in SLIDING_BASES)
+        and (not experts or name in MIXTURES)
+        and (not mlps or name not in (*MIXTURES, *WRAPPERS))
     ]
     return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
+def row(model_type: str) -> Family:
+    """The row of a family, or of the language model in a tiny wrapper."""
+    return FAMILIES[WRAPPERS.get(model_type, (model_type,))[0]]
+
+
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full; l and L: linear as LoLCATs and as Liger."""
+    head 0 full; l and L: linear as LoLCATs and as Liger; with half of an MLP t: f, u: s, o: n; without an MLP m: f,
+    z: n."""
+    half = {"mlp": "thin", "mlp_width": 48}
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
         "s": {"attention": "sliding", "window": window},
@@ -198,6 +209,11 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
         "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
         "L": {"attention": "linear", "window": window, "feature_map": "liger"},
+        "t": {"attention": "full", **half},
+        "u": {"attention": "sliding", "window": window, **half},
+        "o": {"attention": "none", **half},
+        "m": {"attention": "full", "mlp": "none"},
+        "z": {"attention": "none", "mlp": "none"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 
@@ -338,6 +354,7 @@ def info(layers: int = 4) -> ModelInfo:
         name="tiny", model_type="llama", layers=layers, hidden_size=64, heads=4, kv_heads=2, head_dim=32,
         bytes_per_element=4, max_context_tokens=512, vocabulary=200, tied_head=False,
         parameters=25_600 + layers * 50_000, attention_parameters=24_640, fingerprint="abc",
+        mlp_width=96, mlp_parameters=18_432, neuron_parameters=192,
     )  # fmt: skip
 
 

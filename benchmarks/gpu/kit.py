@@ -101,7 +101,7 @@ def many(call: Callable[[], Any], calls: int = 5) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    return float(start.elapsed_time(end)) / 1000 / calls
 
 
 def attempt(call: Callable[[], list[Row]], **about: Any) -> Iterator[Row]:
@@ -117,7 +117,7 @@ def attempt(call: Callable[[], list[Row]], **about: Any) -> Iterator[Row]:
 def compare(ways: Mapping[str, Callable[[], Any]], repeats: int) -> list[Row]:
     """A row for each way, which take turns: the first call, which compiles, then median and range, and how many times
     as fast as the first way it is."""
-    rows = {name: next(attempt(lambda way=way: [once(way)], way=name)) for name, way in ways.items()}
+    rows = {name: next(attempt(partial(lambda call: [once(call)], way), way=name)) for name, way in ways.items()}
     taken = timing.in_turn({name: partial(many, ways[name]) for name in ways if "error" not in rows[name]}, repeats)
     for name, seconds in taken.items():
         rows[name] |= {"ms": statistics.median(seconds) * 1e3, "least": min(seconds) * 1e3, "most": max(seconds) * 1e3}
@@ -146,7 +146,7 @@ def outcome(tensors: list[torch.Tensor], window: int, fast: bool) -> list[torch.
         out.append(sliding_attention_reference(*seen, window, sinks) if whole is None else whole[:, :, start:end])
     attend = sliding_attention if fast else sliding_attention_reference
     out.append(attend(query[:, :, -1:], key, value, window, sinks))
-    loss = sum((each.float() * weights[: each.shape[2]]).sum() for each in out)
+    loss = torch.stack([(each.float() * weights[: each.shape[2]]).sum() for each in out]).sum()
     return [*(each.detach() for each in out), *torch.autograd.grad(loss, tensors)]
 
 
@@ -170,23 +170,27 @@ def full_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     if DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True).transpose(1, 2)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True).transpose(1, 2)
+    else:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    result: torch.Tensor = out
+    return result
 
 
 def race(sizes: Any, tokens: int, backward: bool) -> list[Row]:
     """Full attention against windows with sinks, forward or with backward too."""
-    *states, sinks = inputs(sizes, tokens, torch.bfloat16)
-    gradient = torch.randn_like(states[0])
-    forms = {"full": partial(full_attention, *states)}
-    forms |= {f"window {window}": partial(sliding_attention, *states, window, sinks) for window in sizes.windows}
+    query, key, value, sinks = inputs(sizes, tokens, torch.bfloat16)
+    gradient = torch.randn_like(query)
+    forms = {"full": partial(full_attention, query, key, value)}
+    for window in sizes.windows:
+        forms[f"window {window}"] = partial(sliding_attention, query, key, value, window, sinks)
 
     def call(form: Callable[[], torch.Tensor]) -> None:
         with torch.set_grad_enabled(backward):
             out = form()
         if backward:
-            torch.autograd.grad(out, states, gradient)
+            torch.autograd.grad(out, (query, key, value), gradient)
 
     return compare({name: partial(call, form) for name, form in forms.items()}, sizes.repeats)
 
@@ -449,7 +453,10 @@ def main() -> None:
         measure(asked.alone, sizes, asked.out)
         return
     note = f"Random weights: {sizes.layers} layers of Qwen3-4B's width stand for its {sizes.all_layers}. Medians of "
-    note += f"{sizes.repeats} repeats in turn; first_s is the first call, which compiles."
+    note += (
+        f"{sizes.repeats} repeats in turn; first_s is the first call, which compiles. Decoding: ms of these layers, "
+    )
+    note += "tokens per second of all and the head, computed. A sweep fits sinks, on the CPU, in its seconds."
     file, parts = asked.out / "results.json", {}
     if file.is_file():
         parts = {name: part for name, part in json.loads(file.read_text())["parts"].items() if not failed(part)}

@@ -103,11 +103,12 @@ def plan(sensitivity: Sensitivity, settings: Plan | None = None, *, seed: int = 
 
 
 def convert(base: Base, plan: PlanFile, text: Text | None = None, settings: Measure | None = None) -> Boosted:
-    """Apply a plan to the base's weights. Sinks are fitted on the calibration part of `text`."""
+    """Apply a plan to the base's weights. Sinks and thinned MLPs are fitted on the calibration part of `text`."""
     check_plan(base.config, plan.layers)
     check_same_model(plan, base.info, Path(PLAN))
-    if text is None and any(entry.sink for entry in plan.layers):
-        raise ConfigError("the plan has sinks, which are fitted on text", do="give the text that was measured on")
+    if text is None and any(map(converting.needs_text, plan.layers)):
+        found = "sinks" if any(entry.sink for entry in plan.layers) else "thinned MLPs"
+        raise ConfigError(f"the plan has {found}, which are fitted on text", do="give the text that was measured on")
     recipe = _recipe(base, text=text or Text(), measure=settings or Measure())
     return Boosted(base, plan, converting.boost(recipe, base, plan), recipe)
 

@@ -286,7 +286,8 @@ def with_sliding_as(plan: PlanFile, fields: Mapping[str, Any]) -> PlanFile:
     """Return a plan whose sliding layers have other fields; raise NotApplicable for fields that they cannot have."""
     try:
         layers = [
-            LayerPlan(**entry.model_dump() | fields) if entry.attention == SLIDING else entry for entry in plan.layers
+            LayerPlan(**{**entry.model_dump(), **fields}) if entry.attention == SLIDING else entry
+            for entry in plan.layers
         ]
     except ValueError as error:
         raise NotApplicable("its sliding layers cannot be replaced", found=problems(error)) from None

@@ -13,9 +13,10 @@ from layerboost.model.checkpoint import check_same_model, plan_in, save_boosted
 from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan, check_plan, windows_alone, without_states
+from layerboost.model.thinning import thin_mlps
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, PLAN
 from layerboost.traffic import load_calibration
 
@@ -29,7 +30,8 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 def run_convert(recipe: Recipe, run: Path) -> Path:
     """Write RUN/converted, unless one of the same plan exists; return the directory.
 
-    Sink logits start from one pass of the base over the calibration text. Raise ConfigError before changing any weight.
+    Sink logits start from one pass of the base over the calibration text, and thinned MLPs are fitted on it as they
+    were to be measured. Raise ConfigError before changing any weight.
     """
     plan = read_plan(run / PLAN)
     base = open_base(recipe, run, start_runtime(recipe))
@@ -49,7 +51,7 @@ def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
     ):
         log.info("%s is up to date", target)
         return
-    if any(entry.sink for entry in plan.layers):
+    if any(map(needs_text, plan.layers)):
         write_samples(recipe, run, base)
     model = boost(recipe, base, plan, run)
     origin = origin_of(base.folder, base.name, recipe.card)
@@ -69,12 +71,21 @@ def write_windows_alone(model: Base, target: Path, recipe: Recipe) -> None:
 
 
 def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -> PreTrainedModel:
-    """Return the base with a plan applied; sinks are fitted on the calibration text. Raise ConfigError."""
-    model, sinks = base.load(), {}
-    with_sink = [entry.layer for entry in plan.layers if entry.sink]
-    if with_sink and plan.window:
+    """Return the base with a plan applied; sinks and thinned MLPs are fitted on the calibration text. Raise
+    ConfigError."""
+    model, sinks, thinned = base.load(), {}, {}
+    if any(map(needs_text, plan.layers)):
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
         batches = [batch.to(base.runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
-        fitted = calibrate_sinks(model, batches, with_sink, [plan.window])
-        sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
-    return apply_plan(model, plan.layers, sinks)
+        with_sink = [entry.layer for entry in plan.layers if entry.sink]
+        if with_sink and plan.window:
+            fitted = calibrate_sinks(model, batches, with_sink, [plan.window])
+            sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
+        wanted = [(entry.layer, entry.mlp_width) for entry in plan.layers if entry.mlp_width]
+        thinned = {layer: found for (layer, _), found in thin_mlps(model, batches, wanted).items()}
+    return apply_plan(model, plan.layers, sinks, thinned)
+
+
+def needs_text(entry: LayerPlan) -> bool:
+    """Return whether a part of the layer is fitted on the calibration text."""
+    return entry.sink or entry.mlp_width is not None

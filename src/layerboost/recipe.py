@@ -94,9 +94,7 @@ class Measure(Section):
     windows: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="sliding windows to measure, in tokens")
     strategies: tuple[Replacement, ...] = Field(MEASURED, min_length=1, description="sliding, none; linear: not served")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
-    skip_tokens: int = Field(
-        0, ge=0, description="calibration tokens to skip first, to measure on another part of the text"
-    )
+    skip_tokens: int = Field(0, ge=0, description="calibration tokens to skip first: another part of the text")
     traffic: OnDisk | None = Field(
         None, description="JSONL of prompt and answer, messages, or text: your own requests; docs/reference/measure.md"
     )
@@ -117,6 +115,8 @@ class Measure(Section):
     )
     scan_draws: int = Field(8, ge=1, description="scan: backward passes per batch of text")
     head_group: int = Field(1, ge=1, description="kv_head: KV heads that get the window together, for wide models")
+    components: tuple[Literal["attention", "mlp"], ...] = Field(("attention",), description="attention, or also mlp")
+    mlp_widths: tuple[float, ...] = Field((0.75, 0.5, 0.25), min_length=1, description="mlp: fractions of its width")
 
 
 class Plan(Section):

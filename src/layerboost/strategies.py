@@ -1,4 +1,4 @@
-"""The strategies as data: what can replace a layer's attention, and what each strategy costs.
+"""The strategies as data: what can replace a layer's attention or its MLP, and what each strategy costs.
 
 Their tensor code is in model/attention.py and model/modeling.py, which are copied into every checkpoint.
 """
@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol
 
 StrategyName = Literal["full", "sliding", "linear", "none"]
 Replacement = Literal["sliding", "linear", "none"]
-FULL: StrategyName = "full"
+FULL: Literal["full"] = "full"
 SLIDING: StrategyName = "sliding"
 LINEAR: StrategyName = "linear"
+MLPName = Literal["full", "thin", "none"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
 WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
+MLP_WIDTH = "mlp_width"
 FeatureMapName = Literal["lolcats", "liger"]
 
 
@@ -41,33 +43,38 @@ FEATURE_MAPS: dict[FeatureMapName, FeatureMap] = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run the attention of a layer."""
+    """One way to run a component of a layer."""
 
-    name: StrategyName
+    name: Any  # a StrategyName, or of MLPs an MLPName
     title: str
     # What a model card says of it.
     meaning: str
-    # (context, window) -> tokens whose keys and values one KV head holds; a query attends to as many.
-    kv_tokens: Callable[[int, int | None], int]
+    # (context, window) -> tokens whose keys and values one KV head holds; a query attends to as many. Of attention.
+    kv_tokens: Callable[[int, int | None], int] = lambda context, window: 0
     # Its colours in the report, each on a light and on a dark page: of its cells and, in turn, of its windows.
-    shades: tuple[tuple[str, str], ...]
+    shades: tuple[tuple[str, str], ...] = ()
     text: tuple[str, str] | None = None  # on those cells; without one, a cell has a dashed border alone
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
     # Whether vLLM and exports have it.
     served: bool = True
 
-    def variants(self, windows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return every combination of window, sink and feature map to measure whole layers with, each as fields of a
-        LayerPlan."""
+    def variants(self, windows: Sequence[int], mlp_widths: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """Return every combination of settings to measure whole layers with, each as fields of a LayerPlan."""
         combinations: list[dict[str, Any]] = [{}]
-        for setting, values in ((WINDOW, windows), (SINK, (False, True)), (FEATURE_MAP, tuple(FEATURE_MAPS))):
+        values_of = {
+            WINDOW: windows,
+            SINK: (False, True),
+            FEATURE_MAP: tuple(FEATURE_MAPS),
+            MLP_WIDTH: mlp_widths,
+        }
+        for setting, values in values_of.items():
             if setting in self.settings:
                 combinations = [fields | {setting: value} for fields in combinations for value in values]
         return combinations
 
 
-# In the order in which counts and legends name them.
+# Of attention, in the order in which counts and legends name them.
 STRATEGIES: dict[StrategyName, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -108,13 +115,28 @@ STRATEGIES: dict[StrategyName, Strategy] = {
         ),
     )
 }
+# Of MLPs. Their tensor code is in model/mlp.py.
+MLP_STRATEGIES: dict[MLPName, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("full", "full MLP", "all neurons"),
+        Strategy(
+            "thin",
+            "thinned MLP",
+            "the `mlp_width` neurons that add most, their output projection fitted to the whole MLP's output",
+            shades=(("#3f7d4e", "#83c993"),),
+            settings=(MLP_WIDTH,),
+        ),
+        Strategy("none", "no MLP", "no MLP", keeps_weights=False),
+    )
+}
 
 # What `measure` replaces a layer's attention by, unless it is told otherwise.
 MEASURED: tuple[Replacement, ...] = ("sliding", "none")
 
 
 class Chosen(Protocol):
-    """A strategy with its settings: a LayerPlan or a Variant."""
+    """The strategies of a layer with their settings: a LayerPlan or a Variant."""
 
     @property
     def attention(self) -> StrategyName: ...
@@ -126,12 +148,24 @@ class Chosen(Protocol):
     def full_kv_heads(self) -> tuple[int, ...]: ...
     @property
     def feature_map(self) -> FeatureMapName | None: ...
+    @property
+    def mlp(self) -> MLPName: ...
+    @property
+    def mlp_width(self) -> int | None: ...
 
 
 def label(chosen: Chosen) -> str:
-    """Return the name of a strategy with its settings: full, sliding 64 + sink, sliding 64 + full KV heads 0 2, linear
-    64 liger."""
+    """Return the names of a layer's strategies with their settings: full, sliding 64 + sink, sliding 64 + full KV heads
+    0 2, linear 64 liger, MLP thin 768, none + MLP none."""
     window = f" {chosen.window}" if chosen.window else ""
     heads = f" + full KV heads {' '.join(map(str, chosen.full_kv_heads))}" if chosen.full_kv_heads else ""
     feature_map = f" {chosen.feature_map}" if chosen.feature_map else ""
-    return chosen.attention + window + feature_map + (" + sink" if chosen.sink else "") + heads
+    attention = chosen.attention + window + feature_map + (" + sink" if chosen.sink else "") + heads
+    if chosen.mlp == FULL:
+        return attention
+    return (f"{attention} + " if chosen.attention != FULL else "") + f"MLP {mlp_label(chosen)}"
+
+
+def mlp_label(chosen: Chosen) -> str:
+    """Return the name of an MLP's strategy with its width: full, thin 768."""
+    return chosen.mlp + (f" {chosen.mlp_width}" if chosen.mlp_width else "")

@@ -75,8 +75,9 @@ def planned_rows(plan: PlanFile) -> Rows:
     rows = layer_rows(plan.layers)
     if predicted := plan.valid_prediction:
         metric, value = next(iter(predicted.damage.items()), ("quality loss", 0.0))
-        every = ["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted", ""]
-        rows.append(every[: len(rows[0])])
+        every = ["all", f"KV {predicted.kv_fraction:.1%}", f"{metric} {value:.3f}", "predicted"]
+        of_mlps = [f"parameters {predicted.parameter_fraction:.1%}"] if "MLP" in rows[0] else []
+        rows.append([*every, *[""] * (len(rows[0]) - len(every) - len(of_mlps)), *of_mlps])
     return rows
 
 

@@ -19,7 +19,7 @@ from layerboost.costs.budget import (
     read_costs,
 )
 from layerboost.errors import ConfigError
-from layerboost.model.base import count_parameters
+from layerboost.model.base import count_parameters, mlp_facts
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Plan
 from layerboost.runtime import machine
@@ -45,15 +45,32 @@ def test_parameters_are_those_of_the_model_without_the_removed_attention(model_t
     model = tiny_model(model_type, layers=6)
     facts = info(6).model_copy(update=count_parameters(model.config))
     parameters = facts.parameters
-    assert parameters == sum(parameter.numel() for parameter in model.parameters())
+
+    def counted() -> int:
+        """Those of the language model, tied ones once."""
+        found = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        return sum(parameter.numel() for parameter in found)
+
+    assert parameters == counted()
     letters = "fnffnf"
     apply_plan(model, layer_plans(letters))
-    left = sum(parameter.numel() for parameter in model.parameters())
+    left = counted()
     assert budget(facts).plan(layer_plans(letters))["parameters"] == left < parameters
 
 
+@pytest.mark.parametrize("model_type", families(mlps=True))
+def test_parameters_are_those_of_the_model_with_thinned_and_removed_mlps(model_type: str) -> None:
+    model = tiny_model(model_type, layers=5)
+    facts = info(5).model_copy(update=count_parameters(model.config) | mlp_facts(model.config))
+    apply_plan(model, layer_plans("ftomz"))
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert budget(facts).plan(layer_plans("ftomz"))["parameters"] == left < facts.parameters
+
+
 def test_the_facts_of_a_tiny_llama_are_right() -> None:
-    found = info().model_copy(update=count_parameters(tiny_model(layers=4).config))
+    config = tiny_model(layers=4).config
+    assert info() == info().model_copy(update=mlp_facts(config))
+    found = info().model_copy(update=count_parameters(config))
     assert found.attention_parameters == info().attention_parameters
     assert (found.expert_parameters, found.active_parameters) == (0, found.parameters)
     assert found.idle_parameters(1) == 0
@@ -100,8 +117,11 @@ def test_decode_time_is_the_sum_of_its_parts() -> None:
     assert RATES.milliseconds(decode_work(model, layers, 8, 100)) == pytest.approx(expected)
     # Per-layer costs add up, which the integer program relies on.
     costs = budget(model)
-    parts = sum(costs.layer(entry)["decode_ms"] for entry in layers) + costs.plan([])["decode_ms"]
+    parts = sum(costs.added(entry)["decode_ms"] for entry in layers) + costs.base()["decode_ms"]
     assert costs.plan(layers)["decode_ms"] == pytest.approx(parts)
+    # Half of an MLP is not read and not multiplied with.
+    saved = 48 * 192 * (4 / 1e6 + 2 * 8 / 1e7)
+    assert costs.added(layer_plans("t")[0])["decode_ms"] == pytest.approx(-1e3 * saved)
 
 
 def test_where_kv_heads_differ_every_layer_takes_several_calls() -> None:
@@ -118,7 +138,8 @@ def test_where_kv_heads_differ_every_layer_takes_several_calls() -> None:
     # With the modules given, per-layer costs add up; the base takes one call per layer in any case.
     costs = Budget(model, 100, 8, {}, RATES.model_copy(update={"call_ms": 0.25}), module=1)
     layers = [whole[0], mixed, *whole[2:]]
-    parts = sum(costs.layer(entry)["decode_ms"] for entry in layers) + costs.plan([])["decode_ms"]
+    full = costs.plan(layer_plans("ffff"))["decode_ms"]
+    parts = sum(costs.added(entry)["decode_ms"] for entry in layers) + full
     assert costs.plan(layers)["decode_ms"] == pytest.approx(parts)
     assert costs.base() == Budget(model, 100, 8, {}, RATES).base()
 

@@ -26,6 +26,16 @@ def saved(folder: Path, letters: str) -> Path:
     return folder
 
 
+def test_thinned_mlps_keep_their_width(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "converted", "fton")
+    run_export(folder, "decilm", tmp_path / "exported")
+    config = AutoConfig.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    assert [block.ffn.intermediate_size for block in config.block_configs] == [96, 48, 48, 96]
+    assert config.intermediate_size == 96
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "exported"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_the_same_tensors_under_vllms_own_class(tmp_path: Path) -> None:
     folder, target = saved(tmp_path / "converted", "fnfn"), tmp_path / "exported"
     run_export(folder, "decilm", target)

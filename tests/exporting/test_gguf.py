@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "smollm3": ("granite_swa", "smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
     "phi3": ("granite_swa", "phi3", "fSns", {}),
     "absent": ("deci", "llama", "fnfn", {"rope_parameters": LLAMA3}),
+    "thinned": ("deci", "llama", "ftno", TIED),
     "absent-first": ("granite_swa", "qwen2", "nffn", {}),
     "absent-qwen2": ("deci", "qwen2", "ffnn", {}),
     "absent-phi3": ("deci", "phi3", "fnnf", TIED),
@@ -201,6 +202,7 @@ def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
     ("case", "key", "value"),
     [
         ("absent", "deci.attention.head_count_kv", [2, 0, 2, 0]),
+        ("thinned", "deci.feed_forward_length", [96, 48, 96, 48]),
         ("qwen3", "step35.attention.sliding_window_pattern", [False, True, True, True]),
         ("olmo2", "olmo2.attention.sliding_window_pattern", 2),
         ("gemma2-all", "gemma2.attention.sliding_window_pattern", 0),

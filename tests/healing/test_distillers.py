@@ -15,7 +15,7 @@ from layerboost.healing.distillers import (
 )
 from layerboost.model import linear
 from layerboost.model.linear import ONEDNN_PRODUCT
-from layerboost.model.stream import head_logits
+from layerboost.model.stream import LayerStream, head_logits
 from layerboost.recipe import Heal
 
 END = 1
@@ -29,13 +29,14 @@ def made(letters: str, model_type: str = "llama", **options: object) -> LogitDis
     for name, parameter in student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
         in_mlp = ("mlp" in name or "moe" in name) and not name.endswith(("expert_bias", "e_score_correction_bias"))
-        parameter.requires_grad_(layer >= first and (in_mlp or name.endswith("sinks")))
+        in_tower = "vis" in name
+        parameter.requires_grad_(not in_tower and layer >= first and (in_mlp or name.endswith("sinks")))
     teacher = tiny_model(model_type, len(letters)).requires_grad_(False)
     return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model_type", families())
-@pytest.mark.parametrize("letters", ["ffSns", "SnfsS"])
+@pytest.mark.parametrize("letters", ["ffSns", "SnfsS", "ftofm"])
 def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) -> None:
     cheap = made(letters, model_type)
     weights = torch.rand(IDS.shape)
@@ -143,3 +144,17 @@ def test_attention_distillation_crosses_no_layer_and_runs_the_base_once() -> Non
     assert calls == [1]
     touched = {name.split(".")[2] for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert touched == {"3"}
+
+
+@torch.no_grad()
+def test_a_thinned_mlp_learns_what_its_layer_adds() -> None:
+    letters = "ftozu"
+    student, teacher = boosted(letters), tiny_model(layers=5).requires_grad_(False)
+    found = AttentionDistiller(student, teacher, layer_plans(letters), END).layer_losses(IDS)
+    assert list(found) == [1, 2, 4]  # layer 3 has nothing to train
+    states, stream = teacher(IDS, output_hidden_states=True).hidden_states, LayerStream(student)
+    stream.forward(IDS)
+    for layer in (1, 2):
+        error = (stream.layer(layer, states[layer]) - states[layer + 1]).square().mean(-1)
+        added = (states[layer + 1] - states[layer]).square().mean((1, 2))
+        torch.testing.assert_close(found[layer], (error.mean(-1) / added).mean(), rtol=1e-4, atol=1e-5)

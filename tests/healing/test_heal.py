@@ -79,6 +79,28 @@ def test_healing_ends_with_the_best_step_merged(converted: Path, tmp_path: Path)
     assert (healed / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.pipeline
+def test_thinned_mlps_are_healed(converted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    plan = read_plan(converted / "run" / PLAN)
+    write_plan(run / PLAN, plan.model_copy(update={"layers": layer_plans("tuoz", 8)}))
+    run_stage("convert", recipe_of(converted), run)
+    healed = run_stage("heal", recipe_of(converted), run)
+    rows = read_metrics(run / "heal" / "metrics.jsonl")
+    assert {line.stage: line.tokens for line in rows} == {"fit": 4800, "attention": 300, "lora": 500}
+    validated = [line.validation_kl for line in rows if line.validation_kl is not None]
+    assert min(validated) < validated[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (run / "converted", healed))
+    assert after["model.layers.0.mlp.up_proj.weight"].shape[0] == 48
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    mlps = {f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in (0, 1, 2) for name in ("gate", "up", "down")}
+    assert changed == mlps | {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qkvo"
+    }
+    assert read_plan(healed / PLAN).layers == layer_plans("tuoz", 8)
+
+
 def test_a_fit_alone_heals(converted: Path, tmp_path: Path) -> None:
     run = copy_of(converted, tmp_path / "run")
     healed = run_stage("heal", recipe_of(converted, attention_tokens=0, tokens=0), run)

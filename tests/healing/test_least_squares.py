@@ -9,8 +9,9 @@ from tiny import boosted, families, fitted, layer_plans, tiny_model
 
 from layerboost.healing import least_squares
 from layerboost.healing.distillers import AttentionDistiller
-from layerboost.healing.least_squares import Sums, fit_outputs, fit_stage, projection_of, put
+from layerboost.healing.least_squares import fit_outputs, fit_stage, projection_of, put
 from layerboost.healing.student import with_adapters
+from layerboost.model.ridge import RIDGES, Sums
 
 LENGTH, TOKENS = 40, 40 * 30 - 7
 IDS = torch.randint(3, 20, (30, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def test_of_several_lengths_the_last_fifth_of_the_tokens_is_held_out() -> None:
             for layer, inputs, error in least_squares._errors(local, [local.changed[0], local.changed[-1]], ids[None]):
                 sums[layer][len(ids) > LENGTH].add(inputs, error)
     for layer, (seen, unseen) in sums.items():
-        ridge = min(least_squares.RIDGES, key=lambda ridge: unseen.remaining(seen.solve(ridge)))
+        ridge = min(RIDGES, key=lambda ridge: unseen.remaining(seen.solve(ridge)))
         expected = projection_of(local, layer).weight + (seen + unseen).solve(ridge).float()
         torch.testing.assert_close(found[layer], expected)
 
@@ -128,3 +129,11 @@ def test_a_fit_that_is_no_better_is_dropped_and_a_finished_one_is_loaded(
     fit_stage(again, list(IDS), TOKENS, tmp_path, lambda: {"validation_kl": next(iter([]))})
     assert not torch.equal(projection_of(again, 0).weight, before)
     assert torch.equal(projection_of(again, 0).weight, projection_of(local, 0).weight)
+
+
+def test_attention_is_fitted_to_the_bases_attention_whatever_the_mlp() -> None:
+    alone, thinned = made("fsfs"), made("fufs")
+    expected, found = (fit_outputs(each, list(IDS), TOKENS) for each in (alone, thinned))
+    assert found.keys() == expected.keys() == {1, 3}
+    assert all(torch.equal(found[layer], expected[layer]) for layer in found)
+    assert fit_outputs(made("ftfm"), list(IDS), TOKENS) == {}

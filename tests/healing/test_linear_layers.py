@@ -15,7 +15,7 @@ from tiny import RUNTIME, boosted, layer_plans, save_text, save_tiny, tiny_model
 from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
 from layerboost.model.base import find_model
 from layerboost.model.linear_attention import FEATURE_PARAMETERS
-from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import output_projection
 from layerboost.pipeline import run_stage
 from layerboost.schemas.healing import read_metrics
 from layerboost.schemas.plan import PlanFile, write_plan
@@ -91,7 +91,7 @@ def test_stage_1_compares_heads_before_the_output_projection() -> None:
     assert list(losses) == [1]
     heads: dict[str, torch.Tensor] = {}
     for name, model in (("base", teacher), ("student", student)):
-        projection: Any = decoder_layers(model)[1].self_attn.o_proj
+        projection = output_projection(model, 1)
         projection.register_forward_pre_hook(lambda _, args, name=name: heads.__setitem__(name, args[0]))
         model(IDS, use_cache=False)  # layer 0 is the base's, so the inputs of layer 1 are equal
     error = (heads["student"] - heads["base"]).square().mean((1, 2))

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MIXTURES, boosted, families, fitted, layer_plans, save_tiny, tiny_model
+from tiny import MIXTURES, boosted, families, fitted, layer_plans, row, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.healing.student import ROUTERS, adapted_layers, describe, shared_student, train_only, with_adapters
-from layerboost.model.families import FAMILIES
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.modeling import decoder_layers
 
@@ -52,6 +51,23 @@ def test_adapters_go_where_they_can_matter() -> None:
     assert found["lora"] == lora | {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2, 3, 4) for name in MLP}
 
 
+def test_a_layer_with_another_mlp_is_adapted_whole_and_a_missing_mlp_is_not() -> None:
+    found = adapted_layers(tiny_model(layers=5), layer_plans("ftomz"), None)
+    attention = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in (1, 3) for name in "qkvo"}
+    mlps = {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2) for name in MLP}
+    assert found == {"attention": attention | mlps, "lora": mlps}
+
+
+def test_the_student_has_the_thinned_mlps_of_the_checkpoint(tmp_path: Path) -> None:
+    teacher, checkpoint = tiny_model(layers=4), boosted("ftum")
+    with torch.no_grad():
+        checkpoint.model.layers[1].mlp.down_proj.weight += 0.1
+    checkpoint.save_pretrained(tmp_path)
+    student = shared_student(teacher, tmp_path, layer_plans("ftum"))
+    assert torch.equal(student(IDS).logits, checkpoint(IDS).logits)
+    assert torch.equal(teacher(IDS).logits, tiny_model(layers=4)(IDS).logits)
+
+
 def test_named_targets_take_the_place_of_the_default_in_full_layers_too() -> None:
     found = adapted_layers(tiny_model(layers=5), layer_plans("fSnfs"), ("q_proj", "up_proj"))["lora"]
     assert found == {
@@ -65,8 +81,12 @@ def test_every_family_has_something_to_adapt(model_type: str) -> None:
     letters = fitted("ffsss", model_type)
     found = adapted_layers(tiny_model(model_type, layers=5), layer_plans(letters), None)
     slides = {index for index, letter in enumerate(letters) if letter == "s"}
-    output = FAMILIES[model_type].output
-    assert {int(name.split(".")[2]) for name in found["lora"] if name.endswith(f"self_attn.{output}")} == slides
+    output = row(model_type).output
+
+    def layer_of(name: str) -> int:
+        return next(int(part) for part in name.split(".") if part.isdigit())
+
+    assert {layer_of(name) for name in found["lora"] if name.endswith(f"self_attn.{output}")} == slides
     linear = {
         index
         for index, layer in enumerate(decoder_layers(tiny_model(model_type, layers=5)))
@@ -74,7 +94,7 @@ def test_every_family_has_something_to_adapt(model_type: str) -> None:
         if isinstance(module, torch.nn.Linear) and "self_attn" not in name and not ROUTERS & set(name.split("."))
     }
     assert len(linear) == 5 or model_type in MIXTURES
-    adapted = {int(name.split(".")[2]) for name in found["lora"] if "self_attn" not in name}
+    adapted = {layer_of(name) for name in found["lora"] if "self_attn" not in name}
     assert adapted == linear & set(range(min(slides), 5))
     values = [name for name in found["lora"] if name.endswith(("v_proj", "qkv_proj"))]
     assert len(values) == len(slides)

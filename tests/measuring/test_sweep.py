@@ -10,9 +10,11 @@ from tiny import boosted, families, layer_plans, tiny_model
 from transformers import PreTrainedModel
 
 from layerboost.measuring.sweep import candidates, sweep
+from layerboost.model.modeling import decoder_layers
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
+from layerboost.model.thinning import thin_mlps
 from layerboost.probes.probe import TextProbe
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
@@ -30,12 +32,15 @@ def swept(
     plan: list[LayerPlan] | None = None,
     head_group: int | None = None,
     strategies: tuple[StrategyName, ...] = MEASURED,
+    mlp_widths: tuple[int, ...] = (),
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
-    stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows))
+    thinned = thin_mlps(base, batches, [(layer, width) for layer in range(4) for width in mlp_widths])
+    stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows), thinned)
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
-    sweep([probe], windows, [], lambda layers: found.__setitem__(slice(None), layers), plan, head_group, strategies)
+    save = lambda layers: found.__setitem__(slice(None), layers)  # noqa: E731
+    sweep([probe], windows, [], save, plan, head_group, strategies, mlp_widths)
     return found
 
 
@@ -59,7 +64,9 @@ def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Te
 def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     base, batches = tiny_model(family, layers=4), list(IDS.split(2))
     sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink and entry.window])
-    return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink})
+    thinned = thin_mlps(base, batches, [(entry.layer, entry.mlp_width) for entry in plan if entry.mlp_width])
+    of_layers = {layer: found for (layer, _), found in thinned.items()}
+    return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink}, of_layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,6 +118,31 @@ def test_scores_of_kv_heads_equal_full_forward_passes(family: str) -> None:
             plan[entry.layer] = variant.plan(entry.layer)
             for metric, values in naive(base, changed_model(family, plan)).items():
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+
+
+@pytest.mark.parametrize("family", families(sliding=False, mlps=True))
+def test_scores_of_mlps_equal_full_forward_passes(family: str) -> None:
+    base = tiny_model(family, layers=4)
+    found = swept(base, (8,), mlp_widths=(48, 24))
+    if family == "llama":
+        assert [entry.variants[:-3] for entry in found] == [entry.variants for entry in swept(base, (8,))]
+    for entry in found:
+        assert [label(variant) for variant in entry.variants[-3:]] == ["MLP thin 48", "MLP thin 24", "MLP none"]
+        for variant in entry.variants[-3:]:
+            plan = layer_plans("ffff")
+            plan[entry.layer] = variant.plan(entry.layer)
+            for metric, values in naive(base, changed_model(family, plan)).items():
+                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=5e-5), metric
+            assert "cosine" not in variant.scores
+
+
+def test_mlps_on_a_plan_with_thinned_mlps() -> None:
+    base, plan = tiny_model(layers=4), layer_plans("ftsf", 16)
+    rest = naive(base, changed_model("llama", layer_plans("ftff", 16)))
+    own = naive(base, changed_model("llama", layer_plans("fttf", 16)))
+    [variant] = [v for v in swept(base, (16,), plan, mlp_widths=(48,))[2].variants if v.mlp_width]
+    for metric in ("kl", "nll", "retrieval"):
+        assert variant.scores[metric].mean == pytest.approx(float((own[metric] - rest[metric]).mean()), abs=5e-5)
 
 
 def test_groups_of_kv_heads_and_a_single_group() -> None:
@@ -172,7 +204,8 @@ def test_local_scores(family: str) -> None:
     [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
     assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
     # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
-    base.model.layers[1].mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    second: Any = decoder_layers(base)[1]
+    second.mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     attended = base(IDS, output_hidden_states=True).hidden_states[2][:, :-1]
     cosine = 1 - torch.cosine_similarity(states[1], attended, dim=-1).mean()
     assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
@@ -184,7 +217,9 @@ def test_a_sweep_goes_on_where_it_stopped() -> None:
     probe = TextProbe(LayerStream(base), [IDS])
     saved: list[list[LayerSensitivity]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerboost.measuring.sweep.candidates", lambda *_: [LayerPlan(layer=_[1], attention="none")])
+        patch.setattr(
+            "layerboost.measuring.sweep.candidates", lambda *given: [LayerPlan(layer=given[1], attention="none")]
+        )
         sweep([probe], (8,), [], lambda layers: saved.append(list(layers)))
         again: list[list[LayerSensitivity]] = []
         sweep([TextProbe(LayerStream(base), [IDS])], (8,), saved[1], lambda layers: again.append(list(layers)))
@@ -229,4 +264,9 @@ def test_candidates_are_every_setting_of_every_strategy() -> None:
         "sliding 16",
         "sliding 16 + sink",
         "none",
+    ]
+    assert [label(plan) for plan in candidates(boosted("f"), 0, (8,), mlp_widths=(48, 24))[3:]] == [
+        "MLP thin 48",
+        "MLP thin 24",
+        "MLP none",
     ]

@@ -21,6 +21,7 @@ from tiny import (
     fitted,
     image_prompt,
     layer_plans,
+    row,
     tiny_model,
 )
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import WRAPPERS
 from layerboost.model.linear_attention import (
     FEATURE_PARAMETERS,
     gated_attention_reference,
@@ -70,7 +71,7 @@ grid = pytest.mark.parametrize(
         )
         for family in MODEL_TYPES
         for plan, letters in PLANS.items()
-        if FAMILIES[WRAPPERS.get(family, (family,))[0]].linear or "linear" not in plan
+        if row(family).linear or "linear" not in plan
     ],
 )
 

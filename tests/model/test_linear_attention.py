@@ -194,6 +194,14 @@ def test_the_cache_holds_what_is_counted(letters: str) -> None:
     assert held == plan_kv_bytes(shape, layer_plans(letters[:1]), len(ids[0]))
 
 
+@pytest.mark.parametrize("letters", ["lf", "Lf"])
+def test_beams_take_their_states_with_them(letters: str) -> None:
+    model, ids = boosted(letters), torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    cached, plain = (model.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
 def test_a_family_without_it_is_refused_by_name() -> None:
     from layerboost.errors import ConfigError
     from layerboost.model.surgery import check_plan

@@ -16,7 +16,7 @@ from tiny import HEADS, KV_HEADS, RUNTIME, image_prompt, layer_plans, save_text,
 
 import layerboost as lb
 from layerboost.costs.budget import decode_work
-from layerboost.engines.vllm import check_wrapper
+from layerboost.engines.vllm import check_family
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
 from layerboost.model.base import count_parameters, find_model
@@ -190,8 +190,10 @@ def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path) -> None:
     from layerboost.engines import vllm
 
     with pytest.raises(ConfigError, match=r"vLLM cannot serve [^$]+a wrapper, llava[^$]+bench.engine=transformers"):
-        check_wrapper(converted, "llava")
-    check_wrapper(stock, "llama")
+        check_family(converted, "llava")
+    check_family(stock, "llama")
+    with pytest.raises(ConfigError, match="family phimoe: vLLM's Transformers backend cannot build it"):
+        check_family(stock, "phimoe")
     if vllm.vllm_version():
         with pytest.raises(ConfigError, match="a wrapper, llava"):
             vllm.check(Bench(), [stock])

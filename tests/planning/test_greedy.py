@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import pytest
-from test_selection import sensitivity
+from test_selection import sensitivity, with_mlps
 
 from layerboost.costs.budget import Budget
 from layerboost.errors import ConfigError, InfeasibleBudget
@@ -49,6 +49,20 @@ def test_greedy_plans_meet_the_budget_and_are_near_the_best_there_is(harm: float
     plan = greedy(MADE, SETTINGS, measure)
     assert Budget.of(MADE, SETTINGS).met(plan)
     assert measure(plan)["kl"] <= 1.3 * best(measure)
+
+
+def test_greedy_plans_of_attention_and_mlps() -> None:
+    made, settings = with_mlps(), Plan(kv_fraction=0.6, parameter_fraction=0.8, context_tokens=64)
+
+    def measure(plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        sites = [site for entry in plan for site in entry.sites()]
+        return {"kl": sum(variant_of(made.layers[site.layer], site).scores["kl"].mean for site in sites)}
+
+    plan = greedy(made, settings, measure)
+    assert Budget.of(made, settings).met(plan)
+    assert any(entry.mlp_changed for entry in plan)
+    assert any(entry.attention_changed for entry in plan)
+    assert measure(plan)["kl"] <= 1.5 * measure(budget(made, settings))["kl"]
 
 
 def test_measuring_again_pays_where_scores_do_not_add_up() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,85 @@ def with_heads(layers: int = 3, kv_heads: int = 3, group: int = 1) -> Sensitivit
         measured.append(entry.model_copy(update={"heads": heads}))
     model = found.model.model_copy(update={"kv_heads": kv_heads})
     return found.model_copy(update={"layers": measured, "model": model})
+
+
+def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivity:
+    """Sensitivities of MLPs too."""
+    found, draw = sensitivity(layers), random.Random(7)
+
+    def variant(**fields: Any) -> Variant:
+        scores = {name: Score(mean=draw.random(), standard_error=0.01) for name in ("kl", "nll", "retrieval")}
+        return Variant(attention="full", scores=scores, **fields)
+
+    measured = [
+        entry.model_copy(
+            update={
+                "variants": [
+                    *entry.variants,
+                    *(variant(mlp="thin", mlp_width=width) for width in widths),
+                    variant(mlp="none"),
+                ]
+            }
+        )
+        for entry in found.layers
+    ]
+    return found.model_copy(update={"layers": measured})
+
+
+EVERY_SITE = [
+    attention.with_site(mlp)
+    for attention in layer_plans("fsSn")
+    for mlp in (
+        attention,
+        LayerPlan(layer=0, attention="full", mlp="thin", mlp_width=48),
+        LayerPlan(layer=0, attention="full", mlp="thin", mlp_width=24),
+        LayerPlan(layer=0, attention="full", mlp="none"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("kv", "parameters", "decode"), [(1.0, 0.8, None), (0.5, 0.75, None), (0.3, 0.6, None), (1.0, None, 0.7)]
+)
+def test_one_program_over_attention_and_mlps_finds_the_best_of_all_plans(
+    kv: float, parameters: float | None, decode: float | None, tmp_path: Path
+) -> None:
+    found = with_mlps(layers=2)
+    costs = Costs(rates=Rates(layer_ms=0.5, weight_bytes_per_s=1e6, kv_bytes_per_s=2e7))
+    write_json(tmp_path / "costs.json", costs)
+    settings = Plan(
+        kv_fraction=kv, parameter_fraction=parameters, decode_fraction=decode, context_tokens=100,
+        costs=str(tmp_path / "costs.json"),
+    )  # fmt: skip
+    chosen, limits = select(found, settings), Budget.of(found, settings)
+    assert limits.met(chosen)
+    best = min(
+        predict(found, plan, settings).damage.get("kl", 0)
+        for picked in itertools.product(EVERY_SITE, repeat=2)
+        if limits.met(plan := [entry.model_copy(update={"layer": layer}) for layer, entry in enumerate(picked)])
+    )
+    predicted = predict(found, chosen, settings)
+    assert predicted.damage.get("kl", 0) == pytest.approx(best)
+    assert predicted.parameter_fraction <= (parameters or 1) + 1e-9
+    assert parameters is None or any(entry.mlp_changed for entry in chosen)
+
+
+def test_kv_bytes_alone_leave_mlps_as_they_are_and_controls_do_too() -> None:
+    found = with_mlps()
+    for settings in (Plan(kv_fraction=0.4, context_tokens=100), Plan(method="threshold", context_tokens=100)):
+        assert not any(entry.mlp_changed for entry in select(found, settings))
+
+
+def test_an_infeasible_number_of_parameters_names_the_nearest() -> None:
+    settings = Plan(kv_fraction=1, parameter_fraction=0.05, context_tokens=100)
+    with pytest.raises(InfeasibleBudget, match=r"0 full, 0 sliding, 4 none; MLPs: 4 none\) has \d+\.\d% of the base's"):
+        select(with_mlps(), settings)
+
+
+def test_a_width_that_was_not_measured_is_named() -> None:
+    plan = [LayerPlan(layer=0, attention="full", mlp="thin", mlp_width=50)]
+    with pytest.raises(ConfigError, match=r"layer 0 was not measured as MLP thin 50[\s\S]*measure.mlp_widths"):
+        predict(with_mlps(layers=1), plan, Plan())
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.4, 0.6, 0.9])

@@ -28,6 +28,21 @@ def test_a_plan_round_trips_with_one_line_a_layer(tmp_path: Path) -> None:
     assert "  - {layer: 2, attention: sliding, window: 16, sink: true}\n" in file.read_text()
 
 
+def test_thinned_mlps_are_written_and_full_ones_are_not(tmp_path: Path) -> None:
+    file, made = tmp_path / "plan.yaml", plan("ftmo")
+    write_plan(file, made)
+    assert read_plan(file) == made
+    text = file.read_text()
+    assert "  - {layer: 0, attention: full}\n" in text
+    assert "  - {layer: 1, attention: full, mlp: thin, mlp_width: 48}\n" in text
+    assert "  - {layer: 2, attention: full, mlp: none}\n" in text
+    assert made.hash() not in (plan("ffmo").hash(), plan("ftmn").hash())
+
+
+def test_hashes_of_plans_that_older_releases_wrote_stay() -> None:
+    assert layer_plans("S")[0].key() == {"layer": 0, "attention": "sliding", "window": 16, "sink": True}
+
+
 def test_the_hash_is_of_what_a_plan_does() -> None:
     assert plan().hash() == plan().model_copy(update={"method": "by hand"}).hash()
     assert plan().hash() != plan("fsSf").hash()
@@ -37,10 +52,12 @@ def test_the_hash_is_of_what_a_plan_does() -> None:
     ("old", "new", "message"),
     [
         ("layer: 3, attention: none", "layer: 4, attention: none", "layers 0 to 3"),
-        ("attention: full", "attention: linear", "attention"),
+        ("attention: full", "attention: ring", "attention"),
         ("window: 16}", "window: 0}", "window"),
         ("window: 16}", "window: 8}", "one window"),
         ("attention: full", "attention: full, window: 8", "takes no window"),
+        ("attention: full", "attention: full, mlp: thin", "an MLP that is thin needs an mlp_width"),
+        ("attention: full", "attention: full, mlp_width: 48", "an MLP that is full takes no mlp_width"),
         ("method: budget", "methods: budget", "methods"),
         ("schema_version: 2", "schema_version: 1", "schema_version"),
         ("layers:", "layers: [", "not a valid PlanFile"),

@@ -18,7 +18,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FEATURE_MAPS
+from layerboost.strategies import FEATURE_MAPS, FULL
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -96,7 +96,7 @@ def decode_work(
     attention calls besides one per layer. `module`: KV heads per call, by default as many as the layers allow.
     """
     attention = sum(entry.strategy.keeps_weights for entry in layers)
-    weights = _body_parameters(model) + model.hidden_size * model.vocabulary + attention * model.attention_parameters
+    weights = _body_parameters(model, layers) + model.hidden_size * model.vocabulary
     held = requests * plan_kv_bytes(model, layers, context_tokens)
     read = (weights - model.idle_parameters(requests)) * model.bytes_per_element
     flops = 2 * (weights - model.idle_parameters(1)) * requests
@@ -108,8 +108,7 @@ def prefill_work(
 ) -> np.ndarray:
     """Return the work `[7]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
     attention = sum(entry.strategy.keeps_weights for entry in layers)
-    body, head = _body_parameters(model), model.hidden_size * model.vocabulary
-    weights = body + attention * model.attention_parameters
+    weights, head = _body_parameters(model, layers), model.hidden_size * model.vocabulary
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
     flops = 2 * ((weights - model.idle_parameters(1)) * prompt_tokens + head * passes)
@@ -162,22 +161,20 @@ class Budget:
         return limits
 
     def plan(self, layers: Sequence[LayerPlan]) -> dict[str, float]:
-        """Return every cost of a plan, for one request of the budget's context; of no layers, the rest of the model."""
-        attention = sum(entry.strategy.keeps_weights for entry in layers)
-        body = self.model.parameters - self.model.layers * self.model.attention_parameters
+        """Return every cost of a plan, for one request of the budget's context."""
         costs = {
             KV_BYTES: float(plan_kv_bytes(self.model, layers, self.context_tokens)),
-            PARAMETERS: float(body + attention * self.model.attention_parameters),
+            PARAMETERS: float(plan_parameters(self.model, layers)),
         }
         if self.rates is not None:
             work = decode_work(self.model, layers, self.concurrency, self.context_tokens, self.module)
             costs[DECODE_MS] = self.rates.milliseconds(work)
         return costs
 
-    def layer(self, entry: LayerPlan) -> dict[str, float]:
-        """Return the costs that one layer adds to a plan."""
-        without = self.plan([])
-        return {name: cost - without[name] for name, cost in self.plan([entry]).items()}
+    def added(self, entry: LayerPlan) -> dict[str, float]:
+        """Return the costs that a layer adds to a plan in which it was full: negative, what it saves."""
+        full = self.plan([LayerPlan(layer=entry.layer, attention=FULL)])
+        return {name: cost - full[name] for name, cost in self.plan([entry]).items()}
 
     def base(self) -> dict[str, float]:
         """Return the costs of the base."""
@@ -215,13 +212,20 @@ def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:
     return full * (tokens * (tokens + 1) // 2) + others * (seen * (seen + 1) // 2 + (tokens - seen) * seen)
 
 
+def plan_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:
+    """Return the parameters of a plan, in which a layer that `layers` leave out has its MLP alone."""
+    attention = sum(entry.strategy.keeps_weights for entry in layers) - model.layers
+    removed = sum(model.removed_from_mlp(entry.mlp_width) for entry in layers if entry.mlp_changed)
+    return model.parameters + attention * model.attention_parameters - removed
+
+
 def _further_calls(model: ModelInfo, layers: Sequence[LayerPlan], module: int | None) -> int:
     """Return the attention calls of a pass besides one per layer with attention."""
     calls = model.kv_heads // (module or module_heads(model.kv_heads, layers))
     return (calls - 1) * sum(entry.strategy.keeps_weights for entry in layers)
 
 
-def _body_parameters(model: ModelInfo) -> int:
-    """Return the parameters that every token is multiplied with, without attention and head."""
+def _body_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:
+    """Return the parameters of a plan that every token is multiplied with, without the head."""
     embeddings = (1 if model.tied_head else 2) * model.hidden_size * model.vocabulary
-    return model.parameters - embeddings - model.layers * model.attention_parameters
+    return plan_parameters(model, layers) - embeddings

@@ -115,7 +115,7 @@ def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     window = model.sliding_window
     return [
         LayerPlan(layer=entry.layer, attention="sliding", window=window)
-        if not entry.changed and entry.layer in model.sliding_layers
+        if not entry.attention_changed and entry.layer in model.sliding_layers
         else entry
         for entry in layers
     ]

@@ -130,7 +130,7 @@ def kv_bytes(plan: PlanFile, context_tokens: int, slots: int, ubatch_tokens: int
     full = math.ceil(context_tokens / CELLS) * CELLS
     window = plan.window or 0
     sliding = min(full, math.ceil((window + ubatch_tokens) / CELLS) * CELLS)
-    kept = sum(not entry.changed for entry in plan.layers)
+    kept = sum(not entry.attention_changed for entry in plan.layers)
     cells = kept * full + (len(plan.layers) - kept) * sliding
     return 2 * 2 * plan.model.kv_heads * plan.model.head_dim * cells * slots
 

@@ -17,7 +17,7 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, p
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
-from layerboost.model.families import WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
 from layerboost.recipe import Bench, EngineName, Recipe
@@ -54,7 +54,7 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     for folder in folders:
         check_folder(folder)
         if (folder / "config.json").is_file():
-            check_wrapper(folder, plain_config(folder)["model_type"])
+            check_family(folder, plain_config(folder)["model_type"])
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -88,7 +88,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     config = check_checkpoint(model)
     check_folder(model)
     if ARCHITECTURE in str(config.get("architectures")):
-        check_wrapper(model, config["model_type"])
+        check_family(model, config["model_type"])
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
     flags = serving_flags(read_plan(model / PLAN), given) if (model / PLAN).is_file() else ()
@@ -102,12 +102,18 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
     return launched(name, folder, recipe.bench, log_file)
 
 
-def check_wrapper(folder: Path, model_type: str) -> None:
-    """Raise ConfigError for a model that vLLM could not serve boosted: a language model inside a wrapper."""
+def check_family(folder: Path, model_type: str) -> None:
+    """Raise ConfigError for a model that vLLM could not serve boosted: a language model inside a wrapper, or a family
+    that its backend cannot build."""
+    reason = ""
     if model_type in WRAPPERS:
+        reason = f"a wrapper, {model_type}: vLLM's class for it makes a stock language model, which knows no plan"
+    elif model_type in FAMILIES and not FAMILIES[model_type].vllm:
+        reason = f"family {model_type}: vLLM's Transformers backend cannot build it"
+    if reason:
         raise ConfigError(
             f"vLLM cannot serve {folder} boosted",
-            found=f"a wrapper, {model_type}: vLLM's class for it makes a stock language model, which knows no plan",
+            found=reason,
             do="use Transformers (bench.engine=transformers), or serve its base",
         )
 

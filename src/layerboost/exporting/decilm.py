@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from layerboost.exporting import configuration_decilm
-from layerboost.model.modeling import skipped_layers
+from layerboost.model.mlp import recorded_widths
+from layerboost.model.modeling import base_config, skipped_layers
 
 # By what a family differs from Llama, in settings that vLLM's class reads.
 SETTINGS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}}
@@ -32,7 +33,7 @@ def decilm_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the plain config of a boosted Llama-shaped config as DeciLM."""
     dropped = DROPPED if "sliding_attention" in config.layer_types else DROPPED + WINDOW
     plain = {key: value for key, value in config.to_dict().items() if key not in dropped}
-    skipped = set(skipped_layers(config))
+    skipped, widths, full = set(skipped_layers(config)), recorded_widths(config), base_config(config).intermediate_size
     group = config.num_attention_heads // config.num_key_value_heads
     blocks = [
         {
@@ -41,7 +42,7 @@ def decilm_config(config: PreTrainedConfig) -> dict[str, Any]:
                 "n_heads_in_group": None if layer in skipped else group,
                 "replace_with_linear": False,
             },
-            "ffn": {"no_op": False, "intermediate_size": config.intermediate_size, "replace_with_linear": False},
+            "ffn": {"no_op": False, "intermediate_size": widths.get(layer, full), "replace_with_linear": False},
         }
         for layer in range(config.num_hidden_layers)
     ]

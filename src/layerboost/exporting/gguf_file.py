@@ -30,7 +30,8 @@ from layerboost.exporting.tensors import (
 )
 from layerboost.model.card import CARD
 from layerboost.model.files import Tensors
-from layerboost.model.modeling import skipped_layers
+from layerboost.model.mlp import recorded_widths
+from layerboost.model.modeling import base_config, skipped_layers
 from layerboost.runtime import Progress
 from layerboost.schemas.run import PLAN
 
@@ -86,10 +87,11 @@ def _granite_settings(config: PreTrainedConfig) -> Settings:
 
 def _deci_settings(config: PreTrainedConfig) -> Settings:
     skipped, layers = skipped_layers(config), range(config.num_hidden_layers)
+    widths, full = recorded_widths(config), base_config(config).intermediate_size
     return {
         "attention.head_count": [0 if layer in skipped else config.num_attention_heads for layer in layers],
         "attention.head_count_kv": [0 if layer in skipped else config.num_key_value_heads for layer in layers],
-        "feed_forward_length": [config.intermediate_size for _ in layers],
+        "feed_forward_length": [widths.get(layer, full) for layer in layers],
     }
 
 
@@ -258,7 +260,7 @@ def _settings(config: PreTrainedConfig) -> Settings:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": base_config(config).intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim(config),

@@ -20,6 +20,7 @@ from layerboost.strategies import STRATEGIES
 
 # What a layer of a plan may need of a format.
 SLIDING, SINK, NONE, KV_HEADS = "a sliding window", "a sink", "no attention", "full KV heads in a sliding layer"
+THIN, NO_MLP = "a thinned MLP", "no MLP"
 EVERYTHING, NO_SINKS = frozenset({SLIDING, SINK, NONE}), frozenset({SLIDING, NONE})
 # Families that differ from Llama by settings that its formats have.
 PLAIN_LLAMAS = ("llama", "mistral", "ministral", "qwen2", "phi3")
@@ -133,7 +134,7 @@ TARGETS = {
             "DeciLMForCausalLM, a Hugging Face directory",
             "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
             ("llama", "qwen2"),
-            NO_SINKS,
+            NO_SINKS | {THIN},
             rope=FIXED | {"dynamic"},
             keeps_first=True,
         ),
@@ -155,7 +156,7 @@ TARGETS = {
         _gguf(
             "deci",
             PLAIN_LLAMAS,
-            holds=frozenset({NONE}),
+            holds=frozenset({NONE, THIN}),
             rope=FIXED,
             keeps_first=True,
             removed_tokens=None,
@@ -194,9 +195,10 @@ def described_targets() -> dict[str, dict[str, str]]:
 
 def needs(entry: LayerPlan, slides: bool) -> list[str]:
     """Return what a layer needs of a format; `slides`: whether the base's layer has a window of its own."""
-    found = [SLIDING] if entry.window or (slides and not entry.changed) else []
+    found = [SLIDING] if entry.window or (slides and not entry.attention_changed) else []
     found += [SINK] if entry.sink else []
     found += [KV_HEADS] if entry.full_kv_heads else []
+    found += {"full": [], "thin": [THIN], "none": [NO_MLP]}[entry.mlp]
     return found + ([] if STRATEGIES[entry.attention].keeps_weights else [NONE])
 
 

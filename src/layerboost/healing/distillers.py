@@ -123,7 +123,7 @@ class AttentionDistiller(Distiller):
 
     A sliding layer's attention gets the input of the teacher's attention and learns its output; a linear layer's
     learns what the output projection gets (LoLCATs), unless its feature map has nothing to learn. A layer without
-    attention has only its MLP: it gets the input of the teacher's layer and learns what the layer adds to the stream.
+    attention, or with another MLP, gets the input of the teacher's layer and learns what the layer adds to the stream.
     One forward pass of the teacher serves all layers; while a stretch of text is repeated, its activations are cached.
     """
 
@@ -157,7 +157,7 @@ class AttentionDistiller(Distiller):
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
-            added = call.output if plan.strategy.keeps_weights else call.output - _hidden(call.args, call.kwargs)
+            added = call.output if plan.attention_alone else call.output - _hidden(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
@@ -190,7 +190,7 @@ class AttentionDistiller(Distiller):
 
     @staticmethod
     def _module(model: PreTrainedModel, plan: LayerPlan) -> nn.Module:
-        return attention_of(model, plan.layer) if plan.strategy.keeps_weights else decoder_layers(model)[plan.layer]
+        return attention_of(model, plan.layer) if plan.attention_alone else decoder_layers(model)[plan.layer]
 
 
 @dataclass(frozen=True)

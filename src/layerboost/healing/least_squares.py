@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from layerboost.healing.data import lengths_of
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.metrics import Metrics
 from layerboost.healing.training import replacing
+from layerboost.model.ridge import Sums, best_change, held_out
 from layerboost.model.surgery import output_projection
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
@@ -29,48 +29,8 @@ from layerboost.schemas.healing import METRICS
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import SLIDING
 
-# In units of the inputs' mean square; each layer takes the best on held-out sequences.
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # one token in five is held out, in whole sequences
 MOST_BYTES = 2 << 30  # of sums at once: a wide model needs several passes of the base
 STAGE = "fit"
-
-
-@dataclass
-class Sums:
-    """Sums over tokens: error times input `[E, I]`, input times input `[I, I]`, and the squared error."""
-
-    cross: torch.Tensor
-    square: torch.Tensor
-    error: float = 0.0
-
-    @staticmethod
-    def zeros(projection: nn.Linear) -> Sums:
-        """Return empty sums: float64, on the projection's device."""
-        cross = torch.zeros_like(projection.weight, dtype=torch.float64, requires_grad=False)
-        return Sums(cross, cross.new_zeros(cross.shape[1], cross.shape[1]))
-
-    def add(self, inputs: torch.Tensor, error: torch.Tensor) -> None:
-        """Add the tokens of inputs `[B, T, I]` and errors `[B, T, E]`."""
-        inputs, error = inputs.flatten(0, 1).float(), error.flatten(0, 1).float()
-        self.cross += error.T @ inputs
-        self.square += inputs.T @ inputs
-        self.error += float(error.square().sum())
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.cross + other.cross, self.square + other.square, self.error + other.error)
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """Return the M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
-        diagonal = self.square.diagonal()
-        # Without inputs (a dead layer) the matrix is still positive.
-        regular = self.square + torch.diag(torch.full_like(diagonal, ridge * float(diagonal.mean()) + 1e-12))
-        return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(regular)).T
-
-    def remaining(self, change: torch.Tensor) -> float:
-        """Return the fraction of the squared error that remains after a change M `[E, I]` of the projection."""
-        gain = 2 * (change * self.cross).sum() - ((change @ self.square) * change).sum()
-        return 1 - float(gain) / self.error if self.error else 1.0
 
 
 def check_fit(recipe: Recipe) -> None:
@@ -144,7 +104,8 @@ def fit_outputs(
     # Full sequences: a shorter last one might fit into the window, and would show nothing.
     ends = [end for end in accumulate(map(len, sequences)) if end <= tokens]
     total, device = ends[-1], next(distiller.student.parameters()).device
-    sliding = [entry for entry in distiller.changed if entry.attention == SLIDING]
+    sites = [site for entry in distiller.changed for site in entry.sites()]
+    sliding = [site for site in sites if site.attention == SLIDING]
     groups = list(_groups(distiller, sliding))
     fitted = {}
     with Progress("fitting output projections", len(groups) * total, "tokens") as progress:
@@ -154,9 +115,8 @@ def fit_outputs(
                 for entry in group
             }
             for row, end in zip(sequences, ends, strict=False):
-                held_out = end * HELD_OUT > total * (HELD_OUT - 1)
                 for layer, inputs, error in _errors(distiller, group, row[None].to(device)):
-                    sums[layer][held_out].add(inputs, error)
+                    sums[layer][held_out(end, total)].add(inputs, error)
                 progress.advance(len(row))
             for layer, (seen, unseen) in sums.items():
                 if not math.isfinite(seen.error + unseen.error):
@@ -164,10 +124,10 @@ def fit_outputs(
                         f"the attention of layer {layer} is not finite on the text it is fitted to",
                         do="look for the cause in the base: `layerboost evaluate` names layer and token",
                     )
-                remaining, ridge = min((unseen.remaining(seen.solve(ridge)), ridge) for ridge in RIDGES)
-                if remaining < 1:
+                change = best_change(seen, unseen)
+                if change is not None:
                     weight = projection_of(distiller, layer).weight
-                    fitted[layer] = (weight.double() + (seen + unseen).solve(ridge)).to(weight.dtype)
+                    fitted[layer] = (weight.double() + change).to(weight.dtype)
     return fitted
 
 

@@ -66,15 +66,16 @@ def adapted_layers(
 
     They are linear layers, and packed experts, of which all parameters get one. Routers never do.
 
-    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP; a linear layer trains
-    its feature maps instead. Stage 2: `targets` from the first changed layer up, also in full layers; below it, student
-    and base are equal. By default v and o of changed layers, and the MLPs. Experts are adapted where a layer has
-    nothing else to learn through, or if `targets` name them. Raise ConfigError for targets that do not exist, naming
-    those that do, and for routers.
+    Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP, both in a layer with
+    another MLP; a linear layer trains its feature maps instead. Stage 2: `targets` from the first changed layer up,
+    also in full layers; below it, student and base are equal. By default v and o of changed layers, and the MLPs.
+    Experts are adapted where a layer has nothing else to learn through, or if `targets` name them. Raise ConfigError
+    for targets that do not exist, naming those that do, and for routers.
     """
-    keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.changed}
+    keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.attention_changed}
+    mlps = {entry.layer: entry.mlp for entry in layers if entry.mlp_changed}
     linear = {entry.layer for entry in layers if entry.feature_map}
-    first = min(keeps, default=0)
+    first = min([*keeps, *mlps], default=0)
     family = FAMILIES[model.config.get_text_config().model_type]
     values = {*VALUES, family.output}
     prefix = _layers_name(model)
@@ -93,9 +94,11 @@ def adapted_layers(
         has_attention = keeps.get(layer)  # None in an unchanged layer
         if in_attention and has_attention is False:
             continue
+        if not in_attention and mlps.get(layer) == "none":
+            continue
         if packed and has_attention is False:
             experts.setdefault(layer, set()).add(full_name)
-        elif has_attention is not None and has_attention == in_attention and layer not in linear:
+        elif layer not in linear and (layer in mlps or (has_attention is not None and has_attention == in_attention)):
             stage1.add(full_name)
         by_default = not packed and (not in_attention or (has_attention is True and parts[-1] in values))
         if layer >= first and (parts[-1] in targets if targets else by_default):

@@ -23,14 +23,14 @@ from layerboost.schemas.sensitivity import (
     Variant,
     read_sensitivity,
 )
-from layerboost.strategies import FeatureMapName, StrategyName
+from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
 
 RESAMPLES = 2000
 LEAST_LAYERS = 4
 
-# Strategy, window, sink, whether it is of KV heads and not of layers (then with the sink that each layer measured), and
-# the feature map.
-Kind = tuple[StrategyName, int | None, bool, bool, FeatureMapName | None]
+# Strategy, window, sink, whether it is of KV heads and not of layers (then with the sink that each layer measured), the
+# feature map, and the MLP's strategy and width.
+Kind = tuple[StrategyName, int | None, bool, bool, FeatureMapName | None, MLPName, int | None]
 
 
 def run_stability(run: Path, others: list[Path]) -> Stability:
@@ -102,11 +102,11 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 
     for entry in sensitivity.layers:
         for variant in entry.variants:
-            kind = (variant.attention, variant.window, variant.sink, False, variant.feature_map)
-            put(kind, layers, entry.layer, variant)
+            of_attention = (variant.attention, variant.window, variant.sink, False, variant.feature_map)
+            put((*of_attention, variant.mlp, variant.mlp_width), layers, entry.layer, variant)
         for variant in entry.heads:
             site = entry.layer * heads + min(set(range(heads)) - set(variant.full_kv_heads))
-            put((variant.attention, variant.window, False, True, None), layers * heads, site, variant)
+            put((variant.attention, variant.window, False, True, None, FULL, None), layers * heads, site, variant)
     return table
 
 
@@ -132,6 +132,8 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
         sink=kind[2],
         kv_heads=kind[3],
         feature_map=kind[4],
+        mlp=kind[5],
+        mlp_width=kind[6],
         metric=metric,
         other_metric=other,
         spearman=float(_spearman(a, b)),
@@ -159,5 +161,9 @@ def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
 
 
 def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
-    kinds: Sequence[str] = [f"{kind[0]} {kind[1] or ''}".strip() for kind in scores if not kind[2] and not kind[3]]
+    kinds: Sequence[str] = [
+        f"{kind[0]} {kind[1] or ''}".strip() if kind[5] == FULL else f"MLP {kind[5]} {kind[6] or ''}".strip()
+        for kind in scores
+        if not kind[2] and not kind[3]
+    ]
     return ", ".join(kinds)

@@ -18,7 +18,8 @@ from layerboost.model.checkpoint import check_same_model
 from layerboost.model.files import check_gguf
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
-from layerboost.model.surgery import check_linear, check_plan, check_windows
+from layerboost.model.surgery import check_linear, check_mlps, check_plan, check_windows
+from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
 from layerboost.recipe import Recipe, model_of
@@ -26,7 +27,7 @@ from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, read_json, write_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
 from layerboost.strategies import LINEAR, MEASURED
@@ -62,6 +63,12 @@ def validate_measure(recipe: Recipe) -> None:
             "retrieval prompts must be longer than every window",
             found=f"{recipe.measure.retrieval_tokens} tokens, window {max(recipe.measure.windows)}",
             do="raise measure.retrieval_tokens, or set measure.retrieval_prompts to 0",
+        )
+    if "attention" not in recipe.measure.components:
+        raise ConfigError(
+            "attention is always measured",
+            found=f"measure.components {', '.join(recipe.measure.components) or 'empty'}",
+            do="set it to [attention], or to [attention, mlp]",
         )
     filler = filler_tokens(recipe)
     own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
@@ -113,8 +120,9 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     info, runtime = base.info, base.runtime
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
-    head_group = _head_group(recipe, base.config)
+    head_group, mlp_widths = _head_group(recipe, base.config), _mlp_widths(recipe, base.config)
     settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
+    settings["mlp_widths"] = mlp_widths or None
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
     if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
@@ -123,7 +131,10 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     model = base.load()
     batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
     sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
-    stream = LayerStream(model, sinks)
+    done = found.layers if found else []
+    wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
+    wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
+    stream = LayerStream(model, sinks, thin_mlps(model, batches, sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]
@@ -147,11 +158,11 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
-    done = found.layers if found else []
     exact = None if scans else head_group
     sweep(
         *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact),
         strategies=recipe.measure.strategies,
+        mlp_widths=mlp_widths,
     )
     assert found is not None
     if scans and head_group:
@@ -186,6 +197,7 @@ def _check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
     if LINEAR in recipe.measure.strategies:
         check_linear(config)
     _head_group(recipe, config)
+    _mlp_widths(recipe, config)
 
 
 def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
@@ -235,6 +247,15 @@ def _plan(recipe: Recipe, config: Any, info: ModelInfo) -> PlanFile | None:
             do="add it to measure.windows",
         )
     return plan
+
+
+def _mlp_widths(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
+    """Return the widths of MLPs to measure; none if MLPs are not. Raise ConfigError if the model has no such MLPs."""
+    if "mlp" not in recipe.measure.components:
+        return []
+    widths = widths_of(config, recipe.measure.mlp_widths)
+    check_mlps(config, [LayerPlan(layer=0, attention="full", mlp="thin", mlp_width=width) for width in widths])
+    return widths
 
 
 def _head_group(recipe: Recipe, config: PreTrainedConfig) -> int | None:

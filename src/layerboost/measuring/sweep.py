@@ -5,6 +5,7 @@ With `head_group`, also every group of a layer's KV heads with every window."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,17 @@ from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, MEASURED, SLIDING, STRATEGIES, WINDOW, StrategyName
+from layerboost.strategies import (
+    FULL,
+    FULL_KV_HEADS,
+    MEASURED,
+    MLP_STRATEGIES,
+    SLIDING,
+    STRATEGIES,
+    WINDOW,
+    StrategyName,
+    label,
+)
 
 
 @torch.no_grad()
@@ -27,12 +38,14 @@ def sweep(
     plan: Sequence[LayerPlan] | None = None,
     head_group: int | None = None,
     strategies: Sequence[StrategyName] = MEASURED,
+    mlp_widths: Sequence[int] = (),
 ) -> None:
     """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
 
     `strategies`: what replaces a layer's attention.
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
     loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
+    `mlp_widths`: those of thinned MLPs; none measures attention alone.
     Memory: one hidden state per token for the base's output and for two layers, and the prefix caches of `TextProbe`.
     Under torchrun the ranks take turns with the layers; `save` is called on all of them.
     """
@@ -51,7 +64,7 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    options = candidates(streams[0].stream.model, index, windows, strategies)
+                    options = candidates(streams[0].stream.model, index, windows, strategies, mlp_widths)
                     pending.append(_measure(probes, index, options, plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
@@ -63,19 +76,31 @@ def sweep(
 
 
 def candidates(
-    model: PreTrainedModel, layer: int, windows: Sequence[int], strategies: Sequence[StrategyName] = MEASURED
+    model: PreTrainedModel,
+    layer: int,
+    windows: Sequence[int],
+    strategies: Sequence[StrategyName] = MEASURED,
+    mlp_widths: Sequence[int] = (),
 ) -> list[LayerPlan]:
-    """Return every replacement of one layer: each of the strategies with all of its settings.
+    """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each of the strategies with
+    all of its settings.
 
-    A layer that slides in the base can only be removed.
+    Attention that slides in the base can only be removed.
     """
     slides = base_layer_types(model.config.get_text_config())[layer] == "sliding_attention"
-    return [
-        LayerPlan(layer=layer, attention=name, **fields)
+    found: list[dict[str, Any]] = [
+        {"attention": name, **fields}
         for name, strategy in STRATEGIES.items()
         if name in strategies and not (slides and WINDOW in strategy.settings)
         for fields in strategy.variants(windows)
     ]
+    found += [
+        {"attention": FULL, "mlp": name, **fields}
+        for name, strategy in MLP_STRATEGIES.items()
+        if name != FULL and mlp_widths
+        for fields in strategy.variants(windows, mlp_widths)
+    ]
+    return [LayerPlan(layer=layer, **fields) for fields in found]
 
 
 def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: int) -> list[LayerPlan]:
@@ -135,7 +160,7 @@ def _variants(probes: Sequence[Probe], index: int, options: list[LayerPlan], res
             losses["cosine"] = _cosine(probes, index)
         scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
-        check_finite(f"layer {index} made {option.attention}", means, probes[0].streams.stream.model.dtype)
+        check_finite(f"layer {index} made {label(option)}", means, probes[0].streams.stream.model.dtype)
         variants.append(Variant(**option.model_dump(exclude={"layer"}), scores=scores))
     return variants
 

@@ -297,8 +297,11 @@ def window_blocks(queries: int, keys: int, window: int, split: bool, device: tor
         last, end = first + FLEX_BLOCK - 1, start + FLEX_BLOCK - 1
         some = (start <= last) & (end.clamp(max=keys - 1) > first - window)
         whole = (end <= first) & (start > last - window) & (last < keys)
-        lists = [*listed(some & ~whole), *listed(whole)] if split else listed(some)
-        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(queries, keys))
+        counts, indices = listed(some & ~whole if split else some)
+        whole_counts, whole_indices = listed(whole) if split else (None, None)
+        return BlockMask.from_kv_blocks(
+            counts, indices, whole_counts, whole_indices, FLEX_BLOCK, seq_lengths=(queries, keys)
+        )
 
 
 @functools.cache

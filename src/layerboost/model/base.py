@@ -37,6 +37,7 @@ from layerboost.model.files import (
 )
 from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
+from layerboost.model.mlp import mlp_output, set_mlp
 from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers, make_attention_free
 from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
@@ -126,6 +127,7 @@ class Base:
             vocabulary=config.vocab_size,
             tied_head=self.model_config.tie_word_embeddings,
             **count_parameters(self.model_config),
+            **mlp_facts(self.model_config),
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
@@ -276,6 +278,22 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
         "expert_parameters": sum(parameter.numel() for parameter in experts),
         "expert_fraction": experts_per_token(config.get_text_config()) / len(experts[0]) if experts else 1.0,
     }
+
+
+def mlp_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the facts of ModelInfo about MLPs, empty for a model whose MLPs cannot be thinned. No memory is used."""
+    with torch.device("meta"):
+        layers: Any = decoder_layers(auto_class(config).from_config(config))
+    outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
+    widths = {output.in_features for output in outputs if output}
+    if len(widths) > 1 or None in outputs:
+        return {}
+    [width] = widths
+    sizes = []
+    for kept in (width, width - 1):
+        set_mlp(layers[0], kept)
+        sizes.append(sum(parameter.numel() for parameter in layers[0].mlp.parameters()))
+    return {"mlp_width": width, "mlp_parameters": sizes[0], "neuron_parameters": sizes[0] - sizes[1]}
 
 
 def _sha256(file: Path) -> str:

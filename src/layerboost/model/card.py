@@ -14,7 +14,7 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.model.families import WRAPPERS
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
-from layerboost.strategies import FULL, STRATEGIES
+from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -103,6 +103,8 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
+    if predicted and any(entry.mlp_changed for entry in plan.layers):
+        cache += f" It has {predicted.parameter_fraction:.0%} of the base's parameters."
     experts = (
         f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
         f"{plan.model.parameters / 1e6:,.0f} M parameters."
@@ -111,11 +113,7 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
     )
     own, reach = _full_layers(plan)
     auto, task = WRAPPER if plan.model.model_type in WRAPPERS else LANGUAGE_MODEL
-    meanings = "; ".join(
-        f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
-        for each in STRATEGIES.values()
-        if each.name in counts(plan.layers)
-    )
+    meanings = _meanings(plan, own)
     return f"""{front_matter(origin, ("sliding-window-attention",) if plan.window else (), task)}
 
 # {name}, boosted
@@ -151,6 +149,18 @@ model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 A token can be looked up beyond the window only through the {reach}: test retrieval at your context length before
 serving. Generation needs Transformers' dynamic cache.
 """
+
+
+def _meanings(plan: PlanFile, own: str) -> str:
+    """Return what the strategies of a plan mean; `own`: what full layers do in the base."""
+    meanings = "; ".join(
+        f"`{each.name}`: {each.meaning}{own * (each.name == FULL)}"
+        for each in STRATEGIES.values()
+        if each.name in counts(plan.layers)
+    )
+    if any(entry.mlp_changed for entry in plan.layers):
+        meanings += "; of MLPs " + "; ".join(f"`{each.name}`: {each.meaning}" for each in MLP_STRATEGIES.values())
+    return meanings
 
 
 def _full_layers(plan: PlanFile) -> tuple[str, str]:

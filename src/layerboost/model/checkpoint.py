@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import disk_error, new_folder
-from layerboost.model import attention, caches, families, linear_attention, modeling
+from layerboost.model import attention, caches, families, linear_attention, mlp, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
 from layerboost.model.families import WRAPPERS
@@ -134,7 +134,7 @@ def check_comparable(other: Base, base: Base) -> None:
 def modeling_source() -> str:
     """Return the modules that are part of a checkpoint as its one file."""
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
-    for module in (families, attention, caches, linear_attention, modeling):
+    for module in (families, attention, caches, linear_attention, mlp, modeling):
         assert module.__file__
         text = Path(module.__file__).read_text()
         lines = text.splitlines()

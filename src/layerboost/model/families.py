@@ -107,7 +107,8 @@ FAMILIES: dict[str, Family] = {
         Family("hunyuan_v1_moe"),
         Family("hy_v3"),
         Family("mellum", rotary_by_type=True),
-        Family("phimoe"),
+        # vLLM's backend takes its router for a plain linear layer.
+        Family("phimoe", vllm=""),
         Family("solar_open"),
         # Language models that exist inside a wrapper alone.
         Family("qwen3_vl_text", vllm=""),

@@ -1,7 +1,7 @@
 """The class that loads a boosted checkpoint: Transformers records `per_layer_config`, this builds the model from it.
 
-Travels inside every boosted checkpoint together with families.py, attention.py, caches.py and linear_attention.py,
-joined into one file, so that `trust_remote_code=True` loads it where layerboost is not installed.
+Travels inside every boosted checkpoint together with families.py, attention.py, caches.py, linear_attention.py and
+mlp.py, joined into one file, so that `trust_remote_code=True` loads it where layerboost is not installed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from layerboost.model.caches import (
 )
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import make_linear
+from layerboost.model.mlp import recorded_widths, set_mlp
 
 # More tokens than any draft has: what assisted generation crops.
 SPARE_TOKENS = 128
@@ -73,11 +74,9 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
-    """Return the layers without attention, which a config records as `per_layer_config[i].skip == ["attention"]`."""
-    if not config.is_heterogeneous:
-        return []
-    layers = enumerate(config.per_layer_config)
-    return [index for index, layer in layers if "attention" in getattr(layer, "skip", [])]
+    """Return the layers without attention, which a config records in `per_layer_config[i].skip`."""
+    layers = enumerate(config.per_layer_config if config.is_heterogeneous else ())
+    return [index for index, layer in layers if "attention" in layer.skip]
 
 
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
@@ -167,6 +166,8 @@ def apply_config(model: PreTrainedModel) -> None:
     family = FAMILIES[config.model_type]
     types = base_layer_types(config)
     skipped, mixed, linear = set(skipped_layers(config)), recorded_full_heads(config), recorded_feature_maps(config)
+    for index, width in recorded_widths(config).items():
+        set_mlp(decoder_layers(model)[index], width)
     stock = 0
     for index, layer in enumerate(decoder_layers(model)):
         if index in skipped:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import family_of, replaced
+from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp
 from layerboost.schemas.plan import LayerPlan
 
 
@@ -50,12 +50,18 @@ class LayerStream:
     """Layers, final norm and head of one model, callable apart.
 
     The arguments Transformers passes to each layer (masks, rotary embeddings) are recorded once per batch shape, so no
-    family's forward is written again here. `sinks`: the sink logits of a layer's plan.
+    family's forward is written again here. `sinks`: the sink logits of a layer's plan; `thinned`: its thinned MLPs, by
+    layer and width.
     """
 
-    def __init__(self, model: PreTrainedModel, sinks: Callable[[LayerPlan], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sinks: Callable[[LayerPlan], torch.Tensor] | None = None,
+        thinned: Mapping[tuple[int, int], Thinned] | None = None,
+    ) -> None:
         self.model = model
-        self.sinks = sinks
+        self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
@@ -108,7 +114,8 @@ class LayerStream:
         if plan is not None and plan.changed:
             assert self.sinks or not plan.sink
             sinks = self.sinks(plan) if self.sinks and plan.sink else None
-            with replaced(self.model, index, plan, sinks):
+            thinned = self.thinned[index, plan.mlp_width] if plan.mlp_width else None
+            with replaced(self.model, index, plan, sinks), replaced_mlp(self.model, index, plan, thinned):
                 return self.layer(index, hidden)
         return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
+from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
     apply_config,
     auto_class,
@@ -29,12 +31,20 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
-from layerboost.strategies import SLIDING
+from layerboost.strategies import SLIDING, mlp_label
 
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
 ADDED_PARAMETERS = ("sinks", *FEATURE_PARAMETERS)
 ADDED = tuple(f"layerboost_{name}" for name in ("window", "heads", "stock", "feature_map", "rotation"))
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """The neurons `[W]` of an MLP that stay, and their columns of its output projection `[D, W]`."""
+
+    neurons: torch.Tensor
+    output: torch.Tensor
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -124,7 +134,8 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
         )
     types, native = base_layer_types(config), native_window(config)
-    kept = [e.layer for e in layers if not e.changed and types[e.layer] == "sliding_attention"]
+    check_mlps(config, layers)
+    kept = [e.layer for e in layers if not e.attention_changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
         if entry.window is None:
             continue
@@ -153,8 +164,26 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             )
 
 
+def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError if a plan changes MLPs that this model does not have, or would not thin them."""
+    changed = [entry for entry in layers if entry.mlp_changed]
+    if changed and getattr(config, "num_experts_per_tok", None):
+        raise ConfigError(
+            "MLPs that are mixtures of experts cannot be thinned or removed",
+            found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
+            do="leave mlp out of measure.components, and of the plan",
+        )
+    for entry in changed:
+        if entry.mlp_width is not None and entry.mlp_width >= config.intermediate_size:
+            raise ConfigError(
+                f"layer {entry.layer}: a thinned MLP has fewer neurons than the base's",
+                found=f"mlp_width {entry.mlp_width}, the base's MLPs have {config.intermediate_size}",
+            )
+
+
 def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> PreTrainedConfig:
-    """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, `per_layer_config`.
+    """Return a stock config with a plan in Hugging Face's keys: `layer_types`, `sliding_window`, and `per_layer_config`
+    with `skip` and `intermediate_size`.
 
     They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
     `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
@@ -184,17 +213,25 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
         for entry in layers
     ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
-    none = [entry.layer for entry in layers if not entry.strategy.keeps_weights]
-    config.per_layer_config = {index: {"skip": ["attention"]} for index in none} or None
+    config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
     whole.architectures = ["LayerBoostForCausalLM"]
     whole.auto_map = {auto_class(whole).__name__: "modeling_layerboost.LayerBoostForCausalLM"}
     return whole
+
+
+def _overrides(entry: LayerPlan) -> dict[str, Any]:
+    """Return what `per_layer_config` has of a layer."""
+    removed = {"attention": not entry.strategy.keeps_weights, "mlp": entry.mlp == "none"}
+    skip = [component for component, gone in removed.items() if gone]
+    width = {"intermediate_size": entry.mlp_width} if entry.mlp_width else {}
+    return ({"skip": skip} if skip else {}) | width
 
 
 def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
     """Return the plan that `boosted_config` recorded. The entries are not validated: a person may have edited them."""
     skipped, sinks = skipped_layers(config), getattr(config, "attention_sink_layers", None) or []
     mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
+    widths = recorded_widths(config)
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
         entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
@@ -206,20 +243,29 @@ def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
             entry |= {"attention": "sliding", "window": config.sliding_window, "full_kv_heads": tuple(mixed[layer])}
         elif kind == "sliding_attention" and base != kind:  # a layer that slides in the base is `full` in a plan
             entry |= {"attention": "sliding", "window": config.sliding_window}
+        if layer in widths:
+            entry |= {"mlp": "thin", "mlp_width": widths[layer]} if widths[layer] else {"mlp": "none"}
         found.append(LayerPlan.model_construct(layer=layer, **entry))
     return found
 
 
 def apply_plan(
-    model: PreTrainedModel, layers: Sequence[LayerPlan], sinks: dict[int, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    layers: Sequence[LayerPlan],
+    sinks: dict[int, torch.Tensor] | None = None,
+    thinned: Mapping[int, Thinned] | None = None,
 ) -> PreTrainedModel:
-    """Boost a loaded stock model in place: removed attention is dropped, sliding layers get their window and sinks.
+    """Boost a loaded stock model in place: removed attention and MLPs are dropped, sliding layers get their window and
+    sinks, thinned MLPs their width.
 
-    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. Raise
-    ConfigError.
+    `sinks`: per layer with a sink, the logits of its query heads with a window; zeros where missing. `thinned`: per
+    layer with a thinned MLP, its neurons; the first ones where missing. Raise ConfigError.
     """
     # The decoder keeps the base's config: what it derives from it (masks, rotary embeddings) stays the base's.
     model.config = boosted_config(model.config, layers)
+    for layer, given in (thinned or {}).items():
+        decoder_layer: Any = decoder_layers(model)[layer]
+        decoder_layer.mlp = _thin(decoder_layer.mlp, given)
     model.__class__ = boosted_class(type(model))
     apply_config(model)
     for layer, values in (sinks or {}).items():
@@ -232,7 +278,7 @@ def apply_plan(
 def windows_alone(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     """Return a plan with sliding layers in place of linear ones."""
     return [
-        LayerPlan(layer=entry.layer, attention=SLIDING, window=entry.window) if entry.feature_map else entry
+        entry.model_copy(update={"attention": SLIDING, "feature_map": None}) if entry.feature_map else entry
         for entry in layers
     ]
 
@@ -249,8 +295,9 @@ def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTr
 
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, one layer of a stock model runs under another strategy; outside, everything is as before."""
-    if not plan.changed:
+    """Inside the block, the attention of one layer of a stock model runs under another strategy; outside, everything is
+    as before."""
+    if not plan.attention_changed:
         yield
         return
     decoder_layer = decoder_layers(model)[layer]
@@ -283,6 +330,41 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
         for attribute in (*ADDED, *ADDED_PARAMETERS):
             if hasattr(attention, attribute):
                 delattr(attention, attribute)
+
+
+@contextmanager
+def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: Thinned | None) -> Iterator[None]:
+    """Do what `replaced` does, for the layer's MLP."""
+    decoder_layer: Any = decoder_layers(model)[layer]
+    if not plan.mlp_changed:
+        yield
+        return
+    mlp = decoder_layer.mlp
+    try:
+        match plan.mlp:
+            case "none":
+                decoder_layer.mlp = NoMLP()
+            case "thin":
+                assert thinned is not None
+                decoder_layer.mlp = _thin(mlp, thinned)
+            case "full":
+                pass
+            case _:
+                assert_never(plan.mlp)
+        yield
+    finally:
+        decoder_layer.mlp = mlp
+
+
+def _thin(mlp: nn.Module, thinned: Thinned) -> nn.Module:
+    """Return an MLP of the neurons that stay, with their fitted output projection."""
+    output = mlp_output(mlp)
+    assert output is not None
+    found = thin(mlp, thinned.neurons.to(output.weight.device))
+    fitted = mlp_output(found)
+    assert fitted is not None
+    fitted.weight.data.copy_(thinned.output)
+    return found
 
 
 class _Silent(nn.Module):

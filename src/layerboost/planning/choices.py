@@ -15,7 +15,8 @@ from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, label
 
 @dataclass(frozen=True)
 class Choice:
-    """One strategy of one layer: `loss`, its quality loss as the settings blend it, and the mean of every metric."""
+    """One strategy of a layer's attention or MLP: `loss`, its quality loss as the settings blend it, and the mean of
+    every metric."""
 
     plan: LayerPlan
     loss: float
@@ -23,21 +24,36 @@ class Choice:
 
 
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
-    """Return per layer: full, without loss, and every replacement that was measured with this window or without one.
+    """Return the choices of each layer's attention, then those of each layer's MLP if they were measured.
+
+    The first is full, without loss; then every replacement that was measured with this window or without one.
 
     With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
     """
     scales = metric_scales(sensitivity, settings)
-    table = []
+    table, mlps = [], []
     for entry in sensitivity.layers:
-        options = [Choice(LayerPlan(layer=entry.layer, attention=FULL), 0.0, {})]
-        options += [
+        options = [
             _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
+        of_mlp = [choice for choice in options if choice.plan.mlp_changed]
+        attention = [choice for choice in options if choice not in of_mlp]
         if settings.unit == "kv_head":
-            options += _mixed(entry, window, scales)
-        table.append(options)
-    return table
+            attention += _mixed(entry, window, scales)
+        full = Choice(LayerPlan(layer=entry.layer, attention=FULL), 0.0, {})
+        table.append([full, *attention])
+        mlps += [[full, *of_mlp]] if of_mlp else []
+    return table + mlps
+
+
+def merged(chosen: Sequence[Choice]) -> list[LayerPlan]:
+    """Return the plan of one choice per layer's attention and, if they were measured, per layer's MLP."""
+    plans: dict[int, LayerPlan] = {}
+    for choice in chosen:
+        before = plans.setdefault(choice.plan.layer, choice.plan)
+        if choice.plan.mlp_changed:
+            plans[choice.plan.layer] = before.with_site(choice.plan)
+    return [plans[layer] for layer in sorted(plans)]
 
 
 def windows(sensitivity: Sensitivity, settings: Plan) -> list[int]:
@@ -67,7 +83,7 @@ def score_in(choice: Choice, metric: str) -> float:
     """Return the quality loss of a choice in one metric; raise ConfigError if it was not measured."""
     if not choice.plan.changed:
         return 0.0
-    return _measured(choice.plan.layer, choice.plan.attention, choice.scores, metric)
+    return _measured(choice.plan.layer, label(choice.plan), choice.scores, metric)
 
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
@@ -88,22 +104,22 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
             return variant
     raise ConfigError(
         f"layer {entry.layer} was not measured as {label(plan)}",
-        do="measure again with it in measure.windows",
+        do="measure again with it in measure.windows"
+        if plan.attention_changed
+        else "measure again with mlp in measure.components, and its width in measure.mlp_widths",
     )
 
 
 def mean_score(entry: LayerSensitivity, variant: Variant, metric: str) -> float:
     """Return one metric of one measurement; raise ConfigError if it was not measured."""
-    return _measured(
-        entry.layer, variant.attention, {name: score.mean for name, score in variant.scores.items()}, metric
-    )
+    return _measured(entry.layer, label(variant), {name: score.mean for name, score in variant.scores.items()}, metric)
 
 
-def _measured(layer: int, attention: str, scores: dict[str, float], metric: str) -> float:
+def _measured(layer: int, replacement: str, scores: dict[str, float], metric: str) -> float:
     if metric not in scores:
         raise ConfigError(
             f"the sensitivities have no {metric}",
-            found=f"layer {layer}, {attention}: {', '.join(scores)}",
+            found=f"layer {layer}, {replacement}: {', '.join(scores)}",
             do=f"measure {metric} with `layerboost measure`, or plan by another metric",
         )
     return scores[metric]
@@ -139,10 +155,11 @@ def blended(scores: Mapping[str, float], scales: Mapping[str, float]) -> float:
 
 
 def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Plan) -> Predicted:
-    """Return the sum of the scores of single layers and KV heads, and the costs. The plan itself loses more: scores
-    interact."""
+    """Return the sum of the scores of single layers, KV heads and MLPs, and the costs. The plan itself loses more:
+    scores interact."""
     kv_heads = sensitivity.model.kv_heads
-    chosen = [scores_of(sensitivity.layers[entry.layer], entry, kv_heads) for entry in layers if entry.changed]
+    sites = [site for entry in layers for site in entry.sites()]
+    chosen = [scores_of(sensitivity.layers[site.layer], site, kv_heads) for site in sites]
     metrics = set.intersection(*(set(scores) for scores in chosen)) if chosen else set()
     first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
@@ -160,7 +177,7 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
 
 
 def scores_of(entry: LayerSensitivity, plan: LayerPlan, kv_heads: int) -> dict[str, float]:
-    """Return the mean scores of one layer's strategy: measured, or the sums over its KV heads with a window.
+    """Return the mean scores of one strategy of a layer: measured, or the sums over its KV heads with a window.
 
     Raise ConfigError if it was not measured.
     """

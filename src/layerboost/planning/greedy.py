@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 
 from layerboost.costs.budget import KV_BYTES, Budget
-from layerboost.planning.choices import Choice, blended, choices, metric_limits, metric_scales, windows
+from layerboost.planning.choices import Choice, blended, choices, merged, metric_limits, metric_scales, windows
 from layerboost.planning.selection import budget, infeasible
 from layerboost.recipe import Plan
 from layerboost.runtime import Progress
@@ -43,11 +43,11 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     """
     limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
     table = _table(sensitivity, settings)
-    plan = [options[0].plan for options in table]
+    plan = merged([options[0] for options in table])
     loss, round_ = 0.0, 0
     queue = [
-        (_price(choice.loss, limits, plan, choice), -1, layer, index)
-        for layer, options in enumerate(table)
+        (_price(choice.loss, limits, plan, choice), -1, site, index)
+        for site, options in enumerate(table)
         for index, choice in enumerate(options)
         if index
     ]
@@ -58,18 +58,18 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
         while not limits.met(plan):
             if not queue:
                 raise infeasible(limits, settings, plan, {})
-            _, when, layer, index = heapq.heappop(queue)
-            choice = table[layer][index]
+            _, when, site, index = heapq.heappop(queue)
+            choice = table[site][index]
             if (saved := _saved(limits, plan, choice)) <= 0:
                 continue
             if when == round_:
                 plan = _with(plan, choice.plan)
-                loss += added[layer, index]
+                loss += added[site, index]
                 round_ += 1
                 progress.advance(100 * saved)
                 continue
-            added[layer, index] = objective(_with(plan, choice.plan)) - loss
-            heapq.heappush(queue, (_price(added[layer, index], limits, plan, choice), round_, layer, index))
+            added[site, index] = objective(_with(plan, choice.plan)) - loss
+            heapq.heappush(queue, (_price(added[site, index], limits, plan, choice), round_, site, index))
     return plan
 
 
@@ -85,8 +85,8 @@ def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
     return choices(sensitivity, settings, best)
 
 
-def _with(plan: Sequence[LayerPlan], entry: LayerPlan) -> list[LayerPlan]:
-    return [*plan[: entry.layer], entry, *plan[entry.layer + 1 :]]
+def _with(plan: Sequence[LayerPlan], site: LayerPlan) -> list[LayerPlan]:
+    return [*plan[: site.layer], plan[site.layer].with_site(site), *plan[site.layer + 1 :]]
 
 
 def _saved(limits: Budget, plan: Sequence[LayerPlan], choice: Choice) -> float:

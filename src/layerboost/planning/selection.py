@@ -14,9 +14,18 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from layerboost.costs.budget import DECODE_MS, KV_BYTES, PARAMETERS, Budget
 from layerboost.costs.memory import cached, module_heads
 from layerboost.errors import ConfigError, InfeasibleBudget
-from layerboost.planning.choices import Choice, best_sliding, choices, metric_limits, removal, score_in, windows
+from layerboost.planning.choices import (
+    Choice,
+    best_sliding,
+    choices,
+    merged,
+    metric_limits,
+    removal,
+    score_in,
+    windows,
+)
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import LayerPlan, counted
+from layerboost.schemas.plan import LayerPlan, all_full, counted
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import SINK, StrategyName
 
@@ -30,8 +39,8 @@ Exceed = Literal["nothing", "losses", "costs"]
 def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """Return the plan of least predicted quality loss within every limit; each replacement has its own score.
 
-    One integer program per window (one binary variable per layer and choice); the best window wins. Raise
-    InfeasibleBudget, which names the nearest plan, if no plan fits.
+    One integer program per window (one binary variable per choice of a layer's attention or MLP); the best window wins.
+    Raise InfeasibleBudget, which names the nearest plan, if no plan fits.
     """
     limits = Budget.of(sensitivity, settings)
     tables = [_fix_sinks(choices(sensitivity, settings, window), settings) for window in windows(sensitivity, settings)]
@@ -43,8 +52,8 @@ def budget(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     if not solved:
         nearest = _nearest(tables, limits, settings)
         scores = {metric: sum(score_in(choice, metric) for choice in nearest) for metric in metric_limits(settings)}
-        raise infeasible(limits, settings, [choice.plan for choice in nearest], scores)
-    return [choice.plan for choice in min(solved, key=lambda found: found[0])[1]]
+        raise infeasible(limits, settings, merged(nearest), scores)
+    return merged(min(solved, key=lambda found: found[0])[1])
 
 
 def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
@@ -56,7 +65,7 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """
     loss = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
     ranked = sorted(loss, key=lambda layer: loss[layer], reverse=True)
-    table = _fix_sinks(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
+    table = _of_attention(sensitivity, settings)
 
     def tiers(full: set[int], none: set[int]) -> list[LayerPlan]:
         return [_tier(options, "full" if layer in full else "none" if layer in none else "sliding")
@@ -84,7 +93,7 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
 
     The window is `plan.window`, or the shortest measured; a sink if that measured better.
     """
-    table = _fix_sinks(choices(sensitivity, settings, windows(sensitivity, settings)[0]), settings)
+    table = _of_attention(sensitivity, settings)
     count = len(table)
     order = list(range(count))
     if seed is not None:
@@ -110,6 +119,12 @@ def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
         return [LayerPlan(layer=layer, attention="full" if layer in chosen else "none") for layer in range(len(order))]
 
     return _most_full(sensitivity, settings, plan, len(order))
+
+
+def _of_attention(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
+    """Return the choices of each layer's attention at `plan.window` or the shortest window; MLPs stay full."""
+    table = choices(sensitivity, settings, windows(sensitivity, settings)[0])
+    return _fix_sinks(table[: sensitivity.model.layers], settings)
 
 
 def _most_full(
@@ -160,7 +175,7 @@ def _solve(
     if exceed == "nothing":
         # Padding needs the larger program; mostly the best plan without it has none.
         found = _program(table, replace(limits, padding=False), settings, exceed)
-        if found is None or limits.met([choice.plan for choice in found[1]]):
+        if found is None or limits.met(merged(found[1])):
             return found
     return _program(table, limits, settings, exceed)
 
@@ -218,10 +233,15 @@ def _pairs(limits: Budget, module: int, exceed: Exceed) -> list[tuple[int, int]]
 def _equalities(
     table: list[list[Choice]], pairs: list[tuple[int, int]], module: int, limits: Budget
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the equalities: one choice per layer, and the pair of counts that the choices make."""
-    heads = limits.model.kv_heads
-    flat = [(layer, cached([choice.plan], heads, module)) for layer, options in enumerate(table) for choice in options]
-    rows = [[float(layer == row) for layer, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
+    """Return the equalities: one choice per layer and component, and the pair of counts that the choices make."""
+    heads, layers = limits.model.kv_heads, limits.model.layers
+    # The first rows are attention's; MLPs hold no cache.
+    flat = [
+        (site, cached([choice.plan] if site < layers else [], heads, module))
+        for site, options in enumerate(table)
+        for choice in options
+    ]
+    rows = [[float(site == row) for site, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
     right = [1.0] * len(table)
     if pairs:
         rows.append([0.0] * len(flat) + [1.0] * len(pairs))
@@ -236,13 +256,14 @@ def _limits(
     flat: list[Choice], pairs: list[tuple[int, int]], module: int, limits: Budget, settings: Plan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one row per limit with the fraction that each choice and pair uses; the bounds; which limit costs."""
-    base, without = limits.base(), limits.plan([])
-    costs = [limits.layer(choice.plan) for choice in flat]
+    # Each choice against the full one: the rest of a layer is counted once.
+    base, full = limits.base(), limits.plan(all_full(limits.model))
+    costs = [limits.added(choice.plan) for choice in flat]
     rows, bounds, of_costs = [], [], []
     for name, fraction in limits.fractions.items():
         padding = [limits.padding_fraction(*pair, module) if name == KV_BYTES else 0.0 for pair in pairs]
         rows.append([cost[name] / base[name] for cost in costs] + padding)
-        bounds.append(fraction - without[name] / base[name])
+        bounds.append(fraction - full[name] / base[name])
         of_costs.append(True)
     for metric, most in metric_limits(settings).items():
         scale = abs(most) or 1.0

@@ -13,6 +13,7 @@ from layerboost.model.base import open_base
 from layerboost.model.checkpoint import check_same_model
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
+from layerboost.model.thinning import thin_mlps
 from layerboost.probes.metrics import check_finite
 from layerboost.probes.probe import TextProbe, first_difference
 from layerboost.recipe import Recipe
@@ -64,10 +65,13 @@ def open_measured(
     prompts = load_prompts(recipe, base.tokenizer, run)
     model = base.load()
     size, device = recipe.measure.batch_sequences, runtime.device
-    sinks = calibrate_sinks(
-        model, [part.to(device) for part in every.batches(size)], range(len(sensitivity.layers)), windows
-    )
-    probe = TextProbe(LayerStream(model, sinks), [part.to(device) for part in text.batches(size)], prompts)
+    batches = [part.to(device) for part in every.batches(size)]
+    sinks = calibrate_sinks(model, batches, range(len(sensitivity.layers)), windows)
+    widths = {
+        (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
+    }
+    thinned = thin_mlps(model, batches, sorted(widths))
+    probe = TextProbe(LayerStream(model, sinks, thinned), [part.to(device) for part in text.batches(size)], prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
     dtype = str(runtime.dtype)
     made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)

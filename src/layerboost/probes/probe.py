@@ -88,7 +88,7 @@ class Streams:
     def _unchanged(self, batch: int, start: int, plan: Sequence[LayerPlan]) -> PrefixCache | None:
         """Return the cache of the positions that a plan does not change, if its layers above `start` are full."""
         cache, changed = self.caches[batch], [entry for entry in plan if entry.changed]
-        windows = [entry.exact_positions for entry in changed if entry.exact_positions]
+        windows = [entry.exact_positions for entry in changed if entry.exact_positions and not entry.mlp_changed]
         if cache is None or not windows or len(windows) < len(changed) or changed[-1].layer > start:
             return None
         return cache.first(min(cache.positions, *windows))

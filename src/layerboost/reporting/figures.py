@@ -12,7 +12,7 @@ from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
-from layerboost.strategies import STRATEGIES, label
+from layerboost.strategies import FULL, STRATEGIES, label
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
@@ -101,15 +101,23 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
                 measured.setdefault(label(variant), []).append((entry.layer, variant))
     kinds = {name: rows[0][1] for name, rows in measured.items()}
-    names = sorted(kinds, key=lambda name: (kinds[name].window or 0, kinds[name].attention, kinds[name].sink))
+    # Those of attention first; of MLPs the widest.
+    names = sorted(
+        kinds,
+        key=lambda name: (
+            *(kinds[name].mlp != FULL, -(kinds[name].mlp_width or 0)),
+            *(kinds[name].window or 0, kinds[name].attention, kinds[name].sink),
+        ),
+    )
     windows = sorted({kind.window for kind in kinds.values() if kind.window})
+    widths = sorted({kind.mlp_width for kind in kinds.values() if kind.mlp_width}, reverse=True)
     hidden = [name for name in names if plan and plan.window and kinds[name].window not in (None, plan.window)]
     traces = {}
     for name in names:
         side = hidden if name in hidden else [other for other in names if other not in hidden]
         offset = 0.5 * ((side.index(name) + 0.5) / len(side) - 0.5)
         scores = [variant.scores[metric] for _, variant in measured[name]]
-        color, symbol = _mark(kinds[name], windows)
+        color, symbol = _mark(kinds[name], windows, widths)
         traces[name] = scatter(
             name,
             [layer + offset for layer, _ in measured[name]],
@@ -123,7 +131,7 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
         )
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
     y = log if metric == "kl" else {"zeroline": True, "zerolinecolor": "var(--soft)"}
-    chosen = [_chosen(traces, plan)] if plan and plan.count("full") < len(plan.layers) else []
+    chosen = [_chosen(traces, plan)] if plan and any(entry.changed for entry in plan.layers) else []
     x = {"range": [-0.7, sensitivity.model.layers - 0.3]}
     return figure([*traces.values(), *chosen], "layer", SENSITIVITIES[metric][1], x, y)
 
@@ -162,8 +170,10 @@ def model_color(name: str, among: Iterable[str]) -> str:
     return OTHERS[sorted(set(among) - set(MODELS)).index(name) % len(OTHERS)]
 
 
-def _mark(kind: Variant, windows: list[int]) -> tuple[str, str]:
+def _mark(kind: Variant, windows: list[int], widths: list[int]) -> tuple[str, str]:
     """Return the colour and symbol of a replacement."""
+    if kind.mlp != FULL:
+        return "var(--thin)", SYMBOLS[widths.index(kind.mlp_width) % len(SYMBOLS)] if kind.mlp_width else "x"
     color = f"var(--{kind.attention})"
     if kind.window is None:
         return color, "x"
@@ -182,7 +192,8 @@ def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
     points = [
         (x, y)
         for entry in plan.layers
-        if (trace := traces.get(label(entry)))
+        for site in entry.sites() or [entry]
+        if (trace := traces.get(label(site)))
         for x, y in zip(trace["x"], trace["y"], strict=True)
         if round(x) == entry.layer
     ]

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
-from layerboost.strategies import STRATEGIES, label
+from layerboost.strategies import MLP_STRATEGIES, STRATEGIES, label
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals["strategies"] = STRATEGIES.values()
+    environment.globals["shaded"] = [*STRATEGIES.values(), MLP_STRATEGIES["thin"]]
     environment.filters |= {
         "code": _code,
         "plain": _plain,

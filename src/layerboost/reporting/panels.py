@@ -93,7 +93,9 @@ def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -
     measured = {variant.window for entry in sensitivity.layers for variant in entry.heads if variant.window}
     window = plan.window if plan and plan.window in measured else min(measured)
     full = (
-        {entry.layer: [*heads] if not entry.changed else entry.full_kv_heads for entry in plan.layers} if plan else {}
+        {entry.layer: [*heads] if not entry.attention_changed else entry.full_kv_heads for entry in plan.layers}
+        if plan
+        else {}
     )
 
     def cell(head: int, entry: LayerSensitivity) -> str:

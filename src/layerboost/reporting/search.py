@@ -68,15 +68,19 @@ def frontier_table(frontier: Frontier) -> Table:
     timed = frontier.points[0].predicted.decode_ms is not None
     taken = {name for point in frontier.points for name in counts(point.layers)}
     strategies = [name for name in STRATEGIES if name in taken]
+    thinned = any(entry.mlp_changed for point in frontier.points for entry in point.layers)
 
     def cells(point: FrontierPoint) -> list[str]:
         predicted = point.predicted
         by_strategy = [str(point.count(name)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
         damage = [number(predicted.damage.get(metric, 0.0)) for metric in metrics]
-        return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *decode, *damage]
+        mlps = sum(entry.mlp_changed for entry in point.layers)
+        of_mlps = [str(mlps), percent(predicted.parameter_fraction)] if thinned else []
+        return [percent(predicted.kv_fraction), *by_strategy, str(point.window or ABSENT), *of_mlps, *decode, *damage]
 
-    header = ["KV of base", *strategies, "window", *(["decode, ms"] if timed else []), *metrics]
+    of_mlps = ["changed MLPs", "parameters of base"] if thinned else []
+    header = ["KV of base", *strategies, "window", *of_mlps, *(["decode, ms"] if timed else []), *metrics]
     return Table("Plans of every budget", header, [cells(point) for point in frontier.points], (), folded=True)
 
 

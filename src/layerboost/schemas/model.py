@@ -22,6 +22,9 @@ class ModelInfo(BaseModel):
     tied_head: bool = Field(description="whether the output head is the embedding")
     parameters: int
     attention_parameters: int = Field(description="per layer: those that a layer without attention lacks")
+    mlp_width: int | None = Field(None, description="neurons of every layer's MLP; None: its MLPs cannot be thinned")
+    mlp_parameters: int = Field(0, description="per layer: those that a layer without an MLP lacks")
+    neuron_parameters: int = Field(0, description="of one neuron of an MLP")
     expert_parameters: int = Field(default=0, description="of routed experts, in all layers")
     expert_fraction: float = Field(default=1.0, description="of a layer's routed experts, those that a token uses")
     fingerprint: str
@@ -42,3 +45,7 @@ class ModelInfo(BaseModel):
         """Return the parameters of routed experts that a pass over `tokens` tokens does not read: the expectation if
         each token chooses its experts at random."""
         return self.expert_parameters * (1 - self.expert_fraction) ** tokens
+
+    def removed_from_mlp(self, width: int | None) -> int:
+        """Return the parameters that an MLP of `width` neurons lacks; None: that a layer without an MLP lacks."""
+        return self.mlp_parameters if width is None else ((self.mlp_width or width) - width) * self.neuron_parameters

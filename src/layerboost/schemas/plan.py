@@ -1,4 +1,4 @@
-"""`plan.yaml`: a strategy for each layer or KV head; and `frontier.json`: the plans of every budget."""
+"""`plan.yaml`: strategies of each layer's attention, or KV heads, and MLP; `frontier.json`: plans of every budget."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from layerboost.strategies import (
     FEATURE_MAPS,
     FULL,
     FULL_KV_HEADS,
+    MLP_STRATEGIES,
+    MLP_WIDTH,
     SINK,
     STRATEGIES,
     WINDOW,
     FeatureMapName,
+    MLPName,
     Strategy,
     StrategyName,
+    mlp_label,
 )
 
 
 class LayerPlan(BaseModel):
-    """The strategy of one layer, or of its KV heads: those in `full_kv_heads` keep full attention, the others have a
-    window. `sink`: a learned logit in the softmax's denominator, per query head with a window. `feature_map`: the kind
-    of linear attention."""
+    """The strategies of one layer's attention, or of its KV heads, and of its MLP.
+
+    KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
+    denominator, per query head with a window. `feature_map`: the kind of linear attention. `mlp_width`: the neurons of
+    a thinned MLP.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
@@ -39,6 +46,8 @@ class LayerPlan(BaseModel):
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
     feature_map: FeatureMapName | None = None
+    mlp: MLPName = FULL
+    mlp_width: int | None = Field(default=None, ge=1)
 
     @field_validator("full_kv_heads")
     @classmethod
@@ -61,21 +70,55 @@ class LayerPlan(BaseModel):
         for setting, given in given_settings:
             if given and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
+        if (self.mlp_width is not None) != (MLP_WIDTH in MLP_STRATEGIES[self.mlp].settings):
+            raise ValueError(
+                f"an MLP that is {self.mlp} " + ("takes no" if self.mlp_width else "needs an") + " mlp_width"
+            )
         return self
 
     @property
     def strategy(self) -> Strategy:
+        """Return the strategy of the attention."""
         return STRATEGIES[self.attention]
+
+    @property
+    def attention_changed(self) -> bool:
+        """Return whether the layer's attention differs from the base's."""
+        return self.attention != FULL
+
+    @property
+    def mlp_changed(self) -> bool:
+        """Return whether the layer's MLP differs from the base's."""
+        return self.mlp != FULL
 
     @property
     def changed(self) -> bool:
         """Return whether the layer differs from the base's."""
-        return self.attention != FULL
+        return self.attention_changed or self.mlp_changed
+
+    @property
+    def attention_alone(self) -> bool:
+        """Return whether stage 1 of healing looks at the layer's attention and not at the whole layer."""
+        changed = self.attention_changed and self.strategy.keeps_weights
+        return changed and (not self.mlp_changed or self.feature_map is not None)
+
+    def sites(self) -> list[LayerPlan]:
+        """Return the changes of the layer's attention and of its MLP, as far as there are any, each alone."""
+        attention = self.model_copy(update={"mlp": FULL, MLP_WIDTH: None})
+        mlp = LayerPlan(layer=self.layer, attention=FULL, mlp=self.mlp, mlp_width=self.mlp_width)
+        return [site for site in (attention, mlp) if site.changed]
+
+    def with_site(self, site: LayerPlan) -> LayerPlan:
+        """Return the layer with the MLP of `site` if that is changed, else with its attention."""
+        attention, mlp = (self, site) if site.mlp_changed else (site, self)
+        return attention.model_copy(update={"mlp": mlp.mlp, MLP_WIDTH: mlp.mlp_width})
 
     @property
     def learns_alone(self) -> bool:
         """Return whether stage 1 of healing trains the layer; of a changed layer."""
-        return not self.feature_map or FEATURE_MAPS[self.feature_map].learned
+        if self.feature_map:
+            return FEATURE_MAPS[self.feature_map].learned
+        return self.strategy.keeps_weights or MLP_STRATEGIES[self.mlp].keeps_weights
 
     @property
     def exact_positions(self) -> int:
@@ -85,7 +128,7 @@ class LayerPlan(BaseModel):
 
     def full_heads(self, kv_heads: int) -> int:
         """Return how many of the layer's `kv_heads` have full attention."""
-        return kv_heads if not self.changed else len(self.full_kv_heads)
+        return len(self.full_kv_heads) if self.attention_changed else kv_heads
 
     def windowed(self, kv_heads: int) -> list[int]:
         """Return the layer's KV heads that have a window."""
@@ -106,11 +149,18 @@ class LayerPlan(BaseModel):
         if self.full_kv_heads and self.full_kv_heads[-1] >= kv_heads:
             named = ", ".join(map(str, self.full_kv_heads))
             raise ValueError(f"layer {self.layer} has KV heads 0 to {kv_heads - 1}; got full_kv_heads {named}")
-        return LayerPlan(layer=self.layer, attention=FULL) if len(self.full_kv_heads) == kv_heads else self
+        if len(self.full_kv_heads) < kv_heads:
+            return self
+        return LayerPlan(layer=self.layer, attention=FULL, mlp=self.mlp, mlp_width=self.mlp_width)
 
     def key(self) -> dict[str, Any]:
-        """Return what identifies the layer's strategy in hashes, without settings that older releases lacked."""
-        later = {FULL_KV_HEADS: self.full_kv_heads, FEATURE_MAP: self.feature_map}
+        """Return what identifies the layer's strategies in hashes, without settings that older releases lacked."""
+        later = {
+            FULL_KV_HEADS: self.full_kv_heads,
+            FEATURE_MAP: self.feature_map,
+            "mlp": self.mlp_changed,
+            MLP_WIDTH: self.mlp_changed,
+        }
         return self.model_dump(exclude={name for name, value in later.items() if not value})
 
 
@@ -124,9 +174,9 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
     return next((entry.window for entry in layers if entry.window), None)
 
 
-def counts(layers: Sequence[LayerPlan]) -> dict[StrategyName, int]:
-    """Return the number of layers per strategy, in the order of STRATEGIES; strategies that no engine serves only where
-    a layer has them."""
+def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
+    """Return the number of layers per strategy of attention, in the order of STRATEGIES; strategies that no engine
+    serves only where a layer has them."""
     found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
     return {name: count for name, count in found.items() if count or STRATEGIES[name].served}
 
@@ -142,23 +192,31 @@ def check_served(layers: Iterable[LayerPlan], where: str) -> None:
 
 
 def counted(layers: Sequence[LayerPlan]) -> str:
-    """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none."""
-    mixed = [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
+    """Return the counts as text: 8 full, 22 sliding (of which 4 layers keep 5 KV heads full), 0 none; MLPs: 3 thin.
+
+    Of MLPs only where one is changed.
+    """
+    found, mixed = counts(layers), [len(entry.full_kv_heads) for entry in layers if entry.full_kv_heads]
     heads = f" (of which {len(mixed)} layers keep {sum(mixed)} KV heads full)" if mixed else ""
-    return ", ".join(
-        f"{count} {name}{heads if FULL_KV_HEADS in STRATEGIES[name].settings else ''}"
-        for name, count in counts(layers).items()
+    attention = ", ".join(
+        f"{found[name]} {name}{heads if FULL_KV_HEADS in strategy.settings else ''}"
+        for name, strategy in STRATEGIES.items()
+        if name in found
     )
+    mlps = {name: sum(entry.mlp == name for entry in layers) for name in MLP_STRATEGIES if name != FULL}
+    changed = ", ".join(f"{count} {name}" for name, count in mlps.items() if count)
+    return f"{attention}; MLPs: {changed}" if changed else attention
 
 
 def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
-    """Return the layers as a table of text, header first; a column of full KV heads or feature maps if any layer has
-    them."""
-    rows = [["layer", "attention", "window", "sink", "full KV heads", "feature map"]]
+    """Return the layers as a table of text, header first; a column of full KV heads, feature maps or MLPs if any layer
+    has them."""
+    rows = [["layer", "attention", "window", "sink", "full KV heads", "feature map", "MLP"]]
+    mlps = any(entry.mlp_changed for entry in layers)
     rows += [
         [
             *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
-            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or ""),
+            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", mlp_label(entry) if mlps else ""),
         ]
         for entry in layers
     ]
@@ -220,8 +278,8 @@ class PlanFile(Artifact):
 
     @property
     def sliding_as_base(self) -> list[int]:
-        """Return the unchanged layers, which the plan calls full, that slide in the base."""
-        return [e.layer for e in self.layers if not e.changed and e.layer in self.model.sliding_layers]
+        """Return the layers of unchanged attention, which the plan calls full, that slide in the base."""
+        return [e.layer for e in self.layers if not e.attention_changed and e.layer in self.model.sliding_layers]
 
     def count(self, attention: StrategyName) -> int:
         return counts(self.layers).get(attention, 0)

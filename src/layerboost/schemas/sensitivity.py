@@ -13,7 +13,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.strategies import FeatureMapName, StrategyName
+from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
 
 
 class Score(BaseModel):
@@ -39,7 +39,10 @@ class Score(BaseModel):
 
 
 class Variant(BaseModel):
-    """One layer, or all of its KV heads but `full_kv_heads`, under one replacement; larger scores are worse."""
+    """One layer's attention, all of its KV heads but `full_kv_heads`, or its MLP under one replacement.
+
+    Larger scores are worse.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
@@ -47,6 +50,8 @@ class Variant(BaseModel):
     sink: bool = False
     full_kv_heads: tuple[int, ...] = ()
     feature_map: FeatureMapName | None = None
+    mlp: MLPName = FULL
+    mlp_width: int | None = None
     scores: dict[str, Score]
 
     @model_validator(mode="after")
@@ -100,6 +105,8 @@ class Agreement(BaseModel):
     window: int | None
     sink: bool
     feature_map: FeatureMapName | None = None
+    mlp: MLPName = FULL
+    mlp_width: int | None = None
     kv_heads: bool = Field(False, description="whether the scores are of KV heads")
     metric: str
     other_metric: str

@@ -11,6 +11,7 @@ import dataclasses
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
@@ -21,6 +22,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
+from layerboost.model.mlp import recorded_widths, set_mlp
 from layerboost.model.modeling import (
     add_sinks,
     base_config,
@@ -74,6 +76,8 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             raise ValueError(f"layerboost has no family {self.config.model_type!r}; known: {', '.join(FAMILIES)}")
         self._attention_free = set(skipped_layers(self.config))
         sink_layers, mixed = set(getattr(self.config, "attention_sink_layers", [])), recorded_full_heads(self.config)
+        for index, width in recorded_widths(self.config).items():
+            set_mlp(decoder_layers(self.model)[index], width)
         for index, layer in enumerate(decoder_layers(self.model)):
             if index in self._attention_free:
                 make_attention_free(layer, index, family)
@@ -133,3 +137,16 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
 class BoostedMoE(MoEMixin, LayerBoostForCausalLM):
     """The same with experts, which vLLM's fused kernel computes."""
+
+    def recursive_replace(self) -> None:
+        """Do what vLLM's does, but leave the choice of experts to Transformers where a block holds a part of it.
+
+        MiniMax-M2 and Hunyuan 3 have the correction of their router's scores outside the router, where vLLM 0.32 loses
+        it.
+        """
+        for module in self.model.modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and hasattr(module, "experts") and hasattr(module, "gate"):
+                # vLLM does not take over a router with a tensor that it does not know.
+                module.gate.register_buffer("scores_are_corrected", torch.empty(0), persistent=False)
+        super().recursive_replace()

@@ -1,7 +1,7 @@
 """Boosted Llama and Qwen3 on vLLM's own classes, so that base and boosted are served by the same code.
 
-Written against vLLM 0.32. What its classes lack are sinks, windows of single KV heads and layers without attention, and
-Qwen3's the window of each layer, which Llama's reads from `layer_types`.
+Written against vLLM 0.32. What its classes lack are sinks, windows of single KV heads, layers without attention and
+MLPs of other widths, and Qwen3's the window of each layer, which Llama's reads from `layer_types`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
+from layerboost.model.mlp import NoMLP, recorded_widths
 from layerboost.model.modeling import recorded_full_heads, skipped_layers
 from layerboost.vllm_plugin.heads import head_windows, make_attention
 
@@ -29,12 +30,18 @@ class BoostedLlama(LlamaForCausalLM):
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
         config = vllm_config.model_config.hf_config
-        skipped = set(skipped_layers(config))
+        skipped, widths = set(skipped_layers(config)), recorded_widths(config)
 
         def boosted_layer(vllm_config: VllmConfig, prefix: str) -> Any:
-            if extract_layer_index(prefix) in skipped:
-                return AttentionFreeLayer(config, vllm_config.quant_config, prefix)
-            return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=SinkAttention)
+            index = extract_layer_index(prefix)
+            own = config.per_layer_config[index]  # with the layer's width
+            if index in skipped:
+                layer: Any = AttentionFreeLayer(own, vllm_config.quant_config, prefix)
+            else:
+                layer = LlamaDecoderLayer(vllm_config, prefix, own, attn_layer_type=SinkAttention)
+            if widths.get(index) == 0:
+                layer.mlp = NoMLP()
+            return layer
 
         model = super()._init_model(vllm_config, prefix, boosted_layer)
         check_stage(model, skipped)
@@ -47,19 +54,25 @@ class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         config.max_window_layers = config.num_hidden_layers  # with any other number vLLM refuses kinds of layers
-        skipped = set(skipped_layers(config))
+        # It builds all MLPs of one width.
+        config.allow_global_per_layer_attribute_access = True
+        skipped, widths = set(skipped_layers(config)), recorded_widths(config)
         if skipped and vllm_config.offload_config.prefetch.offload_group_size:
             raise ValueError("layers without attention and --offload-group-size do not go together: leave it out")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Unlike Llama's, this class takes none for its layers: change those that it has built.
         for index in range(self.model.start_layer, self.model.end_layer):
             name = maybe_prefix(prefix, f"model.layers.{index}")
+            own = config.per_layer_config[index]
             if index in skipped:
                 forget_attention(f"{name}.self_attn.attn")
-                self.model.layers[index] = AttentionFreeLayer(config, quant_config, name)
+                self.model.layers[index] = AttentionFreeLayer(own, quant_config, name)
             elif needs_own_attention(config, index):
                 attention = self.model.layers[index].self_attn
                 set_attention(attention, config, vllm_config.cache_config, quant_config, f"{name}.self_attn")
+            if index in widths:
+                mlp = llama_mlp(own, quant_config, name) if widths[index] else NoMLP()
+                self.model.layers[index].mlp = mlp
         check_stage(self.model, skipped)
 
 
@@ -137,19 +150,24 @@ def forget_attention(name: str) -> None:
     del get_current_vllm_config().compilation_config.static_forward_context[name]
 
 
+def llama_mlp(config: Any, quant_config: Any, prefix: str) -> LlamaMLP:
+    """Return the MLP of a layer; `config`: the layer's own."""
+    return LlamaMLP(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        hidden_act=config.hidden_act,
+        quant_config=quant_config,
+        bias=getattr(config, "mlp_bias", False),
+        prefix=f"{prefix}.mlp",
+    )
+
+
 class AttentionFreeLayer(nn.Module):
     """A decoder layer that is its MLP and nothing else."""
 
     def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
         super().__init__()
-        self.mlp = LlamaMLP(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            hidden_act=config.hidden_act,
-            quant_config=quant_config,
-            bias=getattr(config, "mlp_bias", False),
-            prefix=f"{prefix}.mlp",
-        )
+        self.mlp = llama_mlp(config, quant_config, prefix)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(

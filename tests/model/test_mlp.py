@@ -1,0 +1,172 @@
+"""Thinned and removed MLPs: against masked stock models, in the cache, on disk, in gradients."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import boosted, families, info, layer_plans, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from layerboost.errors import ConfigError
+from layerboost.model.base import count_parameters, mlp_facts
+from layerboost.model.checkpoint import save_boosted
+from layerboost.model.mlp import mlp_output, recorded_widths, thin
+from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import Thinned, apply_plan, check_plan, recorded_plan, replaced_mlp
+from layerboost.schemas.plan import PlanFile
+
+IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+LETTERS = "ftomz"
+HALF = torch.arange(96).view(-1, 2)[:, 1]  # every second neuron
+
+grid = pytest.mark.parametrize("family", families(mlps=True))
+
+
+def output_of(model: PreTrainedModel, layer: int) -> Any:
+    found: Any = decoder_layers(model)[layer]
+    return mlp_output(found.mlp)
+
+
+def thinned(family: str, letters: str = LETTERS) -> PreTrainedModel:
+    """A boosted model with the odd neurons, their columns scaled."""
+    base = tiny_model(family, len(letters))
+    plans = layer_plans(letters)
+    given = {
+        plan.layer: Thinned(HALF, 1.1 * output_of(base, plan.layer).weight.detach()[:, HALF])
+        for plan in plans
+        if plan.mlp_width
+    }
+    return apply_plan(base, plans, thinned=given)
+
+
+def masked(family: str, letters: str = LETTERS) -> PreTrainedModel:
+    """The stock model whose weights do the same: other neurons, MLPs and attention add nothing."""
+    base = tiny_model(family, len(letters))
+    for layer, letter in enumerate(letters):
+        output = output_of(base, layer)
+        if letter in "tuo":
+            keep = torch.zeros(96)
+            keep[HALF] = 1.1
+            output.weight.data *= keep
+        if letter in "mz":
+            for parameter in output.parameters():
+                torch.nn.init.zeros_(parameter)
+    attention = ["n" if letter in "oz" else "f" for letter in letters]
+    return apply_plan(base, layer_plans("".join(attention)))
+
+
+@grid
+def test_a_thinned_forward_equals_a_masked_one(family: str) -> None:
+    model, reference = thinned(family), masked(family)
+    torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, atol=1e-4, rtol=1e-3)
+    assert (model(IDS).logits - tiny_model(family)(IDS).logits).abs().max() > 0.05
+    assert {layer: output_of(model, layer).in_features for layer in (0, 1, 2)} == {0: 96, 1: 48, 2: 48}
+
+
+@grid
+def test_cached_generation_equals_the_forward_pass(family: str) -> None:
+    model = thinned(family)
+    out = model.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
+                         return_dict_in_generate=True)  # fmt: skip
+    whole = model(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+
+
+@grid
+def test_saved_and_loaded_with_the_same_logits_and_no_other_weights(family: str, tmp_path: Path) -> None:
+    model = thinned(family)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert recorded_plan(loaded.config) == layer_plans(LETTERS)
+    config = tiny_model(family).config
+    facts = count_parameters(config) | mlp_facts(config)
+    removed = 2 * (facts["attention_parameters"] + 48 * facts["neuron_parameters"] + facts["mlp_parameters"])
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == facts["parameters"] - removed
+
+
+@grid
+def test_gradients(family: str) -> None:
+    """Those of a masked model, of every parameter that is used."""
+    model, reference = thinned(family, "ftfot"), masked(family, "ftfot")
+    for each in (model, reference):
+        each(IDS, labels=IDS).loss.backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if parameter.shape == expected[name].shape:
+            assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+@grid
+def test_a_layer_replaced_for_a_while_is_the_thinned_model_and_then_the_base(family: str) -> None:
+    base = tiny_model(family)
+    before = base(IDS).logits
+    for letters in ("ffftf", "fffmf"):
+        plan = layer_plans(letters)[3]
+        given = Thinned(HALF, output_of(base, 3).weight.detach()[:, HALF] * 1.1) if plan.mlp_width else None
+        with replaced_mlp(base, 3, plan, given):
+            inside = base(IDS, use_cache=False).logits
+        assert torch.equal(base(IDS).logits, before)
+        surgery = apply_plan(copy.deepcopy(base), layer_plans(letters), thinned={3: given} if given else {})
+        assert torch.equal(inside, surgery(IDS, use_cache=False).logits)
+
+
+def test_windows_and_thinned_mlps_go_together(tmp_path: Path) -> None:
+    model = boosted("fuSut")
+    out = model.generate(IDS, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    whole = model(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_the_config_says_it_in_hugging_faces_keys() -> None:
+    config = boosted("ftomz").config
+    assert config.to_dict()["per_layer_config"] == {
+        "1": {"intermediate_size": 48},
+        "2": {"skip": ["attention"], "intermediate_size": 48},
+        "3": {"skip": ["mlp"]},
+        "4": {"skip": ["attention", "mlp"]},
+    }
+    assert recorded_widths(config) == {1: 48, 2: 48, 3: 0, 4: 0}
+    assert recorded_widths(tiny_model().config) == {}
+
+
+def test_a_checkpoint_loads_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = boosted("ftoum")
+    plan = PlanFile(model=info(5), method="by hand", layers=layer_plans("ftoum"))
+    save_boosted(model, tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="schema_version: 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "out")
+    own: Any = importlib.import_module("modeling_layerboost")
+    loaded = own.LayerBoostForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded).__module__ == "modeling_layerboost"
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "MLPs: 3 thin, 1 none" in card
+    assert "| 1 | full |  |  | thin 48 |" in card
+
+
+def test_what_cannot_be_thinned_is_refused() -> None:
+    config = tiny_model().config
+    with pytest.raises(ConfigError, match="layer 1: a thinned MLP has fewer neurons than the base's"):
+        check_plan(config, [plan.model_copy(update={"mlp_width": 96 if plan.mlp_width else None})
+                            for plan in layer_plans("ftfff")])  # fmt: skip
+    mixture = tiny_model("qwen3_moe").config
+    with pytest.raises(ConfigError, match="MLPs that are mixtures of experts cannot be thinned or removed"):
+        check_plan(mixture, layer_plans("ffffm"))
+    assert mlp_facts(mixture) == {}
+    assert mlp_output(torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})) is None
+
+
+def test_a_thinned_mlp_shares_what_is_not_cut() -> None:
+    mlp: Any = decoder_layers(tiny_model())[0].mlp
+    found: Any = thin(mlp, HALF)
+    assert found.act_fn is mlp.act_fn
+    assert torch.equal(found.up_proj.weight, mlp.up_proj.weight[HALF])
+    assert mlp.up_proj.out_features == 96
