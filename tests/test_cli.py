@@ -63,7 +63,7 @@ def test_ls() -> None:
     families = json.loads(layerboost("ls", "families", "--json").stdout)
     assert families["llama"] == {"vllm": "Llama classes"}
     others = json.loads(layerboost("ls", "unsupported", "--json").stdout)
-    assert others["mixtral"] == "a mixture of experts"
+    assert others["deepseek_v3"] == "multi-head latent attention"
     assert not others.keys() & families.keys()
     assert {"demo", "qwen3-4b", "smollm2-135m"} <= set(json.loads(layerboost("ls", "recipes", "--json").stdout))
     found = json.loads(layerboost("ls", "settings", "--json").stdout)

@@ -219,7 +219,10 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
 
 
 def fitted(letters: str, model_type: str) -> str:
-    """A plan's letters for a family: where its tiny base slides already, f in place of a window."""
+    """A plan's letters for a family: where its tiny base slides already, f in place of a window; whole MLPs of
+    experts."""
+    if model_type in MIXTURES:
+        letters = letters.translate(str.maketrans("tuomz", "fsnfn"))
     model = tiny_model(model_type, len(letters))
     types = base_layer_types(model.config.get_text_config())
     pairs = zip(letters, types, strict=True)
