@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -23,7 +24,6 @@ from layerboost.model.files import (
     SINGLE,
     Tensors,
     check_finite_weights,
-    check_readable,
     headers,
     plain_config,
     read_weights,
@@ -119,10 +119,17 @@ def is_intact(folder: Path) -> bool:
 
 
 def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
-    """Return Transformers' config of a directory; raise ConfigError with the first line of any error."""
+    """Return Transformers' config of a directory; raise ConfigError with the first line of any error.
+
+    A model type that Transformers lacks is refused before its error asks for remote code, which would not help.
+    """
+    if "gguf_file" not in kwargs and (kind := plain_config(folder)["model_type"]) not in CONFIG_MAPPING:
+        raise ConfigError(
+            "this model family is not supported",
+            found=f"{kind} (not in Transformers {transformers.__version__})",
+            do="use a model of a family in `layerboost ls families`",
+        )
     try:
-        if "gguf_file" not in kwargs:
-            check_readable(folder / "config.json")
         return AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in many ways
         do = "copy or download it again" if "gguf_file" in kwargs else ""

@@ -108,7 +108,7 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
         raise ConfigError(
             f"layers of this {config.model_type} model slide already, and a config has one window",
             found=f"windows {', '.join(map(str, windows))}; the base's is {native}",
-            do=f"set measure.windows to [{native}]"
+            do=f"set measure.windows to [{native}], and text.sequence_tokens and measure.retrieval_tokens above it"
             if native < config.max_position_embeddings
             else "use another model: this one's own window drops nothing, and cannot be combined with another",
         )

@@ -8,13 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from layerboost.model.families import FAMILIES, WRAPPERS
 
+WRAPPER = "a wrapper of a language model"
 # What a causal LM's classes say, by reason; the first that applies is given.
 REASONS = {
-    "a wrapper of a language model": r"class \w+(ForConditionalGeneration|ImageEmbedding)\b|\bpixel_values\b",
+    WRAPPER: r"class \w+(ForConditionalGeneration|ImageEmbedding)\b|\bpixel_values\b",
     "an encoder, or a decoder with cross-attention": r"\b(encoder_hidden_states|cross_attention_states)\b",
     "multi-head latent attention": r"self\.kv_a_proj",
     "a hybrid with layers of another kind": r"class \w*(Mixer|Delta|ShortConv|Recurrent|LightningAttention|Rwkv|xLSTM)",
@@ -36,9 +40,11 @@ NO_INTERFACE = "its attention does not go through Transformers' attention interf
 
 @cache
 def why_unsupported(model_type: str) -> str | None:
-    """Return why a model type is not supported; None if it is, or if Transformers has no causal LM of it."""
-    if model_type in {*FAMILIES, *WRAPPERS} or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    """Return why a model type is not supported; None if it is, or if Transformers has no language model of it."""
+    if model_type in {*FAMILIES, *WRAPPERS}:
         return None
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return WRAPPER if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
     source = _source(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     return next((reason for reason, pattern in REASONS.items() if re.search(pattern, source)), NO_INTERFACE)
 
