@@ -91,6 +91,8 @@ class Rows(Section):
             raise ValueError(f"not among the rows: {', '.join(sorted(unknown))}")
         earlier: set[str] = set()
         for name, row in self.rows.items():
+            if row.sliding and row.plan is None:
+                raise ValueError(f"rows.{name}.sliding: name the plan whose sliding layers get these fields")
             if row.window_only and row.window_only not in earlier:
                 raise ValueError(f"rows.{name}.window_only: {row.window_only} is not an earlier row")
             earlier.add(name)
@@ -261,9 +263,8 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
         return other.model_copy(update={"layers": windows_alone(other.layers), "predicted": None})
     if row.plan is None:
         plan: PlanFile = run_stage("plan", settings, folder)
-        if not row.sliding:
-            return plan
-    elif isinstance(row.plan, EveryLayer):
+        return plan
+    if isinstance(row.plan, EveryLayer):
         plan = every_layer_plan(row.plan, base, settings)
         check_applicable(plan, base.config, settings.text.sequence_tokens)
     elif row.plan in earlier:

@@ -18,7 +18,7 @@ from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, PLAN
-from layerboost.traffic import load_calibration
+from layerboost.traffic import load_calibration, load_mlp_fit
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -74,14 +74,16 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
     """Return the base with a plan applied; sinks and thinned MLPs are fitted on the calibration text. Raise
     ConfigError."""
     model, sinks, thinned = base.load(), {}, {}
-    if any(map(needs_text, plan.layers)):
+    size, device = recipe.measure.batch_sequences, base.runtime.device
+    with_sink = [entry.layer for entry in plan.layers if entry.sink]
+    if with_sink and plan.window:
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
-        batches = [batch.to(base.runtime.device) for batch in calibration.batches(recipe.measure.batch_sequences)]
-        with_sink = [entry.layer for entry in plan.layers if entry.sink]
-        if with_sink and plan.window:
-            fitted = calibrate_sinks(model, batches, with_sink, [plan.window])
-            sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
-        wanted = [(entry.layer, entry.mlp_width) for entry in plan.layers if entry.mlp_width]
+        fitted = calibrate_sinks(
+            model, [each.to(device) for each in calibration.batches(size)], with_sink, [plan.window]
+        )
+        sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
+    if wanted := [(entry.layer, entry.mlp_width) for entry in plan.layers if entry.mlp_width]:
+        batches = [each.to(device) for each in load_mlp_fit(recipe, base.tokenizer, run).batches(size)]
         thinned = {layer: found for (layer, _), found in thin_mlps(model, batches, wanted).items()}
     return apply_plan(model, plan.layers, sinks, thinned)
 

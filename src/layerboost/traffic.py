@@ -67,19 +67,27 @@ class Traffic:
         return Traffic(self.ids.to(device), self.scored.to(device))
 
 
-def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None) -> Tokens | Traffic:
-    """Return `tokens` tokens to measure and to fit sinks on: of `measure.traffic`, or of the calibration split.
+def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None, after: int = 0) -> Tokens | Traffic:
+    """Return `tokens` tokens to measure and to fit sinks on: of `measure.traffic`, or of the calibration split; those
+    that follow `after` tokens.
 
     Raise ConfigError for a file or text that cannot be used.
     """
     settings = recipe.measure
     if settings.traffic:
         file = local_path(settings.traffic) or Path(settings.traffic)
-        return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens)
+        return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens + after)
     length = recipe.text.sequence_tokens
-    skipped = -(-settings.skip_tokens // length)
+    skipped = -(-settings.skip_tokens // length) + -(-after // length)
     found = load_tokens(recipe.text, tokenizer, "calibration", skipped * length + tokens, run=run)
     return found if skipped == 0 else Tokens(found.ids[skipped:], fingerprint(found.ids[skipped:].tolist()))
+
+
+def load_mlp_fit(recipe: Recipe, tokenizer: Any, run: Path | None) -> Tokens | Traffic:
+    """Return the text that thinned MLPs are fitted on: as much as is measured, after it, because a fit does better on
+    its own text than on other text. Raise ConfigError if there is too little."""
+    tokens = recipe.measure.tokens
+    return load_calibration(recipe, tokenizer, tokens, run, after=tokens)
 
 
 class _Unscorable(Exception):

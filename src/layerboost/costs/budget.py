@@ -22,6 +22,8 @@ from layerboost.strategies import FEATURE_MAPS, FULL
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
+# Of a number in the state of linear attention, which is float32 in every model.
+STATE_BYTES = 4
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
@@ -29,7 +31,7 @@ def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens:
     held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
     shape = model.heads, model.kv_heads, model.head_dim
     states = sum(FEATURE_MAPS[entry.feature_map].state(*shape) for entry in layers if entry.feature_map)
-    return held * model.kv_bytes_per_token // model.kv_heads + states * model.bytes_per_element
+    return held * model.kv_bytes_per_token // model.kv_heads + states * STATE_BYTES
 
 
 def base_kv_bytes(model: ModelInfo, context_tokens: int) -> int:

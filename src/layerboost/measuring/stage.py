@@ -30,12 +30,12 @@ from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity
-from layerboost.strategies import LINEAR, MEASURED
+from layerboost.strategies import LINEAR, MEASURED, SLIDING
 from layerboost.tasks.checks import check_items
 from layerboost.tasks.lm_eval import BenchTask
 from layerboost.tasks.probe import TaskProbe, load_choices
 from layerboost.text import Tokens, check_samples
-from layerboost.traffic import Traffic, load_calibration
+from layerboost.traffic import Traffic, load_calibration, load_mlp_fit
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     done = found.layers if found else []
     wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
     wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
-    stream = LayerStream(model, sinks, thin_mlps(model, batches, sorted(wanted)))
+    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(recipe.measure.batch_sequences) if wanted else []
+    stream = LayerStream(model, sinks, thin_mlps(model, [each.to(runtime.device) for each in fit], sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]
@@ -194,6 +195,12 @@ def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[Benc
 def _check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Raise ConfigError for replacements that this model cannot have."""
     check_windows(config, recipe.measure.windows)
+    if SLIDING not in recipe.measure.strategies:
+        raise ConfigError(
+            "measure.strategies lacks sliding, without whose scores there is no plan",
+            found=", ".join(recipe.measure.strategies),
+            do="add sliding",
+        )
     if LINEAR in recipe.measure.strategies:
         check_linear(config)
     _head_group(recipe, config)

@@ -368,20 +368,22 @@ def linear_attention_forward(
     state, window, queries = cache.state if cache else None, module.layerboost_window, query.shape[2]
     mask = boolean_mask(attention_mask, key.shape[2])
     documents = documents_of(mask, queries)
-    if module.layerboost_feature_map == "lolcats":
-        maps = tuple(getattr(module, name) for name in FEATURE_PARAMETERS)
-        out = lolcats_attention(query, key, value, maps, window, documents, state, scaling)
-        state = lolcats_state(key, value, maps[1], window, documents, state) if cache else state
-    else:
-        plain_query, plain_key = _unrotated(module, query, key[:, :, -queries:])
-        gate = F.logsigmoid(_wide(plain_key)) / GATE_TEMPERATURE
-        query_features, key_features = _wide(plain_query).softmax(-1), _wide(plain_key).softmax(-1)
-        own, values = None if documents is None else documents[:, -queries:], value[:, :, -queries:]
-        far, state = gated_attention(query_features, key_features, values, gate, own, state)
-        near = sliding_attention(query, key, value, window, None, mask, scaling)
-        out = (near + far.to(near.dtype)) / 2
+    # Autocast would take products back to half precision, also those that add up the state.
+    with torch.autocast(query.device.type, enabled=False):
+        if module.layerboost_feature_map == "lolcats":
+            maps = tuple(getattr(module, name) for name in FEATURE_PARAMETERS)
+            out = lolcats_attention(query, key, value, maps, window, documents, state, scaling)
+            state = lolcats_state(key, value, maps[1], window, documents, state) if cache else state
+        else:
+            plain_query, plain_key = _unrotated(module, query, key[:, :, -queries:])
+            gate = F.logsigmoid(_wide(plain_key)) / GATE_TEMPERATURE
+            query_features, key_features = _wide(plain_query).softmax(-1), _wide(plain_key).softmax(-1)
+            own, values = None if documents is None else documents[:, -queries:], value[:, :, -queries:]
+            far, state = gated_attention(query_features, key_features, values, gate, own, state)
+            near = sliding_attention(query, key, value, window, None, mask, scaling)
+            out = (near + far.to(near.dtype)) / 2
     if cache and state is not None:
-        cache.state = state.to(value.dtype)
+        cache.state = state  # in float32: sums over all tokens
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -38,9 +38,9 @@ class Sums:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """Return the M `[E, I]` of least Σ|error − M·input|² + ridge · mean square of an input · tokens · |M|²."""
-        diagonal = self.square.diagonal()
+        regular = self.square.clone()
         # Without inputs (a dead layer) the matrix is still positive.
-        regular = self.square + torch.diag(torch.full_like(diagonal, ridge * float(diagonal.mean()) + 1e-12))
+        regular.diagonal().add_(ridge * float(regular.diagonal().mean()) + 1e-12)
         return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(regular)).T
 
     def remaining(self, change: torch.Tensor) -> float:

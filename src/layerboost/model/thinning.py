@@ -122,6 +122,7 @@ def thin_mlps(
             thinned = sums.thinned(output.weight, width)
             # Kept for as long as plans are measured, so not in a GPU's memory.
             found[layer, width] = Thinned(thinned.neurons.cpu(), thinned.output.to(output.weight.dtype).cpu())
+        del sums  # before the next layer's
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from layerboost.costs.budget import KV_BYTES, Budget
+from layerboost.costs.memory import module_heads
 from layerboost.planning.choices import Choice, blended, choices, merged, metric_limits, metric_scales, windows
 from layerboost.planning.selection import budget, infeasible
 from layerboost.recipe import Plan
@@ -43,6 +45,9 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     """
     limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
     table = _table(sensitivity, settings)
+    # The attention calls of a plan with all of these choices: the first whose KV heads differ would pay for all.
+    every = [choice.plan for options in table for choice in options]
+    limits = replace(limits, module=module_heads(sensitivity.model.kv_heads, every))
     plan = merged([options[0] for options in table])
     loss, round_ = 0.0, 0
     queue = [

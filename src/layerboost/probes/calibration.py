@@ -23,7 +23,7 @@ from layerboost.schemas.artifact import fingerprint, json_text, not_finite
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.text import load_tokens
-from layerboost.traffic import load_calibration
+from layerboost.traffic import load_calibration, load_mlp_fit
 
 MEASURED = "measured_plans.jsonl"
 
@@ -70,7 +70,8 @@ def open_measured(
     widths = {
         (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
     }
-    thinned = thin_mlps(model, batches, sorted(widths))
+    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size) if widths else []
+    thinned = thin_mlps(model, [part.to(device) for part in fit], sorted(widths))
     probe = TextProbe(LayerStream(model, sinks, thinned), [part.to(device) for part in text.batches(size)], prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
     dtype = str(runtime.dtype)
