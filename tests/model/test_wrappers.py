@@ -201,3 +201,24 @@ def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path) -> None:
             vllm.serve_command(converted, 8000, ())
     with pytest.raises(ConfigError, match=r"exports hold language models alone\nfound: [^$]+ is a wrapper, llava"):
         run_export(converted, "auto")
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_that_no_setting_names(tmp_path: Path) -> None:
+    """Mistral Small's config has no tie_word_embeddings, a wrapper's default is True, and its head is its own."""
+    folder = save_wrapper(tmp_path / "stock", "mistral3", tie_word_embeddings=False)
+    expected = find_model(str(folder), RUNTIME).load()(IDS).logits
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    base = find_model(str(folder), RUNTIME)
+    base.check()
+    assert not base.info.tied_head
+    model = base.load()
+    assert torch.equal(model(IDS).logits, expected)
+    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("fSn"))
+    boosted = apply_plan(model, plan.layers)
+    save_boosted(boosted, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    again = find_model(str(tmp_path / "boosted"), RUNTIME).load()
+    assert torch.equal(again(IDS).logits, boosted(IDS).logits)

@@ -28,6 +28,7 @@ from layerboost.model.card import (
     licence_sentence,
     origin_of,
 )
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
@@ -163,11 +164,15 @@ class Base:
             kwargs |= {"gguf_file": self.gguf, "quantization_config": dequantised}
         else:
             check_checkpoint(self.folder, self.trust_remote_code)
-            if dequantise and self.dequantised:
+            if self.model_config.model_type in WRAPPERS or (dequantise and self.dequantised):
                 kwargs["config"] = copy.deepcopy(self.model_config)
+            if dequantise and self.dequantised:
                 kwargs["config"].quantization_config = self.dequantised
             # Not the model's own generation settings: they would change samples, and Transformers refuses to save some.
-            ids = {name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            # A wrapper's own ids come first: Gemma 3's end of a turn is not in its text_config.
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            own = {name: getattr(self.model_config, name, None) for name in names}
+            ids = {name: getattr(self.config, name, None) if own[name] is None else own[name] for name in names}
             kwargs["generation_config"] = GenerationConfig(**ids)
         try:
             model, loading = auto_class(self.model_config).from_pretrained(
@@ -216,7 +221,7 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
     if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
-        return Base(name, (run / BASE).absolute(), runtime)
+        return Base(name, (run / BASE).absolute(), runtime, trust_remote_code=trust_remote_code)
     return found
 
 
@@ -252,7 +257,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
         (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n")
-    return Base(base.name, (run / BASE).absolute(), runtime)
+    return Base(base.name, (run / BASE).absolute(), runtime, trust_remote_code=base.trust_remote_code)
 
 
 def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:

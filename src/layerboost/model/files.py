@@ -172,6 +172,8 @@ def headers(folder: Path) -> Tensors:
 def check_finite_weights(name: str, weights: Tensors, dtype: torch.dtype) -> None:
     """Raise ConfigError if weights are not finite in `dtype`, naming the tensor and the place in it."""
     for tensor, values in weights.items():
+        if not values.is_floating_point():  # packed weights
+            continue
         wrong = ~values.to(dtype).isfinite()
         if not wrong.any():
             continue

@@ -130,10 +130,17 @@ def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
             do="use a model of a family in `layerboost ls families`",
         )
     try:
-        return AutoConfig.from_pretrained(folder, **kwargs)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in many ways
         do = "copy or download it again" if "gguf_file" in kwargs else ""
         raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error), do=do) from None
+    if config.model_type in WRAPPERS and config.tie_word_embeddings:
+        plain = plain_config(folder)
+        named = {"tie_word_embeddings"} & {*plain, *(plain.get("text_config") or {})}
+        # Transformers' default for a wrapper, as of Mistral Small, whose head is its own: it then ties nothing.
+        if not named and any(each.endswith("lm_head.weight") for each in headers(folder)):
+            config.tie_word_embeddings = False
+    return config
 
 
 def _check_window(folder: Path, plain: dict[str, Any], config: PreTrainedConfig) -> None:
@@ -165,6 +172,8 @@ def _check_quantisation(folder: Path, plain: dict[str, Any]) -> None:
             raise _quantised(folder, f"{key} {json.dumps(settings)[:200]}")
         if (package := DEQUANTISED[method]) and find_spec(package) is None:
             raise _quantised(folder, f"{method}, which takes the package {package} to undo")
+        if method != "fp8" and any("expert" in name for name in plain | (plain.get("text_config") or {})):
+            raise _quantised(folder, f"a mixture of experts by {method}")
         tensors = headers(folder)
         if method == "fp8" and all(tensor.dtype != torch.float8_e4m3fn for tensor in tensors.values()):
             raise ConfigError(
@@ -172,7 +181,8 @@ def _check_quantisation(folder: Path, plain: dict[str, Any]) -> None:
                 do="remove quantization_config if the weights were dequantised, or copy the directory again",
             )
         unscaled = [name for name in tensors if name.endswith(".weight") and tensors[name].dtype == torch.float8_e4m3fn]
-        if unscaled := [name for name in unscaled if not {f"{name}_scale_inv", f"{name}_scale"} & tensors.keys()]:
+        scales = ("_scale_inv",) if method == "fp8" else ("_scale_inv", "_scale")
+        if unscaled := [name for name in unscaled if not {name + scale for scale in scales} & tensors.keys()]:
             raise _quantised(folder, f"{some(unscaled)} of type {torch.float8_e4m3fn} without a scale")
 
 
