@@ -71,7 +71,9 @@ def validate_measure(recipe: Recipe) -> None:
             do="set it to [attention], or to [attention, mlp]",
         )
     filler = filler_tokens(recipe)
-    own_text = 0 if recipe.measure.traffic else recipe.measure.tokens
+    # Thinned MLPs are fitted on as much text again.
+    parts = 2 if "mlp" in recipe.measure.components else 1
+    own_text = 0 if recipe.measure.traffic else parts * recipe.measure.tokens
     check_samples(recipe.text, recipe.measure.skip_tokens + max(filler, own_text), "calibration")
     if recipe.measure.head_scores == "scan" and (recipe.measure.traffic or recipe.measure.plan):
         raise ConfigError(
@@ -95,6 +97,8 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
+        if "mlp" in recipe.measure.components:
+            load_mlp_fit(recipe, base.tokenizer, run)
         return
     load_tasks(recipe, base.tokenizer, context_tokens)
     if recipe.measure.traffic:
