@@ -7,8 +7,8 @@ JSON:
 
 - `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
 - `answers`: the same for what answers lose, of the recipe's retrieval prompts, with the first three heads of each;
-- `prompts`: of the best heads by two disjoint sets of so many of `--prompts` prompts, the fraction that both have, as
-  the mean of 50 pairs of sets; of the 6 best, and of the `--full` best;
+- `prompts`: by number of prompts in a set, the fraction of the best heads that two disjoint sets of the `--prompts`
+  prompts share, as the mean of 50 pairs of sets; of the 6 best, and of the `--full` best;
 - `layers`: in how many layers the scores of heads add up to the layer's within a quarter;
 - `plans`: of random plans with `--full` full KV heads, measured on the scan's text: rank correlation and ratio of each
   prediction (sums of exact scores; the scan's quadratic form; sums plus its interactions, `mixed`);

@@ -37,7 +37,7 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
             _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
         of_mlp = [choice for choice in options if choice.plan.mlp_changed]
-        attention = [choice for choice in options if choice not in of_mlp]
+        attention = [choice for choice in options if not choice.plan.mlp_changed]
         if settings.unit == "kv_head":
             attention += _mixed(entry, window, scales)
         full = Choice(LayerPlan(layer=entry.layer, attention=FULL), 0.0, {})
