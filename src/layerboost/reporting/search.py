@@ -6,7 +6,7 @@ from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
+from layerboost.schemas.plan import AXES, Axis, Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
 from layerboost.schemas.sensitivity import Stability
 from layerboost.strategies import STRATEGIES, label
 
@@ -40,27 +40,30 @@ def search_panel(sources: Sources) -> Panel:
 
 
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> Figure:
-    """Return the predicted loss against the KV cache as a fraction of the base's; the run's plan is a diamond."""
+    """Return the predicted loss against the KV cache or the parameters as a fraction of the base's; the run's plan is a
+    diamond."""
     # A plan that changes nothing has no metrics, and loses nothing.
     losses = [point.predicted.quality_loss for point in frontier.points]
     points = [point for point, loss in zip(frontier.points, losses, strict=True) if metric in loss or not loss]
-    context = _context_tokens(frontier)
+    context, axis = _context_tokens(frontier), frontier.axis
     traces = [
         scatter(
             f"best by {frontier.settings['method']}",
-            [100 * point.predicted.kv_fraction for point in points],
+            [100 * getattr(point.predicted, axis) for point in points],
             [point.predicted.quality_loss.get(metric, 0.0) for point in points],
             "var(--sliding)",
-            [_hover(point.predicted, metric) + _counts(point) for point in points],
+            [_hover(point.predicted, metric, axis) + _counts(point) for point in points],
             marker={"color": "var(--sliding)", "size": 6},
         )
     ]
     prediction = plan.valid_prediction if plan else None
     if prediction and metric in prediction.quality_loss and prediction.context_tokens == context:
-        at, hover = ([100 * prediction.kv_fraction], [prediction.quality_loss[metric]]), [_hover(prediction, metric)]
+        at = [100 * getattr(prediction, axis)], [prediction.quality_loss[metric]]
+        hover = [_hover(prediction, metric, axis)]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
         traces.append(scatter("plan.yaml", *at, "var(--healed)", hover, "markers", marker=marker))
-    return figure(traces, f"KV cache at {context:,} tokens, % of the base", f"predicted {metric}")
+    of_context = f" at {context:,} tokens" if axis == "kv_fraction" else ""
+    return figure(traces, f"{AXES[axis]}{of_context}, % of the base", f"predicted {metric}")
 
 
 def frontier_table(frontier: Frontier) -> Table:
@@ -103,9 +106,9 @@ def stability_table(stability: Stability) -> Table:
     return Table("Stability", header, rows, text_columns=(0, 1, 2), folded=len(rows) > 20)
 
 
-def _hover(predicted: Predicted, metric: str) -> str:
+def _hover(predicted: Predicted, metric: str, axis: Axis) -> str:
     loss = number(predicted.quality_loss.get(metric, 0.0))
-    return f"{percent(predicted.kv_fraction)} of the KV cache, {metric} {loss}"
+    return f"{percent(getattr(predicted, axis))} of the {AXES[axis]}, {metric} {loss}"
 
 
 def _counts(point: FrontierPoint) -> str:
