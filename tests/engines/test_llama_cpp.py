@@ -63,15 +63,16 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
 
 @pytest.mark.multiprocess
 def test_tokens_within_a_character_are_counted(tmp_path: Path) -> None:
-    tokenizer, model = byte_level_tokenizer(), tiny_model("llama", 1, vocab_size=257)
-    half = tokenizer.convert_tokens_to_ids("â")  # the first byte of three
-    with torch.no_grad():  # the model says nothing else
+    model, token = tiny_model("llama", 1, vocab_size=257), 256
+    with torch.no_grad():  # the model always says this token
         for name, weights in model.named_parameters():
             weights.fill_(float("norm" in name))
         model.get_input_embeddings().weight[:, 0] = 1.0
-        model.get_output_embeddings().weight[half, 0] = 1.0
+        model.get_output_embeddings().weight[token, 0] = 1.0
     model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"t256"', '"â"'))  # the first byte of three
     with launch(
         "base", tmp_path / "base", recipe(gguf_type="f32"), tmp_path / "bench" / "logs" / "base.log"
     ) as running:
