@@ -113,6 +113,7 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     for row in timed:
         predicted = fit([other for other in timed if other.plan != row.plan]).milliseconds(row.work)
         timing.append({"plan": row.plan, "what": row.what, "ms": round(row.ms, 2), "predicted_ms": round(predicted, 2)})
+    rates = rates.model_copy(update={"removed_saves": not on_llama})
     write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
     log.info("wrote %s", out)
     return {"machine": machine(), name: version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
