@@ -188,7 +188,8 @@ class RunningLlama:
         asked = {"prompt": ids, "n_predict": output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
         body = json.dumps(asked | {"cache_prompt": False}).encode()
         request = urllib.request.Request(f"{self.server.url}/completion", body)
-        started, times = time.monotonic(), []
+        started = time.monotonic()
+        times: list[float] = []
         with DIRECT.open(request) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
