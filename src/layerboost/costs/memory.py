@@ -7,9 +7,8 @@ module, or several if KV heads of a layer differ: all modules then have the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, window_of
@@ -199,23 +198,6 @@ def serving(
     if advised.block_size != default.block_size:
         flags += ("--block-size", str(advised.block_size))
     return Serving(flags, context_tokens, admission(advised), admission(default))
-
-
-def retained_tokens(window: int) -> int:
-    """Return after how many tokens of a prompt the next window is kept in vLLM's prefix cache: at least four windows,
-    so that what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
-    return 1024 * -(-4 * window // 1024)
-
-
-def prefix_flag(config: Mapping[str, Any], layers: Sequence[LayerPlan]) -> dict[str, str]:
-    """Return the flag with which vLLM keeps windows of an export in its prefix cache, for the second request to find.
-
-    For boosted checkpoints the plugin sets it. `config`: the export's; none if no layer of it slides.
-    """
-    if "sliding_attention" not in config.get("layer_types", ()):
-        return {}
-    full = any(not entry.attention_changed for entry in layers)
-    return {"--prefix-cache-retention-interval": str(retained_tokens(config["sliding_window"])) if full else "None"}
 
 
 def _advised(

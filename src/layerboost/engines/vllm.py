@@ -13,13 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving, prefix_flag
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.prefix_cache import prefix_flag
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, check_served, read_plan

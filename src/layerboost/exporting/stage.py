@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig
 
-from layerboost.costs.memory import prefix_flag
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.decilm import CONFIGURATION, decilm_config
 from layerboost.exporting.llama_shaped import granite_config, granite_tensors, llama_tensors, mlx_config
@@ -27,6 +26,7 @@ from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types
+from layerboost.model.prefix_cache import prefix_flag
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import LayerPlan, PlanFile
