@@ -1,4 +1,4 @@
-"""vLLM's prefix cache of a model with sliding layers: what it must keep for the second request to find a shared prefix."""
+"""vLLM's prefix cache of a model with sliding layers: what it keeps, so that requests find a shared prefix."""
 
 from __future__ import annotations
 
