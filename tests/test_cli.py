@@ -238,12 +238,6 @@ def edit_plan(run: Path, letters: str) -> None:
     write_plan(run / "plan.yaml", plan.model_copy(update={"layers": layer_plans(letters)}))
 
 
-def test_convert_says_what_writes_compat_now(tmp_path: Path) -> None:
-    refused = layerboost("convert", "--run", tmp_path / "run", "--compat", check=False)
-    assert refused.returncode == 2
-    assert f"layerboost export {tmp_path / 'run' / 'healed'} --to decilm" in refused.stderr
-
-
 def test_a_damaged_checkpoint_is_one_message_and_is_made_again(measured: Path, tmp_path: Path) -> None:
     run = copy_run(measured, tmp_path / "run")
     weights = run / "converted" / "model.safetensors"

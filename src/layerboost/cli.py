@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerboost import __version__, tables
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import LayerboostError
 from layerboost.options import Command, with_recipe
 from layerboost.tables import show
 from layerboost.terminal import prepare_terminal
@@ -100,13 +100,9 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     "layerboost convert --run runs/qwen3",
     "layerboost convert --run runs/llama && layerboost export runs/llama/converted --to auto",
 )
-@click.option("--compat", is_flag=True, hidden=True)
 @with_recipe
-def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
+def convert(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Apply the plan to the base's weights: converted/, a Hugging Face checkpoint."""
-    if compat:
-        export = f"layerboost export {run / 'healed'} --to decilm"
-        raise ConfigError("convert no longer has --compat", do=f"`{export}` writes the same, of converted/ too")
     show(_run("convert", recipe, run), as_json, tables.written_rows)
 
 

@@ -112,11 +112,6 @@ def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
 
 
 STAGES = ("attention", "lora")
-# Settings that older releases lack, with values that change nothing, and settings that only they have.
-ADDED, REMOVED = (
-    {"fit_tokens": 0, "attention_repeats": 1, "sequence_tokens": None, "answer_weight": 1.0},
-    {"hidden_weight": 0.0},
-)
 
 
 @dataclass(frozen=True)
@@ -245,14 +240,8 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
 
 
 def read_identity(file: Path) -> dict[str, Any] | None:
-    """Return the identity in a file, in this release's form; None without a file."""
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
-    # Older releases stored paths as typed.
-    text = Text.model_validate(found["text"]).model_dump(mode="json")
-    return found | {"heal": ADDED | settings, "text": text}
+    """Return the identity in a file, None without one."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -270,13 +259,6 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
         )
     if not resume:
         raise ConfigError(f"{work} holds unfinished healing", do=f"leave out --no-resume, or delete {work}")
-    for stage in STAGES:
-        if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
-            raise ConfigError(
-                f"{work} holds a stage that layerboost 0.1 started; this release cannot resume from its checkpoints",
-                found=f"{work / 'checkpoints' / stage}",
-                do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
-            )
     log.info("resuming %s", work)
 
 

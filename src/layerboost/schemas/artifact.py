@@ -31,11 +31,6 @@ class Artifact(BaseModel):
         return value
 
 
-def renamed(values: Any, **names: str) -> Any:
-    """Return the values of a file with the names of older releases replaced: `old="new"`."""
-    return {names.get(name, name): value for name, value in values.items()} if isinstance(values, dict) else values
-
-
 def fingerprint(*parts: Any) -> str:
     """Return 16 hex digits of the SHA-256 over the canonical JSON of `parts`."""
     text = json.dumps(parts, sort_keys=True, default=str)

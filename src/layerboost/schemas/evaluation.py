@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from layerboost.schemas.artifact import Artifact, renamed
+from layerboost.schemas.artifact import Artifact
 from layerboost.schemas.sensitivity import Score
 
 # The margin of "no worse than": a difference of two fractions.
@@ -32,11 +32,6 @@ class Change(Part):
     high: float
     lower_95: float
     minimum_detectable: float
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, values: Any) -> Any:
-        return renamed(values, at_least="lower_95", detectable="minimum_detectable")
 
     @property
     def no_worse(self) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
-from layerboost.schemas.artifact import Artifact, _parse, fingerprint, renamed
+from layerboost.schemas.artifact import Artifact, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
     FEATURE_MAP,
@@ -239,11 +239,6 @@ class Predicted(BaseModel):
     decode_fraction: float | None = None
     plan: str = Field(default="", description="hash of the plan that it predicts")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, values: Any) -> Any:
-        return renamed(values, damage="quality_loss")
-
 
 class PlanFile(Artifact):
     """`plan.yaml`: one line per layer; you may edit it."""
@@ -255,12 +250,6 @@ class PlanFile(Artifact):
     sensitivity: str | None = Field(default=None, description="hash of the sensitivity.json it was made from")
     predicted: Predicted | None = None
     layers: list[LayerPlan]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_flags(cls, values: Any) -> Any:
-        """Drop the serving flags of older files: they are those of the machine that planned."""
-        return {key: value for key, value in values.items() if key != "serving"} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> PlanFile:
