@@ -9,7 +9,7 @@ from functools import partial
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
-from layerboost.reporting.text import ABSENT, number, percent, with_interval
+from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
 from layerboost.schemas.evaluation import EvalComparison
 from layerboost.schemas.run import last_made
@@ -180,12 +180,9 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
     for name in names:
         spreads = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
         value, change, ends = 100 * average.models[name].value, average.difference.get(name), None
-        text = f"{number(value)} %"
         if change:
-            text += f", − base: {with_interval(change, scale=100)} points"
-            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(
-                spreads
-            )
+            end = value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean)
+            ends = [end] * len(spreads)
         color = model_color(name, names)
         traces.append(
             scatter(
@@ -193,10 +190,6 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
                 [spread.median for spread in spreads.values()],
                 [value] * len(spreads),
                 color,
-                [
-                    f"{at} concurrent requests: {spread.text(number)} tokens/s<br>{text}"
-                    for at, spread in spreads.items()
-                ],
                 "lines+markers+text",
                 x_ends=[(spread.min, spread.max) for spread in spreads.values()],
                 y_ends=ends,
@@ -216,14 +209,12 @@ def _lines(metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_ti
     traces = []
     for name in names:
         spreads = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
-        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in spreads.items()}
         traces.append(
             scatter(
                 name,
                 spreads,
                 [scale * spread.median for spread in spreads.values()],
                 model_color(name, names),
-                [f"{x_title} {x:,}: {text} {y_title}" for x, text in texts.items()],
                 y_ends=[(scale * spread.min, scale * spread.max) for spread in spreads.values()],
             )
         )

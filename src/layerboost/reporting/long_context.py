@@ -61,14 +61,12 @@ def position_figure(positions: Positions) -> Figure:
     base = [score.mean for score in positions.models["base"]]
     for model in model_order(positions.models):
         values = [math.exp(score.mean) for score in positions.models[model]]
-        hover = [f"tokens {name}: {number(value, 4)}" for name, value in zip(names, values, strict=True)]
         ends = None
         if changes := positions.difference.get(model):
             pairs = list(zip(base, changes, strict=True))
             # The paired interval, around the base's own value.
             ends = [(math.exp(origin + change.low), math.exp(origin + change.high)) for origin, change in pairs]
-            hover = [f"{text}, NLL {with_interval(change)}" for text, change in zip(hover, changes, strict=True)]
-        traces.append(scatter(model, names, values, model_color(model, positions.models), hover, y_ends=ends))
+        traces.append(scatter(model, names, values, model_color(model, positions.models), y_ends=ends))
     return figure(traces, "position, tokens", "perplexity", {"type": "category"})
 
 
@@ -86,18 +84,12 @@ def retrieval_figure(retrieval: Retrieval) -> Figure:
                     [_length(group) for group in groups],
                     [100 * group.models[model].value for group in groups],
                     color,
-                    [_hover(group, model) for group in groups],
                     line={"color": color, "width": 2, "dash": dash},
                 )
             )
     lengths = [_length(group) for group in sorted(retrieval.groups, key=lambda group: group.length_tokens)]
     x = {"type": "category", "categoryorder": "array", "categoryarray": list(dict.fromkeys(lengths))}
     return figure(traces, "prompt, tokens", "exact match, %", x, {"range": [-4, 104]})
-
-
-def _hover(group: RetrievalGroup, model: str) -> str:
-    exact, nats = percent(group.models[model].value, 0), with_error(group.log_probability[model])
-    return f"{_length(group)} tokens: {exact}<br>log-probability {nats} nats, {group.prompts} prompts"
 
 
 def _length(group: RetrievalGroup) -> str:

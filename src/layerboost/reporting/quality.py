@@ -64,13 +64,9 @@ def task_figure(quality: EvalComparison) -> Figure:
                 [100 * change.mean for change in changes],
                 [row - offset for row in tasks],
                 model_color(model, models),
-                [
-                    f"{escape(names[row])}: {with_interval(task.difference[model], scale=100)} points, "
-                    f"{task.items:,} items"
-                    for row, task in tasks.items()
-                ],
                 "markers",
                 x_ends=[(100 * change.low, 100 * change.high) for change in changes],
+                hoverinfo="x+name",
             )
         )
     labels = [escape(name) + (" *" if entries[name].selection else "") for name in names]
