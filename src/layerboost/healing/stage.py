@@ -49,11 +49,11 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
         load_tokens(training_text(recipe), base.tokenizer, "train", most)
 
 
-def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
+def run_heal(recipe: Recipe, run: Path) -> Path:
     """Train RUN/converted against the base, from the last checkpoint in RUN/heal; write and return RUN/healed.
 
     Under torchrun every process trains and the first one writes. Raise ConfigError before training, also if RUN/heal
-    was started with other settings, or if it holds work and `resume` is False.
+    was started with other settings.
     """
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
@@ -62,7 +62,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
-    check_begun(run / HEAL, identity, resume)
+    check_begun(run / HEAL, identity)
     check_checkpoint(run / CONVERTED)
     check_report_to(recipe.heal.report_to)
     batch_of_process(recipe.heal)
@@ -244,8 +244,8 @@ def read_identity(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raise ConfigError if RUN/heal holds work that cannot be resumed, or any work and `resume` is False."""
+def check_begun(work: Path, identity: dict[str, Any]) -> None:
+    """Raise ConfigError if RUN/heal holds work that was started with other settings."""
     there = read_identity(work / IDENTITY)
     if there is None:
         return
@@ -257,8 +257,6 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
             found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
             do=f"use another --run folder, or delete {work}",
         )
-    if not resume:
-        raise ConfigError(f"{work} holds unfinished healing", do=f"leave out --no-resume, or delete {work}")
     log.info("resuming %s", work)
 
 

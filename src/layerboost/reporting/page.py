@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -89,9 +88,9 @@ def html_page(page: Page) -> str:
     return _templates().get_template("page.html").render(page=page, figures=data, plotly=Markup(get_plotlyjs()))
 
 
-def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
-    """Return text and tables as Markdown; `images`: files to show in place of charts, by the chart's name."""
-    return _templates().get_template("page.md").render(page=page, images=images or {})
+def markdown_page(page: Page) -> str:
+    """Return text and tables as Markdown."""
+    return _templates().get_template("page.md").render(page=page)
 
 
 def markdown_table(table: Table) -> str:
