@@ -17,9 +17,8 @@ from shown import Elements, report_text
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, decode_panel, throughput_figure
 from layerboost.reporting.figures import healing_figure, sensitivity_figure
-from layerboost.reporting.long_context import position_figure, retrieval_figure
 from layerboost.reporting.page import Chart
-from layerboost.reporting.quality import task_figure
+from layerboost.reporting.quality import position_figure, retrieval_figure, task_figure
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.stage import run_report, summary_table
 from layerboost.reporting.text import with_error

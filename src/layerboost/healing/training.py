@@ -1,4 +1,4 @@
-"""One healing stage: a training loop with exact token counts, durable checkpoints and the best step as its result."""
+"""One healing stage: a loop with exact token counts, durable checkpoints and metrics; the best step is its result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,14 +21,14 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.files import DISK_ERRORS, disk_error
+from layerboost.files import DISK_ERRORS, disk_error, write_text
 from layerboost.healing.data import Batch, Data
 from layerboost.healing.distillers import Distiller
-from layerboost.healing.metrics import Metrics
 from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log
-from layerboost.schemas.healing import METRICS
+from layerboost.schemas.artifact import finite, json_text
+from layerboost.schemas.healing import METRICS, MetricLine, read_metrics
 
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -294,3 +295,31 @@ def _parameter_groups(distiller: Distiller, lr: float, sink_lr: float) -> list[d
     adapters = [parameter for name, parameter in trained.items() if not name.endswith(".sinks")]
     groups = [{"params": adapters, "lr": lr}, {"params": sinks, "lr": sink_lr}]
     return [group for group in groups if group["params"]]
+
+
+class Metrics:
+    """Appends one stage's lines, after removing what a killed run wrote after its last checkpoint."""
+
+    def __init__(self, stage: Any, file: Path, after_step: int, trackers: Sequence[Any] = ()) -> None:
+        """Keep the lines of the other stages, and of this one those up to `after_step`.
+
+        accelerate's `trackers` get every later line too.
+        """
+        self.stage, self.file, self.trackers = stage, file, trackers
+        lines = [line for line in read_metrics(file) if line.stage != stage or line.step <= after_step]
+        self.started = time.monotonic() - max((line.seconds for line in lines if line.stage == stage), default=0.0)
+        if is_main_process():
+            write_text(file, "".join(self._text(line) for line in lines))
+
+    def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """Append one line; a value that is not finite becomes null."""
+        seconds = round(time.monotonic() - self.started, 2)
+        line = MetricLine(stage=self.stage, step=step, tokens=tokens, seconds=seconds, **values)
+        if is_main_process():
+            with self.file.open("a") as file:
+                file.write(self._text(line))
+        for tracker in self.trackers:
+            tracker.log({f"{self.stage}/{name}": value for name, value in values.items()}, step=step)
+
+    def _text(self, line: MetricLine) -> str:
+        return json_text(finite(line.model_dump(exclude_unset=True)), str(self.file)) + "\n"

@@ -7,10 +7,9 @@ from typing import Any
 
 from layerboost.files import write_text
 from layerboost.reporting.benchmark import decode_panel, throughput_panel
-from layerboost.reporting.long_context import long_context_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
-from layerboost.reporting.quality import quality_panel
+from layerboost.reporting.quality import long_context_panel, quality_panel
 from layerboost.reporting.search import search_panel
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.verdict import findings, summary, summary_table
