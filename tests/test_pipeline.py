@@ -196,8 +196,7 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     assert whole.layers[: len(part.layers)] == part.layers
 
 
-def test_the_models_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.engines.samples.vllm_version", lambda: None)  # Transformers samples
+def test_the_models_own_text(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
     own = ("--text", "self", "--set", "text.self_samples=60", "--set", "measure.retrieval_prompts=0")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from layerboost.engines.samples import write_samples
 from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, plan_in, save_boosted
@@ -14,6 +13,7 @@ from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan, check_plan, windows_alone, without_states
 from layerboost.model.thinning import thin_mlps
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.healing.data import batch_of_process, check_lengths, cut, lengths_of
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
@@ -26,6 +25,7 @@ from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.probes.metrics import SequenceLosses, check_values, token_losses
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, write_json

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.measuring.scan import scanned
 from layerboost.measuring.sweep import sweep
@@ -22,6 +21,7 @@ from layerboost.model.surgery import check_linear, check_mlps, check_plan, check
 from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, model_of
 from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
