@@ -177,14 +177,13 @@ def text_losses(
 
     If `changed` is None, they are those of the base itself: its NLL, and a KL of 0.
     """
-    kl, nll = [], []
-    for batch, states in zip(batches, base_hidden, strict=True):
-        others = [] if changed is None else [_decode(changed, batch)]
-        own, losses = token_losses(base, states.to(base.device), batch.to(base.device), others, changed)
-        kl.append(losses[0].kl if losses else torch.zeros_like(own))
-        nll.append(losses[0].nll if losses else own)
+    found = []
+    for batch, hidden in zip(batches, base_hidden, strict=True):
+        states = hidden.to(base.device)
+        own = states if changed is None else _decode(changed, batch)
+        found.append(token_losses(base, states, batch.to(base.device), own, changed))
         advance(batch.numel())
-    return SequenceLosses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
+    return SequenceLosses(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
 
 def compare_text(losses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Perplexity]:

@@ -342,9 +342,7 @@ class Validation:
         self.targets = self.targets or [self.distiller.compute_targets(ids) for ids in self.batches]
         found: list[SequenceLosses] = []
         for ids, targets in zip(self.batches, self.targets, strict=True):
-            outputs = [self.distiller.student_output(targets)]
-            base, losses = token_losses(teacher, targets.output, ids, outputs, student)
-            check_values("NLL of the base on a validation sequence", base, teacher, ids)
-            found += losses
-        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+            found.append(token_losses(teacher, targets.output, ids, self.distiller.student_output(targets), student))
+            check_values("NLL of the base on a validation sequence", found[-1].base_nll, teacher, ids)
+        kl, nll, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
