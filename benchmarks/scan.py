@@ -6,9 +6,10 @@ RUN holds a sensitivity.json with exact scores of KV heads (measure.unit kv_head
 JSON:
 
 - `heads`: rank correlation of the two scores over all heads, their ratio, and how many of the best heads agree;
-- `answers`: the same for what answers lose, of the recipe's retrieval prompts, with the first three heads of each;
+- `answers`: rank correlation of what answers lose, of the recipe's retrieval prompts, and the first three of each;
 - `layers`: in how many layers the scores of heads add up to the layer's within a quarter;
-- `unseen_kl_exact`, `unseen_kl_scan`: of the plans with the `--full` best heads full by either score, on text that nothing was chosen on.
+- `unseen_kl_exact`, `unseen_kl_scan`: of the plans with the `--full` best heads full by either score, on text that
+  nothing was chosen on.
 """
 
 from __future__ import annotations

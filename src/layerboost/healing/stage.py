@@ -19,7 +19,7 @@ from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, describe, shared_student, train_only, with_adapters
-from layerboost.healing.training import check_report_to, clean_end, load_result, train_stage
+from layerboost.healing.training import check_report_to, enough_memory, load_result, train_stage
 from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
@@ -308,7 +308,7 @@ def train(
             shards.gather_for(distiller, "forward")
     fitted = []
     if text.fit_tokens:
-        with clean_end(folder, settings):
+        with enough_memory(settings):
             fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
         train_only(student, stage, pair.adapted[stage])
