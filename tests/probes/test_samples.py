@@ -11,7 +11,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, load_recipe
-from layerboost.text import SAMPLES, load_tokens
+from layerboost.text import SAMPLES, load_tokens, read_documents
 
 
 def test_the_models_own_samples_resume_after_a_kill(tmp_path: Path) -> None:
@@ -32,3 +32,13 @@ def test_the_models_own_samples_resume_after_a_kill(tmp_path: Path) -> None:
     assert load_tokens(recipe(folder).text, base.tokenizer, "train", 64, run=tmp_path).ids.shape == (4, 16)
     with pytest.raises(ConfigError, match="sampled from another model"):
         write_samples(recipe(other), tmp_path, find_model(str(other), RUNTIME))
+
+
+def test_samples_may_hold_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = "w3 \u2028 w4 \u2029 w5 \x85 w6"
+    monkeypatch.setattr("layerboost.probes.samples.sampled", lambda *given: [f"{odd} {n}" for n in range(given[2])])
+    base = find_model(str(save_tiny(tmp_path / "model", layers=1)), RUNTIME)
+    recipe = load_recipe([], {"model": str(base.folder), "text.source": "self", "text.self_samples": 70})
+    for _ in range(2):
+        write_samples(recipe, tmp_path, base)
+    assert "".join(read_documents("self", "text", tmp_path)).count("w5") == 64  # each text is taken once
