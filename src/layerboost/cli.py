@@ -61,13 +61,6 @@ def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
     metavar="OTHER",
     help="Compare RUN's sensitivities with another sensitivity.json or run folder, by rank correlation.",
 )
-@click.option(
-    "--plan",
-    "on_plan",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Measure each layer of the model as this plan.yaml changes it, to see whether the ranking holds.",
-)
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
     """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
