@@ -10,7 +10,7 @@ from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
+from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
 from layerboost.schemas.evaluation import EvalComparison
 from layerboost.schemas.run import last_made
 
@@ -54,20 +54,13 @@ WRITTEN: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One metric of one model against the reference at one concurrency.
-
-    `low`, `high`: the range over the repeats, None for one repeat; `warning`: what disturbed either model.
-    """
+    """One metric of one model against the reference at one concurrency. `warning`: what disturbed either model."""
 
     model: str
     reference: str
     concurrency: int
-    median: float
-    low: float | None
-    high: float | None
-    repeats: int
+    spread: Spread
     warning: str
-    text: str
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
@@ -76,19 +69,8 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         names = [name for name in model_order(result.ratios) if metric in result.ratios[name]]
         if names:
             name = last_made(names)
-            spread, warning = result.ratios[name][metric], result.warning(bench.reference, name)
-            ranged = spread.repeats > 1
-            return Ratio(
-                model=name,
-                reference=bench.reference,
-                concurrency=result.concurrency,
-                median=spread.median,
-                low=spread.min if ranged else None,
-                high=spread.max if ranged else None,
-                repeats=spread.repeats,
-                warning=warning,
-                text=spread.as_ratio + warning,
-            )
+            warning = result.warning(bench.reference, name)
+            return Ratio(name, bench.reference, result.concurrency, result.ratios[name][metric], warning)
     return None
 
 
