@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from made_run import FILES, make_run, metrics, model_info, sensitivity
 from plotly import graph_objects
-from shown import Elements, report_text
+from shown import Elements
 
 from layerboost.errors import ConfigError
 from layerboost.reporting.benchmark import accuracy_figure, decode_panel, throughput_figure
@@ -21,7 +21,6 @@ from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import position_figure, retrieval_figure, task_figure
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.stage import run_report, summary_table
-from layerboost.reporting.text import with_error
 from layerboost.schemas.artifact import write_json
 
 PANELS = {
@@ -223,14 +222,3 @@ def test_decoding_draws_the_memory_that_the_model_needs(run: Path) -> None:
     file = run / "bench" / "decode_sweep.json"
     file.write_text(file.read_text().replace("kv_used_gib", "other"))
     assert charts()[1].figure["layout"]["yaxis"]["title"]["text"] == "peak RSS, GiB"
-
-
-def test_a_layer_tells_its_sensitivities(run: Path) -> None:
-    text = report_text(run, "layers")
-    found = Sources(run).sensitivity
-    assert found
-    kl = with_error(found.layers[5].variants[0].scores["kl"])
-    assert f"layer 5: nonenone: KL {kl}, retrieval " in text
-    assert [f"layer {layer}: " in text for layer in range(31)] == [True] * 30 + [False]
-    (run / "sensitivity.json").unlink()
-    assert "layer 5: none" in report_text(run, "layers")

@@ -36,10 +36,7 @@ class Chart:
 
 @dataclass
 class Panel:
-    """One section: the files that its numbers are from, what is missing, and what it shows, in this order.
-
-    `layers`: by layer, the lines that the page shows when the mouse is on that layer of `plan`.
-    """
+    """One section: the files that its numbers are from, what is missing, and what it shows, in this order."""
 
     name: str
     title: str
@@ -47,7 +44,6 @@ class Panel:
     missing: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     plan: PlanFile | None = None
-    layers: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
