@@ -128,11 +128,13 @@ def _kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens:
     found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
     requests = found if isinstance(found, list) else [found]
     if leaf.OUTPUT_TYPE != "generate_until":  # metrics of generated text may run code, or take long
-        # Each answer in turn is the likeliest.
-        numbers = range(len(requests))
-        outcomes = [[(0.0 if number == best else -1.0, number == best) for number in numbers] for best in numbers]
+        scores: set[float] = set()
         try:
-            scores = {float(leaf.process_results(doc, outcome)[task.metric]) for outcome in outcomes}
+            for best in range(len(requests)):  # each answer in turn is the likeliest, until the score changes
+                outcome = [(0.0 if number == best else -1.0, number == best) for number in range(len(requests))]
+                scores.add(float(leaf.process_results(doc, outcome)[task.metric]))
+                if len(scores) > 1:
+                    break
         except Exception as error:
             answer = _short(answer_of(leaf, doc))
             reason = f"{task.metric} of its answer {answer} raises {type(error).__name__}: {error}"
