@@ -73,7 +73,8 @@ def frontier_table(frontier: Frontier) -> Table:
 
     def cells(point: FrontierPoint) -> list[str]:
         predicted = point.predicted
-        by_strategy = [str(point.count(name)) for name in strategies]
+        found = counts(point.layers)
+        by_strategy = [str(found.get(name, 0)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
         loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)

@@ -309,9 +309,6 @@ class FrontierPoint(BaseModel):
     predicted: Predicted
     layers: list[LayerPlan]
 
-    def count(self, attention: StrategyName) -> int:
-        return counts(self.layers).get(attention, 0)
-
     @property
     def window(self) -> int | None:
         return window_of(self.layers)
