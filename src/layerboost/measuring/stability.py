@@ -28,7 +28,7 @@ from layerboost.strategies import FULL_KV_HEADS, SINK, label
 RESAMPLES = 2000
 LEAST_LAYERS = 4
 
-# A replacement, of layer 0, and whether it is of KV heads and not of layers (then with the sink that each layer measured).
+# A replacement (of layer 0), and whether its scores are of KV heads, each with the sink that its layer measured.
 Kind = tuple[LayerPlan, bool]
 
 

@@ -50,7 +50,7 @@ def write_samples(recipe: Recipe, run: Path, base: Base) -> None:
 
 
 def sampled(model: Any, tokenizer: Any, count: int, tokens: int) -> list[str]:
-    """Return texts of at most `tokens` tokens: plain ancestral samples at temperature 1 from the begin-of-text token."""
+    """Return texts of at most `tokens` tokens: ancestral samples at temperature 1 from the begin-of-text token."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompt = torch.full((count, 1), start, device=model.device)
     out = model.generate(
