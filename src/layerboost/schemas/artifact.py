@@ -17,6 +17,12 @@ from layerboost.files import write_text
 Record = TypeVar("Record", bound="Artifact")
 
 
+class Part(BaseModel):
+    """A part of a file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
+
+
 class Artifact(BaseModel):
     """A file with a schema version; unknown keys are errors."""
 

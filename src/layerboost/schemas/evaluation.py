@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from layerboost.schemas.artifact import Artifact
+from layerboost.schemas.artifact import Artifact, Part
 from layerboost.schemas.sensitivity import Score
 
 # The margin of "no worse than": a difference of two fractions.
 ONE_POINT = 0.01
-
-
-class Part(BaseModel):
-    """A part of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Change(Part):

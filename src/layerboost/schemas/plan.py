@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
-from layerboost.schemas.artifact import Artifact, _parse, fingerprint
+from layerboost.schemas.artifact import Artifact, Part, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
     FEATURE_MAP,
@@ -31,7 +31,7 @@ from layerboost.strategies import (
 )
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(Part):
     """The strategies of one layer's attention, or of its KV heads, and of its MLP.
 
     KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
@@ -39,7 +39,6 @@ class LayerPlan(BaseModel):
     a thinned MLP.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
     attention: StrategyName
     window: int | None = Field(default=None, ge=1)
@@ -225,10 +224,9 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
     ]
 
 
-class Predicted(BaseModel):
+class Predicted(Part):
     """The predicted quality loss of a plan (sums of single-layer scores) and its costs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     quality_loss: dict[str, float] = Field(description="per metric, the sum over layers of its scores")
     kv_fraction: float
     kv_bytes_per_request: int
@@ -302,10 +300,9 @@ def read_plan(path: Path) -> PlanFile:
 FRONTIER = "frontier.json"
 
 
-class FrontierPoint(BaseModel):
+class FrontierPoint(Part):
     """The plan at one budget, with its prediction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     predicted: Predicted
     layers: list[LayerPlan]
 
