@@ -78,12 +78,10 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
-        fitted = calibrate_sinks(
-            model, [each.to(device) for each in calibration.batches(size)], with_sink, [plan.window]
-        )
+        fitted = calibrate_sinks(model, calibration.batches(size, device), with_sink, [plan.window])
         sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
     if wanted := [(entry.layer, entry.mlp_width) for entry in plan.layers if entry.mlp_width]:
-        batches = [each.to(device) for each in load_mlp_fit(recipe, base.tokenizer, run).batches(size)]
+        batches = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device)
         thinned = {layer: found for (layer, _), found in thin_mlps(model, batches, wanted).items()}
     return apply_plan(model, plan.layers, sinks, thinned)
 

@@ -51,9 +51,9 @@ class Tokens:
         """Return the number of tokens of all sequences."""
         return self.ids.numel()
 
-    def batches(self, sequences: int) -> list[torch.Tensor]:
-        """Return `ids` in batches `[B, T]` of at most `sequences` rows."""
-        return list(self.ids.split(sequences))
+    def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+        """Return `ids` in batches `[B, T]` of at most `sequences` rows, on a device."""
+        return list(self.ids.to(device).split(sequences))
 
 
 def load_tokens(

@@ -57,15 +57,11 @@ class Traffic:
         """Return a hash of the ids and of what is scored."""
         return fingerprint(self.ids.tolist(), self.scored.tolist())
 
-    def batches(self, sequences: int) -> list[Traffic]:
-        """Return batches of at most `sequences` rows, each as wide as its longest row."""
-        parts = map(Traffic, self.ids.split(sequences), self.scored.split(sequences))
+    def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[Traffic]:
+        """Return batches of at most `sequences` rows, each as wide as its longest row, on a device."""
+        parts = map(Traffic, self.ids.to(device).split(sequences), self.scored.to(device).split(sequences))
         widths = [(part, max(part.lengths)) for part in parts]
         return [Traffic(part.ids[:, :width], part.scored[:, :width]) for part, width in widths]
-
-    def to(self, device: torch.device) -> Traffic:
-        """Return a copy on a device."""
-        return Traffic(self.ids.to(device), self.scored.to(device))
 
 
 def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None, after: int = 0) -> Tokens | Traffic:
