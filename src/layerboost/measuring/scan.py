@@ -33,8 +33,6 @@ Change = tuple[int, torch.Tensor, torch.Tensor]
 Target = Callable[[torch.Tensor], torch.Tensor]
 
 
-
-
 def scanned(
     model: PreTrainedModel,
     batches: Sequence[torch.Tensor],

@@ -88,7 +88,7 @@ class AtConcurrency(Part):
     output_tokens: int | None = None
     models: dict[str, dict[str, Spread]]
     ratios: dict[str, dict[str, Spread]]
-    disturbed: dict[str, str] = {}
+    disturbed: dict[str, str] = Field({})
 
     def warning(self, *models: str) -> str:
         """Return what disturbed any of these models, as a suffix for a number; empty if nothing did."""

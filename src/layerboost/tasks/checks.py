@@ -119,6 +119,21 @@ def _check_choices(leaf: Any, doc: Any) -> None:
             list(answer)
 
 
+def _is_fixed(metric: str, leaf: Any, doc: Any, answers: int) -> bool:
+    """Return whether the score is the same whichever answer is the likeliest; raise _Unscorable if there is none."""
+    scores: set[float] = set()
+    try:
+        for best in range(answers):
+            outcome = [(0.0 if number == best else -1.0, number == best) for number in range(answers)]
+            scores.add(float(leaf.process_results(doc, outcome)[metric]))
+            if len(scores) > 1:
+                return False
+    except Exception as error:
+        answer = _short(answer_of(leaf, doc))
+        raise _Unscorable(f"{metric} of its answer {answer} raises {type(error).__name__}: {error}") from None
+    return True
+
+
 def _kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
     """Yield what is unusual about an item; raise what lm-eval would raise, or _Unscorable."""
     _check_fields(leaf, doc)
@@ -128,18 +143,8 @@ def _kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens:
     found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
     requests = found if isinstance(found, list) else [found]
     if leaf.OUTPUT_TYPE != "generate_until":  # metrics of generated text may run code, or take long
-        scores: set[float] = set()
-        try:
-            for best in range(len(requests)):  # each answer in turn is the likeliest, until the score changes
-                outcome = [(0.0 if number == best else -1.0, number == best) for number in range(len(requests))]
-                scores.add(float(leaf.process_results(doc, outcome)[task.metric]))
-                if len(scores) > 1:
-                    break
-        except Exception as error:
-            answer = _short(answer_of(leaf, doc))
-            reason = f"{task.metric} of its answer {answer} raises {type(error).__name__}: {error}"
-            raise _Unscorable(reason) from None
-        if leaf.OUTPUT_TYPE == "multiple_choice" and len(scores) == 1:
+        fixed = _is_fixed(task.metric, leaf, doc, len(requests))
+        if fixed and leaf.OUTPUT_TYPE == "multiple_choice":
             yield FIXED
     for request in requests:
         context, asked = request.args[:2]
