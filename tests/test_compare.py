@@ -15,7 +15,6 @@ from tiny import RUNTIME, save_tiny
 
 from layerboost.compare import (
     SHIPPED,
-    EveryLayer,
     NotApplicable,
     check_applicable,
     every_layer_plan,
@@ -26,6 +25,7 @@ from layerboost.compare import (
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
+from layerboost.schemas.comparison import EveryLayer
 from layerboost.schemas.plan import read_plan
 
 ROOT = Path(__file__).parents[1]

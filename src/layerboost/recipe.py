@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
 from layerboost.strategies import MEASURED, ComponentName, Replacement
@@ -211,16 +210,6 @@ class Heal(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers, in addition to heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_hidden_weight(cls, values: Any) -> Any:
-        """Read recipes of release 0.1, which name `hidden_weight`; raise ConfigError where it is not 0."""
-        if not isinstance(values, dict) or "hidden_weight" not in values:
-            return values
-        if weight := values["hidden_weight"]:
-            raise ConfigError("heal.hidden_weight was removed", found=str(weight), do="delete it from the recipe")
-        return {name: value for name, value in values.items() if name != "hidden_weight"}
 
 
 class Evaluate(Section):

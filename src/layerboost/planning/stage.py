@@ -186,9 +186,9 @@ def _of_the_base(source: Path) -> Sensitivity:
     found = read_sensitivity(source)
     if found.settings.get("plan"):
         raise ConfigError(
-            f"{source} was measured on a changed model (measure --plan): plans are made from the base's sensitivities",
+            f"{source} was measured on a changed model (measure.plan): plans are made from the base's sensitivities",
             found=f"plan {found.settings['plan']}",
-            do="measure without --plan in another --run folder; compare the two with measure --compare",
+            do="measure without measure.plan in another --run folder; compare the two with measure --compare",
         )
     return found
 

@@ -6,7 +6,7 @@ from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.schemas.plan import AXES, Axis, Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
+from layerboost.schemas.plan import AXES, Frontier, FrontierPoint, PlanFile, counted, counts
 from layerboost.schemas.sensitivity import Stability
 from layerboost.strategies import STRATEGIES, label
 
@@ -52,16 +52,15 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
             [100 * getattr(point.predicted, axis) for point in points],
             [point.predicted.quality_loss.get(metric, 0.0) for point in points],
             "var(--sliding)",
-            [_hover(point.predicted, metric, axis) + _counts(point) for point in points],
             marker={"color": "var(--sliding)", "size": 6},
+            text=[counted(point.layers) for point in points],
         )
     ]
     prediction = plan.valid_prediction if plan else None
     if prediction and metric in prediction.quality_loss and prediction.context_tokens == context:
         at = [100 * getattr(prediction, axis)], [prediction.quality_loss[metric]]
-        hover = [_hover(prediction, metric, axis)]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
-        traces.append(scatter("plan.yaml", *at, "var(--healed)", hover, "markers", marker=marker))
+        traces.append(scatter("plan.yaml", *at, "var(--healed)", "markers", marker=marker))
     of_context = f" at {context:,} tokens" if axis == "kv_fraction" else ""
     return figure(traces, f"{AXES[axis]}{of_context}, % of the base", f"predicted {metric}")
 
@@ -76,7 +75,8 @@ def frontier_table(frontier: Frontier) -> Table:
 
     def cells(point: FrontierPoint) -> list[str]:
         predicted = point.predicted
-        by_strategy = [str(point.count(name)) for name in strategies]
+        found = counts(point.layers)
+        by_strategy = [str(found.get(name, 0)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
         loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)
@@ -104,15 +104,6 @@ def stability_table(stability: Stability) -> Table:
         for entry in comparison.agreements
     ]
     return Table("Stability", header, rows, text_columns=(0, 1, 2), folded=len(rows) > 20)
-
-
-def _hover(predicted: Predicted, metric: str, axis: Axis) -> str:
-    loss = number(predicted.quality_loss.get(metric, 0.0))
-    return f"{percent(getattr(predicted, axis))} of the {AXES[axis]}, {metric} {loss}"
-
-
-def _counts(point: FrontierPoint) -> str:
-    return f"<br>{counted(point.layers)}" + (f", window {point.window}" if point.window else "")
 
 
 def _metric(frontier: Frontier) -> str:
