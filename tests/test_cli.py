@@ -279,6 +279,7 @@ def test_a_broken_history_is_found_before_a_stage_runs(measured: Path, tmp_path:
     [
         ("heal.tokens=100000000", "the train text is too short"),
         ("plan.metric=benchmark", "the plan needs benchmark, which is not measured"),
+        ("plan.method=block_influence", "the plan needs scores of MLPs, which are not measured"),
         ("plan.window=9", "plan.window 9 is not measured"),
         ("plan.costs=nowhere.json", "plan.costs nowhere.json is not a file"),
         ("bench.checkpoints={other: nowhere}", "nowhere"),
