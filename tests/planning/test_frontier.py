@@ -8,7 +8,7 @@ from layerboost.errors import InfeasibleBudget
 from layerboost.planning.frontier import frontier, knee
 from layerboost.planning.methods import select
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import FrontierPoint, Predicted
+from layerboost.schemas.plan import FrontierPoint, Predicted, counts
 
 
 def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
@@ -17,7 +17,7 @@ def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
     quality_loss = [point.predicted.quality_loss.get("kl", 0.0) for point in points]
     assert len(points) > 8
     assert quality_loss == sorted(quality_loss, reverse=True)
-    assert points[-1].count("full") == 8
+    assert counts(points[-1].layers)["full"] == 8
     half = select(found, settings.model_copy(update={"kv_fraction": 0.5}))
     assert half in [point.layers for point in points]
 
