@@ -6,7 +6,7 @@ from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, counted, counts
+from layerboost.schemas.plan import AXES, Frontier, FrontierPoint, PlanFile, counted, counts
 from layerboost.schemas.sensitivity import Stability
 from layerboost.strategies import STRATEGIES, label
 
@@ -40,15 +40,16 @@ def search_panel(sources: Sources) -> Panel:
 
 
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> Figure:
-    """Return the predicted loss against the KV cache as a fraction of the base's; the run's plan is a diamond."""
+    """Return the predicted loss against the KV cache or the parameters as a fraction of the base's; the run's plan is a
+    diamond."""
     # A plan that changes nothing has no metrics, and loses nothing.
     losses = [point.predicted.quality_loss for point in frontier.points]
     points = [point for point, loss in zip(frontier.points, losses, strict=True) if metric in loss or not loss]
-    context = _context_tokens(frontier)
+    context, axis = _context_tokens(frontier), frontier.axis
     traces = [
         scatter(
             f"best by {frontier.settings['method']}",
-            [100 * point.predicted.kv_fraction for point in points],
+            [100 * getattr(point.predicted, axis) for point in points],
             [point.predicted.quality_loss.get(metric, 0.0) for point in points],
             "var(--sliding)",
             marker={"color": "var(--sliding)", "size": 6},
@@ -57,10 +58,11 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
     ]
     prediction = plan.valid_prediction if plan else None
     if prediction and metric in prediction.quality_loss and prediction.context_tokens == context:
-        at = [100 * prediction.kv_fraction], [prediction.quality_loss[metric]]
+        at = [100 * getattr(prediction, axis)], [prediction.quality_loss[metric]]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
         traces.append(scatter("plan.yaml", *at, "var(--healed)", "markers", marker=marker))
-    return figure(traces, f"KV cache at {context:,} tokens, % of the base", f"predicted {metric}")
+    of_context = f" at {context:,} tokens" if axis == "kv_fraction" else ""
+    return figure(traces, f"{AXES[axis]}{of_context}, % of the base", f"predicted {metric}")
 
 
 def frontier_table(frontier: Frontier) -> Table:

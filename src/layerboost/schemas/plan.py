@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -298,6 +298,9 @@ def read_plan(path: Path) -> PlanFile:
 
 
 FRONTIER = "frontier.json"
+# What the plans of a frontier differ in, each a field of Predicted.
+Axis = Literal["kv_fraction", "parameter_fraction"]
+AXES: dict[Axis, str] = {"kv_fraction": "KV cache", "parameter_fraction": "parameters"}
 
 
 class FrontierPoint(Part):
@@ -317,4 +320,5 @@ class Frontier(Artifact):
     model: ModelInfo
     sensitivity: str = Field(description="hash of the sensitivity.json it was made from")
     settings: dict[str, Any]
+    axis: Axis = Field("kv_fraction", description="the budget that differs from plan to plan")
     points: list[FrontierPoint]

@@ -68,6 +68,9 @@ class LayerSensitivity(Part):
     layer: int
     variants: list[Variant]
     heads: list[Variant] = Field([], description="one group of KV heads under a window, the layer's others full")
+    block_influence: Score | None = Field(
+        None, description="1 - cosine of the residual stream before and after the whole layer (ShortGPT)"
+    )
 
 
 class Sensitivity(Artifact):
