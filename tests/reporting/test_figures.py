@@ -60,7 +60,9 @@ def test_attention_and_mlps_are_in_one_figure_and_one_table() -> None:
     ]
     assert measured_rows(measured)[0][-3:] == ["MLP thin 48", "MLP thin 24", "MLP none"]
     point = FrontierPoint(predicted=predicted, layers=plan.layers)
-    curve = Frontier(model=info(2), sensitivity="s", settings={"method": "budget"}, axis="parameter_fraction", points=[point])
+    curve = Frontier(
+        model=info(2), sensitivity="s", settings={"method": "budget"}, axis="parameter_fraction", points=[point]
+    )
     drawn = frontier_figure(curve, plan, "kl")
     assert drawn["data"][0]["x"] == [80.0]
     assert drawn["layout"]["xaxis"]["title"]["text"] == "parameters, % of the base"
