@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from layerboost.errors import ConfigError, LayerboostError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,6 +60,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` if the block succeeds and is deleted if it fails.
 
     A symbolic link is followed: its target, perhaps on a larger disk, is replaced.
+    Raise LayerboostError if the disk is full or cannot be written.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -65,6 +68,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.glob("*.safetensors"):
+            set_usual_mode(file)
         # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -72,10 +77,21 @@ def new_folder(path: Path) -> Iterator[Path]:
             path.replace(old)
         temporary.replace(path)
         shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise disk_error(path, OSError(str(error))) from error
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_usual_mode(file: Path) -> None:
+    """Give a file the mode that a new file gets here: safetensors writes files that only their owner can read."""
+    usual = file.with_name(f".{file.name}.mode")
+    usual.touch()
+    with suppress(PermissionError):  # a file system without modes
+        file.chmod(usual.stat().st_mode & 0o777)
+    usual.unlink()
 
 
 def disk_error(path: Path, error: OSError) -> LayerboostError:

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.files import DISK_ERRORS, disk_error
+from layerboost.files import DISK_ERRORS, disk_error, set_usual_mode
 from layerboost.healing.data import Batch, Data
 from layerboost.healing.distillers import Distiller
 from layerboost.healing.metrics import Metrics
@@ -230,6 +230,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """Yield a path to write to, which becomes `file` if the block succeeds."""
     temporary = file.with_suffix(".tmp")
     yield temporary
+    set_usual_mode(temporary)
     temporary.replace(file)
 
 
