@@ -70,7 +70,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + base.packed - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
-    healing = estimate_healing(recipe, base.config, info, runtime, layers)
+    healing = estimate_healing(recipe, base.model_config, info, runtime, layers)
     engine = open_engine(recipe.bench.engine)
     estimate = Estimate(
         model=base.name,
