@@ -70,12 +70,13 @@ def open_measured(
     widths = {
         (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
     }
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size) if widths else []
-    thinned = thin_mlps(model, [part.to(device) for part in fit], sorted(widths))
+    fit = load_mlp_fit(recipe, base.tokenizer, run) if widths else None
+    thinned = thin_mlps(model, [part.to(device) for part in fit.batches(size)] if fit else [], sorted(widths))
     probe = TextProbe(LayerStream(model, sinks, thinned), [part.to(device) for part in text.batches(size)], prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
-    dtype = str(runtime.dtype)
-    made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)
+    # Without thinned MLPs as in the files of older releases.
+    texts = [every.fingerprint, text.fingerprint, asked, str(runtime.dtype), *([fit.fingerprint] if fit else [])]
+    made_from = fingerprint(sensitivity.model.fingerprint, *texts)
     cache = PlanCache(run / MEASURED, made_from)
     log.info("%d plans were measured before", len(cache.results))
     return MeasuredPlans(probe, cache)
