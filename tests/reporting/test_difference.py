@@ -20,6 +20,7 @@ def test_two_plans_side_by_side(tmp_path: Path) -> None:
     assert ["none", "1", "0", ""] in table
     # At the model's 512 tokens: a full layer holds a quarter, a window of 16 a 128th.
     assert ["KV of base", "0.266", "0.516", ""] in table
+    assert ["parameters of base", "0.891", "1.00", ""] in table
     write_plan(tmp_path / "c.yaml", PlanFile(model=info(5), method="c", layers=layer_plans("fffff")))
     with pytest.raises(ConfigError, match="different depth"):
         plan_difference(tmp_path / "a", tmp_path / "c.yaml")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
+from layerboost.costs.budget import base_kv_bytes, parameter_fraction, plan_kv_bytes
 from layerboost.errors import ConfigError
 from layerboost.reporting.text import ABSENT, number
 from layerboost.schemas.plan import PlanFile, counts, read_plan
@@ -53,6 +53,8 @@ def difference_table(difference: dict[str, Any]) -> list[list[str]]:
 
 def _totals(plan: PlanFile, context: int) -> dict[str, Any]:
     fraction = plan_kv_bytes(plan.model, plan.layers, context) / base_kv_bytes(plan.model, context)
+    kept = parameter_fraction(plan.model, plan.layers)
+    parameters = {} if kept is None else {"parameters of base": kept}
     losses = plan.valid_prediction.quality_loss if plan.valid_prediction else {}
     predicted = {f"{metric}, predicted": value for metric, value in losses.items()}
-    return {"method": plan.method, **counts(plan.layers), "KV of base": fraction, **predicted}
+    return {"method": plan.method, **counts(plan.layers), "KV of base": fraction, **parameters, **predicted}
