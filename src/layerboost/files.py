@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from layerboost.errors import ConfigError, LayerboostError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-DISK_ERRORS = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+# What libraries raise, other than OSError, if a write fails: an error without an errno.
+WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter")
+WEIGHTS = ".safetensors"
 
 
 def check_path(path: Path) -> None:
@@ -35,24 +33,32 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which becomes `path` if the block succeeds.
 
     Raise LayerboostError if the disk is full or the directory is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.suffix == WEIGHTS:
+                set_usual_mode(temporary)
+            temporary.replace(path)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically; raise LayerboostError as `replacing` does."""
+    # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -66,23 +72,33 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.glob("*.safetensors"):
-            set_usual_mode(file)
-        # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise disk_error(path, OSError(str(error))) from error
-    except OSError as error:
-        raise disk_error(path, error) from error
+        with _writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.glob(f"*{WEIGHTS}"):
+                set_usual_mode(file)
+            # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise LayerboostError for an error of the disk in the block, whichever library it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError):
+            if not any(name in repr(error) for name in WRITE_ERRORS):
+                raise
+            error = OSError(str(error).splitlines()[0])
+        raise disk_error(path, error) from error
 
 
 def set_usual_mode(file: Path) -> None:

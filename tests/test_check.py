@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import RUNTIME, boosted, info, layer_plans, tiny_model
 
-from layerboost.healing import estimate
+from layerboost import check as estimate
+from layerboost.check import copied_experts, estimate_healing, matmul_flops_per_s
 from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
-from layerboost.healing.estimate import copied_experts, estimate_healing, matmul_flops_per_s
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime
