@@ -83,6 +83,13 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_size": 128, "qk_layernorm": True, "use_parallel_residual": True},
     "vaultgemma": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "qwen3_vl_text": {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    # Unlike the stream, so that loading can tell which way its experts are written.
+    "qwen3_vl_moe_text": {
+        **EXPERTS,
+        "num_experts": 8,
+        "moe_intermediate_size": 48,
+        "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    },
     # Its heads are as wide as the stream.
     "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     # Mixtures of experts, with the fields that real checkpoints set.
@@ -149,13 +156,15 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
 }
 IMAGE_TOKEN = 2  # no text has it
 # The tiny image tower of a wrapper, and its other settings.
+QWEN3_TOWER = {
+    "depth": 3, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}  # fmt: skip
 TOWERS: dict[str, dict[str, Any]] = {
     "llava": {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 32},
     "mistral3": {"model_type": "pixtral", "image_size": 32, "patch_size": 4},
-    "qwen3_vl": {
-        "depth": 3, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    },
+    "qwen3_vl": QWEN3_TOWER,
+    "qwen3_vl_moe": QWEN3_TOWER,
     "qwen2_5_vl": {
         "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
@@ -293,7 +302,7 @@ def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             prompt["image_sizes"] = torch.tensor([size] * rows)
         case "gemma3":
             prompt["token_type_ids"] = kinds
-        case "qwen3_vl" | "qwen2_5_vl":
+        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl":
             prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
             prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
             prompt["mm_token_type_ids"] = kinds

@@ -17,8 +17,16 @@ from layerboost.model.base import count_parameters, mlp_facts
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.mlp import mlp_output, recorded_widths, thin
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import Thinned, apply_plan, check_plan, recorded_plan, replaced_mlp
-from layerboost.schemas.plan import PlanFile
+from layerboost.model.surgery import (
+    Thinned,
+    apply_plan,
+    check_plan,
+    recorded_plan,
+    replaced_mlp,
+    windows_alone,
+    without_states,
+)
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 LETTERS = "ftomz"
@@ -124,6 +132,17 @@ def test_windows_and_thinned_mlps_go_together(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_linear_layers_with_thinned_mlps_become_windows() -> None:
+    letters, half = "ftloL", {"mlp": "thin", "mlp_width": 48}
+    layers = layer_plans(letters)
+    layers[2] = LayerPlan(**layers[2].model_dump() | half)
+    model = apply_plan(tiny_model(layers=5), layers)
+    cut = without_states(model, windows_alone(layers))
+    assert recorded_plan(cut.config) == windows_alone(layers)
+    wanted = apply_plan(tiny_model(layers=5), windows_alone(layers))
+    assert torch.equal(cut(IDS).logits, wanted(IDS).logits)
 
 
 def test_the_config_says_it_in_hugging_faces_keys() -> None:

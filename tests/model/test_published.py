@@ -134,7 +134,6 @@ REFUSED = {
     "MiMo-7B-Base": f"mimo {NOT_IN_TRANSFORMERS}",
     "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": r"nemotron_h \(a hybrid with layers of another kind\)",
     "Qwen3-Next-80B-A3B-Thinking": r"qwen3_next \(a hybrid with layers of another kind\)",
-    "Qwen3-VL-30B-A3B-Instruct": r"qwen3_vl_moe \(a wrapper of a language model\)",
     "Qwen3.5-9B": r"qwen3_5 \(a hybrid with layers of another kind\)",
     "gemma-4-26B-A4B": r"gemma4 \(a wrapper of a language model\)",
     "gpt-oss-20b": r"gpt_oss \(sinks of its own\)",

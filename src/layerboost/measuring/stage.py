@@ -127,6 +127,9 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     head_group, mlp_widths = _head_group(recipe, base.config), _mlp_widths(recipe, base.config)
     settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
     settings["mlp_widths"] = mlp_widths or None
+    thins = bool(mlp_widths) or any(entry.mlp_width for entry in (plan.layers if plan else ()))
+    fit = load_mlp_fit(recipe, base.tokenizer, run) if thins else None
+    settings["mlp_fit"] = fit.fingerprint if fit else None
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
     if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
@@ -139,8 +142,8 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     done = found.layers if found else []
     wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
     wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device) if wanted else []
-    stream = LayerStream(model, sinks, thin_mlps(model, fit, sorted(wanted)))
+    fitted_on = fit.batches(size, device) if fit else []
+    stream = LayerStream(model, sinks, thin_mlps(model, fitted_on, sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from layerboost.model.families import WRAPPERS
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
+    in_original_format,
     plain_config,
     remembered,
     weight_files,
@@ -242,13 +243,18 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     if not base.packed:
         return base
     log.info("unpacking %s to %s", base.gguf or base.name, run / BASE)
-    model, tokenizer = base.load(dequantise=True), base.tokenizer
+    # On the CPU, whatever the run's device: the model is only written, and may be larger than a GPU.
+    on_cpu = replace(base, runtime=replace(runtime, device=torch.device("cpu")))
+    model, tokenizer = on_cpu.load(dequantise=True), base.tokenizer
     with new_folder(run / BASE) as folder:
-        # By its original names and formats a model would be quantised again, and scales may stay in its state.
+        # In the form of an unquantised checkpoint: undoing what loading did would quantise it again. Scales may stay in
+        # its state.
+        vars(model)["_weight_conversions"] = None
         with torch.device("meta"):
             stock = auto_class(base.model_config).from_config(base.model_config).state_dict()
         state = {name: value for name, value in model.state_dict().items() if name in stock}
-        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        original = in_original_format(model.config)
+        model.save_pretrained(folder, state_dict=state, save_original_format=original)
         if base.gguf:
             tokenizer.save_pretrained(folder)
         else:

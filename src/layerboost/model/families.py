@@ -112,6 +112,7 @@ FAMILIES: dict[str, Family] = {
         Family("solar_open"),
         # Language models that exist inside a wrapper alone.
         Family("qwen3_vl_text", vllm=""),
+        Family("qwen3_vl_moe_text", vllm=""),
         Family("qwen2_5_vl_text", vllm="", config_flags=SLIDING_FLAG),
     )
 }
@@ -120,6 +121,7 @@ WRAPPERS: dict[str, tuple[str, ...]] = {
     "llava": ("llama", "mistral", "qwen2"),
     "mistral3": ("mistral", "ministral3"),
     "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "gemma3": ("gemma3_text",),
 }

@@ -286,7 +286,9 @@ def windows_alone(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
 def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTrainedModel:
     """Return a boosted model of the plan `layers`, in which linear layers of `model` slide, with the same weights."""
     config = copy.deepcopy(model.config)
-    vars(config.get_text_config()).pop("linear_attention", None)
+    text = config.get_text_config()
+    vars(text).pop("linear_attention", None)
+    text.per_layer_config = None  # of a stock config again, from which the same is made
     other = type(model)._from_config(boosted_config(config, layers), dtype=model.dtype).to(model.device)
     state = model.state_dict()
     other.load_state_dict({name: state[name] for name in other.state_dict()})
