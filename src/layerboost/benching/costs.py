@@ -127,7 +127,7 @@ def _check_form(base: Base) -> None:
         )
     if base.config is not base.model_config:
         raise ConfigError(
-            "rates are of engines, and none of them serves a boosted language model inside a wrapper",
+            "rates are measured with language models alone",
             found=f"{base.name} is a wrapper, {base.model_config.model_type}",
             do="measure with a language model of its sizes, or write the rates down yourself: docs/reference/plan.md",
         )

@@ -170,9 +170,10 @@ def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
     parts = []
     for probe in probes:
         if isinstance(probe, TextProbe):
-            for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
+            streams = probe.streams
+            for sample, stream, hidden in zip(probe.samples, streams.of_batch, streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
-                    after = hidden + probe.streams.stream.attention_output(index, hidden)
+                    after = hidden + stream.attention_output(index, hidden)
                     before, with_it = sample.rows(hidden).float(), sample.rows(after).float()
                     parts.append(1 - sample.by_sequence(torch.cosine_similarity(before, with_it, dim=-1)))
     return torch.cat(parts)

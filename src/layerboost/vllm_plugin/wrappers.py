@@ -1,0 +1,23 @@
+"""The vLLM class of boosted vision-language models, on vLLM 0.32's Transformers backend.
+
+The tower, its processor and the places of image tokens are vLLM's own.
+"""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.transformers.multimodal import (
+    MultiModalDummyInputsBuilder,
+    MultiModalMixin,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from layerboost.vllm_plugin.model import LayerBoostForCausalLM
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MultiModalProcessor, info=MultiModalProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class LayerBoostForConditionalGeneration(MultiModalMixin, LayerBoostForCausalLM):
+    """Any wrapper whose language model takes an image as embeddings and nothing more."""
