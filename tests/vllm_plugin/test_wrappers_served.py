@@ -11,7 +11,7 @@ import torch
 from offline import Vllm, prompts
 from pictures import PROCESSORS, save_picture, save_with_processor
 from PIL import Image
-from tiny import IMAGE_TOKEN, RUNTIME, fitted, layer_plans
+from tiny import IMAGE_TOKEN, RUNTIME, layer_plans
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from layerboost.model.base import find_model
@@ -54,7 +54,7 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
     """Assert that vLLM's log-probabilities are those of Transformers, with the images of the first prompts."""
     assert isinstance(found, dict), found
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True) if images else None
     apart = []
     count = len(found["answers"]) // found["passes"]
     for number, answer in enumerate(found["answers"]):
@@ -62,6 +62,7 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
         given: dict[str, Any] = {}
         if number % count < len(images):
             picture = Image.open(images[number % count]).convert("RGB")
+            assert processor
             given = dict(processor(text=["<image>"], images=[picture], return_tensors="pt"))
             assert (ids == IMAGE_TOKEN).sum() == (given.pop("input_ids") == IMAGE_TOKEN).sum() > 1
             del given["attention_mask"]
@@ -81,21 +82,13 @@ def test_log_probabilities_are_those_of_transformers(case: str, vllm: Vllm, tmp_
     if case == "qwen3_vl":
         pytest.importorskip("torchvision", reason="vLLM's class for Qwen3-VL imports torchvision")
     folder = save_boosted_wrapper(tmp_path, case)
-    text = [[token if token > 4 else 5 for token in prompt] for prompt in prompts()]
+    text = [[token if token > 4 else 5 for token in prompt] for prompt in prompts()[::3]]
     pictured = case != "qwen3_vl"
     images = [str(save_picture(tmp_path / f"{number}.png", number)) for number in range(IMAGES * pictured)]
     asked = [[7, 8, IMAGE_TOKEN, *each] for each in text[-IMAGES:]] * pictured + text
     options: dict[str, Any] = {} if pictured else {"language_model_only": True}
     found = vllm.answers(folder, asked, images=images, trust_remote_code=True, **options)
     check_images(folder, found, images)
-
-
-def test_a_wrapper_that_vllm_cannot_serve_is_refused_by_name(vllm: Vllm, tmp_path: Path) -> None:
-    from tiny import boosted, tiny_tokenizer
-
-    boosted(fitted("fSnfff", "gemma3"), "gemma3").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    assert "vLLM cannot serve a boosted gemma3: in vLLM no attention on CPUs" in vllm.answers(tmp_path)
 
 
 def test_cases_cover_every_wrapper_that_vllm_serves() -> None:

@@ -5,6 +5,8 @@ The tower, its processor and the places of image tokens are vLLM's own.
 
 from __future__ import annotations
 
+import dataclasses
+
 from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
     MultiModalMixin,
@@ -21,3 +23,8 @@ from layerboost.vllm_plugin.model import LayerBoostForCausalLM
 )
 class LayerBoostForConditionalGeneration(MultiModalMixin, LayerBoostForCausalLM):
     """Any wrapper whose language model takes an image as embeddings and nothing more."""
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        super()._create_hf_to_vllm_mapper()
+        # Boosted checkpoints have Transformers' own names of tensors: renaming is for those of stock ones.
+        self.hf_to_vllm_mapper = dataclasses.replace(self.hf_to_vllm_mapper, orig_to_new_renaming=[])
