@@ -15,6 +15,7 @@ FULL: Literal["full"] = "full"
 SLIDING: StrategyName = "sliding"
 LINEAR: StrategyName = "linear"
 MLPName = Literal["full", "thin", "none"]
+ComponentName = Literal["attention", "mlp"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
 WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
 MLP_WIDTH = "mlp_width"

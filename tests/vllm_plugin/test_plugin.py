@@ -63,7 +63,7 @@ def test_a_wrapper_that_vllm_cannot_serve_is_refused_by_name() -> None:
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:
-    from layerboost.vllm_plugin.plugin import retained_tokens
+    from layerboost.model.prefix_cache import retained_tokens
 
     assert [retained_tokens(window) for window in (16, 256, 257, 4096)] == [1024, 1024, 2048, 16384]
 
