@@ -201,7 +201,7 @@ def families(*, sliding: bool = True, experts: bool = False, mlps: bool = False)
 
 def row(model_type: str) -> Family:
     """The row of a family, or of the language model in a tiny wrapper."""
-    return FAMILIES[WRAPPERS.get(model_type, (model_type,))[0]]
+    return FAMILIES[WRAPPERS[model_type].inside[0] if model_type in WRAPPERS else model_type]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
@@ -257,7 +257,7 @@ def tiny_config(model_type: str, layers: int, **changes: Any) -> PreTrainedConfi
     """The config of a tiny model; `changes` to a wrapper are of its language model, but for the tied head."""
     if model_type in WRAPPERS:
         tied = changes.pop("tie_word_embeddings", False)
-        inside = tiny_config(changes.pop("inside", WRAPPERS[model_type][0]), layers, **changes)
+        inside = tiny_config(changes.pop("inside", WRAPPERS[model_type].inside[0]), layers, **changes)
         tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         return transformers.CONFIG_MAPPING[model_type](
             text_config=inside.to_dict() | {"dtype": "float32"},

@@ -256,7 +256,7 @@ def ls(what: str, as_json: bool) -> None:
 
         head = ["family", "vLLM"]
         listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
-        listing |= {f"{wrapper} ({', '.join(inner)})": {"vllm": ""} for wrapper, inner in WRAPPERS.items()}
+        listing |= {f"{name} ({', '.join(row.inside)})": {"vllm": row.vllm} for name, row in WRAPPERS.items()}
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families
 

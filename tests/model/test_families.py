@@ -36,7 +36,7 @@ from layerboost.model.linear_attention import (
     gated_attention_reference,
     lolcats_attention_reference,
 )
-from layerboost.model.modeling import SPARE_TOKENS, auto_class, base_layer_types, decoder_layers
+from layerboost.model.modeling import SPARE_TOKENS, architecture_of, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection
 
@@ -213,7 +213,7 @@ def test_save_and_load(family: str, letters: str, tmp_path: Path) -> None:
         model = boosted(letters, family, tie_word_embeddings=tied)
         model.save_pretrained(tmp_path)
         loaded = auto_class(model.config).from_pretrained(tmp_path)
-        assert type(loaded).__name__ == "LayerBoostForCausalLM"
+        assert type(loaded).__name__ == architecture_of(family)
         # Transformers' name for a Mistral with `layer_types` is Ministral.
         there, here = (comparable(each.config) for each in (loaded, model))
         assert there == here
@@ -241,7 +241,7 @@ def test_gradients(family: str, letters: str) -> None:
 
 
 # Every wrapper with every language model that its row names.
-INSIDE = [(wrapper, family) for wrapper, inside in WRAPPERS.items() for family in inside]
+INSIDE = [(wrapper, family) for wrapper, row in WRAPPERS.items() for family in row.inside]
 # Settings by which real models of a family differ in more than sizes from its tiny one.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4 1.2B": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
@@ -317,7 +317,7 @@ def test_images_and_the_cache(wrapper: str) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), expected[:, start - 1 : -1], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("inside", [pair for pair in INSIDE if pair[1] != WRAPPERS[pair[0]][0]], ids="-".join)
+@pytest.mark.parametrize("inside", [pair for pair in INSIDE if pair[1] != WRAPPERS[pair[0]].inside[0]], ids="-".join)
 def test_every_language_model_of_a_wrapper(inside: tuple[str, str], tmp_path: Path) -> None:
     wrapper, family = inside
     letters = fitted(PLANS["mixed"], family)

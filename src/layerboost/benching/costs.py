@@ -130,7 +130,7 @@ def _check_form(base: Base, on_llama: bool) -> None:
         )
     reason = ""
     if base.config is not base.model_config:
-        reason = f"{base.name} is a wrapper, {base.model_config.model_type}: no engine serves its model boosted"
+        reason = f"{base.name} is a wrapper, {base.model_config.model_type}"
     elif base.info.sliding_layers:
         reason = f"layers of {base.name} slide already, and a model has one window"
     elif not on_llama and not family_of(base.config).vllm:

@@ -24,8 +24,8 @@ from layerboost.model.card import CARD, vllm_commands
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
-from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
-from layerboost.model.modeling import base_layer_types
+from layerboost.model.integrity import check_checkpoint, read_config
+from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.prefix_cache import prefix_flag
 from layerboost.model.tokenizer import copied_files
 from layerboost.runtime import Runtime, log
@@ -129,7 +129,7 @@ def _source(folder: Path) -> str:
 
 def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedConfig, Target]:
     """Return a model's config and the format for it; without a plan all layers are the base's own."""
-    boosted = ARCHITECTURE in (check_checkpoint(folder).get("architectures") or [])
+    boosted = is_boosted(check_checkpoint(folder).get("architectures"))
     if boosted and plan is None:
         raise ConfigError(
             f"{folder} is a boosted checkpoint without its plan", found="no plan.yaml", do="copy it again"

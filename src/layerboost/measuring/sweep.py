@@ -192,8 +192,8 @@ def _turns(probes: Sequence[Probe], index: int) -> Turns:
     found: list[list[torch.Tensor]] = []
     for probe in probes:
         if isinstance(probe, TextProbe):
-            stream = probe.streams.stream
-            for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
+            streams = probe.streams
+            for sample, stream, hidden in zip(probe.samples, streams.of_batch, streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
                     between = hidden + stream.attention_output(index, hidden)
                     rows = [sample.rows(each).float() for each in (hidden, between, stream.layer(index, hidden))]

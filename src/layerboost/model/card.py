@@ -149,7 +149,8 @@ model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ## Limits
 
 A token can be looked up beyond the window only through the {reach}: test retrieval at your context length before
-serving. Generation needs Transformers' dynamic cache.
+serving.{" A window counts the tokens of images too." * (auto == WRAPPER[0])} Generation needs Transformers' dynamic
+cache.
 """
 
 
@@ -178,8 +179,9 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
-    if plan.model.model_type in WRAPPERS:
-        return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
+    wrapper = WRAPPERS.get(plan.model.model_type)
+    if wrapper and not wrapper.vllm:
+        return "vLLM does not serve this model. Generate with Transformers.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"
     commands = f"{INSTALL}{vllm_commands(plan)}\n```\n"

@@ -116,12 +116,30 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_5_vl_text", vllm="", config_flags=SLIDING_FLAG),
     )
 }
-# Vision-language models: an image tower and a language model, whose config is `text_config`, by the families of that.
-WRAPPERS: dict[str, tuple[str, ...]] = {
-    "llava": ("llama", "mistral", "qwen2"),
-    "mistral3": ("mistral", "ministral3"),
-    "qwen3_vl": ("qwen3_vl_text",),
-    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
-    "qwen2_5_vl": ("qwen2_5_vl_text",),
-    "gemma3": ("gemma3_text",),
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A vision-language model: an image tower and a language model, whose config is `text_config`.
+
+    `inside` names the families of the language model, `architecture` the class of a boosted model, of which vLLM has
+    one of the same name. `vllm` says which classes of vLLM that is built on; if none can be, `lacks` says why.
+    """
+
+    inside: tuple[str, ...]
+    architecture: str = "LayerBoostForConditionalGeneration"
+    vllm: str = TRANSFORMERS_BACKEND
+    lacks: str = ""
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "llava": Wrapper(("llama", "mistral", "qwen2")),
+    "mistral3": Wrapper(("mistral", "ministral3")),
+    # vLLM's Transformers backend leaves out deepstack: what the tower adds to the stream after the first layers.
+    "qwen3_vl": Wrapper(("qwen3_vl_text",), "LayerBoostQwen3VLForConditionalGeneration", "Qwen3-VL classes"),
+    "qwen3_vl_moe": Wrapper(("qwen3_vl_moe_text",), vllm="", lacks="layerboost has no class for Qwen3-VL with experts"),
+    "qwen2_5_vl": Wrapper(("qwen2_5_vl_text",)),
+    "gemma3": Wrapper(
+        ("gemma3_text",), vllm="", lacks="no attention on CPUs lets the tokens of an image see each other both ways"
+    ),
 }

@@ -332,9 +332,19 @@ ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
 _BOOSTED: dict[type, Any] = {}
 
 
+def architecture_of(model_type: str) -> str:
+    """Return the name of the class of boosted models of this type."""
+    return WRAPPERS[model_type].architecture if model_type in WRAPPERS else "LayerBoostForCausalLM"
+
+
+def is_boosted(architectures: Sequence[str] | None) -> bool:
+    """Return whether a config's `architectures` name a class of boosted models."""
+    return any(name.startswith("LayerBoost") for name in architectures or ())
+
+
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a stock class that builds the base and gives every layer the strategy of its config."""
-    if stock.__name__ == "LayerBoostForCausalLM":
+    if is_boosted([stock.__name__]):
         return stock
     if stock not in _BOOSTED:
 
@@ -351,7 +361,8 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             apply_config(self)
 
         # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-        _BOOSTED[stock] = type("LayerBoostForCausalLM", (stock,), {"__init__": init, "__module__": __name__})
+        name = architecture_of(stock.config_class.model_type)
+        _BOOSTED[stock] = type(name, (stock,), {"__init__": init, "__module__": __name__})
     boosted: type[PreTrainedModel] = _BOOSTED[stock]
     return boosted
 
@@ -397,7 +408,7 @@ class LayerBoostForCausalLM:
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     stock = stock_class(config)
-    return boosted_class(stock) if "LayerBoostForCausalLM" in (config.architectures or []) else stock
+    return boosted_class(stock) if is_boosted(config.architectures) else stock
 
 
 def register_auto_classes() -> None:

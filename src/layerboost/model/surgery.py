@@ -19,6 +19,7 @@ from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
 from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
     apply_config,
+    architecture_of,
     auto_class,
     base_layer_types,
     boosted_class,
@@ -51,11 +52,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the row of a model's family, in a wrapper of its language model's; raise ConfigError if it has none."""
     if config.model_type in WRAPPERS:
         wrapper, config = config.model_type, config.get_text_config()
-        if config.model_type not in WRAPPERS[wrapper]:
+        if config.model_type not in WRAPPERS[wrapper].inside:
             raise ConfigError(
                 "this wrapper is not supported with this language model",
                 found=f"{wrapper} with {config.model_type}",
-                do=f"use one with {', '.join(WRAPPERS[wrapper])}",
+                do=f"use one with {', '.join(WRAPPERS[wrapper].inside)}",
             )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
@@ -214,7 +215,7 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
-    whole.architectures = ["LayerBoostForCausalLM"]
+    whole.architectures = [architecture_of(whole.model_type)]
     whole.auto_map = {auto_class(whole).__name__: "modeling_layerboost.LayerBoostForCausalLM"}
     return whole
 
