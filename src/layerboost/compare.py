@@ -32,9 +32,9 @@ from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, log, start_runtime
 from layerboost.schemas.artifact import Artifact, problems, write_json
 from layerboost.schemas.evaluation import Change, EvalComparison
-from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import SLIDING, STRATEGIES, WINDOW, FeatureMapName, StrategyName
+from layerboost.strategies import OTHER, SLIDING, STRATEGIES, WINDOW, FeatureMapName, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
@@ -301,7 +301,9 @@ def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
     longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
     window = (given.window or longest) if WINDOW in STRATEGIES[given.attention].settings else None
     values = given.model_dump() | {"window": window}
-    layers = [LayerPlan(layer=layer, **values) for layer in range(base.info.layers)]
+    layers = [
+        entry if entry.attention == OTHER else LayerPlan(layer=entry.layer, **values) for entry in all_full(base.info)
+    ]
     return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)
 
 
@@ -311,7 +313,7 @@ def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
         check_plan(config, plan.layers)
     except ConfigError as error:
         raise NotApplicable(error.wrong, found=error.found, do=error.do) from None
-    if plan.layers[0].sink and plan.window and plan.window >= sequence_tokens:
+    if any(entry.sink for entry in plan.layers) and plan.window and plan.window >= sequence_tokens:
         raise NotApplicable(
             f"sinks are fitted on text longer than the window of {plan.window}",
             found=f"sequences of {sequence_tokens} tokens",

@@ -125,10 +125,10 @@ def _check_form(base: Base) -> None:
             found="a GGUF file, or a quantised model" if base.packed else "a boosted checkpoint",
             do="give the base in the run folder: RUN/base",
         )
-    if base.config is not base.model_config:
+    if base.config is not base.model_config or base.info.other_layers:
         raise ConfigError(
-            "rates are of engines, and none of them serves a boosted language model inside a wrapper",
-            found=f"{base.name} is a wrapper, {base.model_config.model_type}",
+            "rates are of engines, and none of them serves a boosted language model inside a wrapper, or a hybrid",
+            found=f"{base.name} is a model of type {base.model_config.model_type}",
             do="measure with a language model of its sizes, or write the rates down yourself: docs/reference/plan.md",
         )
 

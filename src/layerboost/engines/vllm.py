@@ -109,7 +109,7 @@ def check_family(folder: Path, model_type: str) -> None:
     if model_type in WRAPPERS:
         reason = f"a wrapper, {model_type}: vLLM's class for it makes a stock language model, which knows no plan"
     elif model_type in FAMILIES and not FAMILIES[model_type].vllm:
-        reason = f"family {model_type}: vLLM's Transformers backend cannot build it"
+        reason = f"family {model_type}: {FAMILIES[model_type].vllm_lacks}"
     if reason:
         raise ConfigError(
             f"vLLM cannot serve {folder} boosted",

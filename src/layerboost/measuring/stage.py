@@ -134,7 +134,7 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         return found
     model = base.load()
     batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
-    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
+    sinks = calibrate_sinks(model, batches, info.attention_layers, recipe.measure.windows)
     done = found.layers if found else []
     wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
     wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
-from layerboost.model.families import WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
@@ -176,7 +176,7 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
-    if plan.model.model_type in WRAPPERS:
+    if plan.model.model_type in WRAPPERS or not FAMILIES[plan.model.model_type].vllm:
         return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"

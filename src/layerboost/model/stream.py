@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp
+from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
 from layerboost.schemas.plan import LayerPlan
 
 
@@ -63,6 +63,7 @@ class LayerStream:
         self.model = model
         self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
+        self.unchanged = unchanged(model.config.get_text_config())
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
     def forward(self, ids: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ from layerboost.planning.choices import (
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, all_full, counted
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import SINK, StrategyName
+from layerboost.strategies import OTHER, SINK, StrategyName
 
 # Names of the limited costs in messages, and their settings.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
@@ -63,7 +63,7 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     `none_layers` by count. By default, remove a third and leave as many full as the budget allows. A sliding layer
     has a sink if that measured better.
     """
-    loss = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
+    loss = {layer: removal(sensitivity.layers[layer], settings.metric) for layer in sensitivity.model.attention_layers}
     ranked = sorted(loss, key=lambda layer: loss[layer], reverse=True)
     table = _of_attention(sensitivity, settings)
 
@@ -94,13 +94,13 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
     The window is `plan.window`, or the shortest measured; a sink if that measured better.
     """
     table = _of_attention(sensitivity, settings)
-    count = len(table)
-    order = list(range(count))
+    order = sensitivity.model.attention_layers
+    layers, count = list(order), len(order)
     if seed is not None:
         random.Random(seed).shuffle(order)
 
     def plan(full: int) -> list[LayerPlan]:
-        even = {int((index + 0.5) * count / full) for index in range(full)}
+        even = {layers[int((index + 0.5) * count / full)] for index in range(full)}
         chosen = even if seed is None else set(order[:full])
         return [_tier(options, "full" if layer in chosen else "sliding") for layer, options in enumerate(table)]
 
@@ -111,12 +111,12 @@ def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """Return a control, LLM-Drop (arXiv 2406.15786): remove the attention that turns the stream least, as little as the
     budget allows; the rest is full.
     """
-    ranked = sorted(sensitivity.layers, key=lambda entry: removal(entry, "cosine"), reverse=True)
-    order = [entry.layer for entry in ranked]
+    entries = [sensitivity.layers[layer] for layer in sensitivity.model.attention_layers]
+    order = [entry.layer for entry in sorted(entries, key=lambda entry: removal(entry, "cosine"), reverse=True)]
 
     def plan(full: int) -> list[LayerPlan]:
-        chosen = set(order[:full])
-        return [LayerPlan(layer=layer, attention="full" if layer in chosen else "none") for layer in range(len(order))]
+        removed, base = set(order[full:]), all_full(sensitivity.model)
+        return [LayerPlan(layer=e.layer, attention="none") if e.layer in removed else e for e in base]
 
     return _most_full(sensitivity, settings, plan, len(order))
 
@@ -159,9 +159,10 @@ def _fix_sinks(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
 
 
 def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
-    if attention == "sliding":
-        return best_sliding(options)
-    return LayerPlan(layer=options[0].plan.layer, attention=attention)
+    base = options[0].plan
+    if attention == "full" or base.attention == OTHER:
+        return base
+    return best_sliding(options) if attention == "sliding" else LayerPlan(layer=base.layer, attention=attention)
 
 
 def _solve(
@@ -222,7 +223,7 @@ def _pairs(limits: Budget, module: int, exceed: Exceed) -> list[tuple[int, int]]
     """
     if not limits.padding:
         return []
-    most = limits.model.layers * limits.model.kv_heads // module
+    most = len(limits.model.attention_layers) * limits.model.kv_heads // module
     pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
     least = 1 / most  # of a full module; the program counts what windowed ones hold
     limit = limits.fractions.get(KV_BYTES, 1.0)

@@ -78,11 +78,14 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse a wrapper; change nothing else: a checkpoint's config is as it should be."""
-        from layerboost.model.families import WRAPPERS
+        """Refuse a wrapper, and a family that vLLM cannot serve boosted; change nothing else: a checkpoint's config is
+        as it should be."""
+        from layerboost.model.families import FAMILIES, WRAPPERS
 
-        if (wrapper := model_config.hf_config.model_type) in WRAPPERS:
-            raise ValueError(f"layerboost's plugin has no class for boosted language models inside {wrapper}")
+        if (model_type := model_config.hf_config.model_type) in WRAPPERS:
+            raise ValueError(f"layerboost's plugin has no class for boosted language models inside {model_type}")
+        if model_type in FAMILIES and (lacks := FAMILIES[model_type].vllm_lacks):
+            raise ValueError(f"layerboost's plugin cannot serve boosted models of family {model_type}: {lacks}")
 
 
 def keeps_windows(vllm_config: Any) -> bool:
