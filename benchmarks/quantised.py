@@ -55,9 +55,9 @@ def main() -> None:
             changed, kl, nll = rounded(model, kind), [], []
             for ids in batches:
                 states = [each.get_decoder()(input_ids=ids).last_hidden_state for each in (models["base"], changed)]
-                base_nll, [losses] = token_losses(models["base"], states[0], ids, [states[1]], changed)
+                losses = token_losses(models["base"], states[0], ids, states[1], changed)
                 kl.append(losses.kl)
-                nll.append(losses.nll - base_nll)
+                nll.append(losses.nll - losses.base_nll)
             found[f"{name} {kind}"] = {"kl": float(torch.cat(kl).mean()), "nll_gap": float(torch.cat(nll).mean())}
             print(json.dumps({f"{name} {kind}": found[f"{name} {kind}"]}), flush=True)
     print(json.dumps(found, indent=1))

@@ -133,7 +133,7 @@ def main() -> None:
     sites = [site for entry in sensitivity.layers for site in head_candidates(entry.variants, entry.layer, heads, 1)]
     exact = np.array([variant.scores["kl"].mean for entry in sensitivity.layers for variant in entry.heads])
     clock = time.monotonic()
-    products = scan(model, seen, sites, sinks, asked.draws, recipe.seed).products.double().numpy()
+    products = scan(model, seen, sites, sinks, asked.draws, recipe.seed).flatten(0, 1).double().numpy()
     took = time.monotonic() - clock
     gram = products.T @ products / len(products) / 2
     single = np.diag(gram)

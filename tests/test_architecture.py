@@ -85,7 +85,6 @@ def test_json_files_are_written_in_one_place() -> None:
     read; and a model's config as its library writes it."""
     others = {
         "engines/llama_cpp.py",
-        "engines/samples.py",
         "engines/transformers.py",
         "engines/vllm_server.py",
         "rows.py",

@@ -15,7 +15,6 @@ from tiny import RUNTIME, save_tiny
 
 from layerboost.compare import (
     SHIPPED,
-    EveryLayer,
     NotApplicable,
     check_applicable,
     every_layer_plan,
@@ -26,6 +25,7 @@ from layerboost.compare import (
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.recipe import load_recipe
+from layerboost.schemas.comparison import EveryLayer
 from layerboost.schemas.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
             "tight": {"set": {"plan.method": "uniform", "plan.kv_fraction": 0.01}},
             "wide": {"plan": {"attention": "sliding", "window": 48, "sink": True}},
             "as_wide": {"plan": "wide"},
+            "all_thin": {"plan": {"mlp": "thin"}},
         },
     )
     run = tmp_path / "run"
@@ -66,7 +67,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
         "random": ["converted", "healed"],
         "sliding": ["converted"],
     }
-    assert list(found["left_out"]) == ["tight", "wide", "as_wide"]
+    assert list(found["left_out"]) == ["tight", "wide", "as_wide", "all_thin"]
     assert all(row["kv_fraction"] <= 0.4 for row in found["rows"].values())
     assert found["rows"]["sliding"]["window"] == 25  # 0.4 of a context of 64
     assert found["rows"]["sliding"]["sinks"] == 4
@@ -94,7 +95,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     assert found["rows"]["one_stage"]["healing_tokens"] == steps[-1]["tokens"] == 384 + 768
     page = (run / "compare" / "comparison.md").read_text()
     assert page.count("\n| ours | ") == 2
-    assert "\n| base | – | – | 100.0 % | – |" in page
+    assert "\n| base | – | – | 100.0 % | 100.0 % | – |" in page
     assert "`as_wide` is skipped: its plan is that of wide, which is skipped." in page
 
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
@@ -165,6 +166,41 @@ def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
         assert all(torch.equal(value, weights[key]) for key, value in load_file(cut).items())
         assert found["rows"][f"{name}-window"]["kv_fraction"] < found["rows"][name]["kv_fraction"]
         assert found["rows"][f"{name}-window"]["layers"] == {"full": 0, "sliding": 4, "none": 0}
+
+
+@pytest.mark.pipeline
+def test_attention_mlps_and_whole_layers_at_equal_parameters(tmp_path: Path) -> None:
+    """The kinds of rows of benchmarks/components.yaml."""
+    measure = {"windows": [8], "retrieval_prompts": 0, "components": ["attention", "mlp"]}
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), measure=measure)
+    rows = write_rows(
+        tmp_path / "rows.yaml",
+        set={"evaluate.tasks": [], "plan.kv_fraction": 1, "plan.parameter_fraction": 0.7, **NOT_HEALED},
+        rows={
+            "ours": {},
+            "mlp": {"set": {"plan.components": ["mlp"]}},
+            "attention": {"set": {"plan.components": ["attention"]}},
+            "uniform": {"plan": {"mlp": "thin"}},
+            "shortgpt": {"set": {"plan.method": "block_influence"}},
+            "joint": {"set": {"plan.method": "cosine", "plan.components": ["attention", "mlp"]}},
+            "none_left": {"set": {"plan.components": ["attention"], "plan.parameter_fraction": 0.1}},
+        },
+    )
+    run = tmp_path / "run"
+    found = json.loads(layerboost("compare", rows, "--config", recipe, "--run", run, "--json").stdout)
+    assert list(found["left_out"]) == ["none_left"]
+    assert all(row["parameter_fraction"] <= 0.7 for row in found["rows"].values())
+    assert found["rows"]["mlp"]["layers"]["full"] == 4
+    assert found["rows"]["attention"]["mlps"] == {}
+    [width] = {entry.mlp_width for entry in read_plan(run / "compare" / "uniform" / "plan.yaml").layers}
+    base = find_model(str(tmp_path / "model"), RUNTIME).info
+    # One neuron more per layer would be above the budget.
+    above = found["rows"]["uniform"]["parameter_fraction"] + 4 * base.neuron_parameters / base.parameters
+    assert width
+    assert above > 0.7
+    whole = found["rows"]["shortgpt"]
+    assert whole["mlps"] == {"none": whole["layers"]["none"]}
+    assert "; MLPs: 4 thin" in (run / "compare" / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("file", [*SHIPPED.glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")], ids=lambda f: f.stem)

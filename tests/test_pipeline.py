@@ -172,7 +172,7 @@ def test_the_whole_pipeline_and_a_second_run(family: str, unit: str, kv_fraction
     assert set(first["perplexity"]) == {"base", "converted", "healed"}
     quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
     assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
-    assert first["throughput_ratio"]["median"] > 0
+    assert first["throughput_ratio"]["spread"]["median"] > 0
     made = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     second = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json").stdout)
     assert second == first
@@ -196,8 +196,7 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     assert whole.layers[: len(part.layers)] == part.layers
 
 
-def test_the_models_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerboost.engines.samples.vllm_version", lambda: None)  # Transformers samples
+def test_the_models_own_text(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
     own = ("--text", "self", "--set", "text.self_samples=60", "--set", "measure.retrieval_prompts=0")

@@ -25,8 +25,6 @@ from layerboost.text import (
     load_tokens,
     opening_ids,
     read_documents,
-    sample_documents,
-    samples_missing,
     token_ids,
 )
 
@@ -143,21 +141,6 @@ def test_sources_share_the_tokens_by_their_weights(tmp_path: Path) -> None:
     for wrong in ({one: 0}, {}):
         with pytest.raises(ValueError, match="source"):
             Text.model_validate({"source": wrong})
-
-
-def test_own_samples_go_on_whatever_characters_they_hold(tmp_path: Path) -> None:
-    text, made_from = Text(source="self", self_samples=5, sequence_tokens=32), {"model": "tiny"}
-    odd = "w3 \u2028 w4 \u2029 w5 \x85 w6"
-
-    def generate(count: int, seed: int) -> list[str]:
-        return [f"{odd} w{seed} w{index}" for index in range(count)]
-
-    sample_documents(generate, text.model_copy(update={"self_samples": 2}), tmp_path, 0, made_from)
-    assert samples_missing(text, tmp_path, made_from)
-    sample_documents(generate, text, tmp_path, 0, made_from)
-    assert not samples_missing(text, tmp_path, made_from)
-    assert not samples_missing(text.model_copy(update={"self_samples": 5}), tmp_path, made_from)
-    assert "".join(read_documents("self", "text", tmp_path)).count("w5") == 5
 
 
 def test_samples_that_cannot_fill_a_split_are_refused() -> None:

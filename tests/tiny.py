@@ -171,6 +171,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 48,
         "mamba_n_heads": 4,
         "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
     },
     "lfm2_moe": {**EXPERTS, "num_experts": 8, "num_dense_layers": 1, "routed_scaling_factor": 1.5},
     "olmo_hybrid": LINEAR,

@@ -1,14 +1,16 @@
-"""check: find what would fail in a run, before hours of compute."""
+"""check: find what would fail in a run, before hours of compute, and estimate healing's time and memory."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from layerboost import converting as convert
 from layerboost.benching import stage as bench
@@ -17,15 +19,19 @@ from layerboost.errors import LayerboostError
 from layerboost.evaluating import stage as evaluate
 from layerboost.files import check_path
 from layerboost.healing import stage as heal
-from layerboost.healing.estimate import estimate_healing
+from layerboost.healing.data import STRETCH_TOKENS, lengths_of
+from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
+from layerboost.healing.losses import CHUNK_ELEMENTS
 from layerboost.healing.training import less_memory
 from layerboost.measuring import stage as measure
 from layerboost.model.base import find_base
+from layerboost.model.linear import linear
 from layerboost.planning import stage as plan
 from layerboost.recipe import Recipe, model_of
 from layerboost.run_folder import no_run_folder
-from layerboost.runtime import GIB, start_runtime
-from layerboost.schemas.plan import read_plan
+from layerboost.runtime import GIB, Runtime, start_runtime, world_size
+from layerboost.schemas.model import ModelInfo
+from layerboost.schemas.plan import LayerPlan, read_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN
 
 # The stages with a `check(recipe, run, base)`, which raises ConfigError.
@@ -120,3 +126,97 @@ def _place_of(run: Path) -> Path:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise no_run_folder(run, f"{place} is not a directory that can be written")
     return place
+
+
+# Fraction of the matrix product's speed; softmax, norms and LoRA's thin products take the rest.
+EFFICIENCY = 0.7
+LOGIT_COPIES = 6
+
+
+@dataclass(frozen=True)
+class HealingEstimate:
+    """The estimate for all stages together; memory is that of one process on its device."""
+
+    tokens_per_s: float
+    hours: float
+    memory_gib: float
+
+
+def estimate_healing(
+    recipe: Recipe, config: PreTrainedConfig, info: ModelInfo, runtime: Runtime, plan: list[LayerPlan] | None
+) -> HealingEstimate:
+    """Return an estimate from the model's sizes and the measured speed of this machine's matrix product.
+
+    `plan`: base and student share the layers below its first changed one; without a plan, none.
+    """
+    layers = info.layers
+    first = next((entry.layer for entry in plan or [] if entry.changed), 0)
+    changed = layers - first
+    head = info.hidden_size * config.vocab_size
+    embeddings = head * (1 if info.tied_head else 2)
+    whole, body = info.parameters - embeddings, info.active_parameters - embeddings
+    passes = {"none": 2, "selective": 2, "full": 3}[recipe.heal.activation_checkpointing]
+    lora_flops = 2 * (body * (1 + passes * changed / layers) + 3 * head)
+    attention_flops = 2 * body * (1 + recipe.heal.attention_repeats * changed / layers)
+    rate = matmul_flops_per_s(runtime, info.hidden_size) * EFFICIENCY * world_size()
+    flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
+    seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit costs about one pass of the base
+    lengths, processes = lengths_of(recipe), world_size()
+    batch_tokens = max(recipe.heal.batch_sequences * lengths[0], *lengths)
+    held = changed * activation_elements(config, info, body, recipe) * batch_tokens * info.bytes_per_element
+    logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
+    step_tokens = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation * lengths[0]
+    stretch_tokens = max(max(STRETCH_TOKENS, step_tokens) / processes, *lengths)
+    cached_tokens = stretch_tokens if recipe.heal.attention_repeats > 1 else 0
+    cached = 2 * changed * cached_tokens * info.hidden_size * info.bytes_per_element
+    sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
+    most = max(held + logits, cached, min(sums, MOST_BYTES))
+    weights = float(info.parameters)
+    if recipe.heal.shard and runtime.device.type == "cuda":
+        # Without torchrun, as in `check`, assume that a sharded run uses every GPU of the machine. Embeddings, head
+        # and three layers are not sharded (docs/guide/gpus.md).
+        weights /= world_size() if world_size() > 1 else torch.cuda.device_count()
+        weights += embeddings + 3 * whole / layers
+    weights *= info.bytes_per_element
+    return HealingEstimate(
+        tokens_per_s=round(rate / lora_flops, 1),
+        hours=round(seconds / 3600, 2),
+        memory_gib=round((weights + most) / GIB, 2),
+    )
+
+
+def activation_elements(config: PreTrainedConfig, info: ModelInfo, body: int, recipe: Recipe) -> int:
+    """Return the number of elements that a layer saves per token for the backward pass.
+
+    `body`: the parameters of all layers that a token uses.
+    """
+    hidden = config.hidden_size
+    if info.expert_parameters:  # three matrices for each of a token's experts
+        inner = (body / info.layers - info.attention_parameters) / (3 * hidden)
+    else:
+        inner = config.intermediate_size
+    query, keys = info.heads * info.head_dim, 2 * info.kv_heads * info.head_dim
+    products = 2 * hidden + query + keys + 2 * inner
+    saved = {
+        "full": hidden,
+        "selective": hidden + products,
+        # Norms, rotary embeddings, the activation and its product, adapters, and the windows' scores.
+        "none": hidden
+        + products
+        + 8 * hidden
+        + 2 * inner
+        + 6 * max(recipe.measure.windows) * config.num_attention_heads,
+    }
+    return int(saved[recipe.heal.activation_checkpointing])
+
+
+def matmul_flops_per_s(runtime: Runtime, size: int) -> float:
+    """Return the floating-point operations per second of a matrix product of width `size`, best of five."""
+    left = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
+    right = torch.ones(1024, size, device=runtime.device, dtype=runtime.dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        linear(left, right)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * left.numel() * 1024 / best

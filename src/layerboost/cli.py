@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerboost import __version__, tables
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.errors import LayerboostError
 from layerboost.options import Command, with_recipe
 from layerboost.tables import show
 from layerboost.terminal import prepare_terminal
@@ -61,13 +61,6 @@ def _run(stage: str, recipe: Recipe, run: Path, **options: Any) -> Any:
     metavar="OTHER",
     help="Compare RUN's sensitivities with another sensitivity.json or run folder, by rank correlation.",
 )
-@click.option(
-    "--plan",
-    "on_plan",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Measure each layer of the model as this plan.yaml changes it, to see whether the ranking holds.",
-)
 @with_recipe
 def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...]) -> None:
     """Measure the sensitivity of each layer: the quality that the model loses when its attention is replaced."""
@@ -77,21 +70,13 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
     show(result, as_json, stability_table if compare else tables.measured_rows)
 
 
-@_command(
-    "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
-    "layerboost plan --diff runs/qwen3 runs/other/plan.yaml",
-)
+@_command("layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35")
 @click.option("--frontier", is_flag=True, help="Plan for every budget: quality loss against cost, frontier.json.")
-@click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Show two plans side by side.")
 @with_recipe
-def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[Path, Path] | None) -> None:
+def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool) -> None:
     """Choose a strategy for every layer and write plan.yaml, which you may edit."""
-    from layerboost.reporting.difference import difference_table, plan_difference
     from layerboost.reporting.search import frontier_table
 
-    if diff:
-        show(plan_difference(*diff), as_json, difference_table)
-        return
     result = _run("plan", recipe, run, curve=frontier)
     show(result, as_json, frontier_table if frontier else tables.planned_rows)
 
@@ -100,25 +85,20 @@ def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool, diff: tuple[P
     "layerboost convert --run runs/qwen3",
     "layerboost convert --run runs/llama && layerboost export runs/llama/converted --to auto",
 )
-@click.option("--compat", is_flag=True, hidden=True)
 @with_recipe
-def convert(recipe: Recipe, run: Path, as_json: bool, compat: bool) -> None:
+def convert(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Apply the plan to the base's weights: converted/, a Hugging Face checkpoint."""
-    if compat:
-        export = f"layerboost export {run / 'healed'} --to decilm"
-        raise ConfigError("convert no longer has --compat", do=f"`{export}` writes the same, of converted/ too")
     show(_run("convert", recipe, run), as_json, tables.written_rows)
 
 
 @_command(
     "layerboost heal --run runs/qwen3 --text HuggingFaceFW/fineweb-edu",
-    "layerboost heal --run runs/qwen3 --resume",
+    "layerboost heal --run runs/qwen3",
 )
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Resume from the last checkpoint.")
 @with_recipe
-def heal(recipe: Recipe, run: Path, as_json: bool, resume: bool) -> None:
+def heal(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Train the converted model against the base, by attention distillation and LoRA distillation: healed/."""
-    show(_run("heal", recipe, run, resume=resume), as_json, tables.written_rows)
+    show(_run("heal", recipe, run), as_json, tables.written_rows)
 
 
 @_command(
@@ -149,15 +129,11 @@ def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
         show(result, as_json, lambda _: tables.summarized_rows(run))
 
 
-@_command(
-    "layerboost report --run runs/qwen3",
-    "layerboost report --run runs/qwen3 --png",
-)
-@click.option("--png", is_flag=True, help="Also write figures/*.png, for a model card; draws them with Chromium.")
+@_command("layerboost report --run runs/qwen3")
 @with_recipe
-def report(recipe: Recipe, run: Path, as_json: bool, png: bool) -> None:
+def report(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Write report.html and report.md from the files of the run folder."""
-    show(_run("report", recipe, run, png=png), as_json, tables.reported_rows)
+    show(_run("report", recipe, run), as_json, tables.reported_rows)
 
 
 @_command(

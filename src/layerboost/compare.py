@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
 
 from layerboost.converting import write_windows_alone
-from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes, plan_parameters
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.evaluating.comparison import average_against
 from layerboost.evaluating.results import read_result
@@ -25,112 +26,31 @@ from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.surgery import check_plan, windows_alone
 from layerboost.pipeline import checkpoints, only_one_process, run_stage, saved_recipe
 from layerboost.probes.calibration import MEASURED
-from layerboost.recipe import RECIPES, Recipe, Section, find_recipe, parse_recipe
+from layerboost.recipe import RECIPES, Recipe, find_recipe, parse_recipe
 from layerboost.reporting.page import Table, markdown_table
 from layerboost.reporting.text import ABSENT, number, percent, with_interval
 from layerboost.run_folder import locked, recorded
 from layerboost.runtime import Runtime, log, start_runtime
-from layerboost.schemas.artifact import Artifact, problems, write_json
+from layerboost.schemas.artifact import problems, write_json
+from layerboost.schemas.comparison import Against, Compared, EveryLayer, Row, RowResult, Rows
 from layerboost.schemas.evaluation import Change, EvalComparison
+from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import OTHER, SLIDING, STRATEGIES, WINDOW, FeatureMapName, StrategyName
+from layerboost.strategies import (
+    MLP_STRATEGIES,
+    MLP_WIDTH,
+    OTHER,
+    SLIDING,
+    STRATEGIES,
+    WINDOW,
+    StrategyName,
+    label,
+)
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
 FOLDER, DEFAULT, SHIPPED = "compare", "equal-cost", RECIPES / "rows"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-
-
-class EveryLayer(Section):
-    """The same attention in every layer. Without a window, sliding layers get the longest that the budget allows."""
-
-    attention: StrategyName
-    window: int | None = Field(None, ge=1)
-    sink: bool = False
-    feature_map: FeatureMapName | None = None
-
-
-class Row(Section):
-    """One plan and how it is healed. `set` has dotted keys as on the command line.
-
-    `plan`: an earlier row, whose converted model is used too, a plan file, or the same attention in every layer;
-    without it `layerboost plan` chooses. `sliding`: fields that the plan's sliding layers get. `run`: an existing run
-    folder, whose models are evaluated as they are. `window_only`: an earlier row, whose last model is evaluated with
-    sliding layers in place of linear ones. `one_stage`: spend all tokens of healing in stage 2.
-    """
-
-    plan: EveryLayer | str | None = None
-    sliding: dict[str, Any] = Field({})
-    run: str | None = None
-    window_only: Name | None = None
-    one_stage: bool = False
-    set: dict[str, Any] = Field({})
-
-
-class Evaluation(Section):
-    """Settings with which the base and these rows, or all rows, are evaluated; `set` as in a row."""
-
-    rows: tuple[Name, ...] | None = None
-    set: dict[str, Any] = Field({})
-
-
-class Rows(Section):
-    """A file of rows. `set` applies to all of them and overrides the command line."""
-
-    schema_version: Literal[1] = 1
-    reference: Name
-    set: dict[str, Any] = Field({})
-    evaluations: dict[Name, Evaluation] = Field({"": Evaluation()})
-    rows: dict[Name, Row]
-
-    @model_validator(mode="after")
-    def _names_are_known(self) -> Rows:
-        named = {self.reference, *(row for each in self.evaluations.values() for row in each.rows or ())}
-        if unknown := named - self.rows.keys():
-            raise ValueError(f"not among the rows: {', '.join(sorted(unknown))}")
-        earlier: set[str] = set()
-        for name, row in self.rows.items():
-            if row.sliding and row.plan is None:
-                raise ValueError(f"rows.{name}.sliding: name the plan whose sliding layers get these fields")
-            if row.window_only and row.window_only not in earlier:
-                raise ValueError(f"rows.{name}.window_only: {row.window_only} is not an earlier row")
-            earlier.add(name)
-        return self
-
-
-class Against(BaseModel):
-    """A row's last model minus the reference's, paired over the same sequences, items and prompts."""
-
-    kl: Change | None = Field(None, description="nats per token")
-    average: Change | None = Field(None, description="accuracy, a fraction")
-    retrieval: Change | None = Field(None, description="exact answers, a fraction")
-
-
-class RowResult(BaseModel):
-    """A row's plan and its cost. Its models are `ROW-converted` and `ROW-healed` in every evaluation."""
-
-    plan: str = Field(description="hash")
-    layers: dict[StrategyName, int]
-    window: int | None
-    sinks: int
-    full_kv_heads: int = Field(0, description="full KV heads of sliding layers")
-    kv_fraction: float
-    predicted_kl: float | None
-    healing_tokens: int | None = Field(description="of both stages; None of a run folder taken as it is")
-    models: list[str] = Field(description="converted, healed")
-    against: dict[str, Against] = Field({}, description="the reference, by evaluation")
-
-
-class Compared(Artifact):
-    """`RUN/compare/comparison.json`."""
-
-    schema_version: int = 2
-    reference: str
-    context_tokens: int = Field(description="at which KV bytes are counted")
-    left_out: dict[str, str] = Field(description="rows that have no plan, and why")
-    rows: dict[str, RowResult]
-    evaluations: dict[str, EvalComparison] = Field(description="eval/comparison.json of each")
 
 
 class NotApplicable(ConfigError):
@@ -188,8 +108,10 @@ def _compare(file: Rows, recipe: Recipe, run: Path) -> Compared:
             window=plan.window,
             sinks=sum(entry.sink for entry in plan.layers),
             full_kv_heads=sum(len(entry.full_kv_heads) for entry in plan.layers),
+            mlps=Counter(entry.mlp for entry in plan.layers if entry.mlp_changed),
             kv_fraction=plan_kv_bytes(base.info, plan.layers, context_tokens)
             / base_kv_bytes(base.info, context_tokens),
+            parameter_fraction=plan_parameters(base.info, plan.layers) / base.info.parameters,
             predicted_kl=plan.valid_prediction.quality_loss.get("kl") if plan.valid_prediction else None,
             healing_tokens=None if row.run or row.window_only else healing_tokens(settings),
             models=list(models[name]),
@@ -297,14 +219,38 @@ def with_sliding_as(plan: PlanFile, fields: Mapping[str, Any]) -> PlanFile:
 
 
 def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
-    """Return a plan with the same attention in every layer."""
+    """Return a plan with the same attention and MLP in every layer; raise NotApplicable without a width that fits."""
     longest = max(1, int(recipe.plan.kv_fraction * recipe.plan.context_tokens))
     window = (given.window or longest) if WINDOW in STRATEGIES[given.attention].settings else None
     values = given.model_dump() | {"window": window}
+    if MLP_WIDTH in MLP_STRATEGIES[given.mlp].settings and given.mlp_width is None:
+        values[MLP_WIDTH] = _widest(given.attention, base.info, recipe.plan.parameter_fraction or 1.0)
     layers = [
-        entry if entry.attention == OTHER else LayerPlan(layer=entry.layer, **values) for entry in all_full(base.info)
+        entry.model_copy(update={"mlp": given.mlp, MLP_WIDTH: values[MLP_WIDTH]})
+        if entry.attention == OTHER
+        else LayerPlan(layer=entry.layer, **values)
+        for entry in all_full(base.info)
     ]
-    return PlanFile(model=base.info, method=f"all {given.attention}", layers=layers)
+    method = f"all {label(layers[base.info.attention_layers[0]])}"
+    return PlanFile(model=base.info, method=method, layers=layers)
+
+
+def _widest(attention: StrategyName, model: ModelInfo, fraction: float) -> int:
+    """Return the neurons of every layer's MLP with which a model has this fraction of the base's parameters; raise
+    NotApplicable if that thins none or leaves none."""
+    full = model.mlp_width or 0
+    attention_parameters = (
+        0 if STRATEGIES[attention].keeps_weights else len(model.attention_layers) * model.attention_parameters
+    )
+    excess = (1 - fraction) * model.parameters - attention_parameters
+    width = full - math.ceil(excess / (model.layers * model.neuron_parameters)) if full else 0
+    if not 0 < width < full:
+        raise NotApplicable(
+            "no width of its MLPs fits plan.parameter_fraction",
+            found=f"{width} of {full} neurons at {fraction:g}",
+            do="set plan.parameter_fraction, or mlp_width in the row",
+        )
+    return width
 
 
 def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
@@ -370,18 +316,22 @@ def _against(comparison: EvalComparison, model: str, reference: str, results: Pa
 
 def page(compared: Compared) -> str:
     """Return the table in Markdown."""
-    columns = dict.fromkeys(("row", "model", "layers", "KV bytes", "healing tokens", "predicted KL"), ABSENT)
-    entries = [(columns | {"row": BASE, "KV bytes": percent(1)}, BASE, dict[str, Against]())]
+    names = ("row", "model", "layers", "parameters", "KV bytes", "healing tokens", "predicted KL")
+    of_base = dict.fromkeys(names, ABSENT) | {"row": BASE, "parameters": percent(1), "KV bytes": percent(1)}
+    entries = [(of_base, BASE, dict[str, Against]())]
     for name, row in compared.rows.items():
         layers = ", ".join(f"{count} {kind}" for kind, count in row.layers.items() if count)
         layers += f"; window {row.window}, {row.sinks} sinks" if row.window else ""
         layers += f", {row.full_kv_heads} full KV heads in them" if row.full_kv_heads else ""
+        mlps = ", ".join(f"{count} {kind}" for kind, count in row.mlps.items())
+        layers += f"; MLPs: {mlps}" if mlps else ""
         for stage in row.models:
             healed = stage == HEALED and row.healing_tokens is not None
             facts = {
                 "row": name,
                 "model": stage,
                 "layers": layers,
+                "parameters": percent(row.parameter_fraction),
                 "KV bytes": percent(row.kv_fraction),
                 "healing tokens": f"{row.healing_tokens:,}" if healed else ABSENT,
                 "predicted KL": number(row.predicted_kl),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from layerboost.engines.samples import write_samples
 from layerboost.model.base import Base, find_model, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, plan_in, save_boosted
@@ -14,6 +13,7 @@ from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan, check_plan, windows_alone, without_states
 from layerboost.model.thinning import thin_mlps
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
@@ -78,12 +78,10 @@ def boost(recipe: Recipe, base: Base, plan: PlanFile, run: Path | None = None) -
     with_sink = [entry.layer for entry in plan.layers if entry.sink]
     if with_sink and plan.window:
         calibration = load_calibration(recipe, base.tokenizer, recipe.measure.tokens, run)
-        fitted = calibrate_sinks(
-            model, [each.to(device) for each in calibration.batches(size)], with_sink, [plan.window]
-        )
+        fitted = calibrate_sinks(model, calibration.batches(size, device), with_sink, [plan.window])
         sinks = {entry.layer: fitted(entry) for entry in plan.layers if entry.sink}
     if wanted := [(entry.layer, entry.mlp_width) for entry in plan.layers if entry.mlp_width]:
-        batches = [each.to(device) for each in load_mlp_fit(recipe, base.tokenizer, run).batches(size)]
+        batches = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device)
         thinned = {layer: found for (layer, _), found in thin_mlps(model, batches, wanted).items()}
     return apply_plan(model, plan.layers, sinks, thinned)
 

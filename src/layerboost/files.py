@@ -13,9 +13,8 @@ from pathlib import Path
 from layerboost.errors import ConfigError, LayerboostError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-DISK_ERRORS = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+# What libraries raise, other than OSError, if a write fails: an error without an errno.
+WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter")
 
 
 def check_path(path: Path) -> None:
@@ -33,24 +32,34 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which becomes `path` if the block succeeds.
 
     Raise LayerboostError if the disk is full or the directory is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            if not any(name in repr(error) for name in WRITE_ERRORS):
+                raise
+            error = OSError(str(error).splitlines()[0])
         raise disk_error(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically; raise LayerboostError as `replacing` does."""
+    # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

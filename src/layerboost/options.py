@@ -38,12 +38,11 @@ def with_recipe(function: Callable[..., None]) -> Callable[..., None]:
         text: str | None,
         trust_remote_code: bool,
         as_json: bool,
-        on_plan: Path | None = None,
         engine: str | None = None,
         **rest: Any,
     ) -> None:
         given = {"model": model, "text.source": text, "trust_remote_code": trust_remote_code or None}
-        given |= {"measure.plan": str(on_plan) if on_plan else None, "bench.engine": engine}
+        given |= {"bench.engine": engine}
         recipe = resolve(run, config, settings, {key: value for key, value in given.items() if value is not None})
         function(recipe=recipe, run=run, as_json=as_json, **rest)
 

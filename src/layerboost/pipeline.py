@@ -48,11 +48,11 @@ def convert(recipe: Recipe, run: Path) -> Any:
     return run_convert(recipe, run)
 
 
-def heal(recipe: Recipe, run: Path, resume: bool = True) -> Any:
+def heal(recipe: Recipe, run: Path) -> Any:
     """Run stage 4."""
     from layerboost.healing.stage import run_heal
 
-    return run_heal(recipe, run, resume)
+    return run_heal(recipe, run)
 
 
 def evaluate(recipe: Recipe, run: Path) -> Any:
@@ -80,11 +80,11 @@ def bench(recipe: Recipe, run: Path, decode_sweep: bool = False) -> Any:
     return run_bench(recipe, run, own | extra_checkpoints(recipe.bench.checkpoints, own, "bench"), decode_sweep)
 
 
-def report(recipe: Recipe, run: Path, png: bool = False) -> Any:
-    """Run stage 7; with `png`, also write the charts as PNG files."""
+def report(recipe: Recipe, run: Path) -> Any:
+    """Run stage 7."""
     from layerboost.reporting.stage import run_report
 
-    return run_report(run, png)
+    return run_report(run)
 
 
 STAGES: dict[str, Callable[..., Any]] = {

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from pydantic.functional_validators import model_validator
 
 from layerboost.errors import ConfigError
-from layerboost.strategies import MEASURED, Replacement
+from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
 RECIPES = next(
@@ -115,22 +114,25 @@ class Measure(Section):
     )
     scan_draws: int = Field(8, ge=1, description="scan: backward passes per batch of text")
     head_group: int = Field(1, ge=1, description="kv_head: KV heads that get the window together, for wide models")
-    components: tuple[Literal["attention", "mlp"], ...] = Field(("attention",), description="attention, or also mlp")
+    components: tuple[ComponentName, ...] = Field(("attention",), description="attention, or also mlp")
     mlp_widths: tuple[float, ...] = Field((0.75, 0.5, 0.25), min_length=1, description="mlp: fractions of its width")
 
 
 class Plan(Section):
     """How a strategy is chosen for each layer from the sensitivities."""
 
-    method: Literal["budget", "greedy", "threshold", "uniform", "random", "cosine"] = Field(
+    method: Literal["budget", "greedy", "threshold", "uniform", "random", "cosine", "block_influence"] = Field(
         "budget",
         description="budget: least predicted quality loss within the budget; greedy: measured again as layers change; "
         "threshold: the paper's tiers by removal score; controls: uniform or random "
-        "full layers, the rest sliding; cosine: LLM-Drop",
+        "full layers, the rest sliding; cosine: LLM-Drop; block_influence: ShortGPT",
     )
     unit: Literal["layer", "kv_head"] = Field(
         "layer",
         description="one strategy per layer, or kv_head: windows on some KV heads of a layer; needs measure.unit",
+    )
+    components: Annotated[tuple[ComponentName, ...], Field(min_length=1)] | None = Field(
+        None, description="what may change: attention, mlp; default: all that is measured (of cosine: attention)"
     )
     metric: Literal["kl", "nll", "top1", "retrieval", "benchmark", "mse"] = Field(
         "kl", description="quality loss to minimise: kl, nll, top1, retrieval, benchmark or mse"
@@ -208,16 +210,6 @@ class Heal(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers, in addition to heal/metrics.jsonl: tensorboard, wandb, trackio"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_hidden_weight(cls, values: Any) -> Any:
-        """Read recipes of release 0.1, which name `hidden_weight`; raise ConfigError where it is not 0."""
-        if not isinstance(values, dict) or "hidden_weight" not in values:
-            return values
-        if weight := values["hidden_weight"]:
-            raise ConfigError("heal.hidden_weight was removed", found=str(weight), do="delete it from the recipe")
-        return {name: value for name, value in values.items() if name != "hidden_weight"}
 
 
 class Evaluate(Section):

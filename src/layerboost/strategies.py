@@ -16,6 +16,7 @@ SLIDING: StrategyName = "sliding"
 LINEAR: StrategyName = "linear"
 OTHER: StrategyName = "other"
 MLPName = Literal["full", "thin", "none"]
+ComponentName = Literal["attention", "mlp"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
 WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
 MLP_WIDTH = "mlp_width"

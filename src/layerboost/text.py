@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,10 @@ from typing import Any, Literal
 import torch
 
 from layerboost.errors import ConfigError, first_line
-from layerboost.files import write_text
 from layerboost.recipe import Text
 from layerboost.rows import is_missing, package_files, read_lines, read_rows
-from layerboost.runtime import Progress, log, warn_once
-from layerboost.schemas.artifact import fingerprint, json_text
+from layerboost.runtime import log, warn_once
+from layerboost.schemas.artifact import fingerprint
 
 Split = Literal["calibration", "held_out", "train", "all"]
 # Of ten documents, one is for calibration and one is held out, whatever the seed.
@@ -39,9 +37,6 @@ SHREDDED = 4
 # The fraction of a text's characters lost in tokenization above which it is refused.
 LOST = 0.1
 SAMPLES, SAMPLES_FROM = "self_samples.jsonl", "self_samples.json"
-SAMPLES_AT_ONCE = 64
-# (count, seed) -> samples of a model.
-Generate = Callable[[int, int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -56,9 +51,9 @@ class Tokens:
         """Return the number of tokens of all sequences."""
         return self.ids.numel()
 
-    def batches(self, sequences: int) -> list[torch.Tensor]:
-        """Return `ids` in batches `[B, T]` of at most `sequences` rows."""
-        return list(self.ids.split(sequences))
+    def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+        """Return `ids` in batches `[B, T]` of at most `sequences` rows, on a device."""
+        return list(self.ids.to(device).split(sequences))
 
 
 def load_tokens(
@@ -219,42 +214,6 @@ def local_path(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError):  # a name that is too long, an unknown user
         return None
-
-
-def sample_documents(generate: Generate, text: Text, run: Path, seed: int, made_from: dict[str, Any]) -> None:
-    """Write the model's own samples to RUN/self_samples.jsonl, the source `self`; resume after a kill.
-
-    `generate(count, seed)` returns `count` samples; `made_from` is saved with them.
-    """
-    write_text(run / SAMPLES_FROM, json_text(made_from, SAMPLES_FROM))
-    lines = _sample_lines(run)
-    with Progress("sampling text from the model", text.self_samples, "samples") as progress:
-        progress.skip(len(lines))
-        while len(lines) < text.self_samples:
-            count = min(SAMPLES_AT_ONCE, text.self_samples - len(lines))
-            samples = generate(count, seed * 1_000_003 + len(lines))
-            lines += [json_text({"text": sample}, SAMPLES, ensure_ascii=False) for sample in samples]
-            write_text(run / SAMPLES, "\n".join(lines) + "\n")
-            progress.advance(count)
-
-
-def samples_missing(text: Text, run: Path, made_from: dict[str, Any]) -> bool:
-    """Return whether samples of the model are missing; raise ConfigError if those in the folder are of another one."""
-    file = run / SAMPLES_FROM
-    if not file.is_file():
-        return True
-    if json.loads(file.read_text(encoding="utf-8")) != made_from:
-        raise ConfigError(
-            f"{run / SAMPLES} was sampled from another model or with other settings",
-            do=f"use another --run folder, or delete {file} and {run / SAMPLES}",
-        )
-    return len(_sample_lines(run)) < text.self_samples
-
-
-def _sample_lines(run: Path) -> list[str]:
-    # Not splitlines(), which also cuts at U+2028 and the like within a string.
-    text = (run / SAMPLES).read_text(encoding="utf-8") if (run / SAMPLES).is_file() else ""
-    return [line for line in text.split("\n") if line]
 
 
 def check_samples(text: Text, tokens: int, split: Split) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from layerboost.text import (
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]
-# A placeholder for an answer in a rendered template: a character that no text uses.
+# Put around an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
 
 
@@ -56,15 +57,11 @@ class Traffic:
         """Return a hash of the ids and of what is scored."""
         return fingerprint(self.ids.tolist(), self.scored.tolist())
 
-    def batches(self, sequences: int) -> list[Traffic]:
-        """Return batches of at most `sequences` rows, each as wide as its longest row."""
-        parts = map(Traffic, self.ids.split(sequences), self.scored.split(sequences))
+    def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[Traffic]:
+        """Return batches of at most `sequences` rows, each as wide as its longest row, on a device."""
+        parts = map(Traffic, self.ids.to(device).split(sequences), self.scored.to(device).split(sequences))
         widths = [(part, max(part.lengths)) for part in parts]
         return [Traffic(part.ids[:, :width], part.scored[:, :width]) for part, width in widths]
-
-    def to(self, device: torch.device) -> Traffic:
-        """Return a copy on a device."""
-        return Traffic(self.ids.to(device), self.scored.to(device))
 
 
 def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None, after: int = 0) -> Tokens | Traffic:
@@ -196,57 +193,33 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
-    """Return a conversation in the chat template, and the spans of the assistant's answers in it.
+    """Return a conversation in the chat template, and the spans of the assistant's answers in it, without white space
+    around them.
 
-    It is rendered a second time with marks in place of the answers: the text between the marks is the template's. If
-    the template rewrites answers (it may remove the thinking from earlier turns), only the last one is scored, provided
-    that it follows the generation prompt unchanged.
+    It is rendered a second time with a mark on both sides of each answer. If the template rewrites answers (it may
+    remove the thinking from earlier turns), only the last one is scored, provided that it follows the generation prompt
+    unchanged.
     """
     answers = [
         at for at, turn in enumerate(turns) if turn.get("role") == "assistant" and not is_missing(turn["content"])
     ]
     if not answers:
         raise _Unscorable("it has no answer")
-    marked = [*turns]
-    for at in answers:
-        marked[at] = turns[at] | {"content": MARK}
-    given = [turns[at]["content"] for at in answers]
+    given, stripped, marked = [turns[at]["content"].strip() for at in answers], [*turns], [*turns]
+    for at, answer in zip(answers, given, strict=True):
+        stripped[at], marked[at] = turns[at] | {"content": answer}, turns[at] | {"content": f"{MARK}{answer}{MARK}"}
     try:
-        text, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (turns, marked))
-        frames = framed.split(MARK)
-        spans = _between(text, frames, given)
-        if not spans:
-            head = tokenizer.apply_chat_template(turns[: answers[-1]], tokenize=False, add_generation_prompt=True)
-            spans = _between(text, [head, frames[-1]], given[-1:])
+        text, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (stripped, marked))
+        pieces = framed.split(MARK)  # frame, answer, frame, answer, frame
+        if "".join(pieces) == text and pieces[1::2] == given:
+            ends = list(accumulate(map(len, pieces)))
+            return text, [(end - len(answer), end) for answer, end in zip(given, ends[1::2], strict=True)]
+        head = tokenizer.apply_chat_template(stripped[: answers[-1]], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise errors of their own, such as for roles in the wrong order
         raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
-    if not spans:
+    if not text.startswith(head + given[-1]):
         raise _Unscorable("the chat template rewrites its answers")
-    return text, spans
-
-
-def _between(rendered: str, frames: list[str], answers: list[str]) -> Spans:
-    """Return the spans of the answers in `rendered` if it is `frames` with the answers between them, or else nothing.
-
-    White space around an answer, which a template may strip, counts as frame.
-    """
-    if len(frames) != len(answers) + 1 or not rendered.startswith(frames[0]):
-        return []
-    spans, at = list[tuple[int, int]](), len(frames[0])
-    for number, (answer, frame) in enumerate(zip(answers, frames[1:], strict=True), 1):
-        text = answer.strip()
-        before, after = answer.split(text, 1)
-        start = rendered.find(text, at, at + len(before) + len(text))
-        end = start + len(text)
-        follows = rendered.find(frame, end, end + len(after) + len(frame))
-        if number == len(answers):
-            follows = len(rendered) - len(frame) if rendered.endswith(frame) else -1
-        stripped = before.endswith(rendered[at:start]) and after.startswith(rendered[end:follows])
-        if start < 0 or follows < end or not stripped:
-            return []
-        spans.append((start, end))
-        at = follows + len(frame)
-    return spans
+    return text, [(len(head), len(head + given[-1]))]
 
 
 def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,13 @@ def test_kv_bytes_of_a_base_with_sliding_layers() -> None:
     assert base_kv_bytes(model, 100) == (16 + 100 + 16 + 100) * token
     assert plan_kv_bytes(model, layer_plans("fsnf"), 100) == (16 + 16 + 0 + 100) * token
     assert base_kv_bytes(model, 10) == 4 * 10 * token
+
+
+def test_an_engine_that_computes_removed_attention_gains_nothing_by_removing_it() -> None:
+    """llama.cpp: the time is that of a sliding layer, KV bytes and parameters are as elsewhere."""
+    kept = replace(budget(info()), rates=RATES.model_copy(update={"removed_saves": False}))
+    one = [LayerPlan(layer=layer, attention="sliding", window=1) for layer in range(4)]
+    assert kept.plan(layer_plans("nnnn"))["decode_ms"] == pytest.approx(kept.plan(one)["decode_ms"])
+    assert kept.plan(layer_plans("ffss")) == budget(info()).plan(layer_plans("ffss"))
+    assert kept.plan(layer_plans("nnnn"))["kv_bytes"] == 0
+    assert budget(info()).plan(layer_plans("nnnn"))["decode_ms"] < kept.plan(layer_plans("nnnn"))["decode_ms"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 from processes import free_port
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model
 
@@ -58,6 +59,25 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
     plan = PLAN if name == "healed" else PLAN.model_copy(update={"layers": layer_plans("ffff")})
     expected = kv_bytes(plan, context_tokens=2 * CELLS, slots=2, ubatch_tokens=CELLS - WINDOW)
     assert answer.metrics["kv_used_gib"] * GIB == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.multiprocess
+def test_tokens_within_a_character_are_counted(tmp_path: Path) -> None:
+    model, token = tiny_model("llama", 1, vocab_size=257), 256
+    with torch.no_grad():  # the model always says this token
+        for name, weights in model.named_parameters():
+            weights.fill_(float("norm" in name))
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        model.get_output_embeddings().weight[token, 0] = 1.0
+    model.save_pretrained(tmp_path / "base")
+    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"t256"', '"â"'))  # the first byte of three
+    with launch(
+        "base", tmp_path / "base", recipe(gguf_type="f32"), tmp_path / "bench" / "logs" / "base.log"
+    ) as running:
+        answer = running.answer(LOAD, lambda _: None)
+    assert answer.raw["total_output_tokens"] == 18
 
 
 @pytest.mark.multiprocess

@@ -15,6 +15,7 @@ from tiny import info, layer_plans, save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
+    NO_INTERVAL,
     NUMBERS,
     OTHERS,
     RESERVED,
@@ -27,6 +28,8 @@ from layerboost.engines.vllm import (
     vllm_environment,
 )
 from layerboost.errors import ConfigError
+from layerboost.exporting.stage import run_export
+from layerboost.model.card import CARD
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
 from layerboost.schemas.plan import PlanFile, write_plan
@@ -176,6 +179,30 @@ def test_as_many_requests_decode_as_are_concurrent(tmp_path: Path, caplog: pytes
     assert flags(concurrency=[4096])["--max-num-seqs"] == "2048"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(("letters", "interval"), [("fsf", "1024"), ("Sss", "None"), ("fnf", "1024"), ("fff", None)])
+def test_a_stock_export_keeps_windows_in_the_prefix_cache(
+    letters: str, interval: str | None, tmp_path: Path, free_port: int
+) -> None:
+    """As the plugin does for a boosted checkpoint: a layer without attention slides in this form."""
+    save_tiny(tmp_path / "boosted", "llama", letters)
+    plan = PlanFile(model=info(3), method="by hand", layers=layer_plans(letters))
+    write_plan(tmp_path / "boosted" / PLAN, plan)
+    run_export(tmp_path / "boosted", "granite-swa", tmp_path / "stock")
+    flag = "--prefix-cache-retention-interval"
+
+    def given(folder: str, *flags: str) -> dict[str, str]:
+        return dict(pairwise(serve_command(tmp_path / folder, free_port, flags)[0]))
+
+    assert given("stock").get(flag) == interval
+    assert (f"{flag} {interval}" in (tmp_path / "stock" / CARD).read_text()) == (interval is not None)
+    assert flag not in given("boosted") | given("stock", "--disable-sliding-window")
+    assert given("stock", flag, "2048")[flag] == "2048"
+    for shared, expected in ((0, None), (64, interval)):
+        argv = bench_command(tmp_path / "stock", Bench(shared_prefix_tokens=shared, kv_cache_gib=0.5))[0]
+        assert dict(pairwise(argv)).get(flag) == expected
+
+
 def test_given_flags_override_advised_ones() -> None:
     advised = {"--max-num-batched-tokens": "256", "--block-size": "32"}
     assert unless_given((), advised) == ("--max-num-batched-tokens", "256", "--block-size", "32")
@@ -276,5 +303,9 @@ print("options", *make_arg_parser(FlexibleArgumentParser())._option_string_actio
 def test_every_flag_that_we_read_is_one_of_vllms() -> None:
     ended = subprocess.run([sys.executable, "-c", OPTIONS], check=True, capture_output=True, text=True)
     line = next(line for line in ended.stdout.splitlines() if line.startswith("options "))
-    ours = {name for names in (*NUMBERS, *OTHERS, *RESERVED) for name in names.split()} - {"-O"}
+    ours = {
+        name
+        for names in (*NUMBERS, *OTHERS, *RESERVED, *NO_INTERVAL, "--prefix-cache-retention-interval")
+        for name in names.split()
+    } - {"-O"}
     assert ours | {"--enforce-eager", "--no-enforce-eager", "--no-enable-prefix-caching"} <= {*line.split()}

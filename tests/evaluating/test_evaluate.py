@@ -13,7 +13,7 @@ from tiny import RUNTIME, info, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.evaluating.quality import compare_text
+from layerboost.evaluating.held_out import compare_text
 from layerboost.evaluating.stage import check, run_evaluate
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted

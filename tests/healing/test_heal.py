@@ -132,46 +132,8 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
     half = recipe_of(converted, attention_tokens=0).model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(ConfigError, match="dtype: float32 there, bfloat16 here"):
         run_stage("heal", half, run)
-    with pytest.raises(ConfigError, match="unfinished healing"):
-        run_stage("heal", recipe_of(converted, attention_tokens=0), run, resume=False)
     smaller = {"batch_sequences": 1, "gradient_accumulation": 2, "activation_checkpointing": "full"}
     assert run_stage("heal", recipe_of(converted, attention_tokens=0, **smaller), run).is_dir()
-
-
-@pytest.mark.pipeline
-def test_what_release_0_1_healed_stands_and_what_it_left_half_done_is_refused(converted: Path, tmp_path: Path) -> None:
-    run, recipe = copy_of(converted, tmp_path / "run"), recipe_of(converted, fit_tokens=0, attention_tokens=0)
-    healed = run_stage("heal", recipe, run)
-    before = (healed / "model.safetensors").stat().st_mtime_ns
-    for file in (healed / "heal.json", run / "heal" / "heal.json"):
-        identity = json.loads(file.read_text())
-        for added in ("fit_tokens", "attention_repeats", "sequence_tokens", "answer_weight"):
-            del identity["heal"][added]
-        identity["heal"]["hidden_weight"] = 0.0
-        file.write_text(json.dumps(identity))
-    run_stage("heal", recipe, run)
-    assert (healed / "model.safetensors").stat().st_mtime_ns == before
-    shutil.rmtree(healed)
-    checkpoint = run / "heal" / "checkpoints" / "lora" / "checkpoint-2"
-    checkpoint.mkdir()
-    assert run_stage("heal", recipe, run) == healed  # the stage had ended
-    shutil.rmtree(healed)
-    (run / "heal" / "lora.safetensors").unlink()
-    with pytest.raises(
-        ConfigError, match=r"layerboost 0\.1 started.*\n.*\ndo: finish it with layerboost 0\.1, or delete"
-    ):
-        run_stage("heal", recipe, run)
-    checkpoint.rmdir()
-    identity["heal"]["hidden_weight"] = 0.3
-    file.write_text(json.dumps(identity))
-    with pytest.raises(ConfigError, match=r"heal\.hidden_weight: 0\.3 there, None here"):
-        run_stage("heal", recipe, run)
-
-
-def test_recipes_of_release_0_1_name_hidden_weight() -> None:
-    assert parse_recipe({"heal": {"hidden_weight": 0.0, "lr": 0.5}}, "the test").heal.lr == 0.5
-    with pytest.raises(ConfigError, match=r"heal\.hidden_weight was removed"):
-        parse_recipe({"heal": {"hidden_weight": 0.3}}, "the test")
 
 
 @pytest.mark.pipeline

@@ -79,7 +79,8 @@ def test_on_a_plan_and_no_plan_from_it(folder: Path, tmp_path: Path) -> None:
     measured(folder, tmp_path / "base", "measure.tasks=[]")
     layerboost("plan", "--run", tmp_path / "base")
     plan = tmp_path / "base" / "plan.yaml"
-    shown = layerboost("measure", "--config", folder / "recipe.yaml", "--run", tmp_path / "again", "--plan", plan)
+    words = ("--config", folder / "recipe.yaml", "--run", tmp_path / "again", "--set", f"measure.plan={plan}")
+    shown = layerboost("measure", *words)
     assert all(metric in shown.stdout for metric in ("kl", "retrieval", "benchmark", "median ±"))
     found = json.loads((tmp_path / "again" / SENSITIVITY).read_text())
     assert found["settings"]["plan"]

@@ -134,7 +134,7 @@ def test_scores_of_mlps_equal_full_forward_passes(family: str) -> None:
             plan[entry.layer] = plan[entry.layer].with_site(variant.plan(entry.layer))
             for metric, values in naive(base, changed_model(family, plan)).items():
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=5e-5), metric
-            assert "cosine" not in variant.scores
+            assert ("cosine" in variant.scores) == (variant.mlp == "none")
 
 
 def test_mlps_on_a_plan_with_thinned_mlps() -> None:
@@ -199,7 +199,8 @@ def test_local_scores(family: str) -> None:
     base = tiny_model(family, layers=4)
     # The last token predicts nothing that is scored.
     states = [state[:, :-1] for state in base(IDS, output_hidden_states=True).hidden_states]
-    found = swept(base, (8,))
+    mlps = family in families(sliding=False, mlps=True)
+    found = swept(base, (8,), mlp_widths=(48,) if mlps else ())
     changed = changed_model(family, layer_plans(fitted("fnff", family)))(IDS, output_hidden_states=True).hidden_states
     error = (changed[2][:, :-1] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
     [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
@@ -210,9 +211,17 @@ def test_local_scores(family: str) -> None:
         if name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp"):
             module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     attended = base(IDS, output_hidden_states=True).hidden_states[2][:, :-1]
-    cosine = 1 - torch.cosine_similarity(states[1], attended, dim=-1).mean()
-    assert removed.scores["cosine"].mean == pytest.approx(float(cosine), abs=1e-5)
-    assert not any("cosine" in variant.scores for variant in found[1].variants if variant is not removed)
+    assert removed.scores["cosine"].mean == pytest.approx(float(_turn(states[1], attended)), abs=1e-5)
+    cosines = [variant.scores["cosine"].mean for variant in found[1].variants if "cosine" in variant.scores]
+    assert len(cosines) == 1 + mlps
+    if mlps:
+        assert cosines[1] == pytest.approx(float(_turn(attended, states[2])), abs=1e-5)
+    assert found[1].block_influence
+    assert found[1].block_influence.mean == pytest.approx(float(_turn(states[1], states[2])), abs=1e-5)
+
+
+def _turn(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return 1 - torch.cosine_similarity(before, after, dim=-1).mean()
 
 
 def test_a_sweep_goes_on_where_it_stopped() -> None:

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from test_selection import sensitivity
+from test_selection import sensitivity, with_mlps
 from tiny import layer_plans
 
 from layerboost.errors import InfeasibleBudget
-from layerboost.planning.frontier import frontier, knee
+from layerboost.planning.frontier import axis_of, frontier, knee
 from layerboost.planning.methods import select
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import FrontierPoint, Predicted
+from layerboost.schemas.plan import FrontierPoint, Predicted, counts
 
 
 def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
@@ -17,9 +17,23 @@ def test_less_damage_costs_more_and_the_last_plan_is_the_base() -> None:
     quality_loss = [point.predicted.quality_loss.get("kl", 0.0) for point in points]
     assert len(points) > 8
     assert quality_loss == sorted(quality_loss, reverse=True)
-    assert points[-1].count("full") == 8
+    assert counts(points[-1].layers)["full"] == 8
     half = select(found, settings.model_copy(update={"kv_fraction": 0.5}))
     assert half in [point.layers for point in points]
+
+
+def test_a_limit_on_parameters_gives_the_curve_over_parameters() -> None:
+    found, settings = with_mlps(4), Plan(kv_fraction=1, parameter_fraction=0.8)
+    points = frontier(found, settings)
+    parameters = [point.predicted.parameter_fraction for point in points]
+    assert len(points) > 8
+    assert parameters == sorted(parameters)
+    assert any(entry.mlp_width for point in points for entry in point.layers)
+    assert select(found, settings) in [point.layers for point in points]
+    assert {point.predicted.kv_fraction for point in points} != {1.0}
+    cheapest = knee(points, "kl", axis_of(settings))
+    assert cheapest
+    assert parameters[0] < cheapest.predicted.parameter_fraction < 1
 
 
 def test_no_plan_at_all() -> None:

@@ -17,6 +17,7 @@ from layerboost.recipe import Plan
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Sensitivity, Variant
+from layerboost.strategies import ComponentName
 
 
 def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = True) -> Sensitivity:
@@ -64,7 +65,8 @@ def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivit
     found, draw = sensitivity(layers), random.Random(7)
 
     def variant(**fields: Any) -> Variant:
-        scores = {name: Score(mean=draw.random(), standard_error=0.01) for name in ("kl", "nll", "retrieval")}
+        names = ("kl", "nll", "retrieval", *(["cosine"] if fields["mlp"] == "none" else []))
+        scores = {name: Score(mean=draw.random(), standard_error=0.01) for name in names}
         return Variant(attention="full", scores=scores, **fields)
 
     measured = [
@@ -74,7 +76,8 @@ def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivit
                     *entry.variants,
                     *(variant(mlp="thin", mlp_width=width) for width in widths),
                     variant(mlp="none"),
-                ]
+                ],
+                "block_influence": Score(mean=draw.random(), standard_error=0.01),
             }
         )
         for entry in found.layers
@@ -95,29 +98,88 @@ EVERY_SITE = [
 
 
 @pytest.mark.parametrize(
-    ("kv", "parameters", "decode"), [(1.0, 0.8, None), (0.5, 0.75, None), (0.3, 0.6, None), (1.0, None, 0.7)]
+    ("kv", "parameters", "decode", "components"),
+    [
+        (1.0, 0.8, None, None),
+        (0.5, 0.75, None, None),
+        (0.3, 0.6, None, ("attention", "mlp")),
+        (1.0, None, 0.7, None),
+        (1.0, 0.8, None, ("mlp",)),
+        (1.0, 0.7, None, ("attention",)),
+    ],
 )
 def test_one_program_over_attention_and_mlps_finds_the_best_of_all_plans(
-    kv: float, parameters: float | None, decode: float | None, tmp_path: Path
+    kv: float,
+    parameters: float | None,
+    decode: float | None,
+    components: tuple[ComponentName, ...] | None,
+    tmp_path: Path,
 ) -> None:
     found = with_mlps(layers=2)
     costs = Costs(rates=Rates(layer_ms=0.5, weight_bytes_per_s=1e6, kv_bytes_per_s=2e7))
     write_json(tmp_path / "costs.json", costs)
     settings = Plan(
         kv_fraction=kv, parameter_fraction=parameters, decode_fraction=decode, context_tokens=100,
-        costs=str(tmp_path / "costs.json"),
+        costs=str(tmp_path / "costs.json"), components=components,
     )  # fmt: skip
     chosen, limits = select(found, settings), Budget.of(found, settings)
     assert limits.met(chosen)
+    may_change = components or ("attention", "mlp")
+    sites = [
+        site
+        for site in EVERY_SITE
+        if ("attention" in may_change or not site.attention_changed) and ("mlp" in may_change or not site.mlp_changed)
+    ]
     best = min(
         predict(found, plan, settings).quality_loss.get("kl", 0)
-        for picked in itertools.product(EVERY_SITE, repeat=2)
+        for picked in itertools.product(sites, repeat=2)
         if limits.met(plan := [entry.model_copy(update={"layer": layer}) for layer, entry in enumerate(picked)])
     )
     predicted = predict(found, chosen, settings)
     assert predicted.quality_loss.get("kl", 0) == pytest.approx(best)
     assert predicted.parameter_fraction <= (parameters or 1) + 1e-9
-    assert parameters is None or any(entry.mlp_changed for entry in chosen)
+    assert parameters is None or any(entry.mlp_changed for entry in chosen) == ("mlp" in may_change)
+    assert "attention" in may_change or not any(entry.attention_changed for entry in chosen)
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.6, 0.3])
+def test_what_turns_the_stream_least_is_removed_first(fraction: float) -> None:
+    """LLM-Drop's joint drop, and whole layers by ShortGPT's Block Influence: as little as the budget allows."""
+    found = with_mlps(6)
+    settings = Plan(method="cosine", components=("attention", "mlp"), parameter_fraction=fraction, kv_fraction=1)
+    limits = Budget.of(found, settings)
+    plan = select(found, settings)
+    removed = {(entry.layer, name) for entry in plan for name in ("attention", "mlp") if getattr(entry, name) == "none"}
+    turns = {
+        (entry.layer, "attention" if variant.attention == "none" else "mlp"): variant.scores["cosine"].mean
+        for entry in found.layers
+        for variant in entry.variants
+        if "cosine" in variant.scores
+    }
+    order = sorted(turns, key=lambda site: turns[site])
+    assert removed == set(order[: len(removed)])
+    assert limits.met(plan)
+    last = next(entry for entry in plan if entry.layer == order[len(removed) - 1][0])
+    kept = last.model_copy(update={order[len(removed) - 1][1]: "full"})
+    assert not limits.met([*plan[: kept.layer], kept, *plan[kept.layer + 1 :]])
+
+    layers = select(found, settings.model_copy(update={"method": "block_influence", "components": None}))
+    whole = [entry.layer for entry in layers if entry.attention == "none"]
+    assert whole == [entry.layer for entry in layers if entry.mlp == "none"]
+    influence = {entry.layer: entry.block_influence.mean for entry in found.layers if entry.block_influence}
+    assert set(whole) == set(sorted(influence, key=lambda layer: influence[layer])[: len(whole)])
+    assert limits.met(layers)
+    assert predict(found, layers, settings).parameter_fraction > fraction - 43_072 / found.model.parameters
+
+
+def test_components_that_were_not_measured_or_do_not_apply() -> None:
+    for method in ("budget", "cosine"):
+        with pytest.raises(ConfigError, match=r"layer 0 was not measured as MLP none[\s\S]*measure.components"):
+            select(sensitivity(), Plan.model_validate({"method": method, "components": ["mlp"]}))
+    with pytest.raises(ConfigError, match="uniform knows itself what to change"):
+        select(sensitivity(), Plan(method="uniform", components=("attention",)))
+    with pytest.raises(ConfigError, match="the sensitivities lack block_influence"):
+        select(sensitivity(), Plan(method="block_influence"))
 
 
 def test_kv_bytes_alone_leave_mlps_as_they_are_and_controls_do_too() -> None:

@@ -15,12 +15,12 @@ IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
 def test_losses_of_the_model_itself_are_zero_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_model(layers=2)
     hidden = base.model(IDS).last_hidden_state
-    nll, (same,) = token_losses(base, hidden, IDS, [hidden])
+    same = token_losses(base, hidden, IDS, hidden)
     monkeypatch.setattr("layerboost.probes.metrics.CHUNK_TOKENS", 7)
-    chunked, _ = token_losses(base, hidden, IDS, [])
+    chunked = token_losses(base, hidden, IDS, hidden)
     assert same.kl.abs().max() == 0
-    torch.testing.assert_close(chunked, nll)
-    torch.testing.assert_close(same.nll, nll)
+    assert torch.equal(same.nll, same.base_nll)
+    torch.testing.assert_close(chunked.nll, same.nll)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
@@ -34,10 +34,9 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
         monkeypatch.setattr(f"layerboost.probes.metrics.{name}", size)
     text = BaseText(base, IDS, hidden)
     assert (text.weight is not None) == (family == "llama")
-    found, (expected,) = text.losses(other), token_losses(base, hidden, IDS, [other])[1]
-    nll = token_losses(base, hidden, IDS, [])[0]
+    found, expected = text.losses(other), token_losses(base, hidden, IDS, other)
     torch.testing.assert_close(found["kl"], expected.kl, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["nll"], expected.nll - nll, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["nll"], expected.nll - expected.base_nll, atol=1e-5, rtol=1e-5)
     logits, changed = base(IDS).logits, base.lm_head(other)
     if family == "llama":
         moved = (logits.argmax(-1) != changed.argmax(-1))[:, :-1].float().mean(-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
@@ -12,8 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from layerboost.reporting.images import browser_command, find_browser
-
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PATIENCE_S = 300  # with a busy machine
 # What a page must not do: fail, complain, or be refused something.
 COMPLAINTS = {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Network.loadingFailed"}
@@ -87,11 +88,23 @@ class Tab:
         return [params["request"]["url"] for params in sent if not params["request"]["url"].startswith("data:")]
 
 
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def browser_command(browser: str, profile: Path) -> list[str]:
+    """The command of a headless browser that makes no requests of its own."""
+    command = [browser, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
+    # The sandbox refuses to run as root, as in most containers; the page is our own and loads nothing.
+    return [*command, "--no-sandbox"] if os.geteuid() == 0 else command
+
+
 def in_browser(work: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:
     """Start a browser with its profile in `work`, give a fresh tab to `visit`, and end the browser."""
     profile = work / "profile"
     process = subprocess.Popen(
-        [*browser_command(find_browser(), profile), "--remote-debugging-port=0", "about:blank"],
+        [*browser_command(str(find_browser()), profile), "--remote-debugging-port=0", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
-from pathlib import Path
-
-from layerboost.reporting.stage import run_report
 
 
 class Elements(HTMLParser):
@@ -34,8 +31,3 @@ class Elements(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.silent:
             self.text[self.section] = self.text.get(self.section, "") + data
-
-
-def report_text(run: Path, panel: str) -> str:
-    run_report(run)
-    return Elements((run / "report.html").read_text()).text[panel]

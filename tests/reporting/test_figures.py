@@ -8,7 +8,7 @@ from made_run import sensitivity
 from tiny import info, layer_plans
 
 from layerboost.reporting.figures import healing_figure, model_color, sensitivity_figure
-from layerboost.reporting.search import frontier_table
+from layerboost.reporting.search import frontier_figure, frontier_table
 from layerboost.reporting.sources import Sources
 from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted
 from layerboost.schemas.sensitivity import LayerSensitivity, Score, Variant
@@ -60,5 +60,11 @@ def test_attention_and_mlps_are_in_one_figure_and_one_table() -> None:
     ]
     assert measured_rows(measured)[0][-3:] == ["MLP thin 48", "MLP thin 24", "MLP none"]
     point = FrontierPoint(predicted=predicted, layers=plan.layers)
-    table = frontier_table(Frontier(model=info(2), sensitivity="s", settings={}, points=[point]))
+    curve = Frontier(
+        model=info(2), sensitivity="s", settings={"method": "budget"}, axis="parameter_fraction", points=[point]
+    )
+    drawn = frontier_figure(curve, plan, "kl")
+    assert drawn["data"][0]["x"] == [80.0]
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "parameters, % of the base"
+    table = frontier_table(curve)
     assert dict(zip(table.header, table.rows[0], strict=True))["changed MLPs"] == "2"

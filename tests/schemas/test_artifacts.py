@@ -13,8 +13,7 @@ from tiny import info, layer_plans
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import new_folder
 from layerboost.schemas.artifact import finite, json_text, read_json, write_json
-from layerboost.schemas.evaluation import Change
-from layerboost.schemas.plan import PlanFile, Predicted, read_plan, write_plan
+from layerboost.schemas.plan import PlanFile, read_plan, write_plan
 from layerboost.schemas.sensitivity import Sensitivity
 
 
@@ -38,15 +37,6 @@ def test_thinned_mlps_are_written_and_full_ones_are_not(tmp_path: Path) -> None:
     assert "  - {layer: 1, attention: full, mlp: thin, mlp_width: 48}\n" in text
     assert "  - {layer: 2, attention: full, mlp: none}\n" in text
     assert made.hash() not in (plan("ffmo").hash(), plan("ftmn").hash())
-
-
-def test_fields_are_read_by_the_names_of_older_releases() -> None:
-    costs = {"kv_fraction": 0.5, "kv_bytes_per_request": 1, "parameter_fraction": 1.0, "context_tokens": 100}
-    assert Predicted.model_validate(costs | {"damage": {"kl": 0.1}}).quality_loss == {"kl": 0.1}
-    bounds = {"mean": 0.0, "standard_error": 0.1, "low": -0.2, "high": 0.2}
-    change = Change.model_validate(bounds | {"at_least": -0.1, "detectable": 0.3})
-    assert (change.lower_95, change.minimum_detectable) == (-0.1, 0.3)
-    assert {"lower_95", "minimum_detectable"} < change.model_dump().keys()
 
 
 def test_hashes_of_plans_that_older_releases_wrote_stay() -> None:

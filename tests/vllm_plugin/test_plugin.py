@@ -53,7 +53,7 @@ def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:
-    from layerboost.vllm_plugin.plugin import retained_tokens
+    from layerboost.model.prefix_cache import retained_tokens
 
     assert [retained_tokens(window) for window in (16, 256, 257, 4096)] == [1024, 1024, 2048, 16384]
 

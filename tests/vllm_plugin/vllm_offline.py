@@ -1,7 +1,7 @@
 """The process of vLLM that the tests share: one job per line of standard input, one JSON answer per line of output.
 
 `{"engine": OPTIONS}` starts an engine and answers with log-probabilities of the prompts and greedy answers, or with the
-error's text. `{"samples": ARGUMENT}` runs layerboost's own sampling.
+error's text.
 """
 
 from __future__ import annotations
@@ -96,10 +96,6 @@ def answered(job: dict[str, Any]) -> Any:
     """Do one job."""
     started = time.monotonic()
     try:
-        if "samples" in job:
-            from layerboost.engines import samples
-
-            return samples._main(job["samples"])
         return answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | job["engine"])
     except Exception as error:
         traceback.print_exc()

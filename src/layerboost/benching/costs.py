@@ -48,7 +48,7 @@ DECODE_BATCH = 256
 PROMPT_TOKENS = 1024
 # Concurrent requests, and tokens per request: on a server, and on a laptop.
 LOADS = ((1, 64), (1, 1000), (32, 120), (12, 800))
-LLAMA_LOADS = ((1, 64), (1, 1000), (1, 2000), (4, 500))
+LLAMA_LOADS = ((1, 64), (1, 1000), (1, 4000), (4, 500))
 LLAMA_STEPS, LLAMA_REPEATS = 24, 3
 
 
@@ -82,9 +82,10 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     base.check()
     _check_form(base)
     _check_writable(out)
-    if info.max_context_tokens < max(CONTEXTS):
+    longest = max(tokens for _, tokens in LLAMA_LOADS) + LLAMA_STEPS if on_llama else max(CONTEXTS)
+    if info.max_context_tokens < longest:
         raise ConfigError(
-            f"rates are measured at a context of {max(CONTEXTS)} tokens",
+            f"rates are measured at a context of {longest} tokens",
             found=f"{base.name} has one of {info.max_context_tokens}",
             do="measure with a larger model, or write the rates yourself: docs/reference/plan.md",
         )
@@ -112,6 +113,7 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     for row in timed:
         predicted = fit([other for other in timed if other.plan != row.plan]).milliseconds(row.work)
         timing.append({"plan": row.plan, "what": row.what, "ms": round(row.ms, 2), "predicted_ms": round(predicted, 2)})
+    rates = rates.model_copy(update={"removed_saves": not on_llama})
     write_json(out, Costs(machine=machine(), model=info.fingerprint, disturbed=disturbed or None, rates=rates))
     log.info("wrote %s", out)
     return {"machine": machine(), name: version, "rates": rates.model_dump(), "timing": timing, "plans": measured}

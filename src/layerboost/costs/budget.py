@@ -18,7 +18,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FEATURE_MAPS
+from layerboost.strategies import FEATURE_MAPS, SLIDING
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -57,6 +57,7 @@ class Rates(BaseModel):
     flops_per_s: float | None = Field(None, gt=0, description="matrix products with weights")
     kv_bytes_per_s: float | None = Field(None, gt=0, description="reading of the KV cache while decoding")
     attention_flops_per_s: float | None = Field(None, gt=0, description="attention during prefill")
+    removed_saves: bool = Field(True, description="attention that is removed takes no time; in llama.cpp it slides")
 
     def milliseconds(self, work: np.ndarray) -> float:
         """Return the milliseconds that `work` `[7]` takes, as from `decode_work` or `prefill_work`."""
@@ -172,7 +173,8 @@ class Budget:
             PARAMETERS: float(plan_parameters(self.model, layers)),
         }
         if self.rates is not None:
-            work = decode_work(self.model, layers, self.concurrency, self.context_tokens, self.module)
+            timed = layers if self.rates.removed_saves else [_kept(entry) for entry in layers]
+            work = decode_work(self.model, timed, self.concurrency, self.context_tokens, self.module)
             costs[DECODE_MS] = self.rates.milliseconds(work)
         return costs
 
@@ -207,6 +209,11 @@ class Budget:
         """Return whether a plan is within every limit."""
         costs = self.limited(layers)
         return all(costs[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
+
+
+def _kept(entry: LayerPlan) -> LayerPlan:
+    """Return the entry for an engine that computes a layer without attention as a sliding one."""
+    return entry if entry.strategy.keeps_weights else entry.model_copy(update={"attention": SLIDING, "window": 1})
 
 
 def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:

@@ -144,7 +144,7 @@ def running_server(
 
 @contextmanager
 def guarded(
-    argv: Sequence[str], environment: Mapping[str, str], output: IO[bytes], errors: int | None = subprocess.STDOUT
+    argv: Sequence[str], environment: Mapping[str, str], output: IO[bytes]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Yield a started command that ends with the block or with this process, together with all that it started.
 
@@ -157,7 +157,7 @@ def guarded(
         env={key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | dict(environment),
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=errors,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.prefix_cache import prefix_flag
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, check_served, read_plan
@@ -42,6 +43,11 @@ RESERVED = (
     *("--host", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--served-model-name", "--model", "--config"),
     *("--headless", "--grpc", "--tokens-only", "--disable-log-stats"),
     *("--enable-prefix-caching", "--no-enable-prefix-caching"),
+)
+# Flags with which vLLM refuses an interval of its prefix cache.
+NO_INTERVAL = (
+    *("--disable-sliding-window", "--disable-hybrid-kv-cache-manager"),
+    *("--kv-transfer-config", "--kv-offloading-size"),
 )
 # vLLM's default of --max-num-seqs, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
@@ -233,8 +239,18 @@ def serve_line(folder: Path, given: Sequence[str], defaults: Mapping[str, str]) 
         compiles = {"compilation_config", "optimization_level"} & flags.keys()
         eager = {} if compiles or flags.get("pipeline_parallel_size", 1) > 1 else {"--enforce-eager": ""}
         defaults = {**defaults, "--dtype": "float32", **eager}
+    defaults = {**defaults, **_prefix_flag(folder, {*flags_given(given), *map(_key, defaults)})}
     argv = [*vllm_command(), "serve", str(folder.absolute()), *unless_given(given, defaults), *given]
     return argv, vllm_environment(given)
+
+
+def _prefix_flag(folder: Path, named: Set[str]) -> dict[str, str]:
+    """Return `prefix_flag` of a stock export, unless vLLM refuses it with the flags `named`."""
+    config = plain_config(folder) if (folder / PLAN).is_file() else {}
+    refused = {"no_enable_prefix_caching", *map(_key, NO_INTERVAL)}
+    if not config or ARCHITECTURE in str(config.get("architectures")) or refused & named:
+        return {}
+    return prefix_flag(config, read_plan(folder / PLAN).layers)
 
 
 def unless_given(given: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, ...]:
@@ -265,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(*names.split(), type=number)
     for names in OTHERS:
         parser.add_argument(*names.split())
-    for flag in RESERVED:
+    for flag in (*RESERVED, *NO_INTERVAL):
         parser.add_argument(flag, nargs="?")
     parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction)
     return parser

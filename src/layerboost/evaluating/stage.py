@@ -17,15 +17,18 @@ from transformers import PreTrainedModel
 from layerboost.errors import ConfigError
 from layerboost.evaluating.comparison import compare_tasks
 from layerboost.evaluating.gate import gate_checks, validate_gate
-from layerboost.evaluating.long_context import (
+from layerboost.evaluating.held_out import (
     BATCH_TOKENS,
     compare_positions,
     compare_retrieval,
+    compare_text,
+    hidden_states,
+    perplexity,
     position_edges,
     position_losses,
     retrieval_answers,
+    text_losses,
 )
-from layerboost.evaluating.quality import compare_text, hidden_states, perplexity, text_losses
 from layerboost.evaluating.results import Facts, Results, read_result
 from layerboost.model.base import Base
 from layerboost.model.checkpoint import check_comparable, check_extra_checkpoints

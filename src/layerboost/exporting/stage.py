@@ -20,12 +20,13 @@ from layerboost.exporting.llama_shaped import granite_config, granite_tensors, l
 from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, file_hash, new_folder
 from layerboost.model.base import find_model
-from layerboost.model.card import CARD
+from layerboost.model.card import CARD, vllm_commands
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types
+from layerboost.model.prefix_cache import prefix_flag
 from layerboost.model.surgery import unchanged
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
@@ -41,11 +42,15 @@ NOT_COPIED = {CARD, "config.json", "heal.json", "modeling_layerboost.py", "model
 
 @dataclass(frozen=True)
 class Directory:
-    """How a format is written as a Hugging Face directory. `serving`: of its card; `file`: one that it has besides."""
+    """How a format is written as a Hugging Face directory.
+
+    `serving`: of its card, with SERVE for vLLM's commands; `flags`: of these; `file`: one that it has besides.
+    """
 
     config: Callable[[PreTrainedConfig], dict[str, Any]]
     tensors: Callable[[PreTrainedConfig, Tensors], Tensors]
     serving: str
+    flags: tuple[str, ...] = ()
     file: Path | None = None
 
 
@@ -166,8 +171,11 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
                 shutil.copy(file, new)
         if form.file:
             shutil.copy(form.file, new)
-        write_json(new / "config.json", form.config(config))
-        (new / CARD).write_text(_card(card, target, form.serving, plan))
+        plain = form.config(config)
+        write_json(new / "config.json", plain)
+        prefix = tuple(part for pair in prefix_flag(plain, plan.layers).items() for part in pair)
+        serving = form.serving.replace("SERVE", vllm_commands(plan, (*form.flags, *prefix)))
+        (new / CARD).write_text(_card(card, target, serving, plan))
 
 
 def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
@@ -264,14 +272,14 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
 ```console
-vllm serve PATH
+SERVE
 ```
 """
 _DECILM = """Transformers has no such class; it loads the checkpoint from which this one was exported. The remote code
 is the configuration class next to this card.
 
 ```console
-vllm serve PATH --trust-remote-code
+SERVE
 ```
 """
 _MLX = """Transformers and vLLM would load it as a Llama without windows: give them the checkpoint from which this one
@@ -283,6 +291,6 @@ mlx_lm.generate --model PATH --prompt "Hello"
 """
 DIRECTORIES = {
     "granite-swa": Directory(granite_config, granite_tensors, _GRANITE),
-    "decilm": Directory(decilm_config, lambda _, tensors: tensors, _DECILM, CONFIGURATION),
+    "decilm": Directory(decilm_config, lambda _, tensors: tensors, _DECILM, ("--trust-remote-code",), CONFIGURATION),
     "mlx": Directory(mlx_config, llama_tensors, _MLX),
 }

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerboost.errors import ConfigError, LayerboostError
+from layerboost.files import replacing
 from layerboost.healing.data import lengths_of
 from layerboost.healing.distillers import AttentionDistiller
-from layerboost.healing.metrics import Metrics
-from layerboost.healing.training import replacing
+from layerboost.healing.training import Metrics
 from layerboost.model.ridge import Sums, best_change, held_out
 from layerboost.model.surgery import output_projection
 from layerboost.recipe import Recipe

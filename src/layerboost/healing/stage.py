@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.healing.data import batch_of_process, check_lengths, cut, lengths_of
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
@@ -20,12 +19,13 @@ from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
 from layerboost.healing.student import adapted_layers, describe, shared_student, train_only, with_adapters
-from layerboost.healing.training import check_report_to, clean_end, load_result, train_stage
+from layerboost.healing.training import check_report_to, enough_memory, load_result, train_stage
 from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
 from layerboost.model.integrity import check_checkpoint, is_intact
 from layerboost.probes.metrics import SequenceLosses, check_values, token_losses
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, write_json
@@ -49,11 +49,11 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
         load_tokens(training_text(recipe), base.tokenizer, "train", most)
 
 
-def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
+def run_heal(recipe: Recipe, run: Path) -> Path:
     """Train RUN/converted against the base, from the last checkpoint in RUN/heal; write and return RUN/healed.
 
     Under torchrun every process trains and the first one writes. Raise ConfigError before training, also if RUN/heal
-    was started with other settings, or if it holds work and `resume` is False.
+    was started with other settings.
     """
     plan = read_plan(run / CONVERTED / PLAN)
     check_same_plan(plan, run / CONVERTED, run / PLAN, "convert")
@@ -62,7 +62,7 @@ def run_heal(recipe: Recipe, run: Path, resume: bool = True) -> Path:
     if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
         return run / HEALED
-    check_begun(run / HEAL, identity, resume)
+    check_begun(run / HEAL, identity)
     check_checkpoint(run / CONVERTED)
     check_report_to(recipe.heal.report_to)
     batch_of_process(recipe.heal)
@@ -112,11 +112,6 @@ def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
 
 
 STAGES = ("attention", "lora")
-# Settings that older releases lack, with values that change nothing, and settings that only they have.
-ADDED, REMOVED = (
-    {"fit_tokens": 0, "attention_repeats": 1, "sequence_tokens": None, "answer_weight": 1.0},
-    {"hidden_weight": 0.0},
-)
 
 
 @dataclass(frozen=True)
@@ -245,18 +240,12 @@ def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str,
 
 
 def read_identity(file: Path) -> dict[str, Any] | None:
-    """Return the identity in a file, in this release's form; None without a file."""
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    settings = {name: value for name, value in found["heal"].items() if (name, value) not in REMOVED.items()}
-    # Older releases stored paths as typed.
-    text = Text.model_validate(found["text"]).model_dump(mode="json")
-    return found | {"heal": ADDED | settings, "text": text}
+    """Return the identity in a file, None without one."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raise ConfigError if RUN/heal holds work that cannot be resumed, or any work and `resume` is False."""
+def check_begun(work: Path, identity: dict[str, Any]) -> None:
+    """Raise ConfigError if RUN/heal holds work that was started with other settings."""
     there = read_identity(work / IDENTITY)
     if there is None:
         return
@@ -268,15 +257,6 @@ def check_begun(work: Path, identity: dict[str, Any], resume: bool) -> None:
             found="; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed),
             do=f"use another --run folder, or delete {work}",
         )
-    if not resume:
-        raise ConfigError(f"{work} holds unfinished healing", do=f"leave out --no-resume, or delete {work}")
-    for stage in STAGES:
-        if not (work / f"{stage}.safetensors").is_file() and any((work / "checkpoints" / stage).glob("checkpoint-*")):
-            raise ConfigError(
-                f"{work} holds a stage that layerboost 0.1 started; this release cannot resume from its checkpoints",
-                found=f"{work / 'checkpoints' / stage}",
-                do=f"finish it with layerboost 0.1, or delete {work} to heal from the start",
-            )
     log.info("resuming %s", work)
 
 
@@ -328,7 +308,7 @@ def train(
             shards.gather_for(distiller, "forward")
     fitted = []
     if text.fit_tokens:
-        with clean_end(folder, settings):
+        with enough_memory(settings):
             fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
     for stage in text.stages:
         train_only(student, stage, pair.adapted[stage])
@@ -362,9 +342,7 @@ class Validation:
         self.targets = self.targets or [self.distiller.compute_targets(ids) for ids in self.batches]
         found: list[SequenceLosses] = []
         for ids, targets in zip(self.batches, self.targets, strict=True):
-            outputs = [self.distiller.student_output(targets)]
-            base, losses = token_losses(teacher, targets.output, ids, outputs, student)
-            check_values("NLL of the base on a validation sequence", base, teacher, ids)
-            found += losses
-        kl, nll = (torch.cat([getattr(losses, name) for losses in found]) for name in ("kl", "nll"))
+            found.append(token_losses(teacher, targets.output, ids, self.distiller.student_output(targets), student))
+            check_values("NLL of the base on a validation sequence", found[-1].base_nll, teacher, ids)
+        kl, nll, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}

@@ -71,7 +71,7 @@ def adapted_layers(
     another MLP; a linear layer trains its feature maps instead. Stage 2: `targets` from the first changed layer up,
     also in full layers; below it, student and base are equal. By default v and o of changed layers, and the MLPs.
     Experts are adapted where a layer has nothing else to learn through, or if `targets` name them. Raise ConfigError
-    for targets that do not exist, naming those that do, and for routers.
+    for other targets, naming those that there are.
     """
     keeps = {entry.layer: entry.strategy.keeps_weights for entry in layers if entry.attention_changed}
     mlps = {entry.layer: entry.mlp for entry in layers if entry.mlp_changed}
@@ -80,15 +80,12 @@ def adapted_layers(
     family = FAMILIES[model.config.get_text_config().model_type]
     values = {*VALUES, family.output}
     prefix = _layers_name(model)
-    stage1, stage2, known, routers = set(), set(), set(), set()
+    stage1, stage2, known = set(), set(), set()
     experts: dict[int, set[str]] = {}
     for name, module in decoder_layers(model).named_modules():
         index, *parts = name.split(".")
-        if ROUTERS & set(parts):
-            routers.add(parts[-1])
-            continue
         packed = bool(packed_parameters(module))
-        if family.mixer in parts or (not packed and not isinstance(module, nn.Linear)):
+        if {*ROUTERS, family.mixer} & set(parts) or not (packed or isinstance(module, nn.Linear)):
             continue
         layer, in_attention, full_name = int(index), family.attention in parts, f"{prefix}.{name}"
         known.add(parts[-1])
@@ -108,16 +105,10 @@ def adapted_layers(
         if not any(name.startswith(f"{prefix}.{layer}.") for name in stage1):
             stage1 |= names
             stage2 |= names if targets is None else set()
-    if refused := set(targets or ()) & (routers - known):
-        raise ConfigError(
-            f"heal.lora_targets names routers: {', '.join(sorted(refused))}",
-            found="healing never trains what chooses a token's experts",
-            do=f"name others of {', '.join(sorted(known))}",
-        )
     if unknown := set(targets or ()) - known:
         raise ConfigError(
-            f"heal.lora_targets names layers that do not exist: {', '.join(sorted(unknown))}",
-            found=f"this model has {', '.join(sorted(known))}",
+            f"heal.lora_targets names no layers that can be adapted: {', '.join(sorted(unknown))}",
+            found=f"this model has {', '.join(sorted(known))}; routers are never trained",
         )
     return {"attention": frozenset(stage1), "lora": frozenset(stage2)}
 

@@ -1,4 +1,4 @@
-"""One healing stage: a training loop with exact token counts, durable checkpoints and the best step as its result."""
+"""One healing stage: a loop with exact token counts, durable checkpoints and metrics; the best step is its result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,20 +15,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
-from layerboost.errors import ConfigError, LayerboostError
-from layerboost.files import DISK_ERRORS, disk_error
+from layerboost.errors import ConfigError, LayerboostError, first_line
+from layerboost.files import replacing, write_text
 from layerboost.healing.data import Batch, Data
 from layerboost.healing.distillers import Distiller
-from layerboost.healing.metrics import Metrics
 from layerboost.healing.sharding import FullStateAdamW, is_sharded, to_full_tensor
 from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log
-from layerboost.schemas.healing import METRICS
+from layerboost.schemas.artifact import finite, json_text
+from layerboost.schemas.healing import METRICS, MetricLine, read_metrics
 
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -60,7 +60,7 @@ def train_stage(
     if load_result(name, distiller, folder):
         return
     data = Data(sequences, tokens, settings, settings.attention_repeats if name == "attention" else 1, weights)
-    with clean_end(folder, settings), until_sigterm() as sigterm:
+    with enough_memory(settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)
         training.keep_best()
@@ -167,7 +167,6 @@ class _Training:
         """Write all that later steps depend on, as full tensors: every process takes part, the first one writes."""
         parts = {"trained": self.distiller.trained_state(), "optimizer": self.optimizer.state_dict()}
         if is_main_process():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             with replacing(self.checkpoints / f"step-{step:08}.pt") as file:
                 torch.save({"step": step, "best": self.best, "schedule": self.schedule.state_dict(), **parts}, file)
             for old in checkpoints_in(self.checkpoints)[:-KEPT_CHECKPOINTS]:
@@ -226,14 +225,6 @@ def check_report_to(names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Yield a path to write to, which becomes `file` if the block succeeds."""
-    temporary = file.with_suffix(".tmp")
-    yield temporary
-    temporary.replace(file)
-
-
-@contextmanager
 def until_sigterm() -> Iterator[threading.Event]:
     """Yield an event; in the block, a SIGTERM only sets it."""
     event = threading.Event()
@@ -248,24 +239,14 @@ def until_sigterm() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def clean_end(folder: Path, settings: Heal) -> Iterator[None]:
-    """Raise errors with advice if memory or disk end a run; its last complete checkpoint stays."""
+def enough_memory(settings: Heal) -> Iterator[None]:
+    """Raise an error with advice if memory ends a run; its last complete checkpoint stays."""
     try:
         yield
-    except SafetensorError as error:  # safetensors' error for a full disk
-        raise disk_error(folder, OSError(str(error))) from error
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:  # such as a tracker's network
-            raise
-        raise disk_error(folder, error) from error
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if "PytorchStreamWriter" in text:
-            raise disk_error(folder, OSError(text.splitlines()[0])) from error
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        found = (text.splitlines() or [type(error).__name__])[0]
-        raise LayerboostError("not enough memory to heal", found=found, do=less_memory(settings)) from error
+        raise LayerboostError("not enough memory to heal", found=first_line(error), do=less_memory(settings)) from error
 
 
 def less_memory(settings: Heal) -> str:
@@ -294,3 +275,31 @@ def _parameter_groups(distiller: Distiller, lr: float, sink_lr: float) -> list[d
     adapters = [parameter for name, parameter in trained.items() if not name.endswith(".sinks")]
     groups = [{"params": adapters, "lr": lr}, {"params": sinks, "lr": sink_lr}]
     return [group for group in groups if group["params"]]
+
+
+class Metrics:
+    """Appends one stage's lines, after removing what a killed run wrote after its last checkpoint."""
+
+    def __init__(self, stage: Any, file: Path, after_step: int, trackers: Sequence[Any] = ()) -> None:
+        """Keep the lines of the other stages, and of this one those up to `after_step`.
+
+        accelerate's `trackers` get every later line too.
+        """
+        self.stage, self.file, self.trackers = stage, file, trackers
+        lines = [line for line in read_metrics(file) if line.stage != stage or line.step <= after_step]
+        self.started = time.monotonic() - max((line.seconds for line in lines if line.stage == stage), default=0.0)
+        if is_main_process():
+            write_text(file, "".join(self._text(line) for line in lines))
+
+    def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """Append one line; a value that is not finite becomes null."""
+        seconds = round(time.monotonic() - self.started, 2)
+        line = MetricLine(stage=self.stage, step=step, tokens=tokens, seconds=seconds, **values)
+        if is_main_process():
+            with self.file.open("a") as file:
+                file.write(self._text(line))
+        for tracker in self.trackers:
+            tracker.log({f"{self.stage}/{name}": value for name, value in values.items()}, step=step)
+
+    def _text(self, line: MetricLine) -> str:
+        return json_text(finite(line.model_dump(exclude_unset=True)), str(self.file)) + "\n"

@@ -9,7 +9,6 @@ an exact sweep runs the model once per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,22 +33,6 @@ Change = tuple[int, torch.Tensor, torch.Tensor]
 Target = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Scan:
-    """`products` `[N, sites]`: g·Δ of each sequence and draw at each site, over the square root of its tokens.
-
-    Rows of one sequence follow one another, `draws` of them.
-    """
-
-    products: torch.Tensor
-    draws: int
-
-    def kl(self) -> torch.Tensor:
-        """Return the estimated KL of each site in each sequence, nats per token: `[sequences, sites]`."""
-        by_sequence = self.products.view(-1, self.draws, self.products.shape[1])
-        return by_sequence.square().mean(1) / 2
-
-
 def scanned(
     model: PreTrainedModel,
     batches: Sequence[torch.Tensor],
@@ -66,7 +49,8 @@ def scanned(
     every = [site for group_sites in sites.values() for site in group_sites]
     if not every:  # all layers slide in the base
         return list(layers)
-    lost = {"kl": scan(model, batches, every, sinks, draws, seed).kl()}
+    # Estimated KL of each site in each sequence, nats per token.
+    lost = {"kl": scan(model, batches, every, sinks, draws, seed).square().mean(1) / 2}
     counts = {"kl": sum(len(ids) * (ids.shape[1] - 1) for ids in batches), "retrieval": 0}
     if prompts:
         lost["retrieval"] = scan_answers(model, prompts, every, sinks)
@@ -88,9 +72,10 @@ def scan(
     sinks: Sinks,
     draws: int,
     seed: int = 0,
-) -> Scan:
-    """Return a scan of a stock model over batches of ids `[B, T]`.
+) -> torch.Tensor:
+    """Return g·Δ of each sequence, draw and site, over the square root of the sequence's tokens: `[N, draws, sites]`.
 
+    `batches`: of ids `[B, T]`, of a stock model.
     `sites`: what is changed alone each time, windows on some KV heads of a layer; `sinks`: as from `calibrate_sinks`.
     Takes a forward pass per batch and a backward pass per batch and draw, with the activations of one batch.
     """
@@ -100,8 +85,8 @@ def scan(
     with Progress("scanning KV heads", sum(ids.numel() for ids in batches) * draws, "tokens") as progress:
         for ids in batches:
             products = _products(model, ids, sites, sinks, targets, progress)
-            found.append((products / ids.shape[1] ** 0.5).flatten(0, 1).cpu())
-    return Scan(torch.cat(found), draws)
+            found.append((products / ids.shape[1] ** 0.5).cpu())
+    return torch.cat(found)
 
 
 def scan_answers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from scipy.stats import ConstantInputWarning, bootstrap, pearsonr, rankdata
 from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.schemas.artifact import write_json
+from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import (
     STABILITY,
@@ -23,14 +23,13 @@ from layerboost.schemas.sensitivity import (
     Variant,
     read_sensitivity,
 )
-from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
+from layerboost.strategies import FULL_KV_HEADS, SINK, label
 
 RESAMPLES = 2000
 LEAST_LAYERS = 4
 
-# Strategy, window, sink, whether it is of KV heads and not of layers (then with the sink that each layer measured), the
-# feature map, and the MLP's strategy and width.
-Kind = tuple[StrategyName, int | None, bool, bool, FeatureMapName | None, MLPName, int | None]
+# A replacement (of layer 0), and whether its scores are of KV heads, each with the sink that its layer measured.
+Kind = tuple[LayerPlan, bool]
 
 
 def run_stability(run: Path, others: list[Path]) -> Stability:
@@ -67,7 +66,7 @@ def compare_files(sensitivity: Sensitivity, other: Sensitivity, name: str) -> Co
     same_sites = same_depth and sensitivity.model.kv_heads == other.model.kv_heads
     found = []
     for kind, scores in mine.items():
-        if kind[3] and not same_sites:
+        if kind[1] and not same_sites:
             continue
         for metric in scores:
             if metric not in theirs.get(kind, {}):
@@ -102,11 +101,11 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 
     for entry in sensitivity.layers:
         for variant in entry.variants:
-            of_attention = (variant.attention, variant.window, variant.sink, False, variant.feature_map)
-            put((*of_attention, variant.mlp, variant.mlp_width), layers, entry.layer, variant)
+            put((variant.plan(0), False), layers, entry.layer, variant)
         for variant in entry.heads:
             site = entry.layer * heads + min(set(range(heads)) - set(variant.full_kv_heads))
-            put((variant.attention, variant.window, False, True, None, FULL, None), layers * heads, site, variant)
+            whole = variant.plan(0).model_copy(update={FULL_KV_HEADS: (), SINK: False})
+            put((whole, True), layers * heads, site, variant)
     return table
 
 
@@ -127,13 +126,8 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
     low, high = bootstrap((a, b), _spearman, n_resamples=RESAMPLES, **options).confidence_interval
     return Agreement(
-        attention=kind[0],
-        window=kind[1],
-        sink=kind[2],
-        kv_heads=kind[3],
-        feature_map=kind[4],
-        mlp=kind[5],
-        mlp_width=kind[6],
+        **kind[0].model_dump(exclude={"layer", FULL_KV_HEADS}),
+        kv_heads=kind[1],
         metric=metric,
         other_metric=other,
         spearman=float(_spearman(a, b)),
@@ -161,9 +155,4 @@ def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
 
 
 def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
-    kinds: Sequence[str] = [
-        f"{kind[0]} {kind[1] or ''}".strip() if kind[5] == FULL else f"MLP {kind[5]} {kind[6] or ''}".strip()
-        for kind in scores
-        if not kind[2] and not kind[3]
-    ]
-    return ", ".join(kinds)
+    return ", ".join(label(plan) for plan, of_heads in scores if not of_heads and not plan.sink)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from layerboost.engines.samples import write_samples
 from layerboost.errors import ConfigError
 from layerboost.measuring.scan import scanned
 from layerboost.measuring.sweep import sweep
@@ -22,6 +21,7 @@ from layerboost.model.surgery import check_linear, check_mlps, check_plan, check
 from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.probes.calibration import filler_tokens, load_prompts
 from layerboost.probes.probe import Probe, TextProbe
+from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, model_of
 from layerboost.retrieval import Prompts
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
@@ -133,13 +133,14 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         log.info("%s is complete", run / SENSITIVITY)
         return found
     model = base.load()
-    batches = [batch.to(runtime.device) for batch in inputs.text.batches(recipe.measure.batch_sequences)]
+    size, device = recipe.measure.batch_sequences, runtime.device
+    batches = inputs.text.batches(size, device)
     sinks = calibrate_sinks(model, batches, info.attention_layers, recipe.measure.windows)
     done = found.layers if found else []
     wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
     wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(recipe.measure.batch_sequences) if wanted else []
-    stream = LayerStream(model, sinks, thin_mlps(model, [each.to(runtime.device) for each in fit], sorted(wanted)))
+    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device) if wanted else []
+    stream = LayerStream(model, sinks, thin_mlps(model, fit, sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]

@@ -5,7 +5,7 @@ With `head_group`, also every group of a layer's KV heads with every window."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -129,11 +129,16 @@ def _measure(
     model = probes[0].streams.stream.model
     # The loss of the plan's other layers, this one being as in the base.
     [rest] = _losses(probes, [probes[0].streams.stream.unchanged[index]]) if on_plan else [None]
-    whole = _variants(probes, index, options, rest)
-    if head_group is None:
-        return LayerSensitivity(layer=index, variants=whole)
-    of_heads = head_candidates(whole, index, model.config.get_text_config().num_key_value_heads, head_group)
-    return LayerSensitivity(layer=index, variants=whole, heads=_variants(probes, index, of_heads, rest))
+    turns = _turns(probes, index)
+    whole = _variants(probes, index, options, rest, turns)
+    heads = model.config.get_text_config().num_key_value_heads
+    of_heads = head_candidates(whole, index, heads, head_group) if head_group else []
+    return LayerSensitivity(
+        layer=index,
+        variants=whole,
+        heads=_variants(probes, index, of_heads, rest, turns),
+        block_influence=score(turns.layer, _counts(probes)["cosine"]),
+    )
 
 
 def _losses(probes: Sequence[Probe], options: Sequence[LayerPlan]) -> list[Losses]:
@@ -147,18 +152,21 @@ def _losses(probes: Sequence[Probe], options: Sequence[LayerPlan]) -> list[Losse
     return found
 
 
-def _variants(probes: Sequence[Probe], index: int, options: list[LayerPlan], rest: Losses | None) -> list[Variant]:
+def _variants(
+    probes: Sequence[Probe], index: int, options: list[LayerPlan], rest: Losses | None, turns: Turns
+) -> list[Variant]:
     """Return the scores of each option for a layer, less those of `rest`."""
     found = _losses(probes, options)
     if rest is not None:
         for losses in found:  # relative to the plan's own layer, not to the full one
             losses.pop("mse", None)
         found = [{m: v - rest[m] for m, v in losses.items()} for losses in found]
-    counts = {metric: n for probe in probes for metric, n in probe.counts().items()}
-    variants = []
+    counts, variants = _counts(probes), []
     for option, losses in zip(options, found, strict=True):
         if not option.strategy.keeps_weights:
-            losses["cosine"] = _cosine(probes, index)
+            losses["cosine"] = turns.attention
+        elif not MLP_STRATEGIES[option.mlp].keeps_weights:
+            losses["cosine"] = turns.mlp
         scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
         check_finite(f"layer {index} made {label(option)}", means, probes[0].streams.stream.model.dtype)
@@ -166,17 +174,33 @@ def _variants(probes: Sequence[Probe], index: int, options: list[LayerPlan], res
     return variants
 
 
-def _cosine(probes: Sequence[Probe], index: int) -> torch.Tensor:
-    """Return 1 − cosine of the stream before and after the attention, averaged per sequence (LLM-Drop, section 3)."""
-    parts = []
+def _counts(probes: Sequence[Probe]) -> dict[str, int]:
+    return {metric: n for probe in probes for metric, n in probe.counts().items()}
+
+
+class Turns(NamedTuple):
+    """How far a stock layer turns the stream: 1 − cosine of the states before and after each part, by sequence `[N]`.
+
+    The parts that LLM-Drop (section 3) removes, and the whole layer, which ShortGPT removes.
+    """
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+    layer: torch.Tensor
+
+
+def _turns(probes: Sequence[Probe], index: int) -> Turns:
+    found: list[list[torch.Tensor]] = []
     for probe in probes:
         if isinstance(probe, TextProbe):
+            stream = probe.streams.stream
             for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
-                    after = hidden + probe.streams.stream.attention_output(index, hidden)
-                    before, with_it = sample.rows(hidden).float(), sample.rows(after).float()
-                    parts.append(1 - sample.by_sequence(torch.cosine_similarity(before, with_it, dim=-1)))
-    return torch.cat(parts)
+                    between = hidden + stream.attention_output(index, hidden)
+                    rows = [sample.rows(each).float() for each in (hidden, between, stream.layer(index, hidden))]
+                    pairs = ((rows[0], rows[1]), (rows[1], rows[2]), (rows[0], rows[2]))
+                    found.append([1 - sample.by_sequence(torch.cosine_similarity(*pair, dim=-1)) for pair in pairs])
+    return Turns(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _gathered(pending: list[LayerSensitivity], world: int) -> list[LayerSensitivity]:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, Serving, plan_serving
 from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
@@ -180,19 +180,30 @@ def _serve(plan: PlanFile) -> str:
         return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"
+    commands = f"{INSTALL}{vllm_commands(plan)}\n```\n"
+    if not (found := _advised(plan)):
+        return commands
+    gains = " ".join(f"{where} {advised.gain}." for where, advised in found.items())
+    context = next(iter(found.values())).context_tokens
+    return commands + (
+        "\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
+        f"and `--max-model-len {context}`: {gains}\n"
+    )
+
+
+def vllm_commands(plan: PlanFile, flags: tuple[str, ...] = ()) -> str:
+    """Return the line that serves a plan, with more `flags`; one for each kind of vLLM if these need different ones."""
+    command = ("vllm serve PATH", *flags)
+    if not (found := _advised(plan)):
+        return " ".join(command)
+    return "\n".join(f"{' '.join((*command, *advised.flags))}    # {where}" for where, advised in found.items())
+
+
+def _advised(plan: PlanFile) -> dict[str, Serving]:
+    """Return what serving needs on each kind of vLLM; none if no flag is needed on any."""
     kinds = {"On a GPU": GPU_DEFAULTS, "On a CPU": CPU_DEFAULTS}
     found = {where: advised for where, engine in kinds.items() if (advised := plan_serving(plan, engine))}
-    if not any(advised.flags for advised in found.values()):
-        return INSTALL + "vllm serve PATH\n```\n"
-    commands = [f"{' '.join(('vllm serve PATH', *advised.flags))}    # {where}" for where, advised in found.items()]
-    gains = [f"{where} {advised.gain}." for where, advised in found.items()]
-    context = next(iter(found.values())).context_tokens
-    return (
-        INSTALL
-        + "\n".join(commands)
-        + "\n```\n\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
-        f"and `--max-model-len {context}`: {' '.join(gains)}\n"
-    )
+    return found if any(advised.flags for advised in found.values()) else {}
 
 
 def _is_hub_id(name: str) -> bool:

@@ -21,6 +21,7 @@ from layerboost.model.modeling import decoder_layers
 from layerboost.model.ridge import Sums, best_change, held_out
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import Thinned
+from layerboost.runtime import Progress
 from layerboost.traffic import Traffic
 
 # By layer and width.
@@ -96,33 +97,35 @@ def thin_mlps(
     stream, total = LayerStream(model), sum(map(sum, rows))
     ids = (each if isinstance(each, torch.Tensor) else each.ids for each in batches)
     states = [stream.forward(each.to(model.device))[0] for each in ids]
-    for layer in range(max(widths) + 1):
-        if layer not in widths:
-            states = [stream.layer(layer, state) for state in states]
-            continue
-        output = output_of(decoder_layers(model)[layer], layer)
-        sums, end = Activations.zeros(output), 0
-        seen: list[torch.Tensor] = []
-        hook = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        try:
-            for index, lengths in enumerate(rows):
-                states[index] = stream.layer(layer, states[index])
-                neurons = seen.pop()
-                for row, length in enumerate(lengths):
-                    end += length
-                    sums.add(neurons[row, :length], held_out(end, total))
-        finally:
-            hook.remove()
-        if not math.isfinite(float(sums.absolute.sum())):
-            raise LayerboostError(
-                f"the MLP of layer {layer} is not finite on the text it is fitted to",
-                do="look for the cause in the base: `layerboost evaluate` names layer and token",
-            )
-        for width in widths[layer]:
-            thinned = sums.thinned(output.weight, width)
-            # Kept for as long as plans are measured, so not in a GPU's memory.
-            found[layer, width] = Thinned(thinned.neurons.cpu(), thinned.output.to(output.weight.dtype).cpu())
-        del sums  # before the next layer's
+    with Progress("fitting thinned MLPs", len(widths), "MLPs") as progress:
+        for layer in range(max(widths) + 1):
+            if layer not in widths:
+                states = [stream.layer(layer, state) for state in states]
+                continue
+            output = output_of(decoder_layers(model)[layer], layer)
+            sums, end = Activations.zeros(output), 0
+            seen: list[torch.Tensor] = []
+            hook = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            try:
+                for index, lengths in enumerate(rows):
+                    states[index] = stream.layer(layer, states[index])
+                    neurons = seen.pop()
+                    for row, length in enumerate(lengths):
+                        end += length
+                        sums.add(neurons[row, :length], held_out(end, total))
+            finally:
+                hook.remove()
+            if not math.isfinite(float(sums.absolute.sum())):
+                raise LayerboostError(
+                    f"the MLP of layer {layer} is not finite on the text it is fitted to",
+                    do="look for the cause in the base: `layerboost evaluate` names layer and token",
+                )
+            for width in widths[layer]:
+                thinned = sums.thinned(output.weight, width)
+                # Kept for as long as plans are measured, so not in a GPU's memory.
+                found[layer, width] = Thinned(thinned.neurons.cpu(), thinned.output.to(output.weight.dtype).cpu())
+            del sums  # before the next layer's
+            progress.advance(1)
     return found
 
 

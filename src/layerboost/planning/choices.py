@@ -10,7 +10,9 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted, all_full
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL_KV_HEADS, SLIDING, label
+from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, ComponentName, label
+
+COMPONENTS: tuple[ComponentName, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Choice:
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
     """Return the choices of each layer's attention, then those of each layer's MLP if they were measured.
 
-    The first is the base's own, without loss; then every replacement that was measured with this window or without one.
+    The first is the base's own, without loss; then every replacement that was measured with this window or without one,
+    of the settings' components. Raise ConfigError if MLPs are named there and were not measured.
 
     With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
     """
-    scales = metric_scales(sensitivity, settings)
+    scales, components = metric_scales(sensitivity, settings), settings.components or COMPONENTS
     table, mlps = [], []
     for entry, base in zip(sensitivity.layers, all_full(sensitivity.model), strict=True):
         options = [
@@ -41,8 +44,10 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
         if settings.unit == "kv_head":
             attention += _mixed(entry, window, scales)
         full = Choice(base, 0.0, {})
-        table.append([full, *attention])
-        mlps += [[full, *of_mlp]] if of_mlp else []
+        table.append([full, *attention] if "attention" in components else [full])
+        if settings.components and "mlp" in components:
+            variant_of(entry, LayerPlan(layer=entry.layer, attention=FULL, mlp="none"))
+        mlps += [[full, *of_mlp]] if of_mlp and "mlp" in components else []
     return table + mlps
 
 

@@ -8,7 +8,7 @@ from layerboost.costs.budget import Budget
 from layerboost.errors import ConfigError
 from layerboost.planning.choices import metric_limits
 from layerboost.planning.greedy import Measure, greedy
-from layerboost.planning.selection import budget, infeasible, least_cosine, spread, threshold
+from layerboost.planning.selection import block_influence, budget, infeasible, least_cosine, spread, threshold
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Sensitivity
@@ -39,11 +39,18 @@ def select(sensitivity: Sensitivity, settings: Plan, seed: int = 0, measure: Mea
             found=", ".join(f"plan.max_{metric} {most:g}" for metric, most in unsupported.items()),
             do="leave out the limit, or use budget or greedy",
         )
+    if settings.components and settings.method != "cosine":
+        raise ConfigError(
+            f"plan.method {settings.method} knows itself what to change",
+            found=f"plan.components {', '.join(settings.components)}",
+            do="leave out plan.components, or use budget, greedy or cosine",
+        )
     controls: dict[str, Callable[[], list[LayerPlan]]] = {
         "threshold": lambda: threshold(sensitivity, settings),
         "uniform": lambda: spread(sensitivity, settings, None),
         "random": lambda: spread(sensitivity, settings, seed),
         "cosine": lambda: least_cosine(sensitivity, settings),
+        "block_influence": lambda: block_influence(sensitivity, settings),
     }
     return controls[settings.method]()
 

@@ -18,16 +18,18 @@ from layerboost.planning.choices import (
     Choice,
     best_sliding,
     choices,
+    mean_score,
     merged,
     metric_limits,
     removal,
     score_in,
+    variant_of,
     windows,
 )
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, all_full, counted
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import OTHER, SINK, StrategyName
+from layerboost.strategies import FULL, OTHER, SINK, StrategyName
 
 # Names of the limited costs in messages, and their settings.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
@@ -109,16 +111,46 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
 
 def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     """Return a control, LLM-Drop (arXiv 2406.15786): remove the attention that turns the stream least, as little as the
-    budget allows; the rest is full.
+    budget allows; the rest is full. With MLPs among the settings' components, its joint drop: attention and MLPs in one
+    ranking.
     """
-    entries = [sensitivity.layers[layer] for layer in sensitivity.model.attention_layers]
-    order = [entry.layer for entry in sorted(entries, key=lambda entry: removal(entry, "cosine"), reverse=True)]
+    turns: list[tuple[float, LayerPlan]] = []
+    for entry in sensitivity.layers:
+        for component in settings.components or ("attention",):
+            if component == "attention" and entry.layer in sensitivity.model.other_layers:
+                continue
+            site = LayerPlan.model_validate({"layer": entry.layer, "attention": FULL, component: "none"})
+            turns.append((mean_score(entry, variant_of(entry, site), "cosine"), site))
+    return _fewest_removed(sensitivity, settings, turns)
 
-    def plan(full: int) -> list[LayerPlan]:
-        removed, base = set(order[full:]), all_full(sensitivity.model)
-        return [LayerPlan(layer=e.layer, attention="none") if e.layer in removed else e for e in base]
 
-    return _most_full(sensitivity, settings, plan, len(order))
+def block_influence(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
+    """Return a control, ShortGPT (arXiv 2403.03853): remove the whole layers that turn the stream least, as few as the
+    budget allows. Raise ConfigError if the file does not say how much they turn it.
+    """
+    turns = []
+    for entry in (sensitivity.layers[layer] for layer in sensitivity.model.attention_layers):
+        if entry.block_influence is None:
+            raise ConfigError(
+                "the sensitivities lack block_influence, as older files do",
+                do="measure again in another --run folder",
+            )
+        turns.append((entry.block_influence.mean, LayerPlan(layer=entry.layer, attention="none", mlp="none")))
+    return _fewest_removed(sensitivity, settings, turns)
+
+
+def _fewest_removed(sensitivity: Sensitivity, settings: Plan, turns: list[tuple[float, LayerPlan]]) -> list[LayerPlan]:
+    """Return the plan that removes what turns the stream least, as little as the budget allows."""
+    ranked = [plan for _, plan in sorted(turns, key=lambda each: each[0], reverse=True)]
+
+    def plan(kept: int) -> list[LayerPlan]:
+        layers = all_full(sensitivity.model)
+        for removed in ranked[kept:]:
+            for site in removed.sites():
+                layers[site.layer] = layers[site.layer].with_site(site)
+        return layers
+
+    return _most_full(sensitivity, settings, plan, len(ranked))
 
 
 def _of_attention(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:

@@ -12,7 +12,7 @@ from layerboost.errors import ConfigError
 from layerboost.files import file_hash
 from layerboost.model.base import Base
 from layerboost.planning.choices import metric_limits, predict, windows
-from layerboost.planning.frontier import frontier, knee
+from layerboost.planning.frontier import axis_of, frontier, knee
 from layerboost.planning.greedy import Measure
 from layerboost.planning.methods import MEASURING, select
 from layerboost.probes.calibration import open_measured
@@ -20,12 +20,14 @@ from layerboost.probes.metrics import TEXT_METRICS
 from layerboost.recipe import Plan, Recipe
 from layerboost.runtime import log, start_runtime
 from layerboost.schemas.artifact import write_json
-from layerboost.schemas.plan import FRONTIER, Frontier, FrontierPoint, PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import AXES, FRONTIER, Axis, Frontier, FrontierPoint, PlanFile, read_plan, write_plan
 from layerboost.schemas.run import PLAN, SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
 
 # Unhealed plans of 0.32 and 0.41 measured were healed to 0.085 and 0.112; nothing worse was tried.
 REPAIRED_KL = 0.3
+# Settings that older files lack.
+LATER = ("unit", "components")
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -42,6 +44,13 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
                 found=f"no {key}",
                 do=f"set {key}, or plan without it",
             )
+    mlps = settings.method == "block_influence" or "mlp" in (settings.components or ())
+    if mlps and "mlp" not in measure.components:
+        raise ConfigError(
+            "the plan needs scores of MLPs, which are not measured",
+            found=f"measure.components {', '.join(measure.components)}",
+            do="add mlp to measure.components, or plan attention alone",
+        )
     if settings.unit == "kv_head" != measure.unit:
         raise ConfigError(
             "the plan needs scores of KV heads, which are not measured",
@@ -119,10 +128,13 @@ def run_frontier(recipe: Recipe, run: Path) -> Frontier:
     points = frontier(sensitivity, recipe.plan, recipe.seed, _measure(recipe, run, sensitivity))
     for window in sorted({point.window for point in points if point.window}):
         _warn(window, recipe.plan.context_tokens)
-    result = Frontier(model=sensitivity.model, sensitivity=file_hash(source), settings=_settings(recipe), points=points)
+    axis, made_from = axis_of(recipe.plan), file_hash(source)
+    result = Frontier(
+        model=sensitivity.model, sensitivity=made_from, settings=_settings(recipe), axis=axis, points=points
+    )
     write_json(run / FRONTIER, result)
-    if found := knee(points, recipe.plan.metric):
-        log.info("the knee of the curve: %s", _at(found, recipe.plan.metric))
+    if found := knee(points, recipe.plan.metric, axis):
+        log.info("the knee of the curve: %s", _at(found, recipe.plan.metric, axis))
     return result
 
 
@@ -174,17 +186,18 @@ def _of_the_base(source: Path) -> Sensitivity:
     found = read_sensitivity(source)
     if found.settings.get("plan"):
         raise ConfigError(
-            f"{source} was measured on a changed model (measure --plan): plans are made from the base's sensitivities",
+            f"{source} was measured on a changed model (measure.plan): plans are made from the base's sensitivities",
             found=f"plan {found.settings['plan']}",
-            do="measure without --plan in another --run folder; compare the two with measure --compare",
+            do="measure without measure.plan in another --run folder; compare the two with measure --compare",
         )
     return found
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return what the choice depends on, apart from the sensitivities."""
-    # A setting that older files lack is written only where it changes something: an edited plan stays as it is.
-    settings = recipe.plan.model_dump(mode="json", exclude={"unit"} if recipe.plan.unit == "layer" else None)
+    # Written only where they change something: an edited plan stays as it is.
+    unset = {name for name in LATER if getattr(recipe.plan, name) == Plan.model_fields[name].default}
+    settings = recipe.plan.model_dump(mode="json", exclude=unset)
     if recipe.plan.method == "random":
         settings["seed"] = recipe.seed
     if recipe.plan.costs and Path(recipe.plan.costs).is_file():
@@ -217,9 +230,10 @@ def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
     )
     if loss <= REPAIRED_KL:
         return
-    advice = "raise plan.kv_fraction"
-    if settings.method not in MEASURING and (found := knee(frontier(sensitivity, settings), "kl")):
-        advice += f" (the knee of the curve: {_at(found, 'kl')})"
+    axis = axis_of(settings)
+    advice = f"raise plan.{axis}"
+    if settings.method not in MEASURING and (found := knee(frontier(sensitivity, settings), "kl", axis)):
+        advice += f" (the knee of the curve: {_at(found, 'kl', axis)})"
     log.warning(
         "a predicted KL of %.2f is beyond what healing has been seen to repair (plans of 0.4 measured, 0.3 predicted; "
         "docs/results/healing.md): evaluate the healed model before you serve it, or %s",
@@ -228,10 +242,11 @@ def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
     )
 
 
-def _at(point: FrontierPoint, metric: str) -> str:
+def _at(point: FrontierPoint, metric: str, axis: Axis) -> str:
     """Return a point of the frontier as text."""
     found = point.predicted
-    return f"{found.kv_fraction:.0%} of the KV cache, predicted {metric} {found.quality_loss.get(metric, 0.0):.3f}"
+    loss = found.quality_loss.get(metric, 0.0)
+    return f"{getattr(found, axis):.0%} of the {AXES[axis]}, predicted {metric} {loss:.3f}"
 
 
 def _warn(window: int | None, context_tokens: int) -> None:

@@ -65,14 +65,13 @@ def open_measured(
     prompts = load_prompts(recipe, base.tokenizer, run)
     model = base.load()
     size, device = recipe.measure.batch_sequences, runtime.device
-    batches = [part.to(device) for part in every.batches(size)]
-    sinks = calibrate_sinks(model, batches, range(len(sensitivity.layers)), windows)
+    sinks = calibrate_sinks(model, every.batches(size, device), range(len(sensitivity.layers)), windows)
     widths = {
         (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
     }
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size) if widths else []
-    thinned = thin_mlps(model, [part.to(device) for part in fit], sorted(widths))
-    probe = TextProbe(LayerStream(model, sinks, thinned), [part.to(device) for part in text.batches(size)], prompts)
+    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device) if widths else []
+    stream = LayerStream(model, sinks, thin_mlps(model, fit, sorted(widths)))
+    probe = TextProbe(stream, text.batches(size, device), prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
     dtype = str(runtime.dtype)
     made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -22,49 +22,34 @@ CHUNK_TOKENS = 256
 ROWS, VOCABULARY = 1024, 1024
 
 
-@dataclass(frozen=True)
-class SequenceLosses:
-    """Means over the T-1 predicted tokens of each sequence, `[B]`, in nats."""
+class SequenceLosses(NamedTuple):
+    """Means over the T-1 predicted tokens of each sequence, `[B]`, in nats: of a changed model, and the base's NLL."""
 
     kl: torch.Tensor
     nll: torch.Tensor
+    base_nll: torch.Tensor
 
 
 def token_losses(
     base_model: PreTrainedModel,
     base_hidden: torch.Tensor,
     ids: torch.Tensor,
-    changed: list[torch.Tensor],
+    changed: torch.Tensor,
     changed_model: PreTrainedModel | None = None,
-) -> tuple[torch.Tensor, list[SequenceLosses]]:
-    """Return the NLL of the base `[B]`, and KL(base ‖ changed) and NLL of each changed stream.
+) -> SequenceLosses:
+    """Return KL(base ‖ changed) and both NLLs over `ids` `[B, T]`.
 
-    `base_hidden` and every entry of `changed`: normed final hidden states `[B, T, D]` over `ids` `[B, T]`. The head is
-    the base's unless `changed_model` has its own. Base logits are computed once for all entries.
+    `base_hidden`, `changed`: normed final hidden states `[B, T, D]`. The head is the base's unless `changed_model` has
+    its own.
     """
-    batch, length = ids.shape
-    labels = ids[:, 1:].reshape(-1)
-    base_rows, *rows = [hidden[:, :-1].reshape(-1, hidden.shape[-1]) for hidden in (base_hidden, *changed)]
-    base_nll: list[torch.Tensor] = []
-    kl: list[list[torch.Tensor]] = [[] for _ in rows]
-    nll: list[list[torch.Tensor]] = [[] for _ in rows]
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
-        target = labels[chunk, None]
-        base = head_logits(base_model, base_rows[chunk]).float().log_softmax(-1)
-        base_nll.append(-base.gather(-1, target)[:, 0])
-        probabilities = base.exp()
-        for index, row in enumerate(rows):
-            other = head_logits(changed_model or base_model, row[chunk]).float().log_softmax(-1)
-            nll[index].append(-other.gather(-1, target)[:, 0])
-            # One [chunk, V] temporary: sum p·(log p - log q)
-            kl[index].append(torch.einsum("nv,nv->n", probabilities, base - other))
-
-    def per_sequence(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(parts).view(batch, length - 1).mean(-1)
-
-    losses = [SequenceLosses(per_sequence(k), per_sequence(n)) for k, n in zip(kl, nll, strict=True)]
-    return per_sequence(base_nll), losses
+    found: list[tuple[torch.Tensor, ...]] = []
+    rows = (each[:, :-1].flatten(0, 1).split(CHUNK_TOKENS) for each in (base_hidden, changed))
+    for base_rows, changed_rows, target in zip(*rows, ids[:, 1:].flatten().split(CHUNK_TOKENS), strict=True):
+        base = head_logits(base_model, base_rows).float().log_softmax(-1)
+        other = head_logits(changed_model or base_model, changed_rows).float().log_softmax(-1)
+        nll, base_nll = (-each.gather(-1, target[:, None])[:, 0] for each in (other, base))
+        found.append((torch.linalg.vecdot(base.exp(), base - other), nll, base_nll))
+    return SequenceLosses(*(torch.cat(parts).view(len(ids), -1).mean(-1) for parts in zip(*found, strict=True)))
 
 
 class BaseText:

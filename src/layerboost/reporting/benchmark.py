@@ -9,8 +9,8 @@ from functools import partial
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
-from layerboost.reporting.text import ABSENT, number, percent, with_interval
-from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison
+from layerboost.reporting.text import ABSENT, number, percent
+from layerboost.schemas.benchmark import SPEED, AtConcurrency, Comparison, Spread
 from layerboost.schemas.evaluation import EvalComparison
 from layerboost.schemas.run import last_made
 
@@ -54,20 +54,13 @@ WRITTEN: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One metric of one model against the reference at one concurrency.
-
-    `low`, `high`: the range over the repeats, None for one repeat; `warning`: what disturbed either model.
-    """
+    """One metric of one model against the reference at one concurrency. `warning`: what disturbed either model."""
 
     model: str
     reference: str
     concurrency: int
-    median: float
-    low: float | None
-    high: float | None
-    repeats: int
+    spread: Spread
     warning: str
-    text: str
 
 
 def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
@@ -76,19 +69,8 @@ def bench_ratio(bench: Comparison, metric: str = SPEED) -> Ratio | None:
         names = [name for name in model_order(result.ratios) if metric in result.ratios[name]]
         if names:
             name = last_made(names)
-            spread, warning = result.ratios[name][metric], result.warning(bench.reference, name)
-            ranged = spread.repeats > 1
-            return Ratio(
-                model=name,
-                reference=bench.reference,
-                concurrency=result.concurrency,
-                median=spread.median,
-                low=spread.min if ranged else None,
-                high=spread.max if ranged else None,
-                repeats=spread.repeats,
-                warning=warning,
-                text=spread.as_ratio + warning,
-            )
+            warning = result.warning(bench.reference, name)
+            return Ratio(name, bench.reference, result.concurrency, result.ratios[name][metric], warning)
     return None
 
 
@@ -180,12 +162,9 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
     for name in names:
         spreads = {at.concurrency: at.models[name][SPEED] for at in bench.results if name in at.models}
         value, change, ends = 100 * average.models[name].value, average.difference.get(name), None
-        text = f"{number(value)} %"
         if change:
-            text += f", − base: {with_interval(change, scale=100)} points"
-            ends = [(value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean))] * len(
-                spreads
-            )
+            end = value + 100 * (change.low - change.mean), value + 100 * (change.high - change.mean)
+            ends = [end] * len(spreads)
         color = model_color(name, names)
         traces.append(
             scatter(
@@ -193,10 +172,6 @@ def accuracy_figure(bench: Comparison, quality: EvalComparison) -> Figure | None
                 [spread.median for spread in spreads.values()],
                 [value] * len(spreads),
                 color,
-                [
-                    f"{at} concurrent requests: {spread.text(number)} tokens/s<br>{text}"
-                    for at, spread in spreads.items()
-                ],
                 "lines+markers+text",
                 x_ends=[(spread.min, spread.max) for spread in spreads.values()],
                 y_ends=ends,
@@ -216,14 +191,12 @@ def _lines(metric: str, results: Mapping[int, AtConcurrency], x_title: str, y_ti
     traces = []
     for name in names:
         spreads = {x: at.models[name][metric] for x, at in results.items() if metric in at.models.get(name, {})}
-        texts = {x: spread.text(lambda value: number(scale * value)) for x, spread in spreads.items()}
         traces.append(
             scatter(
                 name,
                 spreads,
                 [scale * spread.median for spread in spreads.values()],
                 model_color(name, names),
-                [f"{x_title} {x:,}: {text} {y_title}" for x, text in texts.items()],
                 y_ends=[(scale * spread.min, scale * spread.max) for spread in spreads.values()],
             )
         )

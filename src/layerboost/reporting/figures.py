@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from layerboost.reporting.sources import MODELS
-from layerboost.reporting.text import with_error
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
@@ -34,6 +33,7 @@ def figure(
 ) -> Figure:
     """Return a figure without a box, with faint horizontal lines and the legend above; `x`, `y`: more axis settings."""
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
+    axis["hoverformat"] = ",.4~g"
     ticks = {"showgrid": False, "ticks": "outside", "tickcolor": "var(--rule)"}
     font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12.5, "color": "var(--ink)"}
     layout = {
@@ -54,7 +54,6 @@ def scatter(
     x: Iterable[Any],
     y: Iterable[Any],
     color: str,
-    hover: str | list[str],
     mode: str = "lines+markers",
     x_ends: Ends | None = None,
     y_ends: Ends | None = None,
@@ -62,11 +61,10 @@ def scatter(
 ) -> Trace:
     """Return points of one colour.
 
-    `hover`: plotly's template, or a text per point. `x_ends`, `y_ends`: the low and high end of each point's bar.
-    `more`: further keys of plotly's trace, which override those here.
+    `x_ends`, `y_ends`: the low and high end of each point's bar. `more`: further keys of plotly's trace, which override
+    those here.
     """
     points = {"x": list(x), "y": list(y)}
-    texts = {"customdata": hover, "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>"}
     trace = {
         "type": "scatter",
         "mode": mode,
@@ -74,7 +72,6 @@ def scatter(
         **points,
         "line": {"color": color, "width": 2},
         "marker": {"color": color, "size": 8},
-        **(texts if isinstance(hover, list) else {"hovertemplate": hover}),
     }
     for axis, ends in (("x", x_ends), ("y", y_ends)):
         if ends is not None:
@@ -100,39 +97,28 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
             # A log axis cannot show zero; the panel says how many values it leaves out.
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
                 measured.setdefault(label(variant), []).append((entry.layer, variant))
-    kinds = {name: rows[0][1] for name, rows in measured.items()}
-    # Those of attention first; of MLPs the widest.
-    names = sorted(
-        kinds,
-        key=lambda name: (
-            *(kinds[name].mlp != FULL, -(kinds[name].mlp_width or 0)),
-            *(kinds[name].window or 0, kinds[name].attention, kinds[name].sink),
-        ),
-    )
-    windows = sorted({kind.window for kind in kinds.values() if kind.window})
-    widths = sorted({kind.mlp_width for kind in kinds.values() if kind.mlp_width}, reverse=True)
-    hidden = [name for name in names if plan and plan.window and kinds[name].window not in (None, plan.window)]
+    kinds = [rows[0][1] for rows in measured.values()]
+    windows = sorted({kind.window for kind in kinds if kind.window})
+    widths = sorted({kind.mlp_width for kind in kinds if kind.mlp_width}, reverse=True)
     traces = {}
-    for name in names:
-        side = hidden if name in hidden else [other for other in names if other not in hidden]
-        offset = 0.5 * ((side.index(name) + 0.5) / len(side) - 0.5)
-        scores = [variant.scores[metric] for _, variant in measured[name]]
-        color, symbol = _mark(kinds[name], windows, widths)
+    for index, ((name, rows), kind) in enumerate(zip(measured.items(), kinds, strict=True)):
+        offset = 0.5 * ((index + 0.5) / len(kinds) - 0.5)
+        scores = [variant.scores[metric] for _, variant in rows]
+        color, symbol = _mark(kind, windows, widths)
         traces[name] = scatter(
             name,
-            [layer + offset for layer, _ in measured[name]],
+            [layer + offset for layer, _ in rows],
             [score.mean for score in scores],
             color,
-            [_hover(layer, variant) for layer, variant in measured[name]],
             "markers",
             y_ends=[(score.mean - score.standard_error, score.mean + score.standard_error) for score in scores],
             marker={"color": color, "symbol": symbol, "size": 7},
-            visible="legendonly" if name in hidden else True,
+            visible="legendonly" if plan and plan.window and kind.window not in (None, plan.window) else True,
         )
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
     y = log if metric == "kl" else {"zeroline": True, "zerolinecolor": "var(--soft)"}
     chosen = [_chosen(traces, plan)] if plan and any(entry.changed for entry in plan.layers) else []
-    x = {"range": [-0.7, sensitivity.model.layers - 0.3]}
+    x = {"range": [-0.7, sensitivity.model.layers - 0.3], "hoverformat": ".0f"}
     return figure([*traces.values(), *chosen], "layer", SENSITIVITIES[metric][1], x, y)
 
 
@@ -145,16 +131,15 @@ def healing_figure(lines: list[MetricLine]) -> Figure:
     # Each value's mean with its neighbours on both sides, fewer at the ends.
     smooth = [fmean(losses[max(0, index - half) : index + half + 1]) for index in range(len(losses))]
     x, color = [tokens for tokens, _ in training], "var(--healed)"
-    mode, hover = "lines" if len(losses) > 1 else "markers", "%{x:,} tokens: loss %{y:.4g}<extra></extra>"
+    mode = "lines" if len(losses) > 1 else "markers"
     faint: dict[str, Any] = {"line": {"color": color, "width": 1}, "opacity": 0.4 if smooth != losses else 1.0}
-    traces = [scatter("training loss", x, losses, color, hover, mode, **faint)]
+    traces = [scatter("training loss", x, losses, color, mode, **faint)]
     if smooth != losses:
-        traces.append(scatter(f"mean over {2 * half + 1} lines", x, smooth, color, hover, mode))
+        traces.append(scatter(f"mean over {2 * half + 1} lines", x, smooth, color, mode))
     if validation:
         at, values = [tokens for tokens, _ in validation], [kl for _, kl in validation]
-        hover = "%{x:,} tokens: validation KL %{y:.4g}<extra></extra>"
         marker = {"color": "var(--converted)", "size": 9, "symbol": "diamond"}
-        traces.append(scatter("validation KL", at, values, "var(--converted)", hover, "markers", marker=marker))
+        traces.append(scatter("validation KL", at, values, "var(--converted)", "markers", marker=marker))
     # The loss of stage 1 has another unit than the validation KL in the same chart.
     local = any(line.stage == "attention" and line.loss is not None for line in lines)
     title = "normalised MSE of all layers (KL: nats per token)" if local else "nats per token" if validation else "loss"
@@ -183,10 +168,6 @@ def _mark(kind: Variant, windows: list[int], widths: list[int]) -> tuple[str, st
     return color, SYMBOLS[rank % len(SYMBOLS)] + ("" if kind.sink else "-open")
 
 
-def _hover(layer: int, variant: Variant) -> str:
-    return f"layer {layer}" + "".join(f"<br>{metric} {with_error(score)}" for metric, score in variant.scores.items())
-
-
 def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
     """Return rings around the plan's choices, if they were measured."""
     points = [
@@ -199,4 +180,4 @@ def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
     ]
     marker = {"symbol": "circle-open", "size": 14, "color": "var(--ink)", "line": {"width": 1.5}}
     x, y = [x for x, _ in points], [y for _, y in points]
-    return scatter("chosen by the plan", x, y, "var(--ink)", "", "markers", marker=marker, hoverinfo="skip")
+    return scatter("chosen by the plan", x, y, "var(--ink)", "markers", marker=marker, hoverinfo="skip")

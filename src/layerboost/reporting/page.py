@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -37,10 +36,7 @@ class Chart:
 
 @dataclass
 class Panel:
-    """One section: the files that its numbers are from, what is missing, and what it shows, in this order.
-
-    `layers`: by layer, the lines that the page shows when the mouse is on that layer of `plan`.
-    """
+    """One section: the files that its numbers are from, what is missing, and what it shows, in this order."""
 
     name: str
     title: str
@@ -48,7 +44,6 @@ class Panel:
     missing: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     plan: PlanFile | None = None
-    layers: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -89,9 +84,9 @@ def html_page(page: Page) -> str:
     return _templates().get_template("page.html").render(page=page, figures=data, plotly=Markup(get_plotlyjs()))
 
 
-def markdown_page(page: Page, images: Mapping[str, str] | None = None) -> str:
-    """Return text and tables as Markdown; `images`: files to show in place of charts, by the chart's name."""
-    return _templates().get_template("page.md").render(page=page, images=images or {})
+def markdown_page(page: Page) -> str:
+    """Return text and tables as Markdown."""
+    return _templates().get_template("page.md").render(page=page)
 
 
 def markdown_table(table: Table) -> str:

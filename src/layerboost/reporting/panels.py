@@ -53,7 +53,6 @@ def layers_panel(sources: Sources) -> Panel:
         panel.tables.append(_sensitivity_table(sensitivity, _measured(variants)))
     heads = [variant for entry in sensitivity.layers for variant in entry.heads]
     panel.tables.extend(_heads_table(sensitivity, plan, metric) for metric in _measured(heads))
-    panel.layers.update(_layer_lines(sensitivity))
     return panel
 
 
@@ -64,16 +63,6 @@ def _measured(variants: list[Variant]) -> list[str]:
 
 def _score(variant: Variant, metric: str) -> str:
     return with_error(variant.scores.get(metric), signed=metric != "kl")
-
-
-def _layer_lines(sensitivity: Sensitivity) -> dict[int, list[str]]:
-    """Return by layer a line per replacement: its scores when it is the only one."""
-
-    def line(variant: Variant) -> str:
-        scores = [f"{'KL' if metric == 'kl' else metric} {_score(variant, metric)}" for metric in _measured([variant])]
-        return f"{label(variant)}: {', '.join(scores)}"
-
-    return {entry.layer: [line(variant) for variant in (*entry.variants, *entry.heads)] for entry in sensitivity.layers}
 
 
 def _sensitivity_table(sensitivity: Sensitivity, measured: list[str]) -> Table:

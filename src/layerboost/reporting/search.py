@@ -6,7 +6,7 @@ from layerboost.reporting.figures import Figure, figure, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
-from layerboost.schemas.plan import Frontier, FrontierPoint, PlanFile, Predicted, counted, counts
+from layerboost.schemas.plan import AXES, Frontier, FrontierPoint, PlanFile, counted, counts
 from layerboost.schemas.sensitivity import Stability
 from layerboost.strategies import STRATEGIES, label
 
@@ -40,27 +40,29 @@ def search_panel(sources: Sources) -> Panel:
 
 
 def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> Figure:
-    """Return the predicted loss against the KV cache as a fraction of the base's; the run's plan is a diamond."""
+    """Return the predicted loss against the KV cache or the parameters as a fraction of the base's; the run's plan is a
+    diamond."""
     # A plan that changes nothing has no metrics, and loses nothing.
     losses = [point.predicted.quality_loss for point in frontier.points]
     points = [point for point, loss in zip(frontier.points, losses, strict=True) if metric in loss or not loss]
-    context = _context_tokens(frontier)
+    context, axis = _context_tokens(frontier), frontier.axis
     traces = [
         scatter(
             f"best by {frontier.settings['method']}",
-            [100 * point.predicted.kv_fraction for point in points],
+            [100 * getattr(point.predicted, axis) for point in points],
             [point.predicted.quality_loss.get(metric, 0.0) for point in points],
             "var(--sliding)",
-            [_hover(point.predicted, metric) + _counts(point) for point in points],
             marker={"color": "var(--sliding)", "size": 6},
+            text=[counted(point.layers) for point in points],
         )
     ]
     prediction = plan.valid_prediction if plan else None
     if prediction and metric in prediction.quality_loss and prediction.context_tokens == context:
-        at, hover = ([100 * prediction.kv_fraction], [prediction.quality_loss[metric]]), [_hover(prediction, metric)]
+        at = [100 * getattr(prediction, axis)], [prediction.quality_loss[metric]]
         marker = {"color": "var(--healed)", "size": 12, "symbol": "diamond"}
-        traces.append(scatter("plan.yaml", *at, "var(--healed)", hover, "markers", marker=marker))
-    return figure(traces, f"KV cache at {context:,} tokens, % of the base", f"predicted {metric}")
+        traces.append(scatter("plan.yaml", *at, "var(--healed)", "markers", marker=marker))
+    of_context = f" at {context:,} tokens" if axis == "kv_fraction" else ""
+    return figure(traces, f"{AXES[axis]}{of_context}, % of the base", f"predicted {metric}")
 
 
 def frontier_table(frontier: Frontier) -> Table:
@@ -73,7 +75,8 @@ def frontier_table(frontier: Frontier) -> Table:
 
     def cells(point: FrontierPoint) -> list[str]:
         predicted = point.predicted
-        by_strategy = [str(point.count(name)) for name in strategies]
+        found = counts(point.layers)
+        by_strategy = [str(found.get(name, 0)) for name in strategies]
         decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
         loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)
@@ -101,15 +104,6 @@ def stability_table(stability: Stability) -> Table:
         for entry in comparison.agreements
     ]
     return Table("Stability", header, rows, text_columns=(0, 1, 2), folded=len(rows) > 20)
-
-
-def _hover(predicted: Predicted, metric: str) -> str:
-    loss = number(predicted.quality_loss.get(metric, 0.0))
-    return f"{percent(predicted.kv_fraction)} of the KV cache, {metric} {loss}"
-
-
-def _counts(point: FrontierPoint) -> str:
-    return f"<br>{counted(point.layers)}" + (f", window {point.window}" if point.window else "")
 
 
 def _metric(frontier: Frontier) -> str:

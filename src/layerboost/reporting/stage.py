@@ -7,17 +7,14 @@ from typing import Any
 
 from layerboost.files import write_text
 from layerboost.reporting.benchmark import decode_panel, throughput_panel
-from layerboost.reporting.images import write_images
-from layerboost.reporting.long_context import long_context_panel
 from layerboost.reporting.page import Page, html_page, markdown_page
 from layerboost.reporting.panels import healing_panel, layers_panel, provenance_panel
-from layerboost.reporting.quality import quality_panel
+from layerboost.reporting.quality import long_context_panel, quality_panel
 from layerboost.reporting.search import search_panel
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.verdict import findings, summary, summary_table
 
 __all__ = ["run_report", "summary_table"]
-FIGURES = "figures"
 # In the order of the page.
 PANELS = (
     layers_panel,
@@ -31,24 +28,19 @@ PANELS = (
 )
 
 
-def run_report(run: Path, png: bool = False) -> dict[str, Any]:
+def run_report(run: Path) -> dict[str, Any]:
     """Write `report.html` (one file, works offline) and `report.md` to the run folder; return a summary.
 
-    With `png` also every chart as `figures/NAME.png`, which `report.md` then shows; this needs Chromium. The panel of a
-    missing file names the command that makes it. The summary has `kv_fraction` (of the base's KV bytes, None without a
-    plan), `throughput_ratio` (the fields of `benchmark.Ratio`, or None), `perplexity` by model,
-    `tasks` by task and model, `average` by model or None (fractions), and `report`, the HTML.
+    The panel of a missing file names the command that makes it. The summary has `kv_fraction` (of the base's KV bytes,
+    None without a plan), `throughput_ratio` (the fields of `benchmark.Ratio`, or None), `perplexity` by model, `tasks`
+    by task and model, `average` by model or None (fractions), and `report`, the HTML.
     Raise ConfigError if the folder is missing or one of its files is truncated, foreign or of another model, and
     LayerboostError if the reports cannot be written.
     """
     sources = Sources(run)
     page = report_page(sources)
-    html = html_page(page)
-    images = (
-        {f"chart-{file.stem}": f"{FIGURES}/{file.name}" for file in write_images(html, run / FIGURES)} if png else {}
-    )
-    write_text(run / "report.html", html)
-    write_text(run / "report.md", markdown_page(page, images))
+    write_text(run / "report.html", html_page(page))
+    write_text(run / "report.md", markdown_page(page))
     return {**summary(sources), "report": run / "report.html"}
 
 

@@ -56,7 +56,7 @@ def summary_table(values: dict[str, Any]) -> list[list[str]]:
     """Return rows for a terminal, header first: metric, base, converted, healed. `values`: what `summary` returned."""
     fraction, ratio = values["kv_fraction"], values["throughput_ratio"]
     cache = {} if fraction is None else {"base": 1.0, "converted": fraction, "healed": fraction}
-    speed = {"base": "1", ratio["model"]: ratio["text"]} if ratio else {}
+    speed = {"base": "1", ratio["model"]: ratio["spread"].as_ratio + ratio["warning"]} if ratio else {}
     at = f" (concurrency {ratio['concurrency']})" if ratio else ""
     perplexity = {name: number(value, 4) for name, value in values["perplexity"].items()}
     scores = values["tasks"] | ({"average": values["average"]} if values["average"] else {})
@@ -86,7 +86,7 @@ def _kv_finding(sources: Sources) -> Finding:
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:
         sentence += (
-            f" In the benchmark, vLLM's KV cache had room for {cache.median:.2f} × the tokens of "
+            f" In the benchmark, vLLM's KV cache had room for {cache.spread.median:.2f} × the tokens of "
             f"{cache.reference} ({cache.model})."
         )
         files = [*files, "bench/comparison.json"]
@@ -100,18 +100,19 @@ def _throughput_finding(sources: Sources) -> Finding:
     ratio = bench_ratio(sources.bench)
     if ratio is None:
         return Finding(None, "Throughput: bench/comparison.json has no two models to compare.", files)
-    if ratio.low is None or ratio.high is None:
-        spread = "one repeat, so its range is unknown and a small difference is not significant"
+    spread = ratio.spread
+    if spread.repeats == 1:
+        found = "one repeat, so its range is unknown and a small difference is not significant"
     else:
         shown = "no difference shown"
-        if not ratio.low <= 1 <= ratio.high:
-            shown = f"{'faster' if ratio.low > 1 else 'slower'} in every repeat"
-        spread = f"{ratio.low:.2f} to {ratio.high:.2f} over {ratio.repeats} interleaved repeats: {shown}"
+        if not spread.min <= 1 <= spread.max:
+            shown = f"{'faster' if spread.min > 1 else 'slower'} in every repeat"
+        found = f"{spread.min:.2f} to {spread.max:.2f} over {spread.repeats} interleaved repeats: {shown}"
     sentence = (
         f"the output tokens per second of {ratio.reference}: {ratio.model} at concurrency {ratio.concurrency}, "
-        f"{spread}{ratio.warning}."
+        f"{found}{ratio.warning}."
     )
-    return Finding(f"{ratio.median:.2f} ×", sentence, files)
+    return Finding(f"{spread.median:.2f} ×", sentence, files)
 
 
 def _quality_finding(sources: Sources) -> Finding:

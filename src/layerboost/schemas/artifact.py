@@ -17,6 +17,12 @@ from layerboost.files import write_text
 Record = TypeVar("Record", bound="Artifact")
 
 
+class Part(BaseModel):
+    """A part of a file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
+
+
 class Artifact(BaseModel):
     """A file with a schema version; unknown keys are errors."""
 
@@ -29,11 +35,6 @@ class Artifact(BaseModel):
         if value != cls.model_fields["schema_version"].default:
             raise ValueError(f"this release cannot read version {value} of this file")
         return value
-
-
-def renamed(values: Any, **names: str) -> Any:
-    """Return the values of a file with the names of older releases replaced: `old="new"`."""
-    return {names.get(name, name): value for name, value in values.items()} if isinstance(values, dict) else values
 
 
 def fingerprint(*parts: Any) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import Field, computed_field, model_validator
 
-from layerboost.schemas.artifact import Artifact
+from layerboost.schemas.artifact import Artifact, Part
 
 # Concurrent requests, and in a decode sweep the tokens per answer.
 Point = tuple[int, int | None]
@@ -29,7 +29,7 @@ FROM_VLLM = {
 }
 
 
-class Measurement(BaseModel):
+class Measurement(Part):
     """One run of the load generator.
 
     `metrics` holds the keys of FROM_VLLM, `peak_rss_gib` and, with a GPU, `gpu_memory_gib`. With vLLM also
@@ -38,7 +38,6 @@ class Measurement(BaseModel):
     by the benchmark with its servers and by everything else, of those that the benchmark may use.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
     concurrency: int
     output_tokens: int | None = Field(None, description="length of the answers, in a decode sweep")
@@ -57,10 +56,9 @@ class Measurement(BaseModel):
         return self.model, self.point, self.repeat
 
 
-class Spread(BaseModel):
+class Spread(Part):
     """Median, minimum and maximum over the repeats; one repeat has no range."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     median: float
     min: float
     max: float
@@ -79,19 +77,18 @@ class Spread(BaseModel):
         return self.text("{:.2f}".format).removesuffix(")") + over
 
 
-class AtConcurrency(BaseModel):
+class AtConcurrency(Part):
     """Every model at one concurrency, in a decode sweep at one length too.
 
     `ratios` are to the reference model, each repeat against the same repeat. `disturbed`: by model, what other than the
     model affected its numbers; undisturbed models are left out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     concurrency: int
     output_tokens: int | None = None
     models: dict[str, dict[str, Spread]]
     ratios: dict[str, dict[str, Spread]]
-    disturbed: dict[str, str] = {}
+    disturbed: dict[str, str] = Field({})
 
     def warning(self, *models: str) -> str:
         """Return what disturbed any of these models, as a suffix for a number; empty if nothing did."""

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from layerboost.schemas.artifact import Artifact, renamed
+from layerboost.schemas.artifact import Artifact, Part
 from layerboost.schemas.sensitivity import Score
 
 # The margin of "no worse than": a difference of two fractions.
 ONE_POINT = 0.01
-
-
-class Part(BaseModel):
-    """A part of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Change(Part):
@@ -32,11 +26,6 @@ class Change(Part):
     high: float
     lower_95: float
     minimum_detectable: float
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, values: Any) -> Any:
-        return renamed(values, at_least="lower_95", detectable="minimum_detectable")
 
     @property
     def no_worse(self) -> str:

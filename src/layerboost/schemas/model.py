@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from layerboost.schemas.artifact import Part
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(Part):
     """Which model a file was made from. `fingerprint` covers its configuration and weights."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     name: str
     model_type: str
     layers: int

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
-from layerboost.schemas.artifact import Artifact, _parse, fingerprint, renamed
+from layerboost.schemas.artifact import Artifact, Part, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
     FEATURE_MAP,
@@ -33,7 +33,7 @@ from layerboost.strategies import (
 )
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(Part):
     """The strategies of one layer's attention, or of its KV heads, and of its MLP.
 
     KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
@@ -41,7 +41,6 @@ class LayerPlan(BaseModel):
     a thinned MLP.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
     attention: StrategyName
     window: int | None = Field(default=None, ge=1)
@@ -233,10 +232,9 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
     ]
 
 
-class Predicted(BaseModel):
+class Predicted(Part):
     """The predicted quality loss of a plan (sums of single-layer scores) and its costs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     quality_loss: dict[str, float] = Field(description="per metric, the sum over layers of its scores")
     kv_fraction: float
     kv_bytes_per_request: int
@@ -246,11 +244,6 @@ class Predicted(BaseModel):
     decode_ms: float | None = Field(None, description="time of one step; needs plan.costs")
     decode_fraction: float | None = None
     plan: str = Field(default="", description="hash of the plan that it predicts")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, values: Any) -> Any:
-        return renamed(values, damage="quality_loss")
 
 
 class PlanFile(Artifact):
@@ -263,12 +256,6 @@ class PlanFile(Artifact):
     sensitivity: str | None = Field(default=None, description="hash of the sensitivity.json it was made from")
     predicted: Predicted | None = None
     layers: list[LayerPlan]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_flags(cls, values: Any) -> Any:
-        """Drop the serving flags of older files: they are those of the machine that planned."""
-        return {key: value for key, value in values.items() if key != "serving"} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> PlanFile:
@@ -319,17 +306,16 @@ def read_plan(path: Path) -> PlanFile:
 
 
 FRONTIER = "frontier.json"
+# What the plans of a frontier differ in, each a field of Predicted.
+Axis = Literal["kv_fraction", "parameter_fraction"]
+AXES: dict[Axis, str] = {"kv_fraction": "KV cache", "parameter_fraction": "parameters"}
 
 
-class FrontierPoint(BaseModel):
+class FrontierPoint(Part):
     """The plan at one budget, with its prediction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     predicted: Predicted
     layers: list[LayerPlan]
-
-    def count(self, attention: StrategyName) -> int:
-        return counts(self.layers).get(attention, 0)
 
     @property
     def window(self) -> int | None:
@@ -342,4 +328,5 @@ class Frontier(Artifact):
     model: ModelInfo
     sensitivity: str = Field(description="hash of the sensitivity.json it was made from")
     settings: dict[str, Any]
+    axis: Axis = Field("kv_fraction", description="the budget that differs from plan to plan")
     points: list[FrontierPoint]

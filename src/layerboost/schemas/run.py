@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from layerboost.schemas.artifact import Artifact
+from layerboost.schemas.artifact import Artifact, Part
 
 # Files and directories of a run folder, in the order in which they are made.
 BASE, SENSITIVITY, PLAN, CONVERTED = "base", "sensitivity.json", "plan.yaml", "converted"
@@ -21,10 +21,9 @@ def last_made(models: Sequence[str]) -> str:
     return next((name for name in (HEALED, CONVERTED) if name in models), models[-1])
 
 
-class StageRecord(BaseModel):
+class StageRecord(Part):
     """One line of `run.json`."""
 
-    model_config = ConfigDict(extra="forbid")
     stage: str
     argv: list[str]
     started: str

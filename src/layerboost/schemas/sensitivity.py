@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from layerboost.errors import ConfigError
-from layerboost.schemas.artifact import Artifact, read_json
+from layerboost.schemas.artifact import Artifact, Part, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
 
 
-class Score(BaseModel):
+class Score(Part):
     """A mean over sequences or items with its standard error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     mean: float
     standard_error: float
     count: int | None = Field(None, description="number of tokens, answers or items")
@@ -38,13 +37,12 @@ class Score(BaseModel):
         return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
 
 
-class Variant(BaseModel):
+class Variant(Part):
     """One layer's attention, all of its KV heads but `full_kv_heads`, or its MLP under one replacement.
 
     Larger scores are worse.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
     window: int | None = None
     sink: bool = False
@@ -64,13 +62,15 @@ class Variant(BaseModel):
         return LayerPlan(layer=layer, **self.model_dump(exclude={"scores"}))
 
 
-class LayerSensitivity(BaseModel):
+class LayerSensitivity(Part):
     """All variants of one layer, and of its KV heads if they were measured."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int
     variants: list[Variant]
     heads: list[Variant] = Field([], description="one group of KV heads under a window, the layer's others full")
+    block_influence: Score | None = Field(
+        None, description="1 - cosine of the residual stream before and after the whole layer (ShortGPT)"
+    )
 
 
 class Sensitivity(Artifact):
@@ -97,10 +97,9 @@ class Sensitivity(Artifact):
 STABILITY = "stability.json"
 
 
-class Agreement(BaseModel):
+class Agreement(Part):
     """Rank correlation of one replacement's scores over layers or KV heads, and its 95 % bootstrap interval."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     attention: StrategyName
     window: int | None
     sink: bool
@@ -120,10 +119,9 @@ class Agreement(BaseModel):
         return ()
 
 
-class Comparison(BaseModel):
+class Comparison(Part):
     """One file compared with another, or with itself in other metrics."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     other: str = Field(description="the other file; empty: one metric against another within this file")
     differs: list[str] = Field([], description="settings in which the two measurements differ")
     aligned_by: str

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 # lm-eval's defaults: tokens per answer, and the seed of the examples before a question.
 GENERATED_TOKENS, EXAMPLES_SEED = 256, 1234
 # Kinds of items that lm-eval scores in a special way.
-NO_ANSWER = "have an answer that is not among their choices: they count as wrong for every model"
-NULL_ANSWER = "have no answer: what a model says is compared with 'None'"
-ONE_CHOICE = "have only one choice: they count as right for every model"
-EMPTY_CHOICE = "have an empty choice"
+FIXED = "have the same score whatever a model answers: no right answer among their choices, or only one choice"
 CUT = "are longer than the model's context: their start is truncated"
 
 
@@ -54,8 +51,7 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
         docs = leaf.task_docs.select(samples) if samples else leaf.task_docs
         for item, doc in zip(samples or range(len(docs)), docs, strict=True):
             try:
-                _check_fields(leaf, doc)
-                for kind in {*_answer_kinds(leaf, doc), *_request_kinds(task, leaf, doc, tokenizer, context_tokens)}:
+                for kind in set(_kinds(task, leaf, doc, tokenizer, context_tokens)):
                     odd.setdefault(kind, []).append((name, item))
             except Exception as error:  # the task's own templates and functions may raise anything
                 raised = "" if isinstance(error, _Unscorable) else f"{type(error).__name__}: "
@@ -70,7 +66,7 @@ def _check_task(task: BenchTask, tokenizer: Any, context_tokens: int) -> None:
     for kind, places in odd.items():
         which = f"{len(places)} of {task.items} items of task {task.name}"
         first = f"the first is {_place(task, *places[0])}"
-        if kind in (NO_ANSWER, NULL_ANSWER, ONE_CHOICE) and len(places) == task.items:
+        if kind == FIXED and len(places) == task.items:
             raise ConfigError(f"{which} {kind}", found=first, do="correct its choices and answers, or drop the task")
         warn_once(f"{which} {kind}; {first}")
 
@@ -104,49 +100,53 @@ def right_choice(gold: Any, choices: list[str]) -> int | None:
     return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
 
 
-def _answer_kinds(leaf: Any, doc: Any) -> Iterator[str]:
-    """Yield what is unusual about an item's choices and answer; raise _Unscorable for what lm-eval cannot use."""
-    if callable(leaf.config.process_results) or leaf.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
+def _check_choices(leaf: Any, doc: Any) -> None:
+    """Raise _Unscorable, or what lm-eval will raise, for choices and answers that it cannot use."""
+    if callable(leaf.config.process_results):
         return
-    gold = answer_of(leaf, doc)
-    if leaf.config.doc_to_choice is None:
-        if leaf.multiple_target and not isinstance(gold, list | str):
-            raise _Unscorable(f"its answer is {_short(gold)}, not a list as the first item's")
-        if gold is None:
-            yield NULL_ANSWER
-        return
-    choices = leaf.doc_to_choice(doc)
-    if isinstance(leaf.config.doc_to_choice, list) and any("{{" in str(choice) for choice in choices):
-        raise _Unscorable(f"its choices are {_short(choices)}, which lm-eval does not fill in: write them as one text")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise _Unscorable(f"its choices are {_short(choices)}, not a list of texts")
-    if not isinstance(gold, int | str | list):
-        raise _Unscorable(f"its answer is {_short(gold)}, neither the index of a choice nor its text")
-    if len(choices) == 1:
-        yield ONE_CHOICE
-    if not all(map(str.strip, choices)):
-        yield EMPTY_CHOICE
-    if all(right_choice(each, choices) is None for each in (gold if isinstance(gold, list) else [gold])):
-        if leaf.OUTPUT_TYPE == "generate_until":
-            raise _Unscorable(f"its answer {_short(gold)} is not among its {len(choices)} choices")
-        yield NO_ANSWER
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        choices = leaf.doc_to_choice(doc)
+        if isinstance(leaf.config.doc_to_choice, list) and any("{{" in str(choice) for choice in choices):
+            given = _short(choices)
+            raise _Unscorable(f"its choices are {given}, which lm-eval does not fill in: write them as one text")
+        if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+            raise _Unscorable(f"its choices are {_short(choices)}, not a list of texts")
+    elif leaf.OUTPUT_TYPE == "generate_until":
+        answer = leaf.doc_to_target(doc)
+        if leaf.config.doc_to_choice is not None:
+            leaf.doc_to_choice(doc)[answer]
+        elif leaf.multiple_target:
+            list(answer)
 
 
-def _request_kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
-    """Yield what is unusual about an item's requests; raise what lm-eval would raise, or _Unscorable."""
+def _is_fixed(metric: str, leaf: Any, doc: Any, answers: int) -> bool:
+    """Return whether the score is the same whichever answer is the likeliest; raise _Unscorable if there is none."""
+    scores: set[float] = set()
+    try:
+        for best in range(answers):
+            outcome = [(0.0 if number == best else -1.0, number == best) for number in range(answers)]
+            scores.add(float(leaf.process_results(doc, outcome)[metric]))
+            if len(scores) > 1:
+                return False
+    except Exception as error:
+        answer = _short(answer_of(leaf, doc))
+        raise _Unscorable(f"{metric} of its answer {answer} raises {type(error).__name__}: {error}") from None
+    return True
+
+
+def _kinds(task: BenchTask, leaf: Any, doc: Any, tokenizer: Any, context_tokens: int) -> Iterator[str]:
+    """Yield what is unusual about an item; raise what lm-eval would raise, or _Unscorable."""
+    _check_fields(leaf, doc)
+    _check_choices(leaf, doc)
     examples = leaf.config.num_fewshot or 0
     prompt = leaf.fewshot_context(doc, num_fewshot=examples, gen_prefix=leaf.doc_to_prefix(doc))
     found = leaf.construct_requests(doc=doc, ctx=prompt, metadata=("", 0, 1))
+    requests = found if isinstance(found, list) else [found]
     if leaf.OUTPUT_TYPE != "generate_until":  # metrics of generated text may run code, or take long
-        likelihoods = [(-1.0, False)] * (len(found) if isinstance(found, list) else 1)
-        try:
-            float(leaf.process_results(doc, likelihoods)[task.metric])
-        except Exception as error:
-            reason = (
-                f"{task.metric} of its answer {_short(answer_of(leaf, doc))} raises {type(error).__name__}: {error}"
-            )
-            raise _Unscorable(reason) from None
-    for request in found if isinstance(found, list) else [found]:
+        fixed = _is_fixed(task.metric, leaf, doc, len(requests))
+        if fixed and leaf.OUTPUT_TYPE == "multiple_choice":
+            yield FIXED
+    for request in requests:
         context, asked = request.args[:2]
         if isinstance(asked, dict):
             room = context_tokens - _generated_tokens(asked)

@@ -52,6 +52,7 @@ class BoostedConfig:
         from vllm.platforms import current_platform
 
         from layerboost.model.modeling import recorded_feature_maps, recorded_full_heads, skipped_layers
+        from layerboost.model.prefix_cache import retained_tokens
         from layerboost.vllm_plugin.heads import check_ranks
 
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
@@ -101,12 +102,6 @@ def keeps_windows(vllm_config: Any) -> bool:
         and vllm_config.kv_transfer_config is None
         and not getattr(vllm_config.cache_config, "kv_offloading_size", None)
     )
-
-
-def retained_tokens(window: int) -> int:
-    """Return after how many tokens of a prompt the next window is kept in the prefix cache: at least four windows, so
-    that what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
-    return 1024 * -(-4 * window // 1024)
 
 
 def check_sinks(version: str, dtype: str) -> None:

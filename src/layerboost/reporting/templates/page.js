@@ -16,7 +16,10 @@
     const { data, layout } = resolve(figures[name], getComputedStyle(root));
     // The paper's width is not known yet; this one fits A4 and Letter.
     if (root.classList.contains("printing")) layout.width = 650;
-    Plotly.react(document.getElementById(name), data, layout, { displayModeBar: false });
+    // A button on each chart saves it as a PNG.
+    const image = { format: "png", filename: name.replace("chart-", ""), width: 900, height: 460, scale: 2 };
+    const config = { displaylogo: false, modeBarButtons: [["toImage"]], toImageButtonOptions: image };
+    Plotly.react(document.getElementById(name), data, layout, config);
   };
   const drawAll = () => Object.keys(figures).forEach(draw);
 

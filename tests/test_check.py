@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import RUNTIME, info, layer_plans, tiny_model
 
-from layerboost.healing import estimate
-from layerboost.healing.estimate import estimate_healing, matmul_flops_per_s
+from layerboost import check as estimate
+from layerboost.check import estimate_healing, matmul_flops_per_s
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime
 

@@ -5,13 +5,16 @@ from typing import Any
 import pytest
 import torch
 from tiny import boosted, byte_tokenizer, tiny_model
+from tiny_bench import tiny_model as bench_model
 
-from layerboost.evaluating.long_context import (
+from layerboost.evaluating.held_out import (
     compare_positions,
     compare_retrieval,
+    hidden_states,
     position_edges,
     position_losses,
     retrieval_answers,
+    text_losses,
 )
 from layerboost.retrieval import FORMS, retrieval_prompts
 
@@ -95,3 +98,26 @@ def test_only_what_the_base_is_able_to_do_is_judged() -> None:
     quarters = by_kind["passkey"].depths
     assert [quarter.exact for quarter in quarters] == [{"base": 1.0, "healed": value} for value in (0, 0, 1, 1)]
     assert compare_retrieval({"base": base[8:], "healed": healed[8:]}).able is None
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    ids = torch.randint(0, 300, (3, 100), generator=torch.Generator().manual_seed(1))
+    return list(torch.split(ids, 2))
+
+
+@torch.no_grad()
+def test_losses_are_those_of_whole_logits(batches: list[torch.Tensor]) -> None:
+    base, changed = bench_model(0), bench_model(1)
+    done: list[float] = []
+    hidden = hidden_states(base, batches, done.append)
+    found = text_losses(base, hidden, changed, batches, done.append)
+    assert sum(done) == 2 * 300
+    ids = torch.cat(batches)
+    p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (base, changed))
+    labels = ids[:, 1:, None]
+    torch.testing.assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1).mean(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.nll.double(), -q.gather(-1, labels)[..., 0].mean(-1), rtol=1e-4, atol=1e-5)
+    alone = text_losses(base, hidden, None, batches, done.append)
+    torch.testing.assert_close(alone.nll.double(), -p.gather(-1, labels)[..., 0].mean(-1), rtol=1e-4, atol=1e-5)
+    assert not alone.kl.any()

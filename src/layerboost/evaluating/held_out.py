@@ -1,7 +1,8 @@
-"""What a window loses and short tasks do not show: NLL by position in a long text, and retrieval from far back."""
+"""Models against their base on held-out text: losses, NLL by position in a long text, and retrieval from far back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from statistics import fmean
@@ -10,11 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.evaluating.statistics import differences
+from layerboost.evaluating.statistics import difference, differences
 from layerboost.model.stream import head_logits
-from layerboost.probes.metrics import CHUNK_TOKENS, answer_scores
+from layerboost.probes.metrics import CHUNK_TOKENS, SequenceLosses, answer_scores, token_losses
 from layerboost.retrieval import Prompts
-from layerboost.schemas.evaluation import Depth, Positions, Retrieval, RetrievalGroup, RetrievalScores, TaskValue
+from layerboost.schemas.evaluation import (
+    Depth,
+    Perplexity,
+    Positions,
+    Retrieval,
+    RetrievalGroup,
+    RetrievalScores,
+    TaskValue,
+)
 from layerboost.schemas.run import BASE
 from layerboost.schemas.sensitivity import Score
 
@@ -40,7 +49,7 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
     edges, losses = position_edges(ids.shape[1]), []
     for sequence in ids:
         row = sequence.to(model.device)
-        hidden = model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+        hidden = _decode(model, row[None])[0, :-1]
         nll = torch.cat(
             [
                 -head_logits(model, states).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
@@ -61,7 +70,7 @@ def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: C
         length = part.ids.shape[1]
         for batch in part.batches(max(1, BATCH_TOKENS // length)):
             ids = batch.ids.to(model.device)
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = _decode(model, ids)
             scores, exact = answer_scores(model, batch, hidden)
             answers += [
                 {
@@ -139,3 +148,67 @@ def _depths(answers: Mapping[str, list[Answer]], rows: list[int]) -> list[Depth]
             edges = {"from": quarter / DEPTHS, "to": (quarter + 1) / DEPTHS}
             depths.append(Depth.model_validate({**edges, "prompts": len(part), **means}))
     return depths
+
+
+@torch.inference_mode()
+def hidden_states(
+    model: PreTrainedModel, batches: list[torch.Tensor], advance: Callable[[float], None]
+) -> list[torch.Tensor]:
+    """Return the normed final hidden states of every batch of ids `[B, T]`: `[B, T, D]` in main memory.
+
+    `advance` is called with the tokens done since the last call.
+    """
+    states = []
+    for batch in batches:
+        states.append(_decode(model, batch).cpu())
+        advance(batch.numel())
+    return states
+
+
+@torch.inference_mode()
+def text_losses(
+    base: PreTrainedModel,
+    base_hidden: list[torch.Tensor],
+    changed: PreTrainedModel | None,
+    batches: list[torch.Tensor],
+    advance: Callable[[float], None],
+) -> SequenceLosses:
+    """Return KL(base ‖ changed) and NLL of the changed model over all sequences, `[N]` in nats per token.
+
+    If `changed` is None, they are those of the base itself: its NLL, and a KL of 0.
+    """
+    found = []
+    for batch, hidden in zip(batches, base_hidden, strict=True):
+        states = hidden.to(base.device)
+        own = states if changed is None else _decode(changed, batch)
+        found.append(token_losses(base, states, batch.to(base.device), own, changed))
+        advance(batch.numel())
+    return SequenceLosses(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+
+
+def compare_text(losses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Perplexity]:
+    """Return perplexity, NLL and KL of each model, and its NLL minus the base's, paired by sequence.
+
+    `losses`: `nll` and `kl` of every sequence, in nats per token, by model.
+    """
+    nll = {model: Score.of(result["nll"]) for model, result in losses.items()}
+    changes = differences({model: dict(enumerate(result["nll"])) for model, result in losses.items()})
+    return {
+        model: Perplexity(
+            perplexity=perplexity(nll[model].mean),
+            nll=nll[model],
+            kl=difference(result["kl"]),
+            nll_difference=changes.get(model),
+        )
+        for model, result in losses.items()
+    }
+
+
+def perplexity(nll: float) -> float:
+    """Return the perplexity of a mean NLL in nats per token, at most e^700, beyond which a float overflows."""
+    return math.exp(min(nll, 700.0))
+
+
+def _decode(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model.get_decoder()(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
+    return hidden
