@@ -190,12 +190,12 @@ def test_another_language_model_inside(tmp_path: Path) -> None:
 def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path, tmp_path: Path) -> None:
     from layerboost.engines import vllm
 
-    refused = r"vLLM cannot serve [^$]+a wrapper, gemma3: in vLLM no attention on CPUs[^$]+bench.engine=transformers"
+    refused = r"vLLM cannot serve [^$]+a wrapper, gemma3: vLLM has no attention on CPUs[^$]+bench.engine=transformers"
     with pytest.raises(ConfigError, match=refused):
         check_family(converted, "gemma3")
     for served in ("llama", "llava", "qwen3_vl"):
         check_family(stock, served)
-    with pytest.raises(ConfigError, match="family phimoe: vLLM's Transformers backend cannot build it"):
+    with pytest.raises(ConfigError, match="family phimoe: vLLM's Transformers backend takes its router for a plain"):
         check_family(stock, "phimoe")
     if vllm.vllm_version():
         boosted("ffnfff", "gemma3").save_pretrained(tmp_path)

@@ -111,15 +111,12 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
 
 def check_family(folder: Path, model_type: str) -> None:
     """Raise ConfigError for a model that vLLM could not serve boosted, by the reason in its row."""
-    reason = ""
-    if model_type in WRAPPERS and not WRAPPERS[model_type].vllm:
-        reason = f"a wrapper, {model_type}: in vLLM {WRAPPERS[model_type].lacks}"
-    elif model_type in FAMILIES and not FAMILIES[model_type].vllm:
-        reason = f"family {model_type}: vLLM's Transformers backend cannot build it"
-    if reason:
+    row = WRAPPERS.get(model_type) or FAMILIES.get(model_type)
+    if row and not row.vllm:
+        kind = "a wrapper," if model_type in WRAPPERS else "family"
         raise ConfigError(
             f"vLLM cannot serve {folder} boosted",
-            found=reason,
+            found=f"{kind} {model_type}: {row.vllm_lacks}",
             do="use Transformers (bench.engine=transformers), or serve its base",
         )
 

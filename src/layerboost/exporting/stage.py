@@ -27,10 +27,11 @@ from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.prefix_cache import prefix_flag
+from layerboost.model.surgery import unchanged
 from layerboost.model.tokenizer import copied_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import LayerPlan, PlanFile
+from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.run import PLAN
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
@@ -144,8 +145,7 @@ def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedCon
             do="load the checkpoint itself in Transformers, with layerboost installed or its remote code",
         )
     config.layer_types = base_layer_types(config) if plan is None else config.layer_types
-    layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
-    return config, find_target(to, config, plan.layers if plan else layers)
+    return config, find_target(to, config, plan.layers if plan else unchanged(config))
 
 
 def _not_boosted(folder: Path, found: str) -> ConfigError:

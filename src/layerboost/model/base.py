@@ -40,7 +40,13 @@ from layerboost.model.files import (
 from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
-from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers, make_attention_free
+from layerboost.model.modeling import (
+    attention_layers,
+    auto_class,
+    base_layer_types,
+    decoder_layers,
+    make_attention_free,
+)
 from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
 from layerboost.recipe import Card, Recipe, model_of
@@ -133,6 +139,7 @@ class Base:
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
+            other_layers=sorted({*range(config.num_hidden_layers)} - {*attention_layers(config)}),
         )
 
     def check(self) -> None:
@@ -282,7 +289,8 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
         return sum(parameter.numel() for parameter in found)
 
     whole = count()
-    make_attention_free(decoder_layers(model)[0], 0, family_of(config))
+    layer = attention_layers(config.get_text_config())[0]
+    make_attention_free(decoder_layers(model)[layer], layer, family_of(config))
     return {
         "parameters": whole,
         "attention_parameters": whole - count(),

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -42,6 +42,8 @@ from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import make_linear
 from layerboost.model.mlp import recorded_widths, set_mlp
 
+# Transformers' types of layers that have attention and no state.
+ATTENTION = ("full_attention", "sliding_attention")
 # More tokens than any draft has: what assisted generation crops.
 SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
@@ -123,7 +125,8 @@ def add_sinks(attention: Any, full_kv_heads: int = 0) -> None:
 
 
 def base_layer_types(config: PreTrainedConfig) -> list[str]:
-    """Return `full_attention` for each layer of a config, or `sliding_attention` if it slides in the base already.
+    """Return `full_attention` for each layer of a config, or `sliding_attention` if it slides in the base already; in a
+    hybrid, Transformers' own types of the others.
 
     Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide. A window no shorter than the
     context drops nothing: such layers are full, unless their type says more of them.
@@ -138,6 +141,11 @@ def base_layer_types(config: PreTrainedConfig) -> list[str]:
     if hasattr(type(config), "layer_types"):
         return list(config.layer_types)
     return full if window is None else ["sliding_attention"] * config.num_hidden_layers
+
+
+def attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers of a config that have attention in the base."""
+    return [layer for layer, kind in enumerate(base_layer_types(config)) if kind in ATTENTION]
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -223,6 +231,8 @@ def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: s
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
+        if not isinstance(layer, CacheLayerMixin):  # a hybrid's state
+            layer.is_sliding = AttentionFreeCacheLayer.is_sliding
     mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
     while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
         past.layers.append(DynamicLayer())
@@ -421,6 +431,8 @@ def register_auto_classes() -> None:
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     ):
         for model_type in names.keys() & {*FAMILIES, *WRAPPERS}:
+            if names[model_type] != MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, names[model_type]):
+                continue  # Qwen3.5's language model taken out of its wrapper
             auto.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
 
 

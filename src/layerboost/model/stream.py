@@ -11,8 +11,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp
+from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
 from layerboost.schemas.plan import LayerPlan
+from layerboost.strategies import OTHER
 
 
 class PrefixCache:
@@ -73,6 +74,7 @@ class LayerStream:
         self.model = model
         self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
+        self.unchanged = unchanged(model.config.get_text_config())
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
         self._added: dict[int, torch.Tensor] = {}
 
@@ -180,9 +182,10 @@ class LayerStream:
         return self._normed(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the attention of one stock layer adds to the stream `[B, T, D]`."""
+        """Return what the attention of one stock layer, or what it has in its place, adds to the stream `[B, T, D]`."""
         family, layer, found = family_of(self.model.config), self.layers[index], []
-        module = getattr(layer, family.norm_after or family.attention)
+        other = self.unchanged[index].attention == OTHER
+        module = getattr(layer, family.mixer if other else family.norm_after or family.attention)
         hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
         try:
             self.layer(index, hidden)

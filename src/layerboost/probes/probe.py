@@ -12,7 +12,6 @@ from layerboost.probes.metrics import TEXT_METRICS, BasePrompts, BaseText, check
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
-from layerboost.strategies import FULL
 from layerboost.traffic import Traffic
 
 # Quality loss by metric, one value per sequence, prompt or item: `[N]`.
@@ -51,7 +50,7 @@ class Streams:
     ) -> None:
         self.stream, self.of_batch = stream, of_batch or [stream] * len(first)
         self.caches = caches or [None] * len(first)
-        self.plan = [LayerPlan(layer=layer, attention=FULL) for layer in range(len(stream.layers))]
+        self.plan = stream.unchanged
         self.inputs = {0: first}
 
     @torch.no_grad()

@@ -85,12 +85,12 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse a wrapper that vLLM cannot serve; change nothing: a checkpoint's config is as it should be."""
-        from layerboost.model.families import WRAPPERS
+        """Refuse a model that vLLM cannot serve boosted; change nothing: a checkpoint's config is as it should be."""
+        from layerboost.model.families import FAMILIES, WRAPPERS
 
-        row = WRAPPERS.get(wrapper := model_config.hf_config.model_type)
-        if row and not row.vllm:
-            raise ValueError(f"vLLM cannot serve a boosted {wrapper}: in vLLM {row.lacks}")
+        row = WRAPPERS.get(name := model_config.hf_config.model_type) or FAMILIES.get(name)
+        if row and row.vllm_lacks:
+            raise ValueError(f"vLLM cannot serve a boosted {name}: {row.vllm_lacks}")
 
 
 def keeps_windows(vllm_config: Any) -> bool:
