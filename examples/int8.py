@@ -33,6 +33,8 @@ def quantise(folder: Path, target: Path) -> None:
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(target)
+    for file in target.glob("*.safetensors"):
+        shutil.copymode(target / "config.json", file)  # safetensors lets only the owner read its files
     compressor.update_config(target)
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and not (target / file.name).exists():

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny import RUNTIME, info, layer_plans, tiny_model
+from tiny import RUNTIME, boosted, info, layer_plans, tiny_model
 
 from layerboost import check as estimate
-from layerboost.check import estimate_healing, matmul_flops_per_s
+from layerboost.check import copied_experts, estimate_healing, matmul_flops_per_s
+from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
+from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime
 
@@ -63,3 +68,45 @@ def test_what_repeats_keep_is_counted_for_many_processes_by_one(monkeypatch: pyt
 
 def test_the_matrix_product_is_measured() -> None:
     assert matmul_flops_per_s(RUNTIME, 256) > 1e8
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("targets", [None, ("experts",)])
+def test_the_copies_of_adapted_experts_are_counted(checkpointing: Any, targets: Any, tmp_path: Path) -> None:
+    """What autograd keeps for the backward passes of both stages, and a gradient of one layer's."""
+    plans, asked = (
+        layer_plans("fnsn"),
+        recipe(attention_tokens=96, activation_checkpointing=checkpointing, lora_targets=targets),
+    )
+    teacher = tiny_model("qwen3_moe", layers=4)
+    boosted("fnsn", "qwen3_moe").save_pretrained(tmp_path)
+    adapted = adapted_layers(teacher, plans, targets)
+    student = shared_student(teacher, tmp_path, plans)
+    with_adapters(student, adapted["attention"] | adapted["lora"], rank=2)
+    models = student, teacher, plans
+    stages = {
+        "attention": AttentionDistiller(*models),
+        "lora": LogitDistiller(*models, checkpointing=checkpointing),
+    }
+    own = {value.untyped_storage().data_ptr() for value in (*teacher.parameters(), *student.parameters())}
+    one = sum(
+        value.numel() for value in student.get_submodule("model.layers.1.mlp.experts").parameters() if value.dim() == 3
+    )
+    most = 0
+    for stage, distiller in stages.items():
+        train_only(student, stage, adapted[stage])
+        kept: dict[int, int] = {}
+
+        def keep(value: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            place = value.untyped_storage()
+            if place.data_ptr() not in own and place.nbytes() // 4 in (one * 2 // 3, one // 3):
+                kept[place.data_ptr()] = place.nbytes() // 4
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            distiller(torch.arange(3, 43)[None])
+        most = max(most, sum(kept.values()))
+    found = copied_experts(teacher.config, asked, plans)
+    # The first layer's input has no gradient either.
+    assert max(most, one) <= found - one <= max(most, one) + one
+    assert copied_experts(teacher.config, recipe(tokens=0), plans) == 0

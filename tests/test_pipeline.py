@@ -18,11 +18,13 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from pictures import save_requests, save_with_processor
+from PIL import Image
 from processes import command, free_port
 from safetensors.torch import load_file, save_file
 from tiny import RUNTIME, save_text, save_tiny
 from tiny_bench import rows, write_jsonl
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from layerboost import pipeline
 from layerboost.check import Estimate, check_room
@@ -244,7 +246,7 @@ def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp
     kinds = ["full", "none", "sliding, window: 8", "full"]
     lines = "".join(f"  - {{layer: {index}, attention: {kind}}}\n" for index, kind in enumerate(kinds))
     file.write_text(file.read_text().split("layers:\n")[0] + "layers:\n" + lines)
-    for stage in ("convert", "heal", "evaluate", "report"):
+    for stage in ("convert", "heal", "evaluate", "bench", "report"):
         layerboost(stage, "--run", run)
     quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
     assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
@@ -254,6 +256,34 @@ def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp
     assert {name for name in changed if "mlp" in name} == {"model.layers.1.mlp"}
     assert "Each token uses" in (run / "healed" / "README.md").read_text()
     assert "M active)" in (run / "report.md").read_text()
+
+
+@pytest.mark.pipeline
+def test_a_vision_language_model_goes_through_every_stage_measured_on_requests_with_images(tmp_path: Path) -> None:
+    model = save_with_processor(tmp_path / "model", "qwen3_vl", 4)
+    measure = {"traffic": str(save_requests(tmp_path, 10)), "tokens": 600}
+    recipe = write_recipe(
+        tmp_path,
+        model,
+        text={"sequence_tokens": 96},
+        measure=measure,
+        heal={"attention_tokens": 4096, "tokens": 8192, "batch_sequences": 4, "lr": 3e-3, "save_steps": 100},
+        bench={"engine": "transformers"},
+    )
+    run = tmp_path / "run"
+    trusted = ["--set", "trust_remote_code=true"]  # the processor's
+    layerboost("check", "--config", recipe, "--run", run, *trusted)
+    done = json.loads(layerboost("run", "--config", recipe, "--run", run, "--json", *trusted).stdout)
+    assert done["throughput_ratio"]["median"] > 0
+    quality = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]
+    assert 0 == quality["base"]["kl"]["mean"] < quality["healed"]["kl"]["mean"] < quality["converted"]["kl"]["mean"]
+    processor = AutoProcessor.from_pretrained(run / "healed", trust_remote_code=True)
+    picture = Image.open(tmp_path / "0.png")
+    prompt = processor(text=["w7 <image> w9 w8"], images=[picture], return_tensors="pt")
+    healed = AutoModelForImageTextToText.from_pretrained(run / "healed")
+    assert type(healed).__name__ == "LayerBoostQwen3VLForConditionalGeneration"
+    answer = healed.generate(**prompt, max_new_tokens=5, min_new_tokens=5)
+    assert answer.shape[1] == prompt["input_ids"].shape[1] + 5
 
 
 @pytest.mark.pipeline

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
-from layerboost.model.modeling import auto_class, base_layer_types
+from layerboost.model.modeling import ATTENTION, auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime
 from layerboost.schemas.model import ModelInfo
@@ -45,6 +45,13 @@ GRANITE = {
     "attention_multiplier": 0.1,
 }
 BY_TYPE_ROPE = {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+QWEN_ROPE = ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
@@ -83,6 +90,13 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_size": 128, "qk_layernorm": True, "use_parallel_residual": True},
     "vaultgemma": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "qwen3_vl_text": {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    # Unlike the stream, so that loading can tell which way its experts are written.
+    "qwen3_vl_moe_text": {
+        **EXPERTS,
+        "num_experts": 8,
+        "moe_intermediate_size": 48,
+        "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    },
     # Its heads are as wide as the stream.
     "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     # Mixtures of experts, with the fields that real checkpoints set.
@@ -146,21 +160,57 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "lm_head_bias": True,
     },
     "solar_open": {**EXPERTS, "n_routed_experts": 8},
+    # Hybrids.
+    "qwen3_next": {**EXPERTS, **LINEAR, "num_experts": 8, "shared_expert_intermediate_size": 48},
+    "qwen3_5_text": {**LINEAR, "rope_parameters": QWEN_ROPE},
+    "qwen3_5_moe_text": {
+        **EXPERTS,
+        **LINEAR,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 48,
+        "rope_parameters": QWEN_ROPE,
+    },
+    "granitemoehybrid": {
+        **GRANITE,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 48,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "lfm2_moe": {**EXPERTS, "num_experts": 8, "num_dense_layers": 1, "routed_scaling_factor": 1.5},
+    "olmo_hybrid": LINEAR,
+}
+# Transformers' type of a hybrid's layers of another kind, which are the first and the third of a tiny model.
+OTHERS = {
+    "qwen3_next": "linear_attention",
+    "qwen3_5_text": "linear_attention",
+    "qwen3_5_moe_text": "linear_attention",
+    "granitemoehybrid": "linear_attention",
+    "lfm2": "conv",
+    "lfm2_moe": "conv",
+    "olmo_hybrid": "linear_attention",
 }
 IMAGE_TOKEN = 2  # no text has it
 # The tiny image tower of a wrapper, and its other settings.
+QWEN3_TOWER = {
+    "depth": 3, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}  # fmt: skip
 TOWERS: dict[str, dict[str, Any]] = {
     "llava": {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 32},
     "mistral3": {"model_type": "pixtral", "image_size": 32, "patch_size": 4},
-    "qwen3_vl": {
-        "depth": 3, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    },
+    "qwen3_vl": QWEN3_TOWER,
+    "qwen3_vl_moe": QWEN3_TOWER,
     "qwen2_5_vl": {
         "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
     },
     "gemma3": {"image_size": 8, "patch_size": 2, "vision_use_head": False},
+    "qwen3_5": {"depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16},
+    "qwen3_5_moe": {"depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16},
 }  # fmt: skip
 AROUND: dict[str, dict[str, Any]] = {"gemma3": {"mm_tokens_per_image": 4}}
 SLIDING_BASES = (
@@ -170,35 +220,39 @@ SLIDING_BASES = (
 # What there are models of: language models alone and in wrappers.
 MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
 MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
+# Their MLPs cannot be thinned: experts, and MLPs of another name.
+WHOLE_MLPS = (*MIXTURES, "lfm2")
 # Families that use every field of a row between them. The others are in the whole grids of `make test-all`.
 QUICK_FAMILIES = (
     "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere2",
-    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl",
+    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl", "qwen3_next",
 )  # fmt: skip
-
-
-def families(*, sliding: bool = True, experts: bool = False, mlps: bool = False) -> list[Any]:
-    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; with
-    `experts`, the mixtures of experts; with `mlps`, those without experts."""
-    names = [
-        name
-        for name in MODEL_TYPES
-        if (sliding or name not in SLIDING_BASES)
-        and (not experts or name in MIXTURES)
-        and (not mlps or name not in (*MIXTURES, *WRAPPERS))
-    ]
-    return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
 def row(model_type: str) -> Family:
     """The row of a family, or of the language model in a tiny wrapper."""
-    return FAMILIES[WRAPPERS.get(model_type, (model_type,))[0]]
+    return FAMILIES[WRAPPERS[model_type].inside[0] if model_type in WRAPPERS else model_type]
+
+
+def families(*, sliding: bool = True, others: bool = True, experts: bool = False, mlps: bool = False) -> list[Any]:
+    """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; without
+    `others`, those in which every layer has attention; with
+    `experts`, the mixtures of experts; with `mlps`, those whose MLPs can be thinned."""
+    names = [
+        name
+        for name in MODEL_TYPES
+        if (sliding or name not in SLIDING_BASES)
+        and (others or row(name).model_type not in OTHERS)
+        and (not experts or name in MIXTURES)
+        and (not mlps or name not in (*WHOLE_MLPS, *WRAPPERS))
+    ]
+    return [pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.exhaustive) for name in names]
 
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
-    """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), h and H: s with KV head 1 and S with KV
-    head 0 full; l and L: linear as LoLCATs and as Liger; with half of an MLP t: f, u: s, o: n; without an MLP m: f,
-    z: n."""
+    """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), x: of another kind; h and H: s with KV
+    head 1 and S with KV head 0 full; l and L: linear as LoLCATs and as Liger; with half of an MLP t: f, u: s, o: n,
+    y: x; without an MLP m: f, z: n, Y: x."""
     half = {"mlp": "thin", "mlp_width": 48}
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
@@ -209,24 +263,32 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
         "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
         "L": {"attention": "linear", "window": window, "feature_map": "liger"},
+        "x": {"attention": "other"},
         "t": {"attention": "full", **half},
         "u": {"attention": "sliding", "window": window, **half},
         "o": {"attention": "none", **half},
+        "y": {"attention": "other", **half},
         "m": {"attention": "full", "mlp": "none"},
         "z": {"attention": "none", "mlp": "none"},
+        "Y": {"attention": "other", "mlp": "none"},
     }
     return [LayerPlan(layer=index, **kinds[letter]) for index, letter in enumerate(letters)]
 
 
 def fitted(letters: str, model_type: str) -> str:
-    """A plan's letters for a family: where its tiny base slides already, f in place of a window; whole MLPs of
-    experts."""
-    if model_type in MIXTURES:
+    """A plan's letters for a family: where its tiny base slides already, f in place of a window; x where it has no
+    attention; whole MLPs of experts."""
+    if model_type in WHOLE_MLPS:
         letters = letters.translate(str.maketrans("tuomz", "fsnfn"))
     model = tiny_model(model_type, len(letters))
     types = base_layer_types(model.config.get_text_config())
-    pairs = zip(letters, types, strict=True)
-    return "".join("f" if letter in "sShH" and slides == "sliding_attention" else letter for letter, slides in pairs)
+
+    def fit(letter: str, kind: str) -> str:
+        if kind not in ATTENTION:
+            return {**dict.fromkeys("tuo", "y"), **dict.fromkeys("mz", "Y")}.get(letter, "x")
+        return "f" if letter in "sShH" and kind == "sliding_attention" else letter
+
+    return "".join(map(fit, letters, types))
 
 
 def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> PreTrainedModel:
@@ -248,7 +310,7 @@ def tiny_config(model_type: str, layers: int, **changes: Any) -> PreTrainedConfi
     """The config of a tiny model; `changes` to a wrapper are of its language model, but for the tied head."""
     if model_type in WRAPPERS:
         tied = changes.pop("tie_word_embeddings", False)
-        inside = tiny_config(changes.pop("inside", WRAPPERS[model_type][0]), layers, **changes)
+        inside = tiny_config(changes.pop("inside", WRAPPERS[model_type].inside[0]), layers, **changes)
         tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         return transformers.CONFIG_MAPPING[model_type](
             text_config=inside.to_dict() | {"dtype": "float32"},
@@ -276,6 +338,8 @@ def tiny_config(model_type: str, layers: int, **changes: Any) -> PreTrainedConfi
         settings["sliding_window"] = WINDOW
     if model_type in ("ministral", "mellum"):
         settings["layer_types"] = [("full_attention", "sliding_attention")[i % 2] for i in range(layers)]
+    if other := OTHERS.get(model_type):
+        settings["layer_types"] = [other if index in (0, 2) else "full_attention" for index in range(layers)]
     settings |= FAMILY_SETTINGS.get(model_type, {}) | changes
     return transformers.CONFIG_MAPPING[model_type](**settings)
 
@@ -293,7 +357,7 @@ def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             prompt["image_sizes"] = torch.tensor([size] * rows)
         case "gemma3":
             prompt["token_type_ids"] = kinds
-        case "qwen3_vl" | "qwen2_5_vl":
+        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
             prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
             prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
             prompt["mm_token_type_ids"] = kinds

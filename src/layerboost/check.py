@@ -22,10 +22,13 @@ from layerboost.healing import stage as heal
 from layerboost.healing.data import STRETCH_TOKENS, lengths_of
 from layerboost.healing.least_squares import MOST_BYTES, sums_bytes
 from layerboost.healing.losses import CHUNK_ELEMENTS
+from layerboost.healing.student import adapted_layers
 from layerboost.healing.training import less_memory
 from layerboost.measuring import stage as measure
 from layerboost.model.base import find_base
 from layerboost.model.linear import linear
+from layerboost.model.modeling import auto_class
+from layerboost.model.surgery import packed_parameters
 from layerboost.planning import stage as plan
 from layerboost.recipe import Recipe, model_of
 from layerboost.run_folder import no_run_folder
@@ -76,7 +79,7 @@ def check(recipe: Recipe, run: Path) -> Estimate:
     weights_gib = info.parameters * info.bytes_per_element / GIB
     copies = 2 + base.packed - sum((run / folder).is_dir() for folder in (CONVERTED, HEALED))
     layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else None
-    healing = estimate_healing(recipe, base.config, info, runtime, layers)
+    healing = estimate_healing(recipe, base.model_config, info, runtime, layers)
     engine = open_engine(recipe.bench.engine)
     estimate = Estimate(
         model=base.name,
@@ -147,8 +150,10 @@ def estimate_healing(
 ) -> HealingEstimate:
     """Return an estimate from the model's sizes and the measured speed of this machine's matrix product.
 
-    `plan`: base and student share the layers below its first changed one; without a plan, none.
+    `config`: of the whole model, of a wrapper too. `plan`: base and student share the layers below its first changed
+    one; without a plan, none, and no layer is taken to be without attention.
     """
+    whole_config, config = config, config.get_text_config()
     layers = info.layers
     first = next((entry.layer for entry in plan or [] if entry.changed), 0)
     changed = layers - first
@@ -170,6 +175,7 @@ def estimate_healing(
     cached_tokens = stretch_tokens if recipe.heal.attention_repeats > 1 else 0
     cached = 2 * changed * cached_tokens * info.hidden_size * info.bytes_per_element
     sums = changed * sums_bytes(info.hidden_size, info.heads * info.head_dim) if recipe.heal.fit_tokens else 0
+    held += copied_experts(whole_config, recipe, plan or []) * info.bytes_per_element if info.expert_parameters else 0
     most = max(held + logits, cached, min(sums, MOST_BYTES))
     weights = float(info.parameters)
     if recipe.heal.shard and runtime.device.type == "cuda":
@@ -208,6 +214,26 @@ def activation_elements(config: PreTrainedConfig, info: ModelInfo, body: int, re
         + 6 * max(recipe.measure.windows) * config.num_attention_heads,
     }
     return int(saved[recipe.heal.activation_checkpointing])
+
+
+def copied_experts(config: PreTrainedConfig, recipe: Recipe, plan: list[LayerPlan]) -> int:
+    """Return the number of elements in the copies of experts' weights that exist at once: peft adds the adapters of a
+    layer's experts to a copy of their weights, and the backward pass makes a gradient of it.
+
+    All layers have a copy at once, but only one in stage 2 with checkpointing. In stage 1 the experts' input has no
+    gradient, so of their three matrices only the last one's copy stays.
+    """
+    heal = recipe.heal
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    tokens, most = {"attention": heal.attention_tokens, "lora": heal.tokens}, 0
+    for stage, names in adapted_layers(model, plan, heal.lora_targets).items():
+        adapted = [model.get_submodule(name) for name in names]
+        sizes = [sum(each.get_parameter(name).numel() for name in packed_parameters(each)) for each in adapted]
+        if tokens[stage] and sizes:
+            kept = sum(sizes) if heal.activation_checkpointing == "none" else max(sizes)
+            most = max(most, max(sizes) + (kept if stage == "lora" else sum(sizes) // 3))
+    return most
 
 
 def matmul_flops_per_s(runtime: Runtime, size: int) -> float:

@@ -70,7 +70,10 @@ def measure(recipe: Recipe, run: Path, as_json: bool, compare: tuple[Path, ...])
     show(result, as_json, stability_table if compare else tables.measured_rows)
 
 
-@_command("layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35")
+@_command(
+    "layerboost plan --run runs/qwen3 --set plan.kv_fraction=0.35",
+    "layerboost plan --run runs/qwen3 --frontier",
+)
 @click.option("--frontier", is_flag=True, help="Plan for every budget: quality loss against cost, frontier.json.")
 @with_recipe
 def plan(recipe: Recipe, run: Path, as_json: bool, frontier: bool) -> None:
@@ -129,7 +132,7 @@ def bench(recipe: Recipe, run: Path, as_json: bool, decode_sweep: bool) -> None:
         show(result, as_json, lambda _: tables.summarized_rows(run))
 
 
-@_command("layerboost report --run runs/qwen3")
+@_command("layerboost report --run runs/qwen3", "layerboost report --run runs/qwen3 --json")
 @with_recipe
 def report(recipe: Recipe, run: Path, as_json: bool) -> None:
     """Write report.html and report.md from the files of the run folder."""
@@ -253,7 +256,7 @@ def ls(what: str, as_json: bool) -> None:
 
         head = ["family", "vLLM"]
         listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
-        listing |= {f"{wrapper} ({', '.join(inner)})": {"vllm": ""} for wrapper, inner in WRAPPERS.items()}
+        listing |= {f"{name} ({', '.join(row.inside)})": {"vllm": row.vllm} for name, row in WRAPPERS.items()}
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families
 

@@ -35,11 +35,12 @@ from layerboost.schemas.artifact import problems, write_json
 from layerboost.schemas.comparison import Against, Compared, EveryLayer, Row, RowResult, Rows
 from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan, PlanFile, counts, read_plan, write_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
 from layerboost.strategies import (
     MLP_STRATEGIES,
     MLP_WIDTH,
+    OTHER,
     SLIDING,
     STRATEGIES,
     WINDOW,
@@ -224,15 +225,23 @@ def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
     values = given.model_dump() | {"window": window}
     if MLP_WIDTH in MLP_STRATEGIES[given.mlp].settings and given.mlp_width is None:
         values[MLP_WIDTH] = _widest(given.attention, base.info, recipe.plan.parameter_fraction or 1.0)
-    layers = [LayerPlan(layer=layer, **values) for layer in range(base.info.layers)]
-    return PlanFile(model=base.info, method=f"all {label(layers[0])}", layers=layers)
+    layers = [
+        entry.model_copy(update={"mlp": given.mlp, MLP_WIDTH: values[MLP_WIDTH]})
+        if entry.attention == OTHER
+        else LayerPlan(layer=entry.layer, **values)
+        for entry in all_full(base.info)
+    ]
+    method = f"all {label(layers[base.info.attention_layers[0]])}"
+    return PlanFile(model=base.info, method=method, layers=layers)
 
 
 def _widest(attention: StrategyName, model: ModelInfo, fraction: float) -> int:
     """Return the neurons of every layer's MLP with which a model has this fraction of the base's parameters; raise
     NotApplicable if that thins none or leaves none."""
     full = model.mlp_width or 0
-    attention_parameters = 0 if STRATEGIES[attention].keeps_weights else model.layers * model.attention_parameters
+    attention_parameters = (
+        0 if STRATEGIES[attention].keeps_weights else len(model.attention_layers) * model.attention_parameters
+    )
     excess = (1 - fraction) * model.parameters - attention_parameters
     width = full - math.ceil(excess / (model.layers * model.neuron_parameters)) if full else 0
     if not 0 < width < full:
@@ -250,7 +259,7 @@ def check_applicable(plan: PlanFile, config: Any, sequence_tokens: int) -> None:
         check_plan(config, plan.layers)
     except ConfigError as error:
         raise NotApplicable(error.wrong, found=error.found, do=error.do) from None
-    if plan.layers[0].sink and plan.window and plan.window >= sequence_tokens:
+    if any(entry.sink for entry in plan.layers) and plan.window and plan.window >= sequence_tokens:
         raise NotApplicable(
             f"sinks are fitted on text longer than the window of {plan.window}",
             found=f"sequences of {sequence_tokens} tokens",

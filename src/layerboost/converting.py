@@ -37,6 +37,8 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
     base = open_base(recipe, run, start_runtime(recipe))
     check_plan(base.config, plan.layers)
     check_same_model(plan, base.info, run / PLAN)
+    # Of the same model, but an older release knew nothing of MLPs.
+    plan.model = base.info.model_copy(update={"name": plan.model.name})
     _convert(recipe, run, plan, base)
     return run / CONVERTED
 

@@ -15,6 +15,7 @@ from layerboost.errors import ConfigError, LayerboostError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What libraries raise, other than OSError, if a write fails: an error without an errno.
 WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter")
+WEIGHTS = ".safetensors"
 
 
 def check_path(path: Path) -> None:
@@ -40,17 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except Exception as error:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.suffix == WEIGHTS:
+                set_usual_mode(temporary)
+            temporary.replace(path)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            if not any(name in repr(error) for name in WRITE_ERRORS):
-                raise
-            error = OSError(str(error).splitlines()[0])
-        raise disk_error(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,24 +66,48 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` if the block succeeds and is deleted if it fails.
 
     A symbolic link is followed: its target, perhaps on a larger disk, is replaced.
+    Raise LayerboostError if the disk is full or cannot be written.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise disk_error(path, error) from error
+        with _writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.glob(f"*{WEIGHTS}"):
+                set_usual_mode(file)
+            # The old directory is renamed first: removing it takes time, in which a kill would leave neither.
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise LayerboostError for an error of the disk in the block, whichever library it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError):
+            if not any(name in repr(error) for name in WRITE_ERRORS):
+                raise
+            error = OSError(str(error).splitlines()[0])
+        raise disk_error(path, error) from error
+
+
+def set_usual_mode(file: Path) -> None:
+    """Give a file the mode that a new file gets here: safetensors writes files that only their owner can read."""
+    usual = file.with_name(f".{file.name}.mode")
+    usual.touch()
+    with suppress(PermissionError):  # a file system without modes
+        file.chmod(usual.stat().st_mode & 0o777)
+    usual.unlink()
 
 
 def disk_error(path: Path, error: OSError) -> LayerboostError:

@@ -94,9 +94,7 @@ class Measure(Section):
     strategies: tuple[Replacement, ...] = Field(MEASURED, min_length=1, description="sliding, none; linear: not served")
     tokens: int = Field(16_384, ge=32, description="calibration tokens")
     skip_tokens: int = Field(0, ge=0, description="calibration tokens to skip first: another part of the text")
-    traffic: OnDisk | None = Field(
-        None, description="JSONL of prompt and answer, messages, or text: your own requests; docs/reference/measure.md"
-    )
+    traffic: OnDisk | None = Field(None, description="JSONL of your own requests, docs/reference/measure.md")
     batch_sequences: int = Field(4, ge=1, description="sequences per forward pass")
     retrieval_prompts: int = Field(16, ge=0, description="passkey and key-value prompts, half of each; 0: none")
     retrieval_tokens: int = Field(1024, ge=128, description="tokens per retrieval prompt")

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-StrategyName = Literal["full", "sliding", "linear", "none"]
+StrategyName = Literal["full", "sliding", "linear", "none", "other"]
 Replacement = Literal["sliding", "linear", "none"]
 FULL: Literal["full"] = "full"
 SLIDING: StrategyName = "sliding"
 LINEAR: StrategyName = "linear"
+OTHER: StrategyName = "other"
 MLPName = Literal["full", "thin", "none"]
 ComponentName = Literal["attention", "mlp"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
@@ -57,6 +58,8 @@ class Strategy:
     text: tuple[str, str] | None = None  # on those cells; without one, a cell has a dashed border alone
     settings: tuple[str, ...] = ()
     keeps_weights: bool = True
+    # Whether it leaves a layer as it is in the base.
+    unchanged: bool = False
     # Whether vLLM and exports have it.
     served: bool = True
 
@@ -84,6 +87,7 @@ STRATEGIES: dict[StrategyName, Strategy] = {
             "full attention",
             "softmax attention",
             lambda context, _: context,
+            unchanged=True,
             shades=(("#2b5c94", "#5d93d1"),),
             text=("#ffffff", "#08131f"),
         ),
@@ -114,13 +118,21 @@ STRATEGIES: dict[StrategyName, Strategy] = {
             keeps_weights=False,
             shades=(("#7d3f5d", "#c983a6"),),
         ),
+        # Not a choice: the layers of a hybrid that have no attention.
+        Strategy(
+            "other",
+            "layer of another kind",
+            "the base's own linear attention, state space or convolution, no KV cache",
+            unchanged=True,
+            shades=(("#6b7280", "#9ca3af"),),
+        ),
     )
 }
 # Of MLPs. Their tensor code is in model/mlp.py.
 MLP_STRATEGIES: dict[MLPName, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("full", "full MLP", "all neurons"),
+        Strategy("full", "full MLP", "all neurons", unchanged=True),
         Strategy(
             "thin",
             "thinned MLP",

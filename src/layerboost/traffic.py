@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, first_line
 from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
@@ -26,6 +28,8 @@ from layerboost.text import (
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]
+# What a processor makes of the images of a row, by the names of a vision-language model's arguments.
+Given = dict[str, torch.Tensor]
 # Put around an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
 
@@ -34,11 +38,13 @@ MARK = "\ue0f0"
 class Traffic:
     """Calibration prompts with answers, of different length: `ids` `[N, T]`, padded on the right.
 
-    `scored` `[N, T]`: the tokens whose prediction counts; the last of them is the last token of a row.
+    `scored` `[N, T]`: the tokens whose prediction counts; the last of them is the last token of a row. `images`: what
+    goes with each row's ids, empty if no row has images.
     """
 
     ids: torch.Tensor
     scored: torch.Tensor
+    images: tuple[Given, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -53,15 +59,37 @@ class Traffic:
         return sum(self.lengths)
 
     @property
+    def given(self) -> Given:
+        """Return what goes with the ids of a batch."""
+        return self.images[0] if self.images else {}
+
+    @property
     def fingerprint(self) -> str:
-        """Return a hash of the ids and of what is scored."""
-        return fingerprint(self.ids.tolist(), self.scored.tolist())
+        """Return a hash of the ids, of what is scored, and of images."""
+        pixels = [
+            {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in given.items()}
+            for given in self.images
+        ]
+        return fingerprint(self.ids.tolist(), self.scored.tolist(), *pixels)
 
     def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[Traffic]:
-        """Return batches of at most `sequences` rows, each as wide as its longest row, on a device."""
-        parts = map(Traffic, self.ids.to(device).split(sequences), self.scored.to(device).split(sequences))
+        """Return batches of at most `sequences` rows, each as wide as its longest row, on a device; of one row if rows
+        have images, which wrappers take in forms of their own."""
+        size = 1 if self.images else sequences
+        images: list[tuple[Given, ...]] = [
+            ({name: value.to(device) for name, value in given.items()},) for given in self.images
+        ]
+        none: list[tuple[Given, ...]] = [()] * len(self.ids)
+        parts = map(Traffic, self.ids.to(device).split(size), self.scored.to(device).split(size), images or none)
         widths = [(part, max(part.lengths)) for part in parts]
-        return [Traffic(part.ids[:, :width], part.scored[:, :width]) for part, width in widths]
+        return [Traffic(part.ids[:, :width], part.scored[:, :width], part.images) for part, width in widths]
+
+
+def unpacked(batch: torch.Tensor | Traffic) -> tuple[torch.Tensor, list[int], Given]:
+    """Return the ids `[B, T]` of a batch, the tokens of each row, and what goes with the ids."""
+    if isinstance(batch, Traffic):
+        return batch.ids, batch.lengths, batch.given
+    return batch, [batch.shape[1]] * len(batch), {}
 
 
 def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | None, after: int = 0) -> Tokens | Traffic:
@@ -73,7 +101,8 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     settings = recipe.measure
     if settings.traffic:
         file = local_path(settings.traffic) or Path(settings.traffic)
-        return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, settings.skip_tokens + after)
+        skip = settings.skip_tokens + after
+        return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, skip, recipe.trust_remote_code)
     length = recipe.text.sequence_tokens
     skipped = -(-settings.skip_tokens // length) + -(-after // length)
     found = load_tokens(recipe.text, tokenizer, "calibration", skipped * length + tokens, run=run)
@@ -93,20 +122,25 @@ class _Unscorable(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: the part from the file."""
+    """A row to tokenize: `opening` ids, then `text`, whose `answers` are scored. `given`: the part from the file;
+    `images`: those in the text, in order."""
 
     opening: list[int]
     text: str
     answers: Spans
     given: str
+    images: tuple[Any, ...] = ()
 
 
-def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0) -> Traffic:
+def load_traffic(
+    file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0, trust_remote_code: bool = False
+) -> Traffic:
     """Return the rows of a JSONL or Parquet file that hold the `tokens` tokens after the first `skip`, longest first.
 
     A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
     assistant's turns; or `text`. Answers are scored, and every token of `text`. Rows are truncated to `most` tokens.
-    Rows that cannot be scored are skipped and counted. Raise ConfigError for a file without two rows to score.
+    A row may have `images`, which the model's processor reads. Rows that cannot be scored are skipped and counted.
+    Raise ConfigError for a file without two rows to score.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -115,19 +149,22 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
             do="use a model with a tokenizer.json, or measure on text alone",
         )
     opening = opening_ids(tokenizer)
-    rows: list[tuple[list[int], list[bool]]] = []
+    processor = cache(partial(open_processor, tokenizer, trust_remote_code))
+    rows: list[tuple[list[int], list[bool], Given]] = []
     left_out: list[str] = []
     sample, seen = "", 0
     for where, row in read_rows(file):
         try:
-            found = _read(row, tokenizer, opening)
+            images = row.get("images") if isinstance(row, dict) else None
+            pictured = images != [] and not is_missing(images)
+            found = _read_pictured(row, processor(), file.parent) if pictured else _read(row, tokenizer, opening)
             sample += f"{found.given}\n" if len(sample) < PIECE_CHARACTERS else ""
-            ids, scored = _encoded(found, tokenizer, most)
+            ids, scored, given = _seen(found, processor(), most) if pictured else _encoded(found, tokenizer, most)
         except _Unscorable as reason:
             left_out.append(f"{where}: {reason}".splitlines()[0])
             continue
         if seen >= skip:
-            rows.append((ids, scored))
+            rows.append((ids, scored, given))
         seen += len(ids)
         if seen >= skip + tokens:
             break
@@ -144,8 +181,29 @@ def load_traffic(file: Path, tokenizer: Any, most: int, tokens: int, skip: int =
         warn_once(f"rows of {file} that cannot be scored are skipped: {len(left_out)}; the first is {left_out[0]}")
     rows.sort(key=lambda row: -len(row[0]))
     width = len(rows[0][0])
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
-    return Traffic(padded, torch.tensor([scored + [False] * (width - len(scored)) for _, scored in rows]))
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in rows])
+    scored_tokens = torch.tensor([scored + [False] * (width - len(scored)) for _, scored, _ in rows])
+    images = tuple(given for _, _, given in rows)
+    return Traffic(padded, scored_tokens, images if any(images) else ())
+
+
+def open_processor(tokenizer: Any, trust_remote_code: bool = False) -> Any:
+    """Return the processor in the directory of a model's tokenizer, which it uses; raise ConfigError without one."""
+    from transformers import AutoProcessor
+
+    try:
+        # Without a processor's files this is a tokenizer.
+        found = AutoProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=trust_remote_code)
+        found.image_processor  # noqa: B018
+    except Exception as error:  # each processor has its own
+        raise ConfigError(
+            "measure.traffic has images, and the processor of the model cannot be loaded",
+            found=first_line(error),
+            do="copy its files (preprocessor_config.json, processor_config.json), install what it names, or leave out "
+            "images",
+        ) from None
+    found.tokenizer = tokenizer
+    return found
 
 
 def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
@@ -169,6 +227,24 @@ def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
         return _Row(opening, text, [(-1, len(text))], text)  # -1: a leading space may be a token without length
     named = ", ".join(map(str, names)) or type(row).__name__
     raise _Unscorable(f"no prompt and answer, no messages and no text, or an empty one, among {named}")
+
+
+def _read_pictured(row: dict[str, Any], processor: Any, folder: Path) -> _Row:
+    """Return a row with `images`, paths from `folder` on: a prompt that has the model's placeholders, and an answer; or
+    messages, of which the last answer is scored. Raise _Unscorable for one of another form."""
+    from PIL import Image
+
+    try:
+        images = tuple(Image.open(folder / name).convert("RGB") for name in row["images"])
+        if "messages" in row:
+            last = max(at for at, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+            prompt = processor.apply_chat_template(row["messages"][:last], tokenize=False, add_generation_prompt=True)
+            answer, opening = row["messages"][last]["content"], list[int]()
+        else:
+            prompt, answer, opening = row["prompt"], row["answer"], opening_ids(processor.tokenizer)
+        return _Row(opening, prompt + answer, [(len(prompt), len(prompt + answer))], f"{answer}", images)
+    except Exception as error:  # a row of any form, a file that is no image, a template's own
+        raise _Unscorable(f"a row with images cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _turns(messages: Any) -> list[dict[str, Any]]:
@@ -222,7 +298,29 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
     return text, [(len(head), len(head + given[-1]))]
 
 
-def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool]]:
+def _seen(row: _Row, processor: Any, most: int) -> tuple[list[int], list[bool], Given]:
+    """Return what `_encoded` does, of a row with images: a token is scored that the prompt alone does not have.
+
+    Raise _Unscorable for a row of more than `most` tokens: it cannot be truncated without its images.
+    """
+    [(start, end)] = row.answers
+    place = getattr(processor, "boi_token", None) or processor.image_token  # Gemma 3 has a token for the beginning
+    if (places := row.text.count(place)) != len(row.images):
+        raise _Unscorable(f"its text has {place} {places} times, and {len(row.images)} images")
+    settings = {"images": list(row.images), "return_tensors": "pt", "add_special_tokens": bool(row.opening)}
+    try:
+        prompt, whole = (dict(processor(text=[text], **settings)) for text in (row.text[:start], row.text[:end]))
+    except Exception as error:  # each processor has its own
+        raise _Unscorable(f"the processor cannot read it ({type(error).__name__}: {error})") from None
+    whole.pop("attention_mask", None)
+    head, ids = (each.pop("input_ids")[0].tolist() for each in (prompt, whole))
+    first = next((at for at, (one, other) in enumerate(zip(head, ids, strict=False)) if one != other), len(head))
+    if not 0 < first < len(ids) <= most:
+        raise _Unscorable(f"it has {len(ids):,} tokens with its images, of at most {most:,}")
+    return ids, [at >= first for at in range(len(ids))], whole
+
+
+def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool], Given]:
     """Return a row's ids and which are scored, up to the last such one; raise _Unscorable if none can be predicted.
 
     The text is tokenized as a whole, as a model receives it: single parts may have other tokens. A token with any
@@ -246,4 +344,4 @@ def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool
     last = max((at for at, answer in enumerate(scored) if answer), default=0)
     if not last:
         raise _Unscorable(f"it has no answer within {most:,} tokens")
-    return ids[: last + 1], scored[: last + 1]
+    return ids[: last + 1], scored[: last + 1], {}

@@ -108,6 +108,13 @@ def test_requests_must_fit_the_context(tmp_path: Path, models: dict[str, Path]) 
     opened(recipe(input_tokens=56), tmp_path, models)
 
 
+def test_requests_must_fit_the_context_of_a_wrapper(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llava", layers=1, max_position_embeddings=64)
+    asked = recipe(engine="transformers", input_tokens=57)
+    with pytest.raises(ConfigError, match="base has a context of 64 tokens"):
+        opened(asked, tmp_path / "run", {"base": folder})
+
+
 @needs_vllm
 def test_a_taken_port_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     with socket.socket() as taken:

@@ -72,6 +72,10 @@ def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     with pytest.raises(ConfigError, match="a context of 2048 tokens"):
         run_costs(str(model), tmp_path / "costs.json", 0.1)
+    for family, found in (("gemma2", "layers of .* slide already"), ("phimoe", "family phimoe, which vLLM")):
+        other = save_tiny(tmp_path / family, family, max_position_embeddings=4096)
+        with pytest.raises(ConfigError, match=rf"windows of 64 and 128 tokens\nfound: {found}"):
+            run_costs(str(other), tmp_path / "costs.json", 0.1, "vllm")
     write_plan(model / PLAN, PlanFile(model=info(), method="by hand", layers=layer_plans("ffff")))
     with pytest.raises(ConfigError, match="with a base in Hugging Face's format"):
         run_costs(str(model), tmp_path / "costs.json", 0.1)
@@ -89,6 +93,8 @@ def test_a_file_that_cannot_be_written_is_found_before_the_measurement(tmp_path:
     model = save_tiny(tmp_path / "model", max_position_embeddings=4096)
     with pytest.raises(ConfigError, match=r"nowhere/costs\.json cannot be written"):
         run_costs(str(model), tmp_path / "nowhere" / "costs.json", 1.0)
+    with pytest.raises(ConfigError, match=r"cannot be written\nfound: a directory"):
+        run_costs(str(model), tmp_path, 1.0)
 
 
 def test_rates_of_a_disturbed_machine_are_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

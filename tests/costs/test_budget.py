@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_selection import sensitivity
-from tiny import families, info, layer_plans, tiny_model
+from tiny import families, fitted, info, layer_plans, tiny_model
 
 from layerboost.costs.budget import (
     Budget,
@@ -53,7 +53,7 @@ def test_parameters_are_those_of_the_model_without_the_removed_attention(model_t
         return sum(parameter.numel() for parameter in found)
 
     assert parameters == counted()
-    letters = "fnffnf"
+    letters = fitted("fnffnf", model_type)
     apply_plan(model, layer_plans(letters))
     left = counted()
     assert budget(facts).plan(layer_plans(letters))["parameters"] == left < parameters
@@ -63,9 +63,10 @@ def test_parameters_are_those_of_the_model_without_the_removed_attention(model_t
 def test_parameters_are_those_of_the_model_with_thinned_and_removed_mlps(model_type: str) -> None:
     model = tiny_model(model_type, layers=5)
     facts = info(5).model_copy(update=count_parameters(model.config) | mlp_facts(model.config))
-    apply_plan(model, layer_plans("ftomz"))
+    letters = fitted("ftomz", model_type)
+    apply_plan(model, layer_plans(letters))
     left = sum(parameter.numel() for parameter in model.parameters())
-    assert budget(facts).plan(layer_plans("ftomz"))["parameters"] == left < facts.parameters
+    assert budget(facts).plan(layer_plans(letters))["parameters"] == left < facts.parameters
 
 
 def test_the_facts_of_a_tiny_llama_are_right() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,18 @@ from processes import free_port
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model
 
 from layerboost.engines import open_engine
-from layerboost.engines.llama_cpp import CELLS, check, environment, kv_bytes, launch, serve_command, serving_flags
+from layerboost.engines.llama_cpp import (
+    CELLS,
+    RunningLlama,
+    check,
+    environment,
+    kv_bytes,
+    launch,
+    serve_command,
+    serving_flags,
+)
 from layerboost.engines.protocol import Load
+from layerboost.engines.server import Server
 from layerboost.engines.xllamacpp_server import parameters
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.stage import gguf_file
@@ -90,6 +105,36 @@ def test_a_server_that_dies_is_named(models: dict[str, Path], tmp_path: Path) ->
         pass
 
 
+class CutOff(BaseHTTPRequestHandler):
+    """Begins answers and does not end them."""
+
+    def do_POST(self) -> None:
+        self.wfile.write(b"HT\r\n")
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"llamacpp:")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_dies_in_the_middle_of_an_answer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "server.log").write_text("Segmentation fault")
+    with HTTPServer(("127.0.0.1", 0), CutOff) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        dead = subprocess.Popen(["true"])
+        url = f"http://127.0.0.1:{listening.server_port}"
+        server = Server("llama.cpp", "it", tmp_path, url, tmp_path / "server.log", dead)
+        dead.wait()
+        for ask in (lambda: RunningLlama(server, 257).answer(LOAD, lambda _: None), server.metrics):
+            with pytest.raises(LayerboostError, match=r"llama.cpp died while serving it\nfound: Segmentation fault"):
+                ask()
+        listening.shutdown()
+
+
 def test_the_batch_fills_the_cells_of_the_window() -> None:
     window = PLAN.window
     assert window == WINDOW
@@ -162,6 +207,12 @@ def test_another_model_of_a_name_is_exported_again(models: dict[str, Path], tmp_
     assert out.read_bytes() == first
     gguf_file(models["healed"], out, "f16")
     assert out.read_bytes() != first
+    copy = shutil.copytree(models["healed"], tmp_path / "copy")
+    gguf_file(copy, out, "f16")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    gguf_file(copy, out, "f16")
+    assert b"{{ messages }}" in out.read_bytes()
     foreign = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
     foreign.write_header_to_file()
     foreign.write_kv_data_to_file()

@@ -94,8 +94,13 @@ def test_everything_but_the_weights_and_the_config_is_copied(tmp_path: Path) -> 
     folder = saved(tmp_path / "healed", "llama", "nfS")
     (folder / "LICENSE").write_text("mine")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    more = Path("additional_chat_templates", "tools.jinja")
+    (folder / more).parent.mkdir()
+    (folder / more).write_text("{{ tools }}")
     run_export(folder, "granite-swa", tmp_path / "out")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert (tmp_path / "out" / more).read_text() == "{{ tools }}"
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
     kept = {"tokenizer.json", "plan.yaml", "recipe.yaml", "LICENSE"}
     assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
     assert not (tmp_path / "out" / "modeling_layerboost.py").exists()

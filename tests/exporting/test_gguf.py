@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from layerboost.exporting.targets import TARGETS
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.tokenizer import SENTENCE
-from layerboost.schemas.plan import PlanFile
+from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.tables import exported_rows
 
 IDS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -67,6 +69,10 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "absent-phi3": ("deci", "phi3", "fnnf", TIED),
     "qwen3": ("step35", "qwen3", "fsns", {}),
     "qwen3-tied": ("step35", "qwen3", "nfsf", TIED),
+    "qwen3-moe": ("mellum", "qwen3_moe", "fsns", {}),
+    "qwen3-moe-many": ("mellum", "qwen3_moe", "nfsf", {"num_experts": 12, "num_experts_per_tok": 3} | TIED),
+    "unchanged-qwen3-moe": ("mellum", "qwen3_moe", "fff", {}),
+    "mellum": ("mellum", "mellum", "sfnf", {"rope_parameters": BY_TYPE}),
     "olmo2": ("olmo2", "olmo2", "sfnf", {"head_dim": 16}),
     "olmo2-all": ("olmo2", "olmo2", "ssn", {"head_dim": 16} | TIED),
     "olmo2-none": ("olmo2", "olmo2", "fnf", {"head_dim": 16}),
@@ -389,6 +395,25 @@ def test_an_export_that_ends_early_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk on which no file can grow beyond a size: what is written fails as on a full one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("to", ["gguf", "granite-swa", "decilm", "mlx"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fs")
+    with files_of_at_most(100_000), pytest.raises(LayerboostError, match=r"cannot write .*\nfound: .*\ndo: .*folder"):
+        run_export(folder, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
 def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
     base = run_export(saved(tmp_path / "base", "llama", "fs"), "gguf", kind="q8_0")
     assert base.base_type is None
@@ -400,6 +425,12 @@ def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
     assert exported_rows(found)[1][-1] == "Q8_0"
     Path(base.folder).unlink()
     assert run_export(folder, "mlx").base_type == "unknown (the file is not there)"
+    stock = saved(tmp_path / "stock", "llama", "ff")
+    config = json.loads((stock / "config.json").read_text())
+    (stock / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    plan.model = plan.model.model_copy(update={"name": str(stock)})
+    write_plan(folder / "plan.yaml", plan)
+    assert run_export(folder, "decilm").base_type == "fp8"
 
 
 def test_a_window_longer_than_the_context_is_refused(tmp_path: Path) -> None:

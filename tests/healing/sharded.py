@@ -20,6 +20,7 @@ CASES: list[tuple[str, torch.dtype, Checkpointing, bool]] = [
     ("qwen3", torch.float32, "selective", True),
     ("gemma2", torch.float32, "full", True),
     ("phi3", torch.bfloat16, "selective", False),
+    ("qwen3_moe", torch.float32, "full", False),
 ]
 
 

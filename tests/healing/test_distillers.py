@@ -25,10 +25,12 @@ IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 def made(letters: str, model_type: str = "llama", **options: object) -> LogitDistiller:
     letters = fitted(letters, model_type)
     student = boosted(letters, model_type).requires_grad_(False)
-    first = min(letters.index(letter) for letter in letters if letter != "f")
+    first = min(letters.index(letter) for letter in letters if letter not in "fx")
     for name, parameter in student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        in_mlp = ("mlp" in name or "moe" in name) and not name.endswith(("expert_bias", "e_score_correction_bias"))
+        in_mlp = any(part in name for part in ("mlp", "moe", "feed_forward")) and not name.endswith(
+            ("expert_bias", "e_score_correction_bias")
+        )
         in_tower = "vis" in name
         parameter.requires_grad_(not in_tower and layer >= first and (in_mlp or name.endswith("sinks")))
     teacher = tiny_model(model_type, len(letters)).requires_grad_(False)

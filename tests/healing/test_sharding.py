@@ -12,7 +12,7 @@ from layerboost.healing.sharding import FullStateAdamW, distribute_like, is_shar
 
 @pytest.mark.multiprocess
 def test_two_processes_have_the_gradients_of_one_with_half_the_weights_each(tmp_path: Path) -> None:
-    """Both stages of four families, in float32 and bfloat16, tied heads and all kinds of checkpointing."""
+    """Both stages of five families, in float32 and bfloat16, tied heads and all kinds of checkpointing."""
     finish(ranks(run_script, Path(__file__).with_name("sharded.py"), str(tmp_path), folder=tmp_path))
 
 

@@ -74,6 +74,8 @@ def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: P
     assert changed
     assert all("mlp" in name or name.endswith("sinks") for name in changed)
     assert load_file(tmp_path / "lora.safetensors").keys() == made.trained_state().keys()
+    files = tmp_path / "lora.safetensors", tmp_path / "metrics.jsonl"
+    assert len({file.stat().st_mode for file in files}) == 1
 
 
 def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:

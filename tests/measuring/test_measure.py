@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from test_pipeline import layerboost, write_recipe
-from tiny import RUNTIME, save_tiny, tiny_model, tiny_tokenizer
+from tiny import RUNTIME, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 from tiny_bench import rows, write_jsonl
 
 from layerboost.errors import ConfigError
 from layerboost.measuring.stage import check
 from layerboost.model.base import find_model
+from layerboost.pipeline import run_stage
 from layerboost.planning.stage import check as check_plan_stage
+from layerboost.probes.calibration import open_measured
 from layerboost.recipe import load_recipe, parse_recipe
 from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import SENSITIVITY
@@ -230,3 +232,34 @@ def test_a_plan_by_kv_heads_needs_their_scores(folder: Path, tmp_path: Path) -> 
     refused = layerboost("plan", "--run", tmp_path, "--set", "plan.unit=kv_head", check=False)
     assert refused.returncode == 2
     assert "needs scores of KV heads" in refused.stderr
+
+
+def test_a_changed_text_for_the_fit_of_mlps_is_noticed(tmp_path: Path) -> None:
+    """What is measured on is the same: the rows of calibration prompts after it are not."""
+    save_tiny(tmp_path / "model", layers=2)
+    words = [" ".join(f"w{3 + (5 * row + word) % 190}" for word in range(24)) for row in range(12)]
+    write_jsonl(tmp_path / "traffic.jsonl", [{"text": text} for text in words])
+    values = {
+        "model": str(tmp_path / "model"),
+        "text": {"source": str(tmp_path / "traffic.jsonl"), "sequence_tokens": 24},
+        "measure": {
+            "traffic": str(tmp_path / "traffic.jsonl"),
+            "windows": [8],
+            "tokens": 96,
+            "retrieval_prompts": 0,
+            "components": ["attention", "mlp"],
+        },
+        "plan": {"method": "greedy", "parameter_fraction": 0.9, "search_tokens": 96},
+    }
+    recipe = parse_recipe(values, "the test")
+    sensitivity = run_stage("measure", recipe, tmp_path / "run")
+    assert run_stage("measure", recipe, tmp_path / "run") == sensitivity
+    measured = open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME)
+    measured(layer_plans("ft", 8))
+    again = open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME)
+    assert len(again.cache.results) == 1
+    write_jsonl(tmp_path / "traffic.jsonl", [{"text": text} for text in [*words[:4], *reversed(words[4:])]])
+    with pytest.raises(ConfigError, match="was made from something else\nfound: mlp_fit: ") as raised:
+        run_stage("measure", recipe, tmp_path / "run")
+    assert "text:" not in raised.value.found
+    assert not open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME).cache.results

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import boosted, families, layer_plans, tiny_model
+from tiny import boosted, families, fitted, layer_plans, tiny_model
 from transformers import PreTrainedModel
 
 from layerboost.measuring.sweep import candidates, sweep
-from layerboost.model.modeling import decoder_layers
+from layerboost.model.modeling import attention_layers, base_layer_types, decoder_layers
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
@@ -36,7 +36,7 @@ def swept(
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
     thinned = thin_mlps(base, batches, [(layer, width) for layer in range(4) for width in mlp_widths])
-    stream = LayerStream(base, calibrate_sinks(base, batches, range(4), windows), thinned)
+    stream = LayerStream(base, calibrate_sinks(base, batches, attention_layers(base.config), windows), thinned)
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
     save = lambda layers: found.__setitem__(slice(None), layers)  # noqa: E731
@@ -63,7 +63,8 @@ def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Te
 
 def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     base, batches = tiny_model(family, layers=4), list(IDS.split(2))
-    sinks = calibrate_sinks(base, batches, range(4), [entry.window for entry in plan if entry.sink and entry.window])
+    windows = [entry.window for entry in plan if entry.sink and entry.window]
+    sinks = calibrate_sinks(base, batches, attention_layers(base.config), windows)
     thinned = thin_mlps(base, batches, [(entry.layer, entry.mlp_width) for entry in plan if entry.mlp_width])
     of_layers = {layer: found for (layer, _), found in thinned.items()}
     return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink}, of_layers)
@@ -74,10 +75,10 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
     base = tiny_model(family, layers=4)
     found = swept(base, (8, 16))
     assert [entry.layer for entry in found] == [0, 1, 2, 3]
-    for entry in found:
-        assert len(entry.variants) == 5
+    for entry, kind in zip(found, base_layer_types(base.config), strict=True):
+        assert len(entry.variants) == (5 if kind == "full_attention" else 0)
         for variant in entry.variants:
-            plan = layer_plans("ffff")
+            plan = layer_plans(fitted("ffff", family))
             plan[entry.layer] = LayerPlan(
                 layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink
             )
@@ -110,11 +111,11 @@ def test_scores_of_kv_heads_equal_full_forward_passes(family: str) -> None:
     if family == "llama":
         assert [entry.variants for entry in found] == [entry.variants for entry in swept(base, (8,))]
     for entry in found:
-        assert [(v.window, v.full_kv_heads) for v in entry.heads] == [(8, (1,)), (8, (0,))]
+        assert [(v.window, v.full_kv_heads) for v in entry.heads] == [(8, (1,)), (8, (0,))] * bool(entry.variants)
         for variant in entry.heads:
             whole = {v.sink: v.scores["kl"].mean for v in entry.variants if v.window == variant.window}
             assert variant.sink == (whole[True] < whole[False])
-            plan = layer_plans("ffff")
+            plan = layer_plans(fitted("ffff", family))
             plan[entry.layer] = variant.plan(entry.layer)
             for metric, values in naive(base, changed_model(family, plan)).items():
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
@@ -129,8 +130,8 @@ def test_scores_of_mlps_equal_full_forward_passes(family: str) -> None:
     for entry in found:
         assert [label(variant) for variant in entry.variants[-3:]] == ["MLP thin 48", "MLP thin 24", "MLP none"]
         for variant in entry.variants[-3:]:
-            plan = layer_plans("ffff")
-            plan[entry.layer] = variant.plan(entry.layer)
+            plan = layer_plans(fitted("ffff", family))
+            plan[entry.layer] = plan[entry.layer].with_site(variant.plan(entry.layer))
             for metric, values in naive(base, changed_model(family, plan)).items():
                 assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=5e-5), metric
             assert ("cosine" in variant.scores) == (variant.mlp == "none")
@@ -200,13 +201,15 @@ def test_local_scores(family: str) -> None:
     states = [state[:, :-1] for state in base(IDS, output_hidden_states=True).hidden_states]
     mlps = family in families(sliding=False, mlps=True)
     found = swept(base, (8,), mlp_widths=(48,) if mlps else ())
-    changed = changed_model(family, layer_plans("fnff"))(IDS, output_hidden_states=True).hidden_states
+    changed = changed_model(family, layer_plans(fitted("fnff", family)))(IDS, output_hidden_states=True).hidden_states
     error = (changed[2][:, :-1] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
     [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
     assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
     # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
     second: Any = decoder_layers(base)[1]
-    second.mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    for name, module in second.named_children():
+        if name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp"):
+            module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     attended = base(IDS, output_hidden_states=True).hidden_states[2][:, :-1]
     assert removed.scores["cosine"].mean == pytest.approx(float(_turn(states[1], attended)), abs=1e-5)
     cosines = [variant.scores["cosine"].mean for variant in found[1].variants if "cosine" in variant.scores]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 ids = torch.arange(3, 43)[None]
 torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do_sample=False)), sys.argv[2])
 """
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077])
+def test_weights_have_the_mode_of_any_new_file(mask: int, tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone can read."""
+    before = os.umask(mask)
+    try:
+        folder, _ = saved(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~mask}
 
 
 @pytest.mark.multiprocess

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import boosted, families, info, layer_plans, tiny_model, tiny_tokenizer
+from tiny import boosted, families, fitted, info, layer_plans, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layerboost.errors import ConfigError
@@ -17,8 +17,16 @@ from layerboost.model.base import count_parameters, mlp_facts
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.mlp import mlp_output, recorded_widths, thin
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import Thinned, apply_plan, check_plan, recorded_plan, replaced_mlp
-from layerboost.schemas.plan import PlanFile
+from layerboost.model.surgery import (
+    Thinned,
+    apply_plan,
+    check_plan,
+    recorded_plan,
+    replaced_mlp,
+    windows_alone,
+    without_states,
+)
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 LETTERS = "ftomz"
@@ -34,6 +42,7 @@ def output_of(model: PreTrainedModel, layer: int) -> Any:
 
 def thinned(family: str, letters: str = LETTERS) -> PreTrainedModel:
     """A boosted model with the odd neurons, their columns scaled."""
+    letters = fitted(letters, family)
     base = tiny_model(family, len(letters))
     plans = layer_plans(letters)
     given = {
@@ -46,18 +55,19 @@ def thinned(family: str, letters: str = LETTERS) -> PreTrainedModel:
 
 def masked(family: str, letters: str = LETTERS) -> PreTrainedModel:
     """The stock model whose weights do the same: other neurons, MLPs and attention add nothing."""
+    letters = fitted(letters, family)
     base = tiny_model(family, len(letters))
     for layer, letter in enumerate(letters):
         output = output_of(base, layer)
-        if letter in "tuo":
+        if letter in "tuoy":
             keep = torch.zeros(96)
             keep[HALF] = 1.1
             output.weight.data *= keep
-        if letter in "mz":
+        if letter in "mzY":
             for parameter in output.parameters():
                 torch.nn.init.zeros_(parameter)
-    attention = ["n" if letter in "oz" else "f" for letter in letters]
-    return apply_plan(base, layer_plans("".join(attention)))
+    attention = fitted("".join("n" if letter in "oz" else "f" for letter in letters), family)
+    return apply_plan(base, layer_plans(attention))
 
 
 @grid
@@ -83,10 +93,12 @@ def test_saved_and_loaded_with_the_same_logits_and_no_other_weights(family: str,
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert recorded_plan(loaded.config) == layer_plans(LETTERS)
+    letters = fitted(LETTERS, family)
+    assert recorded_plan(loaded.config) == layer_plans(letters)
     config = tiny_model(family).config
     facts = count_parameters(config) | mlp_facts(config)
-    removed = 2 * (facts["attention_parameters"] + 48 * facts["neuron_parameters"] + facts["mlp_parameters"])
+    removed = 2 * (48 * facts["neuron_parameters"] + facts["mlp_parameters"])
+    removed += sum(letter in "oz" for letter in letters) * facts["attention_parameters"]
     assert sum(parameter.numel() for parameter in loaded.parameters()) == facts["parameters"] - removed
 
 
@@ -107,7 +119,7 @@ def test_gradients(family: str) -> None:
 def test_a_layer_replaced_for_a_while_is_the_thinned_model_and_then_the_base(family: str) -> None:
     base = tiny_model(family)
     before = base(IDS).logits
-    for letters in ("ffftf", "fffmf"):
+    for letters in (fitted("ffftf", family), fitted("fffmf", family)):
         plan = layer_plans(letters)[3]
         given = Thinned(HALF, output_of(base, 3).weight.detach()[:, HALF] * 1.1) if plan.mlp_width else None
         with replaced_mlp(base, 3, plan, given):
@@ -124,6 +136,17 @@ def test_windows_and_thinned_mlps_go_together(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_linear_layers_with_thinned_mlps_become_windows() -> None:
+    letters, half = "ftloL", {"mlp": "thin", "mlp_width": 48}
+    layers = layer_plans(letters)
+    layers[2] = LayerPlan(**layers[2].model_dump() | half)
+    model = apply_plan(tiny_model(layers=5), layers)
+    cut = without_states(model, windows_alone(layers))
+    assert recorded_plan(cut.config) == windows_alone(layers)
+    wanted = apply_plan(tiny_model(layers=5), windows_alone(layers))
+    assert torch.equal(cut(IDS).logits, wanted(IDS).logits)
 
 
 def test_the_config_says_it_in_hugging_faces_keys() -> None:

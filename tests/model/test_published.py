@@ -22,7 +22,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.base import find_model, open_base
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import auto_class, base_layer_types
-from layerboost.model.surgery import apply_plan, native_window
+from layerboost.model.surgery import apply_plan, native_window, unchanged
 from layerboost.recipe import Recipe
 from layerboost.runtime import start_runtime
 
@@ -39,9 +39,12 @@ def reduced(published: dict[str, Any]) -> dict[str, Any]:
     # Gemma 3's first full layer is its sixth.
     pattern = text.get("sliding_window_pattern")
     layers = pattern if isinstance(pattern, int) else 4
+    # Granite 4's first layer with attention is its eleventh.
+    kinds = text.get("layer_types") or ["full_attention"]
+    start = max(0, next(layer for layer, kind in enumerate(kinds) if "mamba" not in kind) + 1 - layers)
     for key, value in text.items():
         if isinstance(value, list) and len(value) == whole:
-            text[key] = value[:layers]
+            text[key] = value[start : start + layers]
     heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
     width = text.get("head_dim") or text["hidden_size"] // heads
     text |= {
@@ -53,7 +56,10 @@ def reduced(published: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         **{key: 128 for key in ("intermediate_size", "moe_intermediate_size") if key in text},
         **{key: min(text[key], 16) for key in EXPERTS if key in text},
+        **{key: text[key] // 8 for key in ("linear_num_key_heads", "linear_num_value_heads") if key in text},
     }
+    if "mamba_n_heads" in text:
+        text["mamba_n_heads"] = 2 * text["hidden_size"] // text["mamba_d_head"]
     if tower := config.get("vision_config"):
         _reduce_tower(tower, text["hidden_size"])
     ids: dict[int, int] = {}
@@ -133,9 +139,6 @@ REFUSED = {
     "Llama-4-Scout-17B-16E-Instruct": r"llama4 \(chunked attention\)",
     "MiMo-7B-Base": f"mimo {NOT_IN_TRANSFORMERS}",
     "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": r"nemotron_h \(a hybrid with layers of another kind\)",
-    "Qwen3-Next-80B-A3B-Thinking": r"qwen3_next \(a hybrid with layers of another kind\)",
-    "Qwen3-VL-30B-A3B-Instruct": r"qwen3_vl_moe \(a wrapper of a language model\)",
-    "Qwen3.5-9B": r"qwen3_5 \(a hybrid with layers of another kind\)",
     "gemma-4-26B-A4B": r"gemma4 \(a wrapper of a language model\)",
     "gpt-oss-20b": r"gpt_oss \(sinks of its own\)",
 }
@@ -190,10 +193,10 @@ def test_check_says_yes_and_a_plan_applies(name: str, text: Path, tmp_path: Path
     ids = torch.arange(3, 3 + TOKENS)[None]
     wanted = stock(ids).logits
     assert wanted.isfinite().all()
-    full = apply_plan(stock, layer_plans("f" * len(types)))
+    full = apply_plan(stock, unchanged(base.config))
     assert torch.equal(full(ids).logits, wanted)
-    letters = ["f" if kind == "sliding_attention" else letter for kind, letter in zip(types, "sSfsss", strict=False)]
-    letters[2] = "n"
+    fitted = {"sliding_attention": "ffnfff", "full_attention": "sSnsss"}
+    letters = [fitted.get(kind, "xxxxxx")[layer] for layer, kind in enumerate(types)]
     boosted = apply_plan(base.load(), layer_plans("".join(letters), native or WINDOW))(ids).logits
     assert boosted.isfinite().all()
     assert not torch.equal(boosted, wanted)

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from fp8 import to_fp8
 from safetensors.torch import load_file, save_file
-from tiny import RUNTIME, save_tiny
+from tiny import MIXTURES, MODEL_TYPES, RUNTIME, save_tiny
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_base, find_model, open_base
+from layerboost.model.files import in_original_format
 from layerboost.model.integrity import check_base
 from layerboost.recipe import Recipe
+from layerboost.runtime import Runtime
 
-BLOCK = 16
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 CARD = "---\nbase_model: someone/original\nlicense: mit\n---\n"
 
 
@@ -26,31 +27,23 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def to_fp8(folder: Path) -> dict[str, torch.Tensor]:
-    """Quantise the layers' matrices in blocks, in place; return all tensors as they are then, dequantised."""
-    tensors, wanted = load_file(folder / "model.safetensors"), {}
-    for name, weight in list(tensors.items()):
-        wanted[name] = weight
-        if "layers." in name and name.endswith("proj.weight") and "vision" not in name:
-            rows, columns = (size // BLOCK for size in weight.shape)
-            blocks = weight.view(rows, BLOCK, columns, BLOCK)
-            scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-            wide = scale[:, None, :, None]
-            tensors[name] = (blocks / wide).to(torch.float8_e4m3fn).view_as(weight)
-            tensors[f"{name}_scale_inv"] = scale
-            wanted[name] = (tensors[name].float().view_as(blocks) * wide).view_as(weight)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    edit(folder, quantization_config=FP8)
-    (folder / "README.md").write_text(CARD)
-    return wanted
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes"), [("llama", {}), ("qwen3_moe", {}), ("mistral3", {"inside": "ministral3"})], ids=str
+# Mixtures of experts whose files hold each expert apart: packed ones have no scales by block.
+PACKED = ("granitemoe", "granitemoeshared", "hy_v3")
+DEQUANTISED = (
+    *[("llama", {}), ("qwen3_moe", {}), ("minimax_m2", {}), ("mistral3", {"inside": "ministral3"})],
+    *[
+        pytest.param(name, {}, marks=pytest.mark.exhaustive)
+        for name in MIXTURES
+        if name in MODEL_TYPES and name not in ("qwen3_moe", "minimax_m2", *PACKED)
+    ],
 )
+
+
+@pytest.mark.parametrize(("model_type", "changes"), DEQUANTISED, ids=str)
 def test_fp8_is_dequantised_once(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", model_type, layers=2, **changes)
     wanted = to_fp8(folder)
+    (folder / "README.md").write_text(CARD)
     recipe = Recipe(model=str(folder), dtype="float32", device="cpu")
     base = find_base(recipe, tmp_path / "run", RUNTIME)
     assert base.packed
@@ -62,15 +55,29 @@ def test_fp8_is_dequantised_once(model_type: str, changes: dict[str, Any], tmp_p
     assert "quantization_config" not in json.loads((base.folder / "config.json").read_text())
     assert "license: mit" in (base.folder / "README.md").read_text()
     check_base(base.folder, torch.float32)
+    names = load_file(base.folder / "model.safetensors").keys()
+    assert names == wanted.keys() or not in_original_format(base.model_config)
     stock = save_tiny(tmp_path / "stock", model_type, layers=2, **changes)
     save_file(wanted, stock / "model.safetensors", {"format": "pt"})
     ids = torch.arange(3, 43)[None]
     expected = find_model(str(stock), RUNTIME).load()(ids).logits
     torch.testing.assert_close(base.load()(ids).logits, expected, atol=1e-4, rtol=1e-4)
     made = (base.folder / "model.safetensors").stat().st_mtime_ns
+    weights, config = base.folder / "model.safetensors", base.folder / "config.json"
+    assert weights.stat().st_mode == config.stat().st_mode
     again = open_base(recipe, tmp_path / "run", RUNTIME)
     assert (again.folder, again.fingerprint) == (base.folder, base.fingerprint)
     assert (base.folder / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_a_base_is_dequantised_on_the_cpu(tmp_path: Path) -> None:
+    """Here a device that keeps no value stands for a GPU that is too small."""
+    folder = save_tiny(tmp_path / "model", layers=1)
+    wanted = to_fp8(folder)
+    base = open_base(Recipe(model=str(folder)), tmp_path / "run", Runtime(torch.device("meta"), torch.float32))
+    assert base.runtime.device.type == "meta"
+    for name, value in load_file(base.folder / "model.safetensors").items():
+        torch.testing.assert_close(value, wanted[name])
 
 
 def test_compressed_tensors_are_dequantised(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import SLIDING_BASES, boosted, families, layer_plans, tiny_model
+from tiny import OTHERS, SLIDING_BASES, boosted, families, layer_plans, tiny_model
 
 from layerboost.model.stream import LayerStream, explain_not_finite
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", families(sliding=False))
+@pytest.mark.parametrize("family", families(sliding=False, others=False))
 @torch.no_grad()
 def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) -> None:
     stream = LayerStream(tiny_model(family, layers=4))
@@ -27,8 +27,8 @@ def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) 
     assert torch.equal(stream.finish(2, state, plan), whole)
 
 
-@pytest.mark.parametrize("family", SLIDING_BASES)
-def test_bases_that_slide_do_not_continue(family: str) -> None:
+@pytest.mark.parametrize("family", [*SLIDING_BASES, *OTHERS])
+def test_bases_that_slide_or_have_states_do_not_continue(family: str) -> None:
     assert not LayerStream(tiny_model(family, layers=4)).can_continue
 
 

@@ -9,10 +9,10 @@ from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.unsupported import unsupported_families, why_unsupported
 
 REASONS = {
-    "a wrapper of a language model": ["gemma3n", "qwen3_vl_moe"],
+    "a wrapper of a language model": ["gemma3n", "gemma4"],
     "an encoder, or a decoder with cross-attention": ["bert", "bart", "gpt2", "mllama"],
     "multi-head latent attention": ["deepseek_v3", "minicpm3"],
-    "a hybrid with layers of another kind": ["qwen3_next", "jamba", "falcon_h1", "lfm2", "mamba", "recurrent_gemma"],
+    "a hybrid with layers of another kind": ["jamba", "falcon_h1", "bamba", "mamba", "recurrent_gemma"],
     "sparse attention by an indexer": ["minimax_m3_vl_text", "deepseek_v4"],
     "a mixture of attention heads": ["jetmoe"],
     "layers with different numbers of heads": ["laguna"],

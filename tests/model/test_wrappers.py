@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, KV_HEADS, RUNTIME, image_prompt, layer_plans, save_text, tiny_model, tiny_tokenizer
+from tiny import HEADS, KV_HEADS, RUNTIME, boosted, image_prompt, layer_plans, save_text, tiny_model, tiny_tokenizer
 
 import layerboost as lb
 from layerboost.costs.budget import decode_work
@@ -71,7 +71,7 @@ def test_the_facts_are_those_of_the_language_model(wrapper: str, tmp_path: Path)
     base = find_model(str(save_wrapper(tmp_path, wrapper)), RUNTIME)
     base.check()
     text, info = base.config, base.info
-    assert (base.model_config.model_type, text.model_type) == (wrapper, WRAPPERS[wrapper][0])
+    assert (base.model_config.model_type, text.model_type) == (wrapper, WRAPPERS[wrapper].inside[0])
     assert (info.model_type, info.layers, info.heads, info.kv_heads) == (wrapper, 3, HEADS, KV_HEADS)
     model = base.load()
     inside = sum(each.numel() for each in model.get_decoder().parameters()) + model.lm_head.weight.numel()
@@ -82,7 +82,7 @@ def test_the_facts_are_those_of_the_language_model(wrapper: str, tmp_path: Path)
 
 def test_a_checkpoint_has_the_tower_and_the_processor(stock: Path, converted: Path) -> None:
     config = json.loads((converted / "config.json").read_text())
-    assert config["architectures"] == ["LayerBoostForCausalLM"]
+    assert config["architectures"] == ["LayerBoostForConditionalGeneration"]
     assert config["auto_map"].keys() == {"AutoModelForImageTextToText"}
     assert config["text_config"]["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
     assert config["text_config"]["attention_sink_layers"] == [1]
@@ -96,7 +96,8 @@ def test_a_checkpoint_has_the_tower_and_the_processor(stock: Path, converted: Pa
     card = (converted / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card
-    assert "vllm serve" not in card
+    assert "vllm serve PATH" in card
+    assert "A window counts the tokens of images too." in card
 
 
 @pytest.mark.multiprocess
@@ -109,7 +110,7 @@ def test_anyone_can_load_it(converted: Path, tmp_path: Path, remote_code: bool) 
         f"import sys, torch; {hidden}from {module} import AutoModelForImageTextToText as Auto\n"
         f"prompt, expected = torch.load({str(converted.parent / 'logits.pt')!r})\n"
         f"model = Auto.from_pretrained({str(converted)!r}, trust_remote_code={remote_code})\n"
-        "assert type(model).__name__ == 'LayerBoostForCausalLM'\n"
+        "assert type(model).__name__ == 'LayerBoostForConditionalGeneration'\n"
         "torch.testing.assert_close(model(**prompt).logits, expected, atol=1e-4, rtol=1e-4)\n"
         "assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5).shape[1] == 65\n"
     )
@@ -186,19 +187,22 @@ def test_another_language_model_inside(tmp_path: Path) -> None:
     assert why_unsupported("gemma3") is None
 
 
-def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path) -> None:
+def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path, tmp_path: Path) -> None:
     from layerboost.engines import vllm
 
-    with pytest.raises(ConfigError, match=r"vLLM cannot serve [^$]+a wrapper, llava[^$]+bench.engine=transformers"):
-        check_family(converted, "llava")
-    check_family(stock, "llama")
-    with pytest.raises(ConfigError, match="family phimoe: vLLM's Transformers backend cannot build it"):
+    refused = r"vLLM cannot serve [^$]+a wrapper, gemma3: vLLM has no attention on CPUs[^$]+bench.engine=transformers"
+    with pytest.raises(ConfigError, match=refused):
+        check_family(converted, "gemma3")
+    for served in ("llama", "llava", "qwen3_vl"):
+        check_family(stock, served)
+    with pytest.raises(ConfigError, match="family phimoe: vLLM's Transformers backend takes its router for a plain"):
         check_family(stock, "phimoe")
     if vllm.vllm_version():
-        with pytest.raises(ConfigError, match="a wrapper, llava"):
-            vllm.check(Bench(), [stock])
-        with pytest.raises(ConfigError, match="a wrapper, llava"):
-            vllm.serve_command(converted, 8000, ())
+        boosted("ffnfff", "gemma3").save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=refused):
+            vllm.check(Bench(), [tmp_path])
+        with pytest.raises(ConfigError, match=refused):
+            vllm.serve_command(tmp_path, 8000, ())
     with pytest.raises(ConfigError, match=r"exports hold language models alone\nfound: [^$]+ is a wrapper, llava"):
         run_export(converted, "auto")
 
@@ -218,7 +222,7 @@ def test_a_head_of_its_own_that_no_setting_names(tmp_path: Path) -> None:
     model = base.load()
     assert torch.equal(model(IDS).logits, expected)
     plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("fSn"))
-    boosted = apply_plan(model, plan.layers)
-    save_boosted(boosted, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    changed = apply_plan(model, plan.layers)
+    save_boosted(changed, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
     again = find_model(str(tmp_path / "boosted"), RUNTIME).load()
-    assert torch.equal(again(IDS).logits, boosted(IDS).logits)
+    assert torch.equal(again(IDS).logits, changed(IDS).logits)

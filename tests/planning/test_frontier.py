@@ -55,3 +55,4 @@ def test_the_knee_is_where_savings_begin_to_cost_more() -> None:
     curve = [point(0.1, 1.0), point(0.2, 0.6), point(0.3, 0.2), point(0.5, 0.15), point(0.75, 0.1), point(1.0, 0.0)]
     assert knee(curve, "kl") is curve[2]
     assert knee(curve[:2], "kl") is None
+    assert knee([point(0.02, 15.0), point(0.05, 4.0), *curve], "kl") is curve[2], "lost models do not bend the curve"

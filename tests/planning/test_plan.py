@@ -1,4 +1,4 @@
-"""The plan stage: what it advises, and that each measurement of a whole plan is kept."""
+"""The plan stage where it measures whole plans: each measurement is kept."""
 
 from __future__ import annotations
 
@@ -7,27 +7,12 @@ from pathlib import Path
 
 import pytest
 from test_pipeline import layerboost, write_recipe
-from test_selection import with_mlps
 from tiny import save_tiny
 
-from layerboost.planning.stage import REPAIRED_KL, run_plan
 from layerboost.probes.calibration import MEASURED
-from layerboost.recipe import Plan, Recipe
-from layerboost.schemas.artifact import fingerprint, write_json
+from layerboost.schemas.artifact import fingerprint
 from layerboost.schemas.plan import LayerPlan, read_plan
-from layerboost.schemas.run import PLAN, SENSITIVITY
-
-
-def test_a_knee_is_advised_only_where_less_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_json(tmp_path / SENSITIVITY, with_mlps())
-    for fraction, named in ((0.7, False), (0.3, True)):
-        caplog.clear()
-        plan = run_plan(Recipe(plan=Plan(kv_fraction=1, parameter_fraction=fraction)), tmp_path)
-        assert plan.predicted
-        assert plan.predicted.quality_loss["kl"] > REPAIRED_KL
-        [warning] = [record.getMessage() for record in caplog.records if "beyond what healing" in record.getMessage()]
-        assert "raise plan.parameter_fraction" in warning
-        assert ("the knee of the curve" in warning) == named
+from layerboost.schemas.run import PLAN
 
 
 @pytest.mark.pipeline

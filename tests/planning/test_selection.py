@@ -416,3 +416,20 @@ def test_where_every_layer_slides_in_the_base_some_are_removed(method: str) -> N
     assert {entry.attention for entry in plan} == {"full", "none"}
     with pytest.raises(InfeasibleBudget):
         select(found, Plan(method="uniform", kv_fraction=0.7, context_tokens=100))
+
+
+@pytest.mark.parametrize("method", ["budget", "threshold", "uniform", "random", "cosine"])
+def test_layers_of_another_kind_stay_as_they_are_and_cost_no_cache(method: str) -> None:
+    found, others = sensitivity(5), [0, 2]
+    layers = [entry.model_copy(update={"variants": []}) if entry.layer in others else entry for entry in found.layers]
+    model = found.model.model_copy(update={"other_layers": others})
+    found = found.model_copy(update={"layers": layers, "model": model})
+    settings = Plan(method=method, kv_fraction=0.6, context_tokens=64)
+    plan = select(found, settings, seed=1)
+    assert [entry.layer for entry in plan if entry.attention == "other"] == others
+    assert any(entry.changed for entry in plan)
+    assert Budget.of(found, settings).met(plan)
+    # A window of 16 holds a quarter of a layer's 64 tokens.
+    held = {"full": 1.0, "sliding": 0.25}
+    expected = sum(held.get(entry.attention, 0) for entry in plan) / 3
+    assert predict(found, plan, settings).kv_fraction == pytest.approx(expected)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from made_run import change
+from pathlib import Path
 
-from layerboost.reporting.verdict import certainty
+from made_run import change
+from tiny import info, layer_plans
+
+from layerboost.reporting.sources import Sources
+from layerboost.reporting.verdict import certainty, findings
 from layerboost.schemas.evaluation import Change
+from layerboost.schemas.plan import PlanFile, write_plan
 
 
 def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
@@ -19,3 +24,11 @@ def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
     )
     assert said(-0.005, 0.001) == "a loss beyond the 95 % interval; no worse than 1 point: yes"
     assert said(-0.05, 0.01) == "a loss beyond the 95 % interval; no worse than 1 point: no"
+
+
+def test_mlps_that_a_person_thinned_are_counted(tmp_path: Path) -> None:
+    """The plan has no valid prediction: its layers are counted."""
+    write_plan(tmp_path / "plan.yaml", PlanFile(model=info(3), method="by hand", layers=layer_plans("ftm")))
+    kept = 1 - (48 * 192 + 18_432) / (25_600 + 3 * 50_000)
+    [cache, *_] = findings(Sources(tmp_path))
+    assert f"The plan has {kept:.1%}".replace("%", " %") in cache.sentence

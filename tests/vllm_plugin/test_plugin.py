@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,15 @@ def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
     check_sinks("0.30.0", "torch.bfloat16")
     for version in ("0.31.0", "0.32.0+cpu", "dev"):
         check_sinks(version, "torch.float32")
+
+
+def test_a_wrapper_that_vllm_cannot_serve_is_refused_by_name() -> None:
+    from layerboost.vllm_plugin.plugin import BoostedConfig
+
+    for model_type in ("llama", "llava", "qwen3_vl"):
+        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)))
+    with pytest.raises(ValueError, match="vLLM cannot serve a boosted gemma3: in vLLM no attention on CPUs"):
+        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma3")))
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:

@@ -19,9 +19,16 @@ LONG_END = 50
 
 
 def answers(
-    prompts: list[list[int]], output_tokens: int, adapter: str | None, prefix_tokens: int, **options: Any
+    prompts: list[list[int]],
+    output_tokens: int,
+    adapter: str | None,
+    prefix_tokens: int,
+    images: list[str],
+    **options: Any,
 ) -> dict[str, Any]:
     """Of one engine. With prefix caching the prompts are asked twice, and the second pass finds them in the cache.
+
+    `images`: a file for each of the first prompts, which have its placeholder.
 
     Last, if there are `prefix_tokens`, two prompts that share so many tokens: `cached_of_prefix` are those that the
     second did not read.
@@ -44,11 +51,11 @@ def answers(
     llm = LLM(**settings | options)
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     # vLLM fails at a prompt's own log-probabilities under an adapter, of stock models too.
-    found = ask(llm, prompts, output_tokens, lora, prompt_logprobs=lora is None)
+    found = ask(llm, prompts, output_tokens, lora, lora is None, images)
     passes = 1
     if llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
         # The first pass read no cache where it was asked for the prompt's own log-probabilities.
-        found += ask(llm, prompts, output_tokens, lora, prompt_logprobs=False)
+        found += ask(llm, prompts, output_tokens, lora, False, images)
         passes = 2
     cache = llm.llm_engine.vllm_config.cache_config
     return {
@@ -65,12 +72,15 @@ def cached_of_prefix(llm: Any, prompts: list[list[int]], tokens: int) -> int:
     prefix = [3 + index * index % 89 for index in range(tokens)]
     # Ends long enough that the windows which vLLM keeps at a prompt's own end are not those of the prefix.
     for end in prompts[0] * LONG_END, prompts[1] * LONG_END:
-        [answer] = ask(llm, [prefix + end], 1, None, prompt_logprobs=False)
+        [answer] = ask(llm, [prefix + end], 1, None, False, [])
     return int(answer["cached_tokens"])
 
 
-def ask(llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, prompt_logprobs: bool) -> list[Any]:
+def ask(
+    llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, prompt_logprobs: bool, images: list[str]
+) -> list[Any]:
     """Tokens of each greedy answer, log-probabilities of its tokens and of the prompt's before them if asked for."""
+    from PIL import Image
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -81,14 +91,17 @@ def ask(llm: Any, prompts: list[list[int]], output_tokens: int, lora: Any, promp
         ignore_eos=True,
     )
     found = []
-    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    requests: list[dict[str, Any]] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for request, file in zip(requests, images, strict=False):
+        request["multi_modal_data"] = {"image": Image.open(file).convert("RGB")}
     for output in llm.generate(requests, sampling, use_tqdm=False, lora_request=lora):
         prompt, completion = output.prompt_token_ids, output.outputs[0]
         tokens = list(completion.token_ids)
         entries = [*zip((output.prompt_logprobs or [])[1:], prompt[1:], strict=prompt_logprobs)]
         entries += zip(completion.logprobs, tokens, strict=True)
         logprobs = [entry[token].logprob for entry, token in entries]
-        found.append({"tokens": tokens, "logprobs": logprobs, "cached_tokens": output.num_cached_tokens})
+        answer = {"tokens": tokens, "logprobs": logprobs, "cached_tokens": output.num_cached_tokens}
+        found.append(answer | {"prompt": prompt})
     return found
 
 
@@ -96,7 +109,8 @@ def answered(job: dict[str, Any]) -> Any:
     """Do one job."""
     started = time.monotonic()
     try:
-        return answers(job["prompts"], job["output_tokens"], **{"adapter": None, "prefix_tokens": 0} | job["engine"])
+        settings = {"adapter": None, "prefix_tokens": 0, "images": []} | job["engine"]
+        return answers(job["prompts"], job["output_tokens"], **settings)
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"

@@ -31,9 +31,10 @@ from layerboost.engines.vllm_timing import TimedVllm
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import check_type
 from layerboost.exporting.targets import find_target
+from layerboost.files import new_folder
 from layerboost.model.base import Base, find_model
 from layerboost.model.checkpoint import plan_in, save_boosted
-from layerboost.model.surgery import apply_plan, boosted_config, check_plan
+from layerboost.model.surgery import apply_plan, boosted_config, check_plan, family_of
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB, Runtime, clean_environment, cores, log, machine
 from layerboost.schemas.artifact import write_json
@@ -80,7 +81,7 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     base = find_model(model, Runtime(torch.device("cpu"), torch.float32 if on_cpu else torch.bfloat16))
     config, info = base.config, base.info
     base.check()
-    _check_form(base)
+    _check_form(base, on_llama)
     _check_writable(out)
     longest = max(tokens for _, tokens in LLAMA_LOADS) + LLAMA_STEPS if on_llama else max(CONTEXTS)
     if info.max_context_tokens < longest:
@@ -119,18 +120,27 @@ def run_costs(model: str, out: Path, cache_gib: float, engine: str = "auto", kin
     return {"machine": machine(), name: version, "rates": rates.model_dump(), "timing": timing, "plans": measured}
 
 
-def _check_form(base: Base) -> None:
-    """Raise ConfigError for a model that no engine here serves as it is and boosted."""
+def _check_form(base: Base, on_llama: bool) -> None:
+    """Raise ConfigError for a model that the engine does not serve as it is and boosted by `plans`."""
     if base.packed or plan_in(base.folder):
         raise ConfigError(
             "rates are measured with a base in Hugging Face's format",
             found="a GGUF file, or a quantised model" if base.packed else "a boosted checkpoint",
             do="give the base in the run folder: RUN/base",
         )
+    reason = ""
     if base.config is not base.model_config:
+        reason = f"{base.name} is a wrapper, {base.model_config.model_type}"
+    elif base.info.sliding_layers:
+        reason = f"layers of {base.name} slide already, and a model has one window"
+    elif base.info.other_layers:
+        reason = f"{base.name} is a hybrid, {base.config.model_type}"
+    elif not on_llama and not family_of(base.config).vllm:
+        reason = f"family {base.config.model_type}: {family_of(base.config).vllm_lacks}"
+    if reason:
         raise ConfigError(
-            "rates are of engines, and none of them serves a boosted language model inside a wrapper",
-            found=f"{base.name} is a wrapper, {base.model_config.model_type}",
+            "rates are of an engine that serves the model with windows of 64 and 128 tokens",
+            found=reason,
             do="measure with a language model of its sizes, or write the rates down yourself: docs/reference/plan.md",
         )
 
@@ -138,8 +148,9 @@ def _check_form(base: Base) -> None:
 def _check_writable(out: Path) -> None:
     """Raise ConfigError for a file that could not be written after the measurement."""
     place = out.absolute().parent
-    if not place.is_dir() or not os.access(out if out.exists() else place, os.W_OK):
-        raise ConfigError(f"{out} cannot be written", found=str(place), do="name a file in an existing directory")
+    if out.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        found = "a directory" if out.is_dir() else str(place)
+        raise ConfigError(f"{out} cannot be written", found=found, do="name a file in an existing directory")
 
 
 def plans(model: ModelInfo) -> dict[str, list[LayerPlan]]:
@@ -188,11 +199,13 @@ def measure(
     for name, layers in chosen.items():
         kinds = dict(Counter(entry.attention for entry in layers))
         entry: dict[str, Any] = {"plan": name, "layers": kinds, "memory": [], "decode": []}
-        with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as folder:
-            # The sinks are zero, which does not change the time.
-            apply_plan(base.load(), layers).save_pretrained(folder)
+        with tempfile.TemporaryDirectory(prefix="layerboost-costs-") as scratch:
+            folder = Path(scratch) / "model"
+            with new_folder(folder) as new:
+                # The sinks are zero, which does not change the time.
+                apply_plan(base.load(), layers).save_pretrained(new)
             for own, context in settings:
-                engine = TimedVllm(Path(folder), own, context, cache_bytes)
+                engine = TimedVllm(folder, own, context, cache_bytes)
                 size = own.max_batched_tokens
                 entry["memory"].append(memory_row(engine, info, layers))
                 if own is not default:

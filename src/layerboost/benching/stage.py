@@ -161,7 +161,8 @@ def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: b
         used |= {"shared_prefix_tokens": 0, "input_tokens": SWEEP_INPUT_TOKENS}
         bench = bench.model_copy(update=used)
     for name, folder in models.items():
-        context = check_checkpoint(folder).get("max_position_embeddings")
+        config = check_checkpoint(folder)
+        context = (config.get("text_config") or config).get("max_position_embeddings")
         if isinstance(context, int):
             check_lengths(bench, name, context, decode_sweep)
     engine = open_engine(bench.engine)

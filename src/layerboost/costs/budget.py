@@ -18,7 +18,7 @@ from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, all_full
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FEATURE_MAPS, FULL, SLIDING
+from layerboost.strategies import FEATURE_MAPS, SLIDING
 
 # The costs that a budget can limit: the keys of every mapping of costs here.
 KV_BYTES, PARAMETERS, DECODE_MS = "kv_bytes", "parameters", "decode_ms"
@@ -27,7 +27,10 @@ STATE_BYTES = 4
 
 
 def plan_kv_bytes(model: ModelInfo, layers: Sequence[LayerPlan], context_tokens: int) -> int:
-    """Return the KV bytes of a plan for one request of `context_tokens`, states of linear attention included."""
+    """Return the KV bytes of a plan for one request of `context_tokens`, states of linear attention included.
+
+    The states of a hybrid's layers of another kind are not: they are constant, and the same in every plan.
+    """
     held = sum(entry.kv_tokens(context_tokens, model.kv_heads) for entry in as_served(model, layers))
     shape = model.heads, model.kv_heads, model.head_dim
     states = sum(FEATURE_MAPS[entry.feature_map].state(*shape) for entry in layers if entry.feature_map)
@@ -98,7 +101,7 @@ def decode_work(
     Columns: passes, layers with attention, weight bytes, FLOPs of weights, KV bytes, FLOPs of prefill attention,
     attention calls besides one per layer. `module`: KV heads per call, by default as many as the layers allow.
     """
-    attention = sum(entry.strategy.keeps_weights for entry in layers)
+    attention = sum(entry.has_attention for entry in layers)
     weights = _body_parameters(model, layers) + model.hidden_size * model.vocabulary
     held = requests * plan_kv_bytes(model, layers, context_tokens)
     read = (weights - model.idle_parameters(requests)) * model.bytes_per_element
@@ -110,7 +113,7 @@ def prefill_work(
     model: ModelInfo, layers: Sequence[LayerPlan], prompt_tokens: int, max_batched_tokens: int
 ) -> np.ndarray:
     """Return the work `[7]` of a prompt read in steps of `max_batched_tokens`. The head runs on the last token only."""
-    attention = sum(entry.strategy.keeps_weights for entry in layers)
+    attention = sum(entry.has_attention for entry in layers)
     weights, head = _body_parameters(model, layers), model.hidden_size * model.vocabulary
     passes = math.ceil(prompt_tokens / max_batched_tokens)
     pairs = sum(_pairs(entry, prompt_tokens, model.kv_heads) for entry in as_served(model, layers)) / model.kv_heads
@@ -153,8 +156,8 @@ class Budget:
         }
         fractions = {name: fraction for name, fraction in given.items() if fraction is not None}
         model, context = sensitivity.model, settings.context_tokens
-        # If layers slide in the base, vLLM's groups have other counts than the plan.
-        padding = settings.kv_padding and not model.sliding_layers
+        # If layers slide in the base, or have a state, vLLM's groups have other counts than the plan.
+        padding = settings.kv_padding and not model.sliding_layers and not model.other_layers
         limits = cls(model, context, settings.concurrency, fractions, rates, padding)
         if rates is not None and not limits.base()[DECODE_MS]:
             raise ConfigError(
@@ -176,8 +179,8 @@ class Budget:
         return costs
 
     def added(self, entry: LayerPlan) -> dict[str, float]:
-        """Return the costs that a layer adds to a plan in which it was full: negative, what it saves."""
-        full = self.plan([LayerPlan(layer=entry.layer, attention=FULL)])
+        """Return the costs that a layer adds to a plan in which it was unchanged: negative, what it saves."""
+        full = self.plan([all_full(self.model)[entry.layer]])
         return {name: cost - full[name] for name, cost in self.plan([entry]).items()}
 
     def base(self) -> dict[str, float]:
@@ -200,7 +203,7 @@ class Budget:
         """Return vLLM's padding with full modules of `module` KV heads as a fraction of the base's KV bytes; 0 if it is
         not counted."""
         padded = (padded_full(full, sliding) - full) * module
-        return padded / (self.model.layers * self.model.kv_heads) if self.padding else 0.0
+        return padded / (len(self.model.attention_layers) * self.model.kv_heads) if self.padding else 0.0
 
     def met(self, layers: Sequence[LayerPlan]) -> bool:
         """Return whether a plan is within every limit."""
@@ -228,10 +231,18 @@ def plan_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:
     return model.parameters + attention * model.attention_parameters - removed
 
 
+def parameter_fraction(model: ModelInfo, layers: Sequence[LayerPlan]) -> float | None:
+    """Return the fraction of the base's parameters that a plan keeps; None if it changes MLPs and the model's facts are
+    an older release's, which knew nothing of them."""
+    if not model.mlp_parameters and any(entry.mlp_changed for entry in layers):
+        return None
+    return plan_parameters(model, layers) / model.parameters
+
+
 def _further_calls(model: ModelInfo, layers: Sequence[LayerPlan], module: int | None) -> int:
     """Return the attention calls of a pass besides one per layer with attention."""
     calls = model.kv_heads // (module or module_heads(model.kv_heads, layers))
-    return (calls - 1) * sum(entry.strategy.keeps_weights for entry in layers)
+    return (calls - 1) * sum(entry.has_attention for entry in layers)
 
 
 def _body_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:

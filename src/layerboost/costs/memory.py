@@ -160,9 +160,10 @@ def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int
 def plan_serving(
     plan: PlanFile, default: CacheSettings, prefill_ms: Callable[[int], float] | None = None
 ) -> Serving | None:
-    """Return `serving` of a plan if vLLM starts with `default`; None for a plan that names no context length."""
+    """Return `serving` of a plan if vLLM starts with `default`; None for a plan that names no context length, and for a
+    hybrid, whose states vLLM keeps among the blocks of its KV cache."""
     context, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
-    if not isinstance(context, int) or not isinstance(concurrency, int):
+    if not isinstance(context, int) or not isinstance(concurrency, int) or plan.model.other_layers:
         return None
     return serving(plan.model, plan.layers, context, concurrency, default, prefill_ms)
 

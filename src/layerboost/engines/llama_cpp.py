@@ -19,7 +19,16 @@ from typing import Any
 
 from layerboost.engines.loads import latencies, prompts
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
-from layerboost.engines.server import DIRECT, HOST, MODULE, Server, check_port, last_words, running_server
+from layerboost.engines.server import (
+    DIRECT,
+    HOST,
+    MODULE,
+    REQUEST_ERRORS,
+    Server,
+    check_port,
+    last_words,
+    running_server,
+)
 from layerboost.engines.xllamacpp_server import check_arguments
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import window_in
@@ -168,7 +177,7 @@ class RunningLlama:
                 answered.append(each.result())
                 memory = max(memory, self.server.rss_bytes())
                 advance(load.output_tokens)
-        except (OSError, ValueError) as error:
+        except (*REQUEST_ERRORS, ValueError) as error:
             self.server.check_alive(patience_s=5.0)
             raise LayerboostError(
                 f"a request to llama.cpp failed on {self.server.name}",

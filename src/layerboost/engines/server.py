@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +36,8 @@ METRICS_TIMEOUT_S = 30
 # Variables that a server must not get: torchrun's ranks; a key that our requests do not send; a cache size in GiB,
 # which overrides vLLM's --kv-cache-memory-bytes.
 NOT_PASSED_ON = {*RANKS, "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
+# Of requests: the second of an answer that is cut off.
+REQUEST_ERRORS = (OSError, HTTPException)
 # Runs the module that follows; with -P, files of the current directory are not imported in place of libraries.
 MODULE = (sys.executable, "-P", "-m")
 # Without proxies: those of the environment or the system are for other hosts.
@@ -60,7 +63,7 @@ class Server:
         try:
             with DIRECT.open(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
                 text = answer.read().decode()
-        except OSError as error:
+        except REQUEST_ERRORS as error:
             self.check_alive()
             raise LayerboostError(
                 f"{self.engine} does not report its metrics while serving {self.name}",
@@ -88,7 +91,7 @@ class Server:
         started = reported = time.monotonic()
         while True:
             self.check_alive()
-            with suppress(OSError), DIRECT.open(f"{self.url}/health", timeout=5) as answer:
+            with suppress(*REQUEST_ERRORS), DIRECT.open(f"{self.url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     break
             now = time.monotonic()

@@ -19,7 +19,8 @@ from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
-from layerboost.model.integrity import ARCHITECTURE, check_checkpoint
+from layerboost.model.integrity import check_checkpoint
+from layerboost.model.modeling import is_boosted
 from layerboost.model.prefix_cache import prefix_flag
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
@@ -93,7 +94,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     check_vllm()
     config = check_checkpoint(model)
     check_folder(model)
-    if ARCHITECTURE in str(config.get("architectures")):
+    if is_boosted(config.get("architectures")):
         check_family(model, config["model_type"])
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_port(flags_given(given).get("port", port), host="")
@@ -109,17 +110,13 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
 
 
 def check_family(folder: Path, model_type: str) -> None:
-    """Raise ConfigError for a model that vLLM could not serve boosted: a language model inside a wrapper, or a family
-    that its backend cannot build."""
-    reason = ""
-    if model_type in WRAPPERS:
-        reason = f"a wrapper, {model_type}: vLLM's class for it makes a stock language model, which knows no plan"
-    elif model_type in FAMILIES and not FAMILIES[model_type].vllm:
-        reason = f"family {model_type}: vLLM's Transformers backend cannot build it"
-    if reason:
+    """Raise ConfigError for a model that vLLM could not serve boosted, by the reason in its row."""
+    row = WRAPPERS.get(model_type) or FAMILIES.get(model_type)
+    if row and not row.vllm:
+        kind = "a wrapper," if model_type in WRAPPERS else "family"
         raise ConfigError(
             f"vLLM cannot serve {folder} boosted",
-            found=reason,
+            found=f"{kind} {model_type}: {row.vllm_lacks}",
             do="use Transformers (bench.engine=transformers), or serve its base",
         )
 
@@ -248,7 +245,7 @@ def _prefix_flag(folder: Path, named: Set[str]) -> dict[str, str]:
     """Return `prefix_flag` of a stock export, unless vLLM refuses it with the flags `named`."""
     config = plain_config(folder) if (folder / PLAN).is_file() else {}
     refused = {"no_enable_prefix_caching", *map(_key, NO_INTERVAL)}
-    if not config or ARCHITECTURE in str(config.get("architectures")) or refused & named:
+    if not config or is_boosted(config.get("architectures")) or refused & named:
         return {}
     return prefix_flag(config, read_plan(folder / PLAN).layers)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# With experts, whose numbers are left out: a layer's are one tensor.
+OF_EXPERTS = NAMES | {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+ROUTER = ".ffn_gate_inp."
 # With norms after attention and MLP.
 SANDWICHED = NAMES | {
     "post_attention_layernorm": "post_attention_norm",
@@ -102,6 +112,16 @@ def _step35_settings(config: PreTrainedConfig) -> Settings:
         "rope.dimension_count_swa": head_dim(config),
         "rope.freq_base_swa": float(config.rope_parameters["rope_theta"]),
         "expert_feed_forward_length": 0,
+    }
+
+
+def _mellum_settings(config: PreTrainedConfig) -> Settings:
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    return (_windows_by_layer(config) if any(slides_where_possible(config)) else {}) | {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
     }
 
 
@@ -182,6 +202,7 @@ LAYOUTS = {
     "granite_swa": Layout(_granite_settings, granite_tensors, interleaved=True),
     "deci": Layout(_deci_settings, split_tensors, interleaved=True),
     "step35": Layout(_step35_settings, head=True),
+    "mellum": Layout(_mellum_settings, names=OF_EXPERTS, head=True),
     "olmo2": Layout(_olmo_settings, names=SANDWICHED, head=True),
     "gemma2": Layout(_gemma2_settings, names=SANDWICHED, norm_offset=1.0),
     "gemma3": Layout(_gemma3_settings, names=SANDWICHED, norm_offset=1.0),
@@ -213,20 +234,23 @@ def write_gguf(
         writer.add_string("layerboost.plan", (folder / PLAN).read_text())
     writer.add_string(SOURCE, source)
     add_tokenizer(writer, folder, config.vocab_size)
-    named = list(_named(layout, config, layout.tensors(config, tensors)))
+    named = _named(layout, config, layout.tensors(config, tensors))
     if (factors := _rope_factors(config)) is not None:
-        named.append(("rope_freqs.weight", factors))
-    for name, tensor in named:
-        chosen = _type(name, tensor, kind)
-        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen)
+        named.append(("rope_freqs.weight", [factors]))
+    for name, parts in named:
+        chosen = _type(name, parts[0], kind)
+        whole = parts[0].shape if len(parts) == 1 else (len(parts), *parts[0].shape)
+        shape = gguf.quants.quant_shape_to_byte_shape(whole, chosen)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     # One tensor in memory at a time.
     with Progress("writing GGUF", len(named), "tensors") as progress:
-        for name, tensor in named:
-            writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), _type(name, tensor, kind)))
+        for name, parts in named:
+            chosen = _type(name, parts[0], kind)
+            written = [gguf.quants.quantize(part.float().numpy(), chosen) for part in parts]
+            writer.write_tensor_data(written[0] if len(written) == 1 else np.stack(written))
             progress.advance(1)
     writer.close()
 
@@ -302,28 +326,32 @@ def _add(writer: Any, key: str, value: Any) -> None:
             writer.add_string(key, value)
 
 
-def _named(layout: Layout, config: PreTrainedConfig, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield llama.cpp's names and tensors."""
+def _named(layout: Layout, config: PreTrainedConfig, tensors: Tensors) -> list[tuple[str, list[torch.Tensor]]]:
+    """Return llama.cpp's names and tensors: one each, but all experts of a layer in order."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     if layout.head and "lm_head.weight" not in tensors:
         tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    found: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if layout.norm_offset and "norm" in name:
             tensor = tensor.float() + layout.norm_offset  # noqa: PLW2901
         if name in OUTER:
-            yield OUTER[name], tensor
+            found[OUTER[name]] = {0: tensor}
             continue
-        _, _, layer, rest = name.split(".", 3)
+        expert = EXPERT.search(name)
+        _, _, layer, rest = EXPERT.sub(".mlp.experts.", name).split(".", 3)
         part, _, end = rest.rpartition(".")
         if layout.interleaved and (count := heads.get(part.rpartition(".")[2])) is not None:
             pairs = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
-        yield f"blk.{layer}.{layout.names[rest] if rest in layout.names else f'{layout.names[part]}.{end}'}", tensor
+        theirs = f"blk.{layer}.{layout.names[rest] if rest in layout.names else f'{layout.names[part]}.{end}'}"
+        found.setdefault(theirs, {})[int(expert[1]) if expert else 0] = tensor
+    return [(name, [parts[number] for number in sorted(parts)]) for name, parts in found.items()]
 
 
 def _type(name: str, tensor: torch.Tensor, kind: str) -> GGMLQuantizationType:
-    """Return a tensor's type: vectors are float32, matrices as asked if their rows divide into blocks."""
-    if tensor.dim() == 1:
+    """Return a tensor's type: vectors and routers are float32, matrices as asked if their rows divide into blocks."""
+    if tensor.dim() == 1 or ROUTER in name:
         return GGMLQuantizationType.F32
     chosen, _ = TYPES["q8_0" if kind == "q4_0" and name in HEADS else kind]
     return chosen if tensor.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else GGMLQuantizationType.F16

@@ -24,12 +24,14 @@ from layerboost.model.card import CARD, vllm_commands
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
-from layerboost.model.integrity import ARCHITECTURE, check_checkpoint, read_config
-from layerboost.model.modeling import base_layer_types
+from layerboost.model.integrity import check_checkpoint, read_config
+from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.prefix_cache import prefix_flag
+from layerboost.model.surgery import unchanged
+from layerboost.model.tokenizer import copied_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import LayerPlan, PlanFile
+from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.run import PLAN
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
@@ -93,7 +95,7 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     if plan is None:
         return Exported(target.name, str(out), 0, None)
     if base_type := _base_type(plan.model.name):
-        log.warning("the base was a GGUF file with weights of type %s: no export is more precise", base_type)
+        log.warning("the base came with weights of type %s: no export is more precise", base_type)
     return Exported(target.name, str(out), extra_kv_bytes(target, config, plan.model), base_type)
 
 
@@ -120,14 +122,15 @@ def gguf_file(folder: Path, out: Path, kind: str) -> None:
 def _source(folder: Path) -> str:
     """Return a hash of the files that an export is made from; of weights, of their sizes and times."""
     weights = weight_files(folder)
-    others = [folder / name for name in ("config.json", PLAN, "tokenizer.json", "chat_template.jinja", CARD)]
+    names = ("config.json", PLAN, CARD, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    others = [folder / name for name in names]
     told = [file_hash(file) for file in others if file.is_file()]
     return fingerprint(told, [(file.stat().st_size, file.stat().st_mtime_ns) for file in weights])
 
 
 def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedConfig, Target]:
     """Return a model's config and the format for it; without a plan all layers are the base's own."""
-    boosted = ARCHITECTURE in (check_checkpoint(folder).get("architectures") or [])
+    boosted = is_boosted(check_checkpoint(folder).get("architectures"))
     if boosted and plan is None:
         raise ConfigError(
             f"{folder} is a boosted checkpoint without its plan", found="no plan.yaml", do="copy it again"
@@ -142,8 +145,7 @@ def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedCon
             do="load the checkpoint itself in Transformers, with layerboost installed or its remote code",
         )
     config.layer_types = base_layer_types(config) if plan is None else config.layer_types
-    layers = [LayerPlan(layer=layer, attention="full") for layer in range(config.num_hidden_layers)]
-    return config, find_target(to, config, plan.layers if plan else layers)
+    return config, find_target(to, config, plan.layers if plan else unchanged(config))
 
 
 def _not_boosted(folder: Path, found: str) -> ConfigError:
@@ -157,8 +159,8 @@ def _not_boosted(folder: Path, found: str) -> ConfigError:
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
     form = DIRECTORIES[target.name]
     card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    tensors = form.tensors(config, read_weights(folder))
     with new_folder(out) as new:
-        tensors = form.tensors(config, read_weights(folder))
         save_torch_state_dict(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             new,
@@ -166,9 +168,11 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
             metadata={"format": "pt"},
         )
         weights = {file.name for file in weight_files(folder)}
-        for file in folder.iterdir():
+        for file in {*folder.iterdir(), *copied_files(folder)}:
             if file.is_file() and file.name not in NOT_COPIED | weights:
-                shutil.copy(file, new)
+                place = new / file.relative_to(folder)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy(file, place)
         if form.file:
             shutil.copy(form.file, new)
         plain = form.config(config)
@@ -236,18 +240,21 @@ def _quantise(tool: str, file: Path, out: Path, kind: str) -> None:
 
 
 def _base_type(name: str) -> str | None:
-    """Return the type of most weights of a base that was a quantised GGUF file; None for other bases."""
+    """Return the type of most weights of a base that came quantised, a GGUF file or a directory; None for others."""
     from gguf import GGUFReader
 
-    if not name.startswith("package:") and not name.lower().endswith(".gguf"):
+    in_file = name.startswith("package:") or name.lower().endswith(".gguf")
+    if not in_file and not Path(name).expanduser().is_dir():
         return None
     try:
         base = find_model(name, Runtime(torch.device("cpu"), torch.float32))
+        if base.gguf is None:
+            return (base.dequantised or {}).get("quant_method")
         sizes = Counter[str]()
-        for tensor in GGUFReader(base.folder / (base.gguf or "")).tensors:
+        for tensor in GGUFReader(base.folder / base.gguf).tensors:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     except (ConfigError, OSError, ValueError):
-        return "unknown (the file is not there)"
+        return "unknown (the file is not there)" if in_file else None
     [(most, _)] = sizes.most_common(1)
     return None if most in ("F32", "F16", "BF16") else most
 

@@ -78,6 +78,17 @@ def _unfit_olmo(config: PreTrainedConfig) -> str:
     return _needs_square(config)
 
 
+def _unfit_mellum(config: PreTrainedConfig) -> str:
+    if len({rope["rope_theta"] for rope in _ropes(config)}) > 1:
+        return "full and sliding layers with rotary embeddings of two bases"
+    kinds = getattr(config, "mlp_layer_types", None) or ["sparse"] * config.num_hidden_layers
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1 or "dense" in kinds:
+        return "layers without experts"
+    if not config.norm_topk_prob:
+        return "experts whose weights do not add up to one"
+    return "biases" if config.attention_bias else ""
+
+
 def _needs_tied(config: PreTrainedConfig) -> str:
     return "" if config.tie_word_embeddings else "an output head of its own"
 
@@ -163,6 +174,7 @@ TARGETS = {
             unfit=_rotates_partly,
         ),
         _gguf("step35", ("qwen3",)),
+        _gguf("mellum", ("qwen3_moe", "mellum"), unfit=_unfit_mellum),
         _gguf("olmo2", ("olmo2", "olmo3"), rope=DEFAULT | {"yarn"}, every_nth=True, unfit=_unfit_olmo),
         _gguf("gemma2", ("gemma2",), every_nth=True, unfit=_unfit_gemma),
         _gguf("gemma3", ("gemma3_text",), rope=DEFAULT | {"linear"}, every_nth=True, unfit=_unfit_gemma),
@@ -210,7 +222,7 @@ def problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan
     if config.model_type not in target.families:
         return f"family {config.model_type}; it holds {', '.join(target.families)}"
     if odd := {rope.get("rope_type", "default") for rope in _ropes(config)} - target.rope:
-        return f"rotary embeddings of type {', '.join(odd)}"
+        return f"rotary embeddings of type {', '.join(sorted(odd))}"
     return target.unfit(config) or _layer_problem(target, config, layers)
 
 

@@ -64,7 +64,8 @@ def adapted_layers(
 ) -> dict[str, frozenset[str]]:
     """Return the names of a stock model's modules that get an adapter in each stage, `attention` and `lora`.
 
-    They are linear layers, and packed experts, of which all parameters get one. Routers never do.
+    They are linear layers, and packed experts, of which all parameters get one. Routers never do, nor does what a
+    hybrid's layers of another kind have in place of attention.
 
     Stage 1: the modules it trains, a sliding layer's attention and an attention-free layer's MLP, both in a layer with
     another MLP; a linear layer trains its feature maps instead. Stage 2: `targets` from the first changed layer up,
@@ -84,7 +85,7 @@ def adapted_layers(
     for name, module in decoder_layers(model).named_modules():
         index, *parts = name.split(".")
         packed = bool(packed_parameters(module))
-        if ROUTERS & set(parts) or not (packed or isinstance(module, nn.Linear)):
+        if {*ROUTERS, family.mixer} & set(parts) or not (packed or isinstance(module, nn.Linear)):
             continue
         layer, in_attention, full_name = int(index), family.attention in parts, f"{prefix}.{name}"
         known.add(parts[-1])

@@ -126,7 +126,9 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
     head_group, mlp_widths = _head_group(recipe, base.config), _mlp_widths(recipe, base.config)
     settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
-    settings["mlp_widths"] = mlp_widths or None
+    thins = bool(mlp_widths) or any(entry.mlp_width for entry in (plan.layers if plan else ()))
+    fit = load_mlp_fit(recipe, base.tokenizer, run) if thins else None
+    settings |= {"mlp_widths": mlp_widths or None, "mlp_fit": fit.fingerprint if fit else None}
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
     if run and found is not None and found.complete and (not scans or any(entry.heads for entry in found.layers)):
@@ -135,12 +137,11 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     model = base.load()
     size, device = recipe.measure.batch_sequences, runtime.device
     batches = inputs.text.batches(size, device)
-    sinks = calibrate_sinks(model, batches, range(info.layers), recipe.measure.windows)
+    sinks = calibrate_sinks(model, batches, info.attention_layers, recipe.measure.windows)
     done = found.layers if found else []
     wanted = {(layer, width) for layer in range(len(done), info.layers) for width in mlp_widths}
     wanted |= {(entry.layer, entry.mlp_width) for entry in (plan.layers if plan else ()) if entry.mlp_width}
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device) if wanted else []
-    stream = LayerStream(model, sinks, thin_mlps(model, fit, sorted(wanted)))
+    stream = LayerStream(model, sinks, thin_mlps(model, fit.batches(size, device) if fit else [], sorted(wanted)))
     # On a plan, most variants change layers above them too.
     text = TextProbe(stream, batches, inputs.prompts, () if plan else recipe.measure.windows)
     probes: list[Probe] = [text]
@@ -164,17 +165,16 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
-    exact = None if scans else head_group
     sweep(
-        *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, exact),
+        *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, None if scans else head_group),
         strategies=recipe.measure.strategies,
         mlp_widths=mlp_widths,
     )
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
-        draws = recipe.measure.scan_draws
-        save(scanned(model, tokens, inputs.prompts, found.layers, sinks, head_group, draws, recipe.seed))
+        drawn = recipe.measure.scan_draws, recipe.seed
+        save(scanned(model, tokens, inputs.prompts, found.layers, sinks, head_group, *drawn))
     return found
 
 

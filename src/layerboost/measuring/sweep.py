@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from layerboost.model.modeling import base_layer_types
+from layerboost.model.modeling import ATTENTION, base_layer_types
 from layerboost.probes.metrics import BaseText, check_finite, score
 from layerboost.probes.probe import Losses, Probe, TextProbe
 from layerboost.runtime import Progress, rank, world_size
@@ -85,13 +85,14 @@ def candidates(
     """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each of the strategies with
     all of its settings.
 
-    Attention that slides in the base can only be removed.
+    Attention that slides in the base can only be removed; there is none to replace in a hybrid's other layers.
     """
-    slides = base_layer_types(model.config.get_text_config())[layer] == "sliding_attention"
+    kind = base_layer_types(model.config.get_text_config())[layer]
+    slides = kind == "sliding_attention"
     found: list[dict[str, Any]] = [
         {"attention": name, **fields}
         for name, strategy in STRATEGIES.items()
-        if name in strategies and not (slides and WINDOW in strategy.settings)
+        if kind in ATTENTION and name in strategies and not (slides and WINDOW in strategy.settings)
         for fields in strategy.variants(windows)
     ]
     found += [
@@ -126,8 +127,8 @@ def _measure(
     probes: Sequence[Probe], index: int, options: list[LayerPlan], on_plan: bool, head_group: int | None
 ) -> LayerSensitivity:
     model = probes[0].streams.stream.model
-    # The loss of the plan's other layers, this one being full.
-    [rest] = _losses(probes, [LayerPlan(layer=index, attention=FULL)]) if on_plan else [None]
+    # The loss of the plan's other layers, this one being as in the base.
+    [rest] = _losses(probes, [probes[0].streams.stream.unchanged[index]]) if on_plan else [None]
     turns = _turns(probes, index)
     whole = _variants(probes, index, options, rest, turns)
     heads = model.config.get_text_config().num_key_value_heads
@@ -192,8 +193,8 @@ def _turns(probes: Sequence[Probe], index: int) -> Turns:
     found: list[list[torch.Tensor]] = []
     for probe in probes:
         if isinstance(probe, TextProbe):
-            stream = probe.streams.stream
-            for sample, hidden in zip(probe.samples, probe.streams.inputs[index], strict=True):
+            streams = probe.streams
+            for sample, stream, hidden in zip(probe.samples, streams.of_batch, streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
                     between = hidden + stream.attention_output(index, hidden)
                     rows = [sample.rows(each).float() for each in (hidden, between, stream.layer(index, hidden))]

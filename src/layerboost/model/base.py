@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from layerboost.model.families import WRAPPERS
 from layerboost.model.files import (
     check_finite_weights,
     check_readable,
+    in_original_format,
     plain_config,
     remembered,
     weight_files,
@@ -39,7 +40,13 @@ from layerboost.model.files import (
 from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
-from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers, make_attention_free
+from layerboost.model.modeling import (
+    attention_layers,
+    auto_class,
+    base_layer_types,
+    decoder_layers,
+    make_attention_free,
+)
 from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
 from layerboost.recipe import Card, Recipe, model_of
@@ -132,6 +139,7 @@ class Base:
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
+            other_layers=sorted({*range(config.num_hidden_layers)} - {*attention_layers(config)}),
         )
 
     def check(self) -> None:
@@ -242,13 +250,18 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     if not base.packed:
         return base
     log.info("unpacking %s to %s", base.gguf or base.name, run / BASE)
-    model, tokenizer = base.load(dequantise=True), base.tokenizer
+    # On the CPU, whatever the run's device: the model is only written, and may be larger than a GPU.
+    on_cpu = replace(base, runtime=replace(runtime, device=torch.device("cpu")))
+    model, tokenizer = on_cpu.load(dequantise=True), base.tokenizer
     with new_folder(run / BASE) as folder:
-        # By its original names and formats a model would be quantised again, and scales may stay in its state.
+        # In the form of an unquantised checkpoint: undoing what loading did would quantise it again. Scales may stay in
+        # its state.
+        vars(model)["_weight_conversions"] = None
         with torch.device("meta"):
             stock = auto_class(base.model_config).from_config(base.model_config).state_dict()
         state = {name: value for name, value in model.state_dict().items() if name in stock}
-        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        original = in_original_format(model.config)
+        model.save_pretrained(folder, state_dict=state, save_original_format=original)
         if base.gguf:
             tokenizer.save_pretrained(folder)
         else:
@@ -276,7 +289,8 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
         return sum(parameter.numel() for parameter in found)
 
     whole = count()
-    make_attention_free(decoder_layers(model)[0], 0, family_of(config))
+    layer = attention_layers(config.get_text_config())[0]
+    make_attention_free(decoder_layers(model)[layer], layer, family_of(config))
     return {
         "parameters": whole,
         "attention_parameters": whole - count(),

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from layerboost.costs.budget import parameter_fraction
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, Serving, plan_serving
-from layerboost.model.families import WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
@@ -103,8 +104,9 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
-    if predicted and any(entry.mlp_changed for entry in plan.layers):
-        cache += f" It has {predicted.parameter_fraction:.0%} of the base's parameters."
+    kept = parameter_fraction(plan.model, plan.layers)
+    if kept is not None and any(entry.mlp_changed for entry in plan.layers):
+        cache += f" It has {kept:.0%} of the base's parameters."
     experts = (
         f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
         f"{plan.model.parameters / 1e6:,.0f} M parameters."
@@ -147,7 +149,8 @@ model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ## Limits
 
 A token can be looked up beyond the window only through the {reach}: test retrieval at your context length before
-serving. Generation needs Transformers' dynamic cache.
+serving.{" A window counts the tokens of images too." * (auto == WRAPPER[0])} Generation needs Transformers' dynamic
+cache.
 """
 
 
@@ -176,8 +179,8 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
-    if plan.model.model_type in WRAPPERS:
-        return "vLLM does not serve this model. Generate with Transformers; a window counts the tokens of images too.\n"
+    if not (WRAPPERS.get(plan.model.model_type) or FAMILIES[plan.model.model_type]).vllm:
+        return "vLLM does not serve this model. Generate with Transformers.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"
     commands = f"{INSTALL}{vllm_commands(plan)}\n```\n"

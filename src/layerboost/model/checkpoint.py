@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.files import disk_error, new_folder
+from layerboost.files import new_folder
 from layerboost.model import attention, caches, families, linear_attention, mlp, modeling
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import CARD, UNKNOWN, Origin, model_card
-from layerboost.model.families import WRAPPERS
-from layerboost.model.files import as_saved, read_weights
+from layerboost.model.files import as_saved, in_original_format, read_weights
 from layerboost.model.integrity import check_checkpoint, check_weights
 from layerboost.model.tokenizer import SENTENCE, save_tokenizer
 from layerboost.schemas.model import ModelInfo
@@ -48,12 +46,9 @@ def save_boosted(
     Raise LayerboostError if the disk is full, or if the written files are not the model.
     """
     with new_folder(target) as folder:
-        try:
-            # A wrapper's tensors have other names in its base's file; vLLM and Transformers know these too.
-            own_names = {"save_original_format": False} if model.config.model_type in WRAPPERS else {}
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, **own_names)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise disk_error(target, OSError(str(error))) from error
+        model.save_pretrained(
+            folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=in_original_format(model.config)
+        )
         save_tokenizer(tokenizer, folder)
         (folder / "modeling_layerboost.py").write_text(modeling_source())
         write_plan(folder / PLAN, plan)

@@ -5,6 +5,7 @@ Travels inside every boosted checkpoint, so it imports nothing of layerboost.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ class Family:
     decides on its rotary embedding too, not on its window alone, and `rotary_by_window` that a full layer has one only
     if the config has no window. `multiplies_logits` says that the config's `logits_scaling` multiplies, and does not
     divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
-    linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `vllm` says which
-    classes serve it, empty if none does.
+    linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
+    a hybrid, what its layers of another kind have in place of attention. `vllm` says which classes serve it, empty if
+    none does, and `vllm_lacks` then why.
     """
 
     model_type: str
@@ -41,11 +43,15 @@ class Family:
     multiplies_logits: bool = False
     images_both_ways: bool = False
     linear: bool = False
+    mixer: str = ""
     vllm: str = TRANSFORMERS_BACKEND
+    vllm_lacks: str = ""
 
 
 AFTER = "post_attention_layernorm"
 SLIDING_FLAG = (("use_sliding_window", True),)
+NO_STATES = "vLLM's Transformers backend keeps no state for layers of another kind than attention"
+hybrid = functools.partial(Family, vllm="", vllm_lacks=NO_STATES)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -107,19 +113,52 @@ FAMILIES: dict[str, Family] = {
         Family("hunyuan_v1_moe"),
         Family("hy_v3"),
         Family("mellum", rotary_by_type=True),
-        # vLLM's backend takes its router for a plain linear layer.
-        Family("phimoe", vllm=""),
+        Family("phimoe", vllm="", vllm_lacks="vLLM's Transformers backend takes its router for a plain linear layer"),
         Family("solar_open"),
+        # Hybrids: layers with attention among others, which stay as they are.
+        hybrid("qwen3_next", mixer="linear_attn"),
+        hybrid("qwen3_5_text", mixer="linear_attn"),
+        hybrid("qwen3_5_moe_text", mixer="linear_attn"),
+        hybrid("granitemoehybrid", mixer="mamba"),
+        hybrid("lfm2", mixer="conv", output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"),
+        hybrid("lfm2_moe", mixer="conv", output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"),
+        hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
         # Language models that exist inside a wrapper alone.
         Family("qwen3_vl_text", vllm=""),
+        Family("qwen3_vl_moe_text", vllm=""),
         Family("qwen2_5_vl_text", vllm="", config_flags=SLIDING_FLAG),
     )
 }
-# Vision-language models: an image tower and a language model, whose config is `text_config`, by the families of that.
-WRAPPERS: dict[str, tuple[str, ...]] = {
-    "llava": ("llama", "mistral", "qwen2"),
-    "mistral3": ("mistral", "ministral3"),
-    "qwen3_vl": ("qwen3_vl_text",),
-    "qwen2_5_vl": ("qwen2_5_vl_text",),
-    "gemma3": ("gemma3_text",),
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A vision-language model: an image tower and a language model, whose config is `text_config`.
+
+    `inside` names the families of the language model, `architecture` the class of a boosted model, of which vLLM has
+    one of the same name. `vllm` says which classes of vLLM that is built on; if none can be, `vllm_lacks` says why.
+    """
+
+    inside: tuple[str, ...]
+    architecture: str = "LayerBoostForConditionalGeneration"
+    vllm: str = TRANSFORMERS_BACKEND
+    vllm_lacks: str = ""
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "llava": Wrapper(("llama", "mistral", "qwen2")),
+    "mistral3": Wrapper(("mistral", "ministral3")),
+    # vLLM's Transformers backend leaves out deepstack: what the tower adds to the stream after the first layers.
+    "qwen3_vl": Wrapper(("qwen3_vl_text",), "LayerBoostQwen3VLForConditionalGeneration", "Qwen3-VL classes"),
+    "qwen3_vl_moe": Wrapper(
+        ("qwen3_vl_moe_text",), vllm="", vllm_lacks="layerboost has no class for Qwen3-VL with experts"
+    ),
+    "qwen2_5_vl": Wrapper(("qwen2_5_vl_text",)),
+    "gemma3": Wrapper(
+        ("gemma3_text",),
+        vllm="",
+        vllm_lacks="vLLM has no attention on CPUs that lets the tokens of an image see each other both ways",
+    ),
+    "qwen3_5": Wrapper(("qwen3_5_text",), vllm="", vllm_lacks=NO_STATES),
+    "qwen3_5_moe": Wrapper(("qwen3_5_moe_text",), vllm="", vllm_lacks=NO_STATES),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import load_state_dict
 
@@ -123,10 +123,18 @@ def read_weights(folder: Path, names: Iterable[str] = WEIGHTS) -> Tensors:
     return weights
 
 
+def in_original_format(config: PreTrainedConfig) -> bool:
+    """Return whether `save_pretrained` names and packs the tensors of a model as published checkpoints do.
+
+    Those of a wrapper keep their own names, which vLLM and Transformers know too.
+    """
+    return config.model_type not in WRAPPERS
+
+
 def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
-    """Return a tensor of a model's state as `save_pretrained` writes it: Transformers renames some tensors, and packs
-    those of experts, as it loads them."""
-    if model.config.model_type in WRAPPERS:  # saved by their own names
+    """Return a tensor of a model's state as it is saved: Transformers renames some tensors, and packs those of experts,
+    as it loads them."""
+    if not in_original_format(model.config):
         return {name: value}
     saved: Tensors = revert_weight_conversion(model, {name: value})
     return saved

@@ -30,14 +30,13 @@ from layerboost.model.files import (
     some,
     weight_files,
 )
-from layerboost.model.modeling import auto_class, base_layer_types, decoder_layers
+from layerboost.model.modeling import architecture_of, auto_class, base_layer_types, decoder_layers, is_boosted
 from layerboost.model.surgery import experts_per_token, packed_parameters, recorded_plan
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
 from layerboost.strategies import WINDOW, label
 
-ARCHITECTURE = "LayerBoostForCausalLM"
 # The methods that Transformers undoes on a CPU, and the package that it needs for that.
 DEQUANTISED: dict[Any, str] = {"fp8": "", "compressed-tensors": "compressed_tensors"}
 # Weights of another type are quantised.
@@ -58,15 +57,16 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> dict[str,
             do=f"name the file {SINGLE} and remove the setting",
         )
     tensors, text = headers(folder), plain.get("text_config") or plain
-    if ARCHITECTURE in (plain.get("architectures") or []):
+    if is_boosted(plain.get("architectures")):
         config = read_config(folder, str(folder))
         recorded = _recorded(folder, config.get_text_config())
         if (folder / PLAN).is_file():
             _check_plan(folder, recorded, read_plan(folder / PLAN))
         _check_tensors(folder, config, tensors)
     elif "attention_sink_layers" in text:
+        name = architecture_of(plain["model_type"])
         raise ConfigError(
-            f"{folder / 'config.json'} is of a boosted checkpoint and no longer names {ARCHITECTURE}",
+            f"{folder / 'config.json'} is of a boosted checkpoint and no longer names {name}",
             found=f"architectures {plain.get('architectures')}",
             do="make the checkpoint again; its own files are not for editing",
         )
@@ -85,7 +85,7 @@ def check_base(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
     """
     plain = plain_config(folder)
     _check_quantisation(folder, plain)
-    if ARCHITECTURE in (plain.get("architectures") or []):
+    if is_boosted(plain.get("architectures")):
         raise ConfigError(f"{folder} is a boosted checkpoint", do="give the base that it was made from as MODEL")
     check_checkpoint(folder, trust_remote_code)
     check_weights(folder, dtype, trust_remote_code)

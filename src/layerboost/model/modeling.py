@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -42,6 +42,8 @@ from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import make_linear
 from layerboost.model.mlp import recorded_widths, set_mlp
 
+# Transformers' types of layers that have attention and no state.
+ATTENTION = ("full_attention", "sliding_attention")
 # More tokens than any draft has: what assisted generation crops.
 SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
@@ -123,7 +125,8 @@ def add_sinks(attention: Any, full_kv_heads: int = 0) -> None:
 
 
 def base_layer_types(config: PreTrainedConfig) -> list[str]:
-    """Return `full_attention` for each layer of a config, or `sliding_attention` if it slides in the base already.
+    """Return `full_attention` for each layer of a config, or `sliding_attention` if it slides in the base already; in a
+    hybrid, Transformers' own types of the others.
 
     Mistral and Phi-3 know no `layer_types`: with a `sliding_window`, all layers slide. A window no shorter than the
     context drops nothing: such layers are full, unless their type says more of them.
@@ -138,6 +141,11 @@ def base_layer_types(config: PreTrainedConfig) -> list[str]:
     if hasattr(type(config), "layer_types"):
         return list(config.layer_types)
     return full if window is None else ["sliding_attention"] * config.num_hidden_layers
+
+
+def attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers of a config that have attention in the base."""
+    return [layer for layer, kind in enumerate(base_layer_types(config)) if kind in ATTENTION]
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -223,6 +231,8 @@ def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: s
     for index, layer in enumerate(past.layers):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             past.layers[index] = SlidingCacheLayer(layer.sliding_window)
+        if not isinstance(layer, CacheLayerMixin):  # a hybrid's state
+            layer.is_sliding = AttentionFreeCacheLayer.is_sliding
     mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
     while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
         past.layers.append(DynamicLayer())
@@ -332,9 +342,19 @@ ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
 _BOOSTED: dict[type, Any] = {}
 
 
+def architecture_of(model_type: str) -> str:
+    """Return the name of the class of boosted models of this type."""
+    return WRAPPERS[model_type].architecture if model_type in WRAPPERS else "LayerBoostForCausalLM"
+
+
+def is_boosted(architectures: Sequence[str] | None) -> bool:
+    """Return whether a config's `architectures` name a class of boosted models."""
+    return any(name.startswith("LayerBoost") for name in architectures or ())
+
+
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a stock class that builds the base and gives every layer the strategy of its config."""
-    if stock.__name__ == "LayerBoostForCausalLM":
+    if is_boosted([stock.__name__]):
         return stock
     if stock not in _BOOSTED:
 
@@ -351,7 +371,8 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             apply_config(self)
 
         # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-        _BOOSTED[stock] = type("LayerBoostForCausalLM", (stock,), {"__init__": init, "__module__": __name__})
+        name = architecture_of(stock.config_class.model_type)
+        _BOOSTED[stock] = type(name, (stock,), {"__init__": init, "__module__": __name__})
     boosted: type[PreTrainedModel] = _BOOSTED[stock]
     return boosted
 
@@ -397,7 +418,7 @@ class LayerBoostForCausalLM:
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     stock = stock_class(config)
-    return boosted_class(stock) if "LayerBoostForCausalLM" in (config.architectures or []) else stock
+    return boosted_class(stock) if is_boosted(config.architectures) else stock
 
 
 def register_auto_classes() -> None:
@@ -410,6 +431,8 @@ def register_auto_classes() -> None:
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     ):
         for model_type in names.keys() & {*FAMILIES, *WRAPPERS}:
+            if names[model_type] != MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, names[model_type]):
+                continue  # Qwen3.5's language model taken out of its wrapper
             auto.register(transformers.CONFIG_MAPPING[model_type], registered, exist_ok=True)
 
 

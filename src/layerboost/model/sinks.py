@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
+from layerboost.model.stream import decoded
 from layerboost.model.surgery import captured_attention, output_projection
 from layerboost.schemas.plan import LayerPlan
-from layerboost.traffic import Traffic
+from layerboost.traffic import Traffic, unpacked
 
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Candidates around the mean log-sum-exp of the dropped scores: a sink there takes the fraction the dropped keys had.
@@ -52,9 +53,8 @@ def calibrate_sinks(
     no sequence is longer than a window.
     """
     windows = list(windows)
-    sequences = [(each, [each.shape[1]] * len(each)) if isinstance(each, torch.Tensor) else (each.ids, each.lengths)
-                 for each in batches]  # fmt: skip
-    every = [length for _, lengths in sequences for length in lengths]
+    sequences = [unpacked(each) for each in batches]
+    every = [length for _, lengths, _ in sequences for length in lengths]
     if max(every) <= max(windows, default=0):
         raise ConfigError(
             f"no sequence is longer than the window of {max(windows)}",
@@ -85,9 +85,9 @@ def calibrate_sinks(
                     fits.setdefault((layer, window), []).append((square.cpu(), cross.cpu(), lse.cpu(), center.cpu()))
 
     layers = list(layers)
-    for ids, lengths in sequences:
+    for ids, lengths, given in sequences:
         with captured_attention(model, layers, partial(see, lengths)):
-            model.get_decoder()(input_ids=ids, use_cache=False)
+            decoded(model, ids, given, use_cache=False)
     joined = {key: tuple(torch.cat(parts) for parts in zip(*found, strict=True)) for key, found in fits.items()}
     return Sinks(joined, model.config.get_text_config().num_key_value_heads, model.device)  # type: ignore[arg-type]
 

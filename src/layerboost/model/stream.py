@@ -11,8 +11,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp
+from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
 from layerboost.schemas.plan import LayerPlan
+from layerboost.strategies import OTHER
 
 
 class PrefixCache:
@@ -46,12 +47,22 @@ class PrefixCache:
         return torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
 
 
+def decoded(
+    model: PreTrainedModel, ids: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """Return the normed output `[B, T, D]` of a model's decoder on ids `[B, T]`; with what a processor made of images,
+    `given`, of a wrapper's."""
+    part = model.base_model if given else model.get_decoder()
+    output: torch.Tensor = part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
+    return output
+
+
 class LayerStream:
     """Layers, final norm and head of one model, callable apart.
 
     The arguments Transformers passes to each layer (masks, rotary embeddings) are recorded once per batch shape, so no
-    family's forward is written again here. `sinks`: the sink logits of a layer's plan; `thinned`: its thinned MLPs, by
-    layer and width.
+    family's forward is written again here; what they are for images differs by batch, and each has a stream of its own.
+    `sinks`: the sink logits of a layer's plan; `thinned`: its thinned MLPs, by layer and width.
     """
 
     def __init__(
@@ -63,20 +74,33 @@ class LayerStream:
         self.model = model
         self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
+        self.unchanged = unchanged(model.config.get_text_config())
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._added: dict[int, torch.Tensor] = {}
 
-    def forward(self, ids: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def own(self) -> LayerStream:
+        """Return a stream of the same layers, for a batch with images."""
+        return LayerStream(self.model, self.sinks, self.thinned)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        cache: DynamicCache | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the whole decoder on ids `[B, T]`; returns the input of layer 0 and the normed output, `[B, T, D]`.
 
-        An empty `cache` is filled.
+        An empty `cache` is filled. `given`: as of `decoded`; what is added to the stream between layers (Qwen3-VL's
+        deepstack) is recorded too.
         """
         arguments: list[dict[str, Any]] = [{} for _ in self.layers]
-        first: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
 
         def record(index: int) -> Any:
             def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if index == 0:
-                    first.append(args[0] if args else kwargs["hidden_states"])
+                if index == 0 or given:
+                    inputs.append(args[0] if args else kwargs["hidden_states"])
                 arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 arguments[index]["past_key_values"] = None
 
@@ -85,14 +109,19 @@ class LayerStream:
         hooks = [
             layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(self.layers)
         ]
+        if given:
+            hooks += [
+                layer.register_forward_hook(lambda _, __, out: outputs.append(_hidden(out))) for layer in self.layers
+            ]
         try:
-            decoder = self.model.get_decoder()
-            output = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            output = decoded(self.model, ids, given, past_key_values=cache, use_cache=cache is not None)
         finally:
             for hook in hooks:
                 hook.remove()
         self._arguments[ids.shape] = arguments
-        return first[0], output
+        pairs = enumerate(zip(outputs, inputs[1:], strict=False))
+        self._added = {index: after - before for index, (before, after) in pairs if after is not before}
+        return inputs[0], output
 
     def forward_with_cache(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, PrefixCache]:
         """Return what `forward` does, and a cache of the first positions; only for a model that `can_continue`."""
@@ -117,13 +146,12 @@ class LayerStream:
             thinned = self.thinned[index, plan.mlp_width] if plan.mlp_width else None
             with replaced(self.model, index, plan, sinks), replaced_mlp(self.model, index, plan, thinned):
                 return self.layer(index, hidden)
-        return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
+        out = self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
+        return out + self._added[index] if index in self._added else out
 
     def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """Call one decoder layer as Transformers does; some return a tuple."""
-        out: Any = self.layers[index](hidden, **arguments)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        """Call one decoder layer as Transformers does."""
+        return _hidden(self.layers[index](hidden, **arguments))
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = final_norm(self.model)(hidden)
@@ -154,9 +182,10 @@ class LayerStream:
         return self._normed(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the attention of one stock layer adds to the stream `[B, T, D]`."""
+        """Return what the attention of one stock layer, or what it has in its place, adds to the stream `[B, T, D]`."""
         family, layer, found = family_of(self.model.config), self.layers[index], []
-        module = getattr(layer, family.norm_after or family.attention)
+        other = self.unchanged[index].attention == OTHER
+        module = getattr(layer, family.mixer if other else family.norm_after or family.attention)
         hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
         try:
             self.layer(index, hidden)
@@ -203,6 +232,12 @@ class LayerStream:
                 del module.forward
                 if forward is not None:
                     module.forward = forward
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    """Return the hidden states in a layer's output, which may be a tuple."""
+    states: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return states
 
 
 def text_positions(model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:

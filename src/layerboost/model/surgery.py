@@ -18,7 +18,10 @@ from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
 from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
+    ATTENTION,
     apply_config,
+    architecture_of,
+    attention_layers,
     auto_class,
     base_layer_types,
     boosted_class,
@@ -31,7 +34,7 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
-from layerboost.strategies import SLIDING, mlp_label
+from layerboost.strategies import FULL, OTHER, SLIDING, mlp_label
 
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
@@ -51,11 +54,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the row of a model's family, in a wrapper of its language model's; raise ConfigError if it has none."""
     if config.model_type in WRAPPERS:
         wrapper, config = config.model_type, config.get_text_config()
-        if config.model_type not in WRAPPERS[wrapper]:
+        if config.model_type not in WRAPPERS[wrapper].inside:
             raise ConfigError(
                 "this wrapper is not supported with this language model",
                 found=f"{wrapper} with {config.model_type}",
-                do=f"use one with {', '.join(WRAPPERS[wrapper])}",
+                do=f"use one with {', '.join(WRAPPERS[wrapper].inside)}",
             )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("encoder-decoder models are not supported", found=config.model_type)
@@ -69,7 +72,15 @@ def family_of(config: PreTrainedConfig) -> Family:
             found=config.model_type + (f" ({reason})" if reason else ""),
             do="use a model of a family in `layerboost ls families`",
         )
+    if not attention_layers(config):
+        raise ConfigError("this model has no layer with attention", found=f"{config.model_type}, {config.layer_types}")
     return FAMILIES[config.model_type]
+
+
+def unchanged(config: PreTrainedConfig) -> list[LayerPlan]:
+    """Return the plan that leaves every layer of the base as it is."""
+    found = enumerate(base_layer_types(config))
+    return [LayerPlan(layer=layer, attention=FULL if kind in ATTENTION else OTHER) for layer, kind in found]
 
 
 def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -86,7 +97,7 @@ def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
 
 def packed_parameters(module: nn.Module) -> list[str]:
     """Return the names of a module's own parameters `[experts, ...]`, each of all experts of a layer."""
-    own = module.named_parameters(recurse=False)
+    own = () if isinstance(module, nn.Conv1d) else module.named_parameters(recurse=False)
     return [name for name, parameter in own if parameter.dim() == 3 and name not in ADDED_PARAMETERS]
 
 
@@ -134,6 +145,13 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
             found=f"{len(layers)} layers in the plan, {config.num_hidden_layers} in the model",
         )
     types, native = base_layer_types(config), native_window(config)
+    for entry, base in zip(layers, unchanged(config), strict=True):
+        if OTHER in (entry.attention, base.attention) and entry.attention != base.attention:
+            raise ConfigError(
+                f"layer {entry.layer} of this {family.model_type} model is of type {types[entry.layer]}",
+                found=f"a plan that makes it {entry.attention}",
+                do=f"leave it as it is ({base.attention})",
+            )
     check_mlps(config, layers)
     kept = [e.layer for e in layers if not e.attention_changed and types[e.layer] == "sliding_attention"]
     for entry in layers:
@@ -187,8 +205,8 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
 
     They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
     `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
-    `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types` if layers
-    slide in the base already. Raise ConfigError.
+    `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types`, unless
+    all layers are full in the base. Raise ConfigError.
     """
     whole = copy.deepcopy(config)
     config = whole.get_text_config()
@@ -200,7 +218,7 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
         for flag, value in family_of(config).config_flags:
             setattr(config, flag, value)
         config.sliding_window = window
-    if "sliding_attention" in types:
+    if set(types) != {"full_attention"}:
         config.base_layer_types = types
     mixed = {str(entry.layer): list(entry.full_kv_heads) for entry in layers if entry.full_kv_heads}
     if mixed:
@@ -214,7 +232,7 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
-    whole.architectures = ["LayerBoostForCausalLM"]
+    whole.architectures = [architecture_of(whole.model_type)]
     whole.auto_map = {auto_class(whole).__name__: "modeling_layerboost.LayerBoostForCausalLM"}
     return whole
 
@@ -234,7 +252,7 @@ def recorded_plan(config: PreTrainedConfig) -> list[LayerPlan]:
     widths = recorded_widths(config)
     found = []
     for layer, (kind, base) in enumerate(zip(config.layer_types, base_layer_types(config), strict=True)):
-        entry: dict[str, Any] = {"attention": "full", "sink": layer in sinks}
+        entry: dict[str, Any] = {"attention": FULL if base in ATTENTION else OTHER, "sink": layer in sinks}
         if layer in skipped:
             entry["attention"] = "none"
         elif layer in linear:
@@ -286,7 +304,9 @@ def windows_alone(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
 def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTrainedModel:
     """Return a boosted model of the plan `layers`, in which linear layers of `model` slide, with the same weights."""
     config = copy.deepcopy(model.config)
-    vars(config.get_text_config()).pop("linear_attention", None)
+    text = config.get_text_config()
+    vars(text).pop("linear_attention", None)
+    text.per_layer_config = None  # of a stock config again, from which the same is made
     other = type(model)._from_config(boosted_config(config, layers), dtype=model.dtype).to(model.device)
     state = model.state_dict()
     other.load_state_dict({name: state[name] for name in other.state_dict()})
@@ -317,7 +337,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
                 assert plan.window is not None
                 assert plan.feature_map is not None
                 hook = make_linear(attention, plan.window, plan.feature_map)
-            case "full":
+            case "full" | "other":
                 pass
             case _:
                 assert_never(plan.attention)

@@ -22,7 +22,7 @@ from layerboost.model.ridge import Sums, best_change, held_out
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import Thinned
 from layerboost.runtime import Progress
-from layerboost.traffic import Traffic
+from layerboost.traffic import Traffic, unpacked
 
 # By layer and width.
 ThinnedMLPs = Mapping[tuple[int, int], Thinned]
@@ -93,14 +93,18 @@ def thin_mlps(
     found: dict[tuple[int, int], Thinned] = {}
     if not widths:
         return found
-    rows = [([each.shape[1]] * len(each) if isinstance(each, torch.Tensor) else each.lengths) for each in batches]
-    stream, total = LayerStream(model), sum(map(sum, rows))
-    ids = (each if isinstance(each, torch.Tensor) else each.ids for each in batches)
-    states = [stream.forward(each.to(model.device))[0] for each in ids]
+    stream, sequences = LayerStream(model), [unpacked(each) for each in batches]
+    streams = [stream.own() if given else stream for *_, given in sequences]
+    rows = [lengths for _, lengths, _ in sequences]
+    total = sum(map(sum, rows))
+    states = [
+        each.forward(ids.to(model.device), given=given)[0]
+        for each, (ids, _, given) in zip(streams, sequences, strict=True)
+    ]
     with Progress("fitting thinned MLPs", len(widths), "MLPs") as progress:
         for layer in range(max(widths) + 1):
             if layer not in widths:
-                states = [stream.layer(layer, state) for state in states]
+                states = [each.layer(layer, state) for each, state in zip(streams, states, strict=True)]
                 continue
             output = output_of(decoder_layers(model)[layer], layer)
             sums, end = Activations.zeros(output), 0
@@ -108,7 +112,7 @@ def thin_mlps(
             hook = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             try:
                 for index, lengths in enumerate(rows):
-                    states[index] = stream.layer(layer, states[index])
+                    states[index] = streams[index].layer(layer, states[index])
                     neurons = seen.pop()
                     for row, length in enumerate(lengths):
                         end += length

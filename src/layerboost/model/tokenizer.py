@@ -16,8 +16,8 @@ from layerboost.model.files import check_readable
 from layerboost.runtime import log
 from layerboost.text import opening_ids
 
-# The files of a tokenizer and of an image processor, and the generation settings: a boosted checkpoint gets copies of
-# the base's.
+# The files of a tokenizer and of a processor, and the generation settings: a boosted checkpoint gets copies of the
+# base's.
 COPIED = (
     "tokenizer*",
     "tokenization_*.py",
@@ -31,6 +31,8 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*",
     "*processor_config.json",
+    "processing_*.py",
+    "image_processing_*.py",
     "generation_config.json",
 )
 # A text on which tokenizers must agree: case, digits, runs of spaces, newlines, punctuation, other scripts.

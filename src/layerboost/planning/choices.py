@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from layerboost.costs.budget import KV_BYTES, PARAMETERS, Budget
 from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import LayerPlan, Predicted
+from layerboost.schemas.plan import LayerPlan, Predicted, all_full
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
 from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, ComponentName, label
 
@@ -28,14 +28,14 @@ class Choice:
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
     """Return the choices of each layer's attention, then those of each layer's MLP if they were measured.
 
-    The first is full, without loss; then every replacement that was measured with this window or without one, of the
-    settings' components. Raise ConfigError if MLPs are named there and were not measured.
+    The first is the base's own, without loss; then every replacement that was measured with this window or without one,
+    of the settings' components. Raise ConfigError if MLPs are named there and were not measured.
 
     With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
     """
     scales, components = metric_scales(sensitivity, settings), settings.components or COMPONENTS
     table, mlps = [], []
-    for entry in sensitivity.layers:
+    for entry, base in zip(sensitivity.layers, all_full(sensitivity.model), strict=True):
         options = [
             _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
@@ -43,7 +43,7 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
         attention = [choice for choice in options if not choice.plan.mlp_changed]
         if settings.unit == "kv_head":
             attention += _mixed(entry, window, scales)
-        full = Choice(LayerPlan(layer=entry.layer, attention=FULL), 0.0, {})
+        full = Choice(base, 0.0, {})
         table.append([full, *attention] if "attention" in components else [full])
         if settings.components and "mlp" in components:
             variant_of(entry, LayerPlan(layer=entry.layer, attention=FULL, mlp="none"))

@@ -13,6 +13,8 @@ from layerboost.schemas.plan import Axis, FrontierPoint
 from layerboost.schemas.sensitivity import Sensitivity
 
 STEPS = 40
+# Nats per token: a model that loses more is not the same model any more.
+LOST_KL = 1.0
 
 
 def axis_of(settings: Plan) -> Axis:
@@ -45,8 +47,10 @@ def frontier(
 def knee(points: Sequence[FrontierPoint], metric: str, axis: Axis = "kv_fraction") -> FrontierPoint | None:
     """Return the point furthest below the line from the cheapest to the dearest; None for fewer than three points.
 
-    Left of it, a saving costs more than it does on average (Satopää et al., 2011, "Kneedle").
+    Left of it, a saving costs more than it does on average (Satopää et al., 2011, "Kneedle"). Plans that lose more than
+    LOST_KL are left out: their losses would hide where the useful ones begin to cost more.
     """
+    points = [point for point in points if point.predicted.quality_loss.get("kl", 0.0) <= LOST_KL]
     if len(points) < 3:
         return None
     x: list[float] = [getattr(point.predicted, axis) for point in points]

@@ -29,7 +29,7 @@ from layerboost.planning.choices import (
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, all_full, counted
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FULL, SINK, StrategyName
+from layerboost.strategies import FULL, OTHER, SINK, StrategyName
 
 # Names of the limited costs in messages, and their settings.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
@@ -65,7 +65,7 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     `none_layers` by count. By default, remove a third and leave as many full as the budget allows. A sliding layer
     has a sink if that measured better.
     """
-    loss = {entry.layer: removal(entry, settings.metric) for entry in sensitivity.layers}
+    loss = {layer: removal(sensitivity.layers[layer], settings.metric) for layer in sensitivity.model.attention_layers}
     ranked = sorted(loss, key=lambda layer: loss[layer], reverse=True)
     table = _of_attention(sensitivity, settings)
 
@@ -96,13 +96,13 @@ def spread(sensitivity: Sensitivity, settings: Plan, seed: int | None) -> list[L
     The window is `plan.window`, or the shortest measured; a sink if that measured better.
     """
     table = _of_attention(sensitivity, settings)
-    count = len(table)
-    order = list(range(count))
+    order = sensitivity.model.attention_layers
+    layers, count = list(order), len(order)
     if seed is not None:
         random.Random(seed).shuffle(order)
 
     def plan(full: int) -> list[LayerPlan]:
-        even = {int((index + 0.5) * count / full) for index in range(full)}
+        even = {layers[int((index + 0.5) * count / full)] for index in range(full)}
         chosen = even if seed is None else set(order[:full])
         return [_tier(options, "full" if layer in chosen else "sliding") for layer, options in enumerate(table)]
 
@@ -117,6 +117,8 @@ def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     turns: list[tuple[float, LayerPlan]] = []
     for entry in sensitivity.layers:
         for component in settings.components or ("attention",):
+            if component == "attention" and entry.layer in sensitivity.model.other_layers:
+                continue
             site = LayerPlan.model_validate({"layer": entry.layer, "attention": FULL, component: "none"})
             turns.append((mean_score(entry, variant_of(entry, site), "cosine"), site))
     return _fewest_removed(sensitivity, settings, turns)
@@ -127,7 +129,7 @@ def block_influence(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]
     budget allows. Raise ConfigError if the file does not say how much they turn it.
     """
     turns = []
-    for entry in sensitivity.layers:
+    for entry in (sensitivity.layers[layer] for layer in sensitivity.model.attention_layers):
         if entry.block_influence is None:
             raise ConfigError(
                 "the sensitivities lack block_influence, as older files do",
@@ -189,9 +191,10 @@ def _fix_sinks(table: list[list[Choice]], settings: Plan) -> list[list[Choice]]:
 
 
 def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
-    if attention == "sliding":
-        return best_sliding(options)
-    return LayerPlan(layer=options[0].plan.layer, attention=attention)
+    base = options[0].plan
+    if attention == "full" or base.attention == OTHER:
+        return base
+    return best_sliding(options) if attention == "sliding" else LayerPlan(layer=base.layer, attention=attention)
 
 
 def _solve(
@@ -252,7 +255,7 @@ def _pairs(limits: Budget, module: int, exceed: Exceed) -> list[tuple[int, int]]
     """
     if not limits.padding:
         return []
-    most = limits.model.layers * limits.model.kv_heads // module
+    most = len(limits.model.attention_layers) * limits.model.kv_heads // module
     pairs = [(full, sliding) for full in range(most + 1) for sliding in range(most + 1 - full)]
     least = 1 / most  # of a full module; the program counts what windowed ones hold
     limit = limits.fractions.get(KV_BYTES, 1.0)

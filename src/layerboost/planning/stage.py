@@ -232,10 +232,9 @@ def _explain(plan: PlanFile, sensitivity: Sensitivity, settings: Plan) -> None:
         return
     axis = axis_of(settings)
     advice = f"raise plan.{axis}"
-    found = None if settings.method in MEASURING else knee(frontier(sensitivity, settings), "kl", axis)
-    # Where the cheapest plans lose all, the knee may lose more than this plan does.
-    if found and found.predicted.quality_loss.get("kl", 0.0) < loss:
-        advice += f" (the knee of the curve: {_at(found, 'kl', axis)})"
+    points = [] if settings.method in MEASURING else frontier(sensitivity, settings)
+    if found := next((each for each in points if each.predicted.quality_loss.get("kl", 0.0) <= REPAIRED_KL), None):
+        advice += f" (the cheapest plan within it: {_at(found, 'kl', axis)})"
     log.warning(
         "a predicted KL of %.2f is beyond what healing has been seen to repair (plans of 0.4 measured, 0.3 predicted; "
         "docs/results/healing.md): evaluate the healed model before you serve it, or %s",

@@ -69,12 +69,14 @@ def open_measured(
     widths = {
         (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
     }
-    fit = load_mlp_fit(recipe, base.tokenizer, run).batches(size, device) if widths else []
-    stream = LayerStream(model, sinks, thin_mlps(model, fit, sorted(widths)))
+    fit = load_mlp_fit(recipe, base.tokenizer, run) if widths else None
+    fitted_on = fit.batches(size, device) if fit else []
+    stream = LayerStream(model, sinks, thin_mlps(model, fitted_on, sorted(widths)))
     probe = TextProbe(stream, text.batches(size, device), prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
-    dtype = str(runtime.dtype)
-    made_from = fingerprint(sensitivity.model.fingerprint, every.fingerprint, text.fingerprint, asked, dtype)
+    # Without thinned MLPs as in the files of older releases.
+    texts = [every.fingerprint, text.fingerprint, asked, str(runtime.dtype), *([fit.fingerprint] if fit else [])]
+    made_from = fingerprint(sensitivity.model.fingerprint, *texts)
     cache = PlanCache(run / MEASURED, made_from)
     log.info("%d plans were measured before", len(cache.results))
     return MeasuredPlans(probe, cache)

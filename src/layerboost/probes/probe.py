@@ -12,7 +12,6 @@ from layerboost.probes.metrics import TEXT_METRICS, BasePrompts, BaseText, check
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import Score
-from layerboost.strategies import FULL
 from layerboost.traffic import Traffic
 
 # Quality loss by metric, one value per sequence, prompt or item: `[N]`.
@@ -43,18 +42,22 @@ class Streams:
     """
 
     def __init__(
-        self, stream: LayerStream, first: list[torch.Tensor], caches: Sequence[PrefixCache | None] | None = None
+        self,
+        stream: LayerStream,
+        first: list[torch.Tensor],
+        caches: Sequence[PrefixCache | None] | None = None,
+        of_batch: Sequence[LayerStream] | None = None,
     ) -> None:
-        self.stream = stream
+        self.stream, self.of_batch = stream, of_batch or [stream] * len(first)
         self.caches = caches or [None] * len(first)
-        self.plan = [LayerPlan(layer=layer, attention=FULL) for layer in range(len(stream.layers))]
+        self.plan = stream.unchanged
         self.inputs = {0: first}
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
         """Compute the states before `layer + 1` from those before `layer`."""
-        plan = self.plan[layer]
-        self.inputs[layer + 1] = [self.stream.layer(layer, hidden, plan) for hidden in self.inputs[layer]]
+        pairs = zip(self.of_batch, self.inputs[layer], strict=True)
+        self.inputs[layer + 1] = [stream.layer(layer, hidden, self.plan[layer]) for stream, hidden in pairs]
 
     def follow(self, plan: Sequence[LayerPlan]) -> None:
         """Switch to another plan; keep the states up to the first layer that differs."""
@@ -74,16 +77,16 @@ class Streams:
         That layer's norm and projections are computed once for all plans.
         """
         start = self.start(plans)
-        for batch, hidden in enumerate(self.inputs[start]):
-            with self.stream.shared(start, hidden):
-                states = [self.stream.layer(start, hidden, plan[start]) for plan in plans]
+        for batch, (stream, hidden) in enumerate(zip(self.of_batch, self.inputs[start], strict=True)):
+            with stream.shared(start, hidden):
+                states = [stream.layer(start, hidden, plan[start]) for plan in plans]
             for number, plan in enumerate(plans):
                 state, before = states.pop(0), self._unchanged(batch, start, plan)
                 if before is None:
-                    yield batch, number, state, self.stream.finish(start + 1, state, plan)
+                    yield batch, number, state, stream.finish(start + 1, state, plan)
                 else:
                     later = state[:, before.positions :]
-                    yield batch, number, state, self.stream.finish_after(before, start + 1, later)
+                    yield batch, number, state, stream.finish_after(before, start + 1, later)
 
     def _unchanged(self, batch: int, start: int, plan: Sequence[LayerPlan]) -> PrefixCache | None:
         """Return the cache of the positions that a plan does not change, if its layers above `start` are full."""
@@ -108,21 +111,22 @@ class TextProbe:
     ) -> None:
         """`text`: batches of ids `[B, T]` or of the user's prompts; `prompts`: batches of retrieval prompts; `windows`:
         those of the plans, if many plans will change one layer of the base."""
-        model, first = stream.model, []
+        model, first, of_batch = stream.model, [], []
         caches: list[PrefixCache | None] = []
         room = CACHE_FRACTION * sum(weights.nbytes for weights in model.parameters()) if stream.can_continue else 0.0
         self.samples: list[BaseText | BasePrompts] = []
         sources: list[torch.Tensor | Traffic | Prompts] = [*text, *prompts]
         for source in sources:
             ids = source if isinstance(source, torch.Tensor) else source.ids.to(model.device)
-            cache = None
+            cache, given = None, source.given if isinstance(source, Traffic) else {}
+            of_batch.append(each := stream.own() if given else stream)
             # At least two tokens follow a prefix: the first predicts the second.
-            if windows and room > 0 and 3 <= ids.shape[1] <= CACHE_TOKENS:
-                start, output, cache = stream.forward_with_cache(ids, min(max(windows), ids.shape[1] // 2))
+            if windows and room > 0 and 3 <= ids.shape[1] <= CACHE_TOKENS and not given:
+                start, output, cache = each.forward_with_cache(ids, min(max(windows), ids.shape[1] // 2))
                 cache = cache if cache.bytes <= room else None
                 room -= cache.bytes if cache else 0
             else:
-                start, output = stream.forward(ids)
+                start, output = each.forward(ids, given=given)
             caches.append(cache)
             first.append(start)
             if isinstance(source, Prompts):
@@ -132,7 +136,7 @@ class TextProbe:
                 scored = source.scored if isinstance(source, Traffic) else None
                 self.samples.append(text_sample := BaseText(model, ids, output, scored))
                 check_values("nll of the base", text_sample.by_sequence(text_sample.nll), model, ids)
-        self.streams = Streams(stream, first, caches)
+        self.streams = Streams(stream, first, caches, of_batch)
 
     @torch.no_grad()
     def losses(self, plans: Sequence[Sequence[LayerPlan]]) -> list[Losses]:

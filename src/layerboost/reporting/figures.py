@@ -25,7 +25,7 @@ SENSITIVITIES = {
     "benchmark": ("Sensitivity in tasks", "accuracy lost"),
 }
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "hexagon")
-OTHERS = ("var(--other)", "var(--other-2)", "var(--other-3)")
+OTHERS = ("var(--extra)", "var(--extra-2)", "var(--extra-3)")
 
 
 def figure(

@@ -31,6 +31,12 @@ class ModelInfo(Part):
     fingerprint: str
     sliding_layers: list[int] = Field(default=[], description="layers that slide in the base already")
     sliding_window: int | None = Field(default=None, description="their window")
+    other_layers: list[int] = Field(default=[], description="layers of a hybrid that have no attention in the base")
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Return the layers that have attention in the base."""
+        return [layer for layer in range(self.layers) if layer not in self.other_layers]
 
     @property
     def kv_bytes_per_token(self) -> int:

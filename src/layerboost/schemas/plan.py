@@ -18,8 +18,10 @@ from layerboost.strategies import (
     FEATURE_MAPS,
     FULL,
     FULL_KV_HEADS,
+    MEASURED,
     MLP_STRATEGIES,
     MLP_WIDTH,
+    OTHER,
     SINK,
     STRATEGIES,
     WINDOW,
@@ -83,7 +85,12 @@ class LayerPlan(Part):
     @property
     def attention_changed(self) -> bool:
         """Return whether the layer's attention differs from the base's."""
-        return self.attention != FULL
+        return not self.strategy.unchanged
+
+    @property
+    def has_attention(self) -> bool:
+        """Return whether the layer has attention of any kind."""
+        return self.strategy.keeps_weights and self.attention != OTHER
 
     @property
     def mlp_changed(self) -> bool:
@@ -127,7 +134,7 @@ class LayerPlan(Part):
 
     def full_heads(self, kv_heads: int) -> int:
         """Return how many of the layer's `kv_heads` have full attention."""
-        return len(self.full_kv_heads) if self.attention_changed else kv_heads
+        return kv_heads if self.attention == FULL else len(self.full_kv_heads)
 
     def windowed(self, kv_heads: int) -> list[int]:
         """Return the layer's KV heads that have a window."""
@@ -165,7 +172,8 @@ class LayerPlan(Part):
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
     """Return the plan that changes nothing."""
-    return [LayerPlan(layer=layer, attention=FULL) for layer in range(model.layers)]
+    kinds = dict.fromkeys(model.other_layers, OTHER)
+    return [LayerPlan(layer=layer, attention=kinds.get(layer, FULL)) for layer in range(model.layers)]
 
 
 def window_of(layers: Iterable[LayerPlan]) -> int | None:
@@ -174,10 +182,10 @@ def window_of(layers: Iterable[LayerPlan]) -> int | None:
 
 
 def counts(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """Return the number of layers per strategy of attention, in the order of STRATEGIES; strategies that no engine
-    serves only where a layer has them."""
+    """Return the number of layers per strategy of attention, in the order of STRATEGIES; those that `measure` does not
+    try by default only where a layer has them."""
     found = {name: sum(entry.attention == name for entry in layers) for name in STRATEGIES}
-    return {name: count for name, count in found.items() if count or STRATEGIES[name].served}
+    return {name: count for name, count in found.items() if count or name in (FULL, *MEASURED)}
 
 
 def check_served(layers: Iterable[LayerPlan], where: str) -> None:

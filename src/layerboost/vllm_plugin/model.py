@@ -59,9 +59,9 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        scaling = getattr(self.config, "logits_scaling", None)
+        scaling = getattr(self.text_config, "logits_scaling", None)
         if scaling and self.pp_group.is_last_rank:  # vLLM's backend knows `logit_scale` alone
-            multiplies = FAMILIES[self.config.model_type].multiplies_logits
+            multiplies = FAMILIES[self.text_config.model_type].multiplies_logits
             self.logits_processor.scale = scaling if multiplies else 1 / scaling
 
     @cached_property
@@ -71,12 +71,13 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # The first step after the stock decoder is built, on the meta device and before weights are named.
-        family = FAMILIES.get(self.config.model_type)
+        config = self.text_config
+        family = FAMILIES.get(config.model_type)
         if family is None:
-            raise ValueError(f"layerboost has no family {self.config.model_type!r}; known: {', '.join(FAMILIES)}")
-        self._attention_free = set(skipped_layers(self.config))
-        sink_layers, mixed = set(getattr(self.config, "attention_sink_layers", [])), recorded_full_heads(self.config)
-        for index, width in recorded_widths(self.config).items():
+            raise ValueError(f"layerboost has no family {config.model_type!r}; known: {', '.join(FAMILIES)}")
+        self._attention_free = set(skipped_layers(config))
+        sink_layers, mixed = set(getattr(config, "attention_sink_layers", [])), recorded_full_heads(config)
+        for index, width in recorded_widths(config).items():
             set_mlp(decoder_layers(self.model)[index], width)
         for index, layer in enumerate(decoder_layers(self.model)):
             if index in self._attention_free:

@@ -52,28 +52,36 @@ class BoostedQwen3(Qwen3ForCausalLM, SupportsQuant):
     """A Qwen3 whose layers have full, sliding or no attention, or both kinds of KV heads, as its config says."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
-        config.max_window_layers = config.num_hidden_layers  # with any other number vLLM refuses kinds of layers
-        # It builds all MLPs of one width.
-        config.allow_global_per_layer_attribute_access = True
-        skipped, widths = set(skipped_layers(config)), recorded_widths(config)
-        if skipped and vllm_config.offload_config.prefetch.offload_group_size:
-            raise ValueError("layers without attention and --offload-group-size do not go together: leave it out")
+        config = vllm_config.model_config.hf_config
+        prepare_qwen3(config, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # Unlike Llama's, this class takes none for its layers: change those that it has built.
-        for index in range(self.model.start_layer, self.model.end_layer):
-            name = maybe_prefix(prefix, f"model.layers.{index}")
-            own = config.per_layer_config[index]
-            if index in skipped:
-                forget_attention(f"{name}.self_attn.attn")
-                self.model.layers[index] = AttentionFreeLayer(own, quant_config, name)
-            elif needs_own_attention(config, index):
-                attention = self.model.layers[index].self_attn
-                set_attention(attention, config, vllm_config.cache_config, quant_config, f"{name}.self_attn")
-            if index in widths:
-                mlp = llama_mlp(own, quant_config, name) if widths[index] else NoMLP()
-                self.model.layers[index].mlp = mlp
-        check_stage(self.model, skipped)
+        boost_qwen3(self.model, config, vllm_config, maybe_prefix(prefix, "model"))
+
+
+def prepare_qwen3(config: Any, vllm_config: VllmConfig) -> None:
+    """Have a config build vLLM's Qwen3, all of whose layers are of one form at first."""
+    config.max_window_layers = config.num_hidden_layers  # with any other number vLLM refuses kinds of layers
+    # It builds all MLPs of one width.
+    config.allow_global_per_layer_attribute_access = True
+    if skipped_layers(config) and vllm_config.offload_config.prefetch.offload_group_size:
+        raise ValueError("layers without attention and --offload-group-size do not go together: leave it out")
+
+
+def boost_qwen3(model: Any, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    """Change the layers of vLLM's Qwen3 to what the config says: unlike Llama's, the class takes no layers."""
+    skipped, widths, quant_config = set(skipped_layers(config)), recorded_widths(config), vllm_config.quant_config
+    for index in range(model.start_layer, model.end_layer):
+        name = f"{prefix}.layers.{index}"
+        own = config.per_layer_config[index]
+        if index in skipped:
+            forget_attention(f"{name}.self_attn.attn")
+            model.layers[index] = AttentionFreeLayer(own, quant_config, name)
+        elif needs_own_attention(config, index):
+            attention = model.layers[index].self_attn
+            set_attention(attention, config, vllm_config.cache_config, quant_config, f"{name}.self_attn")
+        if index in widths:
+            model.layers[index].mlp = llama_mlp(own, quant_config, name) if widths[index] else NoMLP()
+    check_stage(model, skipped)
 
 
 def check_stage(model: Any, skipped: set[int]) -> None:

@@ -18,7 +18,12 @@ from typing import Any
 
 log = logging.getLogger("layerboost")
 
-ARCHITECTURE = "LayerBoostForCausalLM"
+# Where the class of each architecture is.
+MODULES = {
+    "LayerBoostForCausalLM": "model",
+    "LayerBoostForConditionalGeneration": "wrappers",
+    "LayerBoostQwen3VLForConditionalGeneration": "qwen3_vl",
+}
 TESTED = ((0, 30), (0, 33))
 ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16 alone
 
@@ -28,10 +33,11 @@ def register() -> None:
     from vllm import ModelRegistry, __version__
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = BoostedConfig
-    # As a string, vLLM imports the class only when a checkpoint names it.
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"layerboost.vllm_plugin.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP.update(dict.fromkeys(MODULES, BoostedConfig))
+    # As strings, vLLM imports a class only when a checkpoint names it.
+    if missing := MODULES.keys() - ModelRegistry.get_supported_archs():
+        for name in missing:
+            ModelRegistry.register_model(name, f"layerboost.vllm_plugin.{MODULES[name]}:{name}")
         if multiprocessing.parent_process() is None:
             _warn_if_untested(__version__)
 
@@ -55,7 +61,7 @@ class BoostedConfig:
         from layerboost.model.prefix_cache import retained_tokens
         from layerboost.vllm_plugin.heads import check_ranks
 
-        config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        config, cache = vllm_config.model_config.hf_text_config, vllm_config.cache_config
         if linear := recorded_feature_maps(config):
             raise ValueError(f"vLLM has no linear attention; this model has it in layers {', '.join(map(str, linear))}")
         skipped = set(skipped_layers(config))
@@ -79,11 +85,12 @@ class BoostedConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse a wrapper; change nothing else: a checkpoint's config is as it should be."""
-        from layerboost.model.families import WRAPPERS
+        """Refuse a model that vLLM cannot serve boosted; change nothing: a checkpoint's config is as it should be."""
+        from layerboost.model.families import FAMILIES, WRAPPERS
 
-        if (wrapper := model_config.hf_config.model_type) in WRAPPERS:
-            raise ValueError(f"layerboost's plugin has no class for boosted language models inside {wrapper}")
+        row = WRAPPERS.get(name := model_config.hf_config.model_type) or FAMILIES.get(name)
+        if row and row.vllm_lacks:
+            raise ValueError(f"vLLM cannot serve a boosted {name}: {row.vllm_lacks}")
 
 
 def keeps_windows(vllm_config: Any) -> bool:
@@ -93,7 +100,7 @@ def keeps_windows(vllm_config: Any) -> bool:
 
     return bool(
         current_platform.support_hybrid_kv_cache()
-        and vllm_config.model_config.hf_config.sliding_window  # none with --disable-sliding-window
+        and vllm_config.model_config.hf_text_config.sliding_window  # none with --disable-sliding-window
         and vllm_config.cache_config.enable_prefix_caching
         and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         and vllm_config.kv_transfer_config is None

@@ -1,0 +1,109 @@
+"""Hybrids, whose layers without attention stay as they are: through the stages, and what cannot be done with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import KV_HEADS, OTHERS, QUICK_FAMILIES, RUNTIME, layer_plans, row, save_text, save_tiny, tiny_model
+
+import layerboost as lb
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
+from layerboost.engines.vllm import check_family
+from layerboost.errors import ConfigError
+from layerboost.model.base import find_model
+from layerboost.model.checkpoint import save_boosted
+from layerboost.model.modeling import decoder_layers
+from layerboost.model.surgery import apply_plan, check_plan, family_of, recorded_plan
+from layerboost.schemas.plan import PlanFile, counted, counts
+from layerboost.vllm_plugin.plugin import BoostedConfig
+
+IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.pipeline if name in QUICK_FAMILIES else pytest.mark.exhaustive)
+        for name in OTHERS
+    ],
+)
+def test_the_stages(family: str, tmp_path: Path) -> None:
+    """Measured, planned, converted, healed, saved and loaded; the layers without attention are the base's own."""
+    base = lb.open_base(save_tiny(tmp_path / "model", family), dtype="float32")
+    text = lb.Text(source=str(save_text(tmp_path / "text.jsonl", 12_000)), sequence_tokens=64)
+    settings = lb.Measure(windows=(16,), tokens=512, retrieval_prompts=0, batch_sequences=4)
+    found = lb.measure(base, text, settings)
+    assert found.model.other_layers == [0, 2]
+    assert [len(entry.variants) for entry in found.layers] == [0, 3, 0, 3]
+    plan = lb.plan(found, lb.Plan(kv_fraction=0.7, context_tokens=64))
+    assert [entry.attention for entry in plan.layers][::2] == ["other", "other"]
+    assert counts(plan.layers)["full"] == 1
+    converted = lb.convert(base, plan, text, settings)
+    healed = lb.heal(converted, text, lb.Heal(attention_tokens=512, tokens=512, batch_sequences=4, fit_tokens=256))
+    healed.save(tmp_path / "healed")
+    loaded = find_model(str(tmp_path / "healed"), RUNTIME).load()
+    assert torch.equal(loaded(IDS).logits, healed.model(IDS).logits)
+    assert not torch.equal(loaded(IDS).logits, converted.model(IDS).logits)
+    for layer in (0, 2):
+        theirs, ours = (getattr(decoder_layers(model)[layer], row(family).mixer) for model in (base.load(), loaded))
+        assert all(torch.equal(theirs.get_parameter(name), value) for name, value in ours.named_parameters())
+    out = loaded.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
+                          return_dict_in_generate=True)  # fmt: skip
+    whole = loaded(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
+    assert compared.perplexity["healed"].kl
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_checkpoint_says_what_each_layer_is(family: str, tmp_path: Path) -> None:
+    base = find_model(str(save_tiny(tmp_path / "model", family, layers=5)), RUNTIME)
+    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("xSxnf"))
+    model = apply_plan(base.load(), plan.layers)
+    save_boosted(model, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    again = find_model(str(tmp_path / "boosted"), RUNTIME)
+    assert recorded_plan(again.config) == plan.layers
+    assert again.config.layer_types[1:3] == ["sliding_attention", OTHERS[family]]
+    assert torch.equal(again.load()(IDS).logits, model(IDS).logits)
+    card = (tmp_path / "boosted" / "README.md").read_text()
+    assert "Of 5 layers: 1 full, 1 sliding, 1 none, 2 other." in card
+    assert "vLLM does not serve this model" in card
+
+
+@pytest.mark.parametrize(
+    ("letters", "message"),
+    [
+        ("fsxsf", r"layer 0 of this qwen3_next model is of type linear_attention\nfound: a plan that makes it full"),
+        ("xsnsf", r"layer 2 [^$]+makes it none\ndo: leave it as it is \(other\)"),
+        ("xxxsf", r"layer 1 [^$]+ of type full_attention\nfound: a plan that makes it other\ndo: [^$]+\(full\)"),
+    ],
+)
+def test_plans_that_a_hybrid_cannot_take(letters: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_plan(tiny_model("qwen3_next").config, layer_plans(letters))
+
+
+def test_kv_bytes_are_those_of_layers_with_attention(tmp_path: Path) -> None:
+    facts = find_model(str(save_tiny(tmp_path, "qwen3_next", layers=5)), RUNTIME).info
+    assert (facts.attention_layers, facts.other_layers) == ([1, 3, 4], [0, 2])
+    token = 2 * KV_HEADS * 32 * 4
+    assert base_kv_bytes(facts, 100) == 3 * 100 * token
+    assert plan_kv_bytes(facts, layer_plans("xsxnf"), 100) == (16 + 100) * token
+    assert counted(layer_plans("xsxnf")) == "1 full, 1 sliding, 1 none, 2 other"
+
+
+def test_a_model_without_any_attention() -> None:
+    with pytest.raises(ConfigError, match="no layer with attention\nfound: granitemoehybrid"):
+        family_of(tiny_model("granitemoehybrid", 2, layer_types=["linear_attention"] * 2).config)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_vllm_does_not_serve_it_and_says_what_it_lacks(family: str, tmp_path: Path) -> None:
+    lacks = "vLLM's Transformers backend keeps no state for layers of another kind than attention"
+    with pytest.raises(ConfigError, match=f"family {family}: {lacks}"):
+        check_family(tmp_path, family)
+    with pytest.raises(ValueError, match=f"cannot serve a boosted {family}: {lacks}"):
+        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=family)))

@@ -1,0 +1,121 @@
+"""Tiny processors of vision-language models, of the parts that need no torchvision, and pictures for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tiny import IMAGE_TOKEN, VOCABULARY, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+IMAGE = "<image>"
+CHAT = (
+    "{% for turn in messages %}{{ turn['role'] == 'user' and 'w5 ' or 'w6 ' }}{% if turn['content'] is string %}"
+    "{{ turn['content'] }} {% else %}{% for part in turn['content'] %}{{ part['text'] if part['type'] == 'text' else "
+    "'<image>' }} {% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}w6 {% endif %}"
+)
+# Processors with code of their own: Qwen's takes a video processor, and Pixtral's is for torchvision alone.
+QWEN = """
+from transformers import ProcessorMixin
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+
+class TinyProcessor(Qwen3VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
+        self.video_token, self.video_token_id = tokenizer.video_token, tokenizer.video_token_id
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+"""
+PIXTRAL = """
+from transformers import LlavaProcessor
+from transformers.processing_utils import MultiModalData
+
+
+class TinyProcessor(LlavaProcessor):
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        sizes = [[-(-side * 16 // max(16, *size) // 8) for side in size] for size in image_sizes]
+        tokens = [rows * columns for rows, columns in sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(sizes))
+"""
+NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
+LLAVA = {
+    "processor_class": "LlavaProcessor", "patch_size": 4, "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}  # fmt: skip
+REMOTE = {"processor_class": "TinyProcessor", "auto_map": {"AutoProcessor": "processing_tiny.TinyProcessor"}}
+QWEN_IMAGES = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 4,
+    "size": {"shortest_edge": 64, "longest_edge": 256},
+}
+# Of each wrapper with a processor here: its settings, its image processor's, and its code, for `tiny.TOWERS`.
+PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "llava": (
+        LLAVA,
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 8},
+            "crop_size": {"height": 8, "width": 8},
+        },
+        "",
+    ),
+    "mistral3": (
+        REMOTE | {"patch_size": 8, "vision_feature_select_strategy": "full"},
+        {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 16}, "patch_size": 8},
+        PIXTRAL,
+    ),
+    "qwen2_5_vl": (REMOTE, QWEN_IMAGES, QWEN),
+    "qwen3_vl": (REMOTE, QWEN_IMAGES, QWEN),
+}
+
+
+def picture_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w5 to w199, and an image's token."""
+    special = {"<s>": 0, "</s>": 1, IMAGE: IMAGE_TOKEN, "<unk>": 3, "<video>": 4}
+    words = Tokenizer(WordLevel(special | {f"w{index}": index for index in range(5, VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
+        extra_special_tokens={"image_token": IMAGE, "video_token": "<video>"}, chat_template=CHAT,
+    )  # fmt: skip
+
+
+def save_with_processor(folder: Path, wrapper: str, layers: int = 3, **changes: Any) -> Path:
+    """A stock wrapper with a tokenizer and a processor that read pictures."""
+    tiny_model(wrapper, layers, **changes).save_pretrained(folder)
+    picture_tokenizer().save_pretrained(folder)
+    settings, images, code = PROCESSORS[wrapper]
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | NORMAL))
+    if code:
+        (folder / "processing_tiny.py").write_text(code)
+    return folder
+
+
+def save_picture(file: Path, seed: int = 0) -> Path:
+    """A picture of 16 x 8 random pixels."""
+    pixels = torch.randint(0, 256, (8, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(file)
+    return file
+
+
+def save_requests(folder: Path, rows: int = 6, words: int = 50) -> Path:
+    """Requests with a picture each, and one of text alone."""
+    draw = torch.Generator().manual_seed(3)
+
+    def text(count: int) -> str:
+        return " ".join(f"w{word}" for word in torch.randint(5, VOCABULARY, (count,), generator=draw).tolist())
+
+    asked: list[dict[str, Any]] = [{"prompt": f"{text(words)} ", "answer": text(8)}]
+    for row in range(rows):
+        name = save_picture(folder / f"{row}.png", row).name
+        asked.append({"prompt": f"{text(4)} {IMAGE} {text(words)} ", "answer": text(8), "images": [name]})
+    file = folder / "requests.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in asked))
+    return file
