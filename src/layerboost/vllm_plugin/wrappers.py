@@ -6,6 +6,7 @@ The tower, its processor and the places of image tokens are vLLM's own.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
@@ -23,6 +24,8 @@ from layerboost.vllm_plugin.model import LayerBoostForCausalLM
 )
 class LayerBoostForConditionalGeneration(MultiModalMixin, LayerBoostForCausalLM):
     """Any wrapper whose language model takes an image as embeddings and nothing more."""
+
+    hf_to_vllm_mapper: Any
 
     def _create_hf_to_vllm_mapper(self) -> None:
         super()._create_hf_to_vllm_mapper()
