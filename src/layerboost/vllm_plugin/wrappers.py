@@ -25,6 +25,8 @@ from layerboost.vllm_plugin.model import LayerBoostForCausalLM
 class LayerBoostForConditionalGeneration(MultiModalMixin, LayerBoostForCausalLM):
     """Any wrapper whose language model takes an image as embeddings and nothing more."""
 
+    hf_to_vllm_mapper: Any
+
     def _create_hf_to_vllm_mapper(self) -> None:
         super()._create_hf_to_vllm_mapper()
         # Boosted checkpoints have Transformers' own names of tensors: renaming is for those of stock ones.
