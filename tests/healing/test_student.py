@@ -188,7 +188,10 @@ def test_adapters_of_experts_are_merged_and_saved(model_type: str, tmp_path: Pat
         assert torch.equal(value, kept[name]) or any(name.startswith(f"{owner}.") for owner in names), name
     torch.testing.assert_close(student(IDS).logits, changed.logits, atol=1e-3, rtol=1e-3)
     student.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, student(IDS).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in loaded.state_dict().items())
+    # The student's linear layers are computed by oneDNN.
+    torch.testing.assert_close(loaded(IDS).logits, student(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_adapted_is_told() -> None:
