@@ -203,9 +203,10 @@ def test_kv_bytes_of_a_base_with_sliding_layers() -> None:
 
 def test_an_engine_that_computes_removed_attention_gains_nothing_by_removing_it() -> None:
     """llama.cpp: the time is that of a sliding layer, KV bytes and parameters are as elsewhere."""
-    kept = replace(budget(info()), rates=RATES.model_copy(update={"removed_saves": False}))
-    one = [LayerPlan(layer=layer, attention="sliding", window=1) for layer in range(4)]
-    assert kept.plan(layer_plans("nnnn"))["decode_ms"] == pytest.approx(kept.plan(one)["decode_ms"])
+    kept = replace(budget(info()), rates=RATES.model_copy(update={"removed_saves": False}), window=16)
+    for removed, sliding in (("nnnn", "ssss"), ("fsnn", "fsss")):
+        costs = [kept.plan(layer_plans(letters))["decode_ms"] for letters in (removed, sliding)]
+        assert costs[0] == pytest.approx(costs[1])
     assert kept.plan(layer_plans("ffss")) == budget(info()).plan(layer_plans("ffss"))
     assert kept.plan(layer_plans("nnnn"))["kv_bytes"] == 0
     assert budget(info()).plan(layer_plans("nnnn"))["decode_ms"] < kept.plan(layer_plans("nnnn"))["decode_ms"]

@@ -30,6 +30,7 @@ from layerboost.engines.vllm import (
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
 from layerboost.model.card import CARD
+from layerboost.model.prefix_cache import prefix_flag
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
 from layerboost.schemas.plan import PlanFile, write_plan
@@ -196,7 +197,9 @@ def test_a_stock_export_keeps_windows_in_the_prefix_cache(
 
     assert given("stock").get(flag) == interval
     assert (f"{flag} {interval}" in (tmp_path / "stock" / CARD).read_text()) == (interval is not None)
-    assert flag not in given("boosted") | given("stock", "--disable-sliding-window")
+    assert flag not in given("boosted") | given("stock", "--disable-sliding-window") | given(
+        "stock", "--block-size", "48"
+    )
     assert given("stock", flag, "2048")[flag] == "2048"
     for shared, expected in ((0, None), (64, interval)):
         argv = bench_command(tmp_path / "stock", Bench(shared_prefix_tokens=shared, kv_cache_gib=0.5))[0]
@@ -309,3 +312,14 @@ def test_every_flag_that_we_read_is_one_of_vllms() -> None:
         for name in names.split()
     } - {"-O"}
     assert ours | {"--enforce-eager", "--no-enforce-eager", "--no-enable-prefix-caching"} <= {*line.split()}
+
+
+def test_the_prefix_flag_of_an_export_whose_base_slides() -> None:
+    """All its layers slide, those that the plan leaves as they are, too: then vLLM keeps everything."""
+    layers = layer_plans("fsf")
+    for kinds, interval in (
+        (["sliding_attention"] * 3, "None"),
+        (["full_attention", "sliding_attention"] * 2, "16384"),
+    ):
+        config = {"layer_types": kinds[:3], "sliding_window": 4096}
+        assert prefix_flag(config, layers) == {"--prefix-cache-retention-interval": interval}

@@ -16,7 +16,7 @@ from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
 from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan, all_full
+from layerboost.schemas.plan import LayerPlan, all_full, window_of
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import FEATURE_MAPS, SLIDING
 
@@ -129,7 +129,8 @@ class Budget:
     """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
     Costs are sums over layers, except for the padding (vLLM keeps modules of a kind in groups of one size) and the KV
-    heads per attention call, `module`: those that a plan's layers allow, unless given.
+    heads per attention call, `module`: those that a plan's layers allow, unless given. `window` is that of removed layers
+    where the engine computes them and no layer slides.
     """
 
     model: ModelInfo
@@ -139,6 +140,7 @@ class Budget:
     rates: Rates | None
     padding: bool = True
     module: int | None = None
+    window: int = 1
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, settings: Plan) -> Budget:
@@ -173,7 +175,8 @@ class Budget:
             PARAMETERS: float(plan_parameters(self.model, layers)),
         }
         if self.rates is not None:
-            timed = layers if self.rates.removed_saves else [_kept(entry) for entry in layers]
+            window = window_of(layers) or self.window
+            timed = layers if self.rates.removed_saves else [_kept(entry, window) for entry in layers]
             work = decode_work(self.model, timed, self.concurrency, self.context_tokens, self.module)
             costs[DECODE_MS] = self.rates.milliseconds(work)
         return costs
@@ -211,9 +214,9 @@ class Budget:
         return all(costs[name] <= fraction + 1e-9 for name, fraction in self.fractions.items())
 
 
-def _kept(entry: LayerPlan) -> LayerPlan:
-    """Return the entry for an engine that computes a layer without attention as a sliding one."""
-    return entry if entry.strategy.keeps_weights else entry.model_copy(update={"attention": SLIDING, "window": 1})
+def _kept(entry: LayerPlan, window: int) -> LayerPlan:
+    """Return the entry for an engine that computes a layer without attention as one that slides like the others."""
+    return entry if entry.strategy.keeps_weights else entry.model_copy(update={"attention": SLIDING, "window": window})
 
 
 def _pairs(entry: LayerPlan, tokens: int, kv_heads: int) -> int:

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
@@ -236,18 +236,18 @@ def serve_line(folder: Path, given: Sequence[str], defaults: Mapping[str, str]) 
         compiles = {"compilation_config", "optimization_level"} & flags.keys()
         eager = {} if compiles or flags.get("pipeline_parallel_size", 1) > 1 else {"--enforce-eager": ""}
         defaults = {**defaults, "--dtype": "float32", **eager}
-    defaults = {**defaults, **_prefix_flag(folder, {*flags_given(given), *map(_key, defaults)})}
+    defaults = {**defaults, **_prefix_flag(folder, dict.fromkeys(map(_key, defaults)) | flags_given(given))}
     argv = [*vllm_command(), "serve", str(folder.absolute()), *unless_given(given, defaults), *given]
     return argv, vllm_environment(given)
 
 
-def _prefix_flag(folder: Path, named: Set[str]) -> dict[str, str]:
-    """Return `prefix_flag` of a stock export, unless vLLM refuses it with the flags `named`."""
+def _prefix_flag(folder: Path, named: Mapping[str, Any]) -> dict[str, str]:
+    """Return `prefix_flag` of a stock export, unless vLLM refuses it with the flags `named`; it wants whole blocks."""
     config = plain_config(folder) if (folder / PLAN).is_file() else {}
     refused = {"no_enable_prefix_caching", *map(_key, NO_INTERVAL)}
-    if not config or is_boosted(config.get("architectures")) or refused & named:
+    if not config or is_boosted(config.get("architectures")) or refused & named.keys():
         return {}
-    return prefix_flag(config, read_plan(folder / PLAN).layers)
+    return {} if 1024 % named.get("block_size", 1) else prefix_flag(config, read_plan(folder / PLAN).layers)
 
 
 def unless_given(given: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ def prefix_flag(config: Mapping[str, Any], layers: Sequence[LayerPlan]) -> dict[
 
     For boosted checkpoints the plugin sets it. `config`: the export's; none if no layer of it slides.
     """
-    if "sliding_attention" not in config.get("layer_types", ()):
+    kinds = config.get("layer_types", ())
+    if "sliding_attention" not in kinds:
         return {}
-    full = any(not entry.attention_changed for entry in layers)
+    kept = [kind for kind, entry in zip(kinds, layers, strict=True) if entry.strategy.keeps_weights]
+    full = "full_attention" in kept
     return {"--prefix-cache-retention-interval": str(retained_tokens(config["sliding_window"])) if full else "None"}

@@ -27,7 +27,7 @@ from layerboost.planning.choices import (
     windows,
 )
 from layerboost.recipe import Plan
-from layerboost.schemas.plan import LayerPlan, all_full, counted
+from layerboost.schemas.plan import LayerPlan, all_full, counted, window_of
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import FULL, OTHER, SINK, StrategyName
 
@@ -222,8 +222,9 @@ def _program(
     both, and the excess.
     """
     flat = [choice for options in table for choice in options]
-    module = module_heads(limits.model.kv_heads, [choice.plan for choice in flat])
-    limits = replace(limits, module=module)
+    plans = [choice.plan for choice in flat]
+    module = module_heads(limits.model.kv_heads, plans)
+    limits = replace(limits, module=module, window=window_of(plans) or limits.window)
     pairs = _pairs(limits, module, exceed)
     rows, bounds, of_costs = _limits(flat, pairs, module, limits, settings)
     slack = np.zeros(len(rows)) if exceed == "nothing" else np.where(of_costs == (exceed == "costs"), -1.0, 0.0)
