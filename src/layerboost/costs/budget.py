@@ -129,8 +129,8 @@ class Budget:
     """Limits on costs, and the costs compared with them; all depend on the strategies' counts alone.
 
     Costs are sums over layers, except for the padding (vLLM keeps modules of a kind in groups of one size) and the KV
-    heads per attention call, `module`: those that a plan's layers allow, unless given. `window` is that of removed layers
-    where the engine computes them and no layer slides.
+    heads per attention call, `module`: those that a plan's layers allow, unless given. `window`: of removed layers if
+    the engine computes them and no layer slides.
     """
 
     model: ModelInfo
