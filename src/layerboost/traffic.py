@@ -236,13 +236,15 @@ def _read_pictured(row: dict[str, Any], processor: Any, folder: Path) -> _Row:
 
     try:
         images = tuple(Image.open(folder / name).convert("RGB") for name in row["images"])
-        if "messages" in row:
+        if not is_missing(row.get("messages")):
             last = max(at for at, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
             prompt = processor.apply_chat_template(row["messages"][:last], tokenize=False, add_generation_prompt=True)
-            answer, opening = row["messages"][last]["content"], list[int]()
+            answer, opening = _turns([row["messages"][last]])[0]["content"], list[int]()
         else:
             prompt, answer, opening = row["prompt"], row["answer"], opening_ids(processor.tokenizer)
         return _Row(opening, prompt + answer, [(len(prompt), len(prompt + answer))], f"{answer}", images)
+    except _Unscorable:
+        raise
     except Exception as error:  # a row of any form, a file that is no image, a template's own
         raise _Unscorable(f"a row with images cannot be read ({type(error).__name__}: {error})") from None
 
@@ -315,7 +317,9 @@ def _seen(row: _Row, processor: Any, most: int) -> tuple[list[int], list[bool], 
     whole.pop("attention_mask", None)
     head, ids = (each.pop("input_ids")[0].tolist() for each in (prompt, whole))
     first = next((at for at, (one, other) in enumerate(zip(head, ids, strict=False)) if one != other), len(head))
-    if not 0 < first < len(ids) <= most:
+    if not 0 < first < len(ids):
+        raise _Unscorable("it has no answer after its prompt")
+    if len(ids) > most:
         raise _Unscorable(f"it has {len(ids):,} tokens with its images, of at most {most:,}")
     return ids, [at >= first for at in range(len(ids))], whole
 

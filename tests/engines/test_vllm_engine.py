@@ -30,7 +30,7 @@ from layerboost.engines.vllm import (
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
 from layerboost.model.card import CARD
-from layerboost.model.prefix_cache import prefix_flag
+from layerboost.model.retention import prefix_flag
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
 from layerboost.schemas.plan import PlanFile, write_plan

@@ -17,6 +17,9 @@ from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import apply_plan, check_plan, family_of, recorded_plan
+from layerboost.pipeline import run_stage
+from layerboost.probes.calibration import open_measured
+from layerboost.recipe import parse_recipe
 from layerboost.schemas.plan import PlanFile, counted, counts
 from layerboost.vllm_plugin.plugin import BoostedConfig
 
@@ -107,3 +110,16 @@ def test_vllm_does_not_serve_it_and_says_what_it_lacks(family: str, tmp_path: Pa
         check_family(tmp_path, family)
     with pytest.raises(ValueError, match=f"cannot serve a boosted {family}: {lacks}"):
         BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=family)))
+
+
+def test_whole_plans_are_measured(tmp_path: Path) -> None:
+    """As plan.method=greedy does: sinks are fitted in layers with attention alone."""
+    values = {
+        "model": str(save_tiny(tmp_path / "model", "qwen3_next")),
+        "text": {"source": str(save_text(tmp_path / "text.jsonl", 12_000)), "sequence_tokens": 64},
+        "measure": {"windows": [16], "tokens": 256, "retrieval_prompts": 0},
+        "plan": {"method": "greedy", "kv_fraction": 0.7, "search_tokens": 256, "context_tokens": 64},
+    }
+    recipe, run = parse_recipe(values, "the test"), tmp_path / "run"
+    measured = open_measured(recipe, run, run_stage("measure", recipe, run), [16], RUNTIME)
+    assert measured(layer_plans("xSxf"))["kl"] > 0

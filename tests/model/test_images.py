@@ -115,9 +115,12 @@ def test_rows_with_images(bases: dict[str, Base], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         save_picture(tmp_path / name)
     parts = [{"type": "image"}, {"type": "text", "text": "w7 w8"}]
-    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "w9 w10 w11"}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "w9 w10 w11"}]},
+    ]
     rows: list[dict[str, Any]] = [
-        {"prompt": f"{IMAGE} w7 {IMAGE} w8 ", "answer": "w9 w10", "images": ["a.png", "b.png"]},
+        {"prompt": f"{IMAGE} w7 {IMAGE} w8 ", "answer": "w9 w10", "messages": None, "images": ["a.png", "b.png"]},
         {"messages": turns, "images": ["a.png"]},
         {"prompt": "w7 w8 ", "answer": "w9", "images": []},
         {"prompt": "w7 w8 ", "answer": "w9", "images": ["a.png"]},  # no place for it

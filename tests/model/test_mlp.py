@@ -181,8 +181,12 @@ def test_what_cannot_be_thinned_is_refused() -> None:
         check_plan(config, [plan.model_copy(update={"mlp_width": 96 if plan.mlp_width else None})
                             for plan in layer_plans("ftfff")])  # fmt: skip
     mixture = tiny_model("qwen3_moe").config
-    with pytest.raises(ConfigError, match="MLPs that are mixtures of experts cannot be thinned or removed"):
+    with pytest.raises(
+        ConfigError, match="MLPs that are mixtures of experts, or of a form of their own, cannot be thinned"
+    ):
         check_plan(mixture, layer_plans("ffffm"))
+    with pytest.raises(ConfigError, match=r"or of a form of their own[^$]+lfm2, layer 1"):
+        check_plan(tiny_model("lfm2", 4).config, layer_plans("xmxf"))
     assert mlp_facts(mixture) == {}
     assert mlp_output(torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})) is None
 

@@ -433,3 +433,25 @@ def test_layers_of_another_kind_stay_as_they_are_and_cost_no_cache(method: str) 
     held = {"full": 1.0, "sliding": 0.25}
     expected = sum(held.get(entry.attention, 0) for entry in plan) / 3
     assert predict(found, plan, settings).kv_fraction == pytest.approx(expected)
+
+
+def test_mlps_of_layers_of_another_kind_cost_no_cache() -> None:
+    found, others = with_mlps(4), [0, 2]
+    layers = [
+        entry.model_copy(update={"variants": [each for each in entry.variants if each.mlp != "full"]})
+        if entry.layer in others
+        else entry
+        for entry in found.layers
+    ]
+    plain, hybrid = (
+        select(
+            found.model_copy(
+                update={"layers": layers, "model": found.model.model_copy(update={"other_layers": names})}
+            ),
+            Plan(kv_fraction=1, parameter_fraction=0.75),
+        )
+        for names in ([], others)
+    )
+    assert any(entry.mlp_changed for entry in plain if entry.layer in others)
+    kind = dict.fromkeys(others, "other")
+    assert hybrid == [entry.model_copy(update={"attention": kind.get(entry.layer, entry.attention)}) for entry in plain]

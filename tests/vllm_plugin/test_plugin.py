@@ -58,12 +58,12 @@ def test_a_wrapper_that_vllm_cannot_serve_is_refused_by_name() -> None:
 
     for model_type in ("llama", "llava", "qwen3_vl"):
         BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)))
-    with pytest.raises(ValueError, match="vLLM cannot serve a boosted gemma3: in vLLM no attention on CPUs"):
+    with pytest.raises(ValueError, match="vLLM cannot serve a boosted gemma3: vLLM has no attention on CPUs"):
         BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma3")))
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:
-    from layerboost.model.prefix_cache import retained_tokens
+    from layerboost.model.retention import retained_tokens
 
     assert [retained_tokens(window) for window in (16, 256, 257, 4096)] == [1024, 1024, 2048, 16384]
 

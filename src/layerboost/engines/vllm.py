@@ -21,7 +21,7 @@ from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import check_checkpoint
 from layerboost.model.modeling import is_boosted
-from layerboost.model.prefix_cache import prefix_flag
+from layerboost.model.retention import prefix_flag
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, check_served, read_plan

@@ -26,7 +26,7 @@ from layerboost.model.families import WRAPPERS
 from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types, is_boosted
-from layerboost.model.prefix_cache import prefix_flag
+from layerboost.model.retention import prefix_flag
 from layerboost.model.surgery import unchanged
 from layerboost.model.tokenizer import copied_files
 from layerboost.runtime import Runtime, log

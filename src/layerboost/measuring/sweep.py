@@ -197,7 +197,7 @@ def _turns(probes: Sequence[Probe], index: int) -> Turns:
             for sample, stream, hidden in zip(probe.samples, streams.of_batch, streams.inputs[index], strict=True):
                 if isinstance(sample, BaseText):
                     between = hidden + stream.attention_output(index, hidden)
-                    rows = [sample.rows(each).float() for each in (hidden, between, stream.layer(index, hidden))]
+                    rows = [sample.rows(each).float() for each in (hidden, between, stream.stock_layer(index, hidden))]
                     pairs = ((rows[0], rows[1]), (rows[1], rows[2]), (rows[0], rows[2]))
                     found.append([1 - sample.by_sequence(torch.cosine_similarity(*pair, dim=-1)) for pair in pairs])
     return Turns(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -25,8 +25,9 @@ class Family:
     if the config has no window. `multiplies_logits` says that the config's `logits_scaling` multiplies, and does not
     divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
     linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
-    a hybrid, what its layers of another kind have in place of attention. `vllm` says which classes serve it, empty if
-    none does, and `vllm_lacks` then why.
+    a hybrid, what its layers of another kind have in place of attention. `mlp` says that its MLPs can be
+    changed: its layers have them by that name. `vllm` says which classes serve it, empty if none does, and `vllm_lacks`
+    then why.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Family:
     images_both_ways: bool = False
     linear: bool = False
     mixer: str = ""
+    mlp: bool = True
     vllm: str = TRANSFORMERS_BACKEND
     vllm_lacks: str = ""
 
@@ -119,9 +121,18 @@ FAMILIES: dict[str, Family] = {
         hybrid("qwen3_next", mixer="linear_attn"),
         hybrid("qwen3_5_text", mixer="linear_attn"),
         hybrid("qwen3_5_moe_text", mixer="linear_attn"),
-        hybrid("granitemoehybrid", mixer="mamba"),
-        hybrid("lfm2", mixer="conv", output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"),
-        hybrid("lfm2_moe", mixer="conv", output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"),
+        hybrid("granitemoehybrid", mixer="mamba", mlp=False),
+        hybrid(
+            "lfm2", mixer="conv", mlp=False, output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"
+        ),
+        hybrid(
+            "lfm2_moe",
+            mixer="conv",
+            mlp=False,
+            output="out_proj",
+            norm_before="operator_norm",
+            final_norm="embedding_norm",
+        ),
         hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
         # Language models that exist inside a wrapper alone.
         Family("qwen3_vl_text", vllm=""),
@@ -157,7 +168,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper(
         ("gemma3_text",),
         vllm="",
-        vllm_lacks="vLLM has no attention on CPUs that lets the tokens of an image see each other both ways",
+        vllm_lacks="vLLM has no attention on CPUs that lets tokens of an image see each other both ways; GPUs: untried",
     ),
     "qwen3_5": Wrapper(("qwen3_5_text",), vllm="", vllm_lacks=NO_STATES),
     "qwen3_5_moe": Wrapper(("qwen3_5_moe_text",), vllm="", vllm_lacks=NO_STATES),

@@ -146,8 +146,12 @@ class LayerStream:
             thinned = self.thinned[index, plan.mlp_width] if plan.mlp_width else None
             with replaced(self.model, index, plan, sinks), replaced_mlp(self.model, index, plan, thinned):
                 return self.layer(index, hidden)
-        out = self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
+        out = self.stock_layer(index, hidden)
         return out + self._added[index] if index in self._added else out
+
+    def stock_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the base's own layer's output, without what an image tower adds to the stream after it."""
+        return self._run(index, hidden, self._arguments[hidden.shape[:2]][index])
 
     def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """Call one decoder layer as Transformers does."""

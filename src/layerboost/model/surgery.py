@@ -185,9 +185,9 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     """Raise ConfigError if a plan changes MLPs that this model does not have, or would not thin them."""
     changed = [entry for entry in layers if entry.mlp_changed]
-    if changed and getattr(config, "num_experts_per_tok", None):
+    if changed and (getattr(config, "num_experts_per_tok", None) or not FAMILIES[config.model_type].mlp):
         raise ConfigError(
-            "MLPs that are mixtures of experts cannot be thinned or removed",
+            "MLPs that are mixtures of experts, or of a form of their own, cannot be thinned or removed",
             found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
             do="leave mlp out of measure.components, and of the plan",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerboost.costs.budget import KV_BYTES, PARAMETERS, Budget
 from layerboost.errors import ConfigError
@@ -39,7 +39,8 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
         options = [
             _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
         ]
-        of_mlp = [choice for choice in options if choice.plan.mlp_changed]
+        # Measured in a layer that is full, also where a hybrid's layer has no attention.
+        of_mlp = [replace(each, plan=base.with_site(each.plan)) for each in options if each.plan.mlp_changed]
         attention = [choice for choice in options if not choice.plan.mlp_changed]
         if settings.unit == "kv_head":
             attention += _mixed(entry, window, scales)

@@ -65,7 +65,7 @@ def open_measured(
     prompts = load_prompts(recipe, base.tokenizer, run)
     model = base.load()
     size, device = recipe.measure.batch_sequences, runtime.device
-    sinks = calibrate_sinks(model, every.batches(size, device), range(len(sensitivity.layers)), windows)
+    sinks = calibrate_sinks(model, every.batches(size, device), sensitivity.model.attention_layers, windows)
     widths = {
         (layer.layer, each.mlp_width) for layer in sensitivity.layers for each in layer.variants if each.mlp_width
     }

@@ -58,7 +58,7 @@ class BoostedConfig:
         from vllm.platforms import current_platform
 
         from layerboost.model.modeling import recorded_feature_maps, recorded_full_heads, skipped_layers
-        from layerboost.model.prefix_cache import retained_tokens
+        from layerboost.model.retention import retained_tokens
         from layerboost.vllm_plugin.heads import check_ranks
 
         config, cache = vllm_config.model_config.hf_text_config, vllm_config.cache_config
