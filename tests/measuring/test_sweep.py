@@ -36,7 +36,9 @@ def swept(
 ) -> list[LayerSensitivity]:
     batches = list(IDS.split(2))
     thinned = thin_mlps(base, batches, [(layer, width) for layer in range(4) for width in mlp_widths])
-    stream = LayerStream(base, calibrate_sinks(base, batches, attention_layers(base.config), windows), thinned)
+    stream = LayerStream(
+        base, calibrate_sinks(base, batches, attention_layers(base.config.get_text_config()), windows), thinned
+    )
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
     save = lambda layers: found.__setitem__(slice(None), layers)  # noqa: E731
