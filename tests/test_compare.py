@@ -120,6 +120,7 @@ def test_rows_are_compared_and_finished_ones_are_kept(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
+@pytest.mark.exhaustive
 @pytest.mark.pipeline
 def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
     """The kinds of rows of benchmarks/linearisation.yaml, with a few steps each."""
@@ -168,6 +169,7 @@ def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
         assert found["rows"][f"{name}-window"]["layers"] == {"full": 0, "sliding": 4, "none": 0}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.pipeline
 def test_attention_mlps_and_whole_layers_at_equal_parameters(tmp_path: Path) -> None:
     """The kinds of rows of benchmarks/components.yaml."""

@@ -232,6 +232,7 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     assert read_plan(file).count("full") < 4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.pipeline
 def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "qwen3_moe")
@@ -258,6 +259,7 @@ def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp
     assert "M active)" in (run / "report.md").read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.pipeline
 def test_a_vision_language_model_goes_through_every_stage_measured_on_requests_with_images(tmp_path: Path) -> None:
     model = save_with_processor(tmp_path / "model", "qwen3_vl", 4)

@@ -66,7 +66,7 @@ def naive(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, torch.Te
 def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     base, batches = tiny_model(family, layers=4), list(IDS.split(2))
     windows = [entry.window for entry in plan if entry.sink and entry.window]
-    sinks = calibrate_sinks(base, batches, attention_layers(base.config), windows)
+    sinks = calibrate_sinks(base, batches, attention_layers(base.config.get_text_config()), windows)
     thinned = thin_mlps(base, batches, [(entry.layer, entry.mlp_width) for entry in plan if entry.mlp_width])
     of_layers = {layer: found for (layer, _), found in thinned.items()}
     return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink}, of_layers)
@@ -77,7 +77,7 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
     base = tiny_model(family, layers=4)
     found = swept(base, (8, 16))
     assert [entry.layer for entry in found] == [0, 1, 2, 3]
-    for entry, kind in zip(found, base_layer_types(base.config), strict=True):
+    for entry, kind in zip(found, base_layer_types(base.config.get_text_config()), strict=True):
         assert len(entry.variants) == (5 if kind == "full_attention" else 0)
         for variant in entry.variants:
             plan = layer_plans(fitted("ffff", family))
