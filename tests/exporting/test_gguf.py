@@ -173,6 +173,7 @@ def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_llama_cpp_gives_the_same_log_probabilities_for_the_real_model(tmp_path: Path) -> None:
     """30 layers of SmolLM2-135M, and prompts up to three times the window."""
