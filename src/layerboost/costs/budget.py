@@ -16,7 +16,7 @@ from layerboost.recipe import Plan
 from layerboost.runtime import machine, warn_once
 from layerboost.schemas.artifact import Artifact, read_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan, all_full, window_of
+from layerboost.schemas.plan import LayerPlan, all_full, unchanged_layer, window_of
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.strategies import FEATURE_MAPS, SLIDING
 
@@ -183,7 +183,7 @@ class Budget:
 
     def added(self, entry: LayerPlan) -> dict[str, float]:
         """Return the costs that a layer adds to a plan in which it was unchanged: negative, what it saves."""
-        full = self.plan([all_full(self.model)[entry.layer]])
+        full = self.plan([unchanged_layer(self.model, entry.layer)])
         return {name: cost - full[name] for name, cost in self.plan([entry]).items()}
 
     def base(self) -> dict[str, float]:

@@ -172,8 +172,12 @@ class LayerPlan(Part):
 
 def all_full(model: ModelInfo) -> list[LayerPlan]:
     """Return the plan that changes nothing."""
-    kinds = dict.fromkeys(model.other_layers, OTHER)
-    return [LayerPlan(layer=layer, attention=kinds.get(layer, FULL)) for layer in range(model.layers)]
+    return [unchanged_layer(model, layer) for layer in range(model.layers)]
+
+
+def unchanged_layer(model: ModelInfo, layer: int) -> LayerPlan:
+    """Return a layer as it is in the base."""
+    return LayerPlan(layer=layer, attention=OTHER if layer in model.other_layers else FULL)
 
 
 def window_of(layers: Iterable[LayerPlan]) -> int | None:
