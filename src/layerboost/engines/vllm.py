@@ -21,7 +21,7 @@ from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import check_checkpoint
 from layerboost.model.modeling import is_boosted
-from layerboost.model.retention import prefix_flag
+from layerboost.model.retention import STEP_TOKENS, prefix_flag
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, check_served, read_plan
@@ -247,7 +247,7 @@ def _prefix_flag(folder: Path, named: Mapping[str, Any]) -> dict[str, str]:
     refused = {"no_enable_prefix_caching", *map(_key, NO_INTERVAL)}
     if not config or is_boosted(config.get("architectures")) or refused & named.keys():
         return {}
-    return {} if 1024 % named.get("block_size", 1) else prefix_flag(config, read_plan(folder / PLAN).layers)
+    return {} if STEP_TOKENS % named.get("block_size", 1) else prefix_flag(config, read_plan(folder / PLAN).layers)
 
 
 def unless_given(given: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, ...]:

@@ -7,11 +7,14 @@ from typing import Any
 
 from layerboost.schemas.plan import LayerPlan
 
+# vLLM asks for a multiple of its blocks, all of whose usual sizes divide this number.
+STEP_TOKENS = 1024
+
 
 def retained_tokens(window: int) -> int:
     """Return after how many tokens of a prompt the next window is kept in vLLM's prefix cache: at least four windows,
-    so that what is kept stays a fraction, and a multiple of 1,024, since vLLM asks for a multiple of its blocks."""
-    return 1024 * -(-4 * window // 1024)
+    so that what is kept stays a fraction, and a multiple of STEP_TOKENS."""
+    return STEP_TOKENS * -(-4 * window // STEP_TOKENS)
 
 
 def prefix_flag(config: Mapping[str, Any], layers: Sequence[LayerPlan]) -> dict[str, str]:
