@@ -161,8 +161,9 @@ TARGETS = {
         ),
         # Without changed layers.
         _gguf("llama", ("llama", "mistral", "ministral"), holds=frozenset(), rope=FIXED, unfit=_rotates_partly),
-        _gguf("qwen2", ("qwen2",), holds=frozenset(), rope=FIXED, unfit=_needs_square),
-        _gguf("qwen3", ("qwen3",), holds=frozenset(), rope=FIXED),
+        # llama.cpp reads no factors of frequencies for these two.
+        _gguf("qwen2", ("qwen2",), holds=frozenset(), unfit=_needs_square),
+        _gguf("qwen3", ("qwen3",), holds=frozenset()),
         _gguf("granite_swa", LLAMA_SHAPED, holds=EVERYTHING, rope=FIXED, unfit=_rotates_partly),
         _gguf(
             "deci",
