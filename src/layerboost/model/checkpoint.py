@@ -50,10 +50,10 @@ def save_boosted(
             folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=in_original_format(model.config)
         )
         save_tokenizer(tokenizer, folder)
-        (folder / "modeling_layerboost.py").write_text(modeling_source())
+        (folder / modeling.CODE_FILE).write_text(modeling_source(), encoding="utf-8")
         write_plan(folder / PLAN, plan)
-        (folder / "recipe.yaml").write_text(recipe_yaml)
-        (folder / CARD).write_text(model_card(plan, origin, healing))
+        (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        (folder / CARD).write_text(model_card(plan, origin, healing), encoding="utf-8")
         for file in origin.files:
             shutil.copy(file, folder)
         _check_written(folder, target, model)
@@ -131,7 +131,7 @@ def modeling_source() -> str:
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
     for module in (families, attention, caches, linear_attention, mlp, modeling):
         assert module.__file__
-        text = Path(module.__file__).read_text()
+        text = Path(module.__file__).read_text(encoding="utf-8")
         lines = text.splitlines()
         for node in reversed(ast.parse(text).body):
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
