@@ -105,8 +105,8 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
     folder, logits = saved(tmp_path / "out", tie_word_embeddings=tied)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(find_model(str(folder), RUNTIME).load()(IDS).logits, logits)
-    command = [sys.executable, "-c", ALONE, folder, tmp_path / "logits.pt", tmp_path / "again"]
-    subprocess.run(command, check=True, capture_output=True)
+    places = [folder, tmp_path / "logits.pt", tmp_path / "again"]
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, places)], check=True, capture_output=True)
     alone, generated = torch.load(tmp_path / "logits.pt")
     assert torch.equal(alone, logits)
     assert generated.shape == (1, 45)

@@ -229,8 +229,9 @@ def _prepare_forward(
 def _is_packed(kwargs: dict[str, Any]) -> bool:
     """Return whether the arguments of a decoder say that documents follow each other in one row."""
     positions = kwargs.get("position_ids")
-    one_row = isinstance(positions, torch.Tensor) and positions.dim() == 2 and len(positions) == 1
-    return "cu_seq_lens_q" in kwargs or (one_row and bool((positions.diff() != 1).any()))
+    if "cu_seq_lens_q" in kwargs or not isinstance(positions, torch.Tensor):
+        return "cu_seq_lens_q" in kwargs
+    return positions.dim() == 2 and len(positions) == 1 and bool((positions.diff() != 1).any())
 
 
 def sliding_attention_forward(
