@@ -37,6 +37,7 @@ from layerboost.model.files import (
     remembered,
     weight_files,
 )
+from layerboost.model.gguf_config import check_every_tensor, complete_config
 from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
@@ -77,6 +78,7 @@ class Base:
         """Return the configuration of the model, checked to be of a supported causal LM or a wrapper of one."""
         if self.gguf:
             config = read_config(self.folder, self.name, gguf_file=self.gguf)
+            complete_config(config.get_text_config(), self.folder / self.gguf)
         else:
             config = read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
         family_of(config)
@@ -196,6 +198,7 @@ class Base:
         if wrong:
             raise ConfigError(f"weights and configuration of {self.name} disagree", found=json.dumps(wrong))
         if self.gguf:
+            check_every_tensor(model, self.folder / self.gguf)
             check_finite_weights(self.name, dict(model.named_parameters()), self.runtime.dtype)
         use_onednn(model)
         return model.to(self.runtime.device).eval()
