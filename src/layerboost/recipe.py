@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerboost.errors import ConfigError
+from layerboost.files import parse_yaml
 from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
@@ -398,7 +399,7 @@ def find_recipe(name: str, folder: Path = RECIPES, kind: str = "recipe") -> Path
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {file}", found=str(error)) from None
     if not isinstance(values, dict):
@@ -417,7 +418,7 @@ def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
 
 def _value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value of --set {key} is not YAML", found=text, do="close brackets and quotes") from None
     try:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
 from layerboost.healing.data import batch_of_process, check_lengths, cut, lengths_of
-from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets, positions_of
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
@@ -32,10 +32,13 @@ from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
 from layerboost.strategies import SLIDING
-from layerboost.text import check_samples, is_local, load_tokens, opening_ids
+from layerboost.text import check_samples, is_local, last_changed, load_tokens, opening_ids
 
 VALIDATION_SEQUENCES = 8
 IDENTITY, TEXT = "heal.json", "text.json"
+HEALED_BY = "Healed by"
+# Sequences of each stage that are searched for tokens beyond the window, and the fraction of them that is too small.
+LOOKED_AT, FEW_BEYOND = 64, 0.05
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -61,6 +64,11 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
     identity = heal_identity(recipe, plan, runtime)
     if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
+        if last_changed(recipe.text) > (run / HEALED / IDENTITY).stat().st_mtime:
+            log.warning(
+                "%s has changed since %s was healed on it. To heal on what it holds now, delete %s and %s",
+                *(recipe.text.name, run / HEALED, run / HEAL, run / HEALED),
+            )
         return run / HEALED
     check_begun(run / HEAL, identity)
     check_checkpoint(run / CONVERTED)
@@ -98,9 +106,9 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
 
 
 def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
-    """Return the model card's sentences on healing."""
+    """Return the model card's sentences on healing, in one line."""
     sentences = (
-        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"{HEALED_BY} {text.tokens['attention']:,} tokens of attention distillation and {text.tokens['lora']:,} "
         f"tokens of LoRA distillation from the base, on {recipe.text.name}."
     )
     if fitted:
@@ -168,6 +176,9 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         name: with_recall(cut(read.ids, lengths_of(recipe), opening), tokenizer, fraction, seeds[name])
         for name, read in train.items()
     }
+    if plan.window:
+        every = [ids for sequences, _ in made.values() for ids in sequences[:LOOKED_AT]]
+        warn_of_short_documents(every, plan.window, tokenizer.eos_token_id)
     # Another release may ask in other words.
     asking = [ids.tolist() for sequences, _ in made.values() for ids in sequences] if fraction else []
     return HealingText(
@@ -178,6 +189,20 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         validation=validation.ids,
         fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation)), *asking),
     )
+
+
+def warn_of_short_documents(sequences: Sequence[torch.Tensor], window: int, end: int | None) -> None:
+    """Warn if sequences `[L]` have barely a token from which a window drops anything: attention is masked between
+    documents, so that nothing is learnt of what is lost."""
+    positions = torch.cat([positions_of(ids[None], end)[0] for ids in sequences])
+    beyond = float((positions >= window).float().mean())
+    if beyond < FEW_BEYOND:
+        log.warning(
+            "healing on %.1f %% of tokens that are beyond the window of %d in their document: the others lose nothing "
+            "and teach nothing. Give longer documents, longer sequences (heal.sequence_tokens) or heal.retrieval_share",
+            100 * beyond,
+            window,
+        )
 
 
 @dataclass(frozen=True)

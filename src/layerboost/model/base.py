@@ -256,7 +256,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     # On the CPU, whatever the run's device: the model is only written, and may be larger than a GPU.
     on_cpu = replace(base, runtime=replace(runtime, device=torch.device("cpu")))
     model, tokenizer = on_cpu.load(dequantise=True), base.tokenizer
-    with new_folder(run / BASE) as folder:
+    with new_folder(run / BASE, UNPACKED_FROM) as folder:
         # In the form of an unquantised checkpoint: undoing what loading did would quantise it again. Scales may stay in
         # its state.
         vars(model)["_weight_conversions"] = None
