@@ -85,6 +85,32 @@ def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivit
     return found.model_copy(update={"layers": measured})
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
+def test_the_size_of_the_losses_does_not_matter(scale: float, fraction: float) -> None:
+    """A solver with absolute tolerances took losses of wide windows for equal."""
+    found = sensitivity(layers=12)
+    small = found.model_copy(
+        update={
+            "layers": [
+                entry.model_copy(
+                    update={
+                        "variants": [
+                            each.model_copy(
+                                update={"scores": {"kl": Score(mean=each.scores["kl"].mean * scale, standard_error=0)}}
+                            )
+                            for each in entry.variants
+                        ]
+                    }
+                )
+                for entry in found.layers
+            ]
+        }
+    )
+    settings = Plan(kv_fraction=fraction, context_tokens=100)
+    assert select(small, settings) == select(found, settings)
+
+
 EVERY_SITE = [
     attention.with_site(mlp)
     for attention in layer_plans("fsSn")
