@@ -58,6 +58,8 @@ from layerboost.schemas.run import BASE
 
 # In RUN/base: which model it was unpacked from.
 UNPACKED_FROM = "layerboost_source.txt"
+# The form in which it was unpacked: earlier releases left settings of GGUF files out.
+FORM = "form 2"
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
         weight_files(folder)
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
-    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
+    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint, FORM]:
         return Base(name, (run / BASE).absolute(), runtime, trust_remote_code=trust_remote_code)
     return found
 
@@ -272,7 +274,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
         (folder / CARD).write_text(_base_card(base))
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
-        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n")
+        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n{FORM}\n")
     return Base(base.name, (run / BASE).absolute(), runtime, trust_remote_code=base.trust_remote_code)
 
 
