@@ -198,8 +198,15 @@ def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[Benc
 
 
 def check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise ConfigError for replacements that this model cannot have."""
+    """Raise ConfigError for replacements that this model cannot have, and for text that it cannot write itself."""
     check_windows(config, recipe.measure.windows)
+    length, context = recipe.text.sequence_tokens, config.max_position_embeddings
+    if "self" in recipe.text.sources and length > context:
+        raise ConfigError(
+            "the model's own samples would be longer than its context",
+            found=f"{length:,} > {context:,} tokens",
+            do="lower text.sequence_tokens",
+        )
     if SLIDING not in recipe.measure.strategies:
         raise ConfigError(
             "measure.strategies lacks sliding, without whose scores there is no plan",
