@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from exported import BIASES, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
+from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from smollm2 import CAPITALS, RUNTIME, boosted_default
 from test_pipeline import layerboost
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model, tiny_tokenizer
@@ -323,7 +323,7 @@ def test_types_of_the_matrices(kind: str, most: float, tmp_path: Path) -> None:
         (
             "fS",
             byte_level_tokenizer(),
-            {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
+            {"rope_parameters": DYNAMIC},
             "f16",
             "gguf cannot hold this plan\nfound: .*rotary embeddings of type dynamic",
         ),

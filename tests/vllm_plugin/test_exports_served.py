@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import BIASES, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
+from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from offline import Vllm, check_same_model
 from smollm2 import RUNTIME, boosted_default
 from tiny import boosted, info, layer_plans, tiny_tokenizer
@@ -28,7 +28,7 @@ pytestmark = [
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("decilm", "llama", "fnfn", TIED),
     "biases": ("decilm", "llama", "fnnf", BIASES | {"rope_parameters": LINEAR}),
-    "all-full": ("decilm", "llama", "ff", {}),
+    "all-full": ("decilm", "llama", "ff", {"rope_parameters": DYNAMIC}),
     "qwen2": ("decilm", "qwen2", "fnf", {"rope_parameters": FACTOR}),
     "thinned": ("decilm", "llama", "tfou", {"rope_parameters": LLAMA3}),
     "thinned-qwen2": ("decilm", "qwen2", "futo", {"rope_parameters": YARN}),
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "windows-qwen2": ("granite-swa", "qwen2", "fSns", {"rope_parameters": FACTOR}),
     "windows-smollm3": ("granite-swa", "smollm3", "SsfnS", {}),
     "windows-phi3": ("granite-swa", "phi3", "fSns", {}),
-    "windows-granite": ("granite-swa", "granite", "nSfs", {}),
+    "windows-granite": ("granite-swa", "granite", "nSfs", {"rope_parameters": DYNAMIC}),
 }
 
 

@@ -150,7 +150,7 @@ TARGETS = {
             LLAMA_SHAPED,
             EVERYTHING,
             LLAMAS | {SCALED, NO_ROPE, FACTOR},
-            FIXED,
+            FIXED | {"dynamic"},
             removed_tokens=lambda window: window,
         ),
         Target(
@@ -160,7 +160,7 @@ TARGETS = {
             ("llama", "qwen2"),
             NO_SINKS | {THIN},
             LLAMAS | {FACTOR},
-            FIXED,
+            FIXED | {"dynamic"},
             keeps_first=True,
         ),
         Target(
