@@ -9,7 +9,6 @@ from typing import Any
 
 import gguf
 from gguf import TokenType
-from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
 from layerboost.model.tokenizer import read_tokenizer
@@ -86,10 +85,10 @@ def _byte_level(plain: dict[str, Any], parts: list[dict[str, Any]]) -> tuple[str
     return None if odd else name, kinds + odd
 
 
-def add_tokenizer(writer: Any, folder: Path, config: PreTrainedConfig) -> None:
+def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     """Add tokens, merges or scores, special tokens and chat template."""
     plain, split = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), splitter(folder)
-    model, vocabulary = plain["model"], config.vocab_size
+    model = plain["model"]
     tokens = {index: token for token, index in model["vocab"].items()}
     kinds = dict.fromkeys(tokens, TokenType.NORMAL)
     for added in plain.get("added_tokens", []):

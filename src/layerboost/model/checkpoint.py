@@ -43,9 +43,10 @@ def save_boosted(
 
     `origin`: what the card says about the base; `healing`: a sentence on how the model was trained, empty for an
     untrained one. The tokenizer's files are the base's own. Atomic: `target` is complete and read back, or untouched.
-    Raise LayerboostError if the disk is full, or if the written files are not the model.
+    Raise ConfigError if `target` is a directory of something else, LayerboostError if the disk is full, or if the
+    written files are not the model.
     """
-    with new_folder(target) as folder:
+    with new_folder(target, modeling.CODE_FILE) as folder:
         model.save_pretrained(
             folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=in_original_format(model.config)
         )

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 
 from layerboost.errors import ConfigError, first_line
 from layerboost.model.files import check_readable
+from layerboost.model.gguf_config import complete_tokenizer
 from layerboost.runtime import log
 from layerboost.schemas.artifact import write_json
 from layerboost.text import opening_ids
@@ -66,6 +67,8 @@ def read_tokenizer(folder: Path, name: str, trust_remote_code: bool = False, ggu
         file = folder / "tokenizer.json"
         if file.is_file() and not gguf:
             tokenizer = _as_written(tokenizer, file)
+        if gguf:
+            complete_tokenizer(tokenizer, folder / gguf)
     except Exception as error:  # each kind of tokenizer has its own
         raise ConfigError(
             f"cannot load the tokenizer of {name}",
