@@ -94,7 +94,7 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     writer.add_token_types([kinds.get(index, TokenType.UNUSED) for index in range(vocabulary)])
     special = gguf.SpecialVocab(folder, load_merges=split != SENTENCEPIECE, n_vocab=vocabulary)
     # The library reads it from settings that not all tokenizers have or obey, and llama.cpp has defaults of its own.
-    opening = opening_ids(AutoTokenizer.from_pretrained(folder))
+    opening = opening_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     special.add_special_token["bos"] = bool(opening)
     if opening:
         special.special_token_ids["bos"] = opening[0]
