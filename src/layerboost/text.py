@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 # Of ten documents, one is for calibration and one is held out, whatever the seed.
 SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), "train": range(2, 10), "all": range(10)}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
-LARGE_BYTES = 2 << 30  # of data files, as they are on the disk: read only as far as needed
+LARGE_BYTES = 1 << 30  # of data files, as they are on the disk: read only as far as needed
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
 # Names of files about a data set or a program, also with a suffix: README_zh, LICENSE-MIT, README2.

@@ -159,6 +159,7 @@ def test_settings_that_transformers_leaves_out(case: str, tmp_path: Path) -> Non
         ("qwen2", {"rope.dimension_count": 16}, "rotary embeddings of 16 of 32 dimensions"),
         ("qwen2", {"rope.scaling.type": "longrope"}, "scaled by longrope"),
         ("qwen2", YARN | {"rope.scaling.attn_factor": 0.5}, "scaled by yarn"),
+        ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "scaled by yarn"),
     ],
 )
 def test_settings_that_a_config_cannot_hold(family: str, settings: Any, found: str, tmp_path: Path) -> None:
