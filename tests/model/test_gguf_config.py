@@ -131,8 +131,9 @@ COMPLETED: dict[str, tuple[str, dict[str, Any], Value, Any]] = {
         ["linear", "default"],
     ),
     "yarn": (
-        "qwen2", YARN, lambda c: [c.rope_parameters[key] for key in ("rope_type", "original_max_position_embeddings")],
-        ["yarn", 128],
+        "qwen2", YARN | {"rope.scaling.yarn_beta_fast": 16.0},
+        lambda c: [c.rope_parameters[key] for key in ("rope_type", "original_max_position_embeddings", "beta_fast")],
+        ["yarn", 128, 16.0],
     ),
     "no window": ("phi3", {"attention.sliding_window": 0}, lambda c: c.sliding_window, None),
     "nothing new": (
