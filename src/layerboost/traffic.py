@@ -391,13 +391,9 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
 
 
 def _in_template(owner: Any, turns: list[dict[str, Any]], **options: Any) -> str:
-    """Return a conversation in the chat template of a tokenizer or processor, on a fixed day.
-
-    Templates such as Llama 3.2's name today: tomorrow the same file would be another text, and no run could go on.
-    """
+    """Return a conversation in a chat template, on DAY: with today's date (Llama 3.2) no run could go on tomorrow."""
     today = {"strftime_now": DAY.strftime} if "strftime_now" in str(owner.chat_template) else {}
-    text: str = owner.apply_chat_template(turns, tokenize=False, **today, **options)
-    return text
+    return str(owner.apply_chat_template(turns, tokenize=False, **today, **options))
 
 
 def _seen(row: _Row, processor: Any, most: int) -> tuple[list[int], list[bool], Given]:
