@@ -199,7 +199,7 @@ def serve(model: Path, port: int, engine: str, extra: tuple[str, ...]) -> None:
     from layerboost.runtime import clean_environment
 
     clean_environment()
-    if engine == "auto" and model.suffix == ".gguf":
+    if engine == "auto" and model.suffix.lower() == ".gguf":
         engine = "llama.cpp"
     argv, added = open_engine(engine).serve_command(model, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)

@@ -12,8 +12,8 @@ from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_
 from huggingface_hub import ModelCard
 from smollm2 import boosted_default
 from test_pipeline import layerboost
-from tiny import RUNTIME, WINDOW, boosted, info, layer_plans, tiny_config, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import RUNTIME, WINDOW, boosted, byte_tokenizer, info, layer_plans, tiny_config, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
@@ -24,6 +24,7 @@ from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import read_config
 from layerboost.model.modeling import stock_class
+from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile, read_plan
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -130,6 +131,21 @@ def test_everything_but_the_weights_and_the_config_is_copied(tmp_path: Path) -> 
     assert "GraniteSWAForCausalLM, so layerboost is not needed" in text
     assert "trust_remote_code" not in text
     assert "keeps a window of keys and values" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("to", "family"), [("granite-swa", "granite"), ("mlx", "phi3"), ("decilm", "qwen2")])
+def test_text_is_split_as_before(to: str, family: str, tmp_path: Path) -> None:
+    """As of DeepSeek-R1-Distill-Qwen: Transformers overlooks the wrong class that it names by the type of the model,
+    which an export no longer has."""
+    folder = saved(tmp_path / "healed", family, "fsf", vocab_size=300)
+    byte_tokenizer().save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    wanted = byte_tokenizer()(SENTENCE)["input_ids"]
+    assert AutoTokenizer.from_pretrained(folder)(SENTENCE)["input_ids"] == wanted
+    out = run_export(folder, to).folder
+    found = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert found(SENTENCE)["input_ids"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,14 @@ def test_a_checkpoint_has_the_tower_and_the_processor(stock: Path, converted: Pa
     assert "A window counts the tokens of images too." in card
 
 
+def test_a_loaded_model_is_saved_as_it_was(converted: Path, tmp_path: Path) -> None:
+    """Under the names that vLLM's class of boosted wrappers knows."""
+    lb.AutoModelForImageTextToText.from_pretrained(converted).save_pretrained(tmp_path)
+    names, again = (load_file(folder / "model.safetensors").keys() for folder in (converted, tmp_path))
+    assert names == again
+    assert (tmp_path / "modeling_layerboost.py").read_text() == (converted / "modeling_layerboost.py").read_text()
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("remote_code", [True, False])
 def test_anyone_can_load_it(converted: Path, tmp_path: Path, remote_code: bool) -> None:

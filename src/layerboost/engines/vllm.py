@@ -360,7 +360,9 @@ def _place(core: int) -> tuple[int, int]:
     """Return socket and physical core of a logical core, if the system reports them."""
     topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
-        socket_id, physical = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        socket_id, physical = (
+            (topology / name).read_text(encoding="utf-8") for name in ("physical_package_id", "core_id")
+        )
         return int(socket_id), int(physical)
     except (OSError, ValueError):
         return 0, core

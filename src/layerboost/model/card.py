@@ -58,7 +58,7 @@ def card_data(folder: Path) -> dict[str, Any]:
     """Return the metadata of a model's card, empty without a valid one."""
     file = folder / CARD
     try:
-        data: dict[str, Any] = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+        data: dict[str, Any] = ModelCard(file.read_text(encoding="utf-8")).data.to_dict() if file.is_file() else {}
     except Exception:  # a card is free text: ignore a broken one
         return {}
     return data

@@ -56,7 +56,7 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found="no config.json in it")
     check_readable(file)
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         if wrong := not_finite(config):
             raise ValueError(wrong)
     except (OSError, ValueError) as error:
@@ -216,7 +216,7 @@ def _index(file: Path) -> dict[str, str]:
     """Return an index of shards: file by tensor."""
     check_readable(file)
     try:
-        index = json.loads(file.read_text())
+        index = json.loads(file.read_text(encoding="utf-8"))
         names, _ = index["weight_map"], index["metadata"]  # Transformers wants both
         return {str(name): str(shard) for name, shard in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,7 +236,7 @@ def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerboost" / fingerprint(what, key)
         if cache.is_file():
-            return cache.read_text()
+            return cache.read_text(encoding="utf-8")
     except (OSError, RuntimeError):  # no home directory, or not readable
         return find()
     found = find()
