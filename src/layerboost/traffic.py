@@ -192,9 +192,7 @@ def open_processor(tokenizer: Any, trust_remote_code: bool = False) -> Any:
     from transformers import AutoProcessor
 
     try:
-        # Without a processor's files this is a tokenizer.
         found = AutoProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=trust_remote_code)
-        found.image_processor  # noqa: B018
     except Exception as error:  # each processor has its own
         raise ConfigError(
             "measure.traffic has images, and the processor of the model cannot be loaded",
@@ -202,6 +200,13 @@ def open_processor(tokenizer: Any, trust_remote_code: bool = False) -> Any:
             do="copy its files (preprocessor_config.json, processor_config.json), install what it names, or leave out "
             "images",
         ) from None
+    if not hasattr(found, "image_processor"):  # a tokenizer, without a processor's files
+        raise ConfigError(
+            "measure.traffic has images, and the model has no processor for them",
+            found=f"only a tokenizer in {tokenizer.name_or_path}",
+            do="leave out images: a language model alone takes none; of a vision-language model, copy the processor's "
+            "files (preprocessor_config.json, processor_config.json)",
+        )
     found.tokenizer = tokenizer
     return found
 
@@ -234,6 +239,8 @@ def _read_pictured(row: dict[str, Any], processor: Any, folder: Path) -> _Row:
     messages, of which the last answer is scored. Raise _Unscorable for one of another form."""
     from PIL import Image
 
+    if not isinstance(row["images"], list):
+        raise _Unscorable(f"its images are not a list of files ({type(row['images']).__name__})")
     try:
         images = tuple(Image.open(folder / name).convert("RGB") for name in row["images"])
         if not is_missing(row.get("messages")):
