@@ -15,7 +15,6 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
@@ -97,7 +96,8 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
     },
-    # Its heads are as wide as the stream.
+    # Their heads are as wide as the stream.
+    "qwen2_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     # Mixtures of experts, with the fields that real checkpoints set.
     "qwen3_moe": {**EXPERTS, "num_experts": 8},
@@ -204,6 +204,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "pixtral", "image_size": 32, "patch_size": 4},
     "qwen3_vl": QWEN3_TOWER,
     "qwen3_vl_moe": QWEN3_TOWER,
+    "qwen2_vl": {"depth": 2, "num_heads": 2, "patch_size": 4, "embed_dim": 32, "hidden_size": 128},
+    "internvl": {"image_size": 8, "patch_size": 2},
     "qwen2_5_vl": {
         "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
@@ -218,7 +220,7 @@ SLIDING_BASES = (
     "afmoe", "cohere2_moe", "exaone_moe", "mellum",
 )  # fmt: skip
 # What there are models of: language models alone and in wrappers.
-MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
+MODEL_TYPES = [*(name for name, family in FAMILIES.items() if family.alone), *WRAPPERS]
 MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
 # Their MLPs cannot be thinned: experts, and MLPs of another name.
 WHOLE_MLPS = (*MIXTURES, "lfm2")
@@ -286,7 +288,7 @@ def fitted(letters: str, model_type: str) -> str:
     def fit(letter: str, kind: str) -> str:
         if kind not in ATTENTION:
             return {**dict.fromkeys("tuo", "y"), **dict.fromkeys("mz", "Y")}.get(letter, "x")
-        return "f" if letter in "sShH" and kind == "sliding_attention" else letter
+        return {**dict.fromkeys("sShH", "f"), "u": "t"}.get(letter, letter) if kind == "sliding_attention" else letter
 
     return "".join(map(fit, letters, types))
 
@@ -301,7 +303,8 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
     corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
     with torch.no_grad():
         for value in (*model.parameters(), *corrections):
-            if value.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
+            # Biases and norms begin as zeros and ones, and Gemma 3's projector as zeros: they hide mistakes.
+            if value.dim() == 1 or not value.any():
                 value.add_(torch.randn_like(value) * 0.1)
     return model.eval()
 
@@ -357,7 +360,7 @@ def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             prompt["image_sizes"] = torch.tensor([size] * rows)
         case "gemma3":
             prompt["token_type_ids"] = kinds
-        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
+        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_vl" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
             prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
             prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
             prompt["mm_token_type_ids"] = kinds

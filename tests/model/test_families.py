@@ -27,10 +27,11 @@ from tiny import (
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
-from layerboost.model.families import WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.linear_attention import (
     FEATURE_PARAMETERS,
     gated_attention_reference,
@@ -241,6 +242,15 @@ def test_gradients(family: str, letters: str) -> None:
             continue
         if not name.endswith(("sinks", *FEATURE_PARAMETERS)):
             assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+def test_rows_say_what_serves_them_or_why_nothing_does() -> None:
+    inner = {name for name, family in FAMILIES.items() if not family.alone}
+    wrapped = {inside for wrapper in WRAPPERS.values() for inside in wrapper.inside}
+    assert inner == wrapped - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert FAMILIES.keys() - inner <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    for name, each in {**FAMILIES, **WRAPPERS}.items():
+        assert bool(each.vllm) + bool(each.vllm_lacks) == (name not in inner)
 
 
 # Every wrapper with every language model that its row names.
