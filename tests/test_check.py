@@ -76,8 +76,9 @@ def test_the_matrix_product_is_measured() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "llava"])
 def test_what_adapters_are_put_on_is_checked_before_anything_is_measured(family: str, tmp_path: Path) -> None:
+    model = str(save_tiny(tmp_path / "model", family))
     values = {
-        "model": str(save_tiny(tmp_path / "model", family)),
+        "model": model,
         "text": {"source": str(save_text(tmp_path / "text.jsonl")), "sequence_tokens": 48},
         "measure": {"windows": [8], "tokens": 192, "retrieval_prompts": 0},
     }
@@ -89,7 +90,7 @@ def test_what_adapters_are_put_on_is_checked_before_anything_is_measured(family:
     with pytest.raises(ConfigError, match=r"adapted: q_prog\nfound: this model has \S+, [^$]+q_proj, [^$]*v_proj"):
         checked("q_prog", "v_proj")
     (tmp_path / "run").mkdir()
-    plan = PlanFile(model=find_model(values["model"], RUNTIME).info, method="by hand", layers=layer_plans("ffnn"))
+    plan = PlanFile(model=find_model(model, RUNTIME).info, method="by hand", layers=layer_plans("ffnn"))
     write_plan(tmp_path / "run" / PLAN, plan)
     with pytest.raises(ConfigError, match=r"leave stage 2 nothing to train\nfound: none of q_proj, o_proj"):
         checked("q_proj", "o_proj")
