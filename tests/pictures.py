@@ -71,6 +71,9 @@ QWEN_IMAGES = {
     "patch_size": 4,
     "size": {"shortest_edge": 64, "longest_edge": 256},
 }
+# SmolVLM's own also takes a video processor.
+IDEFICS = {"processor_class": "Idefics3Processor", "image_seq_len": 4}
+IDEFICS_IMAGES = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
 # Of each wrapper with a processor here: its settings, its image processor's, and its code, for `tiny.TOWERS`.
 PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "llava": (
@@ -92,6 +95,8 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 8, "width": 8}},
         INTERNVL,
     ),
+    "idefics3": (IDEFICS, IDEFICS_IMAGES | {"image_processor_type": "Idefics3ImageProcessor"}, ""),
+    "smolvlm": (IDEFICS, IDEFICS_IMAGES | {"image_processor_type": "SmolVLMImageProcessor"}, ""),
     "qwen2_vl": (REMOTE, QWEN_IMAGES, QWEN),
     "qwen2_5_vl": (REMOTE, QWEN_IMAGES, QWEN),
     "qwen3_vl": (REMOTE, QWEN_IMAGES, QWEN),
@@ -108,9 +113,13 @@ def picture_tokenizer(wrapper: str = "") -> PreTrainedTokenizerFast:
     names = {"image_token": IMAGE, "video_token": "<video>"}
     if wrapper == "gemma3":
         names = {"image_token": "<soft>", "boi_token": IMAGE, "eoi_token": "</s>"}
-    one, other = list(names.values())[:2]
+    if wrapper in ("idefics3", "smolvlm"):
+        names |= {"fake": "<fake_token_around_image>", "end_of_utterance": "<end_of_utterance>"}
+    one, other, *more = names.values()
     special = {"<s>": 0, "</s>": 1, one: IMAGE_TOKEN, "<unk>": 3, other: 4}
-    words = Tokenizer(WordLevel(special | {f"w{index}": index for index in range(5, VOCABULARY)}, unk_token="<unk>"))
+    special |= {token: VOCABULARY - place for place, token in enumerate(more, 1) if token not in special}
+    known = range(5, VOCABULARY - len(special) + 5)
+    words = Tokenizer(WordLevel(special | {f"w{index}": index for index in known}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",

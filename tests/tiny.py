@@ -206,6 +206,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": QWEN3_TOWER,
     "qwen2_vl": {"depth": 2, "num_heads": 2, "patch_size": 4, "embed_dim": 32, "hidden_size": 128},
     "internvl": {"image_size": 8, "patch_size": 2},
+    "idefics3": {"image_size": 8, "patch_size": 2},
+    "smolvlm": {"image_size": 8, "patch_size": 2},
     "qwen2_5_vl": {
         "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
@@ -360,11 +362,19 @@ def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             prompt["image_sizes"] = torch.tensor([size] * rows)
         case "gemma3":
             prompt["token_type_ids"] = kinds
+        case "idefics3" | "smolvlm":
+            prompt["pixel_values"] = prompt["pixel_values"][:, None]  # images of a row
         case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_vl" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
             prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
             prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
             prompt["mm_token_type_ids"] = kinds
     return prompt
+
+
+def tower_parameters(model: PreTrainedModel) -> set[str]:
+    """The names of a wrapper's parameters that are not its language model's."""
+    own = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
 def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **changes: Any) -> PreTrainedModel:

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, KV_HEADS, RUNTIME, boosted, image_prompt, layer_plans, save_text, tiny_model, tiny_tokenizer
+from tiny import (
+    HEADS,
+    KV_HEADS,
+    RUNTIME,
+    boosted,
+    image_prompt,
+    layer_plans,
+    save_text,
+    tiny_model,
+    tiny_tokenizer,
+    tower_parameters,
+)
 
 import layerboost as lb
 from layerboost.costs.budget import decode_work
@@ -143,8 +154,9 @@ def test_the_stages(wrapper: str, tmp_path: Path) -> None:
     prompt = image_prompt(wrapper, IDS)
     assert torch.equal(loaded(**prompt).logits, healed.model(**prompt).logits)
     assert not torch.equal(loaded(**prompt).logits, converted.model(**prompt).logits)
-    tower = [name for name, _ in loaded.named_parameters() if "language_model" not in name and "lm_head" not in name]
     stock = base.load()
+    tower = tower_parameters(loaded)
+    assert tower
     assert all(torch.equal(loaded.get_parameter(name), stock.get_parameter(name)) for name in tower)
     compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
     assert compared.perplexity["healed"].kl

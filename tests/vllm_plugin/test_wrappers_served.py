@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral3-ministral3": ("mistral3", {"inside": "ministral3"}),
     "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "idefics3": ("idefics3", {}),
+    "smolvlm": ("smolvlm", {}),
     "internvl": ("internvl", {}),
     "internvl-qwen3": ("internvl", {"inside": "qwen3"}),
     "gemma3": ("gemma3", {}),

@@ -179,6 +179,8 @@ WRAPPERS: dict[str, Wrapper] = {
     "qwen2_vl": Wrapper(("qwen2_vl_text",), flat=True),
     "qwen2_5_vl": Wrapper(("qwen2_5_vl_text",), flat=True),
     "internvl": Wrapper(("qwen2", "qwen3")),
+    "idefics3": Wrapper(("llama",)),
+    "smolvlm": Wrapper(("llama",)),
     "gemma3": Wrapper(
         ("gemma3_text",),
         cpu_lacks="vLLM's attention on CPUs does not let the tokens of an image see each other both ways",
