@@ -15,8 +15,11 @@ TRANSFORMERS_BACKEND = "Transformers backend"
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What serves boosted models of a type: `vllm` says which of its classes, empty if none does, and `vllm_lacks` then
-    why; `cpu_lacks` says why its build for CPUs alone does not."""
+    """What serves boosted models of a type.
+
+    `vllm` says which of vLLM's classes do, empty if none, and `vllm_lacks` then why; `cpu_lacks` says why vLLM does not
+    on CPUs, if it does elsewhere.
+    """
 
     vllm: str = TRANSFORMERS_BACKEND
     vllm_lacks: str = ""
