@@ -277,10 +277,13 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, str]:
+def explain_not_finite(
+    model: PreTrainedModel, ids: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, str]:
     """Return where a forward pass over ids `[T]` first gives a number that is not finite, and what to do about it.
 
     The first text names module, token and weights that are not finite themselves; empty if all numbers are finite.
+    `given`: as of `decoded`.
     """
     places: list[str] = []
 
@@ -302,7 +305,7 @@ def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, 
     modules |= {"the final norm": final_norm(model), "the head": model.get_output_embeddings()}
     hooks = [watch(name, module) for name, module in modules.items()]
     try:
-        model(input_ids=ids[None].to(model.device), use_cache=False)
+        model(input_ids=ids[None].to(model.device), **(given or {}), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
