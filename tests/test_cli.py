@@ -61,12 +61,10 @@ def test_brackets_in_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 
 def test_ls() -> None:
     families = json.loads(layerboost("ls", "families", "--json").stdout)
-    assert families["llama"] == {"vllm": "Llama classes"}
-    assert families["qwen3_next"]["vllm"].startswith("not served: vLLM's Transformers backend keeps no state")
-    assert families["gemma3 (gemma3_text)"]["vllm"].startswith("Transformers backend; not on CPUs: vLLM's attention")
-    assert "qwen3_vl (qwen3_vl_text)" in families
-    assert "qwen3_vl_text" not in families  # it exists inside its wrapper alone
-    assert all(row["vllm"] for row in families.values())
+    assert families["llama"] == {"vllm": "Llama classes", "lacks": ""}
+    assert families["lfm2"]["vllm"] is None
+    assert families["gemma3 (gemma3_text)"]["lacks"].startswith("vLLM's attention on CPUs does not")
+    assert all(row["vllm"] or row["lacks"] for row in families.values())
     others = json.loads(layerboost("ls", "unsupported", "--json").stdout)
     assert others["deepseek_v3"] == "multi-head latent attention"
     assert not others.keys() & families.keys()

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
@@ -119,7 +120,14 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 48,
     },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5},
-    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "rotary_dim": 16},
+    "minimax_m2": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "rotary_dim": 16,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
     "afmoe": {
         **EXPERTS,
         "num_experts": 8,
@@ -222,7 +230,7 @@ SLIDING_BASES = (
     "afmoe", "cohere2_moe", "exaone_moe", "mellum",
 )  # fmt: skip
 # What there are models of: language models alone and in wrappers.
-MODEL_TYPES = [*(name for name, family in FAMILIES.items() if family.alone), *WRAPPERS]
+MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
 MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
 # Their MLPs cannot be thinned: experts, and MLPs of another name.
 WHOLE_MLPS = (*MIXTURES, "lfm2")

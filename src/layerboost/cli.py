@@ -252,19 +252,15 @@ def ls(what: str, as_json: bool) -> None:
     """List the model families, Transformers' others with the reason, our recipes, the settings of a recipe, or export's
     targets.
     """
-
-    def served(row: Served) -> str:
-        if row.vllm_lacks:
-            return f"not served: {row.vllm_lacks}"
-        return f"{row.vllm}; not on CPUs: {row.cpu_lacks}" if row.cpu_lacks else row.vllm
-
     if what == "families":
         from layerboost.model.families import FAMILIES, WRAPPERS
 
-        head = ["family", "vLLM"]
-        rows: dict[str, Served] = {name: family for name, family in FAMILIES.items() if family.alone}
-        rows |= {f"{name} ({', '.join(wrapper.inside)})": wrapper for name, wrapper in WRAPPERS.items()}
-        listing: dict[str, Any] = {name: {"vllm": served(row)} for name, row in rows.items()}
+        head = ["family", "vLLM", "what vLLM lacks"]
+        rows: dict[str, Served] = {**FAMILIES}
+        rows |= {f"{name} ({', '.join(row.inside)})": row for name, row in WRAPPERS.items()}
+        listing: dict[str, Any] = {
+            name: {"vllm": row.vllm or None, "lacks": row.vllm_lacks or row.cpu_lacks} for name, row in rows.items()
+        }
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families
 
@@ -286,7 +282,7 @@ def ls(what: str, as_json: bool) -> None:
 
     def row(name: str, cells: Any) -> list[str]:
         values = cells.values() if isinstance(cells, dict) else [cells]
-        return [name, *values]
+        return [name, *("not served" if value is None else value for value in values)]
 
     show(listing, as_json, lambda _: [head, *(row(name, cells) for name, cells in listing.items())])
 

@@ -17,7 +17,7 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, p
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
-from layerboost.model.families import WRAPPERS, what_vllm_lacks
+from layerboost.model.families import FAMILIES, WRAPPERS, what_vllm_lacks
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import check_checkpoint
 from layerboost.model.modeling import is_boosted
@@ -63,9 +63,10 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     for folder in folders:
         check_folder(folder)
         if (folder / "config.json").is_file():
-            model_type = plain_config(folder)["model_type"]
-            check_family(folder, model_type)
-            check_processor(folder, model_type, bench.server_args)
+            config = plain_config(folder)
+            check_family(folder, config["model_type"])
+            check_stock(folder, config)
+            check_processor(folder, config["model_type"], bench.server_args)
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -102,6 +103,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
         check_family(model, config["model_type"])
         check_processor(model, config["model_type"], given)
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
+    check_stock(model, config)
     check_port(flags_given(given).get("port", port), host="")
     flags = serving_flags(read_plan(model / PLAN), given) if (model / PLAN).is_file() else ()
     return serve_line(model, (*flags, *given), {"--port": str(port)})
@@ -132,6 +134,17 @@ def check_processor(folder: Path, model_type: str, given: Sequence[str]) -> None
             f"vLLM cannot serve {folder} without the processor of its images",
             found=f"none of {', '.join(PROCESSORS)}",
             do=f"copy the processor's files from the original model, or serve text alone ({TEXT_ALONE})",
+        )
+
+
+def check_stock(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a stock model that vLLM's own class fails to serve on this machine, by its row's reason."""
+    row = FAMILIES.get(config["model_type"])
+    if row and row.base_lacks and not is_boosted(config.get("architectures")) and runs_on_cpu():
+        raise ConfigError(
+            f"vLLM cannot serve {folder} on a CPU, only boosted",
+            found=f"family {config['model_type']}: {row.base_lacks}",
+            do="use Transformers (bench.engine=transformers), or a GPU",
         )
 
 

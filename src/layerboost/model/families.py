@@ -40,7 +40,7 @@ class Family(Served):
     divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
     linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
     a hybrid, what its layers of another kind have in place of attention. `mlp` says that its MLPs can be
-    changed: its layers have them by that name. `alone` says that Transformers has a class for it outside a wrapper.
+    changed: its layers have them by that name. `base_lacks` says what vLLM's own class of the stock base lacks on CPUs.
     """
 
     model_type: str
@@ -59,13 +59,14 @@ class Family(Served):
     linear: bool = False
     mixer: str = ""
     mlp: bool = True
-    alone: bool = True
+    base_lacks: str = ""
 
 
 AFTER = "post_attention_layernorm"
 SLIDING_FLAG = (("use_sliding_window", True),)
 NO_STATES = "vLLM's Transformers backend keeps no state for layers of another kind than attention"
 hybrid = functools.partial(Family, vllm="", vllm_lacks=NO_STATES)
+in_wrapper = functools.partial(Family, vllm="", vllm_lacks="it exists inside a wrapper alone")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -117,7 +118,7 @@ FAMILIES: dict[str, Family] = {
         Family("granitemoe"),
         Family("granitemoeshared"),
         Family("glm4_moe"),
-        Family("minimax_m2"),
+        Family("minimax_m2", base_lacks="vLLM's router on CPUs takes sigmoid scores of grouped experts alone"),
         Family("afmoe", norm_after=AFTER, rotary_by_type=True),
         Family("cohere2_moe", norm_before=None, rotary_by_type=True),
         Family("dots1"),
@@ -127,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         Family("hunyuan_v1_moe"),
         Family("hy_v3"),
         Family("mellum", rotary_by_type=True),
-        Family("phimoe", vllm="", vllm_lacks="vLLM's Transformers backend takes its router for a plain linear layer"),
+        Family("phimoe"),
         Family("solar_open"),
         # Hybrids: layers with attention among others, which stay as they are.
         hybrid("qwen3_next", mixer="linear_attn"),
@@ -147,10 +148,10 @@ FAMILIES: dict[str, Family] = {
         ),
         hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
         # Language models that exist inside a wrapper alone.
-        Family("qwen3_vl_text", alone=False, vllm=""),
-        Family("qwen3_vl_moe_text", alone=False, vllm=""),
-        Family("qwen2_vl_text", alone=False, vllm="", config_flags=SLIDING_FLAG),
-        Family("qwen2_5_vl_text", alone=False, vllm="", config_flags=SLIDING_FLAG),
+        in_wrapper("qwen3_vl_text"),
+        in_wrapper("qwen3_vl_moe_text"),
+        in_wrapper("qwen2_vl_text", config_flags=SLIDING_FLAG),
+        in_wrapper("qwen2_5_vl_text", config_flags=SLIDING_FLAG),
     )
 }
 

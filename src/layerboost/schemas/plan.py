@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from layerboost.errors import ConfigError
-from layerboost.files import write_text
+from layerboost.files import parse_yaml, write_text
 from layerboost.schemas.artifact import Artifact, Part, _parse, fingerprint
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
@@ -306,7 +306,7 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 def read_plan(path: Path) -> PlanFile:
     """Return `plan.yaml`, read and validated; raise ConfigError if it is not valid."""
-    return _parse(path, PlanFile, "layerboost plan", yaml.safe_load)
+    return _parse(path, PlanFile, "layerboost plan", parse_yaml)
 
 
 FRONTIER = "frontier.json"
