@@ -90,7 +90,8 @@ def test_the_table_of_what_vllm_serves_is_generated(request: pytest.FixtureReque
     served: dict[str, list[str]] = {}
     rows: dict[str, Family | Wrapper] = {**FAMILIES, **WRAPPERS}
     for name, row in rows.items():
-        served.setdefault(row.vllm or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
+        how = f"{row.vllm}; not on CPUs: {row.cpu_lacks}" if row.cpu_lacks else row.vllm
+        served.setdefault(how or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
     head = "| in vLLM | families |\n|---|---|\n"
     table = head + "".join(f"| {how} | {', '.join(names)} |\n" for how, names in served.items())
     page = ROOT / "docs" / "guide" / "serving.md"

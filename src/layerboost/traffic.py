@@ -324,6 +324,8 @@ def _read_pictured(row: dict[str, Any], processor: Any, folder: Path) -> _Row:
     messages, of which the last answer is scored. Raise _Unscorable for one of another form."""
     from PIL import Image
 
+    if not isinstance(row["images"], list):
+        raise _Unscorable(f"its images are not a list of files ({type(row['images']).__name__})")
     try:
         images = tuple(Image.open(folder / name).convert("RGB") for name in row["images"])
         if not is_missing(row.get("messages")):
