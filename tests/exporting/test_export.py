@@ -181,7 +181,7 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
             "gguf cannot hold this plan\nfound: gguf qwen3: layer 1 .*; gguf step35: layer 1 has a sink",
         ),
         ("qwen3", "fsff", "granite-swa", "family qwen3; it holds .*\ndo: export to gguf"),
-        ("olmo2", "fsff", "gguf", "heads that together are not as wide as the model"),
+        ("olmo2", "fsff", "gguf", "heads not as wide as the model together"),
         ("olmo3", "fffs", "gguf", "rotary embeddings of two bases in full and sliding layers"),
         ("gemma2", "ffff", "gguf", "an untied output head"),
         ("gemma3_text", "ffsf", "gguf", "an untied output head"),
@@ -265,7 +265,7 @@ def test_what_an_mlx_directory_says(tmp_path: Path) -> None:
         ("olmo2", "ffff", {"head_dim": 16, "rope_parameters": YARN}, "rotary embeddings of type yarn"),
         ("phi3", "fsff", {"rope_parameters": PARTIAL}, "a part of each head"),
         ("llama", "fsff", {"rope_parameters": DYNAMIC}, "embeddings of type dynamic"),
-        ("llama", "fsff", {"rope_parameters": FACTOR}, "mlx: an attention_factor of the rotary embedding"),
+        ("llama", "fsff", {"rope_parameters": FACTOR}, "mlx: a rotary attention_factor"),
         *(
             (family, "ffff", changes | {"attention_bias": True}, "biases in attention")
             for family, changes in WITHOUT_BIASES.items()
@@ -329,6 +329,7 @@ def test_targets_are_listed() -> None:
     assert (held["decilm"], held["gguf deci"], held["gguf llama"]) == ("nothing", "nothing", "not held")
     assert held["granite-swa"] == "64 tokens at a window of 64"
     assert held["gguf step35"] == "768 tokens at a window of 64"
+    assert held["gguf gemma2"] == "768 tokens at a window of 64; at the place of a full layer, the context"
     assert listed["gguf mellum"]["models may have"] == "q/k norms, experts, an untied output head, " + HEADS
     assert (listed["gguf gemma3"]["activation"], listed["mlx"]["activation"]) == ("gelu_pytorch_tanh", "silu")
     assert listed["gguf gemma3"]["rotary embeddings"] == "default; of full layers linear"

@@ -278,7 +278,7 @@ def test_files_record_which_layers_slide_in_the_base(tmp_path: Path) -> None:
 def test_unsupported_models_are_named() -> None:
     model = tiny_model()
     model.config.model_type = "mamba"
-    with pytest.raises(ConfigError, match=r"mamba \(a hybrid[\s\S]*layerboost ls families"):
+    with pytest.raises(ConfigError, match=r"mamba \(no attention\)[\s\S]*layerboost ls families"):
         apply_plan(model, layer_plans("fffff"))
     model = tiny_model("gemma3_text")
     model.config.use_bidirectional_attention = True

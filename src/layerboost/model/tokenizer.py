@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError, first_line
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import check_readable
 from layerboost.model.gguf_config import complete_tokenizer
 from layerboost.runtime import log
@@ -39,6 +40,8 @@ COPIED = (
     "image_processing_*.py",
     "generation_config.json",
 )
+# A processor has one of them.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # A text on which tokenizers must agree: case, digits, runs of spaces, newlines, punctuation, other scripts.
 SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
@@ -81,6 +84,11 @@ def read_tokenizer(folder: Path, name: str, trust_remote_code: bool = False, ggu
 def copied_files(folder: Path) -> list[Path]:
     """Return the files of a base that boosted checkpoints get copies of."""
     return sorted({file for pattern in COPIED for file in folder.glob(pattern) if not file.is_dir()})
+
+
+def lacks_processor(folder: Path, model_type: str) -> bool:
+    """Return whether a model takes images and has no processor in its directory."""
+    return model_type in WRAPPERS and not any((folder / name).is_file() for name in PROCESSORS)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
