@@ -28,6 +28,7 @@ def test_a_card_is_ready_for_the_hub() -> None:
         "| 2 | sliding | 16 | yes |",
         "Of 4 layers: 1 full, 2 sliding, 1 none",
         "trust_remote_code=True",
+        "Without either, Transformers loads a stock model",
         "vllm serve PATH",
         "name no licence",
         "## Limits",

@@ -136,6 +136,9 @@ from transformers import {auto}  # without trust_remote_code: from layerboost
 model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ```
 
+Without either, Transformers loads a stock model, which ignores windows and sinks and has random numbers for attention
+that was removed.
+
 ## Serve
 
 {_serve(plan)}
