@@ -145,6 +145,9 @@ class Plan(Section):
     max_kl: float | None = Field(None, description="limit on the predicted KL, nats per token")
     max_retrieval: float | None = Field(None, description="limit on the predicted loss of retrieval, nats per answer")
     window: int | None = Field(None, ge=1, description="one of the measured windows; default: the best for the budget")
+    sinks: bool = Field(
+        True, description="windows may have sinks; false: for formats without, as of Qwen3 in llama.cpp"
+    )
     kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes, as a fraction of the base's")
     kv_padding: bool = Field(True, description="budget: count the padding of vLLM's KV groups as KV bytes")
     decode_fraction: float | None = Field(

@@ -316,6 +316,31 @@ def test_a_blend_leaves_sinks_to_the_text(method: str) -> None:
         assert entry.attention != "sliding" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
 
 
+@pytest.mark.parametrize("method", ["budget", "uniform", "random", "threshold"])
+def test_a_plan_without_sinks_is_the_best_of_those(method: str) -> None:
+    found = sensitivity(8)
+    settings = Plan.model_validate({"method": method, "kv_fraction": 0.4, "context_tokens": 100})
+    assert any(entry.sink for entry in select(found, settings))
+    bare = [
+        entry.model_copy(update={"variants": [each for each in entry.variants if not each.sink]})
+        for entry in found.layers
+    ]
+    plan = select(found, settings.model_copy(update={"sinks": False}))
+    assert plan == select(found.model_copy(update={"layers": bare}), settings)
+    assert any(entry.window for entry in plan)
+
+
+def test_no_kv_heads_with_sinks_either() -> None:
+    found = with_heads()
+    heads = [variant.model_copy(update={"sink": True}) for variant in found.layers[1].heads]
+    found.layers[1] = found.layers[1].model_copy(update={"heads": heads})
+    settings = Plan(unit="kv_head", kv_fraction=0.5, context_tokens=100)
+    with_sinks, without = choices(found, settings, 16), choices(found, settings.model_copy(update={"sinks": False}), 16)
+    assert any(choice.plan.sink and choice.plan.full_kv_heads for choice in with_sinks[1])
+    assert not any(choice.plan.sink for options in without for choice in options)
+    assert any(choice.plan.full_kv_heads for choice in without[0])
+
+
 def test_an_infeasible_budget_names_the_nearest() -> None:
     with pytest.raises(InfeasibleBudget, match=r"nearest \(0 full, 4 sliding, 0 none\) has 16\.0%") as caught:
         select(sensitivity(none=False), Plan(kv_fraction=0.1, context_tokens=100))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError, LayerboostError
@@ -19,7 +21,7 @@ from layerboost.exporting.decilm import CONFIGURATION, decilm_config
 from layerboost.exporting.llama_shaped import granite_config, granite_tensors, llama_tensors, mlx_config
 from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, file_hash, new_folder
-from layerboost.model.base import find_model
+from layerboost.model.base import UNPACKED_FROM, find_model
 from layerboost.model.card import CARD, vllm_commands
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.families import WRAPPERS
@@ -27,12 +29,13 @@ from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.retention import prefix_flag
-from layerboost.model.surgery import unchanged
-from layerboost.model.tokenizer import copied_files
+from layerboost.model.surgery import boosted_config, unchanged
+from layerboost.model.tokenizer import copied_files, name_class, read_tokenizer
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import PlanFile
+from layerboost.schemas.plan import LayerPlan, PlanFile
 from layerboost.schemas.run import PLAN
+from layerboost.text import opening_ids
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
 QUANTISED_BY_TOOL = ("q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
@@ -105,6 +108,11 @@ def check_gguf(folder: Path, kind: str) -> None:
     check_type(folder, kind)
 
 
+def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError if no GGUF file holds a plan of a base with this config."""
+    find_target("gguf", boosted_config(config, layers), layers)
+
+
 def gguf_file(folder: Path, out: Path, kind: str) -> None:
     """Write a GGUF file of a model directory, stock or boosted, unless `out` is of the same files already.
 
@@ -158,7 +166,7 @@ def _not_boosted(folder: Path, found: str) -> ConfigError:
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
     form = DIRECTORIES[target.name]
-    card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     tensors = form.tensors(config, read_weights(folder))
     with new_folder(out) as new:
         save_torch_state_dict(
@@ -177,9 +185,10 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
             shutil.copy(form.file, new)
         plain = form.config(config)
         write_json(new / "config.json", plain)
+        name_class(new, lambda: opening_ids(read_tokenizer(folder, str(folder))))
         prefix = tuple(part for pair in prefix_flag(plain, plan.layers).items() for part in pair)
         serving = form.serving.replace("SERVE", vllm_commands(plan, (*form.flags, *prefix)))
-        (new / CARD).write_text(_card(card, target, serving, plan))
+        (new / CARD).write_text(_card(card, target, serving, plan), encoding="utf-8")
 
 
 def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
@@ -244,8 +253,11 @@ def _base_type(name: str) -> str | None:
     from gguf import GGUFReader
 
     in_file = name.startswith("package:") or name.lower().endswith(".gguf")
-    if not in_file and not Path(name).expanduser().is_dir():
-        return None
+    folder = Path(name).expanduser()
+    if not in_file and not folder.is_dir():
+        return _cached_type(name)
+    if (folder / UNPACKED_FROM).is_file():
+        return _base_type((folder / UNPACKED_FROM).read_text(encoding="utf-8").splitlines()[0])
     try:
         base = find_model(name, Runtime(torch.device("cpu"), torch.float32))
         if base.gguf is None:
@@ -257,6 +269,21 @@ def _base_type(name: str) -> str | None:
         return "unknown (the file is not there)" if in_file else None
     [(most, _)] = sizes.most_common(1)
     return None if most in ("F32", "F16", "BF16") else most
+
+
+def _cached_type(name: str) -> str | None:
+    """Return how the weights of a Hub id are quantised by its config in the cache; None if they are not, or it is not
+    there."""
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    settings = (
+        json.loads(Path(config).read_text(encoding="utf-8")).get("quantization_config")
+        if isinstance(config, str)
+        else None
+    )
+    return settings.get("quant_method") if settings else None
 
 
 def _card(boosted: str, target: Target, serving: str, plan: PlanFile) -> str:
