@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -87,8 +88,9 @@ def test_the_figures_show_the_results(tmp_path: Path) -> None:
 
 
 def test_the_table_of_what_vllm_serves_is_generated(request: pytest.FixtureRequest) -> None:
+    rows: dict[str, Any] = {**FAMILIES, **WRAPPERS}
     served: dict[str, list[str]] = {}
-    for name, row in (*FAMILIES.items(), *WRAPPERS.items()):
+    for name, row in rows.items():
         served.setdefault(row.vllm or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
     head = "| in vLLM | families |\n|---|---|\n"
     table = head + "".join(f"| {how} | {', '.join(names)} |\n" for how, names in served.items())
