@@ -92,7 +92,7 @@ class PlanCache:
         self.file, self.made_from = file, made_from
         self.lines: list[str] = []
         self.results: dict[str, Any] = {}
-        for line in file.read_text().splitlines() if file.is_file() else []:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
                 if wrong := not_finite(entry):
