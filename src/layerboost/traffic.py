@@ -72,8 +72,7 @@ class Traffic:
     def lengths(self) -> list[int]:
         """Return the number of tokens per row."""
         position = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
-        lengths: list[int] = (self.scored * position).amax(1).tolist()
-        return lengths
+        return list((self.scored * position).amax(1).tolist())
 
     @property
     def tokens(self) -> int:
@@ -438,7 +437,6 @@ def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool
     if ids[again] == row.opening:  # a text that was rendered for a model has it already
         del ids[again], scored[again]
     ids, scored = ids[:most], scored[:most]
-    last = max((at for at, answer in enumerate(scored) if answer), default=0)
-    if not last:
+    if not (last := max((at for at, answer in enumerate(scored) if answer), default=0)):
         raise _Unscorable(f"it has no answer within {most:,} tokens")
     return ids[: last + 1], scored[: last + 1], {}
