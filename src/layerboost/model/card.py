@@ -92,6 +92,12 @@ def licence_sentence(origin: Origin) -> str:
     return f"The base's licence applies: {named}."
 
 
+STOCK = """
+Without either, Transformers loads a stock model, which ignores windows and sinks and has random numbers for attention
+that was removed.
+"""
+
+
 def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
     """Return `README.md` for the Hub: metadata, the plan as a table, how to load and serve, limits."""
     mixed = any(entry.full_kv_heads for entry in plan.layers)
@@ -135,10 +141,7 @@ from transformers import {auto}  # without trust_remote_code: from layerboost
 
 model = {auto}.from_pretrained("PATH", trust_remote_code=True)
 ```
-
-Without either, Transformers loads a stock model, which ignores windows and sinks and has random numbers for attention
-that was removed.
-
+{STOCK}
 ## Serve
 
 {_serve(plan)}
