@@ -145,21 +145,6 @@ def output_of(layer: Any, index: int) -> nn.Linear:
     return output
 
 
-def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the fitted columns `[D, w]` by least squares on the tokens themselves: the plain form of what
-    `Activations.thinned` computes from sums, for tests.
-
-    `inputs` `[N, W]`: activations of all neurons; `weight` `[D, W]`. The penalty is a row more for each neuron kept.
-    """
-    kept = inputs[:, neurons]
-    penalty = (ridge * kept.square().sum(0).mean() + 1e-12).sqrt()
-    error = (inputs @ weight.T) - kept @ weight[:, neurons].T
-    rows = torch.cat([kept, penalty * torch.eye(len(neurons), dtype=kept.dtype)])
-    targets = torch.cat([error, error.new_zeros(len(neurons), error.shape[1])])
-    found: torch.Tensor = weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
-    return found
-
-
 def _sums(square: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, others: torch.Tensor) -> Sums:
     """Return the sums of the fit: its inputs are the neurons that stay, its error is what the others add."""
     lost = weight[:, others]
