@@ -80,5 +80,4 @@ def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.T
     error = (inputs @ weight.T) - kept @ weight[:, neurons].T
     rows = torch.cat([kept, penalty * torch.eye(len(neurons), dtype=kept.dtype)])
     targets = torch.cat([error, error.new_zeros(len(neurons), error.shape[1])])
-    found: torch.Tensor = weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
-    return found
+    return weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T

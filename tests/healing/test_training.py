@@ -231,8 +231,7 @@ def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -
         if stage == "attention":
             made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
         train_stage(stage, made, rows, 90, settings, tmp_path, validation(made))
-        result: dict[str, torch.Tensor] = load_file(tmp_path / f"{stage}.safetensors")
-        return result
+        return load_file(tmp_path / f"{stage}.safetensors")
 
     whole = run()
     lines = read_metrics(tmp_path / "metrics.jsonl")

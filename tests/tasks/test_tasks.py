@@ -58,8 +58,7 @@ def settings(bench: Path, *tasks: str, limit: int | None = None) -> Evaluate:
 
 
 def run(task: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
-    return result
+    return json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
 
 
 @pytest.fixture

@@ -210,5 +210,4 @@ def perplexity(nll: float) -> float:
 
 
 def _decode(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = model.get_decoder()(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
-    return hidden
+    return model.get_decoder()(input_ids=batch.to(model.device), use_cache=False).last_hidden_state

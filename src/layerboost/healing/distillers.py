@@ -94,8 +94,7 @@ class Distiller(nn.Module):
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
         decoder, positions = self.teacher.get_decoder(), text_positions(self.teacher, positions_of(ids, self.end))
-        output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return output
+        return decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
     def explain_not_finite(self, rows: Sequence[torch.Tensor]) -> tuple[str, tuple[str, str]]:
         """Return where the student is not finite on rows of ids; where the teacher is not, and what to do about it.
@@ -265,8 +264,7 @@ class LogitDistiller(Distiller):
                 hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
                 hidden = _tensor(layer(hidden, **arguments))
-        normed: torch.Tensor = final_norm(self.student)(hidden)
-        return normed
+        return final_norm(self.student)(hidden)
 
 
 @contextmanager
@@ -307,15 +305,12 @@ def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _input(args: tuple[Any, ...], _: dict[str, Any], __: torch.Tensor) -> torch.Tensor:
-    given: torch.Tensor = args[0]
-    return given
+    return args[0]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+    return args[0] if args else kwargs["hidden_states"]

@@ -134,8 +134,7 @@ def fit_outputs(
 def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
     """Return the student's output projection; if it has an adapter, the linear layer below."""
     module: Any = output_projection(distiller.student, layer)
-    projection: nn.Linear = getattr(module, "base_layer", module)
-    return projection
+    return getattr(module, "base_layer", module)
 
 
 def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None:

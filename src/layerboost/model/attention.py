@@ -224,8 +224,7 @@ class _FlashWithSinks(torch.autograd.Function):
             out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
         ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
         ctx.scaling = scaling
-        result: torch.Tensor = out
-        return result
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -274,8 +273,7 @@ def sliding_attention_flex(
     if sinks is not None:
         # Softmax with a sink is softmax times sigmoid(lse - sink).
         out = out * torch.sigmoid(extra.lse - sinks[:, None])[..., None].to(out.dtype)
-    result: torch.Tensor = out
-    return result
+    return out
 
 
 @functools.lru_cache(maxsize=32)

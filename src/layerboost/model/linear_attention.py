@@ -176,8 +176,7 @@ def _with_ones(value: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
-    blocks: torch.Tensor = x.unflatten(-2, (-1, size))
-    return blocks
+    return x.unflatten(-2, (-1, size))
 
 
 def _shifted(x: torch.Tensor, dim: int, shift: int) -> torch.Tensor:
@@ -284,8 +283,7 @@ def _unrotated(module: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[tor
     cos, sin = module.layerboost_rotation
     scale = cos.square() + sin.square()  # not 1 where an embedding also scales
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    found: tuple[torch.Tensor, torch.Tensor] = rotate(query, key, cos / scale, -sin / scale)
-    return found
+    return rotate(query, key, cos / scale, -sin / scale)
 
 
 def linear_attention_forward(

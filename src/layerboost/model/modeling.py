@@ -65,14 +65,12 @@ class AttentionFree(nn.Module):
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a causal LM, of the language model in a wrapper, or of a decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers: nn.ModuleList = decoder.layers
-    return layers
+    return decoder.layers
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Return the norm after a causal LM's last layer."""
-    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
-    return norm
+    return getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
 
 
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
@@ -373,8 +371,7 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
         name = architecture_of(stock.config_class.model_type)
         _BOOSTED[stock] = type(name, (stock,), {"__init__": init, "__module__": __name__})
-    boosted: type[PreTrainedModel] = _BOOSTED[stock]
-    return boosted
+    return _BOOSTED[stock]
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -384,8 +381,7 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(known)}")
     wraps = config.model_type in WRAPPERS
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wraps else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    found: type[PreTrainedModel] = getattr(transformers, names[config.model_type])
-    return found
+    return getattr(transformers, names[config.model_type])
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

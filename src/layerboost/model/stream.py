@@ -53,8 +53,7 @@ def decoded(
     """Return the normed output `[B, T, D]` of a model's decoder on ids `[B, T]`; with what a processor made of images,
     `given`, of a wrapper's."""
     part = model.base_model if given else model.get_decoder()
-    output: torch.Tensor = part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
-    return output
+    return part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
 
 
 class LayerStream:
@@ -157,15 +156,11 @@ class LayerStream:
         """Call one decoder layer as Transformers does."""
         return _hidden(self.layers[index](hidden, **arguments))
 
-    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = final_norm(self.model)(hidden)
-        return normed
-
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
         """Run layers `start` and up, with `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
             hidden = self.layer(index, hidden, plan[index] if plan else None)
-        return self._normed(hidden)
+        return final_norm(self.model)(hidden)
 
     def finish_after(self, prefix: PrefixCache, start: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run `finish` with full layers on the last positions `[B, T, D]` alone, after the base's `prefix`."""
@@ -183,7 +178,7 @@ class LayerStream:
                 given["position_ids"] = positions[:, before:]
             given["attention_mask"] = mask
             hidden = self._run(index, hidden, given)
-        return self._normed(hidden)
+        return final_norm(self.model)(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the attention of one stock layer, or what it has in its place, adds to the stream `[B, T, D]`."""
@@ -240,8 +235,7 @@ class LayerStream:
 
 def _hidden(out: Any) -> torch.Tensor:
     """Return the hidden states in a layer's output, which may be a tuple."""
-    states: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return states
+    return out[0] if isinstance(out, tuple) else out
 
 
 def text_positions(model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:
@@ -272,8 +266,7 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
     extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extras):
         return None
-    weight: torch.Tensor = head.weight
-    return weight
+    return head.weight
 
 
 @torch.no_grad()

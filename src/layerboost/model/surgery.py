@@ -85,14 +85,12 @@ def unchanged(config: PreTrainedConfig) -> list[LayerPlan]:
 
 def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the attention module of one decoder layer."""
-    found: nn.Module = getattr(decoder_layers(model)[layer], family_of(model.config).attention)
-    return found
+    return getattr(decoder_layers(model)[layer], family_of(model.config).attention)
 
 
 def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the module that projects the heads of one layer's attention to the stream."""
-    found: nn.Module = getattr(attention_of(model, layer), family_of(model.config).output)
-    return found
+    return getattr(attention_of(model, layer), family_of(model.config).output)
 
 
 def packed_parameters(module: nn.Module) -> list[str]:
