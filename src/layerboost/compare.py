@@ -37,16 +37,7 @@ from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import (
-    MLP_STRATEGIES,
-    MLP_WIDTH,
-    OTHER,
-    SLIDING,
-    STRATEGIES,
-    WINDOW,
-    StrategyName,
-    label,
-)
+from layerboost.strategies import MLP_STRATEGIES, MLP_WIDTH, OTHER, SLIDING, STRATEGIES, WINDOW, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
@@ -230,7 +221,7 @@ def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
         else LayerPlan(layer=entry.layer, **values)
         for entry in all_full(base.info)
     ]
-    method = f"all {label(layers[base.info.attention_layers[0]])}"
+    method = f"all {layers[base.info.attention_layers[0]].label}"
     return PlanFile(model=base.info, method=method, layers=layers)
 
 

@@ -59,9 +59,9 @@ def mlx_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def decilm_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the plain config of a boosted Llama or Qwen2 as DeciLM, which vLLM serves; the tensors are the checkpoint's.
+    """Return the plain config of a boosted Llama or Qwen2 as DeciLM, with the checkpoint's own tensors.
 
-    Written against vLLM 0.32's model_executor/models/nemotron_nas.py.
+    Written against vLLM 0.32's model_executor/models/nemotron_nas.py, which serves it.
     """
     dropped = DROPPED if "sliding_attention" in config.layer_types else DROPPED + WINDOW
     plain = {key: value for key, value in config.to_dict().items() if key not in dropped}

@@ -34,7 +34,7 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
-from layerboost.strategies import FULL, OTHER, SLIDING, mlp_label
+from layerboost.strategies import FULL, OTHER, SLIDING
 
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
@@ -186,7 +186,7 @@ def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     if changed and (getattr(config, "num_experts_per_tok", None) or not FAMILIES[config.model_type].mlp):
         raise ConfigError(
             "MLPs that are mixtures of experts, or of a form of their own, cannot be thinned or removed",
-            found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
+            found=f"{config.model_type}, layer {changed[0].layer}: MLP {changed[0].mlp_label}",
             do="leave mlp out of measure.components, and of the plan",
         )
     for entry in changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -29,19 +29,23 @@ from layerboost.strategies import (
     MLPName,
     Strategy,
     StrategyName,
-    mlp_label,
 )
 
 
-class LayerPlan(Part):
-    """The strategies of one layer's attention, or of its KV heads, and of its MLP.
+class OfLayer(Part):
+    """A part of a file that is about one layer."""
+
+    layer: int = Field(ge=0)
+
+
+class Strategies(Part):
+    """The strategies of a layer's attention, or of its KV heads, and of its MLP, with their settings.
 
     KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
     denominator, per query head with a window. `feature_map`: the kind of linear attention. `mlp_width`: the neurons of
     a thinned MLP.
     """
 
-    layer: int = Field(ge=0)
     attention: StrategyName
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
@@ -58,8 +62,8 @@ class LayerPlan(Part):
         return tuple(sorted(set(heads)))
 
     @model_validator(mode="after")
-    def _only_its_own_settings(self) -> LayerPlan:
-        takes = self.strategy.settings
+    def _only_its_own_settings(self) -> Self:
+        takes = STRATEGIES[self.attention].settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
         if FEATURE_MAP in takes and self.feature_map is None:
@@ -76,6 +80,27 @@ class LayerPlan(Part):
                 f"an MLP that is {self.mlp} " + ("takes no" if self.mlp_width else "needs an") + " mlp_width"
             )
         return self
+
+    @property
+    def label(self) -> str:
+        """Return the names of the strategies with their settings: full, sliding 64 + sink, sliding 64 + full KV heads
+        0 2, linear 64 liger, MLP thin 768, none + MLP none."""
+        window = f" {self.window}" if self.window else ""
+        heads = f" + full KV heads {' '.join(map(str, self.full_kv_heads))}" if self.full_kv_heads else ""
+        feature_map = f" {self.feature_map}" if self.feature_map else ""
+        attention = self.attention + window + feature_map + (" + sink" if self.sink else "") + heads
+        if self.mlp == FULL:
+            return attention
+        return (f"{attention} + " if self.attention != FULL else "") + f"MLP {self.mlp_label}"
+
+    @property
+    def mlp_label(self) -> str:
+        """Return the name of the MLP's strategy with its width: full, thin 768."""
+        return self.mlp + (f" {self.mlp_width}" if self.mlp_width else "")
+
+
+class LayerPlan(Strategies, OfLayer):
+    """The strategies of one layer."""
 
     @property
     def strategy(self) -> Strategy:
@@ -227,7 +252,7 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
     rows += [
         [
             *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
-            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", mlp_label(entry) if mlps else ""),
+            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", entry.mlp_label if mlps else ""),
         ]
         for entry in layers
     ]
