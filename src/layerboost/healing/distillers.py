@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,12 +20,19 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers, final_norm
-from layerboost.model.stream import explain_not_finite, head_logits, text_positions
+from layerboost.model.stream import (
+    decoded,
+    explain_not_finite,
+    head_logits,
+    hidden_in,
+    input_of,
+    recorded,
+    text_positions,
+)
 from layerboost.model.surgery import attention_of, output_projection
 from layerboost.schemas.plan import LayerPlan
 
 Checkpointing = Literal["none", "selective", "full"]
-Record = TypeVar("Record")
 Place = tuple[int, ...]
 SAVED_WIDTH = 129  # smallest inner and outer size of a matrix product to save; LoRA ranks are below it
 
@@ -93,8 +99,8 @@ class Distiller(nn.Module):
 
     def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
-        decoder, positions = self.teacher.get_decoder(), text_positions(self.teacher, positions_of(ids, self.end))
-        return decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        positions = text_positions(self.teacher, positions_of(ids, self.end))
+        return decoded(self.teacher, ids, position_ids=positions, use_cache=False)
 
     def explain_not_finite(self, rows: Sequence[torch.Tensor]) -> tuple[str, tuple[str, str]]:
         """Return where the student is not finite on rows of ids; where the teacher is not, and what to do about it.
@@ -156,7 +162,7 @@ class AttentionDistiller(Distiller):
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
-            added = call.output if plan.attention_alone else call.output - _hidden(call.args, call.kwargs)
+            added = call.output if plan.attention_alone else call.output - input_of(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
@@ -176,15 +182,15 @@ class AttentionDistiller(Distiller):
         """
         modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
         projections = {plan.layer: output_projection(self.teacher, plan.layer) for plan in layers if plan.feature_map}
-        with torch.no_grad(), _recorded(modules, ModuleCall) as calls, _recorded(projections, _input) as inputs:
+        with torch.no_grad(), recorded(modules, ModuleCall) as calls, recorded(projections, input_of) as inputs:
             self.run_teacher(ids)
         return calls | {layer: replace(calls[layer], output=given) for layer, given in inputs.items()}
 
     def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
         """Return the output `[B, T, D]` of the student's module, as `teacher_calls` does, on the teacher's input."""
         projections = {0: output_projection(self.student, plan.layer)} if plan.feature_map else {}
-        with _recorded(projections, _input) as inputs:
-            output = _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
+        with recorded(projections, input_of) as inputs:
+            output = hidden_in(self._module(self.student, plan)(*call.args, **call.kwargs))
         return inputs.get(0, output)
 
     @staticmethod
@@ -246,11 +252,11 @@ class LogitDistiller(Distiller):
 
         def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], _: torch.Tensor) -> dict[str, Any]:
             if not start:
-                start.append(_hidden(args, kwargs))
+                start.append(input_of(args, kwargs))
             return {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
         layers = dict(enumerate(decoder_layers(self.teacher)))
-        with _recorded({i: layer for i, layer in layers.items() if i >= self.first}, arguments) as calls:
+        with recorded({i: layer for i, layer in layers.items() if i >= self.first}, arguments) as calls:
             output = self.run_teacher(ids)
         return Targets(start[0], calls, output)
 
@@ -261,29 +267,10 @@ class LogitDistiller(Distiller):
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
                 context = _matrix_products if self.checkpointing == "selective" else noop_context_fn
-                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
+                hidden = hidden_in(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
-                hidden = _tensor(layer(hidden, **arguments))
+                hidden = hidden_in(layer(hidden, **arguments))
         return final_norm(self.student)(hidden)
-
-
-@contextmanager
-def _recorded(modules: Mapping[int, nn.Module], record: Callable[..., Record]) -> Iterator[dict[int, Record]]:
-    """Yield a mapping that collects `record(args, kwargs, output)` of each module's call in the block."""
-    records: dict[int, Record] = {}
-
-    def recorder(index: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            records[index] = record(args, kwargs, _tensor(output))
-
-        return hook
-
-    hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
-    try:
-        yield records
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _matrix_products() -> Any:
@@ -302,15 +289,3 @@ def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         widths = tuple(args[1].shape)
     save = min(widths, default=0) >= SAVED_WIDTH or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _input(args: tuple[Any, ...], _: dict[str, Any], __: torch.Tensor) -> torch.Tensor:
-    return args[0]
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from layerboost.model.modeling import base_layer_types, decoder_layers, final_no
 from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
+
+Record = TypeVar("Record")
 
 
 class PrefixCache:
@@ -56,6 +59,43 @@ def decoded(
     return part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
 
 
+@contextmanager
+def recorded(modules: Mapping[int, nn.Module], record: Callable[..., Record]) -> Iterator[dict[int, Record]]:
+    """Yield a mapping that collects `record(args, kwargs, output)` of each module's last call in the block."""
+    records: dict[int, Record] = {}
+
+    def recorder(index: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            records[index] = record(args, kwargs, hidden_in(output))
+
+        return hook
+
+    hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def hidden_in(output: Any) -> torch.Tensor:
+    """Return the hidden states in a module's output, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], *_: Any) -> torch.Tensor:
+    """Return the hidden states among a module's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a decoder layer, its hidden states with a gradient."""
+    hidden = input_of(args, kwargs)
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
 class LayerStream:
     """Layers, final norm and head of one model, callable apart.
 
@@ -74,7 +114,7 @@ class LayerStream:
         self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
         self.unchanged = unchanged(model.config.get_text_config())
-        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._arguments: dict[torch.Size, dict[int, dict[str, Any]]] = {}
         self._added: dict[int, torch.Tensor] = {}
 
     def own(self) -> LayerStream:
@@ -92,35 +132,20 @@ class LayerStream:
         An empty `cache` is filled. `given`: as of `decoded`; what is added to the stream between layers (Qwen3-VL's
         deepstack) is recorded too.
         """
-        arguments: list[dict[str, Any]] = [{} for _ in self.layers]
-        inputs: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
+        ends: list[tuple[torch.Tensor, torch.Tensor]] = []  # of layer 0, with images of all
 
-        def record(index: int) -> Any:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if index == 0 or given:
-                    inputs.append(args[0] if args else kwargs["hidden_states"])
-                arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                arguments[index]["past_key_values"] = None
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> dict[str, Any]:
+            if given or not ends:
+                ends.append((input_of(args, kwargs), out))
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return others | {"past_key_values": None}
 
-            return hook
-
-        hooks = [
-            layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(self.layers)
-        ]
-        if given:
-            hooks += [
-                layer.register_forward_hook(lambda _, __, out: outputs.append(_hidden(out))) for layer in self.layers
-            ]
-        try:
+        with recorded(dict(enumerate(self.layers)), record) as arguments:
             output = decoded(self.model, ids, given, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         self._arguments[ids.shape] = arguments
-        pairs = enumerate(zip(outputs, inputs[1:], strict=False))
-        self._added = {index: after - before for index, (before, after) in pairs if after is not before}
-        return inputs[0], output
+        pairs = enumerate(pairwise(ends))
+        self._added = {index: after - out for index, ((_, out), (after, _)) in pairs if after is not out}
+        return ends[0][0], output
 
     def forward_with_cache(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, PrefixCache]:
         """Return what `forward` does, and a cache of the first positions; only for a model that `can_continue`."""
@@ -154,7 +179,7 @@ class LayerStream:
 
     def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """Call one decoder layer as Transformers does."""
-        return _hidden(self.layers[index](hidden, **arguments))
+        return hidden_in(self.layers[index](hidden, **arguments))
 
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
         """Run layers `start` and up, with `plan` if there is one, and the final norm: `[B, T, D]`."""
@@ -182,18 +207,11 @@ class LayerStream:
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the attention of one stock layer, or what it has in its place, adds to the stream `[B, T, D]`."""
-        family, layer, found = family_of(self.model.config), self.layers[index], []
-        other = self.unchanged[index].attention == OTHER
-        module = getattr(layer, family.mixer if other else family.norm_after or family.attention)
-        hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
-        try:
+        family, other = family_of(self.model.config), self.unchanged[index].attention == OTHER
+        module = getattr(self.layers[index], family.mixer if other else family.norm_after or family.attention)
+        with recorded({index: module}, lambda _, __, out: out) as outputs:
             self.layer(index, hidden)
-        finally:
-            hook.remove()
-        added: torch.Tensor = found[0] * getattr(
-            self.model.config.get_text_config(), "residual_multiplier", 1.0
-        )  # Granite's
-        return added
+        return outputs[index] * getattr(self.model.config.get_text_config(), "residual_multiplier", 1.0)  # Granite's
 
     @contextmanager
     def shared(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -231,11 +249,6 @@ class LayerStream:
                 del module.forward
                 if forward is not None:
                     module.forward = forward
-
-
-def _hidden(out: Any) -> torch.Tensor:
-    """Return the hidden states in a layer's output, which may be a tuple."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def text_positions(model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:

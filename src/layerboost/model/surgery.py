@@ -19,6 +19,7 @@ from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
 from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
 from layerboost.model.modeling import (
     ATTENTION,
+    AttentionFree,
     apply_config,
     architecture_of,
     attention_layers,
@@ -313,8 +314,8 @@ def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTr
 
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, the attention of one layer of a stock model runs under another strategy; outside, everything is
-    as before."""
+    """Inside the block, the attention of one layer of a stock model, without a cache, runs under another strategy;
+    outside, everything is as before."""
     if not plan.attention_changed:
         yield
         return
@@ -326,7 +327,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
         match plan.attention:
             case "none":
                 # The norms stay: their output is not used, and a stock layer calls them.
-                setattr(decoder_layer, name, _Silent())
+                setattr(decoder_layer, name, AttentionFree(layer))
             case "sliding":
                 assert plan.window is not None
                 make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
@@ -383,13 +384,6 @@ def _thin(mlp: nn.Module, thinned: Thinned) -> nn.Module:
     assert fitted is not None
     fitted.weight.data.copy_(thinned.output)
     return found
-
-
-class _Silent(nn.Module):
-    """An absent attention in a stock model, whose cache counts nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
 
 
 @contextmanager
