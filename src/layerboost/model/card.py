@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from layerboost.costs.budget import parameter_fraction
+from layerboost.costs.budget import plan_parameters
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, Serving, plan_serving
 from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.recipe import Card
@@ -104,8 +104,8 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
-    kept = parameter_fraction(plan.model, plan.layers)
-    if kept is not None and any(entry.mlp_changed for entry in plan.layers):
+    if any(entry.mlp_changed for entry in plan.layers):
+        kept = plan_parameters(plan.model, plan.layers) / plan.model.parameters
         cache += f" It has {kept:.0%} of the base's parameters."
     experts = (
         f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "

@@ -111,7 +111,6 @@ def _templates() -> Environment:
     environment.filters |= {
         "code": _code,
         "plain": _plain,
-        "label": label,
         "markdown": markdown_table,
         "layer_table": _layer_table,
     }
