@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -266,21 +267,16 @@ class LogitDistiller(Distiller):
         for index, arguments in targets.arguments.items():
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
-                context = _matrix_products if self.checkpointing == "selective" else noop_context_fn
+                context = matrix_products if self.checkpointing == "selective" else noop_context_fn
                 hidden = hidden_in(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
                 hidden = hidden_in(layer(hidden, **arguments))
         return final_norm(self.student)(hidden)
 
 
-def _matrix_products() -> Any:
-    """Return the contexts of selective checkpointing: save attention of full layers and large products, not LoRA's thin
-    ones. Most of the memory (norms, activations, windows) is cheap to recompute.
-    """
-    return create_selective_checkpoint_contexts(_policy)
-
-
 def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Save attention of full layers and large products, not LoRA's thin ones. Most of the memory (norms, activations,
+    windows) is cheap to recompute."""
     name = operator.name()
     widths: tuple[int, ...] = ()
     if name in ("aten::mm", "aten::addmm"):
@@ -289,3 +285,7 @@ def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         widths = tuple(args[1].shape)
     save = min(widths, default=0) >= SAVED_WIDTH or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# The contexts of selective checkpointing.
+matrix_products = partial(create_selective_checkpoint_contexts, _policy)

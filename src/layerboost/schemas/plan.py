@@ -165,10 +165,6 @@ class LayerPlan(Strategies, OfLayer):
         """Return the layer's KV heads that have a window."""
         return [head for head in range(kv_heads) if head not in self.full_kv_heads] if self.window else []
 
-    def window_heads(self, kv_heads: int) -> int:
-        """Return how many of the layer's `kv_heads` have a window."""
-        return len(self.windowed(kv_heads))
-
     def kv_tokens(self, context_tokens: int, kv_heads: int) -> int:
         """Return the tokens whose keys and values the layer holds for one request, summed over its `kv_heads`."""
         held = self.strategy.kv_tokens(context_tokens, self.window)
