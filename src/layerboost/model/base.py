@@ -19,15 +19,7 @@ from layerboost.errors import ConfigError, first_line
 from layerboost.files import check_path, file_hash, new_folder
 from layerboost.model import files as model_files
 from layerboost.model import integrity
-from layerboost.model.card import (
-    CARD,
-    LICENCE_FILES,
-    Origin,
-    front_matter,
-    licence_files,
-    licence_sentence,
-    origin_of,
-)
+from layerboost.model.card import CARD, LICENCE_FILES, base_card, licence_files
 from layerboost.model.families import WRAPPERS
 from layerboost.model.files import (
     check_finite_weights,
@@ -49,7 +41,7 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
-from layerboost.recipe import Card, Recipe, model_of
+from layerboost.recipe import Recipe, model_of
 from layerboost.rows import package_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.model import ModelInfo
@@ -266,7 +258,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
             tokenizer.save_pretrained(folder)
         else:
             save_tokenizer(tokenizer, folder)
-        (folder / CARD).write_text(_base_card(base))
+        (folder / CARD).write_text(base_card(base.folder, base.name, base.gguf))
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
         (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n")
@@ -325,18 +317,6 @@ def _package_gguf(package: str) -> tuple[Path, str]:
     if not found:
         raise ConfigError(f"package {package} holds no GGUF file")
     return found[0].parent, found[0].name
-
-
-def _base_card(base: Base) -> str:
-    """Return the card of an unpacked model, with the licence that its own card or a GGUF file's metadata names."""
-    if base.gguf is None:
-        origin = origin_of(base.folder, base.name, Card())
-        return f"{front_matter(origin, ())}\n\nDequantised from `{base.name}`. {licence_sentence(origin)}\n"
-    from gguf import GGUFReader
-
-    field = GGUFReader(base.folder / base.gguf).get_field("general.license")
-    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
-    return f"{front_matter(origin, ())}\n\nUnpacked from `{base.name}`. {licence_sentence(origin)}\n"
 
 
 def _hub_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The model card of a boosted checkpoint, with base and licence from the base's own card and files."""
+"""The model card of a boosted checkpoint or an unpacked base, with the licence from the base's own card and files."""
 
 from __future__ import annotations
 
@@ -152,6 +152,18 @@ A token can be looked up beyond the window only through the {reach}: test retrie
 serving.{" A window counts the tokens of images too." * (auto == WRAPPER[0])} Generation needs Transformers' dynamic
 cache.
 """
+
+
+def base_card(folder: Path, name: str, gguf: str | None) -> str:
+    """Return the card of an unpacked model, with the licence that its own card or a GGUF file's metadata names."""
+    if gguf is None:
+        origin = origin_of(folder, name, Card())
+        return f"{front_matter(origin, ())}\n\nDequantised from `{name}`. {licence_sentence(origin)}\n"
+    from gguf import GGUFReader
+
+    field = GGUFReader(folder / gguf).get_field("general.license")
+    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
+    return f"{front_matter(origin, ())}\n\nUnpacked from `{name}`. {licence_sentence(origin)}\n"
 
 
 def _meanings(plan: PlanFile, own: str) -> str:
