@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
-from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
+from layerboost.model.mlp import NoMLP, recorded_widths, thin
 from layerboost.model.modeling import (
     ATTENTION,
     AttentionFree,
@@ -282,7 +282,7 @@ def apply_plan(
     model.config = boosted_config(model.config, layers)
     for layer, given in (thinned or {}).items():
         decoder_layer: Any = decoder_layers(model)[layer]
-        decoder_layer.mlp = _thin(decoder_layer.mlp, given)
+        decoder_layer.mlp = thin(decoder_layer.mlp, given.neurons, given.output)
     model.__class__ = boosted_class(type(model))
     apply_config(model)
     for layer, values in (sinks or {}).items():
@@ -365,7 +365,7 @@ def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: T
                 decoder_layer.mlp = NoMLP()
             case "thin":
                 assert thinned is not None
-                decoder_layer.mlp = _thin(mlp, thinned)
+                decoder_layer.mlp = thin(mlp, thinned.neurons, thinned.output)
             case "full":
                 pass
             case _:
@@ -373,17 +373,6 @@ def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: T
         yield
     finally:
         decoder_layer.mlp = mlp
-
-
-def _thin(mlp: nn.Module, thinned: Thinned) -> nn.Module:
-    """Return an MLP of the neurons that stay, with their fitted output projection."""
-    output = mlp_output(mlp)
-    assert output is not None
-    found = thin(mlp, thinned.neurons.to(output.weight.device))
-    fitted = mlp_output(found)
-    assert fitted is not None
-    fitted.weight.data.copy_(thinned.output)
-    return found
 
 
 @contextmanager
