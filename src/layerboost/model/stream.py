@@ -16,6 +16,7 @@ from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp,
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
 
+Key = TypeVar("Key")
 Record = TypeVar("Record")
 
 
@@ -60,17 +61,17 @@ def decoded(
 
 
 @contextmanager
-def recorded(modules: Mapping[int, nn.Module], record: Callable[..., Record]) -> Iterator[dict[int, Record]]:
+def recorded(modules: Mapping[Key, nn.Module], record: Callable[..., Record]) -> Iterator[dict[Key, Record]]:
     """Yield a mapping that collects `record(args, kwargs, output)` of each module's last call in the block."""
-    records: dict[int, Record] = {}
+    records: dict[Key, Record] = {}
 
-    def recorder(index: int) -> Any:
+    def recorder(key: Key) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            records[index] = record(args, kwargs, hidden_in(output))
+            records[key] = record(args, kwargs, hidden_in(output))
 
         return hook
 
-    hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
+    hooks = [module.register_forward_hook(recorder(key), with_kwargs=True) for key, module in modules.items()]
     try:
         yield records
     finally:
@@ -288,36 +289,22 @@ def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, 
 
     The first text names module, token and weights that are not finite themselves; empty if all numbers are finite.
     """
-    places: list[str] = []
-
-    def watch(name: str, module: Any) -> Any:
-        def see(_: Any, __: Any, output: Any) -> None:
-            bad = (~(output[0] if isinstance(output, tuple) else output).isfinite()).nonzero()
-            if places or not len(bad):
-                return
-            _, position, column = bad[0].tolist()
-            token = f"token id {column}" if name == "the head" else f"token {position + 1}, id {int(ids[position])}"
-            weights = [key for key, weight in module.named_parameters() if not weight.isfinite().all()]
-            holds = f"; not finite in its weights: {', '.join(weights[:3])}" if weights else ""
-            places.append(f"first in {name} ({token}){holds}")
-
-        return module.register_forward_hook(see)
-
     modules = {"the embedding": model.get_input_embeddings()}
     modules |= {f"layer {index}": layer for index, layer in enumerate(decoder_layers(model))}
     modules |= {"the final norm": final_norm(model), "the head": model.get_output_embeddings()}
-    hooks = [watch(name, module) for name, module in modules.items()]
-    try:
+    with recorded(modules, lambda _, __, output: (~output.isfinite()).nonzero()[:1].tolist()) as bad:
         model(input_ids=ids[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not places:
+    name = next((name for name in modules if bad[name]), None)
+    if name is None:
         return "", ""
-    if "not finite in its weights" in places[0]:
+    [[_, position, column]] = bad[name]
+    token = f"token id {column}" if name == "the head" else f"token {position + 1}, id {int(ids[position])}"
+    weights = [key for key, weight in modules[name].named_parameters() if not weight.isfinite().all()]
+    holds = f"; not finite in its weights: {', '.join(weights[:3])}" if weights else ""
+    if weights:
         do = "the model is damaged: fetch it again, or make it again with `layerboost convert` and `layerboost heal`"
     elif model.dtype == torch.float32:
         do = "the model overflows on this text in float32 already: leave the text out, or use another model"
     else:
         do = "use a dtype of more range and precision: --set dtype=float32"
-    return places[0], do
+    return f"first in {name} ({token}){holds}", do
