@@ -337,9 +337,6 @@ def stock_attention(module: Any, implementation: str) -> Any:
 ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
 
 
-_BOOSTED: dict[type, Any] = {}
-
-
 def architecture_of(model_type: str) -> str:
     """Return the name of the class of boosted models of this type."""
     return WRAPPERS[model_type].architecture if model_type in WRAPPERS else "LayerBoostForCausalLM"
@@ -350,28 +347,27 @@ def is_boosted(architectures: Sequence[str] | None) -> bool:
     return any(name.startswith("LayerBoost") for name in architectures or ())
 
 
+@functools.cache
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a stock class that builds the base and gives every layer the strategy of its config."""
     if is_boosted([stock.__name__]):
         return stock
-    if stock not in _BOOSTED:
 
-        def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            text = config.get_text_config()
-            implementation = FAMILIES[text.model_type].attn_implementation
-            if implementation and config._attn_implementation in (None, "sdpa"):
-                config._attn_implementation = implementation
-            base = base_config(config)
-            stock.__init__(self, base, *args, **kwargs)
-            config._attn_implementation_internal = base._attn_implementation
-            text._attn_implementation_internal = base.get_text_config()._attn_implementation
-            self.config = config
-            apply_config(self)
+    def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text = config.get_text_config()
+        implementation = FAMILIES[text.model_type].attn_implementation
+        if implementation and config._attn_implementation in (None, "sdpa"):
+            config._attn_implementation = implementation
+        base = base_config(config)
+        stock.__init__(self, base, *args, **kwargs)
+        config._attn_implementation_internal = base._attn_implementation
+        text._attn_implementation_internal = base.get_text_config()._attn_implementation
+        self.config = config
+        apply_config(self)
 
-        # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-        name = architecture_of(stock.config_class.model_type)
-        _BOOSTED[stock] = type(name, (stock,), {"__init__": init, "__module__": __name__})
-    return _BOOSTED[stock]
+    # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
+    name = architecture_of(stock.config_class.model_type)
+    return type(name, (stock,), {"__init__": init, "__module__": __name__})
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -413,7 +409,7 @@ class LayerBoostForCausalLM:
 
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    stock = stock_class(config)
+    stock: Any = stock_class(config)
     return boosted_class(stock) if is_boosted(config.architectures) else stock
 
 

@@ -283,7 +283,8 @@ def apply_plan(
     for layer, given in (thinned or {}).items():
         decoder_layer: Any = decoder_layers(model)[layer]
         decoder_layer.mlp = thin(decoder_layer.mlp, given.neurons, given.output)
-    model.__class__ = boosted_class(type(model))
+    stock: Any = type(model)
+    model.__class__ = boosted_class(stock)
     apply_config(model)
     for layer, values in (sinks or {}).items():
         module: Any = attention_of(model, layer)

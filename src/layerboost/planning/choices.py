@@ -36,9 +36,7 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
     scales, components = metric_scales(sensitivity, settings), settings.components or COMPONENTS
     table, mlps = [], []
     for entry, base in zip(sensitivity.layers, all_full(sensitivity.model), strict=True):
-        options = [
-            _choice(entry, variant, settings, scales) for variant in entry.variants if variant.window in (None, window)
-        ]
+        options = [_choice(entry, variant, scales) for variant in entry.variants if variant.window in (None, window)]
         # Measured in a layer that is full, also where a hybrid's layer has no attention.
         of_mlp = [replace(each, plan=base.with_site(each.plan)) for each in options if each.plan.mlp_changed]
         attention = [choice for choice in options if not choice.plan.mlp_changed]
@@ -221,6 +219,6 @@ def _mixed(entry: LayerSensitivity, window: int, scales: dict[str, float]) -> li
     return options
 
 
-def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:
+def _choice(entry: LayerSensitivity, variant: Variant, scales: dict[str, float]) -> Choice:
     loss = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
     return Choice(variant.plan(entry.layer), loss, {metric: score.mean for metric, score in variant.scores.items()})

@@ -68,12 +68,8 @@ class Strategies(Part):
             raise ValueError(f"a {self.attention} layer needs a window")
         if FEATURE_MAP in takes and self.feature_map is None:
             raise ValueError(f"a {self.attention} layer needs a feature_map: {', '.join(FEATURE_MAPS)}")
-        given_settings = (
-            *((WINDOW, self.window is not None), (SINK, self.sink)),
-            *((FULL_KV_HEADS, self.full_kv_heads), (FEATURE_MAP, self.feature_map)),
-        )
-        for setting, given in given_settings:
-            if given and setting not in takes:
+        for setting in (WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP):
+            if getattr(self, setting) and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
         if (self.mlp_width is not None) != (MLP_WIDTH in MLP_STRATEGIES[self.mlp].settings):
             raise ValueError(
