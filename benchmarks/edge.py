@@ -4,8 +4,9 @@
         [--slots 1 8] [--repeats 3]
 
 Each cell is `layerboost bench --engine llama.cpp` with prompts that fill the context but for 64 tokens, which are
-generated; the models take turns in every repeat. An interrupted run continues. Prints a table of medians and gains
-(base over boosted for bytes and times) with their range over the repeats, then JSON.
+generated; the models take turns in every repeat. With several slots the prompts are the same but for their last 64
+tokens, and the clock starts when they are read up to there. An interrupted run continues. Prints a table of medians and
+gains (base over boosted for bytes and times) with their range over the repeats, then JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from layerboost.recipe import Recipe
 from layerboost.schemas.benchmark import Spread
 
 OUTPUT_TOKENS = 64
+OWN_TOKENS = 64
 # Column -> the metric of a comparison, its factor, and whether less is better.
 COLUMNS = {
     "KV, MiB": ("kv_used_gib", 1024.0, True),
@@ -31,9 +33,12 @@ COLUMNS = {
 
 def cell(models: dict[str, Path], run: Path, kind: str, context: int, slots: int, repeats: int) -> dict[str, Any]:
     """One benchmark: medians by model, and base over boosted with its range."""
+    prompt = context - OUTPUT_TOKENS
+    shared = prompt - OWN_TOKENS if slots > 1 else 0
     bench = {
         **{"engine": "llama.cpp", "gguf_type": kind, "concurrency": [slots], "requests_per_concurrency": 1},
-        **{"input_tokens": context - OUTPUT_TOKENS, "output_tokens": OUTPUT_TOKENS, "repeats": repeats},
+        **{"shared_prefix_tokens": shared, "input_tokens": prompt - shared, "output_tokens": OUTPUT_TOKENS},
+        "repeats": repeats,
     }
     recipe = Recipe.model_validate({"bench": bench})
     [found] = run_bench(recipe, run / f"{kind}-{context}-{slots}", models).results

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,19 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
     plan = PLAN if name == "healed" else PLAN.model_copy(update={"layers": layer_plans("ffff")})
     expected = kv_bytes(plan, context_tokens=2 * CELLS, slots=2, ubatch_tokens=CELLS - WINDOW)
     assert answer.metrics["kv_used_gib"] * GIB == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["base", "healed"])
+def test_slots_share_a_prefix_that_is_read_once(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    asked = recipe(shared_prefix_tokens=200, input_tokens=20, server_args=serving_flags(PLAN, ()))
+    load = replace(LOAD, requests=2, shared_prefix_tokens=200, input_tokens=20)
+    with launch(name, models[name], asked, tmp_path / "bench" / "logs" / f"{name}.log") as running:
+        answer = running.answer(load, lambda _: None)
+    assert answer.raw["total_output_tokens"] == 12
+    # A sliding layer's last tokens before the end of what was saved are read again.
+    assert 0.85 < answer.metrics["prefix_hit_share"] <= 200 / 220
+    assert environment(asked)["slot_tokens"] == CELLS
 
 
 @pytest.mark.multiprocess
@@ -169,7 +183,6 @@ def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> No
 @pytest.mark.parametrize(
     ("bench", "message"),
     [
-        ({"shared_prefix_tokens": 64}, "does not share a prefix between its slots"),
         ({"server_args": ["-np", "4"]}, "bench.server_args may not have -np"),
         ({"server_args": ["--port=9"]}, "bench.server_args may not have --port"),
         ({"server_args": ["--max-num-batched-tokens", "256"]}, "xllamacpp's server would refuse its arguments"),

@@ -8,14 +8,16 @@ import math
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Literal
 
 from layerboost.engines.loads import latencies, prompts
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
@@ -45,7 +47,7 @@ CELLS = 256
 # Flags that a benchmark sets itself, with their short names.
 RESERVED = (
     *("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t"),
-    *("--verbosity", "-lv", "--cache-ram", "-cram"),
+    *("--verbosity", "-lv", "--cache-ram", "-cram", "--slot-save-path"),
 )
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
 UBATCH_DEFAULT, LEAST_BATCH = 512, 64
@@ -60,12 +62,6 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
             f"bench.server_args may not have {given[0]}",
             found="the benchmark itself sets model, address, context, slots and what is logged",
             do="remove it; the port is bench.port",
-        )
-    if bench.shared_prefix_tokens:
-        raise ConfigError(
-            "llama.cpp does not share a prefix between its slots",
-            found=f"bench.shared_prefix_tokens {bench.shared_prefix_tokens}",
-            do="set it to 0 and raise bench.input_tokens",
         )
     if not shutil.which("llama-server"):
         check_arguments(bench.server_args)
@@ -84,7 +80,7 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 
 def slots_of(bench: Bench) -> tuple[int, int]:
     """Return the number of slots of a benchmark's server, and the tokens of each: of the longest request, in CELLS."""
-    longest = bench.input_tokens + bench.output_tokens
+    longest = bench.shared_prefix_tokens + bench.input_tokens + bench.output_tokens
     return max(bench.concurrency), math.ceil(longest / CELLS) * CELLS
 
 
@@ -159,6 +155,14 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """One answer: the time of each token in seconds since the request; prompt tokens from the cache, and read."""
+
+    times: list[float]
+    prompt_tokens: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class RunningLlama:
     """A server that is ready; `vocabulary`: of the random prompts."""
 
@@ -168,11 +172,18 @@ class RunningLlama:
     def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
         """Send one load by as many threads as requests are concurrent; raise LayerboostError if a request fails."""
         asked = prompts(load, self.vocabulary).tolist()
-        answered: list[list[float]] = []
-        started, memory = time.monotonic(), 0
+        answered: list[Answered] = []
+        free: SimpleQueue[int] = SimpleQueue()
+        for slot in range(load.concurrency):
+            free.put(slot)
+        memory = 0
         senders = ThreadPoolExecutor(load.concurrency)
-        sent = [senders.submit(self._request, ids, load.output_tokens) for ids in asked]
         try:
+            if shared := load.shared_prefix_tokens > 0:
+                self._request(asked[0][: load.shared_prefix_tokens], 1, slot=0, cached=False)
+                self._prefix(0, "save")
+            started = time.monotonic()
+            sent = [senders.submit(self._answer_one, ids, load.output_tokens, free, shared) for ids in asked]
             for each in as_completed(sent):
                 answered.append(each.result())
                 memory = max(memory, self.server.rss_bytes())
@@ -186,28 +197,49 @@ class RunningLlama:
             ) from error
         finally:  # without waiting: requests in progress end with the server
             senders.shutdown(wait=False, cancel_futures=True)
-        raw = latencies(answered, time.monotonic() - started)
+        raw = latencies([each.times for each in answered], time.monotonic() - started)
         metrics = {"peak_rss_gib": round(memory / GIB, 3)}
         if held := kv_gib(self.server.log_file):
             metrics["kv_used_gib"] = held
+        if shared:
+            cached, read = (sum(each.prompt_tokens[kind] for each in answered) for kind in (0, 1))
+            metrics["prefix_hit_share"] = cached / (cached + read)
         return Answer(raw, metrics)
 
-    def _request(self, ids: list[int], output_tokens: int) -> list[float]:
-        """Return the time of each token of one greedy answer, in seconds since the request."""
+    def _answer_one(self, ids: list[int], output_tokens: int, free: SimpleQueue[int], shared: bool) -> Answered:
+        """Return the answer to one request in a free slot, which gets the shared prefix if there is one."""
+        slot = free.get()
+        try:
+            if shared:
+                self._prefix(slot, "restore")
+            return self._request(ids, output_tokens, slot, cached=shared)
+        finally:
+            free.put(slot)
+
+    def _prefix(self, slot: int, action: Literal["save", "restore"]) -> None:
+        """Save a slot's cache to a file, or restore it."""
+        url = f"{self.server.url}/slots/{slot}?action={action}"
+        DIRECT.open(urllib.request.Request(url, b'{"filename": "prefix"}')).close()
+
+    def _request(self, ids: list[int], output_tokens: int, slot: int, cached: bool) -> Answered:
+        """Return one greedy answer; `cached`: read only what the slot does not hold."""
         asked = {"prompt": ids, "n_predict": output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-        body = json.dumps(asked | {"cache_prompt": False}).encode()
+        body = json.dumps(asked | {"id_slot": slot, "cache_prompt": cached}).encode()
         request = urllib.request.Request(f"{self.server.url}/completion", body)
         started = time.monotonic()
         times: list[float] = []
+        prompt_tokens = (0, 0)
         with DIRECT.open(request) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     event = json.loads(line.removeprefix(b"data: "))
                     # A token that ends within a character is sent with the next one.
                     times += [time.monotonic() - started] * (event.get("tokens_predicted", 0) - len(times))
+                    if timings := event.get("timings"):
+                        prompt_tokens = (timings["cache_n"], timings["prompt_n"])
         if len(times) != output_tokens:
             raise ValueError(f"{len(times)} of {output_tokens} tokens")
-        return times
+        return Answered(times, prompt_tokens)
 
 
 @contextmanager
@@ -217,13 +249,15 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
     file = log_file.parents[1] / "gguf" / f"{name}-{bench.gguf_type}.gguf"
     gguf_file(folder, file, bench.gguf_type)
     slots, tokens = slots_of(bench)
-    argv = [
-        *(*_server(), "--model", str(file.absolute()), "--host", HOST, "--port", str(bench.port)),
-        *("--parallel", str(slots), "--ctx-size", str(slots * tokens)),
-        # Verbose enough to log the KV cache; no copies of the cache in memory for other requests.
-        *("--threads", str(len(cores())), "--verbosity", "4", "--cache-ram", "0", *bench.server_args),
-    ]
-    with running_server("llama.cpp", name, folder, (argv, {}), bench, log_file) as server:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layerboost-bench-"))
+        argv = [
+            *(*_server(), "--model", str(file.absolute()), "--host", HOST, "--port", str(bench.port)),
+            *("--parallel", str(slots), "--ctx-size", str(slots * tokens), "--slot-save-path", scratch),
+            # Verbose enough to log the KV cache; no copies of the cache in memory for other requests.
+            *("--threads", str(len(cores())), "--verbosity", "4", "--cache-ram", "0", *bench.server_args),
+        ]
+        server = stack.enter_context(running_server("llama.cpp", name, folder, (argv, {}), bench, log_file))
         running = RunningLlama(server, int(read_config(folder, name).vocab_size))
         warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
         running.answer(Load(1, 1, 0, min(WARMUP_INPUT_TOKENS, bench.input_tokens), warm, seed=0), lambda _: None)

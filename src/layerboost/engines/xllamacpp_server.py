@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-type-k", "-ctk", choices=CACHE_TYPES, default="f16")
     parser.add_argument("--cache-type-v", "-ctv", choices=CACHE_TYPES, default="f16")
     parser.add_argument("--swa-full", action="store_true")
+    parser.add_argument("--slot-save-path", default="")
     for names, field in NUMBERS.items():
         parser.add_argument(*names, type=int, dest=field)
     return parser
@@ -62,6 +63,7 @@ def parameters(given: Sequence[str]) -> Any:
     asked = _parser().parse_args(given)
     found = xllamacpp.CommonParams()
     found.model.path, found.hostnames, found.swa_full = asked.model, [asked.host], asked.swa_full
+    found.slot_save_path = asked.slot_save_path and f"{asked.slot_save_path}/"
     found.port = 8080
     for field in NUMBERS.values():
         if (value := getattr(asked, field)) is not None:
