@@ -35,7 +35,7 @@ from layerboost.model.base import Base
 from layerboost.pipeline import run_all, run_stage
 from layerboost.recipe import load_recipe, parse_recipe, recipe_yaml
 from layerboost.schemas.artifact import read_json
-from layerboost.schemas.plan import counts, read_plan
+from layerboost.schemas.plan import read_plan
 from layerboost.schemas.run import SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity
 
@@ -223,13 +223,13 @@ def test_an_edited_plan_is_kept_and_another_budget_is_planned_anew(tmp_path: Pat
     )
     file.write_text(lines)
     layerboost("plan", "--run", run)
-    assert counts(read_plan(file).layers)["full"] == 4
+    assert read_plan(file).count("full") == 4
     assert read_plan(file).valid_prediction is None
     layerboost("convert", "--run", run)
-    assert counts(read_plan(run / "converted" / "plan.yaml").layers)["full"] == 4
+    assert read_plan(run / "converted" / "plan.yaml").count("full") == 4
     assert "KV cache takes" not in (run / "converted" / "README.md").read_text()
     layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.3")
-    assert counts(read_plan(file).layers)["full"] < 4
+    assert read_plan(file).count("full") < 4
 
 
 @pytest.mark.exhaustive

@@ -16,15 +16,7 @@ from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
 from layerboost.schemas.artifact import fingerprint
-from layerboost.text import (
-    PIECE_CHARACTERS,
-    Tokens,
-    check_known,
-    load_tokens,
-    local_path,
-    opening_ids,
-    text_pieces,
-)
+from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, local_path, opening_ids, text_pieces
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]

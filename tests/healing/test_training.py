@@ -18,13 +18,7 @@ from tiny import boosted, layer_plans, tiny_model
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.data import cut
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
-from layerboost.healing.training import (
-    Validate,
-    check_report_to,
-    checkpoints_in,
-    less_memory,
-    train_stage,
-)
+from layerboost.healing.training import Validate, check_report_to, checkpoints_in, less_memory, train_stage
 from layerboost.recipe import Heal
 from layerboost.schemas.healing import MetricLine, read_metrics
 
