@@ -98,15 +98,15 @@ def save_with_processor(folder: Path, wrapper: str, layers: int = 3, **changes: 
     return folder
 
 
-def save_picture(file: Path, seed: int = 0) -> Path:
-    """A picture of 16 x 8 random pixels."""
-    pixels = torch.randint(0, 256, (8, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+def save_picture(file: Path, seed: int = 0, height: int = 8) -> Path:
+    """A picture of 16 x 8 random pixels, or of another height."""
+    pixels = torch.randint(0, 256, (height, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(file)
     return file
 
 
-def save_requests(folder: Path, rows: int = 6, words: int = 50) -> Path:
-    """Requests with a picture each, and one of text alone."""
+def save_requests(folder: Path, rows: int = 6, words: int = 50, heights: tuple[int, ...] = (8,)) -> Path:
+    """Requests with a picture each, of these heights in turn, and one of text alone."""
     draw = torch.Generator().manual_seed(3)
 
     def text(count: int) -> str:
@@ -114,7 +114,7 @@ def save_requests(folder: Path, rows: int = 6, words: int = 50) -> Path:
 
     asked: list[dict[str, Any]] = [{"prompt": f"{text(words)} ", "answer": text(8)}]
     for row in range(rows):
-        name = save_picture(folder / f"{row}.png", row).name
+        name = save_picture(folder / f"{row}.png", row, heights[row % len(heights)]).name
         asked.append({"prompt": f"{text(4)} {IMAGE} {text(words)} ", "answer": text(8), "images": [name]})
     file = folder / "requests.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in asked))

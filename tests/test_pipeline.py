@@ -261,15 +261,16 @@ def test_a_mixture_of_experts_goes_through_every_stage_and_keeps_its_routers(tmp
 
 @pytest.mark.exhaustive
 @pytest.mark.pipeline
-def test_a_vision_language_model_goes_through_every_stage_measured_on_requests_with_images(tmp_path: Path) -> None:
+def test_a_vision_language_model_goes_through_every_stage_measured_and_healed_on_images(tmp_path: Path) -> None:
     model = save_with_processor(tmp_path / "model", "qwen3_vl", 4)
-    measure = {"traffic": str(save_requests(tmp_path, 10)), "tokens": 600}
+    requests = str(save_requests(tmp_path, 90, heights=(8, 16)))
+    heal = {"traffic": requests, "attention_tokens": 2048, "tokens": 4096, "lr": 3e-3, "save_steps": 100}
     recipe = write_recipe(
         tmp_path,
         model,
         text={"sequence_tokens": 96},
-        measure=measure,
-        heal={"attention_tokens": 4096, "tokens": 8192, "batch_sequences": 4, "lr": 3e-3, "save_steps": 100},
+        measure={"traffic": requests, "tokens": 600},
+        heal=heal | {"batch_sequences": 4},
         bench={"engine": "transformers"},
     )
     run = tmp_path / "run"

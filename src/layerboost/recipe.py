@@ -158,6 +158,9 @@ class Plan(Section):
 class Heal(Section):
     """A least-squares fit, attention distillation (stage 1), then LoRA distillation of the whole model (stage 2)."""
 
+    traffic: OnDisk | None = Field(
+        None, description="JSONL of your own requests, perhaps with images, in place of text; docs/reference/heal.md"
+    )
     fit_tokens: int = Field(
         16_384,
         ge=0,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from layerboost.runtime import log, warn_once
 from layerboost.schemas.artifact import fingerprint
 
 Split = Literal["calibration", "held_out", "train", "all"]
+Item = TypeVar("Item")
 # Of ten documents, one is for calibration and one is held out, whatever the seed.
 SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), "train": range(2, 10), "all": range(10)}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
@@ -73,7 +74,7 @@ def load_tokens(
         numbered = enumerate(read_documents(source, text.column, run, seen))
         documents[source] = (document for index, document in numbered if index % 10 in SPLITS[split])
         if split == "train":
-            documents[source] = _shuffled(documents[source], seed)
+            documents[source] = shuffled(documents[source], seed)
         documents[source] = _checked(documents[source], tokenizer, source)
     opening = opening_ids(tokenizer)
     rows: list[list[int]] = [[]]
@@ -167,7 +168,8 @@ def check_known(text: str, tokenizer: Any, source: str) -> None:
         raise ConfigError(
             f"the tokenizer does not know the text of {source}",
             found=f"{fraction:.0%} of its characters are lost in tokens: {characters}",
-            do="give text in the language and script of the model (text.source, measure.traffic), or another model",
+            do="give text in the language and script of the model (text.source, measure.traffic, heal.traffic), or "
+            "another model",
         )
     words = len(WORD.findall(sample))
     if words and len(ids) > SHREDDED * words:
@@ -229,11 +231,11 @@ def check_samples(text: Text, tokens: int, split: Split) -> None:
         )
 
 
-def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
-    """Yield documents shuffled through a buffer, so that a Hub data set is read only as far as needed."""
-    draw, buffer = random.Random(seed), []
-    for document in documents:
-        buffer.append(document)
+def shuffled(items: Iterable[Item], seed: int) -> Iterator[Item]:
+    """Yield items shuffled through a buffer, so that a Hub data set is read only as far as needed."""
+    draw, buffer = random.Random(seed), list[Item]()
+    for item in items:
+        buffer.append(item)
         if len(buffer) >= SHUFFLE_DOCUMENTS:
             index = draw.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]

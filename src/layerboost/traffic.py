@@ -1,17 +1,18 @@
-"""The text on which layers are measured: the calibration split, or calibration prompts, the user's own requests."""
+"""The user's own requests, on which layers are measured and healed, and the calibration split in their place."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerboost.errors import ConfigError, first_line
+from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
@@ -22,8 +23,25 @@ from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, 
 Spans = list[tuple[int, int]]
 # What a processor makes of the images of a row, by the names of a vision-language model's arguments.
 Given = dict[str, torch.Tensor]
+Reread = Callable[[], Given]
 # Put around an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row of a file, tokenized: its ids, which of them are scored, and what goes with the ids; `reread` reads that
+    again from the row's images."""
+
+    ids: list[int]
+    scored: list[bool]
+    given: Given
+    reread: Reread
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of the ids, of what is scored, and of images."""
+        return fingerprint(self.ids, self.scored, _hashes(self.given))
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,15 @@ class Traffic:
     ids: torch.Tensor
     scored: torch.Tensor
     images: tuple[Given, ...] = ()
+
+    @staticmethod
+    def of(requests: Sequence[Request]) -> Traffic:
+        """Return requests in their order, padded to the longest."""
+        width = max(len(request.ids) for request in requests)
+        ids = [request.ids + [0] * (width - len(request.ids)) for request in requests]
+        scored = [request.scored + [False] * (width - len(request.ids)) for request in requests]
+        images = tuple(request.given for request in requests)
+        return Traffic(torch.tensor(ids), torch.tensor(scored), images if any(images) else ())
 
     @property
     def lengths(self) -> list[int]:
@@ -57,23 +84,22 @@ class Traffic:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the ids, of what is scored, and of images."""
-        pixels = [
-            {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in given.items()}
-            for given in self.images
-        ]
-        return fingerprint(self.ids.tolist(), self.scored.tolist(), *pixels)
+        return fingerprint(self.ids.tolist(), self.scored.tolist(), *map(_hashes, self.images))
 
     def batches(self, sequences: int, device: torch.device | str = "cpu") -> list[Traffic]:
         """Return batches of at most `sequences` rows, each as wide as its longest row, on a device; of one row if rows
         have images, which wrappers take in forms of their own."""
         size = 1 if self.images else sequences
-        images: list[tuple[Given, ...]] = [
-            ({name: value.to(device) for name, value in given.items()},) for given in self.images
-        ]
+        images: list[tuple[Given, ...]] = [(to_device(given, device),) for given in self.images]
         none: list[tuple[Given, ...]] = [()] * len(self.ids)
         parts = map(Traffic, self.ids.to(device).split(size), self.scored.to(device).split(size), images or none)
         widths = [(part, max(part.lengths)) for part in parts]
         return [Traffic(part.ids[:, :width], part.scored[:, :width], part.images) for part, width in widths]
+
+
+def to_device(given: Given, device: torch.device | str) -> Given:
+    """Return what goes with ids on a device."""
+    return {name: value.to(device) for name, value in given.items()}
 
 
 def unpacked(batch: torch.Tensor | Traffic) -> tuple[torch.Tensor, list[int], Given]:
@@ -123,72 +149,129 @@ class _Row:
     images: tuple[Any, ...] = ()
 
 
-def load_traffic(
-    file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0, trust_remote_code: bool = False
-) -> Traffic:
-    """Return the rows of a JSONL or Parquet file that hold the `tokens` tokens after the first `skip`, longest first.
+class Requests:
+    """The requests in the rows of a JSONL or Parquet file.
 
     A row is `prompt` and `answer`; or `messages`, put into the tokenizer's chat template, whose answers are the
     assistant's turns; or `text`. Answers are scored, and every token of `text`. Rows are truncated to `most` tokens.
-    A row may have `images`, which the model's processor reads. Rows that cannot be scored are skipped and counted.
+    A row may have `images`, which the model's processor reads. `setting` names the file in messages.
+    """
+
+    def __init__(
+        self, file: Path, tokenizer: Any, most: int, setting: str = "measure.traffic", trust_remote_code: bool = False
+    ) -> None:
+        """Raise ConfigError for a tokenizer that cannot say where tokens are."""
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{setting} needs a fast tokenizer, which returns the places of tokens in the text",
+                found=type(tokenizer).__name__,
+                do="use a model with a tokenizer.json, or leave it out and use text alone",
+            )
+        self.file, self.tokenizer, self.most, self.setting = file, tokenizer, most, setting
+        self.trust_remote_code = trust_remote_code
+        self.opening = opening_ids(tokenizer)
+        self.left_out: list[str] = []
+        self.sample = ""
+
+    @cached_property
+    def processor(self) -> Any:
+        """Return the model's processor; raise ConfigError without one."""
+        return open_processor(self.tokenizer, self.setting, self.trust_remote_code)
+
+    def read(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Request]:
+        """Yield the requests of rows with their places; those that cannot be scored are skipped and counted."""
+        for where, row in rows:
+            try:
+                found = self._row(row)
+                self.sample += f"{found.given}\n" if len(self.sample) < PIECE_CHARACTERS else ""
+                ids, scored, given = self._encoded(found)
+            except _Unscorable as reason:
+                self.left_out.append(f"{where}: {reason}".splitlines()[0])
+                continue
+            yield Request(ids, scored, given, partial(self._reread, where, row) if found.images else dict)
+
+    def check(self, problem: str, held: str, do: str) -> None:
+        """Raise ConfigError for text that the tokenizer does not know, and for a `problem`, unless that is empty, with
+        what the file `held`; warn if rows were skipped."""
+        check_known(self.sample, self.tokenizer, str(self.file))
+        if problem:
+            found = f"{held}, truncated to {self.most:,} tokens"
+            raise ConfigError(f"{self.setting} {problem}", found="; ".join([found, *self.left_out[:1]]), do=do)
+        if self.left_out:
+            warn_once(
+                f"rows of {self.file} that cannot be scored are skipped: {len(self.left_out)}; the first is "
+                f"{self.left_out[0]}"
+            )
+
+    def _row(self, row: Any) -> _Row:
+        images = row.get("images") if isinstance(row, dict) else None
+        if images == [] or is_missing(images):
+            return _read(row, self.tokenizer, self.opening, self.setting)
+        return _read_pictured(row, self.processor, self.file.parent)
+
+    def _encoded(self, row: _Row) -> tuple[list[int], list[bool], Given]:
+        return _seen(row, self.processor, self.most) if row.images else _encoded(row, self.tokenizer, self.most)
+
+    def _reread(self, where: str, row: Any) -> Given:
+        try:
+            return self._encoded(self._row(row))[2]
+        except _Unscorable as reason:
+            raise LayerboostError(
+                f"a request of {self.setting} can no longer be read",
+                found=f"{where}: {reason}",
+                do="restore its images and repeat the command",
+            ) from None
+
+
+def load_traffic(
+    file: Path, tokenizer: Any, most: int, tokens: int, skip: int = 0, trust_remote_code: bool = False
+) -> Traffic:
+    """Return the requests of a file that hold the `tokens` tokens after the first `skip`, longest first.
+
     Raise ConfigError for a file without two rows to score.
     """
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            "measure.traffic needs a fast tokenizer, which returns the places of tokens in the text",
-            found=type(tokenizer).__name__,
-            do="use a model with a tokenizer.json, or measure on text alone",
-        )
-    opening = opening_ids(tokenizer)
-    processor = cache(partial(open_processor, tokenizer, trust_remote_code))
-    rows: list[tuple[list[int], list[bool], Given]] = []
-    left_out: list[str] = []
-    sample, seen = "", 0
-    for where, row in read_rows(file):
-        try:
-            images = row.get("images") if isinstance(row, dict) else None
-            pictured = images != [] and not is_missing(images)
-            found = _read_pictured(row, processor(), file.parent) if pictured else _read(row, tokenizer, opening)
-            sample += f"{found.given}\n" if len(sample) < PIECE_CHARACTERS else ""
-            ids, scored, given = _seen(found, processor(), most) if pictured else _encoded(found, tokenizer, most)
-        except _Unscorable as reason:
-            left_out.append(f"{where}: {reason}".splitlines()[0])
-            continue
+    reader = Requests(file, tokenizer, most, trust_remote_code=trust_remote_code)
+    requests: list[Request] = []
+    seen = 0
+    for request in reader.read(read_rows(file)):
         if seen >= skip:
-            rows.append((ids, scored, given))
-        seen += len(ids)
+            requests.append(request)
+        seen += len(request.ids)
         if seen >= skip + tokens:
             break
-    check_known(sample, tokenizer, str(file))
-    if len(rows) < 2:
-        held = f"{len(rows)} in {file}, after {skip:,} skipped tokens, truncated to {most:,} tokens"
+    reader.check(
+        "must hold two rows to score: a standard error needs them" if len(requests) < 2 else "",
+        held=f"{len(requests)} in {file}, after {skip:,} skipped tokens",
+        do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
+        "text.sequence_tokens",
+    )
+    return Traffic.of(sorted(requests, key=lambda request: -len(request.ids)))
+
+
+def open_processor(tokenizer: Any, setting: str, trust_remote_code: bool = False) -> Any:
+    """Return the processor in the directory of a model's tokenizer, which it uses; raise ConfigError without one.
+
+    `setting` names the file with images.
+    """
+    from transformers import AutoProcessor, PreTrainedConfig
+
+    try:
+        reads_images = "vision_config" in PreTrainedConfig.get_config_dict(tokenizer.name_or_path)[0]
+    except OSError:  # a GGUF file
+        reads_images = False
+    if not reads_images:
         raise ConfigError(
-            "measure.traffic must hold two rows to score: a standard error needs them",
-            found="; ".join([held, *left_out[:1]]),
-            do="give rows of prompt and answer, messages, or text (docs/reference/measure.md); or raise "
-            "text.sequence_tokens",
+            f"{setting} has images, which this model cannot read",
+            found="a language model without an image tower",
+            do="use a vision-language model (`layerboost ls families`), or leave out images",
         )
-    if left_out:
-        warn_once(f"rows of {file} that cannot be scored are skipped: {len(left_out)}; the first is {left_out[0]}")
-    rows.sort(key=lambda row: -len(row[0]))
-    width = len(rows[0][0])
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in rows])
-    scored_tokens = torch.tensor([scored + [False] * (width - len(scored)) for _, scored, _ in rows])
-    images = tuple(given for _, _, given in rows)
-    return Traffic(padded, scored_tokens, images if any(images) else ())
-
-
-def open_processor(tokenizer: Any, trust_remote_code: bool = False) -> Any:
-    """Return the processor in the directory of a model's tokenizer, which it uses; raise ConfigError without one."""
-    from transformers import AutoProcessor
-
     try:
         # Without a processor's files this is a tokenizer.
         found = AutoProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=trust_remote_code)
         found.image_processor  # noqa: B018
     except Exception as error:  # each processor has its own
         raise ConfigError(
-            "measure.traffic has images, and the processor of the model cannot be loaded",
+            f"{setting} has images, and the processor of the model cannot be loaded",
             found=first_line(error),
             do="copy its files (preprocessor_config.json, processor_config.json), install what it names, or leave out "
             "images",
@@ -197,7 +280,11 @@ def open_processor(tokenizer: Any, trust_remote_code: bool = False) -> Any:
     return found
 
 
-def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
+def _hashes(given: Given) -> dict[str, str]:
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in given.items()}
+
+
+def _read(row: Any, tokenizer: Any, opening: list[int], setting: str) -> _Row:
     """Return a row of a file; raise _Unscorable for one of another form, ConfigError if no row can be used."""
     names = row if isinstance(row, dict) else {}
     fields = {key: value for key, value in names.items() if not is_missing(value)}
@@ -208,7 +295,7 @@ def _read(row: Any, tokenizer: Any, opening: list[int]) -> _Row:
     if "messages" in fields:
         if not tokenizer.chat_template:
             raise ConfigError(
-                "measure.traffic has messages", found="a tokenizer without a chat template", do="give prompt and answer"
+                f"{setting} has messages", found="a tokenizer without a chat template", do="give prompt and answer"
             )
         # The template writes its special tokens itself.
         turns = _turns(fields["messages"])

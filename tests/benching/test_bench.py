@@ -176,9 +176,10 @@ def test_flags_are_those_of_the_layers_that_are_there(tmp_path: Path, models: di
 def test_transformers_in_place_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "guarded", forked)
     models = {"base": save_tiny(tmp_path / "base"), "healed": save_tiny(tmp_path / "healed", "llama", "nSnf")}
-    asked = recipe(engine="transformers", concurrency=[2])
+    asked = recipe(engine="transformers", concurrency=[2], repeats=2)
     found = run_bench(asked, tmp_path, models)
     assert found.complete
+    assert [entry.model for entry in found.measurements] == ["base", "healed", "healed", "base"]
     (at,) = found.results
     assert at.ratios["healed"]["output_tokens_per_s"].median > 0
     assert json.loads((tmp_path / "bench" / "base-c2-r0.json").read_text())["total_output_tokens"] == 16

@@ -88,7 +88,7 @@ def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
 
 class Uncached(AttentionDistiller):
     def forward(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: object = None
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: object = None, given: object = None
     ) -> torch.Tensor:
         return super().forward(input_ids, weights)
 

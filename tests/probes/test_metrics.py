@@ -45,6 +45,25 @@ def test_fast_and_general_way_give_what_token_losses_gives(family: str, monkeypa
     assert all(values.abs().max() < 1e-5 for values in same.values())
 
 
+@torch.no_grad()
+def test_scored_tokens_alone_count() -> None:
+    base, scored = tiny_model(layers=2), torch.rand(IDS.shape) < 0.3
+    hidden = base.model(IDS).last_hidden_state
+    other = hidden + 0.3 * torch.randn_like(hidden)
+    found = token_losses(base, hidden, IDS, other, scored=scored)
+    ours, theirs = (base.lm_head(each).log_softmax(-1)[:, :-1] for each in (hidden, other))
+    by_token = {
+        "kl": (ours.exp() * (ours - theirs)).sum(-1),
+        "nll": -theirs.gather(-1, IDS[:, 1:, None])[..., 0],
+        "base_nll": -ours.gather(-1, IDS[:, 1:, None])[..., 0],
+    }
+    for name, values in by_token.items():
+        expected = [values[row][scored[row, 1:]].mean() for row in range(len(IDS))]
+        torch.testing.assert_close(getattr(found, name), torch.stack(expected))
+    text = BaseText(base, IDS, hidden, scored)
+    torch.testing.assert_close(text.losses(other)["kl"], found.kl, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "granite"])
 @torch.no_grad()
 def test_positions_that_are_left_out_lose_nothing(family: str) -> None:

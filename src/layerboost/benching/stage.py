@@ -101,7 +101,8 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
     planned = [
         (name, [(repeat, point) for repeat in turn for point in job.points if (name, point, repeat) not in done])
         for turn in ([repeats] if alone else [[repeat] for repeat in repeats])
-        for name in models
+        # Every second repeat in reverse: a machine that slows down steadily favours no model.
+        for name in (reversed(models) if turn[0] % 2 else models)
     ]
     missing = sum(len(measurements) for _, measurements in planned)
     log.info("bench: %d measurements to make, %d exist", missing, len(done))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from dataclasses import replace
+from itertools import accumulate, groupby, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Heal, Recipe
+from layerboost.rows import read_rows
 from layerboost.runtime import rank, world_size
+from layerboost.schemas.artifact import fingerprint
+from layerboost.text import local_path, shuffled
+from layerboost.traffic import Request, Requests, Reread, Traffic, to_device
 
 STRETCH_TOKENS = 2048
+VALIDATION_SEQUENCES = 8
 Batch = dict[str, Any]
 
 
@@ -22,8 +29,17 @@ def lengths_of(recipe: Recipe) -> tuple[int, ...]:
 
 
 def check_lengths(recipe: Recipe, context_tokens: int) -> None:
-    """Raise ConfigError for sequences longer than the model's context, or too little text for each length."""
+    """Raise ConfigError for sequences longer than the model's context, too little text for each length, or settings of
+    text with requests."""
     lengths = lengths_of(recipe)
+    of_text = ("sequence_tokens", "retrieval_share", "answer_weight")
+    given = [f"heal.{key}" for key in of_text if getattr(recipe.heal, key) != Heal.model_fields[key].default]
+    if recipe.heal.traffic and given:
+        raise ConfigError(
+            "heal.traffic replaces text, and some settings are for text alone",
+            found=", ".join(given),
+            do="leave them out: a request is one sequence, and its answers alone count in stage 2",
+        )
     longest = max(lengths)
     if longest > context_tokens:
         raise ConfigError(
@@ -52,6 +68,35 @@ def cut(ids: torch.Tensor, lengths: Sequence[int], opening: Sequence[int]) -> li
     return sequences
 
 
+def load_requests(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Traffic, list[Request], str]:
+    """Return the first requests of heal.traffic, for validation; others, shuffled, that hold `tokens` tokens of text
+    and images; and a hash of all.
+
+    The pixels of the others are dropped, as they may not fit into memory, and read again for each step. Raise
+    ConfigError for a file that cannot be used.
+    """
+    name = recipe.heal.traffic or ""
+    file = local_path(name) or Path(name)
+    reader = Requests(file, tokenizer, recipe.text.sequence_tokens, "heal.traffic", recipe.trust_remote_code)
+    rows = read_rows(file)
+    first = list(islice(reader.read(rows), VALIDATION_SEQUENCES))
+    requests, hashes, held = list[Request](), [request.fingerprint for request in first], 0
+    for request in reader.read(shuffled(rows, recipe.seed)):
+        requests.append(replace(request, given={}))
+        hashes.append(request.fingerprint)
+        held += len(request.ids)
+        if held >= tokens:
+            break
+    reader.check(
+        f"is too short: {tokens:,} tokens are needed after the first {VALIDATION_SEQUENCES} requests, which validate"
+        if held < tokens or not requests
+        else "",
+        held=f"{held:,} tokens in {len(requests)} other requests of {file}",
+        do="ask for fewer tokens (heal.tokens, heal.attention_tokens, heal.fit_tokens), or give more requests",
+    )
+    return Traffic.of(first), requests, fingerprint(*hashes)
+
+
 class Data:
     """The sequences of a stage in the order of training, in steps of a fixed number of tokens, or of one longer one.
 
@@ -66,14 +111,16 @@ class Data:
         settings: Heal,
         repeats: int = 1,
         weights: Sequence[torch.Tensor] | None = None,
+        given: Sequence[Reread] = (),
     ) -> None:
         """Take the first `tokens` tokens of the sequences `[L]`, each stretch of them `repeats` times.
 
         `weights` `[L]`: those of the tokens, by default equal. A batch and a step hold as many tokens as `settings`
-        give them of sequences as long as the first.
+        give them of sequences as long as the first. If the sequences are requests, `given` reads what goes with the ids
+        of each: a step has as many requests as it has sequences, each in a batch of its own.
         """
         length = len(sequences[0])
-        self.tokens, self.repeats = tokens, repeats
+        self.tokens, self.repeats, self.given = tokens, repeats, given
         self.batch_tokens = batch_of_process(settings)[0] * length
         ends = accumulate(map(len, sequences))
         counts = (len(ids) + min(0, tokens - end) for ids, end in zip(sequences, ends, strict=True))
@@ -85,7 +132,8 @@ class Data:
             for row, (ids, count) in enumerate(zip(self.sequences, self.counts, strict=True))
         ]
         sizes = [len(ids) for ids in self.sequences]
-        steps = grouped(sizes, settings.batch_sequences * settings.gradient_accumulation * length)
+        places = [length] * len(sizes) if given else sizes
+        steps = grouped(places, settings.batch_sequences * settings.gradient_accumulation * length)
         stretches = grouped([sum(sizes[row] for row in step) for step in steps], STRETCH_TOKENS)
         # The rows of each step, with the number of its stretch.
         self.order = [(number, steps[index]) for number, each in enumerate(stretches) for index in each * repeats]
@@ -95,12 +143,13 @@ class Data:
     def batches(self, step: int, device: torch.device) -> list[Batch]:
         """Return this process's batches of a step, counted from 1: ids and weights `[B, T]`, each of one length.
 
-        If text is repeated, also the batch's `place`: its stretch, first row and number.
+        If text is repeated, also the batch's `place`: its stretch, first row and number; and what is `given` of a
+        request.
         """
         stretch, rows = self.order[step - 1]
         parts: list[list[int]] = []
         for length, same in groupby(rows, key=lambda row: len(self.sequences[row])):
-            indices, size = list(same), max(1, self.batch_tokens // length)
+            indices, size = list(same), 1 if self.given else max(1, self.batch_tokens // length)
             parts += [indices[start : start + size] for start in range(0, len(indices), size)]
         # Every process has as many batches as any other: those that are missing are copies without weight.
         total = len(parts) + -len(parts) % world_size()
@@ -111,7 +160,9 @@ class Data:
             ids = torch.stack([self.sequences[row] for row in part])
             weights = torch.stack([self.weights[row] for row in part]) * (weight if number < len(parts) else 0.0)
             batch: Batch = {"input_ids": ids.to(device), "weights": weights.to(device)}
-            batches.append(batch | ({"place": (stretch, rows[0], number)} if self.repeats > 1 else {}))
+            batch |= {"place": (stretch, rows[0], number)} if self.repeats > 1 else {}
+            batch |= {"given": to_device(self.given[part[0]](), device)} if self.given else {}
+            batches.append(batch)
         return batches
 
     def seen(self, step: int) -> int:

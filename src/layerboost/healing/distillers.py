@@ -27,6 +27,7 @@ from layerboost.model.stream import (
 )
 from layerboost.model.surgery import attention_of, output_projection
 from layerboost.schemas.plan import LayerPlan
+from layerboost.traffic import Given
 
 Checkpointing = Literal["none", "selective", "full"]
 Place = tuple[int, ...]
@@ -93,18 +94,19 @@ class Distiller(nn.Module):
         """Return `weights` `[B, T]`, or if None those of a mean over all tokens."""
         return torch.full(ids.shape, 1 / ids.numel(), device=ids.device) if weights is None else weights
 
-    def run_teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`, attention masked between documents."""
+    def run_teacher(self, ids: torch.Tensor, given: Given | None = None) -> torch.Tensor:
+        """Return the teacher's normed output `[B, T, D]` on ids `[B, T]`: of packed documents, with attention masked
+        between them; or of requests, with what is `given` of their images, empty if they have none."""
+        if given is not None:  # one document, though a chat template may end each turn with the token `end`
+            return decoded(self.teacher, ids, given, use_cache=False)
         positions = text_positions(self.teacher, positions_of(ids, self.end))
         return decoded(self.teacher, ids, position_ids=positions, use_cache=False)
 
-    def explain_not_finite(self, rows: Sequence[torch.Tensor]) -> tuple[str, tuple[str, str]]:
-        """Return where the student is not finite on rows of ids; where the teacher is not, and what to do about it.
-
-        Empty if all is finite.
-        """
+    def explain_not_finite(self, rows: Sequence[tuple[torch.Tensor, Given | None]]) -> tuple[str, tuple[str, str]]:
+        """Return where the student is not finite on rows of ids, each with what is given of its images; where the
+        teacher is not, and what to do about it. Empty if all is finite."""
         student, teacher = (
-            next((found for row in rows if any(found := explain_not_finite(model, row))), ("", ""))
+            next((found for row in rows if any(found := explain_not_finite(model, *row))), ("", ""))
             for model in (self.student, self.teacher)
         )
         return student[0], teacher
@@ -140,21 +142,29 @@ class AttentionDistiller(Distiller):
         self.cache: dict[Place, dict[int, ModuleCall]] = {}
 
     def forward(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: Place | None = None
+        self,
+        input_ids: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        place: Place | None = None,
+        given: Given | None = None,
     ) -> torch.Tensor:
         """Return the sum of `layer_losses`."""
-        return torch.stack(list(self.layer_losses(input_ids, weights, place).values())).sum()
+        return torch.stack(list(self.layer_losses(input_ids, weights, place, given).values())).sum()
 
     def layer_losses(
-        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, place: Place | None = None
+        self,
+        input_ids: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        place: Place | None = None,
+        given: Given | None = None,
     ) -> dict[int, torch.Tensor]:
         """Return each changed layer's normalised MSE for ids and token weights `[B, T]`.
 
         `place`: the key under which the teacher's activations are cached; those of another stretch, its first number,
-        are dropped.
+        are dropped. `given`: as of `run_teacher`.
         """
         weights = self.token_weights(input_ids, weights)
-        calls = self._cached_calls(input_ids, place)
+        calls = self._cached_calls(input_ids, place, given)
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
@@ -162,16 +172,18 @@ class AttentionDistiller(Distiller):
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
-    def _cached_calls(self, ids: torch.Tensor, place: Place | None) -> dict[int, ModuleCall]:
+    def _cached_calls(self, ids: torch.Tensor, place: Place | None, given: Given | None) -> dict[int, ModuleCall]:
         if place is None:
-            return self.teacher_calls(ids, self.changed)
+            return self.teacher_calls(ids, self.changed, given)
         if place not in self.cache:
             if any(cached[0] != place[0] for cached in self.cache):
                 self.cache.clear()
-            self.cache[place] = self.teacher_calls(ids, self.changed)
+            self.cache[place] = self.teacher_calls(ids, self.changed, given)
         return dict(self.cache[place])
 
-    def teacher_calls(self, ids: torch.Tensor, layers: Sequence[LayerPlan]) -> dict[int, ModuleCall]:
+    def teacher_calls(
+        self, ids: torch.Tensor, layers: Sequence[LayerPlan], given: Given | None = None
+    ) -> dict[int, ModuleCall]:
         """Return the calls of the teacher's modules on ids `[B, T]`, by layer, in one forward pass without gradient.
 
         The output of a linear layer's is what its output projection gets.
@@ -179,8 +191,8 @@ class AttentionDistiller(Distiller):
         modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
         projections = {plan.layer: output_projection(self.teacher, plan.layer) for plan in layers if plan.feature_map}
         with torch.no_grad(), recorded(modules, ModuleCall) as calls, recorded(projections, input_of) as inputs:
-            self.run_teacher(ids)
-        return calls | {layer: replace(calls[layer], output=given) for layer, given in inputs.items()}
+            self.run_teacher(ids, given)
+        return calls | {layer: replace(calls[layer], output=value) for layer, value in inputs.items()}
 
     def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
         """Return the output `[B, T, D]` of the student's module, as `teacher_calls` does, on the teacher's input."""
@@ -197,11 +209,12 @@ class AttentionDistiller(Distiller):
 @dataclass(frozen=True)
 class Targets:
     """The teacher's activations on a batch: the stream at the first changed layer and the normed output, `[B, T, D]`,
-    and the arguments of each layer from there up.
+    and of each layer from there up its arguments and what an image tower adds to the stream before it (Qwen3-VL's
+    deepstack), None if nothing.
     """
 
     start: torch.Tensor
-    arguments: dict[int, dict[str, Any]]
+    calls: dict[int, tuple[dict[str, Any], torch.Tensor | None]]
     output: torch.Tensor
 
 
@@ -227,9 +240,12 @@ class LogitDistiller(Distiller):
         self.first = self.changed[0].layer if self.changed else 0
         self.temperature, self.ce_weight, self.checkpointing = temperature, ce_weight, checkpointing
 
-    def forward(self, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return KL and cross entropy, summed with token weights, for ids and weights `[B, T]`."""
-        targets = self.compute_targets(input_ids)
+    def forward(
+        self, input_ids: torch.Tensor, weights: torch.Tensor | None = None, given: Given | None = None
+    ) -> torch.Tensor:
+        """Return KL and cross entropy, summed with token weights, for ids and weights `[B, T]`; `given`: as of
+        `run_teacher`."""
+        targets = self.compute_targets(input_ids, given)
         return distillation_loss(
             self.student_output(targets),
             targets.output,
@@ -237,29 +253,36 @@ class LogitDistiller(Distiller):
             lambda rows: head_logits(self.teacher, rows),
             self.token_weights(input_ids, weights),
             temperature=self.temperature,
-            labels=next_tokens(input_ids, self.end),
+            labels=next_tokens(input_ids, self.end if given is None else None),
             ce_weight=self.ce_weight,
         )
 
     @torch.no_grad()
-    def compute_targets(self, ids: torch.Tensor) -> Targets:
-        """Return the teacher's activations on ids `[B, T]`."""
+    def compute_targets(self, ids: torch.Tensor, given: Given | None = None) -> Targets:
+        """Return the teacher's activations on ids `[B, T]`; `given`: as of `run_teacher`."""
         start: list[torch.Tensor] = []
+        below: list[torch.Tensor] = []  # the output of the layer below
 
-        def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], _: torch.Tensor) -> dict[str, Any]:
+        def call(
+            args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> tuple[dict[str, Any], torch.Tensor | None]:
+            hidden = input_of(args, kwargs)
+            added = hidden - below[0] if given and below and hidden is not below[0] else None
             if not start:
-                start.append(input_of(args, kwargs))
-            return {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                start.append(hidden)
+            below[:] = [output]
+            return {name: value for name, value in kwargs.items() if name != "hidden_states"}, added
 
         layers = dict(enumerate(decoder_layers(self.teacher)))
-        with recorded({i: layer for i, layer in layers.items() if i >= self.first}, arguments) as calls:
-            output = self.run_teacher(ids)
+        with recorded({i: layer for i, layer in layers.items() if i >= self.first}, call) as calls:
+            output = self.run_teacher(ids, given)
         return Targets(start[0], calls, output)
 
     def student_output(self, targets: Targets) -> torch.Tensor:
         """Return the student's normed output `[B, T, D]`; run its layers from the first changed one up."""
         hidden = targets.start
-        for index, arguments in targets.arguments.items():
+        for index, (arguments, added) in targets.calls.items():
+            hidden = hidden if added is None else hidden + added
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
                 context = matrix_products if self.checkpointing == "selective" else noop_context_fn

@@ -29,6 +29,7 @@ from layerboost.runtime import Progress, log, main_process_first
 from layerboost.schemas.healing import METRICS
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import SLIDING
+from layerboost.traffic import Given, Reread, to_device
 
 MOST_BYTES = 2 << 30  # of sums at once: a wide model needs several passes of the base
 STAGE = "fit"
@@ -57,9 +58,10 @@ def fit_stage(
     tokens: int,
     folder: Path,
     validate: Callable[[], dict[str, float]],
+    given: Sequence[Reread] = (),
 ) -> list[int]:
     """Fit the student's output projections to the first `tokens` tokens of the sequences `[L]`; return the layers
-    changed.
+    changed. `given`: what goes with each sequence's ids if they are requests.
 
     `folder/fit.safetensors` stores them; an existing fit is only loaded. One that does not lower `validation_kl` of
     `validate()` is dropped, with a warning. Under torchrun the first process fits and the others read its file. Raise
@@ -71,7 +73,7 @@ def fit_stage(
             metrics = Metrics(STAGE, folder / METRICS, after_step=-1)
             before = validate()
             metrics.write(0, 0, before)
-            fitted = fit_outputs(distiller, sequences, tokens)
+            fitted = fit_outputs(distiller, sequences, tokens, given)
             before_fit = {layer: projection_of(distiller, layer).weight for layer in fitted}
             put(distiller, fitted)
             after = validate()
@@ -95,7 +97,7 @@ def fit_stage(
 
 @torch.no_grad()
 def fit_outputs(
-    distiller: AttentionDistiller, sequences: Sequence[torch.Tensor], tokens: int
+    distiller: AttentionDistiller, sequences: Sequence[torch.Tensor], tokens: int, given: Sequence[Reread] = ()
 ) -> dict[int, torch.Tensor]:
     """Return the output projection `[E, I]` of each sliding layer, fitted to the first `tokens` tokens of `sequences`.
 
@@ -115,8 +117,9 @@ def fit_outputs(
                 entry.layer: tuple(Sums.zeros(projection_of(distiller, entry.layer)) for _ in range(2))
                 for entry in group
             }
-            for row, end in zip(sequences, ends, strict=False):
-                for layer, inputs, error in _errors(distiller, group, row[None].to(device)):
+            for index, (row, end) in enumerate(zip(sequences, ends, strict=False)):
+                images = to_device(given[index](), device) if given else None
+                for layer, inputs, error in _errors(distiller, group, row[None].to(device), images):
                     sums[layer][held_out(end, total)].add(inputs, error)
                 progress.advance(len(row))
             for layer, (seen, unseen) in sums.items():
@@ -161,10 +164,10 @@ def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iter
 
 
 def _errors(
-    distiller: AttentionDistiller, entries: Sequence[LayerPlan], ids: torch.Tensor
+    distiller: AttentionDistiller, entries: Sequence[LayerPlan], ids: torch.Tensor, given: Given | None = None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield each layer, its output projection's input `[B, T, I]`, and the base's output less its own `[B, T, E]`."""
-    calls = distiller.teacher_calls(ids, entries)
+    calls = distiller.teacher_calls(ids, entries, given)
     for entry in entries:
         call = calls.pop(entry.layer)
         with recorded({entry.layer: projection_of(distiller, entry.layer)}, input_of) as inputs:

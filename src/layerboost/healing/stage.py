@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
-from layerboost.healing.data import batch_of_process, check_lengths, cut, lengths_of
+from layerboost.healing.data import (
+    VALIDATION_SEQUENCES,
+    batch_of_process,
+    check_lengths,
+    cut,
+    lengths_of,
+    load_requests,
+)
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
@@ -32,9 +40,9 @@ from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
 from layerboost.strategies import SLIDING
-from layerboost.text import check_samples, is_local, load_tokens, opening_ids
+from layerboost.text import Tokens, check_samples, is_local, load_tokens, opening_ids
+from layerboost.traffic import Reread, Traffic
 
-VALIDATION_SEQUENCES = 8
 IDENTITY, TEXT = "heal.json", "text.json"
 
 
@@ -44,6 +52,9 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     check_fit(recipe)
     check_lengths(recipe, base.config.max_position_embeddings)
     most = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
+    if recipe.heal.traffic:
+        load_requests(recipe, base.tokenizer, most)
+        return
     check_samples(recipe.text, most, "train")
     if all(map(is_local, recipe.text.sources)):
         load_tokens(training_text(recipe), base.tokenizer, "train", most)
@@ -69,7 +80,8 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
     check_fit(recipe)
     with main_process_first():
         base = open_base(recipe, run, runtime)
-        write_samples(recipe, run, base)
+        if not recipe.heal.traffic:
+            write_samples(recipe, run, base)
     check_same_model(plan, base.info, run / CONVERTED / PLAN)
     check_lengths(recipe, base.info.max_context_tokens)
     text = load_text(recipe, run, plan, base.tokenizer)
@@ -99,9 +111,11 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
 
 def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
     """Return the model card's sentences on healing."""
+    traffic = recipe.heal.traffic
+    source = f"the requests in {Path(traffic).name}" if traffic else recipe.text.name
     sentences = (
         f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
-        f"tokens of LoRA distillation from the base, on {recipe.text.name}."
+        f"tokens of LoRA distillation from the base, on {source}."
     )
     if fitted:
         sentences += (
@@ -119,15 +133,16 @@ class HealingText:
     """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
     `answers` `[L]`: where the next token of a sequence answers. `fit_tokens`: the first tokens of the attention stage,
-    for the fit before it. `validation`: ids `[N, T]`. `fingerprint`: of all text.
+    for the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each sequence, empty for text.
     """
 
     sequences: dict[str, list[torch.Tensor]]
     answers: dict[str, list[torch.Tensor]]
     fit_tokens: int
     tokens: dict[str, int]
-    validation: torch.Tensor
+    validation: Tokens | Traffic
     fingerprint: str
+    given: Sequence[Reread] = ()
 
     @property
     def stages(self) -> list[str]:
@@ -140,7 +155,7 @@ def training_text(recipe: Recipe) -> Text:
 
 
 def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> HealingText:
-    """Return all text of the run, read before training; raise ConfigError if there is too little."""
+    """Return all text or requests of the run, read before training; raise ConfigError if there is too little."""
     changed = [entry for entry in plan.layers if entry.changed]
     learns = any(entry.learns_alone for entry in changed)
     tokens = {"attention": recipe.heal.attention_tokens if learns else 0, "lora": recipe.heal.tokens}
@@ -153,6 +168,8 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
             do="give one of the stages some tokens",
         )
 
+    if recipe.heal.traffic:
+        return _request_text(recipe, tokenizer, tokens, fit_tokens)
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
     needed = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
     train = {
@@ -175,8 +192,26 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         answers={name: answers for name, (_, answers) in made.items()},
         fit_tokens=fit_tokens,
         tokens=tokens,
-        validation=validation.ids,
+        validation=validation,
         fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation)), *asking),
+    )
+
+
+def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_tokens: int) -> HealingText:
+    """Return the requests of heal.traffic, the same for both stages, each of which ends with a request."""
+    validation, requests, found = load_requests(recipe, tokenizer, max(fit_tokens, *tokens.values()))
+    ends = [0, *accumulate(len(request.ids) for request in requests)]
+    sequences = [torch.tensor(request.ids) for request in requests]
+    answers = [torch.tensor([*request.scored[1:], False]) for request in requests]
+    log.info("healing on requests: %d that hold %d tokens, those of images included", len(requests), ends[-1])
+    return HealingText(
+        sequences=dict.fromkeys(STAGES, sequences),
+        answers=dict.fromkeys(STAGES, answers),
+        fit_tokens=fit_tokens,
+        tokens={stage: next(end for end in ends if end >= count) for stage, count in tokens.items()},
+        validation=validation,
+        fingerprint=found,
+        given=[request.reread for request in requests],
     )
 
 
@@ -225,6 +260,7 @@ def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Hea
 def heal_identity(recipe: Recipe, plan: PlanFile, runtime: Runtime) -> dict[str, Any]:
     """Return all that the healed weights depend on, as JSON values; the split of a step into batches does not count."""
     free = {"save_steps", "report_to", "activation_checkpointing", "batch_sequences", "gradient_accumulation", "shard"}
+    free |= set() if recipe.heal.traffic else {"traffic"}  # so that work of earlier releases goes on
     settings = recipe.heal.model_dump(mode="json", exclude=free)
     settings["batch_sequences × gradient_accumulation"] = (
         recipe.heal.batch_sequences * recipe.heal.gradient_accumulation
@@ -272,7 +308,8 @@ def check_same_text(work: Path, text: HealingText) -> None:
     if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != text.fingerprint:
         raise ConfigError(
             f"{work} was started on another text",
-            found="the tokens from text.source have changed, or another release made its retrieval sequences",
+            found="the tokens from text.source or heal.traffic have changed, or another release made its retrieval "
+            "sequences",
             do=f"restore the old text, use another --run folder, or delete {work}",
         )
 
@@ -300,7 +337,7 @@ def train(
     )
     local = AttentionDistiller(*models)
     distillers = {"attention": local, "lora": logits}
-    validation = Validation(logits, text.validation.to(device).split(settings.batch_sequences))
+    validation = Validation(logits, text.validation.batches(settings.batch_sequences, device))
     if settings.shard:
         shards = shard(pair.teacher, student, device)
         shards.gather_for(validation, "measure")
@@ -309,10 +346,13 @@ def train(
     fitted = []
     if text.fit_tokens:
         with enough_memory(settings):
-            fitted = fit_stage(local, text.sequences["attention"], text.fit_tokens, folder, validation.measure)
+            sequences = text.sequences["attention"]
+            fitted = fit_stage(local, sequences, text.fit_tokens, folder, validation.measure, text.given)
     for stage in text.stages:
         train_only(student, stage, pair.adapted[stage])
-        weights = [1 + (settings.answer_weight - 1) * answers for answers in text.answers[stage]]
+        # Of a request its answers alone count, as where layers are measured.
+        other, answer = (0.0, 1.0) if text.given else (1.0, settings.answer_weight)
+        weights = [other + (answer - other) * answers for answers in text.answers[stage]]
         train_stage(
             stage,
             distillers[stage],
@@ -322,6 +362,7 @@ def train(
             folder,
             validation.measure,
             weights if stage == "lora" else None,
+            text.given,
         )
         local.cache.clear()
     return fitted
@@ -329,20 +370,26 @@ def train(
 
 @dataclass
 class Validation:
-    """KL to the base and NLL of the student on batches `[B, T]` of held-out text; the base runs on them once."""
+    """KL to the base and NLL of the student on batches of held-out text `[B, T]` or of requests; the base runs on them
+    once."""
 
     distiller: LogitDistiller
-    batches: Sequence[torch.Tensor]
+    batches: Sequence[torch.Tensor | Traffic]
     targets: Sequence[Targets] = ()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return `validation_kl` and `validation_nll`, in nats per token."""
+        """Return `validation_kl` and `validation_nll`, in nats per token; of requests, per token of an answer."""
         teacher, student = self.distiller.teacher, self.distiller.student
-        self.targets = self.targets or [self.distiller.compute_targets(ids) for ids in self.batches]
         found: list[SequenceLosses] = []
-        for ids, targets in zip(self.batches, self.targets, strict=True):
-            found.append(token_losses(teacher, targets.output, ids, self.distiller.student_output(targets), student))
-            check_values("NLL of the base on a validation sequence", found[-1].base_nll, teacher, ids)
-        kl, nll, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts = [
+            (batch.ids, batch.given, batch.scored) if isinstance(batch, Traffic) else (batch, None, None)
+            for batch in self.batches
+        ]
+        self.targets = self.targets or [self.distiller.compute_targets(ids, given) for ids, given, _ in parts]
+        for (ids, given, scored), targets in zip(parts, self.targets, strict=True):
+            output = self.distiller.student_output(targets)
+            found.append(token_losses(teacher, targets.output, ids, output, student, scored))
+            check_values("NLL of the base on a validation sequence", found[-1].base_nll, teacher, ids, given)
+        kl, nll, _ = (torch.cat(values) for values in zip(*found, strict=True))
         return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}

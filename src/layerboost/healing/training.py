@@ -28,6 +28,7 @@ from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.healing import METRICS, MetricLine, read_metrics
+from layerboost.traffic import Reread
 
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -44,10 +45,12 @@ def train_stage(
     folder: Path,
     validate: Validate,
     weights: Sequence[torch.Tensor] | None = None,
+    given: Sequence[Reread] = (),
 ) -> None:
     """Train a stage, `attention` or `lora`, on the first `tokens` tokens of the sequences `[L]`, in order.
 
-    `weights` `[L]`: those of the tokens in the loss, by default equal.
+    `weights` `[L]`: those of the tokens in the loss, by default equal. `given`: what goes with each sequence's ids if
+    they are requests.
 
     Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
     `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
@@ -59,7 +62,8 @@ def train_stage(
     """
     if load_result(name, distiller, folder):
         return
-    data = Data(sequences, tokens, settings, settings.attention_repeats if name == "attention" else 1, weights)
+    repeats = settings.attention_repeats if name == "attention" else 1
+    data = Data(sequences, tokens, settings, repeats, weights, given)
     with enough_memory(settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)
@@ -199,7 +203,7 @@ class _Training:
 
     def bad_loss(self, loss: float, step: int, batches: list[Batch]) -> LayerboostError:
         """Return the error for a loss that is not finite, with the place in the model unless that is sharded."""
-        rows = [row for batch in batches for row in batch["input_ids"]]
+        rows = [(row, batch.get("given")) for batch in batches for row in batch["input_ids"]]
         places = ("", ("", "")) if self.sharded else self.distiller.explain_not_finite(rows)
         return not_finite(self.name, f"loss is {loss}", step, *places)
 

@@ -284,16 +284,19 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def explain_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> tuple[str, str]:
+def explain_not_finite(
+    model: PreTrainedModel, ids: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, str]:
     """Return where a forward pass over ids `[T]` first gives a number that is not finite, and what to do about it.
 
     The first text names module, token and weights that are not finite themselves; empty if all numbers are finite.
+    `given`: as of `decoded`.
     """
     modules = {"the embedding": model.get_input_embeddings()}
     modules |= {f"layer {index}": layer for index, layer in enumerate(decoder_layers(model))}
     modules |= {"the final norm": final_norm(model), "the head": model.get_output_embeddings()}
     with recorded(modules, lambda _, __, output: (~output.isfinite()).nonzero()[:1].tolist()) as bad:
-        model(input_ids=ids[None].to(model.device), use_cache=False)
+        model(input_ids=ids[None].to(model.device), **(given or {}), use_cache=False)
     name = next((name for name in modules if bad[name]), None)
     if name is None:
         return "", ""

@@ -23,7 +23,8 @@ ROWS, VOCABULARY = 1024, 1024
 
 
 class SequenceLosses(NamedTuple):
-    """Means over the T-1 predicted tokens of each sequence, `[B]`, in nats: of a changed model, and the base's NLL."""
+    """Means over the predicted or scored tokens of each sequence, `[B]`, in nats: of a changed model, and the base's
+    NLL."""
 
     kl: torch.Tensor
     nll: torch.Tensor
@@ -36,20 +37,26 @@ def token_losses(
     ids: torch.Tensor,
     changed: torch.Tensor,
     changed_model: PreTrainedModel | None = None,
+    scored: torch.Tensor | None = None,
 ) -> SequenceLosses:
     """Return KL(base ‖ changed) and both NLLs over `ids` `[B, T]`.
 
     `base_hidden`, `changed`: normed final hidden states `[B, T, D]`. The head is the base's unless `changed_model` has
-    its own.
+    its own. `scored` `[B, T]`: the tokens whose prediction counts, None for all.
     """
     found: list[tuple[torch.Tensor, ...]] = []
-    rows = (each[:, :-1].flatten(0, 1).split(CHUNK_TOKENS) for each in (base_hidden, changed))
-    for base_rows, changed_rows, target in zip(*rows, ids[:, 1:].flatten().split(CHUNK_TOKENS), strict=True):
+    counts = torch.ones_like(ids[:, 1:], dtype=torch.bool) if scored is None else scored[:, 1:]
+    rows = (each[:, :-1][counts].split(CHUNK_TOKENS) for each in (base_hidden, changed))
+    for base_rows, changed_rows, target in zip(*rows, ids[:, 1:][counts].split(CHUNK_TOKENS), strict=True):
         base = head_logits(base_model, base_rows).float().log_softmax(-1)
         other = head_logits(changed_model or base_model, changed_rows).float().log_softmax(-1)
         nll, base_nll = (-each.gather(-1, target[:, None])[:, 0] for each in (other, base))
         found.append((torch.linalg.vecdot(base.exp(), base - other), nll, base_nll))
-    return SequenceLosses(*(torch.cat(parts).view(len(ids), -1).mean(-1) for parts in zip(*found, strict=True)))
+    values = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    if scored is None:
+        return SequenceLosses(*(each.view(len(ids), -1).mean(-1) for each in values))
+    lengths = counts.sum(1).tolist()
+    return SequenceLosses(*(torch.stack([part.mean() for part in each.split(lengths)]) for each in values))
 
 
 class BaseText:
@@ -186,10 +193,17 @@ def answer_scores(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor
     return torch.stack([part.sum() for part in right]), torch.stack([part.all() for part in hit])
 
 
-def check_values(what: str, values: torch.Tensor, model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Raise LayerboostError, naming layer and token, for a value `[N]` of sequences `[N, T]` that is not finite."""
+def check_values(
+    what: str,
+    values: torch.Tensor,
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Raise LayerboostError, naming layer and token, for a value `[N]` of sequences `[N, T]` that is not finite;
+    `given`: what goes with the ids."""
     for row in (~values.isfinite()).nonzero().flatten().tolist():
-        where, do = explain_not_finite(model, ids[row])
+        where, do = explain_not_finite(model, ids[row], given)
         raise LayerboostError(f"{what} is {float(values[row])}", found=where or f"in sequence {row + 1}", do=do)
 
 

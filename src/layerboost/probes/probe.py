@@ -135,7 +135,7 @@ class TextProbe:
             else:
                 scored = source.scored if isinstance(source, Traffic) else None
                 self.samples.append(text_sample := BaseText(model, ids, output, scored))
-                check_values("nll of the base", text_sample.by_sequence(text_sample.nll), model, ids)
+                check_values("nll of the base", text_sample.by_sequence(text_sample.nll), model, ids, given)
         self.streams = Streams(stream, first, caches, of_batch)
 
     @torch.no_grad()
