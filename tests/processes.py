@@ -27,6 +27,13 @@ def free_port() -> int:
     return port
 
 
+def without_layerboost(folder: Path) -> dict[str, str]:
+    """The environment of a process in which layerboost cannot be imported, as where it is not installed."""
+    (folder / "layerboost").mkdir()
+    (folder / "layerboost" / "__init__.py").write_text('raise ImportError("layerboost is hidden")\n')
+    return {"PYTHONPATH": str(folder)}
+
+
 class Forked:
     """A process that runs `target(*arguments)`; what it prints goes to `output` and `errors`."""
 

@@ -69,6 +69,13 @@ def vllm_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 
 @pytest.fixture(scope="session")
+def stock_vllm(vllm_with: Callable[..., Vllm], tmp_path_factory: pytest.TempPathFactory) -> Vllm:
+    """The session's process of vLLM without plugins, in which layerboost cannot be imported."""
+    hidden = processes.without_layerboost(tmp_path_factory.mktemp("hidden"))
+    return vllm_with(VLLM_PLUGINS="", **hidden)
+
+
+@pytest.fixture(scope="session")
 def vllm(vllm_with: Callable[..., Vllm]) -> Vllm:
     """The session's process of vLLM."""
     pytest.importorskip("vllm", reason="vLLM is not installed")

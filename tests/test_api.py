@@ -14,6 +14,7 @@ from tiny import layer_plans, save_text, save_tiny
 
 import layerboost as lb
 from layerboost.errors import ConfigError, InfeasibleBudget
+from layerboost.schemas.plan import PlanFile
 
 IDS = torch.arange(3, 43)[None]
 EXAMPLES = Path(python_api.__file__).parent
@@ -93,6 +94,27 @@ def test_stages_on_objects(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(stock(IDS).logits, converted.model(IDS).logits, atol=2e-4, rtol=1e-3)
     with pytest.raises(ConfigError, match=r"models\['base'\] must be a base"):
         lb.evaluate({"healed": converted}, text)
+
+
+def test_linear_attention_that_a_family_cannot_have_is_not_measured(folder: Path, tmp_path: Path) -> None:
+    base = lb.open_base(save_tiny(tmp_path / "olmo2", "olmo2"))
+    text = lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
+    with pytest.raises(ConfigError, match="cannot have linear attention"):
+        lb.measure(base, text, lb.Measure(windows=(8,), strategies=("sliding", "linear"), tokens=192))
+
+
+def test_a_healed_model_says_so_and_replaces_nothing_of_others(folder: Path, tmp_path: Path) -> None:
+    base, text = lb.open_base(folder / "model"), lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
+    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("fssn", 8))
+    settings = lb.Heal(fit_tokens=96, attention_tokens=96, tokens=96)
+    healed = lb.heal(lb.convert(base, plan), text, settings, folder=tmp_path / "run")
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="models was not made by layerboost"):
+        healed.save(tmp_path / "models")
+    for _ in range(2):  # its own place is replaced
+        card = (healed.save(tmp_path / "models" / "healed") / "README.md").read_text(encoding="utf-8")
+        assert "Healed by 96 tokens of attention distillation and 96 tokens of LoRA distillation" in card
+    assert (tmp_path / "models" / "other").is_dir()
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "layerboost"
 # From the bottom up; a module may import from its own folder and from lower rows.
 FLOORS = [
     {"errors", "terminal", "strategies"},
-    {"files", "recipe"},
+    {"files"},
+    {"recipe"},
     {"schemas"},
     {"runtime"},
     {"run_folder", "costs", "rows"},

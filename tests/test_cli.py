@@ -61,7 +61,9 @@ def test_brackets_in_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 
 def test_ls() -> None:
     families = json.loads(layerboost("ls", "families", "--json").stdout)
-    assert families["llama"] == {"vllm": "Llama classes"}
+    assert families["llama"] == {"vllm": "Llama classes", "lacks": ""}
+    assert families["lfm2"]["vllm"] is None
+    assert all(bool(row["vllm"]) != bool(row["lacks"]) for row in families.values())
     others = json.loads(layerboost("ls", "unsupported", "--json").stdout)
     assert others["deepseek_v3"] == "multi-head latent attention"
     assert not others.keys() & families.keys()

@@ -15,6 +15,7 @@ from test_pipeline import layerboost
 from tiny import save_text, save_tiny
 
 from layerboost.cli import cli
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.recipe import load_recipe, set_option
 from layerboost.schemas.plan import read_plan
 
@@ -83,6 +84,21 @@ def test_the_figures_show_the_results(tmp_path: Path) -> None:
     for figure in figures:
         drawn = ROOT / "docs" / "images" / figure.name
         assert figure.read_text() == drawn.read_text(), "python benchmarks/figure.py"
+
+
+def test_the_table_of_what_vllm_serves_is_generated(request: pytest.FixtureRequest) -> None:
+    served: dict[str, list[str]] = {}
+    for name, row in (*FAMILIES.items(), *WRAPPERS.items()):
+        served.setdefault(row.vllm or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
+    head = "| in vLLM | families |\n|---|---|\n"
+    table = head + "".join(f"| {how} | {', '.join(names)} |\n" for how, names in served.items())
+    page = ROOT / "docs" / "guide" / "serving.md"
+    text = page.read_text()
+    wanted = re.sub(re.escape(head) + r"(\|.*\n)*", lambda _: table, text)
+    if request.config.getoption("--update-golden"):
+        page.write_text(wanted)
+        return
+    assert table in text, "pytest tests/test_docs.py --update-golden, and read the difference"
 
 
 def test_every_entry_of_the_log_is_in_its_index() -> None:

@@ -76,6 +76,9 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="not a mapping"):
         load_recipe([tmp_path / "list.yaml"], {})
+    (tmp_path / "twice.yaml").write_text("heal:\n  lr: 1.0e-4\nseed: 1\nheal:\n  tokens: 5\n")
+    with pytest.raises(ConfigError, match="heal is given twice, the second time in line 4"):
+        load_recipe([tmp_path / "twice.yaml"], {})
     with pytest.raises(ConfigError, match="no such recipe"):
         find_recipe("demoo")
     with pytest.raises(ConfigError, match="key=value"):

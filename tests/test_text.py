@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,33 @@ def test_splits_share_no_document_and_do_not_depend_on_the_seed(tmp_path: Path) 
         assert [other for other in documents if start in joined[other]] == [split]
 
 
+def test_a_large_file_is_read_only_as_far_as_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All documents of a data set of many gigabytes do not fit in memory."""
+    small = save_text(tmp_path / "t.jsonl")
+    rows = [json.loads(line)["text"] for line in small.read_text().splitlines()]
+    small.write_text(small.read_text() * 2 + "not JSON")
+    with pytest.raises(ConfigError, match=r"line 201 of .* is not JSON"):
+        documents(small)
+    monkeypatch.setattr("layerboost.text.LARGE_BYTES", 1000)
+    found = read_documents(str(small), "text")
+    assert [next(found) for _ in rows] == rows  # in the order of the file, each once
+    words = load_tokens(settings(small), TOKENIZER, "calibration", 1600).ids.flatten().tolist()
+    assert " ".join(f"w{index}" for index in words[:200]) == rows[0]
+    assert " ".join(f"w{index}" for index in words[201:401]) == rows[10]
+    with pytest.raises(ConfigError, match=r"line 201 of .* is not JSON"):
+        list(found)
+
+
+def test_the_end_of_a_text_within_a_document_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in chats that were rendered to text, or in web pages: healing would hide each part from the next."""
+    rows = [f"w{3 + row} w4 " * 40 for row in range(100)]
+    for name, between in (("plain", "w5"), ("chats", "</s>")):
+        assert not caplog.text
+        file = save_rows(tmp_path / f"{name}.jsonl", [f"{row} {between} {row}" for row in rows])
+        load_tokens(settings(file), TOKENIZER, "calibration", 1500)
+    assert re.search(r"10 of 10 documents of .*chats.jsonl hold </s> themselves", caplog.text)
+
+
 def test_the_train_order_follows_the_seed(tmp_path: Path) -> None:
     text = settings(save_text(tmp_path / "t.jsonl"))
     first, same, other = (load_tokens(text, TOKENIZER, "train", 640, seed=seed) for seed in (0, 0, 1))
@@ -82,6 +110,14 @@ def test_documents_and_sequences_open_as_the_tokenizer_opens_a_text(tmp_path: Pa
     # Nothing of the text is lost or said twice.
     words = stream[stream != 0]
     assert torch.equal(words, plain.flatten()[: len(words)])
+
+
+def test_what_a_rendered_text_has_already_is_not_put_around_it_again(tmp_path: Path) -> None:
+    plain = save_text(tmp_path / "plain.jsonl")
+    rows = [json.loads(line)["text"] for line in plain.read_text().splitlines()]
+    rendered = save_rows(tmp_path / "rendered.jsonl", [f"<s> {row} </s>" for row in rows])
+    one, other = (load_tokens(settings(file), opening_tokenizer(), "all", 3200).ids for file in (plain, rendered))
+    assert torch.equal(one, other)
 
 
 def test_formats(tmp_path: Path) -> None:

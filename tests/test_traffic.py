@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer, layer_plans, save_text, tiny_model, tiny_tokenizer
+from tiny import byte_tokenizer, layer_plans, opening_tokenizer, save_text, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE
@@ -80,6 +80,13 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(opening: list[str], tmp
     start = [0] if opening else []
     assert shown(found, 0) == ([*start, 10, 11, 12, 13, 30, 31], [30, 31])
     assert shown(found, 1)[0] == [*start, 40, 41, 42]
+
+
+def test_a_prompt_that_begins_as_a_model_wants_it_begins_so_once(tmp_path: Path) -> None:
+    """As prompts do that are taken from a server's log of rendered chats."""
+    file = write(tmp_path / "t.jsonl", {"prompt": "<s> w10 w11", "answer": " w30"}, {"text": "<s> w40 w41"})
+    found = load_traffic(file, opening_tokenizer(), 64, 10_000)
+    assert [shown(found, row) for row in range(2)] == [([0, 10, 11, 30], [30]), ([0, 40, 41], [40, 41])]
 
 
 # Pieces of a text have other tokens than the whole: a mark in front, as of Llama 2, one token over the border.

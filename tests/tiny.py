@@ -119,7 +119,14 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 48,
     },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5},
-    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "rotary_dim": 16},
+    "minimax_m2": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "rotary_dim": 16,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
     "afmoe": {
         **EXPERTS,
         "num_experts": 8,

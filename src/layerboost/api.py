@@ -19,13 +19,13 @@ from layerboost import converting
 from layerboost.errors import ConfigError
 from layerboost.evaluating.stage import run_evaluate
 from layerboost.exporting.stage import run_export
-from layerboost.healing.stage import run_heal
+from layerboost.healing.stage import HEALED_BY, run_heal
 from layerboost.measuring import stage as measuring
 from layerboost.model import base as models
 from layerboost.model.base import Base, find_model
-from layerboost.model.card import origin_of
+from layerboost.model.card import CARD, origin_of
 from layerboost.model.checkpoint import check_same_model, save_boosted
-from layerboost.model.surgery import check_plan, check_windows
+from layerboost.model.surgery import check_plan
 from layerboost.planning import stage as planning
 from layerboost.planning.methods import MEASURING
 from layerboost.recipe import Card, Evaluate, Heal, Measure, Plan, Recipe, Text, recipe_yaml
@@ -38,15 +38,19 @@ from layerboost.schemas.sensitivity import Sensitivity
 
 @dataclass(frozen=True)
 class Boosted:
-    """A model with a plan applied, in memory, and the base that it was made from."""
+    """A model with a plan applied, in memory, and the base that it was made from; `healing`: how it was trained."""
 
     base: Base
     plan: PlanFile
     model: PreTrainedModel
     recipe: Recipe
+    healing: str = ""
 
     def save(self, folder: str | Path) -> Path:
-        """Write a Hugging Face checkpoint with tokenizer, plan and model card; return its directory."""
+        """Write a Hugging Face checkpoint with tokenizer, plan and model card; return its directory.
+
+        Raise ConfigError for a directory that holds something else.
+        """
         save_boosted(
             self.model,
             self.base.tokenizer,
@@ -54,6 +58,7 @@ class Boosted:
             Path(folder),
             recipe_yaml=recipe_yaml(self.recipe),
             origin=origin_of(self.base.folder, self.base.name, Card()),
+            healing=self.healing,
         )
         return Path(folder)
 
@@ -79,7 +84,7 @@ def measure(base: Base, text: Text, settings: Measure | None = None, *, seed: in
     """Measure what each replacement of each layer's attention costs, by KL, NLL, retrieval and more."""
     recipe = _recipe(base, text=text, measure=settings or Measure(), seed=seed)
     measuring.validate_measure(recipe)
-    check_windows(base.config, recipe.measure.windows)
+    measuring.check_config(recipe, base.config)
     return measuring.measure(recipe, base)
 
 
@@ -114,8 +119,9 @@ def heal(
         write_plan(run / PLAN, converted.plan)
         if not (run / CONVERTED).exists():
             converted.save(run / CONVERTED)
-        run_heal(recipe, run)
-        return Boosted(base, converted.plan, find_model(str(run / HEALED), base.runtime).load(), recipe)
+        card = (run_heal(recipe, run) / CARD).read_text(encoding="utf-8")
+        healing = next(line for line in card.splitlines() if line.startswith(HEALED_BY))
+        return Boosted(base, converted.plan, find_model(str(run / HEALED), base.runtime).load(), recipe, healing)
 
 
 def evaluate(

@@ -309,9 +309,12 @@ def ls(what: str, as_json: bool) -> None:
     if what == "families":
         from layerboost.model.families import FAMILIES, WRAPPERS
 
-        head = ["family", "vLLM"]
-        listing: dict[str, Any] = {name: {"vllm": family.vllm} for name, family in FAMILIES.items()}
-        listing |= {f"{name} ({', '.join(row.inside)})": {"vllm": row.vllm} for name, row in WRAPPERS.items()}
+        head = ["family", "vLLM", "what vLLM lacks"]
+        rows: dict[str, Any] = {**FAMILIES}
+        rows |= {f"{name} ({', '.join(row.inside)})": row for name, row in WRAPPERS.items()}
+        listing: dict[str, Any] = {
+            name: {"vllm": row.vllm or None, "lacks": row.vllm_lacks} for name, row in rows.items()
+        }
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families
 

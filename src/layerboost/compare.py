@@ -18,7 +18,7 @@ from layerboost.evaluating.comparison import average_against
 from layerboost.evaluating.results import read_result
 from layerboost.evaluating.stage import run_evaluate
 from layerboost.evaluating.statistics import difference
-from layerboost.files import write_text
+from layerboost.files import parse_yaml, write_text
 from layerboost.healing.data import batch_of_process
 from layerboost.healing.least_squares import check_fit
 from layerboost.measuring.stage import run_measure
@@ -127,7 +127,7 @@ def read_rows(name: str) -> Rows:
     """Return the content of a file of rows, or of one that ships with the package; raise ConfigError."""
     path = find_recipe(name, SHIPPED, "rows")
     try:
-        return Rows.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Rows.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         do = "see docs/reference/compare.md"
         raise ConfigError(f"{path} is not a valid file of rows", found=problems(error), do=do) from None

@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from layerboost.errors import ConfigError, LayerboostError
 
@@ -26,6 +29,24 @@ def check_path(path: Path) -> None:
         raw = os.fsencode(path.absolute())
         raise ConfigError("a path is not UTF-8, which the libraries that read it need", found=repr(raw)[1:],
                           do="rename it, or link to it by another name") from None  # fmt: skip
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys, so that a second `heal:` would silently undo the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.YAMLError(f"{key.value} is given twice, the second time in line {key.start_mark.line + 1}")
+            seen.add((key.tag, str(key.value)))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the values of a YAML text; raise yaml.YAMLError if it is not valid or a mapping has a key twice."""
+    return yaml.load(text, _UniqueKeys)
 
 
 def file_hash(path: Path) -> str:
@@ -46,6 +67,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             if path.suffix == WEIGHTS:
                 set_usual_mode(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # or a crash of the machine can leave the name without the content
             temporary.replace(path)
     finally:
         with suppress(OSError):
@@ -57,18 +80,21 @@ def write_text(path: Path, text: str) -> None:
     # Half a surrogate pair (an odd file name, say) becomes an escape, which JSON and YAML read back.
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, mark: str = "") -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` if the block succeeds and is deleted if it fails.
 
-    A symbolic link is followed: its target, perhaps on a larger disk, is replaced.
-    Raise LayerboostError if the disk is full or cannot be written.
+    A directory there is replaced if it is empty or has the file `mark`, which only ours have: it may hold a user's
+    other models. A symbolic link is followed: its target, perhaps on a larger disk, is replaced.
+    Raise ConfigError for other content, LayerboostError if the disk is full or cannot be written.
     """
     path = path.resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (mark and (path / mark).is_file())):
+        raise ConfigError(f"{path} was not made by layerboost, and would be deleted",
+                          found=f"no {mark} in it" if mark and path.is_dir() else "",
+                          do="choose another folder, or remove it yourself")  # fmt: skip
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerboost.errors import ConfigError
+from layerboost.files import parse_yaml
 from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
@@ -139,6 +140,9 @@ class Plan(Section):
     max_kl: float | None = Field(None, description="limit on the predicted KL, nats per token")
     max_retrieval: float | None = Field(None, description="limit on the predicted loss of retrieval, nats per answer")
     window: int | None = Field(None, ge=1, description="one of the measured windows; default: the best for the budget")
+    sinks: bool = Field(
+        True, description="windows may have sinks; false: for formats without, as of Qwen3 in llama.cpp"
+    )
     kv_fraction: float = Field(0.5, gt=0, le=1, description="budget: KV bytes, as a fraction of the base's")
     kv_padding: bool = Field(True, description="budget: count the padding of vLLM's KV groups as KV bytes")
     decode_fraction: float | None = Field(
@@ -396,7 +400,7 @@ def find_recipe(name: str, folder: Path = RECIPES, kind: str = "recipe") -> Path
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {file}", found=str(error)) from None
     if not isinstance(values, dict):
@@ -415,7 +419,7 @@ def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
 
 def _value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value of --set {key} is not YAML", found=text, do="close brackets and quotes") from None
     try:

@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 # Of ten documents, one is for calibration and one is held out, whatever the seed.
 SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), "train": range(2, 10), "all": range(10)}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
+LARGE_BYTES = 2 << 30  # of data files, as they are on the disk: read only as far as needed
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
 # Names of files about a data set or a program, also with a suffix: README_zh, LICENSE-MIT, README2.
@@ -79,6 +80,7 @@ def load_tokens(
     opening = opening_ids(tokenizer)
     rows: list[list[int]] = [[]]
     taken = dict.fromkeys(text.sources, 0)
+    documents_read = ended_within = 0
     while len(rows) <= needed:
         # The source with the fewest tokens for its weight is next: the order depends only on text and seed.
         source = min(taken, key=lambda name: taken[name] / text.sources[name])
@@ -89,9 +91,17 @@ def load_tokens(
                 found=f"{taken[source]:,} tokens in the {split} split of {source}",
                 do="ask for fewer tokens, shorter sequences (text.sequence_tokens), or give more text (text.source)",
             )
-        ids = token_ids(tokenizer, document, (needed + 1) * length)
+        ids = _bare(token_ids(tokenizer, document, (needed + 1) * length), opening, tokenizer.eos_token_id)
         _pack(rows, [*ids, tokenizer.eos_token_id], opening, length)
         taken[source] += len(ids) + 1
+        documents_read += 1
+        ended_within += tokenizer.eos_token_id in ids
+    if ended_within:
+        warn_once(
+            f"{ended_within:,} of {documents_read:,} documents of {text.name} hold {tokenizer.eos_token} themselves: "
+            "models take what follows for another document, and healing masks attention between the two. Remove it "
+            "from the text; chats are for measure.traffic and heal.traffic"
+        )
     return Tokens(torch.tensor(rows[:needed]), fingerprint(rows[:needed]))
 
 
@@ -114,6 +124,12 @@ def token_ids(tokenizer: Any, text: str, most: int) -> list[int]:
         if len(ids) >= most:
             break
     return ids
+
+
+def _bare(ids: list[int], opening: list[int], end: int) -> list[int]:
+    """Return a document's ids without what packing puts around them: a text rendered for a model has it already."""
+    ids = ids[len(opening) :] if ids[: len(opening)] == opening else ids
+    return ids[:-1] if ids[-1:] == [end] else ids
 
 
 def text_pieces(text: str) -> Iterator[tuple[int, str]]:
@@ -218,6 +234,13 @@ def local_path(source: str) -> Path | None:
         return None
 
 
+def last_changed(sources: Iterable[str]) -> float:
+    """Return the time of the last change of the sources' files on this disk, in seconds; 0 if there are none."""
+    paths = [path for source in sources if source != "self" and (path := local_path(source))]
+    files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
 def check_samples(text: Text, tokens: int, split: Split) -> None:
     """Raise ConfigError if the model's own samples cannot give a split of `tokens` tokens."""
     tenths = len(SPLITS[split])
@@ -245,6 +268,8 @@ def shuffled(items: Iterable[Item], seed: int) -> Iterator[Item]:
 
 
 def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
+    if all(file.name.lower().endswith(DATA_SUFFIXES) for file in files) and _bytes(files) > LARGE_BYTES:
+        return _streamed(files, column, seen)
     every = [text for file in files for text in _read_file(file, column) if not is_missing(text)]
     if not every:
         raise ConfigError(
@@ -262,6 +287,17 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
         documents = list(_unique(pieces, set()))
     random.Random(0).shuffle(documents)
     return iter(documents)
+
+
+def _bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _streamed(files: list[Path], column: str, seen: set[int]) -> Iterator[str]:
+    """Yield the documents of files that would not fit in memory, in their own order and as far as they are asked for,
+    like those of a Hub data set."""
+    every = (text for file in files for text in _read_file(file, column) if not is_missing(text))
+    yield from _unique(every, set(seen))
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:

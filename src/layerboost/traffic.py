@@ -422,6 +422,9 @@ def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool
             done = end
         if len(ids) >= most:
             break
+    again = slice(len(row.opening), 2 * len(row.opening))
+    if ids[again] == row.opening:  # a text that was rendered for a model has it already
+        del ids[again], scored[again]
     ids, scored = ids[:most], scored[:most]
     last = max((at for at, answer in enumerate(scored) if answer), default=0)
     if not last:

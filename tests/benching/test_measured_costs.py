@@ -72,7 +72,7 @@ def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     with pytest.raises(ConfigError, match="a context of 2048 tokens"):
         run_costs(str(model), tmp_path / "costs.json", 0.1)
-    for family, found in (("gemma2", "layers of .* slide already"), ("phimoe", "family phimoe: vLLM")):
+    for family, found in (("gemma2", "layers of .* slide already"), ("lfm2", "family lfm2: vLLM")):
         other = save_tiny(tmp_path / family, family, max_position_embeddings=4096)
         with pytest.raises(ConfigError, match=rf"windows of 64 and 128 tokens\nfound: {found}"):
             run_costs(str(other), tmp_path / "costs.json", 0.1, "vllm")

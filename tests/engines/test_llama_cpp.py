@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -15,11 +16,12 @@ import gguf
 import pytest
 import torch
 from processes import free_port
-from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model
+from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, save_tiny, tiny_model
 
 from layerboost.engines import open_engine
 from layerboost.engines.llama_cpp import (
     CELLS,
+    WHOLE_CONTEXT,
     RunningLlama,
     check,
     environment,
@@ -66,7 +68,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     asked = recipe(server_args=serving_flags(PLAN, ()), gguf_type="f32")
     done: list[float] = []
-    with launch(name, models[name], asked, tmp_path / "bench" / "logs" / f"{name}.log") as running:
+    file = tmp_path / "bench" / "logs" / f"{name}.log"
+    with launch(name, models[name], asked, file) as running:
         answer = running.answer(LOAD, done.append)
     assert answer.raw["completed"] == 3
     assert answer.raw["total_output_tokens"] == sum(done) == 18
@@ -75,6 +78,14 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
     plan = PLAN if name == "healed" else PLAN.model_copy(update={"layers": layer_plans("ffff")})
     expected = kv_bytes(plan, context_tokens=2 * CELLS, slots=2, ubatch_tokens=CELLS - WINDOW)
     assert answer.metrics["kv_used_gib"] * GIB == pytest.approx(expected, rel=0.02)
+    # What llama.cpp says that it has loaded is the plan: window, pattern, and the layers of each kind.
+    log = file.read_text()
+    assert re.findall(r"n_swa += (\d+)", log)[:1] == [str(plan.window or 0)]
+    pattern = [str(entry.attention == "sliding").lower() for entry in plan.layers if plan.window]
+    assert re.findall(r"sliding_window_pattern arr.* = \[(.*)\]", log) == ([", ".join(pattern)] if pattern else [])
+    caches = re.findall(r"llama_kv_cache: size = .*\( *(\d+) cells, +(\d+) layers", log)
+    sliding = sum(entry.window is not None for entry in plan.layers)
+    assert caches == [(str(2 * CELLS), str(len(LETTERS) - sliding))] + [(str(CELLS), str(sliding))] * bool(sliding)
 
 
 @pytest.mark.multiprocess
@@ -160,7 +171,7 @@ def test_the_batch_fills_the_cells_of_the_window() -> None:
     assert serving_flags(all_full, ()) == ()
 
 
-def test_a_directory_is_exported_and_served(models: dict[str, Path]) -> None:
+def test_a_directory_is_exported_and_served(models: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     argv, _ = serve_command(models["healed"], port, ("--ctx-size", "512"))
     file = models["healed"].with_name("healed-f16.gguf")
@@ -171,6 +182,9 @@ def test_a_directory_is_exported_and_served(models: dict[str, Path]) -> None:
     ]
     assert serve_command(file, port, ("--ctx-size", "512"))[0] == argv
     assert file.stat().st_mtime_ns == made
+    assert not caplog.records
+    serve_command(file, port, ("--swa-full",))
+    assert [record.message for record in caplog.records] == [f"--swa-full: {WHOLE_CONTEXT}"]
 
 
 def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> None:
@@ -185,6 +199,7 @@ def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> No
     [
         ({"server_args": ["-np", "4"]}, "bench.server_args may not have -np"),
         ({"server_args": ["--port=9"]}, "bench.server_args may not have --port"),
+        ({"server_args": ["--swa-full"]}, "may not have --swa-full\nfound: llama.cpp then holds the whole context"),
         ({"server_args": ["--max-num-batched-tokens", "256"]}, "xllamacpp's server would refuse its arguments"),
     ],
 )
@@ -234,7 +249,12 @@ def test_another_model_of_a_name_is_exported_again(models: dict[str, Path], tmp_
         gguf_file(models["base"], tmp_path / "other.gguf", "f16")
 
 
-def test_what_cannot_be_exported_is_refused_before_a_server_starts(models: dict[str, Path]) -> None:
+def test_what_cannot_be_exported_is_refused_before_a_server_starts(models: dict[str, Path], tmp_path: Path) -> None:
+    phi = save_tiny(tmp_path / "phi", "phi")
+    with pytest.raises(
+        ConfigError, match=r"gguf cannot hold this plan\nfound: .*family phi[\s\S]*bench.engine=transformers"
+    ):
+        check(recipe().bench, [phi])
     with pytest.raises(ConfigError, match="no GGUF type is called q9"):
         check(recipe(gguf_type="q9").bench, [models["base"]])
     assert "xllamacpp" in check(recipe().bench, models.values())

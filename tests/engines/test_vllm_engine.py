@@ -92,6 +92,22 @@ def test_linear_attention_is_refused_before_anything_starts(tmp_path: Path, monk
         assert raised.value.found == "layers 1 of the plan"
 
 
+def test_a_stock_base_that_vllm_lacks_a_router_for_on_cpus_is_refused(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerboost.engines.vllm.check_vllm", lambda: "0.32.0")
+    stock, boosted = save_tiny(tmp_path / "stock", "minimax_m2"), save_tiny(tmp_path / "boosted", "minimax_m2", "ffnf")
+    for on_cpu in (True, False):
+        monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        check(Bench(), [boosted])
+        for serve in (lambda: check(Bench(), [stock]), lambda: serve_command(stock, free_port, ())):
+            if on_cpu:
+                with pytest.raises(ConfigError, match=r"on a CPU, only boosted\nfound: family minimax_m2: .*sigmoid"):
+                    serve()
+            else:
+                serve()
+
+
 def test_vllm_environment_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: True)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)

@@ -8,41 +8,46 @@ from typing import Any
 
 import pytest
 import torch
+from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from huggingface_hub import ModelCard
 from smollm2 import boosted_default
 from test_pipeline import layerboost
-from tiny import RUNTIME, WINDOW, boosted, info, layer_plans, tiny_tokenizer
+from tiny import RUNTIME, WINDOW, boosted, info, layer_plans, tiny_config, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
-from layerboost.exporting.targets import TARGETS, extra_kv_bytes
+from layerboost.exporting.targets import BIASES as BIASES_IN_ATTENTION
+from layerboost.exporting.targets import EXPERTS, HEADS, QK_NORMS, TARGETS, extra_kv_bytes, features
 from layerboost.exporting.tensors import full_every
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import read_config
+from layerboost.model.modeling import stock_class
 from layerboost.schemas.plan import PlanFile, read_plan
 
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
-ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-TIED = {"tie_word_embeddings": True}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+SAME = {"rope_type": "default", "rope_theta": 1e4}
+BY_TYPE = {"full_attention": SAME, "sliding_attention": SAME}
+# Families whose formats have no biases in attention.
+WITHOUT_BIASES: dict[str, dict[str, Any]] = {
+    "qwen3": {}, "qwen3_moe": {}, "mellum": {"rope_parameters": BY_TYPE}, "olmo2": {"head_dim": 16},
+    "olmo3": {"head_dim": 16, "rope_parameters": BY_TYPE}, "gemma2": TIED, "gemma3_text": TIED,
+    "cohere2": TIED | {"head_dim": 16},
+}  # fmt: skip
+SCALED_WINDOWS = {"rope_parameters": {"full_attention": SAME, "sliding_attention": LINEAR}}
 # Every family with every kind of layer, settings that are not the defaults, and layers that slide in the base.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "nfSsn", {"tie_word_embeddings": True}),
-    "biases": ("llama", "fSns", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
-    "mistral": ("mistral", "sSnf", {}),
-    "ministral": ("ministral", "Sfnf", {}),
-    "qwen2": ("qwen2", "fSns", {}),
+    "llama": ("llama", "nfSsn", TIED),
+    "biases": ("llama", "fSns", BIASES | {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", "sSnf", {"rope_parameters": LLAMA3}),
+    "ministral": ("ministral", "Sfnf", {"rope_parameters": YARN}),
+    "qwen2": ("qwen2", "fSns", {"rope_parameters": FACTOR}),
     "smollm3": ("smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
     "phi3": ("phi3", "nfSs", {}),
     "granite": ("granite", "nSfs", {}),
-    "no-window": ("llama", "fnfn", {}),
+    "no-window": ("llama", "fnfn", {"rope_parameters": DYNAMIC}),
 }
 
 
@@ -55,8 +60,19 @@ def saved(folder: Path, family: str, letters: str, **changes: Any) -> Path:
     return folder
 
 
-def test_cases_cover_every_family() -> None:
-    assert {family for family, _, _ in CASES.values()} == set(TARGETS["granite-swa"].families)
+def test_cases_have_all_that_the_formats_claim() -> None:
+    check_cases(TARGETS["granite-swa"], CASES.values())
+    check_cases(TARGETS["mlx"], MLX_CASES.values())
+
+
+def test_what_a_model_needs_is_what_its_tensors_say() -> None:
+    for family in {family for target in TARGETS.values() for family in target.families}:
+        config = tiny_config(family, 3)
+        with torch.device("meta"):
+            names = " ".join(stock_class(config)(config).state_dict())
+        found = features(config)
+        assert ("q_norm" in names, "experts" in names) == (QK_NORMS in found, EXPERTS in found), family
+        assert ("q_proj.bias" in names) == (BIASES_IN_ATTENTION in found), family
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,7 +147,12 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
     ("family", "letters", "to", "message"),
     [
         ("llama", "fSfn", "decilm", "layer 1 has a sink\ndo: export to granite-swa"),
-        ("llama", "fSfn", "mlx", "layer 1 has a sink\ndo: export to granite-swa"),
+        (
+            "llama",
+            "fSfn",
+            "mlx",
+            r"layer 1 has a sink\ndo: export to granite-swa, or plan without .*plan.sinks=false\): mlx holds that",
+        ),
         ("llama", "nssn", "mlx", "no full layer\ndo: export to granite-swa"),
         ("llama", "nfff", "decilm", "layer 0 has no attention\ndo: export to granite-swa"),
         ("llama", "fHff", "granite-swa", "layer 1 has full KV heads"),
@@ -144,10 +165,10 @@ def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path
             "gguf cannot hold this plan\nfound: gguf qwen3: layer 1 .*; gguf step35: layer 1 has a sink",
         ),
         ("qwen3", "fsff", "granite-swa", "family qwen3; it holds .*\ndo: export to gguf"),
-        ("olmo2", "fsff", "gguf", "heads of 128 numbers together, not 64"),
-        ("olmo3", "fffs", "gguf", "full and sliding layers with rotary embeddings of two bases"),
-        ("gemma2", "ffff", "gguf", "an output head of its own"),
-        ("gemma3_text", "ffsf", "gguf", "an output head of its own"),
+        ("olmo2", "fsff", "gguf", "heads that together are not as wide as the model"),
+        ("olmo3", "fffs", "gguf", "rotary embeddings of two bases in full and sliding layers"),
+        ("gemma2", "ffff", "gguf", "an untied output head"),
+        ("gemma3_text", "ffsf", "gguf", "an untied output head"),
         ("llama", "fHff", "gguf", "granite_swa: layer 1 has full KV heads in a sliding layer; gguf deci: layer 1 has"),
         ("llama", "ftfn", "granite-swa", "layer 1 has a thinned MLP\ndo: export to decilm"),
         ("llama", "ffmf", "auto", "decilm: layer 2 has no MLP"),
@@ -166,7 +187,7 @@ def test_what_a_format_cannot_hold_is_refused(family: str, letters: str, to: str
 
 MLX_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "nfssn", TIED),
-    "linear": ("llama", "fsns", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE}),
+    "linear": ("llama", "fsns", BIASES | {"rope_parameters": LINEAR}),
     "llama3": ("llama", "fsns", {"rope_parameters": LLAMA3}),
     "yarn": ("llama", "fsns", {"rope_parameters": YARN}),
     "mistral": ("mistral", "ssnf", {}),
@@ -175,10 +196,6 @@ MLX_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("phi3", "nfss", {}),
     "full": ("llama", "fnf", {}),
 }
-
-
-def test_mlx_cases_cover_every_family() -> None:
-    assert {family for family, _, _ in MLX_CASES.values()} == set(TARGETS["mlx"].families)
 
 
 @pytest.mark.parametrize("case", [*MLX_CASES, pytest.param("real", marks=[pytest.mark.real, pytest.mark.exhaustive])])
@@ -224,20 +241,30 @@ def test_what_an_mlx_directory_says(tmp_path: Path) -> None:
         ("olmo2", "sfff", {"head_dim": 16}, "windows in all layers but 1, 2, 3; it has them in all but every n-th"),
         ("gemma3_text", "ffsfff", TIED, "layer 2 slides, but has a full layer's rotary embedding"),
         ("cohere2", "fffsff", TIED | {"head_dim": 16}, "layer 3 slides, but has a full layer's rotary embedding"),
-        ("gemma2", "ffff", TIED | {"query_pre_attn_scalar": 8}, "scores scaled by 8, not by the head's size"),
-        ("phi3", "fsff", {"rope_parameters": PARTIAL}, "a fraction of 0.5 of each head"),
-        (
-            "llama",
-            "fsff",
-            {"rope_parameters": YARN | {"attention_factor": 1.5}},
-            "mlx: rotary embeddings with an attention_factor of their own",
+        ("gemma2", "ffff", TIED | {"query_pre_attn_scalar": 8}, "scores scaled by another number than the head's size"),
+        ("gemma2", "ffff", TIED | {"final_logit_softcapping": None}, "one soft cap of two"),
+        ("gemma2", "ffff", TIED | {"hidden_activation": "gelu"}, "activation gelu; it has gelu_pytorch_tanh"),
+        ("gemma3_text", "ffff", TIED | {"final_logit_softcapping": 5.0}, "one soft cap of two"),
+        ("gemma3_text", "ffff", TIED | SCALED_WINDOWS, "rotary embeddings of type linear"),
+        ("olmo2", "ffff", {"head_dim": 16, "rope_parameters": YARN}, "rotary embeddings of type yarn"),
+        ("phi3", "fsff", {"rope_parameters": PARTIAL}, "a part of each head"),
+        ("llama", "fsff", {"rope_parameters": DYNAMIC}, "embeddings of type dynamic"),
+        ("llama", "fsff", {"rope_parameters": FACTOR}, "mlx: an attention_factor of the rotary embedding"),
+        *(
+            (family, "ffff", changes | {"attention_bias": True}, "biases in attention")
+            for family, changes in WITHOUT_BIASES.items()
+        ),
+        *(
+            ("llama", "fsff", {"hidden_act": "gelu"}, f"{to}: activation gelu; it has silu")
+            for to in ("granite-swa", "decilm", "mlx", "gguf")
         ),
     ],
-)
-def test_what_an_engine_computes_otherwise_is_refused(
-    family: str, letters: str, changes: dict[str, Any], message: str, tmp_path: Path
+)  # fmt: skip
+def test_what_an_engine_computes_otherwise_is_refused_before_a_weight_is_read(
+    family: str, letters: str, changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path / "healed", family, letters, **changes)
+    monkeypatch.setattr("layerboost.exporting.stage.read_weights", lambda _: pytest.fail("it read the weights"))
     to, _, found = message.rpartition(": ")
     with pytest.raises(ConfigError, match=found):
         run_export(folder, to or "gguf")
@@ -275,9 +302,18 @@ def test_a_type_is_for_gguf_alone_and_a_removed_layer_costs_what_the_engine_hold
 
 
 def test_targets_are_listed() -> None:
+    """What a removed layer holds, and what a model may have, are data."""
     listed = json.loads(layerboost("ls", "targets", "--json").stdout)
     assert list(listed) == list(TARGETS)
     assert listed["gguf step35"]["families"] == "qwen3"
     assert "sink" in listed["granite-swa"]["holds, besides full layers"]
     assert "layer 0 must have attention" in listed["decilm"]["holds, besides full layers"]
+    assert "a layer must be full" in listed["mlx"]["holds, besides full layers"]
+    held = {name: cells["a layer without attention holds"] for name, cells in listed.items()}
+    assert (held["decilm"], held["gguf deci"], held["gguf llama"]) == ("nothing", "nothing", "not held")
+    assert held["granite-swa"] == "64 tokens at a window of 64"
+    assert held["gguf step35"] == "768 tokens at a window of 64"
+    assert listed["gguf mellum"]["models may have"] == "q/k norms, experts, an untied output head, " + HEADS
+    assert (listed["gguf gemma3"]["activation"], listed["mlx"]["activation"]) == ("gelu_pytorch_tanh", "silu")
+    assert listed["gguf gemma3"]["rotary embeddings"] == "default; of full layers linear"
     assert "granite-swa" in layerboost("ls", "targets").stdout

@@ -14,10 +14,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from smollm2 import CAPITALS, RUNTIME, boosted_default
 from test_pipeline import layerboost
-from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_tokenizer
+from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError, LayerboostError
@@ -25,48 +27,52 @@ from layerboost.exporting.gguf_file import LAYOUTS
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
-from layerboost.model.base import find_model
+from layerboost.model.base import UNPACKED_FROM, find_model
+from layerboost.model.card import Origin
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.tokenizer import SENTENCE
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import PlanFile, read_plan, write_plan
 from layerboost.tables import exported_rows
 
 IDS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 SAME = {"rope_type": "default", "rope_theta": 5e4}
 BY_TYPE = {"full_attention": SAME, "sliding_attention": SAME}
-TIED = {"tie_word_embeddings": True}
 SMALL = TIED | {"initializer_range": 0.1}
 # By architecture: the family, layers and settings. Every family with what it can have.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("granite_swa", "llama", "nfSsn", {}),
     "unchanged": ("llama", "llama", "ffff", {"rope_parameters": LLAMA3}),
-    "unchanged-mistral": ("llama", "mistral", "fff", {}),
-    "unchanged-ministral": ("llama", "ministral", "fff", {"sliding_window": 4096}),
+    "unchanged-biases": ("llama", "llama", "fff", BIASES),
+    "unchanged-mistral": ("llama", "mistral", "fff", {"rope_parameters": LINEAR}),
+    "unchanged-ministral": ("llama", "ministral", "fff", {"sliding_window": 4096, "rope_parameters": FACTOR}),
     "unchanged-qwen2": ("qwen2", "qwen2", "fff", {"head_dim": 16}),
-    "unchanged-qwen3": ("qwen3", "qwen3", "fff", TIED),
+    "unchanged-qwen3": ("qwen3", "qwen3", "fff", {}),
+    "unchanged-qwen3-tied": ("qwen3", "qwen3", "fff", TIED),
+    "unchanged-granite": ("granite", "granite", "fff", BIASES),
+    "unchanged-granite-linear": ("granite", "granite", "fff", {"rope_parameters": LINEAR}),
+    "unchanged-granite-llama3": ("granite", "granite", "fff", {"rope_parameters": LLAMA3}),
+    "unchanged-granite-yarn": ("granite", "granite", "fff", {"rope_parameters": FACTOR}),
     "integer-theta": ("granite_swa", "llama", "fSns", {"rope_parameters": SAME | {"rope_theta": 100000}}),
     "tied": ("granite_swa", "llama", "fSns", TIED),
-    "biases": ("granite_swa", "llama", "fSns", {"attention_bias": True, "mlp_bias": True}),
+    "biases": ("granite_swa", "llama", "fSns", BIASES),
     "linear": ("granite_swa", "llama", "fSns", {"rope_parameters": LINEAR}),
     "llama3": ("granite_swa", "llama", "fSns", {"rope_parameters": LLAMA3}),
     "yarn": ("granite_swa", "llama", "fSns", {"rope_parameters": YARN}),
     "mistral": ("granite_swa", "mistral", "sSnf", {}),
     "ministral": ("granite_swa", "ministral", "Sfnf", {}),
     "granite": ("granite_swa", "granite", "nSfs", {}),
-    "qwen2": ("granite_swa", "qwen2", "fSns", {}),
+    "qwen2": ("granite_swa", "qwen2", "fSns", {"rope_parameters": FACTOR}),
     "smollm3": ("granite_swa", "smollm3", "SsfnS", {"no_rope_layer_interval": 2}),
     "phi3": ("granite_swa", "phi3", "fSns", {}),
     "absent": ("deci", "llama", "fnfn", {"rope_parameters": LLAMA3}),
     "thinned": ("deci", "llama", "ftno", TIED),
     "absent-first": ("granite_swa", "qwen2", "nffn", {}),
-    "absent-qwen2": ("deci", "qwen2", "ffnn", {}),
-    "absent-phi3": ("deci", "phi3", "fnnf", TIED),
+    "absent-biases": ("deci", "llama", "ftno", BIASES),
+    "absent-qwen2": ("deci", "qwen2", "ftno", {"rope_parameters": LINEAR}),
+    "absent-phi3": ("deci", "phi3", "fotn", TIED),
+    "absent-mistral": ("deci", "mistral", "fotn", {"rope_parameters": FACTOR}),
+    # Its other layers slide.
+    "absent-ministral": ("deci", "ministral", "fnto", {"rope_parameters": YARN}),
     "qwen3": ("step35", "qwen3", "fsns", {}),
     "qwen3-tied": ("step35", "qwen3", "nfsf", TIED),
     "qwen3-moe": ("mellum", "qwen3_moe", "fsns", {}),
@@ -80,6 +86,10 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "olmo3-yarn": (
         "olmo2", "olmo3", "nffff",
         {"head_dim": 16, "rope_parameters": BY_TYPE | {"full_attention": YARN | {"rope_theta": 5e4}}},
+    ),
+    "olmo3-factor": (
+        "olmo2", "olmo3", "nffff",
+        {"head_dim": 16, "rope_parameters": BY_TYPE | {"full_attention": FACTOR | {"rope_theta": 5e4}}},
     ),
     "gemma2": ("gemma2", "gemma2", "ffnn", SMALL),
     "gemma2-all": ("gemma2", "gemma2", "fsfs", SMALL),
@@ -104,13 +114,11 @@ def saved(folder: Path, family: str, letters: str, tokenizer: Any = None, **chan
     return folder
 
 
-def test_cases_cover_every_family() -> None:
-    formats = {target.architecture: set(target.families) for target in TARGETS.values() if target.architecture}
+def test_cases_have_all_that_the_formats_claim() -> None:
+    formats = {target.architecture: target for target in TARGETS.values() if target.architecture}
     assert formats.keys() == LAYOUTS.keys()
-    for architecture, families in formats.items():
-        assert families == {family for written, family, _, _ in CASES.values() if written == architecture} | (
-            {"mistral", "ministral"} if architecture == "deci" else set()
-        )
+    for architecture, target in formats.items():
+        check_cases(target, [case[1:] for case in CASES.values() if case[0] == architecture])
 
 
 def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
@@ -315,7 +323,7 @@ def test_types_of_the_matrices(kind: str, most: float, tmp_path: Path) -> None:
         (
             "fS",
             byte_level_tokenizer(),
-            {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
+            {"rope_parameters": DYNAMIC},
             "f16",
             "gguf cannot hold this plan\nfound: .*rotary embeddings of type dynamic",
         ),
@@ -415,6 +423,72 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
+@pytest.mark.parametrize("quoted", [str, lambda token: {"content": token, "__type": "AddedToken"}])
+def test_a_text_opens_as_the_tokenizer_opens_it(quoted: Any, tmp_path: Path) -> None:
+    """By the tokenizer itself: `bos_token` may be no string in its settings, and llama.cpp has its own defaults."""
+    for kind, template in (("opens", "<s> $A"), ("bare", "$A")):
+        for name in ("gpt-2", "mistral"):
+            _, splits, settings = TOKENIZERS[name]
+            tokenizer = trained(splits, **settings)
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=template, special_tokens=[("<s>", 1)]
+            )
+            folder = saved(tmp_path / kind / name, "llama", "fS", tokenizer, vocab_size=380)
+            said = json.loads((folder / "tokenizer_config.json").read_text())
+            said["bos_token"] = quoted("<s>")
+            (folder / "tokenizer_config.json").write_text(json.dumps(said))
+            out = Path(run_export(folder, "gguf", kind="f32").folder)
+            reader = gguf.GGUFReader(out)
+            assert field(reader, "tokenizer.ggml.add_bos_token") == (kind == "opens")
+            assert field(reader, "tokenizer.ggml.bos_token_id") == 1
+            found = serving(out)("tokenize", {"content": "that thing", "add_special": True})["tokens"]
+            assert found == tokenizer("that thing")["input_ids"]
+
+
+def test_a_file_has_the_names_of_the_model_and_of_its_licence(tmp_path: Path) -> None:
+    base, folder = "some/model", tmp_path / "healed"
+    plan = PlanFile(model=info(2).model_copy(update={"name": base}), method="by hand", layers=layer_plans("fs"))
+    link = "https://example.com/licence"
+    licence = (("license", "other"), ("license_name", "mine"), ("license_link", link))
+    for origin, name in ((Origin(base, licence), base), (Origin(None, licence[:1]), "model")):
+        save_boosted(
+            boosted("fs", vocab_size=257),
+            byte_level_tokenizer(),
+            plan,
+            folder / name,
+            recipe_yaml="schema_version: 1\n",
+            origin=origin,
+        )
+        reader = gguf.GGUFReader(run_export(folder / name, "gguf").folder)
+        assert field(reader, "general.name") == f"{name}, boosted"
+        assert field(reader, "general.license") == "other"
+    reader = gguf.GGUFReader(folder / "some" / "model-f16.gguf")
+    assert field(reader, "general.license.name") == "mine"
+    assert field(reader, "general.license.link") == link
+    stock = tmp_path / "stock"
+    tiny_model("llama", 2, vocab_size=257).save_pretrained(stock)
+    byte_level_tokenizer().save_pretrained(stock)
+    (stock / "README.md").write_text("---\nlicense: mit\n---\n")
+    reader = gguf.GGUFReader(run_export(stock, "gguf").folder)
+    assert (field(reader, "general.name"), field(reader, "general.license")) == ("stock", "mit")
+
+
+@torch.no_grad()
+def test_a_chat_is_answered_as_transformers_answers_it(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}a{% endfor %}"
+    folder = saved(tmp_path / "healed", "llama", "fSns", tokenizer)
+    ask = serving(Path(run_export(folder, "gguf", kind="f32").folder))
+    chat = [{"role": "user", "content": "aab" * 10}]
+    asked = {"messages": chat, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    answer = ask("v1/chat/completions", asked)
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == len(ids) > WINDOW
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=-1)[0, len(ids) :]
+    assert answer["choices"][0]["message"]["content"] == tokenizer.decode(expected)
+
+
 def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
     base = run_export(saved(tmp_path / "base", "llama", "fs"), "gguf", kind="q8_0")
     assert base.base_type is None
@@ -432,6 +506,24 @@ def test_what_precision_a_quantised_base_left_is_said(tmp_path: Path) -> None:
     plan.model = plan.model.model_copy(update={"name": str(stock)})
     write_plan(folder / "plan.yaml", plan)
     assert run_export(folder, "decilm").base_type == "fp8"
+
+
+def test_the_type_of_a_base_from_the_hub_or_unpacked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = run_export(saved(tmp_path / "base", "llama", "fs"), "gguf", kind="q4_0")
+    unpacked = saved(tmp_path / "run" / "base", "llama", "ff")
+    (unpacked / UNPACKED_FROM).write_text(f"{base.folder}\nabc\n")
+    cached = tmp_path / "cache" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = saved(tmp_path / "healed", "llama", "fs")
+    plan = read_plan(folder / "plan.yaml")
+    for number, (name, expected) in enumerate(((str(unpacked), "Q4_0"), ("some/model", "fp8"), ("some/other", None))):
+        plan.model = plan.model.model_copy(update={"name": name})
+        write_plan(folder / "plan.yaml", plan)
+        assert run_export(folder, "gguf", tmp_path / f"{number}.gguf").base_type == expected
 
 
 def test_a_window_longer_than_the_context_is_refused(tmp_path: Path) -> None:

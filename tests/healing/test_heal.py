@@ -137,15 +137,21 @@ def test_other_settings_are_named_and_refused_but_a_step_may_be_cut_differently(
 
 
 @pytest.mark.pipeline
-def test_a_text_that_has_changed_since_is_refused(converted: Path, tmp_path: Path) -> None:
+def test_a_text_that_has_changed_since_is_refused(
+    converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run, text = copy_of(converted, tmp_path / "run"), tmp_path / "text.jsonl"
     shutil.copy(converted / "text.jsonl", text)
     recipe = recipe_of(converted, attention_tokens=0).model_copy(
         update={"text": Text(source=str(text), sequence_tokens=48)}
     )
-    run_stage("heal", recipe, run)
-    shutil.rmtree(run / HEALED)
+    for _ in range(2):
+        run_stage("heal", recipe, run)
+    assert "has changed since" not in caplog.text
     text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    run_stage("heal", recipe, run)
+    assert f"{text} has changed since {run / HEALED} was healed on it" in caplog.text
+    shutil.rmtree(run / HEALED)
     with pytest.raises(ConfigError, match="started on another text"):
         run_stage("heal", recipe, run)
 
@@ -163,6 +169,25 @@ def test_sequences_that_ask_are_part_of_the_text(converted: Path, tmp_path: Path
     assert any(answers.any() for answers in asking.answers["lora"])
     assert plain.validation.fingerprint == asking.validation.fingerprint
     assert plain.fingerprint != asking.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("words", "length", "warned"), [(5, 48, True), (200, 48, False), (200, 24, False), (200, 16, False)]
+)
+def test_documents_within_the_window_are_warned_of(
+    words: int, length: int, warned: bool, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packed documents do not see each other: on short ones a window drops nothing, and the loss is zero."""
+    lines = [
+        " ".join(f"w{3 + (row * 7 + word * (1 + row // 190)) % 190}" for word in range(words)) for row in range(2000)
+    ]
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    text = Text(source=str(tmp_path / "text.jsonl"), sequence_tokens=48)
+    recipe = recipe_of(converted, fit_tokens=0, sequence_tokens=(length,)).model_copy(update={"text": text})
+    load_text(
+        recipe, tmp_path, read_plan(converted / "run" / PLAN), find_model(str(converted / "model"), RUNTIME).tokenizer
+    )
+    assert ("beyond the window of 8" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

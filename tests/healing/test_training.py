@@ -256,8 +256,10 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path: P
     expected = load_file(tmp_path / "lora.safetensors")
     (tmp_path / "lora.safetensors").unlink()
     (folder / "step-00000016.pt").unlink()
-    (folder / "step-00000016.tmp").write_bytes(b"PK")
+    killed = folder / ".step-00000016.pt.123.tmp"
+    killed.write_bytes(b"PK")
     train(tmp_path, distiller())
+    assert not killed.exists()
     assert all(torch.equal(load_file(tmp_path / "lora.safetensors")[name], value) for name, value in expected.items())
 
 

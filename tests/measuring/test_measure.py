@@ -146,6 +146,9 @@ def test_what_is_given_is_read_though_the_model_has_yet_to_write_its_text(folder
         check(recipe, tmp_path, base)
 
     validate()
+    longer = {"text": settings["text"] | {"sequence_tokens": 10**4}, "measure": {"windows": [8], "tokens": 20_000}}
+    with pytest.raises(ConfigError, match="own samples would be longer than its context"):
+        check(parse_recipe(settings | longer, "test"), tmp_path, base)
     write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "w3", "answer": ""}] * 3)
     with pytest.raises(ConfigError, match="must hold two rows to score"):
         validate(traffic=str(tmp_path / "bad.jsonl"))

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 from test_pipeline import layerboost, write_recipe
-from tiny import save_tiny
+from test_selection import sensitivity
+from tiny import RUNTIME, layer_plans, save_tiny
 
+from layerboost.errors import ConfigError
+from layerboost.model.base import find_model
+from layerboost.planning.stage import check, run_plan
 from layerboost.probes.calibration import MEASURED
-from layerboost.schemas.artifact import fingerprint
-from layerboost.schemas.plan import LayerPlan, read_plan
-from layerboost.schemas.run import PLAN
+from layerboost.recipe import Recipe
+from layerboost.schemas.artifact import fingerprint, write_json
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.schemas.run import PLAN, SENSITIVITY
 
 
 @pytest.mark.pipeline
@@ -38,3 +43,36 @@ def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: P
     (run / PLAN).unlink()
     assert plan() == found
     assert (run / MEASURED).read_text().splitlines()[:3] == lines[:3]
+
+
+def for_llama_cpp(model: Path, **plan: object) -> Recipe:
+    bench = {"engine": "llama.cpp"}
+    settings = {"kv_fraction": 0.4, "context_tokens": 100} | plan
+    return Recipe.model_validate({"model": str(model), "bench": bench, "plan": settings, "measure": {"windows": [16]}})
+
+
+def test_a_plan_that_llama_cpp_could_not_run_is_named_before_it_is_healed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qwen, llama = (save_tiny(tmp_path / family, family) for family in ("qwen3", "llama"))
+    base, run = find_model(str(qwen), RUNTIME), tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ConfigError, match=r"llama.cpp runs no qwen3 with sinks[\s\S]*plan.sinks=false"):
+        check(for_llama_cpp(qwen), run, base)
+    check(for_llama_cpp(qwen, sinks=False), run, base)
+    check(for_llama_cpp(llama), run, find_model(str(llama), RUNTIME))
+    write_json(run / SENSITIVITY, sensitivity())
+    with caplog.at_level("WARNING", "layerboost"):
+        plan = run_plan(for_llama_cpp(qwen), run)
+        [warned] = [record.message for record in caplog.records if "could not run this plan" in record.message]
+        assert "has a sink" in warned
+        assert "plan without sinks (plan.sinks=false): gguf step35 holds that" in warned
+        with pytest.raises(ConfigError, match="has a sink"):
+            check(for_llama_cpp(qwen), run, base)
+        caplog.clear()
+        assert run_plan(for_llama_cpp(qwen, sinks=False), run) != plan
+        assert "could not run this plan" not in caplog.text
+    check(for_llama_cpp(qwen), run, base)
+    write_plan(run / PLAN, PlanFile(model=plan.model, method="by hand", layers=layer_plans("fSsf")))
+    with pytest.raises(ConfigError, match="layer 1 has a sink"):
+        check(for_llama_cpp(qwen, sinks=False), run, base)

@@ -85,6 +85,32 @@ def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivit
     return found.model_copy(update={"layers": measured})
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
+def test_the_size_of_the_losses_does_not_matter(scale: float, fraction: float) -> None:
+    """A solver with absolute tolerances took losses of wide windows for equal."""
+    found = sensitivity(layers=12)
+    small = found.model_copy(
+        update={
+            "layers": [
+                entry.model_copy(
+                    update={
+                        "variants": [
+                            each.model_copy(
+                                update={"scores": {"kl": Score(mean=each.scores["kl"].mean * scale, standard_error=0)}}
+                            )
+                            for each in entry.variants
+                        ]
+                    }
+                )
+                for entry in found.layers
+            ]
+        }
+    )
+    settings = Plan(kv_fraction=fraction, context_tokens=100)
+    assert select(small, settings) == select(found, settings)
+
+
 EVERY_SITE = [
     attention.with_site(mlp)
     for attention in layer_plans("fsSn")
@@ -288,6 +314,31 @@ def test_a_blend_leaves_sinks_to_the_text(method: str) -> None:
     for entry in plan:
         plain, sink = found.layers[entry.layer].variants[-2:]
         assert entry.attention != "sliding" or entry.sink == (sink.scores["kl"].mean < plain.scores["kl"].mean)
+
+
+@pytest.mark.parametrize("method", ["budget", "uniform", "random", "threshold"])
+def test_a_plan_without_sinks_is_the_best_of_those(method: str) -> None:
+    found = sensitivity(8)
+    settings = Plan.model_validate({"method": method, "kv_fraction": 0.4, "context_tokens": 100})
+    assert any(entry.sink for entry in select(found, settings))
+    bare = [
+        entry.model_copy(update={"variants": [each for each in entry.variants if not each.sink]})
+        for entry in found.layers
+    ]
+    plan = select(found, settings.model_copy(update={"sinks": False}))
+    assert plan == select(found.model_copy(update={"layers": bare}), settings)
+    assert any(entry.window for entry in plan)
+
+
+def test_no_kv_heads_with_sinks_either() -> None:
+    found = with_heads()
+    heads = [variant.model_copy(update={"sink": True}) for variant in found.layers[1].heads]
+    found.layers[1] = found.layers[1].model_copy(update={"heads": heads})
+    settings = Plan(unit="kv_head", kv_fraction=0.5, context_tokens=100)
+    with_sinks, without = choices(found, settings, 16), choices(found, settings.model_copy(update={"sinks": False}), 16)
+    assert any(choice.plan.sink and choice.plan.full_kv_heads for choice in with_sinks[1])
+    assert not any(choice.plan.sink for options in without for choice in options)
+    assert any(choice.plan.full_kv_heads for choice in without[0])
 
 
 def test_an_infeasible_budget_names_the_nearest() -> None:

@@ -56,6 +56,7 @@ def test_the_hash_is_of_what_a_plan_does() -> None:
         ("window: 16}", "window: 0}", "window"),
         ("window: 16}", "window: 8}", "one window"),
         ("attention: full", "attention: full, window: 8", "takes no window"),
+        ("attention: full", "attention: full, attention: none", "attention is given twice, the second time in line"),
         ("attention: full", "attention: full, mlp: thin", "an MLP that is thin needs an mlp_width"),
         ("attention: full", "attention: full, mlp_width: 48", "an MLP that is full takes no mlp_width"),
         ("method: budget", "methods: budget", "methods"),
@@ -105,11 +106,28 @@ def test_a_folder_that_is_a_link_is_replaced_where_it_leads(tmp_path: Path) -> N
     (tmp_path / "large").mkdir()
     link = tmp_path / "out"
     link.symlink_to(tmp_path / "large" / "out")
-    for name in ("first", "second"):
-        with new_folder(link) as folder:
-            (folder / name).write_text("x")
+    for content in ("first", "second"):
+        with new_folder(link, "mark") as folder:
+            (folder / "mark").write_text(content)
         assert link.is_symlink()
-        assert [file.name for file in (tmp_path / "large" / "out").iterdir()] == [name]
+        assert [file.read_text() for file in (tmp_path / "large" / "out").iterdir()] == [content]
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a file"])
+def test_what_is_not_ours_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    """`healed.save("models")` deleted all other models there, and a GGUF file in RUN/base its own source."""
+    target = tmp_path / "models"
+    if kind == "a directory":
+        target.mkdir()
+        with new_folder(target, "mark"):  # empty
+            pass
+        (target / "other.gguf").write_text("x")
+    else:
+        target.write_text("x")
+    with pytest.raises(ConfigError, match="models was not made by layerboost"), new_folder(target, "mark"):
+        pass
+    assert target.is_file() or [file.name for file in target.iterdir()] == ["other.gguf"]
+    assert [file.name for file in tmp_path.iterdir()] == ["models"]
 
 
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

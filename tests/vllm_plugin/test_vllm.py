@@ -89,6 +89,7 @@ CASES = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", "fnSs"),
     "hy_v3": ("hy_v3", "fnSs"),
     "mellum": ("mellum", "Sfnfsf"),
+    "phimoe": ("phimoe", "nSfs"),
     "solar_open": ("solar_open", "fSns"),
     "heads": ("llama", "nHfsh"),
     "heads-alone": ("qwen3", "hHhH"),

@@ -133,10 +133,10 @@ def _check_form(base: Base, on_llama: bool) -> None:
         reason = f"{base.name} is a wrapper, {base.model_config.model_type}"
     elif base.info.sliding_layers:
         reason = f"layers of {base.name} slide already, and a model has one window"
-    elif base.info.other_layers:
-        reason = f"{base.name} is a hybrid, {base.config.model_type}"
     elif not on_llama and not family_of(base.config).vllm:
         reason = f"family {base.config.model_type}: {family_of(base.config).vllm_lacks}"
+    elif base.info.other_layers:
+        reason = f"{base.name} is a hybrid, {base.config.model_type}"
     if reason:
         raise ConfigError(
             "rates are of an engine that serves the model with windows of 64 and 128 tokens",

@@ -36,7 +36,7 @@ from layerboost.exporting.gguf_file import window_in
 from layerboost.exporting.stage import check_gguf, gguf_file
 from layerboost.model.integrity import read_config
 from layerboost.recipe import Bench, EngineName, Recipe
-from layerboost.runtime import GIB, cores
+from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile
 
 NAME: EngineName = "llama.cpp"
@@ -48,6 +48,8 @@ RESERVED = (
     *("--model", "-m", "--host", "--port", "--ctx-size", "-c", "--parallel", "-np", "--threads", "-t"),
     *("--verbosity", "-lv", "--cache-ram", "-cram", "--slot-save-path"),
 )
+SWA_FULL = "--swa-full"
+WHOLE_CONTEXT = "llama.cpp then holds the whole context in sliding layers, too, so that a plan saves no memory"
 UBATCH, UBATCH_SHORT = "--ubatch-size", "-ub"
 UBATCH_DEFAULT, LEAST_BATCH = 512, 64
 WARMUP_INPUT_TOKENS = 64
@@ -62,11 +64,17 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
             found="the benchmark itself sets model, address, context, slots and what is logged",
             do="remove it; the port is bench.port",
         )
+    if SWA_FULL in names_of(bench.server_args):
+        raise ConfigError(f"bench.server_args may not have {SWA_FULL}", found=WHOLE_CONTEXT, do="remove it")
     if not shutil.which("llama-server"):
         check_arguments(bench.server_args)
     for folder in folders:
         if (folder / "config.json").is_file():
-            check_gguf(folder, bench.gguf_type)
+            try:
+                check_gguf(folder, bench.gguf_type)
+            except ConfigError as error:
+                do = f"{error.do}; or bench with Transformers: bench.engine=transformers"
+                raise ConfigError(error.wrong, found=error.found, do=do) from None
     check_port(bench.port)
     return found
 
@@ -146,7 +154,10 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     if model.is_dir():
         file = model.resolve().with_name(f"{model.resolve().name}-f16.gguf")
         gguf_file(model, file, "f16")
-    flags = _flags(window_in(file), given)
+    window = window_in(file)
+    flags = _flags(window, given)
+    if window and SWA_FULL in names_of(given):
+        log.warning("%s: %s", SWA_FULL, WHOLE_CONTEXT)
     if "--port" not in names_of(given):
         check_port(port, host="")
         flags += ("--port", str(port))

@@ -61,7 +61,9 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
     for folder in folders:
         check_folder(folder)
         if (folder / "config.json").is_file():
-            check_family(folder, plain_config(folder)["model_type"])
+            config = plain_config(folder)
+            check_family(folder, config["model_type"])
+            check_stock(folder, config)
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -97,6 +99,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     if is_boosted(config.get("architectures")):
         check_family(model, config["model_type"])
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
+    check_stock(model, config)
     check_port(flags_given(given).get("port", port), host="")
     flags = serving_flags(read_plan(model / PLAN), given) if (model / PLAN).is_file() else ()
     return serve_line(model, (*flags, *given), {"--port": str(port)})
@@ -118,6 +121,17 @@ def check_family(folder: Path, model_type: str) -> None:
             f"vLLM cannot serve {folder} boosted",
             found=f"{kind} {model_type}: {row.vllm_lacks}",
             do="use Transformers (bench.engine=transformers), or serve its base",
+        )
+
+
+def check_stock(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a stock model that vLLM's own class fails to serve on this machine, by its row's reason."""
+    row = FAMILIES.get(config["model_type"])
+    if row and row.base_lacks and not is_boosted(config.get("architectures")) and runs_on_cpu():
+        raise ConfigError(
+            f"vLLM cannot serve {folder} on a CPU, only boosted",
+            found=f"family {config['model_type']}: {row.base_lacks}",
+            do="use Transformers (bench.engine=transformers), or a GPU",
         )
 
 

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
-from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -29,7 +28,8 @@ from layerboost.exporting.tensors import (
     whole_tensors,
     window_of,
 )
-from layerboost.model.card import CARD
+from layerboost.model.card import LICENCE_KEYS, card_data
+from layerboost.model.checkpoint import plan_in
 from layerboost.model.files import Tensors
 from layerboost.model.mlp import recorded_widths
 from layerboost.model.modeling import base_config, skipped_layers
@@ -86,13 +86,16 @@ Settings = dict[str, Any]
 
 def _granite_settings(config: PreTrainedConfig) -> Settings:
     embedding, residual, logits = (getattr(config, name, 1.0) for name in MULTIPLIERS)
-    return _windows_by_layer(config) | {
-        "attention.rope_pattern": rotating_layers(config),
+    return {
         "attention.scale": float(getattr(config, "attention_multiplier", head_dim(config) ** -0.5)),
         "embedding_scale": float(embedding),
         "residual_scale": float(residual),
         "logit_scale": float(logits),
     }
+
+
+def _granite_swa_settings(config: PreTrainedConfig) -> Settings:
+    return _windows_by_layer(config) | {"attention.rope_pattern": rotating_layers(config)} | _granite_settings(config)
 
 
 def _deci_settings(config: PreTrainedConfig) -> Settings:
@@ -199,7 +202,8 @@ LAYOUTS = {
     "llama": Layout(lambda config: {}, split_tensors, interleaved=True),
     "qwen2": Layout(lambda config: {}, split_tensors),
     "qwen3": Layout(lambda config: {}, split_tensors),
-    "granite_swa": Layout(_granite_settings, granite_tensors, interleaved=True),
+    "granite": Layout(_granite_settings, split_tensors, interleaved=True),
+    "granite_swa": Layout(_granite_swa_settings, granite_tensors, interleaved=True),
     "deci": Layout(_deci_settings, split_tensors, interleaved=True),
     "step35": Layout(_step35_settings, head=True),
     "mellum": Layout(_mellum_settings, names=OF_EXPERTS, head=True),
@@ -225,13 +229,7 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in (_settings(config) | layout.settings(config)).items():
         _add(writer, f"{architecture}.{key}", value)
-    card = ModelCard((folder / CARD).read_text()).data.to_dict() if (folder / CARD).is_file() else {}
-    boosted = (folder / PLAN).is_file()
-    writer.add_name(f"{card.get('base_model') or folder.resolve().name}{', boosted' * boosted}")
-    if isinstance(card.get("license"), str):
-        writer.add_license(card["license"])
-    if boosted:
-        writer.add_string("layerboost.plan", (folder / PLAN).read_text())
+    _describe(writer, folder)
     writer.add_string(SOURCE, source)
     add_tokenizer(writer, folder, config.vocab_size)
     named = _named(layout, config, layout.tensors(config, tensors))
@@ -253,6 +251,21 @@ def write_gguf(
             writer.write_tensor_data(written[0] if len(written) == 1 else np.stack(written))
             progress.advance(1)
     writer.close()
+
+
+def _describe(writer: Any, folder: Path) -> None:
+    """Add the model's name, its licence by its card, and its plan."""
+    card, plan = card_data(folder), plan_in(folder)
+    if plan is None:
+        writer.add_name(card.get("base_model") or folder.resolve().name)
+    else:
+        writer.add_name(f"{card.get('base_model') or Path(plan.model.name).name}, boosted")
+        writer.add_string("layerboost.plan", (folder / PLAN).read_text())
+    for key, add in zip(
+        LICENCE_KEYS, (writer.add_license, writer.add_license_name, writer.add_license_link), strict=True
+    ):
+        if isinstance(card.get(key), str):
+            add(card[key])
 
 
 def window_in(file: Path) -> int | None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import gguf
 from gguf import TokenType
+from transformers import AutoTokenizer
 
 from layerboost.errors import ConfigError
+from layerboost.text import opening_ids
 
 # How llama.cpp splits text into words, by a tokenizer's own pattern and whether it takes whole words before merges.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -91,6 +93,11 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocabulary)])
     writer.add_token_types([kinds.get(index, TokenType.UNUSED) for index in range(vocabulary)])
     special = gguf.SpecialVocab(folder, load_merges=split != SENTENCEPIECE, n_vocab=vocabulary)
+    # The library reads it from settings that not all tokenizers have or obey, and llama.cpp has defaults of its own.
+    opening = opening_ids(AutoTokenizer.from_pretrained(folder))
+    special.add_special_token["bos"] = bool(opening)
+    if opening:
+        special.special_token_ids["bos"] = opening[0]
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError, LayerboostError
@@ -25,7 +27,7 @@ from layerboost.exporting.llama_shaped import (
 )
 from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, file_hash, new_folder
-from layerboost.model.base import find_model
+from layerboost.model.base import UNPACKED_FROM, find_model
 from layerboost.model.card import CARD, vllm_commands
 from layerboost.model.checkpoint import MAX_SHARD_SIZE, plan_in
 from layerboost.model.families import WRAPPERS
@@ -33,11 +35,11 @@ from layerboost.model.files import Tensors, read_weights, weight_files
 from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.retention import prefix_flag
-from layerboost.model.surgery import unchanged
+from layerboost.model.surgery import boosted_config, unchanged
 from layerboost.model.tokenizer import copied_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import PlanFile
+from layerboost.schemas.plan import LayerPlan, PlanFile
 from layerboost.schemas.run import PLAN
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
@@ -109,6 +111,11 @@ def check_gguf(folder: Path, kind: str) -> None:
     """Raise ConfigError if a model directory, stock or boosted, cannot be written as GGUF with this type."""
     _target(folder, "gguf", plan_in(folder))
     check_type(folder, kind)
+
+
+def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError if no GGUF file holds a plan of a base with this config."""
+    find_target("gguf", boosted_config(config, layers), layers)
 
 
 def gguf_file(folder: Path, out: Path, kind: str) -> None:
@@ -250,8 +257,11 @@ def _base_type(name: str) -> str | None:
     from gguf import GGUFReader
 
     in_file = name.startswith("package:") or name.lower().endswith(".gguf")
-    if not in_file and not Path(name).expanduser().is_dir():
-        return None
+    folder = Path(name).expanduser()
+    if not in_file and not folder.is_dir():
+        return _cached_type(name)
+    if (folder / UNPACKED_FROM).is_file():
+        return _base_type((folder / UNPACKED_FROM).read_text().splitlines()[0])
     try:
         base = find_model(name, Runtime(torch.device("cpu"), torch.float32))
         if base.gguf is None:
@@ -263,6 +273,17 @@ def _base_type(name: str) -> str | None:
         return "unknown (the file is not there)" if in_file else None
     [(most, _)] = sizes.most_common(1)
     return None if most in ("F32", "F16", "BF16") else most
+
+
+def _cached_type(name: str) -> str | None:
+    """Return how the weights of a Hub id are quantised by its config in the cache; None if they are not, or it is not
+    there."""
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    settings = json.loads(Path(config).read_text()).get("quantization_config") if isinstance(config, str) else None
+    return settings.get("quant_method") if settings else None
 
 
 def _card(boosted: str, target: Target, serving: str, plan: PlanFile) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
+from layerboost.exporting.llama_shaped import MULTIPLIERS, has_bias, rotating_layers
 from layerboost.exporting.tensors import full_every, head_dim, slides_by, slides_where_possible, window_of
 from layerboost.model.families import FAMILIES
 from layerboost.model.modeling import base_layer_types, skipped_layers
@@ -25,17 +26,68 @@ EVERYTHING, NO_SINKS = frozenset({SLIDING, SINK, NONE}), frozenset({SLIDING, NON
 # Families that differ from Llama by settings that its formats have.
 PLAIN_LLAMAS = ("llama", "mistral", "ministral", "qwen2", "phi3")
 LLAMA_SHAPED = (*PLAIN_LLAMAS, "smollm3", "granite")
+WITH_QK_NORMS = ("qwen3", "qwen3_moe", "mellum", "olmo2", "olmo3", "gemma3_text")
 # Rotary embeddings whose frequencies do not depend on the length of a text.
 DEFAULT = frozenset({"default"})
 FIXED = DEFAULT | {"linear", "llama3", "yarn"}
+# What a model may need of a format.
+BIASES, MLP_BIASES, QK_NORMS, EXPERTS = "biases in attention", "biases in MLPs", "q/k norms", "experts"
+HEAD, HEADS = "an untied output head", "heads that together are not as wide as the model"
+SCALED, SOFT_CAPS = "Granite's multipliers", "soft caps of scores and logits"
+NO_ROPE, FACTOR = "layers without a rotary embedding", "an attention_factor of the rotary embedding"
+TWO_BASES = "rotary embeddings of two bases in full and sliding layers"
+LLAMAS = frozenset({BIASES, MLP_BIASES, HEAD, HEADS})
+GELU = "gelu_pytorch_tanh"
+
+
+def _caps(config: PreTrainedConfig) -> list[bool]:
+    return [bool(getattr(config, f"{name}_logit_softcapping", None)) for name in ("attn", "final")]
+
+
+def _has_experts(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "num_experts", 0))
+
+
+def _is_partly_dense(config: PreTrainedConfig) -> bool:
+    kinds = getattr(config, "mlp_layer_types", None) or []
+    dense = "dense" in kinds or getattr(config, "mlp_only_layers", None)
+    return _has_experts(config) and bool(dense or getattr(config, "decoder_sparse_step", 1) != 1)
+
+
+FEATURES: dict[str, Callable[[PreTrainedConfig], bool]] = {
+    BIASES: has_bias,
+    MLP_BIASES: lambda config: getattr(config, "mlp_bias", False),
+    QK_NORMS: lambda config: config.model_type in WITH_QK_NORMS,
+    EXPERTS: _has_experts,
+    HEAD: lambda config: not config.tie_word_embeddings,
+    HEADS: lambda config: config.num_attention_heads * head_dim(config) != config.hidden_size,
+    SCALED: lambda config: hasattr(config, MULTIPLIERS[0]),
+    SOFT_CAPS: lambda config: all(_caps(config)),
+    NO_ROPE: lambda config: not all(rotating_layers(config)),
+    FACTOR: lambda config: any(rope.get("attention_factor") for rope in _ropes(config)),
+    TWO_BASES: lambda config: len({rope["rope_theta"] for rope in _ropes(config)}) > 1,
+    # No format has these.
+    "rotary embeddings of a part of each head": lambda config: any(
+        rope.get("partial_rotary_factor", 1) != 1 for rope in _ropes(config)
+    ),
+    "one soft cap of two": lambda config: (
+        any(_caps(config)) != all(_caps(config)) or (config.model_type == "gemma2" and not any(_caps(config)))
+    ),
+    "scores scaled by another number than the head's size": lambda config: (
+        getattr(config, "query_pre_attn_scalar", head_dim(config)) != head_dim(config)
+    ),
+    "layers without experts": _is_partly_dense,
+    "experts whose weights do not add up to one": lambda config: not getattr(config, "norm_topk_prob", True),
+}
 
 
 @dataclass(frozen=True)
 class Target:
     """One stock format. `runs`: the engines, with the versions that were tried.
 
-    `holds`: what a layer may be besides full; `rope`: types of rotary embeddings. `architecture`: llama.cpp's, of a
-    GGUF file; `--to gguf` takes one that holds the plan. `every_nth`: all layers slide but every n-th.
+    `holds`: what a layer may be besides full; `takes`: what a model may have besides Llama's parts; `rope`: types of
+    rotary embeddings, and `scales_full`: those of full layers alone. `architecture`: llama.cpp's, of a GGUF file;
+    `--to gguf` takes one that holds the plan. `every_nth`: all layers slide but every n-th.
     """
 
     name: str
@@ -43,73 +95,33 @@ class Target:
     runs: str
     families: tuple[str, ...]
     holds: frozenset[str]
+    takes: frozenset[str]
     rope: frozenset[str]
+    scales_full: frozenset[str] = frozenset()
+    activation: str = "silu"
     keeps_first: bool = False  # layer 0 must have attention
+    keeps_full: bool = False  # a layer must be full
     # The tokens that a layer without attention still holds for one request, by the window. None: it is truly absent.
     removed_tokens: Callable[[int], int] | None = None
     # Bytes per number of keys and values, if not the model's.
     kv_bytes: int | None = None
     architecture: str = ""
     every_nth: bool = False
-    # Why a model of one of the families does not fit, or nothing.
-    unfit: Callable[[PreTrainedConfig], str] = lambda config: ""
 
     @property
     def label(self) -> str:
         """The name, with the architecture of a GGUF file."""
         return f"{self.name} {self.architecture}".strip()
 
-
-def _unfit_gemma(config: PreTrainedConfig) -> str:
-    caps = [bool(config.attn_logit_softcapping), bool(config.final_logit_softcapping)]
-    if caps != [config.model_type == "gemma2"] * 2:
-        return "soft caps" if any(caps) else "no soft caps"
-    if config.query_pre_attn_scalar != head_dim(config):
-        return f"scores scaled by {config.query_pre_attn_scalar}, not by the head's size"
-    return _needs_tied(config)
+    @property
+    def removed(self) -> str:
+        """What a layer without attention holds, as text."""
+        if NONE not in self.holds:
+            return "not held"
+        return f"{self.removed_tokens(64)} tokens at a window of 64" if self.removed_tokens else "nothing"
 
 
-def _unfit_olmo(config: PreTrainedConfig) -> str:
-    if len({rope["rope_theta"] for rope in _ropes(config)}) > 1:
-        return "full and sliding layers with rotary embeddings of two bases"
-    # It scales those of full layers alone.
-    if config.model_type == "olmo2" and config.rope_parameters["rope_type"] != "default":
-        return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
-    return _needs_square(config)
-
-
-def _unfit_mellum(config: PreTrainedConfig) -> str:
-    if len({rope["rope_theta"] for rope in _ropes(config)}) > 1:
-        return "full and sliding layers with rotary embeddings of two bases"
-    kinds = getattr(config, "mlp_layer_types", None) or ["sparse"] * config.num_hidden_layers
-    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1 or "dense" in kinds:
-        return "layers without experts"
-    if not config.norm_topk_prob:
-        return "experts whose weights do not add up to one"
-    return "biases" if config.attention_bias else ""
-
-
-def _needs_tied(config: PreTrainedConfig) -> str:
-    return "" if config.tie_word_embeddings else "an output head of its own"
-
-
-def _needs_square(config: PreTrainedConfig) -> str:
-    heads = config.num_attention_heads * head_dim(config)
-    return "" if heads == config.hidden_size else f"heads of {heads} numbers together, not {config.hidden_size}"
-
-
-def _rotates_partly(config: PreTrainedConfig) -> str:
-    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    return "" if share == 1 else f"rotary embeddings of a fraction of {share} of each head"
-
-
-def _unfit_mlx(config: PreTrainedConfig) -> str:
-    if config.rope_parameters.get("attention_factor"):
-        return "rotary embeddings with an attention_factor of their own"
-    return _rotates_partly(config) or ("no full layer" if all(slides_where_possible(config)) else "")
-
-
-def _gguf(architecture: str, families: tuple[str, ...], **settings: Any) -> Target:
+def _gguf(architecture: str, families: tuple[str, ...], *takes: str, **settings: Any) -> Target:
     # By llama.cpp's defaults: float16; per sliding layer a window and a physical batch, in steps of 256.
     defaults: dict[str, Any] = {
         "holds": NO_SINKS,
@@ -122,6 +134,7 @@ def _gguf(architecture: str, families: tuple[str, ...], **settings: Any) -> Targ
         f"GGUF, a file of llama.cpp's {architecture} architecture",
         "llama.cpp b11549",
         families,
+        takes=frozenset(takes),
         architecture=architecture,
         **defaults | settings,
     )
@@ -136,9 +149,9 @@ TARGETS = {
             "Transformers 5.19, vLLM 0.32",
             LLAMA_SHAPED,
             EVERYTHING,
-            rope=FIXED | {"dynamic"},
+            LLAMAS | {SCALED, NO_ROPE, FACTOR},
+            FIXED | {"dynamic"},
             removed_tokens=lambda window: window,
-            unfit=_rotates_partly,
         ),
         Target(
             "decilm",
@@ -146,7 +159,8 @@ TARGETS = {
             "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
             ("llama", "qwen2"),
             NO_SINKS | {THIN},
-            rope=FIXED | {"dynamic"},
+            LLAMAS | {FACTOR},
+            FIXED | {"dynamic"},
             keeps_first=True,
         ),
         Target(
@@ -155,35 +169,40 @@ TARGETS = {
             "mlx-lm 0.32",
             PLAIN_LLAMAS,
             NO_SINKS,
-            rope=FIXED,
+            LLAMAS,
+            FIXED,
+            keeps_full=True,
             removed_tokens=lambda window: window,
-            unfit=_unfit_mlx,
         ),
         # Without changed layers.
-        _gguf("llama", ("llama", "mistral", "ministral"), holds=frozenset(), rope=FIXED, unfit=_rotates_partly),
-        _gguf("qwen2", ("qwen2",), holds=frozenset(), rope=FIXED, unfit=_needs_square),
-        _gguf("qwen3", ("qwen3",), holds=frozenset(), rope=FIXED),
-        _gguf("granite_swa", LLAMA_SHAPED, holds=EVERYTHING, rope=FIXED, unfit=_rotates_partly),
+        _gguf("llama", ("llama", "mistral", "ministral"), *LLAMAS, FACTOR, holds=frozenset(), rope=FIXED),
+        _gguf("qwen2", ("qwen2",), BIASES, HEAD, holds=frozenset()),
+        _gguf("qwen3", ("qwen3",), QK_NORMS, HEAD, HEADS, holds=frozenset()),
+        _gguf("granite", ("granite",), *LLAMAS, SCALED, FACTOR, holds=frozenset(), rope=FIXED),
+        _gguf("granite_swa", LLAMA_SHAPED, *LLAMAS, SCALED, NO_ROPE, FACTOR, holds=EVERYTHING, rope=FIXED),
         _gguf(
             "deci",
             PLAIN_LLAMAS,
+            *LLAMAS,
+            FACTOR,
             holds=frozenset({NONE, THIN}),
             rope=FIXED,
             keeps_first=True,
             removed_tokens=None,
-            unfit=_rotates_partly,
         ),
-        _gguf("step35", ("qwen3",)),
-        _gguf("mellum", ("qwen3_moe", "mellum"), unfit=_unfit_mellum),
-        _gguf("olmo2", ("olmo2", "olmo3"), rope=DEFAULT | {"yarn"}, every_nth=True, unfit=_unfit_olmo),
-        _gguf("gemma2", ("gemma2",), every_nth=True, unfit=_unfit_gemma),
-        _gguf("gemma3", ("gemma3_text",), rope=DEFAULT | {"linear"}, every_nth=True, unfit=_unfit_gemma),
+        _gguf("step35", ("qwen3",), QK_NORMS, HEAD, HEADS),
+        _gguf("mellum", ("qwen3_moe", "mellum"), QK_NORMS, HEAD, HEADS, EXPERTS),
+        _gguf("olmo2", ("olmo2", "olmo3"), QK_NORMS, HEAD, FACTOR, scales_full=frozenset({"yarn"}), every_nth=True),
+        _gguf("gemma2", ("gemma2",), HEADS, SOFT_CAPS, activation=GELU, every_nth=True),
         _gguf(
-            "cohere2",
-            ("cohere2",),
+            "gemma3",
+            ("gemma3_text",),
+            *(QK_NORMS, HEADS, TWO_BASES),
+            scales_full=frozenset({"linear"}),
+            activation=GELU,
             every_nth=True,
-            unfit=lambda config: _needs_tied(config) or _needs_square(config),
         ),
+        _gguf("cohere2", ("cohere2",), every_nth=True),
     )
 }
 NAMES = tuple(dict.fromkeys(target.name for target in TARGETS.values()))
@@ -198,8 +217,13 @@ def described_targets() -> dict[str, dict[str, str]]:
             "families": ", ".join(target.families),
             "holds, besides full layers": ", ".join(sorted(target.holds))
             + ("; layer 0 must have attention" if target.keeps_first else "")
+            + ("; a layer must be full" if target.keeps_full else "")
             + ("; all layers but every n-th slide" if target.every_nth else ""),
-            "rotary embeddings": ", ".join(sorted(target.rope)),
+            "a layer without attention holds": target.removed,
+            "models may have": ", ".join(name for name in FEATURES if name in target.takes),
+            "activation": target.activation,
+            "rotary embeddings": ", ".join(sorted(target.rope))
+            + (f"; of full layers {', '.join(target.scales_full)}" if target.scales_full else ""),
         }
         for label, target in TARGETS.items()
     }
@@ -221,9 +245,30 @@ def problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan
     """
     if config.model_type not in target.families:
         return f"family {config.model_type}; it holds {', '.join(target.families)}"
-    if odd := {rope.get("rope_type", "default") for rope in _ropes(config)} - target.rope:
-        return f"rotary embeddings of type {', '.join(sorted(odd))}"
-    return target.unfit(config) or _layer_problem(target, config, layers)
+    if (activation := activation_of(config)) != target.activation:
+        return f"activation {activation}; it has {target.activation}"
+    for kind, held in zip(rope_types(config), (target.rope | target.scales_full, target.rope), strict=True):
+        if kind not in held:
+            return f"rotary embeddings of type {kind}"
+    if lacking := features(config) - target.takes:
+        return ", ".join(sorted(lacking))
+    return _layer_problem(target, config, layers)
+
+
+def features(config: PreTrainedConfig) -> set[str]:
+    """Return what a model needs of a format besides Llama's parts."""
+    return {name for name, has in FEATURES.items() if has(config)}
+
+
+def activation_of(config: PreTrainedConfig) -> str:
+    """Return the name of the activation of a model's MLPs."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def rope_types(config: PreTrainedConfig) -> tuple[str, str]:
+    """Return the types of the rotary embeddings of full and of sliding layers."""
+    full, *_, sliding = [rope.get("rope_type", "default") for rope in _ropes(config) * 2]
+    return full, sliding
 
 
 def _layer_problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> str:
@@ -234,6 +279,8 @@ def _layer_problem(target: Target, config: PreTrainedConfig, layers: Sequence[La
                 return f"layer {entry.layer} has {need}"
         if entry.window and rotates_by_type:
             return f"layer {entry.layer} slides, but has a full layer's rotary embedding"
+    if target.keeps_full and all(slides_where_possible(config)):
+        return "no full layer"
     if target.every_nth and full_every(config) is None:
         full = [layer for layer, kind in enumerate(config.layer_types) if kind != "sliding_attention"]
         return f"windows in all layers but {', '.join(map(str, full))}; it has them in all but every n-th"
@@ -250,6 +297,12 @@ def _same_rope(config: PreTrainedConfig) -> bool:
     """Return whether a family in which a layer's type may decide on its rotary embedding has one for both types."""
     ropes = _ropes(config)
     return len(ropes) == 2 and ropes[0] == ropes[1]
+
+
+def lacks_sinks(model_type: str) -> bool:
+    """Return whether GGUF files hold windows of a family, and none with sinks."""
+    held = [target.holds for target in TARGETS.values() if target.architecture and model_type in target.families]
+    return any(SLIDING in each for each in held) and not any(SINK in each for each in held)
 
 
 def extra_kv_bytes(target: Target, config: PreTrainedConfig, info: ModelInfo) -> int:
@@ -280,6 +333,10 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
             log.info("%s holds this plan at the least KV cache%s", chosen.label, f" ({others})" if others else "")
         return chosen
     do = f"export to {able[0].name}" if able else "serve the checkpoint itself, with layerboost installed"
+    without = [entry.model_copy(update={"sink": False}) for entry in layers]
+    of_name = [target for target in TARGETS.values() if name in ("auto", target.name)]
+    if held := [target.label for target in of_name if not problem(target, config, without)]:
+        do += f", or plan without sinks (plan.sinks=false): {held[0]} holds that"
     if mixed := ", ".join(str(entry.layer) for entry in layers if entry.full_kv_heads):
         do += f", or make the nearest plan of whole layers: layers {mixed} full"
     asked = [(target, why) for target, why in problems if name in ("auto", target.name)]

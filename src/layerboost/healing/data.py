@@ -81,7 +81,10 @@ def load_requests(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Traffic,
     rows = read_rows(file)
     first = list(islice(reader.read(rows), VALIDATION_SEQUENCES))
     requests, hashes, held = list[Request](), [request.fingerprint for request in first], 0
+    held_out = set(hashes)
     for request in reader.read(shuffled(rows, recipe.seed)):
+        if request.fingerprint in held_out:  # logs repeat requests
+            continue
         requests.append(replace(request, given={}))
         hashes.append(request.fingerprint)
         held += len(request.ids)

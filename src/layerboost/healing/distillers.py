@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedModel
 
+from layerboost.errors import ConfigError
 from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_mse
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
@@ -83,10 +84,14 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `trained_state` returned; raise KeyError if it has other parameters."""
+        """Load what `trained_state` returned; raise ConfigError if it has other parameters."""
         trained = self.trained
         if other := trained.keys() ^ state.keys():
-            raise KeyError(f"checkpoint of other parameters: {sorted(other)[:3]}")
+            raise ConfigError(
+                "a checkpoint of healing is of other parameters, as another release of layerboost or peft trains",
+                found=", ".join(sorted(other)[:3]),
+                do="delete heal/ in the run folder and heal again",
+            )
         for name, parameter in trained.items():
             parameter.copy_(distribute_like(state[name], parameter))
 

@@ -22,7 +22,7 @@ from layerboost.healing.data import (
     lengths_of,
     load_requests,
 )
-from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets
+from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller, Targets, positions_of
 from layerboost.healing.least_squares import check_fit, fit_stage
 from layerboost.healing.recall import with_recall
 from layerboost.healing.sharding import shard
@@ -40,10 +40,13 @@ from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
 from layerboost.strategies import SLIDING
-from layerboost.text import Tokens, check_samples, is_local, load_tokens, opening_ids
+from layerboost.text import Tokens, check_samples, is_local, last_changed, load_tokens, opening_ids
 from layerboost.traffic import Reread, Traffic
 
 IDENTITY, TEXT = "heal.json", "text.json"
+HEALED_BY = "Healed by"
+# Sequences of each stage that are searched for tokens beyond the window, and the fraction of them that is too small.
+LOOKED_AT, FEW_BEYOND = 64, 0.05
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -72,6 +75,12 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
     identity = heal_identity(recipe, plan, runtime)
     if read_identity(run / HEALED / IDENTITY) == identity and is_intact(run / HEALED):
         log.info("%s is up to date", run / HEALED)
+        sources = [recipe.heal.traffic] if recipe.heal.traffic else recipe.text.sources
+        if last_changed(sources) > (run / HEALED / IDENTITY).stat().st_mtime:
+            log.warning(
+                "%s has changed since %s was healed on it. To heal on what it holds now, delete %s and %s",
+                *(" + ".join(sources), run / HEALED, run / HEAL, run / HEALED),
+            )
         return run / HEALED
     check_begun(run / HEAL, identity)
     check_checkpoint(run / CONVERTED)
@@ -110,11 +119,11 @@ def run_heal(recipe: Recipe, run: Path) -> Path:
 
 
 def card_text(recipe: Recipe, text: HealingText, fitted: list[int]) -> str:
-    """Return the model card's sentences on healing."""
+    """Return the model card's sentences on healing, in one line."""
     traffic = recipe.heal.traffic
     source = f"the requests in {Path(traffic).name}" if traffic else recipe.text.name
     sentences = (
-        f"Healed by {recipe.heal.attention_tokens:,} tokens of attention distillation and {recipe.heal.tokens:,} "
+        f"{HEALED_BY} {text.tokens['attention']:,} tokens of attention distillation and {text.tokens['lora']:,} "
         f"tokens of LoRA distillation from the base, on {source}."
     )
     if fitted:
@@ -169,7 +178,9 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         )
 
     if recipe.heal.traffic:
-        return _request_text(recipe, tokenizer, tokens, fit_tokens)
+        found = _request_text(recipe, tokenizer, tokens, fit_tokens)
+        warn_of_short_documents(found.sequences["lora"][:LOOKED_AT], plan.window, None)
+        return found
     seeds = {name: recipe.seed + index for index, name in enumerate(STAGES)}
     needed = {**tokens, "attention": max(tokens["attention"], fit_tokens)}
     train = {
@@ -185,6 +196,8 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
         name: with_recall(cut(read.ids, lengths_of(recipe), opening), tokenizer, fraction, seeds[name])
         for name, read in train.items()
     }
+    every = [ids for sequences, _ in made.values() for ids in sequences[:LOOKED_AT]]
+    warn_of_short_documents(every, plan.window, tokenizer.eos_token_id)
     # Another release may ask in other words.
     asking = [ids.tolist() for sequences, _ in made.values() for ids in sequences] if fraction else []
     return HealingText(
@@ -213,6 +226,22 @@ def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_to
         fingerprint=found,
         given=[request.reread for request in requests],
     )
+
+
+def warn_of_short_documents(sequences: Sequence[torch.Tensor], window: int | None, end: int | None) -> None:
+    """Warn if sequences `[L]` have barely a token from which a window drops anything: attention is masked between
+    documents, so that nothing is learnt of what is lost."""
+    if window is None:
+        return
+    positions = torch.cat([positions_of(ids[None], end)[0] for ids in sequences])
+    beyond = float((positions >= window).float().mean())
+    if beyond < FEW_BEYOND:
+        log.warning(
+            "healing on %.1f %% of tokens that are beyond the window of %d in their document: the others lose nothing "
+            "and teach nothing. Give longer documents, longer sequences (heal.sequence_tokens) or heal.retrieval_share",
+            100 * beyond,
+            window,
+        )
 
 
 @dataclass(frozen=True)

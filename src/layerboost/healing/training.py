@@ -178,6 +178,9 @@ class _Training:
 
     def load_checkpoint(self) -> int:
         """Load the newest checkpoint; return its step, 0 without a checkpoint."""
+        if is_main_process():
+            for stale in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed as it wrote
+                stale.unlink()
         if not (found := checkpoints_in(self.checkpoints)):
             return 0
         state = torch.load(found[-1], map_location="cpu", weights_only=True)

@@ -93,7 +93,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     validate_measure(recipe)
     if base.gguf:
         check_gguf(base.folder / base.gguf)
-    _check_config(recipe, base.config)
+    check_config(recipe, base.config)
     context_tokens = base.config.max_position_embeddings
     if "self" not in recipe.text.sources:
         load_inputs(recipe, base.tokenizer, run, context_tokens)
@@ -111,7 +111,7 @@ def run_measure(recipe: Recipe, run: Path) -> Sensitivity:
     runtime = start_runtime(recipe)
     with main_process_first():  # it unpacks and samples
         base = open_base(recipe, run, runtime)
-        _check_config(recipe, base.config)
+        check_config(recipe, base.config)
         write_samples(recipe, run, base)
     return measure(recipe, base, run)
 
@@ -197,9 +197,16 @@ def load_tasks(recipe: Recipe, tokenizer: Any, context_tokens: int) -> list[Benc
     return tasks
 
 
-def _check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise ConfigError for replacements that this model cannot have."""
+def check_config(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ConfigError for replacements that this model cannot have, and for text that it cannot write itself."""
     check_windows(config, recipe.measure.windows)
+    length, context = recipe.text.sequence_tokens, config.max_position_embeddings
+    if "self" in recipe.text.sources and length > context:
+        raise ConfigError(
+            "the model's own samples would be longer than its context",
+            found=f"{length:,} > {context:,} tokens",
+            do="lower text.sequence_tokens",
+        )
     if SLIDING not in recipe.measure.strategies:
         raise ConfigError(
             "measure.strategies lacks sliding, without whose scores there is no plan",

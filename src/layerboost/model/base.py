@@ -21,6 +21,7 @@ from layerboost.model import files as model_files
 from layerboost.model import integrity
 from layerboost.model.card import CARD, LICENCE_FILES, base_card, licence_files
 from layerboost.model.families import WRAPPERS
+from layerboost.model.gguf_config import check_every_tensor, complete_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
 from layerboost.model.modeling import (
@@ -40,6 +41,8 @@ from layerboost.schemas.run import BASE
 
 # In RUN/base: which model it was unpacked from.
 UNPACKED_FROM = "layerboost_source.txt"
+# The form in which it was unpacked: earlier releases left settings of GGUF files out.
+FORM = "form 2"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Base:
         """Return the configuration of the model, checked to be of a supported causal LM or a wrapper of one."""
         if self.gguf:
             config = integrity.read_config(self.folder, self.name, gguf_file=self.gguf)
+            complete_config(config.get_text_config(), self.folder / self.gguf)
         else:
             config = integrity.read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
         family_of(config)
@@ -179,6 +183,7 @@ class Base:
         if wrong:
             raise ConfigError(f"weights and configuration of {self.name} disagree", found=json.dumps(wrong))
         if self.gguf:
+            check_every_tensor(model, self.folder / self.gguf)
             model_files.check_finite_weights(self.name, dict(model.named_parameters()), self.runtime.dtype)
         use_onednn(model)
         return model.to(self.runtime.device).eval()
@@ -211,7 +216,7 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
         model_files.weight_files(folder)
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
-    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint]:
+    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint, FORM]:
         return Base(name, (run / BASE).absolute(), runtime, trust_remote_code=trust_remote_code)
     return found
 
@@ -236,7 +241,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     # On the CPU, whatever the run's device: the model is only written, and may be larger than a GPU.
     on_cpu = replace(base, runtime=replace(runtime, device=torch.device("cpu")))
     model, tokenizer = on_cpu.load(dequantise=True), base.tokenizer
-    with new_folder(run / BASE) as folder:
+    with new_folder(run / BASE, UNPACKED_FROM) as folder:
         # In the form of an unquantised checkpoint: undoing what loading did would quantise it again. Scales may stay in
         # its state.
         vars(model)["_weight_conversions"] = None
@@ -252,7 +257,7 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
         (folder / CARD).write_text(base_card(base.folder, base.name, base.gguf))
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
-        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n")
+        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n{FORM}\n")
     return Base(base.name, (run / BASE).absolute(), runtime, trust_remote_code=base.trust_remote_code)
 
 

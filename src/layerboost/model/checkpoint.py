@@ -25,6 +25,7 @@ from layerboost.schemas.run import PLAN
 from layerboost.schemas.sensitivity import Sensitivity
 
 FUTURE = "from __future__ import annotations"
+MODELING = "modeling_layerboost.py"
 # Files that upload, download and resume well.
 MAX_SHARD_SIZE = "5GB"
 
@@ -43,17 +44,18 @@ def save_boosted(
 
     `origin`: what the card says about the base; `healing`: a sentence on how the model was trained, empty for an
     untrained one. The tokenizer's files are the base's own. Atomic: `target` is complete and read back, or untouched.
-    Raise LayerboostError if the disk is full, or if the written files are not the model.
+    Raise ConfigError if `target` is a directory of something else, LayerboostError if the disk is full, or if the
+    written files are not the model.
     """
-    with new_folder(target) as folder:
+    with new_folder(target, MODELING) as folder:
         model.save_pretrained(
             folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=in_original_format(model.config)
         )
         save_tokenizer(tokenizer, folder)
-        (folder / "modeling_layerboost.py").write_text(modeling_source())
+        (folder / MODELING).write_text(modeling_source())
         write_plan(folder / PLAN, plan)
-        (folder / "recipe.yaml").write_text(recipe_yaml)
-        (folder / CARD).write_text(model_card(plan, origin, healing))
+        (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        (folder / CARD).write_text(model_card(plan, origin, healing), encoding="utf-8")
         for file in origin.files:
             shutil.copy(file, folder)
         _check_written(folder, target, model)

@@ -27,7 +27,7 @@ class Family:
     linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
     a hybrid, what its layers of another kind have in place of attention. `mlp` says that its MLPs can be
     changed: its layers have them by that name. `vllm` says which classes serve it, empty if none does, and `vllm_lacks`
-    then why.
+    then why. `base_lacks` says what vLLM's own class of the stock base lacks on CPUs.
     """
 
     model_type: str
@@ -48,6 +48,7 @@ class Family:
     mlp: bool = True
     vllm: str = TRANSFORMERS_BACKEND
     vllm_lacks: str = ""
+    base_lacks: str = ""
 
 
 AFTER = "post_attention_layernorm"
@@ -56,6 +57,7 @@ NO_STATES = "vLLM's Transformers backend keeps no state for layers of another ki
 hybrid = functools.partial(Family, vllm="", vllm_lacks=NO_STATES)
 LFM2: dict[str, Any] = {"output": "out_proj", "norm_before": "operator_norm", "final_norm": "embedding_norm"}
 lfm2 = functools.partial(hybrid, mixer="conv", mlp=False, **LFM2)
+in_wrapper = functools.partial(Family, vllm="", vllm_lacks="it exists inside a wrapper alone")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -107,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         Family("granitemoe"),
         Family("granitemoeshared"),
         Family("glm4_moe"),
-        Family("minimax_m2"),
+        Family("minimax_m2", base_lacks="vLLM's router on CPUs takes sigmoid scores of grouped experts alone"),
         Family("afmoe", norm_after=AFTER, rotary_by_type=True),
         Family("cohere2_moe", norm_before=None, rotary_by_type=True),
         Family("dots1"),
@@ -117,7 +119,7 @@ FAMILIES: dict[str, Family] = {
         Family("hunyuan_v1_moe"),
         Family("hy_v3"),
         Family("mellum", rotary_by_type=True),
-        Family("phimoe", vllm="", vllm_lacks="vLLM's Transformers backend takes its router for a plain linear layer"),
+        Family("phimoe"),
         Family("solar_open"),
         # Hybrids: layers with attention among others, which stay as they are.
         hybrid("qwen3_next", mixer="linear_attn"),
@@ -128,9 +130,9 @@ FAMILIES: dict[str, Family] = {
         lfm2("lfm2_moe"),
         hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
         # Language models that exist inside a wrapper alone.
-        Family("qwen3_vl_text", vllm=""),
-        Family("qwen3_vl_moe_text", vllm=""),
-        Family("qwen2_5_vl_text", vllm="", config_flags=SLIDING_FLAG),
+        in_wrapper("qwen3_vl_text"),
+        in_wrapper("qwen3_vl_moe_text"),
+        in_wrapper("qwen2_5_vl_text", config_flags=SLIDING_FLAG),
     )
 }
 

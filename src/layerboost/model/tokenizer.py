@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 
 from layerboost.errors import ConfigError, first_line
 from layerboost.model.files import check_readable
+from layerboost.model.gguf_config import complete_tokenizer
 from layerboost.runtime import log
 from layerboost.text import opening_ids
 
@@ -54,6 +55,8 @@ def open_tokenizer(
         file = folder / "tokenizer.json"
         if file.is_file() and not gguf:
             tokenizer = _as_written(tokenizer, file)
+        if gguf:
+            complete_tokenizer(tokenizer, folder / gguf)
     except Exception as error:  # each kind of tokenizer has its own
         raise ConfigError(
             f"cannot load the tokenizer of {name}",

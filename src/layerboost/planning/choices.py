@@ -28,20 +28,22 @@ class Choice:
 def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[Choice]]:
     """Return the choices of each layer's attention, then those of each layer's MLP if they were measured.
 
-    The first is the base's own, without loss; then every replacement that was measured with this window or without one,
-    of the settings' components. Raise ConfigError if MLPs are named there and were not measured.
+    The first is the base's own, without loss; then every replacement of the settings' components that was measured with
+    this window or without one, and with a sink only if the settings have sinks. Raise ConfigError if MLPs are named
+    there and were not measured.
 
     With `plan.unit` kv_head, also the window on the KV heads that lose least by it, for each number of them.
     """
     scales, components = metric_scales(sensitivity, settings), settings.components or COMPONENTS
     table, mlps = [], []
     for entry, base in zip(sensitivity.layers, all_full(sensitivity.model), strict=True):
-        options = [_choice(entry, variant, scales) for variant in entry.variants if variant.window in (None, window)]
+        able = [each for each in entry.variants if each.window in (None, window) and (settings.sinks or not each.sink)]
+        options = [_choice(entry, variant, scales) for variant in able]
         # Measured in a layer that is full, also where a hybrid's layer has no attention.
         of_mlp = [replace(each, plan=base.with_site(each.plan)) for each in options if each.plan.mlp_changed]
         attention = [choice for choice in options if not choice.plan.mlp_changed]
         if settings.unit == "kv_head":
-            attention += _mixed(entry, window, scales)
+            attention += _mixed(entry, window, settings, scales)
         full = Choice(base, 0.0, {})
         table.append([full, *attention] if "attention" in components else [full])
         if settings.components and "mlp" in components:
@@ -202,12 +204,12 @@ def _sums(variants: Sequence[Variant]) -> dict[str, float]:
     return {metric: sum(variant.scores[metric].mean for variant in variants) for metric in metrics}
 
 
-def _mixed(entry: LayerSensitivity, window: int, scales: dict[str, float]) -> list[Choice]:
+def _mixed(entry: LayerSensitivity, window: int, settings: Plan, scales: dict[str, float]) -> list[Choice]:
     """Return the best windows on some of a layer's KV heads, from one group of heads to all but one.
 
     Scores add up and every head saves the same, so the best of each size are the heads that lose least.
     """
-    measured = [variant for variant in entry.heads if variant.window == window]
+    measured = [each for each in entry.heads if each.window == window and (settings.sinks or not each.sink)]
     loss = [blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales) for variant in measured]
     order = sorted(range(len(measured)), key=loss.__getitem__)
     options = []

@@ -232,9 +232,11 @@ def _program(
         bounds = np.where(of_costs, bounds, np.inf)
     equal, right = _equalities(table, pairs, module, limits)
     losses = np.array([choice.loss for choice in flat])
-    others = np.zeros(len(pairs) + 1)
+    # HiGHS' tolerances are absolute, 1e-6: losses of that size would all be the same to it.
+    unit = float(np.median(np.abs(losses[losses != 0]))) if losses.any() else 1.0
+    losses, others = losses / unit, np.zeros(len(pairs) + 1)
     if exceed != "nothing":
-        losses, others[-1] = np.zeros(len(flat)), 1.0
+        losses, others[-1], unit = np.zeros(len(flat)), 1.0, 1.0
     solution = milp(
         np.append(losses, others),
         constraints=[
@@ -246,7 +248,7 @@ def _program(
     )
     if solution.x is None:
         return None
-    return float(solution.fun), [choice for choice, taken in zip(flat, solution.x, strict=False) if taken > 0.5]
+    return float(solution.fun) * unit, [choice for choice, taken in zip(flat, solution.x, strict=False) if taken > 0.5]
 
 
 def _pairs(limits: Budget, module: int, exceed: Exceed) -> list[tuple[int, int]]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from layerboost.costs.budget import Budget, prefill_work
 from layerboost.costs.memory import plan_serving
+from layerboost.engines import open_engine
 from layerboost.engines.vllm import cache_defaults
 from layerboost.errors import ConfigError
+from layerboost.exporting.stage import check_plan
+from layerboost.exporting.targets import lacks_sinks
 from layerboost.files import file_hash
-from layerboost.model.base import Base
+from layerboost.model.base import Base, find_model
 from layerboost.planning.choices import metric_limits, predict, windows
 from layerboost.planning.greedy import Measure
 from layerboost.planning.methods import MEASURING, axis_of, frontier, knee, select
@@ -23,10 +28,11 @@ from layerboost.schemas.plan import AXES, FRONTIER, Axis, Frontier, FrontierPoin
 from layerboost.schemas.run import PLAN, SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity, read_sensitivity
 
+LLAMA_CPP = "llama.cpp"
 # Unhealed plans of 0.32 and 0.41 measured were healed to 0.085 and 0.112; nothing worse was tried.
 REPAIRED_KL = 0.3
 # Settings that older files lack.
-LATER = ("unit", "components")
+LATER = ("unit", "components", "sinks")
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -70,6 +76,20 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
         )
     if settings.costs and not Path(settings.costs).is_file():
         raise ConfigError(f"plan.costs {settings.costs} is not a file", do="docs/reference/plan.md says how to make it")
+    if open_engine(recipe.bench.engine).NAME == LLAMA_CPP:
+        _check_export(settings, run, base.model_config)
+
+
+def _check_export(settings: Plan, run: Path, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if llama.cpp could not run the plan in the run folder, or plans of these settings."""
+    if (run / PLAN).is_file():
+        check_plan(config, read_plan(run / PLAN).layers)
+    elif settings.sinks and lacks_sinks(config.model_type):
+        raise ConfigError(
+            f"llama.cpp runs no {config.model_type} with sinks, which the plan may have",
+            found="plan.sinks true, and llama.cpp as the engine of the benchmark",
+            do="set plan.sinks=false, or bench.engine to vllm or transformers",
+        )
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
@@ -91,6 +111,7 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
         log.info("%s was made from other inputs: choosing again", target)
     plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
     _say(plan, Budget.of(sensitivity, recipe.plan))
+    _warn_of_export(recipe, run, plan)
     write_plan(target, plan)
     _explain(plan, sensitivity, recipe.plan)
     return plan
@@ -117,6 +138,17 @@ def choose(
     plan.predicted = predicted.model_copy(update={"plan": plan.hash()})
     _warn(plan.window, recipe.plan.context_tokens)
     return plan
+
+
+def _warn_of_export(recipe: Recipe, run: Path, plan: PlanFile) -> None:
+    """Warn of a plan that the benchmark's engine could not run, if that is llama.cpp."""
+    if recipe.model is None or open_engine(recipe.bench.engine).NAME != LLAMA_CPP:
+        return
+    base = find_model(recipe.model, start_runtime(recipe), run, recipe.trust_remote_code)
+    try:
+        check_plan(base.model_config, plan.layers)
+    except ConfigError as error:
+        log.warning("llama.cpp, the engine of the benchmark, could not run this plan: %s", error)
 
 
 def run_frontier(recipe: Recipe, run: Path) -> Frontier:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from layerboost.errors import ConfigError
-from layerboost.files import write_text
+from layerboost.files import parse_yaml, write_text
 from layerboost.schemas.artifact import Artifact, Part, fingerprint, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
@@ -323,7 +323,7 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 def read_plan(path: Path) -> PlanFile:
     """Return `plan.yaml`, read and validated; raise ConfigError if it is not valid."""
-    return read_json(path, PlanFile, "layerboost plan", yaml.safe_load)
+    return read_json(path, PlanFile, "layerboost plan", parse_yaml)
 
 
 FRONTIER = "frontier.json"

@@ -12,6 +12,7 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
@@ -136,17 +137,27 @@ class BoostedMoE(MoEMixin, LayerBoostForCausalLM):
     """The same with experts, which vLLM's fused kernel computes."""
 
     def recursive_replace(self) -> None:
-        """Do what vLLM's does, but leave the choice of experts to Transformers where a block holds a part of it.
+        """Do what vLLM's does, but leave the choice of experts to Transformers where vLLM 0.32 would get it wrong.
 
-        MiniMax-M2 and Hunyuan 3 have the correction of their router's scores outside the router, where vLLM 0.32 loses
-        it.
+        MiniMax-M2 and Hunyuan 3 have the correction of their router's scores outside the router, where vLLM loses it.
+        Phi-3.5-MoE's router is a linear layer that also chooses, and vLLM replaces linear layers.
         """
+        routers = []
         for module in self.model.modules():
+            if not hasattr(module, "experts"):
+                continue
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if own and hasattr(module, "experts") and hasattr(module, "gate"):
+            if own and hasattr(module, "gate"):
                 # vLLM does not take over a router with a tensor that it does not know.
                 module.gate.register_buffer("scores_are_corrected", torch.empty(0), persistent=False)
+            routers += [
+                (module, name, child)
+                for name, child in module.named_children()
+                if isinstance(child, nn.Linear) and type(child) is not nn.Linear
+            ]
         super().recursive_replace()
+        for module, name, router in routers:
+            setattr(module, name, router)
 
 
 @cache
