@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -88,7 +89,8 @@ def test_the_figures_show_the_results(tmp_path: Path) -> None:
 
 def test_the_table_of_what_vllm_serves_is_generated(request: pytest.FixtureRequest) -> None:
     served: dict[str, list[str]] = {}
-    for name, row in (*FAMILIES.items(), *WRAPPERS.items()):
+    rows: dict[str, Any] = {**FAMILIES, **WRAPPERS}
+    for name, row in rows.items():
         served.setdefault(row.vllm or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
     head = "| in vLLM | families |\n|---|---|\n"
     table = head + "".join(f"| {how} | {', '.join(names)} |\n" for how, names in served.items())
