@@ -85,7 +85,7 @@ def train_base(folder: Path, family: str, seed: int, text: lb.Text, steps: int) 
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    return float(sum(last) / len(last))
 
 
 def ways(tokens: int) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ CHAT = (
     "{{ turn['content'] }} {% else %}{% for part in turn['content'] %}{{ part['text'] if part['type'] == 'text' else "
     "'<image>' }} {% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}w6 {% endif %}"
 )
-# Processors with code of their own: Qwen's takes a video processor, and Pixtral's is for torchvision alone.
+# Processors with code of their own: Qwen's and InternVL's take a video processor, Pixtral's is for torchvision alone.
 QWEN = """
 from transformers import ProcessorMixin
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -31,6 +31,23 @@ class TinyProcessor(Qwen3VLProcessor):
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
         self.video_token, self.video_token_id = tokenizer.video_token, tokenizer.video_token_id
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+"""
+INTERNVL = """
+import re
+
+from transformers import ProcessorMixin
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+
+class TinyProcessor(InternVLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=4, chat_template=None, **kwargs):
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.image_seq_length = image_seq_length
+        self.start_image_token, self.start_image_token_id = tokenizer.bos_token, tokenizer.bos_token_id
+        self.end_image_token, self.end_image_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
+        self.video_token = tokenizer.video_token
+        self.multimodal_pattern = re.compile(f"(?P<image>{self.image_token})|(?P<video>{self.video_token})")
 """
 PIXTRAL = """
 from transformers import LlavaProcessor
@@ -54,6 +71,9 @@ QWEN_IMAGES = {
     "patch_size": 4,
     "size": {"shortest_edge": 64, "longest_edge": 256},
 }
+# SmolVLM's own also takes a video processor.
+IDEFICS = {"processor_class": "Idefics3Processor", "image_seq_len": 4}
+IDEFICS_IMAGES = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
 # Of each wrapper with a processor here: its settings, its image processor's, and its code, for `tiny.TOWERS`.
 PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "llava": (
@@ -70,26 +90,47 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 16}, "patch_size": 8},
         PIXTRAL,
     ),
+    "internvl": (
+        REMOTE | {"image_seq_length": 4},
+        {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 8, "width": 8}},
+        INTERNVL,
+    ),
+    "idefics3": (IDEFICS, IDEFICS_IMAGES | {"image_processor_type": "Idefics3ImageProcessor"}, ""),
+    "smolvlm": (IDEFICS, IDEFICS_IMAGES | {"image_processor_type": "SmolVLMImageProcessor"}, ""),
+    "qwen2_vl": (REMOTE, QWEN_IMAGES, QWEN),
     "qwen2_5_vl": (REMOTE, QWEN_IMAGES, QWEN),
     "qwen3_vl": (REMOTE, QWEN_IMAGES, QWEN),
+    "gemma3": (
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 8, "width": 8}},
+        "",
+    ),
 }
 
 
-def picture_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w5 to w199, and an image's token."""
-    special = {"<s>": 0, "</s>": 1, IMAGE: IMAGE_TOKEN, "<unk>": 3, "<video>": 4}
-    words = Tokenizer(WordLevel(special | {f"w{index}": index for index in range(5, VOCABULARY)}, unk_token="<unk>"))
+def picture_tokenizer(wrapper: str = "") -> PreTrainedTokenizerFast:
+    """Words w5 to w199, and the tokens of images: Gemma 3's prompts have another one in place of each image."""
+    names = {"image_token": IMAGE, "video_token": "<video>"}
+    if wrapper == "gemma3":
+        names = {"image_token": "<soft>", "boi_token": IMAGE, "eoi_token": "</s>"}
+    if wrapper in ("idefics3", "smolvlm"):
+        names |= {"fake": "<fake_token_around_image>", "end_of_utterance": "<end_of_utterance>"}
+    one, other, *more = names.values()
+    special = {"<s>": 0, "</s>": 1, one: IMAGE_TOKEN, "<unk>": 3, other: 4}
+    special |= {token: VOCABULARY - place for place, token in enumerate(more, 1) if token not in special}
+    known = range(5, VOCABULARY - len(special) + 5)
+    words = Tokenizer(WordLevel(special | {f"w{index}": index for index in known}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
-        extra_special_tokens={"image_token": IMAGE, "video_token": "<video>"}, chat_template=CHAT,
+        extra_special_tokens=names, chat_template=CHAT,
     )  # fmt: skip
 
 
 def save_with_processor(folder: Path, wrapper: str, layers: int = 3, **changes: Any) -> Path:
     """A stock wrapper with a tokenizer and a processor that read pictures."""
     tiny_model(wrapper, layers, **changes).save_pretrained(folder)
-    picture_tokenizer().save_pretrained(folder)
+    picture_tokenizer(wrapper).save_pretrained(folder)
     settings, images, code = PROCESSORS[wrapper]
     (folder / "processor_config.json").write_text(json.dumps(settings))
     (folder / "preprocessor_config.json").write_text(json.dumps(images | NORMAL))

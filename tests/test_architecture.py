@@ -70,6 +70,15 @@ def test_files_and_functions_stay_short(file: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_text_is_utf_8_in_every_locale(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        # A distribution's metadata have no encoding to choose.
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".read_text", ".write_text")):
+            named = {keyword.arg for keyword in node.keywords}
+            assert "encoding" in named or file.name == "plugin.py", f"line {node.lineno}"
+
+
 def test_what_travels_in_a_checkpoint_stands_alone() -> None:
     joined = ("families", "attention", "caches", "linear_attention", "mlp", "modeling")
     for index, name in enumerate(joined):

@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RUNTIME, boosted, info, layer_plans, tiny_model
+from tiny import RUNTIME, boosted, info, layer_plans, save_text, save_tiny, tiny_model
 
 from layerboost import check as estimate
 from layerboost.check import copied_experts, estimate_healing, matmul_flops_per_s
+from layerboost.errors import ConfigError
 from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
 from layerboost.healing.student import adapted_layers, shared_student, train_only, with_adapters
+from layerboost.model.base import find_model
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime
+from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.run import PLAN
 
 
 def recipe(**heal: object) -> Recipe:
@@ -68,6 +72,28 @@ def test_what_repeats_keep_is_counted_for_many_processes_by_one(monkeypatch: pyt
 
 def test_the_matrix_product_is_measured() -> None:
     assert matmul_flops_per_s(RUNTIME, 256) > 1e8
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "llava"])
+def test_what_adapters_are_put_on_is_checked_before_anything_is_measured(family: str, tmp_path: Path) -> None:
+    model = str(save_tiny(tmp_path / "model", family))
+    values = {
+        "model": model,
+        "text": {"source": str(save_text(tmp_path / "text.jsonl")), "sequence_tokens": 48},
+        "measure": {"windows": [8], "tokens": 192, "retrieval_prompts": 0},
+    }
+
+    def checked(*targets: str) -> None:
+        heal = {"fit_tokens": 0, "attention_tokens": 0, "tokens": 192, "lora_targets": targets}
+        estimate.check(parse_recipe({**values, "heal": heal}, "the test"), tmp_path / "run")
+
+    with pytest.raises(ConfigError, match=r"adapted: q_prog\nfound: this model has \S+, [^$]+q_proj, [^$]*v_proj"):
+        checked("q_prog", "v_proj")
+    (tmp_path / "run").mkdir()
+    plan = PlanFile(model=find_model(model, RUNTIME).info, method="by hand", layers=layer_plans("ffnn"))
+    write_plan(tmp_path / "run" / PLAN, plan)
+    with pytest.raises(ConfigError, match=r"leave stage 2 nothing to train\nfound: none of q_proj, o_proj"):
+        checked("q_proj", "o_proj")
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

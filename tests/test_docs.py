@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -16,7 +15,7 @@ from test_pipeline import layerboost
 from tiny import save_text, save_tiny
 
 from layerboost.cli import cli
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, Family, Wrapper
 from layerboost.recipe import load_recipe, set_option
 from layerboost.schemas.plan import read_plan
 
@@ -89,9 +88,10 @@ def test_the_figures_show_the_results(tmp_path: Path) -> None:
 
 def test_the_table_of_what_vllm_serves_is_generated(request: pytest.FixtureRequest) -> None:
     served: dict[str, list[str]] = {}
-    rows: dict[str, Any] = {**FAMILIES, **WRAPPERS}
+    rows: dict[str, Family | Wrapper] = {**FAMILIES, **WRAPPERS}
     for name, row in rows.items():
-        served.setdefault(row.vllm or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
+        how = f"{row.vllm}; not on CPUs: {row.cpu_lacks}" if row.cpu_lacks else row.vllm
+        served.setdefault(how or f"not served: {row.vllm_lacks}", []).append(f"`{name}`")
     head = "| in vLLM | families |\n|---|---|\n"
     table = head + "".join(f"| {how} | {', '.join(names)} |\n" for how, names in served.items())
     page = ROOT / "docs" / "guide" / "serving.md"

@@ -383,6 +383,15 @@ def test_run_folders_and_models_in_a_folder_hold_no_documents(tmp_path: Path, ca
     assert documents(tmp_path / "model" / "merges.txt") == ["#version: 0.2\na b\n"]
 
 
+def test_directories_that_are_links_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_rows(tmp_path / "large" / "a.jsonl", ["w3"])
+    save_rows(tmp_path / "data" / "b.jsonl", ["w4"])
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "large")
+    (tmp_path / "large" / "back").symlink_to(tmp_path / "data")  # a loop
+    assert documents(tmp_path / "data") == ["w3", "w4"]
+    assert "left out" not in caplog.text
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     save_rows(tmp_path / "a.jsonl", ["w3"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")

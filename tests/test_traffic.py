@@ -388,6 +388,17 @@ def test_an_answer_after_tool_calls_is_scored(tmp_path: Path) -> None:
     assert "None" not in byte_tokenizer().decode(ids)
 
 
+def test_a_template_that_names_today_is_the_same_tomorrow(tmp_path: Path) -> None:
+    """Llama 3.2's does: a measurement could not go on after midnight, as its text had changed."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ 'w' ~ strftime_now('%d') ~ ' w' ~ (strftime_now('%Y') | int - 2000) ~ ' ' }}" + TEMPLATE
+    )
+    turns = [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w21"}]
+    found = load_traffic(write(tmp_path / "t.jsonl", *[{"messages": turns}] * 2), tokenizer, 64, 100)
+    assert shown(found, 0) == ([26, 24, 3, 20, 1, 4, 21], [21])
+
+
 def test_a_conversation_of_many_turns_is_rendered_twice(tmp_path: Path) -> None:
     """Rendering the prefix again for every answer took minutes here."""
     rows = [conversation(*["w3", "w4"] * 3000)] * 2

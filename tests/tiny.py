@@ -97,7 +97,8 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
     },
-    # Its heads are as wide as the stream.
+    # Their heads are as wide as the stream.
+    "qwen2_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     # Mixtures of experts, with the fields that real checkpoints set.
     "qwen3_moe": {**EXPERTS, "num_experts": 8},
@@ -211,6 +212,10 @@ TOWERS: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "pixtral", "image_size": 32, "patch_size": 4},
     "qwen3_vl": QWEN3_TOWER,
     "qwen3_vl_moe": QWEN3_TOWER,
+    "qwen2_vl": {"depth": 2, "num_heads": 2, "patch_size": 4, "embed_dim": 32, "hidden_size": 128},
+    "internvl": {"image_size": 8, "patch_size": 2},
+    "idefics3": {"image_size": 8, "patch_size": 2},
+    "smolvlm": {"image_size": 8, "patch_size": 2},
     "qwen2_5_vl": {
         "depth": 2, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
@@ -293,7 +298,7 @@ def fitted(letters: str, model_type: str) -> str:
     def fit(letter: str, kind: str) -> str:
         if kind not in ATTENTION:
             return {**dict.fromkeys("tuo", "y"), **dict.fromkeys("mz", "Y")}.get(letter, "x")
-        return "f" if letter in "sShH" and kind == "sliding_attention" else letter
+        return {**dict.fromkeys("sShH", "f"), "u": "t"}.get(letter, letter) if kind == "sliding_attention" else letter
 
     return "".join(map(fit, letters, types))
 
@@ -308,7 +313,8 @@ def tiny_model(model_type: str = "llama", layers: int = 5, **changes: Any) -> Pr
     corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
     with torch.no_grad():
         for value in (*model.parameters(), *corrections):
-            if value.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
+            # Biases and norms begin as zeros and ones, and Gemma 3's projector as zeros: they hide mistakes.
+            if value.dim() == 1 or not value.any():
                 value.add_(torch.randn_like(value) * 0.1)
     return model.eval()
 
@@ -364,11 +370,19 @@ def image_prompt(wrapper: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             prompt["image_sizes"] = torch.tensor([size] * rows)
         case "gemma3":
             prompt["token_type_ids"] = kinds
-        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
+        case "idefics3" | "smolvlm":
+            prompt["pixel_values"] = prompt["pixel_values"][:, None]  # images of a row
+        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_vl" | "qwen2_5_vl" | "qwen3_5" | "qwen3_5_moe":
             prompt["pixel_values"] = torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=draw)  # patches of two frames
             prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
             prompt["mm_token_type_ids"] = kinds
     return prompt
+
+
+def tower_parameters(model: PreTrainedModel) -> set[str]:
+    """The names of a wrapper's parameters that are not its language model's."""
+    own = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
 def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **changes: Any) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from layerboost.tables import show
 from layerboost.terminal import prepare_terminal
 
 if TYPE_CHECKING:
+    from layerboost.model.families import Served
     from layerboost.recipe import Recipe
 
 INTERRUPTED = 130
@@ -254,7 +255,7 @@ def serve(model: Path, port: int, engine: str, extra: tuple[str, ...]) -> None:
     from layerboost.runtime import clean_environment
 
     clean_environment()
-    if engine == "auto" and model.suffix == ".gguf":
+    if engine == "auto" and model.suffix.lower() == ".gguf":
         engine = "llama.cpp"
     argv, added = open_engine(engine).serve_command(model, port, extra)
     click.echo(shlex.join([*(f"{name}={value}" for name, value in added.items()), *argv]), err=True)
@@ -310,10 +311,10 @@ def ls(what: str, as_json: bool) -> None:
         from layerboost.model.families import FAMILIES, WRAPPERS
 
         head = ["family", "vLLM", "what vLLM lacks"]
-        rows: dict[str, Any] = {**FAMILIES}
+        rows: dict[str, Served] = {**FAMILIES}
         rows |= {f"{name} ({', '.join(row.inside)})": row for name, row in WRAPPERS.items()}
         listing: dict[str, Any] = {
-            name: {"vllm": row.vllm or None, "lacks": row.vllm_lacks} for name, row in rows.items()
+            name: {"vllm": row.vllm or None, "lacks": row.vllm_lacks or row.cpu_lacks} for name, row in rows.items()
         }
     elif what == "unsupported":
         from layerboost.model.unsupported import unsupported_families

@@ -13,6 +13,7 @@ from layerboost.model.integrity import is_intact
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan, check_plan, windows_alone, without_states
 from layerboost.model.thinning import thin_mlps
+from layerboost.model.tokenizer import PROCESSORS, lacks_processor
 from layerboost.probes.samples import write_samples
 from layerboost.recipe import Recipe, recipe_yaml
 from layerboost.runtime import log, start_runtime
@@ -37,6 +38,11 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
     base = open_base(recipe, run, start_runtime(recipe))
     check_plan(base.config, plan.layers)
     check_same_model(plan, base.info, run / PLAN)
+    if lacks_processor(base.folder, base.model_config.model_type):
+        log.warning(
+            "%s has no processor (none of %s), which prompts with images and vLLM need: copy its files, also to %s",
+            *(base.name, ", ".join(PROCESSORS), target),
+        )
     if (
         (there := plan_in(target))
         and there.hash() == plan.hash()

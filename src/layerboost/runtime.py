@@ -234,7 +234,11 @@ def machine() -> str:
             return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         if info.is_file()
         else []
     )
@@ -250,7 +254,7 @@ def peak_rss_bytes() -> int:
     """Return this process's peak memory, in bytes; on Linux from /proc, since getrusage starts at the parent's peak."""
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+        return int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

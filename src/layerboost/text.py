@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import unicodedata
@@ -24,7 +25,7 @@ Item = TypeVar("Item")
 # Of ten documents, one is for calibration and one is held out, whatever the seed.
 SPLITS: dict[Split, range] = {"calibration": range(1), "held_out": range(1, 2), "train": range(2, 10), "all": range(10)}
 FEW_DOCUMENTS, PIECE_CHARACTERS, SHUFFLE_DOCUMENTS = 30, 4_000, 10_000
-LARGE_BYTES = 2 << 30  # of data files, as they are on the disk: read only as far as needed
+LARGE_BYTES = 1 << 30  # of data files, as they are on the disk: read only as far as needed
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".txt.gz", ".md.gz", ".raw.gz")
 # Names of files about a data set or a program, also with a suffix: README_zh, LICENSE-MIT, README2.
@@ -314,7 +315,7 @@ def _files(folder: Path) -> list[Path]:
     Hidden files, run folders, model directories and texts about the data (README, licence) are skipped.
     Raise ConfigError for a run folder or a model directory.
     """
-    paths = sorted(folder.rglob("*"))
+    paths = _inside(folder)
     own = {path.parent for path in paths if _marks_own(path)}
     if folder in own:
         raise ConfigError(
@@ -323,7 +324,7 @@ def _files(folder: Path) -> list[Path]:
         )
     seen = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     seen = [path for path in seen if own.isdisjoint(path.parents)]
-    files = [path for path in seen if path not in own and (path.is_file() or path.is_symlink())]
+    files = [path for path in seen if path not in own and not path.is_dir()]
     data = [file for file in files if file.name.lower().endswith(DATA_SUFFIXES)]
     texts = [file for file in files if _is_text(file.name)]
     documents = data or texts
@@ -334,6 +335,18 @@ def _files(folder: Path) -> list[Path]:
         names = ", ".join(str(path.relative_to(folder)) for path in left_out[:5])
         warn_once(f"{folder}: {len(documents)} {kind} are read; left out: {names}{more}")
     return documents
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return all that is in a directory and, followed once, in the directories that links in it lead to."""
+    found, seen = list[Path](), set[str]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place) / name for name in (*folders, *files)]
+    return sorted(found)
 
 
 def _is_text(name: str) -> bool:

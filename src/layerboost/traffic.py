@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +27,8 @@ Given = dict[str, torch.Tensor]
 Reread = Callable[[], Given]
 # Put around an answer in a rendered template: a character that no text uses.
 MARK = "\ue0f0"
+# The day in chat templates that name one, Llama 3's own default.
+DAY = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -312,11 +315,13 @@ def _read_pictured(row: dict[str, Any], processor: Any, folder: Path) -> _Row:
     messages, of which the last answer is scored. Raise _Unscorable for one of another form."""
     from PIL import Image
 
+    if not isinstance(row["images"], list):
+        raise _Unscorable(f"its images are not a list of files ({type(row['images']).__name__})")
     try:
         images = tuple(Image.open(folder / name).convert("RGB") for name in row["images"])
         if not is_missing(row.get("messages")):
             last = max(at for at, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-            prompt = processor.apply_chat_template(row["messages"][:last], tokenize=False, add_generation_prompt=True)
+            prompt = _in_template(processor, row["messages"][:last], add_generation_prompt=True)
             answer, opening = _turns([row["messages"][last]])[0]["content"], list[int]()
         else:
             prompt, answer, opening = row["prompt"], row["answer"], opening_ids(processor.tokenizer)
@@ -365,17 +370,23 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
     for at, answer in zip(answers, given, strict=True):
         stripped[at], marked[at] = turns[at] | {"content": answer}, turns[at] | {"content": f"{MARK}{answer}{MARK}"}
     try:
-        text, framed = (tokenizer.apply_chat_template(each, tokenize=False) for each in (stripped, marked))
+        text, framed = (_in_template(tokenizer, each) for each in (stripped, marked))
         pieces = framed.split(MARK)  # frame, answer, frame, answer, frame
         if "".join(pieces) == text and pieces[1::2] == given:
             ends = list(accumulate(map(len, pieces)))
             return text, [(end - len(answer), end) for answer, end in zip(given, ends[1::2], strict=True)]
-        head = tokenizer.apply_chat_template(stripped[: answers[-1]], tokenize=False, add_generation_prompt=True)
+        head = _in_template(tokenizer, stripped[: answers[-1]], add_generation_prompt=True)
     except Exception as error:  # templates raise errors of their own, such as for roles in the wrong order
         raise _Unscorable(f"the chat template cannot render it ({type(error).__name__}: {error})") from None
     if not text.startswith(head + given[-1]):
         raise _Unscorable("the chat template rewrites its answers")
     return text, [(len(head), len(head + given[-1]))]
+
+
+def _in_template(owner: Any, turns: list[dict[str, Any]], **options: Any) -> str:
+    """Return a conversation in a chat template, on DAY: with today's date (Llama 3.2) no run could go on tomorrow."""
+    today = {"strftime_now": DAY.strftime} if "strftime_now" in str(owner.chat_template) else {}
+    return str(owner.apply_chat_template(turns, tokenize=False, **today, **options))
 
 
 def _seen(row: _Row, processor: Any, most: int) -> tuple[list[int], list[bool], Given]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import resource
 import urllib.request
@@ -15,6 +16,7 @@ import gguf
 import pytest
 import torch
 from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
+from safetensors.torch import load_file, save_file
 from smollm2 import CAPITALS, RUNTIME, boosted_default
 from test_pipeline import layerboost
 from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model, tiny_tokenizer
@@ -46,6 +48,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "unchanged-mistral": ("llama", "mistral", "fff", {"rope_parameters": LINEAR}),
     "unchanged-ministral": ("llama", "ministral", "fff", {"sliding_window": 4096, "rope_parameters": FACTOR}),
     "unchanged-qwen2": ("qwen2", "qwen2", "fff", {"head_dim": 16}),
+    "unchanged-qwen2-yarn": ("granite_swa", "qwen2", "fff", {"head_dim": 16, "rope_parameters": YARN}),
+    "unchanged-phi3": ("granite_swa", "phi3", "fff", {}),
     "unchanged-qwen3": ("qwen3", "qwen3", "fff", {}),
     "unchanged-qwen3-tied": ("qwen3", "qwen3", "fff", TIED),
     "unchanged-granite": ("granite", "granite", "fff", BIASES),
@@ -282,10 +286,16 @@ TOKENIZERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Those that put <s> before a text.
+OPENING = {"smollm", "tekken", "mistral"}
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_llama_cpp_splits_text_the_same_way(name: str, tmp_path: Path) -> None:
     kind, splits, settings = TOKENIZERS[name]
     tokenizer = trained(splits, **settings)
+    if name in OPENING:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = saved(tmp_path / "healed", "llama", "fS", tokenizer, vocab_size=380)
     out = Path(run_export(folder, "gguf", kind="f32").folder)
     reader = gguf.GGUFReader(out)
@@ -296,6 +306,16 @@ def test_llama_cpp_splits_text_the_same_way(name: str, tmp_path: Path) -> None:
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         found = ask("tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
         assert found == expected, text
+    # llama.cpp's own defaults differ.
+    assert ask("tokenize", {"content": "the x", "add_special": True})["tokens"] == tokenizer("the x")["input_ids"]
+
+
+def test_tokens_are_the_same_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python reads text as Latin-1 where LANG is en_US."""
+    folder = saved(tmp_path / "healed", "llama", "fS", trained(byte_level()), vocab_size=380)
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, level=2: encoding or "iso-8859-1")
+    tokens = field(gguf.GGUFReader(run_export(folder, "gguf").folder), "tokenizer.ggml.tokens")
+    assert {token: index for index, token in enumerate(tokens)}.items() >= trained(byte_level()).get_vocab().items()
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2), ("q4_0", 0.3)])
@@ -334,6 +354,27 @@ def test_types_of_the_matrices(kind: str, most: float, tmp_path: Path) -> None:
             "f16",
             "found: BPE, Metaspace, byte_fallback, unlike SentencePiece's; known",
         ),
+        (
+            "fS",
+            trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            {"vocab_size": 380},
+            "f16",
+            "found: BPE, ByteLevel, add_prefix_space; known",
+        ),
+        (
+            "fS",
+            trained(byte_level(), normalizer=normalizers.Lowercase()),
+            {"vocab_size": 380},
+            "f16",
+            "found: BPE, ByteLevel, Lowercase; known",
+        ),
+        (
+            "fS",
+            trained(byte_level(pre_tokenizers.Split(Regex(next(iter(SPLITTERS))[0]), "removed")), ignore_merges=True),
+            {"vocab_size": 380},
+            "f16",
+            "found: BPE, Split, ByteLevel, split Removed; known",
+        ),
         ("fS", byte_level_tokenizer(), {}, "q3", "no GGUF type is called q3"),
         ("fh", byte_level_tokenizer(), {}, "f16", "layer 1 has full KV heads"),
     ],
@@ -345,6 +386,17 @@ def test_what_gguf_cannot_hold_is_refused(
     with pytest.raises(ConfigError, match=message):
         run_export(folder, "gguf", kind=kind)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "healed", "llama", "fS")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"blk.1.ffn_up.weight are too large for float16\ndo: .*bf16"):
+        run_export(folder, "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+    run_export(folder, "gguf", kind="bf16")
 
 
 def llama_quantize(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

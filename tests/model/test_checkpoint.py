@@ -72,7 +72,10 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[3])
+del model
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True).eval()
 ids = torch.arange(3, 43)[None]
 torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do_sample=False)), sys.argv[2])
 """
@@ -98,7 +101,8 @@ def test_it_loads_by_its_own_file_where_layerboost_is_not_installed(
     folder, logits = saved(tmp_path / "out", tie_word_embeddings=tied)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(find_model(str(folder), RUNTIME).load()(IDS).logits, logits)
-    subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "logits.pt"], check=True, capture_output=True)
+    places = [folder, tmp_path / "logits.pt", tmp_path / "again"]
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, places)], check=True, capture_output=True)
     alone, generated = torch.load(tmp_path / "logits.pt")
     assert torch.equal(alone, logits)
     assert generated.shape == (1, 45)
@@ -114,6 +118,22 @@ def test_layerboosts_auto_class_is_transformers_own_and_loads_boosted_checkpoint
         assert torch.equal(model(IDS).logits, logits)
     with pytest.raises(AttributeError, match="no attribute 'AutoModel'"):
         layerboost.AutoModel  # noqa: B018
+
+
+def test_a_loaded_model_is_saved_with_its_code(tmp_path: Path) -> None:
+    """As after fine-tuning: others load it where layerboost is not installed."""
+    folder, logits = saved(tmp_path / "out")
+    for trust in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+        model.save_pretrained(tmp_path / f"again-{trust}")
+        file = tmp_path / f"again-{trust}" / "modeling_layerboost.py"
+        assert file.read_text() == modeling_source()
+        again = transformers.AutoModelForCausalLM.from_pretrained(file.parent, trust_remote_code=True).eval()
+        assert type(again).__module__.startswith("transformers_modules.")
+        with torch.no_grad():
+            assert torch.equal(again(IDS).logits, logits)
+        model.save_pretrained(folder)  # in its own place
+    assert (folder / "modeling_layerboost.py").read_text() == modeling_source()
 
 
 def test_the_package_the_command_line_and_the_plugin_import_neither_torch_nor_transformers() -> None:
@@ -294,8 +314,14 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
     model = apply_plan(source.load(), plan.layers)
     save_boosted(model, loaded, plan, tmp_path / "out", recipe_yaml="{}\n")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
+    # vLLM loads it by Transformers' class.
+    settings = [
+        json.loads((place / "tokenizer_config.json").read_text()) for place in (source.folder, tmp_path / "out")
+    ]
+    assert settings[1] == settings[0] | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False)["input_ids"] == wanted
 
 
 def test_a_tokenizer_puts_nothing_behind_a_text(tmp_path: Path) -> None:

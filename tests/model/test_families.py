@@ -24,16 +24,19 @@ from tiny import (
     layer_plans,
     row,
     tiny_model,
+    tower_parameters,
 )
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
-from layerboost.model.families import WRAPPERS
+from layerboost.model.caches import SPARE_TOKENS
+from layerboost.model.families import FAMILIES, WRAPPERS
 from layerboost.model.linear_attention import FEATURE_PARAMETERS
-from layerboost.model.modeling import SPARE_TOKENS, architecture_of, auto_class, base_layer_types, decoder_layers
+from layerboost.model.modeling import architecture_of, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection
 
@@ -228,9 +231,10 @@ def test_gradients(family: str, letters: str) -> None:
     for each in (model, stock):
         run(each, labels=LABELS).loss.backward()
     expected = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    tower = tower_parameters(model)
     for name, parameter in model.named_parameters():
-        if family in WRAPPERS and "language_model" not in name and "lm_head" not in name:
-            continue  # the image tower's
+        if name in tower:
+            continue
         if parameter.requires_grad:
             assert parameter.grad is not None, name
         else:  # biases of routers, which choose experts and do nothing else
@@ -238,6 +242,14 @@ def test_gradients(family: str, letters: str) -> None:
             continue
         if not name.endswith(("sinks", *FEATURE_PARAMETERS)):
             assert (parameter.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+def test_rows_say_what_serves_them_or_why_nothing_does() -> None:
+    for each in (*FAMILIES.values(), *WRAPPERS.values()):
+        assert bool(each.vllm) != bool(each.vllm_lacks)
+    wrapped = {inside for wrapper in WRAPPERS.values() for inside in wrapper.inside}
+    alone = {name for name, family in FAMILIES.items() if "inside a wrapper alone" not in family.vllm_lacks}
+    assert FAMILIES.keys() - alone == wrapped - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
 
 
 # Every wrapper with every language model that its row names.

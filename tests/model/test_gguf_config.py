@@ -131,8 +131,9 @@ COMPLETED: dict[str, tuple[str, dict[str, Any], Value, Any]] = {
         ["linear", "default"],
     ),
     "yarn": (
-        "qwen2", YARN, lambda c: [c.rope_parameters[key] for key in ("rope_type", "original_max_position_embeddings")],
-        ["yarn", 128],
+        "qwen2", YARN | {"rope.scaling.yarn_beta_fast": 16.0},
+        lambda c: [c.rope_parameters[key] for key in ("rope_type", "original_max_position_embeddings", "beta_fast")],
+        ["yarn", 128, 16.0],
     ),
     "no window": ("phi3", {"attention.sliding_window": 0}, lambda c: c.sliding_window, None),
     "nothing new": (
@@ -159,6 +160,7 @@ def test_settings_that_transformers_leaves_out(case: str, tmp_path: Path) -> Non
         ("qwen2", {"rope.dimension_count": 16}, "rotary embeddings of 16 of 32 dimensions"),
         ("qwen2", {"rope.scaling.type": "longrope"}, "scaled by longrope"),
         ("qwen2", YARN | {"rope.scaling.attn_factor": 0.5}, "scaled by yarn"),
+        ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "scaled by yarn"),
     ],
 )
 def test_settings_that_a_config_cannot_hold(family: str, settings: Any, found: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from tiny import KV_HEADS, OTHERS, QUICK_FAMILIES, RUNTIME, layer_plans, row, sa
 
 import layerboost as lb
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
-from layerboost.engines.vllm import check_family
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
@@ -21,7 +19,6 @@ from layerboost.pipeline import run_stage
 from layerboost.probes.calibration import open_measured
 from layerboost.recipe import parse_recipe
 from layerboost.schemas.plan import PlanFile, counted, counts
-from layerboost.vllm_plugin.plugin import BoostedConfig
 
 IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
 
@@ -101,15 +98,6 @@ def test_kv_bytes_are_those_of_layers_with_attention(tmp_path: Path) -> None:
 def test_a_model_without_any_attention() -> None:
     with pytest.raises(ConfigError, match="no layer with attention\nfound: granitemoehybrid"):
         family_of(tiny_model("granitemoehybrid", 2, layer_types=["linear_attention"] * 2).config)
-
-
-@pytest.mark.parametrize("family", OTHERS)
-def test_vllm_does_not_serve_it_and_says_what_it_lacks(family: str, tmp_path: Path) -> None:
-    lacks = "vLLM's Transformers backend keeps no state for layers of another kind than attention"
-    with pytest.raises(ConfigError, match=f"family {family}: {lacks}"):
-        check_family(tmp_path, family)
-    with pytest.raises(ValueError, match=f"cannot serve a boosted {family}: {lacks}"):
-        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=family)))
 
 
 def test_whole_plans_are_measured(tmp_path: Path) -> None:

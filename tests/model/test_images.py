@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pictures import IMAGE, PROCESSORS, save_picture, save_requests, save_with_processor
 from PIL import Image
-from tiny import RUNTIME, layer_plans
+from tiny import IMAGE_TOKEN, RUNTIME, fitted, layer_plans, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import layerboost as lb
@@ -27,7 +27,8 @@ from layerboost.probes.probe import TextProbe
 from layerboost.schemas.plan import PlanFile
 from layerboost.traffic import Traffic, load_traffic
 
-QUICK = {"llava", "qwen3_vl"}  # the simplest, and one with rotary positions of three dimensions and deepstack
+# The simplest, one with rotary positions of three dimensions and deepstack, one whose images see themselves both ways.
+QUICK = {"llava", "qwen3_vl", "gemma3"}
 wrappers = pytest.mark.parametrize(
     "wrapper", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in PROCESSORS]
 )
@@ -64,6 +65,7 @@ def test_a_boosted_checkpoint_answers_a_prompt_with_an_image(
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
     assert type(loaded).__name__.startswith("LayerBoost")
     settings: dict[str, Any] = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    settings["suppress_tokens"] = [IMAGE_TOKEN]  # without a cache it would ask for another image
     answer = loaded.generate(**prompt, **settings)
     assert torch.equal(answer, loaded.generate(**prompt, **settings, use_cache=False))
     assert torch.equal(answer, base.load().generate(**prompt, **settings)) == (letters == "fff")
@@ -96,7 +98,7 @@ def test_what_a_plan_loses_on_images_is_the_boosted_models(
     base = bases[wrapper]
     model, traffic = base.load(), requests(base, save_requests(tmp_path, 3))
     assert len(traffic.images) == 4
-    batches, plan = traffic.batches(4), layer_plans("nuS")
+    batches, plan = traffic.batches(4), layer_plans(fitted("nuS", wrapper))
     assert [len(batch.ids) for batch in batches] == [1] * 4
     sinks = calibrate_sinks(model, batches, [2], [16])
     thinned = thin_mlps(model, batches, [(1, 48)])
@@ -106,7 +108,7 @@ def test_what_a_plan_loses_on_images_is_the_boosted_models(
         ours, theirs = (each(input_ids=batch.ids, **batch.given).logits.log_softmax(-1) for each in (model, boosted))
         by_token = F.kl_div(theirs, ours, log_target=True, reduction="none").sum(-1)
         expected = by_token[:, :-1][batch.scored[:, 1:]].mean()
-        assert expected > 0.01
+        assert expected > 0.005
         torch.testing.assert_close(kl, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -148,3 +150,19 @@ def test_a_missing_processor_is_named(tmp_path: Path) -> None:
     base = lb.open_base(folder, dtype="float32")
     with pytest.raises(ConfigError, match=r"has images, and the processor of the model cannot be loaded\nfound: "):
         load_traffic(save_requests(tmp_path), base.tokenizer, 96, 1000)
+
+
+def test_a_language_model_alone_takes_no_images(tmp_path: Path) -> None:
+    base = lb.open_base(save_tiny(tmp_path / "model"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"images, which this model cannot read\nfound: a language model without"):
+        load_traffic(save_requests(tmp_path), base.tokenizer, 96, 1000)
+
+
+def test_images_are_a_list(bases: dict[str, Base], tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    file, row = tmp_path / "rows.jsonl", {"prompt": f"{IMAGE} w7 ", "answer": "w9", "images": "a.png"}
+    file.write_text(f"{json.dumps(row)}\n" * 2)
+    with pytest.raises(
+        ConfigError, match=r"two rows to score[^$]+line 1 of \S+: its images are not a list of files \(str\)"
+    ):
+        requests(bases["llava"], file)

@@ -138,7 +138,7 @@ REFUSED = {
     "Kimi-K2-Instruct": f"kimi_k2 {NOT_IN_TRANSFORMERS}",
     "Llama-4-Scout-17B-16E-Instruct": r"llama4 \(chunked attention\)",
     "MiMo-7B-Base": f"mimo {NOT_IN_TRANSFORMERS}",
-    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": r"nemotron_h \(a hybrid with layers of another kind\)",
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": r"nemotron_h \(layers of attention alone, without an MLP\)",
     "gemma-4-26B-A4B": r"gemma4 \(a wrapper of a language model\)",
     "gpt-oss-20b": r"gpt_oss \(sinks of its own\)",
 }

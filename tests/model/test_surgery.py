@@ -211,6 +211,26 @@ def test_static_cache_is_refused_by_name(letters: str) -> None:
         boosted(letters).generate(IDS[:1, :8], max_new_tokens=2, cache_implementation="static")
 
 
+def test_attention_weights_are_refused_by_name() -> None:
+    """Those of the other layers would stand in the places of these."""
+    model = boosted("fSn")
+    with pytest.raises(ValueError, match="returns no attention weights"):
+        model(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="returns no attention weights"):
+        model.generate(IDS, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
+
+
+def test_documents_that_only_flash_attention_tells_apart_are_refused() -> None:
+    model = boosted("fSn")
+    positions = torch.cat([torch.arange(20), torch.arange(40)])[None]
+    apart = torch.cat([model(IDS[:1, :20]).logits, model(IDS[:1, 20:]).logits], dim=1)
+    assert torch.allclose(model(IDS[:1], position_ids=positions, use_cache=False).logits, apart, atol=1e-5)
+    model.model.config._attn_implementation_internal = "flash_attention_2"
+    for given in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 20, 60])}):
+        with pytest.raises(ValueError, match="packed text apart by a mask"):
+            model(IDS[:1], **given)
+
+
 @pytest.mark.parametrize(
     ("letters", "window", "message"),
     [("ffff", 16, "another model"), ("ffffff", 16, "another model"), ("sffff", 600, "context")],
@@ -258,7 +278,7 @@ def test_files_record_which_layers_slide_in_the_base(tmp_path: Path) -> None:
 def test_unsupported_models_are_named() -> None:
     model = tiny_model()
     model.config.model_type = "mamba"
-    with pytest.raises(ConfigError, match=r"mamba \(a hybrid[\s\S]*layerboost ls families"):
+    with pytest.raises(ConfigError, match=r"mamba \(no attention\)[\s\S]*layerboost ls families"):
         apply_plan(model, layer_plans("fffff"))
     model = tiny_model("gemma3_text")
     model.config.use_bidirectional_attention = True

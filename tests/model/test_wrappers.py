@@ -12,11 +12,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, KV_HEADS, RUNTIME, boosted, image_prompt, layer_plans, save_text, tiny_model, tiny_tokenizer
+from tiny import (
+    HEADS,
+    KV_HEADS,
+    RUNTIME,
+    boosted,
+    image_prompt,
+    layer_plans,
+    save_text,
+    tiny_model,
+    tiny_tokenizer,
+    tower_parameters,
+)
 
 import layerboost as lb
 from layerboost.costs.budget import decode_work
-from layerboost.engines.vllm import check_family
+from layerboost.engines import vllm
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import run_export
 from layerboost.model.base import count_parameters, find_model
@@ -25,8 +36,10 @@ from layerboost.model.families import WRAPPERS
 from layerboost.model.integrity import check_base, check_checkpoint
 from layerboost.model.surgery import apply_plan, family_of
 from layerboost.model.unsupported import why_unsupported
-from layerboost.recipe import Bench
-from layerboost.schemas.plan import PlanFile
+from layerboost.pipeline import run_stage
+from layerboost.recipe import Bench, parse_recipe
+from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.run import PLAN
 
 IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
 PROCESSOR = {"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 8}}
@@ -100,6 +113,14 @@ def test_a_checkpoint_has_the_tower_and_the_processor(stock: Path, converted: Pa
     assert "A window counts the tokens of images too." in card
 
 
+def test_a_loaded_model_is_saved_as_it_was(converted: Path, tmp_path: Path) -> None:
+    """Under the names that vLLM's class of boosted wrappers knows."""
+    lb.AutoModelForImageTextToText.from_pretrained(converted).save_pretrained(tmp_path)
+    names, again = (load_file(folder / "model.safetensors").keys() for folder in (converted, tmp_path))
+    assert names == again
+    assert (tmp_path / "modeling_layerboost.py").read_text() == (converted / "modeling_layerboost.py").read_text()
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("remote_code", [True, False])
 def test_anyone_can_load_it(converted: Path, tmp_path: Path, remote_code: bool) -> None:
@@ -141,8 +162,9 @@ def test_the_stages(wrapper: str, tmp_path: Path) -> None:
     prompt = image_prompt(wrapper, IDS)
     assert torch.equal(loaded(**prompt).logits, healed.model(**prompt).logits)
     assert not torch.equal(loaded(**prompt).logits, converted.model(**prompt).logits)
-    tower = [name for name, _ in loaded.named_parameters() if "language_model" not in name and "lm_head" not in name]
     stock = base.load()
+    tower = tower_parameters(loaded)
+    assert tower
     assert all(torch.equal(loaded.get_parameter(name), stock.get_parameter(name)) for name in tower)
     compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
     assert compared.perplexity["healed"].kl
@@ -154,11 +176,19 @@ def without_tower(folder: Path) -> None:
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
+def without_text_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    # Qwen2.5-VL's configs, and no others, have the language model's settings here.
+    config |= {"hidden_size": config.pop("text_config")["hidden_size"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WHICH = "does not say which language model the wrapper llava holds\nfound: "
 UNFIT: dict[str, tuple[Any, str]] = {
-    "no model_type": (
-        lambda folder: edit(folder, text_config={"model_type": None}),
-        "does not say which language model the wrapper llava holds",
-    ),
+    "no model_type": (lambda folder: edit(folder, text_config={"model_type": None}), f"{WHICH}no model_type in its"),
+    "no text_config": (without_text_config, f"{WHICH}no text_config"),
+    "text_config null": (lambda folder: edit(folder, text_config=None), f"{WHICH}text_config is null"),
+    "text_config a list": (lambda folder: edit(folder, text_config=["llama"]), f"{WHICH}text_config is a list"),
     "a tower without weights": (without_tower, r"weights and configuration[^$]+found: no model.vision_tower\."),
     "another tower": (
         lambda folder: edit(folder, vision_config={"intermediate_size": 64}),
@@ -180,6 +210,18 @@ def test_a_wrapper_that_cannot_be_the_base(case: str, stock: Path, tmp_path: Pat
         check_base(folder, torch.float32)
 
 
+def test_a_flat_config_has_the_settings_of_the_language_model(tmp_path: Path) -> None:
+    """As Qwen2.5-VL's checkpoints are published (tests/published)."""
+    folder = save_wrapper(tmp_path, "qwen2_5_vl")
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config") | {"model_type": "qwen2_5_vl"}
+    (folder / "config.json").write_text(json.dumps(text | config))
+    check_base(folder, torch.float32)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="which language model the wrapper qwen2_5_vl holds\nfound: no text_config"):
+        check_base(folder, torch.float32)
+
+
 def test_another_language_model_inside(tmp_path: Path) -> None:
     config = tiny_model("llava", 1, inside="granite").config
     with pytest.raises(ConfigError, match=r"llava with granite\ndo: use one with llama, mistral, qwen2"):
@@ -187,22 +229,41 @@ def test_another_language_model_inside(tmp_path: Path) -> None:
     assert why_unsupported("gemma3") is None
 
 
-def test_what_cannot_serve_or_hold_it(stock: Path, converted: Path, tmp_path: Path) -> None:
-    from layerboost.engines import vllm
-
-    refused = r"vLLM cannot serve [^$]+a wrapper, gemma3: vLLM has no attention on CPUs[^$]+bench.engine=transformers"
-    with pytest.raises(ConfigError, match=refused):
-        check_family(converted, "gemma3")
-    for served in ("llama", "llava", "qwen3_vl"):
-        check_family(stock, served)
-    if vllm.vllm_version():
-        boosted("ffnfff", "gemma3").save_pretrained(tmp_path)
+def test_what_cannot_serve_or_hold_it(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "check_vllm", lambda: "0.32.0")
+    boosted("xsxf", "qwen3_5").save_pretrained(tmp_path)
+    refused = r"vLLM cannot serve [^$]+ boosted\nfound: a wrapper, qwen3_5: vLLM's Transformers backend keeps no state"
+    for serve in (lambda: vllm.check(Bench(), [tmp_path]), lambda: vllm.serve_command(tmp_path, 8000, ())):
         with pytest.raises(ConfigError, match=refused):
-            vllm.check(Bench(), [tmp_path])
-        with pytest.raises(ConfigError, match=refused):
-            vllm.serve_command(tmp_path, 8000, ())
+            serve()
     with pytest.raises(ConfigError, match=r"exports hold language models alone\nfound: [^$]+ is a wrapper, llava"):
         run_export(converted, "auto")
+
+
+def test_vllm_needs_the_processor(
+    stock: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`convert` warns of one that is missing; what starts vLLM refuses before it starts."""
+    monkeypatch.setattr(vllm, "check_vllm", lambda: "0.32.0")
+    monkeypatch.setattr(vllm, "check_port", lambda *_, **__: None)
+    base, boosted = (Path(shutil.copytree(each, tmp_path / each.parent.name)) for each in (stock, converted))
+    vllm.check(Bench(), [base, boosted])
+    vllm.serve_command(boosted, 8000, ())
+    for folder in (base, boosted):
+        (folder / "preprocessor_config.json").unlink()
+        with pytest.raises(
+            ConfigError, match=r"without the processor of its images\nfound: none of preprocessor_config"
+        ):
+            vllm.check(Bench(), [folder])
+    with pytest.raises(ConfigError, match=r"without the processor of its images"):
+        vllm.serve_command(boosted, 8000, ())
+    vllm.serve_command(boosted, 8000, ("--language-model-only",))
+    recipe, run = parse_recipe({"model": str(base), "dtype": "float32"}, "the test"), tmp_path / "run"
+    run.mkdir()
+    write_plan(run / PLAN, PlanFile(model=find_model(str(base), RUNTIME).info, method="x", layers=layer_plans("fsn")))
+    with caplog.at_level("WARNING"):
+        run_stage("convert", recipe, run)
+    assert f"{base} has no processor (none of preprocessor_config.json, processor_config.json)" in caplog.text
 
 
 @torch.no_grad()

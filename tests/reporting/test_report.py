@@ -185,6 +185,18 @@ def test_figures_are_valid_plotly(run: Path) -> None:
     assert sum(trace["visible"] == "legendonly" for trace in chosen["data"][:-1]) == 4
 
 
+def test_a_model_that_predicts_nothing_is_reported(tmp_path: Path) -> None:
+    """A perplexity beyond what a float holds, as without a layer that a model cannot do without."""
+    run = make_run(tmp_path / "run")
+    file = run / "eval" / "comparison.json"
+    quality = json.loads(file.read_text())
+    for score in quality["positions"]["models"]["converted"]:
+        score["mean"] = 900.0
+    file.write_text(json.dumps(quality))
+    run_report(run)
+    assert "| 1.014e+304 |" in (run / "report.md").read_text()
+
+
 def test_report_needs_neither_torch_nor_transformers(run: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from layerboost.reporting.stage import run_report; "

@@ -213,6 +213,48 @@ def test_mmlu_is_lm_evals_group_and_its_subset_is_fixed(bench: Path, tokenizer: 
     assert set(found["groups"]) >= {"mmlu", "mmlu_stem", "mmlu_humanities"}
 
 
+def test_a_group_whose_tasks_have_equal_weights(bench: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As BLiMP, whose score is the mean over its tasks: the difference is that of the values."""
+    write_jsonl(bench / "uneven" / "mmlu.jsonl", [*rows("mmlu", 2), *rows("mmlu", 9)[-9:]])
+    whole = lm_eval.tasks.TaskManager.load
+
+    def load(self: Any, names: list[str]) -> Any:
+        found = whole(self, names)
+        for each in found["groups"]["mmlu"].aggregate_metric_list:
+            each.weight_by_size = False
+        return found
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    [task] = load_bench(settings(bench / "uneven", "mmlu"))
+    results = {name: run(task, tiny_model(seed), tokenizer) for seed, name in enumerate(("base", "healed"))}
+    compared, average = compare_tasks([task], {"mmlu": results}, [])
+    values = {name: task_value(task, result) for name, result in results.items()}
+    scores = item_scores(task, results["healed"])
+    by_leaf = [[score for (own, _), score in scores.items() if own == leaf] for leaf in task.leaves]
+    assert values["healed"] == pytest.approx(fmean(map(fmean, by_leaf)))
+    assert values["healed"] != pytest.approx(fmean(scores.values()), abs=1e-4)
+    for found in (compared["mmlu"], average):
+        assert found
+        assert found.difference["healed"].mean == pytest.approx(values["healed"] - values["base"])
+    assert compared["mmlu"].models["base"].standard_error == pytest.approx(
+        results["base"]["results"]["mmlu"]["acc_stderr,none"]
+    )
+
+
+def test_a_group_with_a_task_of_another_metric_is_refused(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As metabench, of which GSM8K has no acc: lm-eval leaves it out, after everything has run."""
+    whole = lm_eval.tasks.TaskManager.load
+
+    def load(self: Any, names: list[str]) -> Any:
+        found = whole(self, names)
+        monkeypatch.setattr(found["tasks"]["mmlu_anatomy"], "aggregation", dict)
+        return found
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    with pytest.raises(ConfigError, match=r"no score for each item\nfound: metric acc in mmlu_anatomy\ndo: name its"):
+        load_bench(settings(bench, "mmlu"))
+
+
 def test_spread_is_proportional_with_one_item_a_task_at_least() -> None:
     sizes = {"a": 100, "b": 300, "c": 5}
     assert {name: len(ids) for name, ids in spread(sizes, 41).items()} == {"a": 10, "b": 30, "c": 1}
@@ -286,6 +328,16 @@ def test_mmlu_without_a_subject_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no items of task mmlu_virology"):
         load_bench(settings(tmp_path, "mmlu"))
     assert load_bench(settings(tmp_path, "mmlu_anatomy"))[0].items == 1
+
+
+@pytest.mark.parametrize("error", [ImportError("Please install langdetect"), RuntimeError("no longer supported: x.py")])
+def test_what_a_task_needs_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    with pytest.raises(ConfigError, match=rf"task piqa cannot be loaded\nfound: {error}\ndo: install what it names"):
+        load_bench(Evaluate(tasks=("piqa",)))
 
 
 @pytest.mark.usefixtures("private_cache")

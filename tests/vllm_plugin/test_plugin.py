@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_model
+
+from layerboost.engines.vllm import check_family
+from layerboost.errors import ConfigError
+from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.vllm_plugin.plugin import BoostedConfig, check_images
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -53,13 +62,50 @@ def test_sinks_that_an_old_cpu_kernel_cannot_read_are_refused() -> None:
         check_sinks(version, "torch.float32")
 
 
-def test_a_wrapper_that_vllm_cannot_serve_is_refused_by_name() -> None:
-    from layerboost.vllm_plugin.plugin import BoostedConfig
+def told_to_the_plugin(model_type: str) -> None:
+    BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)))
 
-    for model_type in ("llama", "llava", "qwen3_vl"):
-        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)))
-    with pytest.raises(ValueError, match="vLLM cannot serve a boosted gemma3: vLLM has no attention on CPUs"):
-        BoostedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma3")))
+
+ROWS = {**FAMILIES, **WRAPPERS}
+
+
+def test_what_vllm_serves_is_not_refused(tmp_path: Path) -> None:
+    for model_type in (name for name, row in ROWS.items() if row.vllm and not row.cpu_lacks):
+        told_to_the_plugin(model_type)
+        check_family(tmp_path, model_type)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in ROWS.items() if row.vllm_lacks])
+def test_what_vllm_cannot_serve_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    """By layerboost before it starts, and by the plugin for who starts vLLM without layerboost."""
+    lacks = re.escape(ROWS[model_type].vllm_lacks)
+    kind = "a wrapper," if model_type in WRAPPERS else "family"
+    message = f"vLLM cannot serve .* boosted\nfound: {kind} {model_type}: {lacks}\ndo: .*bench.engine=transformers"
+    with pytest.raises(ConfigError, match=message):
+        check_family(tmp_path, model_type)
+    with pytest.raises(ValueError, match=f"vLLM cannot serve a boosted {model_type}: {lacks}"):
+        told_to_the_plugin(model_type)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("model_type", [name for name, row in ROWS.items() if row.cpu_lacks])
+def test_what_vllm_cannot_serve_on_a_cpu_is_refused_there_alone(
+    model_type: str, on_cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr("layerboost.vllm_plugin.plugin.on_cpu", lambda: on_cpu)
+    lacks = re.escape(ROWS[model_type].cpu_lacks)
+    with pytest.raises(ConfigError, match=lacks) if on_cpu else nullcontext():
+        check_family(tmp_path, model_type)
+    with pytest.raises(ValueError, match=lacks) if on_cpu else nullcontext():
+        told_to_the_plugin(model_type)
+
+
+def test_images_longer_than_a_window_are_refused() -> None:
+    """vLLM makes them causal, where the base lets their tokens see each other both ways."""
+    check_images(tiny_model("gemma3", 1, sliding_window=4).config)
+    with pytest.raises(ValueError, match="an image has 4 tokens here, the window 3"):
+        check_images(tiny_model("gemma3", 1, sliding_window=3).config)
 
 
 def test_windows_kept_in_the_prefix_cache_are_a_fraction_of_the_prompt() -> None:

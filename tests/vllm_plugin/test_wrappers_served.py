@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from offline import Vllm, prompts
-from pictures import PROCESSORS, save_picture, save_with_processor
+from pictures import IMAGE, PROCESSORS, picture_tokenizer, save_picture, save_with_processor
 from PIL import Image
 from tiny import IMAGE_TOKEN, RUNTIME, layer_plans
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from layerboost.engines.vllm import runs_on_cpu
 from layerboost.model.base import find_model
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.families import WRAPPERS
@@ -30,11 +31,19 @@ IMAGES = 4
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("llava", {}),
     "llava-heads": ("llava", {"inside": "qwen2"}),
+    "llava-mistral": ("llava", {"inside": "mistral"}),
     "mistral3": ("mistral3", {}),
+    "mistral3-ministral3": ("mistral3", {"inside": "ministral3"}),
+    "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "idefics3": ("idefics3", {}),
+    "smolvlm": ("smolvlm", {}),
+    "internvl": ("internvl", {}),
+    "internvl-qwen3": ("internvl", {"inside": "qwen3"}),
+    "gemma3": ("gemma3", {}),
     "qwen3_vl": ("qwen3_vl", {}),
 }
-LETTERS = {"llava-heads": "nfHs"}
+LETTERS = {"llava-heads": "nfHs", "gemma3": "fnSf"}
 
 
 def save_boosted_wrapper(folder: Path, case: str) -> Path:
@@ -66,8 +75,8 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
             given = dict(processor(text=["<image>"], images=[picture], return_tensors="pt"))
             assert (ids == IMAGE_TOKEN).sum() == (given.pop("input_ids") == IMAGE_TOKEN).sum() > 1
             del given["attention_mask"]
-            if "mm_token_type_ids" in given:
-                given["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
+            for name in {"mm_token_type_ids", "token_type_ids"} & given.keys():
+                given[name] = (ids == IMAGE_TOKEN).long()
         known = model(ids, **given).logits[0, :-1].log_softmax(-1)
         chosen = known.gather(1, ids[0, 1:, None])[:, 0]
         logprobs = torch.tensor(answer["logprobs"])
@@ -81,17 +90,24 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
 def test_log_probabilities_are_those_of_transformers(case: str, vllm: Vllm, tmp_path: Path) -> None:
     if case == "qwen3_vl":
         pytest.importorskip("torchvision", reason="vLLM's class for Qwen3-VL imports torchvision")
+    wrapper = CASES[case][0]
+    if WRAPPERS[wrapper].cpu_lacks and runs_on_cpu():
+        pytest.skip(WRAPPERS[wrapper].cpu_lacks)
     folder = save_boosted_wrapper(tmp_path, case)
     text = [[token if token > 4 else 5 for token in prompt] for prompt in prompts()[::3]]
     pictured = case != "qwen3_vl"
     images = [str(save_picture(tmp_path / f"{number}.png", number)) for number in range(IMAGES * pictured)]
-    asked = [[7, 8, IMAGE_TOKEN, *each] for each in text[-IMAGES:]] * pictured + text
+    place = picture_tokenizer(wrapper).convert_tokens_to_ids(IMAGE)
+    asked = [[7, 8, place, *each] for each in text[-IMAGES:]] * pictured + text
     options: dict[str, Any] = {} if pictured else {"language_model_only": True}
     found = vllm.answers(folder, asked, images=images, trust_remote_code=True, **options)
     check_images(folder, found, images)
 
 
 def test_cases_cover_every_wrapper_that_vllm_serves() -> None:
-    served = {name for name, row in WRAPPERS.items() if row.vllm}
-    assert served == {wrapper for wrapper, _ in CASES.values()} == PROCESSORS.keys()
+    """With every language model that it may hold."""
+    cases = {(wrapper, changes.get("inside", WRAPPERS[wrapper].inside[0])) for wrapper, changes in CASES.values()}
+    served = {name: row for name, row in WRAPPERS.items() if row.vllm}
+    assert cases == {(name, inside) for name, row in served.items() for inside in row.inside}
+    assert served.keys() == PROCESSORS.keys()
     assert {row.architecture for row in WRAPPERS.values()} < MODULES.keys()

@@ -46,7 +46,7 @@ def _busy_s() -> float:
 def _has_quota() -> bool:
     """Return whether a container limits processor time to less than its cores give."""
     file = Path("/sys/fs/cgroup/cpu.max")
-    quota = file.read_text().split()[0] if file.is_file() else "max"
+    quota = file.read_text(encoding="utf-8").split()[0] if file.is_file() else "max"
     return quota != "max"
 
 

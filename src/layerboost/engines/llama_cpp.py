@@ -276,7 +276,7 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
 
 def kv_gib(log_file: Path) -> float:
     """Return the size of all KV caches as llama.cpp logged it; 0 if it did not."""
-    logged = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log_file.read_text(errors="replace"))
+    logged = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log_file.read_text(encoding="utf-8", errors="replace"))
     return round(sum(map(float, logged)) / 1024, 6)
 
 

@@ -200,7 +200,9 @@ def gpu_bytes() -> int:
 
 def last_words(log_file: Path, lines: int = 3) -> str:
     """Return the first distinct error messages of a log, the root cause being the first; else its last lines."""
-    text = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    text = [
+        line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
     errors: dict[str, None] = {}
     for line in text:
         match = re.search(

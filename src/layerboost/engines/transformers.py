@@ -78,7 +78,7 @@ class RunningTransformers:
                     found=last_words(self.log_file),
                     do=f"read {self.log_file}",
                 )
-            raw: dict[str, Any] = json.loads(result.read_text())
+            raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         advance(load.tokens)
         return Answer(raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw})
 

@@ -17,11 +17,12 @@ from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, p
 from layerboost.engines.protocol import Command, Running
 from layerboost.engines.server import HOST, check_port
 from layerboost.errors import ConfigError
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, what_vllm_lacks
 from layerboost.model.files import plain_config
 from layerboost.model.integrity import check_checkpoint
 from layerboost.model.modeling import is_boosted
 from layerboost.model.retention import STEP_TOKENS, prefix_flag
+from layerboost.model.tokenizer import PROCESSORS, lacks_processor
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, cores, log
 from layerboost.schemas.plan import PlanFile, check_served, read_plan
@@ -50,6 +51,7 @@ NO_INTERVAL = (
     *("--disable-sliding-window", "--disable-hybrid-kv-cache-manager"),
     *("--kv-transfer-config", "--kv-offloading-size"),
 )
+TEXT_ALONE = "--language-model-only"
 # vLLM's default of --max-num-seqs, on a CPU and on most GPUs.
 CPU_SEQS, GPU_SEQS = 128, 256
 BATCHED_TOKENS = 2048  # vLLM's default of --max-num-batched-tokens, except on the largest GPUs
@@ -64,6 +66,7 @@ def check(bench: Bench, folders: Iterable[Path]) -> str:
             config = plain_config(folder)
             check_family(folder, config["model_type"])
             check_stock(folder, config)
+            check_processor(folder, config["model_type"], bench.server_args)
     given = flags_given(bench.server_args)
     if flag := next((flag for flag in ("--port", *RESERVED) if _key(flag) in given), None):
         raise ConfigError(
@@ -98,6 +101,7 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     check_folder(model)
     if is_boosted(config.get("architectures")):
         check_family(model, config["model_type"])
+        check_processor(model, config["model_type"], given)
         log.info("%s is a boosted checkpoint: layerboost's vLLM plugin loads it", model)
     check_stock(model, config)
     check_port(flags_given(given).get("port", port), host="")
@@ -114,13 +118,22 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> AbstractC
 
 def check_family(folder: Path, model_type: str) -> None:
     """Raise ConfigError for a model that vLLM could not serve boosted, by the reason in its row."""
-    row = WRAPPERS.get(model_type) or FAMILIES.get(model_type)
-    if row and not row.vllm:
+    if lacks := what_vllm_lacks(model_type, runs_on_cpu):
         kind = "a wrapper," if model_type in WRAPPERS else "family"
         raise ConfigError(
             f"vLLM cannot serve {folder} boosted",
-            found=f"{kind} {model_type}: {row.vllm_lacks}",
+            found=f"{kind} {model_type}: {lacks}",
             do="use Transformers (bench.engine=transformers), or serve its base",
+        )
+
+
+def check_processor(folder: Path, model_type: str, given: Sequence[str]) -> None:
+    """Raise ConfigError for a model of images without its processor, which vLLM needs unless it serves text alone."""
+    if lacks_processor(folder, model_type) and TEXT_ALONE not in given:
+        raise ConfigError(
+            f"vLLM cannot serve {folder} without the processor of its images",
+            found=f"none of {', '.join(PROCESSORS)}",
+            do=f"copy the processor's files from the original model, or serve text alone ({TEXT_ALONE})",
         )
 
 
@@ -360,7 +373,9 @@ def _place(core: int) -> tuple[int, int]:
     """Return socket and physical core of a logical core, if the system reports them."""
     topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
-        socket_id, physical = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        socket_id, physical = (
+            (topology / name).read_text(encoding="utf-8") for name in ("physical_package_id", "core_id")
+        )
         return int(socket_id), int(physical)
     except (OSError, ValueError):
         return 0, core

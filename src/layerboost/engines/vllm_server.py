@@ -72,7 +72,7 @@ class RunningVllm:
                     found=last_words(self.load_log),
                     do=f"read {self.load_log}",
                 )
-            raw: dict[str, Any] = json.loads(result.read_text())
+            raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         advance(load.tokens - done)
         if raw["completed"] != load.requests:
             self.server.check_alive(DYING_S)
@@ -171,7 +171,7 @@ def load_arguments(server: Server, load: Load, result: Path) -> list[str]:
 
 def kv_cache(log_file: Path, given_bytes: int | None) -> KvCache | None:
     """Return the KV cache as vLLM logged it; None if it did not. Without `given_bytes`, its size is from the log."""
-    text = log_file.read_text(errors="replace")
+    text = log_file.read_text(encoding="utf-8", errors="replace")
     logged = re.findall(
         r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", text
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from statistics import fmean
@@ -23,6 +22,7 @@ from layerboost.schemas.evaluation import (
     RetrievalGroup,
     RetrievalScores,
     TaskValue,
+    perplexity,
 )
 from layerboost.schemas.run import BASE
 from layerboost.schemas.sensitivity import Score
@@ -202,8 +202,3 @@ def compare_text(losses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, P
         )
         for model, result in losses.items()
     }
-
-
-def perplexity(nll: float) -> float:
-    """Return the perplexity of a mean NLL in nats per token, at most e^700, beyond which a float overflows."""
-    return math.exp(min(nll, 700.0))

@@ -23,7 +23,6 @@ from layerboost.evaluating.held_out import (
     compare_retrieval,
     compare_text,
     hidden_states,
-    perplexity,
     position_edges,
     position_losses,
     retrieval_answers,
@@ -38,7 +37,7 @@ from layerboost.recipe import Recipe
 from layerboost.retrieval import Prompts, retrieval_prompts
 from layerboost.runtime import Progress, log
 from layerboost.schemas.artifact import fingerprint, json_text, read_json, write_json
-from layerboost.schemas.evaluation import EvalComparison, TextInfo
+from layerboost.schemas.evaluation import EvalComparison, TextInfo, perplexity
 from layerboost.schemas.run import BASE, SENSITIVITY
 from layerboost.schemas.sensitivity import Sensitivity
 from layerboost.tasks.checks import check_items

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,23 @@ def difference(values: Sequence[float], right_or_wrong: bool = False) -> Change:
     return average_difference([values], right_or_wrong)
 
 
-def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = True) -> Change:
+def average_difference(
+    tasks: Sequence[Sequence[float]], right_or_wrong: bool = True, weights: Sequence[float] | None = None
+) -> Change:
     """Return the mean over tasks of their mean paired differences, with its interval; tasks are independent samples.
+
+    `weights` of the tasks, whose sum is 1; by default all have the same.
 
     For scores that are 0 or 1, no bound is nearer to the mean than what the sample cannot show: a bootstrap misses
     items that differ in a way that none here does. If none of n items does, fewer than 1 - 0.025 ** (1 / n) of all
-    do, with 97.5 % probability (Clopper-Pearson). Such items of the smallest task move the average most.
+    do, with 97.5 % probability (Clopper-Pearson). Such items of one task move the average by its weight.
     """
-    scores = [Score.of(values) for values in tasks]
-    mean = fmean(score.mean for score in scores)
-    error = math.hypot(*(score.standard_error for score in scores)) / len(scores)
-    low, lower_95, high = _bounds(tasks, mean)
-    unseen = (1 - 0.025 ** (1 / min(map(len, tasks)))) / len(tasks) if right_or_wrong else 0.0
+    weights = weights or [1 / len(tasks)] * len(tasks)
+    average = weighted_mean([Score.of(values) for values in tasks], weights)
+    mean, error = average.mean, average.standard_error
+    low, lower_95, high = _bounds(tasks, weights, mean)
+    shown = [weight * (1 - 0.025 ** (1 / len(values))) for values, weight in zip(tasks, weights, strict=True)]
+    unseen = max(shown) if right_or_wrong else 0.0
     return Change(
         mean=mean,
         standard_error=error,
@@ -48,7 +52,17 @@ def average_difference(tasks: Sequence[Sequence[float]], right_or_wrong: bool = 
     )
 
 
-def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float, float]:
+def weighted_mean(scores: Sequence[Score], weights: Sequence[float]) -> Score:
+    """Return the weighted mean of scores of independent samples; the sum of `weights` is 1."""
+    pairs = list(zip(scores, weights, strict=True))
+    return Score(
+        mean=sum(weight * score.mean for score, weight in pairs),
+        standard_error=math.hypot(*(weight * score.standard_error for score, weight in pairs)),
+        count=sum(score.count or 0 for score in scores),
+    )
+
+
+def _bounds(tasks: Sequence[Sequence[float]], weights: Sequence[float], mean: float) -> tuple[float, float, float]:
     """Return the points below which the true mean over tasks is with 2.5, 5 and 97.5 % probability, by BCa bootstrap.
 
     The same values give the same points. A task whose items are all equal has nothing to resample, and if no task
@@ -56,14 +70,16 @@ def _bounds(tasks: Sequence[Sequence[float]], mean: float) -> tuple[float, float
     """
     if not math.isfinite(mean):
         return math.nan, math.nan, math.nan
-    samples = [np.asarray(values, dtype=np.float64) for values in tasks]
-    varied = [sample for sample in samples if np.ptp(sample) > 0]
+    samples = [(weight, np.asarray(values, dtype=np.float64)) for weight, values in zip(weights, tasks, strict=True)]
+    of_varied = [weight for weight, sample in samples if np.ptp(sample) > 0]
+    varied = [sample for _, sample in samples if np.ptp(sample) > 0]
     if not varied:
         return mean, mean, mean
-    alike = sum(float(sample[0]) for sample in samples if np.ptp(sample) == 0)
+    alike = sum(weight * float(sample[0]) for weight, sample in samples if np.ptp(sample) == 0)
 
     def average(*resampled: np.ndarray, axis: int) -> Any:
-        return (sum(part.mean(axis) for part in resampled) + alike) / len(samples)
+        parts = zip(of_varied, resampled, strict=True)
+        return sum(weight * part.mean(axis) for weight, part in parts) + alike
 
     options: dict[str, Any] = {"vectorized": True, "batch": max(1, BATCH_DRAWS // sum(map(len, varied))), "rng": 0}
     resampled_means = bootstrap(varied, average, n_resamples=RESAMPLES, **options)

@@ -44,6 +44,7 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+MOST_F16 = torch.finfo(torch.float16).max
 # Embedding and head lose most by four bits.
 HEADS = ("token_embd.weight", "output.weight")
 NAMES = {
@@ -129,10 +130,10 @@ def _mellum_settings(config: PreTrainedConfig) -> Settings:
 
 
 def _windows_by_layer(config: PreTrainedConfig) -> Settings:
-    return {
-        "attention.sliding_window": window_of(config),
-        "attention.sliding_window_pattern": slides_where_possible(config),
-    }
+    window, slides = window_of(config), slides_where_possible(config)
+    if not any(slides):  # llama.cpp aborts without one that does; a window as long as the context drops nothing
+        window, slides = config.max_position_embeddings, [True, *slides[1:]]
+    return {"attention.sliding_window": window, "attention.sliding_window_pattern": slides}
 
 
 def _window_in_all_but_every_nth(config: PreTrainedConfig) -> Settings:
@@ -247,6 +248,8 @@ def write_gguf(
     with Progress("writing GGUF", len(named), "tensors") as progress:
         for name, parts in named:
             chosen = _type(name, parts[0], kind)
+            if chosen == GGMLQuantizationType.F16 and any(part.abs().max() > MOST_F16 for part in parts):
+                raise ConfigError(f"numbers of {name} are too large for float16", do="export with --type bf16 or f32")
             written = [gguf.quants.quantize(part.float().numpy(), chosen) for part in parts]
             writer.write_tensor_data(written[0] if len(written) == 1 else np.stack(written))
             progress.advance(1)
@@ -260,7 +263,7 @@ def _describe(writer: Any, folder: Path) -> None:
         writer.add_name(card.get("base_model") or folder.resolve().name)
     else:
         writer.add_name(f"{card.get('base_model') or Path(plan.model.name).name}, boosted")
-        writer.add_string("layerboost.plan", (folder / PLAN).read_text())
+        writer.add_string("layerboost.plan", (folder / PLAN).read_text(encoding="utf-8"))
     for key, add in zip(
         LICENCE_KEYS, (writer.add_license, writer.add_license_name, writer.add_license_link), strict=True
     ):

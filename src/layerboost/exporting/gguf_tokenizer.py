@@ -9,9 +9,9 @@ from typing import Any
 
 import gguf
 from gguf import TokenType
-from transformers import AutoTokenizer
 
 from layerboost.errors import ConfigError
+from layerboost.model.tokenizer import read_tokenizer
 from layerboost.text import opening_ids
 
 # How llama.cpp splits text into words, by a tokenizer's own pattern and whether it takes whole words before merges.
@@ -39,7 +39,7 @@ def splitter(folder: Path) -> str:
     file = folder / "tokenizer.json"
     found = "no tokenizer.json"
     if file.is_file():
-        plain = json.loads(file.read_text())
+        plain = json.loads(file.read_text(encoding="utf-8"))
         model, parts = plain["model"], _parts(plain, "pre_tokenizer")
         kinds = [part["type"] for part in parts]
         if model.get("type") == "BPE" and model.get("byte_fallback"):
@@ -47,15 +47,9 @@ def splitter(folder: Path) -> str:
                 return SENTENCEPIECE
             kinds.append("byte_fallback, unlike SentencePiece's")
         elif model.get("type") == "BPE":
-            if kinds == ["ByteLevel"]:
-                return "gpt-2"
-            if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
-                return "smollm"
-            if kinds == ["Split", "ByteLevel"]:
-                pattern = parts[0]["pattern"].get("Regex")
-                if name := SPLITTERS.get((pattern, bool(model.get("ignore_merges")))):
-                    return name
-                kinds.append(f"pattern {pattern}, ignore_merges {bool(model.get('ignore_merges'))}")
+            name, kinds = _byte_level(plain, parts)
+            if name:
+                return name
         found = f"{model.get('type')}, {', '.join(kinds)}"
     raise ConfigError(
         f"the tokenizer of {folder} cannot be written to GGUF",
@@ -65,9 +59,35 @@ def splitter(folder: Path) -> str:
     )
 
 
+def _byte_level(plain: dict[str, Any], parts: list[dict[str, Any]]) -> tuple[str | None, list[str]]:
+    """Return llama.cpp's name for how a byte-level BPE tokenizer splits text, None if it has none, and what it does in
+    words: its steps, with what llama.cpp does otherwise."""
+    kinds = [part["type"] for part in parts]
+    whole = bool(plain["model"].get("ignore_merges"))
+    # llama.cpp normalises nothing. Qwen's NFC changes text that is rarely written.
+    odd = [step["type"] for step in _parts(plain, "normalizer") if step["type"] != "NFC"]
+    if kinds[-1:] == ["ByteLevel"]:
+        odd += ["add_prefix_space"] if parts[-1].get("add_prefix_space", True) else []
+        splits = parts[-1].get("use_regex", True)
+        odd += [f"use_regex {splits}"] if splits == (kinds[0] == "Split") else []
+    name = None
+    if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]):
+        odd += ["ignore_merges"] if whole else []
+        odd += ["digits in groups"] if len(kinds) == 2 and not parts[0]["individual_digits"] else []
+        name = "gpt-2" if len(kinds) == 1 else "smollm"
+    elif kinds == ["Split", "ByteLevel"]:
+        pattern = parts[0]["pattern"].get("Regex")
+        name = SPLITTERS.get((pattern, whole))
+        odd += [] if name else [f"pattern {pattern}, ignore_merges {whole}"]
+        odd += (
+            [] if parts[0]["behavior"] == "Isolated" and not parts[0]["invert"] else [f"split {parts[0]['behavior']}"]
+        )
+    return None if odd else name, kinds + odd
+
+
 def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     """Add tokens, merges or scores, special tokens and chat template."""
-    plain, split = json.loads((folder / "tokenizer.json").read_text()), splitter(folder)
+    plain, split = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), splitter(folder)
     model = plain["model"]
     tokens = {index: token for token, index in model["vocab"].items()}
     kinds = dict.fromkeys(tokens, TokenType.NORMAL)
@@ -93,12 +113,22 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocabulary)])
     writer.add_token_types([kinds.get(index, TokenType.UNUSED) for index in range(vocabulary)])
     special = gguf.SpecialVocab(folder, load_merges=split != SENTENCEPIECE, n_vocab=vocabulary)
-    # The library reads it from settings that not all tokenizers have or obey, and llama.cpp has defaults of its own.
-    opening = opening_ids(AutoTokenizer.from_pretrained(folder))
-    special.add_special_token["bos"] = bool(opening)
-    if opening:
-        special.special_token_ids["bos"] = opening[0]
+    _set_opening(special, read_tokenizer(folder, str(folder)))
     special.add_to_gguf(writer, quiet=True)
+
+
+def _set_opening(special: Any, tokenizer: Any) -> None:
+    """Have llama.cpp put before a text what Transformers does: its default is by the kind of tokenizer, and the library
+    gguf reads settings which Transformers may not follow. Raise ConfigError for more than one token."""
+    opening = opening_ids(tokenizer)
+    if len(opening) > 1:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path} puts more than one token before a text, llama.cpp one",
+            found=", ".join(tokenizer.convert_ids_to_tokens(opening)),
+            do="serve the checkpoint itself, or export to another format (`layerboost ls targets`)",
+        )
+    special.add_special_token["bos"] = bool(opening)
+    special.special_token_ids |= {"bos": opening[0]} if opening else {}
 
 
 def _parts(plain: dict[str, Any], stage: str) -> list[dict[str, Any]]:

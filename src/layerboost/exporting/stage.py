@@ -36,11 +36,12 @@ from layerboost.model.integrity import check_checkpoint, read_config
 from layerboost.model.modeling import base_layer_types, is_boosted
 from layerboost.model.retention import prefix_flag
 from layerboost.model.surgery import boosted_config, unchanged
-from layerboost.model.tokenizer import copied_files
+from layerboost.model.tokenizer import copied_files, name_class, read_tokenizer
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.artifact import fingerprint, write_json
 from layerboost.schemas.plan import LayerPlan, PlanFile
 from layerboost.schemas.run import PLAN
+from layerboost.text import opening_ids
 
 # Types of GGUF files that llama.cpp's own tool writes, from one of the checkpoint's type.
 QUANTISED_BY_TOOL = ("q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
@@ -171,7 +172,7 @@ def _not_boosted(folder: Path, found: str) -> ConfigError:
 
 def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, plan: PlanFile) -> None:
     form = DIRECTORIES[target.name]
-    card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     tensors = form.tensors(config, read_weights(folder))
     with new_folder(out) as new:
         save_torch_state_dict(
@@ -190,9 +191,10 @@ def _write(folder: Path, out: Path, config: PreTrainedConfig, target: Target, pl
             shutil.copy(form.file, new)
         plain = form.config(config)
         write_json(new / "config.json", plain)
+        name_class(new, lambda: opening_ids(read_tokenizer(folder, str(folder))))
         prefix = tuple(part for pair in prefix_flag(plain, plan.layers).items() for part in pair)
         serving = form.serving.replace("SERVE", vllm_commands(plan, (*form.flags, *prefix)))
-        (new / CARD).write_text(_card(card, target, serving, plan))
+        (new / CARD).write_text(_card(card, target, serving, plan), encoding="utf-8")
 
 
 def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture: str, kind: str) -> None:
@@ -261,7 +263,7 @@ def _base_type(name: str) -> str | None:
     if not in_file and not folder.is_dir():
         return _cached_type(name)
     if (folder / UNPACKED_FROM).is_file():
-        return _base_type((folder / UNPACKED_FROM).read_text().splitlines()[0])
+        return _base_type((folder / UNPACKED_FROM).read_text(encoding="utf-8").splitlines()[0])
     try:
         base = find_model(name, Runtime(torch.device("cpu"), torch.float32))
         if base.gguf is None:
@@ -282,7 +284,11 @@ def _cached_type(name: str) -> str | None:
         config = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return None
-    settings = json.loads(Path(config).read_text()).get("quantization_config") if isinstance(config, str) else None
+    settings = (
+        json.loads(Path(config).read_text(encoding="utf-8")).get("quantization_config")
+        if isinstance(config, str)
+        else None
+    )
     return settings.get("quant_method") if settings else None
 
 

@@ -32,9 +32,9 @@ DEFAULT = frozenset({"default"})
 FIXED = DEFAULT | {"linear", "llama3", "yarn"}
 # What a model may need of a format.
 BIASES, MLP_BIASES, QK_NORMS, EXPERTS = "biases in attention", "biases in MLPs", "q/k norms", "experts"
-HEAD, HEADS = "an untied output head", "heads that together are not as wide as the model"
+HEAD, HEADS = "an untied output head", "heads not as wide as the model together"
 SCALED, SOFT_CAPS = "Granite's multipliers", "soft caps of scores and logits"
-NO_ROPE, FACTOR = "layers without a rotary embedding", "an attention_factor of the rotary embedding"
+NO_ROPE, FACTOR = "layers without a rotary embedding", "a rotary attention_factor"
 TWO_BASES = "rotary embeddings of two bases in full and sliding layers"
 LLAMAS = frozenset({BIASES, MLP_BIASES, HEAD, HEADS})
 GELU = "gelu_pytorch_tanh"
@@ -118,7 +118,10 @@ class Target:
         """What a layer without attention holds, as text."""
         if NONE not in self.holds:
             return "not held"
-        return f"{self.removed_tokens(64)} tokens at a window of 64" if self.removed_tokens else "nothing"
+        if self.removed_tokens is None:
+            return "nothing"
+        every = "; at the place of a full layer, the context" if self.every_nth else ""
+        return f"{self.removed_tokens(64)} tokens at a window of 64{every}"
 
 
 def _gguf(architecture: str, families: tuple[str, ...], *takes: str, **settings: Any) -> Target:

@@ -32,12 +32,13 @@ from layerboost.model.base import Base, open_base
 from layerboost.model.card import origin_of
 from layerboost.model.checkpoint import check_same_model, check_same_plan, save_boosted
 from layerboost.model.integrity import check_checkpoint, is_intact
+from layerboost.model.modeling import auto_class
 from layerboost.probes.metrics import SequenceLosses, check_values, token_losses
 from layerboost.probes.samples import write_samples
-from layerboost.recipe import Recipe, Text, recipe_yaml
+from layerboost.recipe import Heal, Recipe, Text, recipe_yaml
 from layerboost.runtime import Runtime, is_main_process, log, main_process_first, start_runtime
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan
 from layerboost.schemas.run import CONVERTED, HEAL, HEALED, PLAN
 from layerboost.strategies import SLIDING
 from layerboost.text import Tokens, check_samples, is_local, last_changed, load_tokens, opening_ids
@@ -54,6 +55,11 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     check_report_to(recipe.heal.report_to)
     check_fit(recipe)
     check_lengths(recipe, base.config.max_position_embeddings)
+    if recipe.heal.lora_targets:
+        with torch.device("meta"):
+            model = auto_class(base.model_config).from_config(base.model_config)
+        layers = read_plan(run / PLAN).layers if (run / PLAN).is_file() else []
+        checked_layers(model, layers, recipe.heal)
     most = max(recipe.heal.fit_tokens, recipe.heal.attention_tokens, recipe.heal.tokens)
     if recipe.heal.traffic:
         load_requests(recipe, base.tokenizer, most)
@@ -262,19 +268,25 @@ def load_pair(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: Heali
     if recipe.heal.shard:
         base = replace(base, runtime=replace(base.runtime, device=torch.device("cpu")))
     teacher = base.load()
-    adapted = adapted_layers(teacher, plan.layers, recipe.heal.lora_targets)
-    if text.tokens["lora"] and not adapted["lora"] and not any(entry.sink for entry in plan.layers):
-        raise ConfigError(
-            "heal.lora_targets leave stage 2 nothing to train",
-            found=f"none of {', '.join(recipe.heal.lora_targets or ())} is in a layer from the first changed one up",
-            do="name layers of the MLPs too, or set heal.tokens to 0",
-        )
+    adapted = checked_layers(teacher, plan.layers, recipe.heal)
     log.info("adapters by stage, in layers: %s", describe({stage: adapted[stage] for stage in text.stages}))
     student = shared_student(teacher, run / CONVERTED, plan.layers)
     torch.manual_seed(recipe.seed)
     # A fit alone trains no adapter, and feature maps alone none, but peft needs some.
     names = frozenset[str]().union(*(adapted[stage] for stage in text.stages)) or adapted["attention"] | adapted["lora"]
     return Pair(teacher, student, with_adapters(student, names, recipe.heal.lora_rank), adapted)
+
+
+def checked_layers(model: PreTrainedModel, layers: list[LayerPlan], heal: Heal) -> dict[str, frozenset[str]]:
+    """Return `adapted_layers`; raise ConfigError for targets that do not exist or leave nothing to train."""
+    adapted = adapted_layers(model, layers, heal.lora_targets)
+    if heal.tokens and not adapted["lora"] and not any(entry.sink for entry in layers):
+        raise ConfigError(
+            "heal.lora_targets leave stage 2 nothing to train",
+            found=f"none of {', '.join(heal.lora_targets or ())} is in a layer from the first changed one up",
+            do="name layers of the MLPs too, or set heal.tokens to 0",
+        )
+    return adapted
 
 
 def load_healed(recipe: Recipe, run: Path, plan: PlanFile, base: Base, text: HealingText) -> Pair:

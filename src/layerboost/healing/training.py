@@ -303,7 +303,7 @@ class Metrics:
         seconds = round(time.monotonic() - self.started, 2)
         line = MetricLine(stage=self.stage, step=step, tokens=tokens, seconds=seconds, **values)
         if is_main_process():
-            with self.file.open("a") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 file.write(self._text(line))
         for tracker in self.trackers:
             tracker.log({f"{self.stage}/{name}": value for name, value in values.items()}, step=step)

@@ -216,7 +216,12 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
         model_files.weight_files(folder)
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
-    if run and note and note.is_file() and note.read_text().splitlines() == [name, found.fingerprint, FORM]:
+    if (
+        run
+        and note
+        and note.is_file()
+        and note.read_text(encoding="utf-8").splitlines() == [name, found.fingerprint, FORM]
+    ):
         return Base(name, (run / BASE).absolute(), runtime, trust_remote_code=trust_remote_code)
     return found
 
@@ -254,10 +259,10 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
             tokenizer.save_pretrained(folder)
         else:
             save_tokenizer(tokenizer, folder)
-        (folder / CARD).write_text(base_card(base.folder, base.name, base.gguf))
+        (folder / CARD).write_text(base_card(base.folder, base.name, base.gguf), encoding="utf-8")
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
-        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n{FORM}\n")
+        (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n{FORM}\n", encoding="utf-8")
     return Base(base.name, (run / BASE).absolute(), runtime, trust_remote_code=base.trust_remote_code)
 
 

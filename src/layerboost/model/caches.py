@@ -5,11 +5,15 @@ Travels inside every boosted checkpoint, so it imports nothing of layerboost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+# More tokens than any draft has: what assisted generation crops.
+SPARE_TOKENS = 128
 
 
 class AttentionFreeCacheLayer(DynamicLayer):
@@ -151,3 +155,36 @@ def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
     """Return some heads of states `[B, H, T, D]`, as a view if they are consecutive."""
     first, end = heads[0], heads[-1] + 1
     return states[:, first:end] if len(heads) == end - first else states[:, list(heads)]
+
+
+def place_layers(
+    past: DynamicCache, config: Any, skipped: set[int], mixed: Mapping[int, list[int]], linear: Mapping[int, str]
+) -> None:
+    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop.
+
+    `skipped`: the layers without attention; `mixed`: the full KV heads of layers with two kinds; `linear`: those with
+    linear attention.
+    """
+    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    recording = any(layer.record_past for layer in sliding)
+    for index, layer in enumerate(past.layers):
+        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+            past.layers[index] = SlidingCacheLayer(layer.sliding_window)
+        if not isinstance(layer, CacheLayerMixin):  # a hybrid's state
+            layer.is_sliding = AttentionFreeCacheLayer.is_sliding
+    while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
+        past.layers.append(DynamicLayer())
+    for index in skipped:
+        if not isinstance(past.layers[index], AttentionFreeCacheLayer):
+            past.layers[index] = AttentionFreeCacheLayer(past.layers[index].get_seq_length())
+    for index, full in mixed.items():
+        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
+            windowed = [head for head in range(config.num_key_value_heads) if head not in full]
+            # Without a sliding layer nothing says whether the cache will be cropped.
+            spare = 0 if sliding else SPARE_TOKENS
+            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
+    for index in linear:
+        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
+            past.layers[index] = LinearCacheLayer(config.sliding_window)
+    if recording:
+        past.activate_past_recording()

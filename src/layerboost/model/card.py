@@ -12,7 +12,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from layerboost.costs.budget import plan_parameters
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, Serving, plan_serving
-from layerboost.model.families import FAMILIES, WRAPPERS
+from layerboost.model.families import FAMILIES, WRAPPERS, Served
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile, counted, counts, layer_rows
 from layerboost.strategies import FULL, MLP_STRATEGIES, STRATEGIES
@@ -58,7 +58,7 @@ def card_data(folder: Path) -> dict[str, Any]:
     """Return the metadata of a model's card, empty without a valid one."""
     file = folder / CARD
     try:
-        data: dict[str, Any] = ModelCard(file.read_text()).data.to_dict() if file.is_file() else {}
+        data: dict[str, Any] = ModelCard(file.read_text(encoding="utf-8")).data.to_dict() if file.is_file() else {}
     except Exception:  # a card is free text: ignore a broken one
         return {}
     return data
@@ -191,11 +191,14 @@ def _full_layers(plan: PlanFile) -> tuple[str, str]:
 
 def _serve(plan: PlanFile) -> str:
     """Return the commands that serve the model, with the flags for each kind of vLLM, and what these gain and cost."""
-    if not (WRAPPERS.get(plan.model.model_type) or FAMILIES[plan.model.model_type]).vllm:
+    row: Served = WRAPPERS.get(plan.model.model_type) or FAMILIES[plan.model.model_type]
+    if not row.vllm:
         return "vLLM does not serve this model. Generate with Transformers.\n"
     if not all(entry.strategy.served for entry in plan.layers):
         return "vLLM does not serve this plan. Generate with Transformers.\n"
     commands = f"{INSTALL}{vllm_commands(plan)}\n```\n"
+    if row.cpu_lacks:
+        commands += f"\nOn CPUs vLLM does not serve this model: {row.cpu_lacks}.\n"
     if not (found := _advised(plan)):
         return commands
     gains = " ".join(f"{where} {advised.gain}." for where, advised in found.items())

@@ -25,7 +25,6 @@ from layerboost.schemas.run import PLAN
 from layerboost.schemas.sensitivity import Sensitivity
 
 FUTURE = "from __future__ import annotations"
-MODELING = "modeling_layerboost.py"
 # Files that upload, download and resume well.
 MAX_SHARD_SIZE = "5GB"
 
@@ -47,12 +46,12 @@ def save_boosted(
     Raise ConfigError if `target` is a directory of something else, LayerboostError if the disk is full, or if the
     written files are not the model.
     """
-    with new_folder(target, MODELING) as folder:
+    with new_folder(target, modeling.CODE_FILE) as folder:
         model.save_pretrained(
             folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=in_original_format(model.config)
         )
         save_tokenizer(tokenizer, folder)
-        (folder / MODELING).write_text(modeling_source())
+        (folder / modeling.CODE_FILE).write_text(modeling_source(), encoding="utf-8")
         write_plan(folder / PLAN, plan)
         (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         (folder / CARD).write_text(model_card(plan, origin, healing), encoding="utf-8")
@@ -133,7 +132,7 @@ def modeling_source() -> str:
     parts = ['"""Loads this checkpoint with trust_remote_code=True; made by layerboost."""', FUTURE]
     for module in (families, attention, caches, linear_attention, mlp, modeling):
         assert module.__file__
-        text = Path(module.__file__).read_text()
+        text = Path(module.__file__).read_text(encoding="utf-8")
         lines = text.splitlines()
         for node in reversed(ast.parse(text).body):
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

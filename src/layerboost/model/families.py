@@ -6,14 +6,28 @@ Travels inside every boosted checkpoint, so it imports nothing of layerboost.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 TRANSFORMERS_BACKEND = "Transformers backend"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What serves boosted models of a type.
+
+    `vllm` says which of vLLM's classes do, empty if none, and `vllm_lacks` then why; `cpu_lacks` says why vLLM does not
+    on CPUs, if it does elsewhere.
+    """
+
+    vllm: str = TRANSFORMERS_BACKEND
+    vllm_lacks: str = ""
+    cpu_lacks: str = ""
+
+
 @dataclass(frozen=True)
-class Family:
+class Family(Served):
     """How one `model_type` is built.
 
     `attention` names the attention of a decoder layer, `output` the attention's output projection, `final_norm` the
@@ -26,8 +40,7 @@ class Family:
     divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
     linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
     a hybrid, what its layers of another kind have in place of attention. `mlp` says that its MLPs can be
-    changed: its layers have them by that name. `vllm` says which classes serve it, empty if none does, and `vllm_lacks`
-    then why. `base_lacks` says what vLLM's own class of the stock base lacks on CPUs.
+    changed: its layers have them by that name. `base_lacks` says what vLLM's own class of the stock base lacks on CPUs.
     """
 
     model_type: str
@@ -46,8 +59,6 @@ class Family:
     linear: bool = False
     mixer: str = ""
     mlp: bool = True
-    vllm: str = TRANSFORMERS_BACKEND
-    vllm_lacks: str = ""
     base_lacks: str = ""
 
 
@@ -132,39 +143,51 @@ FAMILIES: dict[str, Family] = {
         # Language models that exist inside a wrapper alone.
         in_wrapper("qwen3_vl_text"),
         in_wrapper("qwen3_vl_moe_text"),
+        in_wrapper("qwen2_vl_text", config_flags=SLIDING_FLAG),
         in_wrapper("qwen2_5_vl_text", config_flags=SLIDING_FLAG),
     )
 }
 
 
 @dataclass(frozen=True)
-class Wrapper:
+class Wrapper(Served):
     """A vision-language model: an image tower and a language model, whose config is `text_config`.
 
-    `inside` names the families of the language model, `architecture` the class of a boosted model, of which vLLM has
-    one of the same name. `vllm` says which classes of vLLM that is built on; if none can be, `vllm_lacks` says why.
+    `inside` names the families of the language model, `architecture` the class of a boosted model: our class in vLLM,
+    which is built on `vllm`, has the same name. `flat` says that a config may have the language model's settings in
+    place of a `text_config`.
     """
 
     inside: tuple[str, ...]
     architecture: str = "LayerBoostForConditionalGeneration"
-    vllm: str = TRANSFORMERS_BACKEND
-    vllm_lacks: str = ""
+    flat: bool = False
 
 
 WRAPPERS: dict[str, Wrapper] = {
     "llava": Wrapper(("llama", "mistral", "qwen2")),
     "mistral3": Wrapper(("mistral", "ministral3")),
     # vLLM's Transformers backend leaves out deepstack: what the tower adds to the stream after the first layers.
-    "qwen3_vl": Wrapper(("qwen3_vl_text",), "LayerBoostQwen3VLForConditionalGeneration", "Qwen3-VL classes"),
+    "qwen3_vl": Wrapper(("qwen3_vl_text",), "LayerBoostQwen3VLForConditionalGeneration", vllm="Qwen3-VL classes"),
     "qwen3_vl_moe": Wrapper(
-        ("qwen3_vl_moe_text",), vllm="", vllm_lacks="layerboost has no class for Qwen3-VL with experts"
+        ("qwen3_vl_moe_text",),
+        vllm="",
+        vllm_lacks="vLLM's Transformers backend leaves out deepstack, its Qwen3-VL class with experts has no windows",
     ),
-    "qwen2_5_vl": Wrapper(("qwen2_5_vl_text",)),
+    "qwen2_vl": Wrapper(("qwen2_vl_text",), flat=True),
+    "qwen2_5_vl": Wrapper(("qwen2_5_vl_text",), flat=True),
+    "internvl": Wrapper(("qwen2", "qwen3")),
+    "idefics3": Wrapper(("llama",)),
+    "smolvlm": Wrapper(("llama",)),
     "gemma3": Wrapper(
         ("gemma3_text",),
-        vllm="",
-        vllm_lacks="vLLM has no attention on CPUs that lets tokens of an image see each other both ways; GPUs: untried",
+        cpu_lacks="vLLM's attention on CPUs does not let the tokens of an image see each other both ways",
     ),
     "qwen3_5": Wrapper(("qwen3_5_text",), vllm="", vllm_lacks=NO_STATES),
     "qwen3_5_moe": Wrapper(("qwen3_5_moe_text",), vllm="", vllm_lacks=NO_STATES),
 }
+
+
+def what_vllm_lacks(model_type: str, on_cpu: Callable[[], bool]) -> str:
+    """Return what vLLM lacks to serve boosted models of a type; empty if it serves them, or if the type has no row."""
+    row: Served = WRAPPERS.get(model_type) or FAMILIES.get(model_type) or Served()
+    return row.vllm_lacks or (row.cpu_lacks if row.cpu_lacks and on_cpu() else "")

@@ -56,19 +56,24 @@ def plain_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a model directory", found="no config.json in it")
     check_readable(file)
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         if wrong := not_finite(config):
             raise ValueError(wrong)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is not a model directory", found=f"config.json: {first_line(error)}") from None
-    if not isinstance(config, dict) or not config.get("model_type"):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ConfigError(f"{folder} is not a model directory", found="its config.json names no model_type")
-    text = config.get("text_config")
-    if isinstance(text, dict) and not text.get("model_type"):
+    text, wrapper, found = config.get("text_config"), WRAPPERS.get(config["model_type"]), ""
+    if isinstance(text, dict):
+        found = "" if text.get("model_type") else "no model_type in its text_config"
+    elif wrapper and not (wrapper.flat and text is None and "hidden_size" in config):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        found = f"text_config is {kind}" if "text_config" in config else "no text_config"
+    if found:
         raise ConfigError(
             f"{folder / 'config.json'} does not say which language model the wrapper {config['model_type']} holds",
-            found="no model_type in its text_config: Transformers would take its default",
-            do="add the model_type of the language model that the weights are of",
+            found=f"{found}: Transformers would take its default",
+            do="copy or download it again, or write there what the weights are of: text_config with its model_type",
         )
     return config
 
@@ -215,7 +220,7 @@ def _index(file: Path) -> dict[str, str]:
     """Return an index of shards: file by tensor."""
     check_readable(file)
     try:
-        index = json.loads(file.read_text())
+        index = json.loads(file.read_text(encoding="utf-8"))
         names, _ = index["weight_map"], index["metadata"]  # Transformers wants both
         return {str(name): str(shard) for name, shard in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -235,7 +240,7 @@ def remembered(what: str, files: Iterable[Path], find: Callable[[], str]) -> str
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerboost" / fingerprint(what, key)
         if cache.is_file():
-            return cache.read_text()
+            return cache.read_text(encoding="utf-8")
     except (OSError, RuntimeError):  # no home directory, or not readable
         return find()
     found = find()

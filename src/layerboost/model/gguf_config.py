@@ -107,17 +107,20 @@ def _complete_rope(config: PreTrainedConfig, settings: dict[str, Any], file: Pat
         rope["partial_rotary_factor"] = rotated / size
     kind, factor = settings.get("rope.scaling.type", "none"), settings.get("rope.scaling.factor", 1.0)
     factor = settings.get("rope.scale_linear", factor)  # of older files
-    attention = settings.get("rope.scaling.attn_factor", 1.0)
+    attention = {settings.get(f"rope.scaling.{name}", 1.0) for name in ("attn_factor", "yarn_attn_factor")}
     by_tensor = [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
-    if by_tensor and (by_tensor != [ROPE_FACTORS] or attention != 1.0 or not _is_llama3(config, rope, settings, file)):
+    plain = attention == {1.0}
+    if by_tensor and not (plain and by_tensor == [ROPE_FACTORS] and _is_llama3(config, rope, settings, file)):
         raise refused(file, f"rotary embeddings scaled by {', '.join(by_tensor)}")
-    if by_tensor or kind == "none" or (kind == "linear" and factor == 1.0):
+    if by_tensor or kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return
-    if attention != 1.0 or kind not in ("linear", "yarn") or config.model_type == "phi3":
+    context = settings.get("rope.scaling.original_context_length")
+    if not plain or kind not in ("linear", "yarn") or (kind == "yarn" and not context) or config.model_type == "phi3":
         raise refused(file, f"rotary embeddings scaled by {kind}")
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = settings["rope.scaling.original_context_length"]
+        betas = {name: settings.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        rope |= {name: beta for name, beta in betas.items() if beta} | {"original_max_position_embeddings": context}
 
 
 def _is_llama3(config: PreTrainedConfig, rope: dict[str, Any], settings: dict[str, Any], file: Path) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -31,22 +32,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layerboost.model.attention import boolean_mask, masked_attention, sliding_attention
-from layerboost.model.caches import (
-    AttentionFreeCacheLayer,
-    LinearCacheLayer,
-    MixedCacheLayer,
-    SlidingCacheLayer,
-    take_heads,
-)
+from layerboost.model.caches import place_layers, take_heads
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import make_linear
 from layerboost.model.mlp import recorded_widths, set_mlp
 
 # Transformers' types of layers that have attention and no state.
 ATTENTION = ("full_attention", "sliding_attention")
-# More tokens than any draft has: what assisted generation crops.
-SPARE_TOKENS = 128
 SLIDING = "layerboost_sliding"
+# The name of this file inside a checkpoint.
+CODE_FILE = "modeling_layerboost.py"
 
 
 class AttentionFree(nn.Module):
@@ -202,11 +197,18 @@ def _prepare_forward(
 
     The decoder's own config is the base's.
     """
+    if kwargs.get("output_attentions", decoder.config.output_attentions):
+        raise ValueError("a boosted model returns no attention weights: layers with a window never hold them")
     mask = kwargs.get("attention_mask")
     if no_stock_attention and isinstance(mask, torch.Tensor) and mask.dim() == 2:
         # Sliding layers need to know of padding alone. Transformers takes four dimensions for a finished mask and
         # does not make its own `[B, 1, T, T]`.
         kwargs["attention_mask"] = mask[:, None, None, :].bool()
+    if mask is None and "flash" in str(decoder.config._attn_implementation) and _is_packed(kwargs):
+        raise ValueError(
+            "layers with a window tell documents of packed text apart by a mask, which Transformers does not make for "
+            "FlashAttention: load the model with attn_implementation='sdpa', or train without packing"
+        )
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = config.use_cache
     past = kwargs.get("past_key_values")
@@ -218,36 +220,16 @@ def _prepare_forward(
         raise ValueError(
             f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
-    _place_cache_layers(past, config, skipped)
+    place_layers(past, config, skipped, recorded_full_heads(config), recorded_feature_maps(config))
     return args, kwargs
 
 
-def _place_cache_layers(past: DynamicCache, config: PreTrainedConfig, skipped: set[int]) -> None:
-    """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop."""
-    sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    recording = any(layer.record_past for layer in sliding)
-    for index, layer in enumerate(past.layers):
-        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
-            past.layers[index] = SlidingCacheLayer(layer.sliding_window)
-        if not isinstance(layer, CacheLayerMixin):  # a hybrid's state
-            layer.is_sliding = AttentionFreeCacheLayer.is_sliding
-    mixed, linear = recorded_full_heads(config), recorded_feature_maps(config)
-    while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
-        past.layers.append(DynamicLayer())
-    for index in skipped:
-        if not isinstance(past.layers[index], AttentionFreeCacheLayer):
-            past.layers[index] = AttentionFreeCacheLayer(past.layers[index].get_seq_length())
-    for index, full in mixed.items():
-        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
-            windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            # Without a sliding layer nothing says whether the cache will be cropped.
-            spare = 0 if sliding else SPARE_TOKENS
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
-    for index in linear:
-        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
-            past.layers[index] = LinearCacheLayer(config.sliding_window)
-    if recording:
-        past.activate_past_recording()
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Return whether the arguments of a decoder say that documents follow each other in one row."""
+    positions = kwargs.get("position_ids")
+    if "cu_seq_lens_q" in kwargs or not isinstance(positions, torch.Tensor):
+        return "cu_seq_lens_q" in kwargs
+    return positions.dim() == 2 and len(positions) == 1 and bool((positions.diff() != 1).any())
 
 
 def sliding_attention_forward(
@@ -365,9 +347,25 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         self.config = config
         apply_config(self)
 
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        _copy_code(self.name_or_path, Path(save_directory))
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+
     # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
     name = architecture_of(stock.config_class.model_type)
-    return type(name, (stock,), {"__init__": init, "__module__": __name__})
+    return type(name, (stock,), {"__init__": init, "save_pretrained": save_pretrained, "__module__": __name__})
+
+
+def _copy_code(loaded_from: str, folder: Path) -> None:
+    """Copy this file into a checkpoint, from its place as remote code or from the checkpoint that a model was loaded
+    from: Transformers copies the code of classes that it finds in a file by their names alone."""
+    files = [
+        file for file in (Path(__file__), Path(loaded_from, CODE_FILE)) if file.name == CODE_FILE and file.is_file()
+    ]
+    target = folder / CODE_FILE
+    if files and not (target.exists() and target.samefile(files[0])):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(files[0], target)
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

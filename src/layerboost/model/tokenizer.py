@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError, first_line
+from layerboost.model.families import WRAPPERS
 from layerboost.model.files import check_readable
 from layerboost.model.gguf_config import complete_tokenizer
 from layerboost.runtime import log
+from layerboost.schemas.artifact import write_json
 from layerboost.text import opening_ids
 
 # The files of a tokenizer and of a processor, and the generation settings: a boosted checkpoint gets copies of the
@@ -36,6 +40,8 @@ COPIED = (
     "image_processing_*.py",
     "generation_config.json",
 )
+# A processor has one of them.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # A text on which tokenizers must agree: case, digits, runs of spaces, newlines, punctuation, other scripts.
 SENTENCE = "Hello world,  it's 2023!\n\tA naïve café costs 1,234.50 € — 北京 🙂 {x = y_1;}  \n ok"
 
@@ -47,6 +53,15 @@ def open_tokenizer(
 
     Raise ConfigError if it cannot be the tokenizer of the model with this config.
     """
+    tokenizer = read_tokenizer(folder, name, trust_remote_code, gguf)
+    _set_end(tokenizer, config, name)
+    _check_ids(tokenizer, config, name)
+    _append_nothing(tokenizer, name)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, name: str, trust_remote_code: bool = False, gguf: str | None = None) -> Any:
+    """Return a tokenizer that encodes as its files say; raise ConfigError if it cannot be loaded."""
     for file in [] if gguf else copied_files(folder):
         check_readable(file)
     kwargs = {"gguf_file": gguf} if gguf else {}
@@ -63,15 +78,17 @@ def open_tokenizer(
             found=first_line(error),
             do="copy or download its tokenizer files again",
         ) from None
-    _set_end(tokenizer, config, name)
-    _check_ids(tokenizer, config, name)
-    _append_nothing(tokenizer, name)
     return tokenizer
 
 
 def copied_files(folder: Path) -> list[Path]:
     """Return the files of a base that boosted checkpoints get copies of."""
     return sorted({file for pattern in COPIED for file in folder.glob(pattern) if not file.is_dir()})
+
+
+def lacks_processor(folder: Path, model_type: str) -> bool:
+    """Return whether a model takes images and has no processor in its directory."""
+    return model_type in WRAPPERS and not any((folder / name).is_file() for name in PROCESSORS)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -82,8 +99,36 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         target = folder / file.relative_to(base)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(file, target)
-    if not files:
+    if files:
+        name_class(folder, lambda: opening_ids(tokenizer))
+    else:
         tokenizer.save_pretrained(folder)
+
+
+def name_class(folder: Path, opening: Callable[[], list[int]]) -> None:
+    """Have Transformers, and with it vLLM, encode as the tokenizer.json of a model directory says, after `opening()`.
+
+    Which class it takes, of those that it rebuilds from the vocabulary alone, depends on type and name of the model,
+    and a copy or an export has others.
+    """
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if not file.is_file() or "auto_map" in named:
+        return
+    wanted = opening(), _plain(file).encode(SENTENCE, add_special_tokens=False).ids
+    with suppress(Exception):  # each class has its own
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if (opening_ids(found), found(SENTENCE, add_special_tokens=False)["input_ids"]) == wanted:
+            return
+    write_json(settings, named | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _plain(file: Path) -> Tokenizer:
+    """Return what a tokenizer.json says, without truncation and padding."""
+    plain = Tokenizer.from_file(str(file))
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 def _as_written(tokenizer: Any, file: Path) -> Any:
@@ -92,9 +137,7 @@ def _as_written(tokenizer: Any, file: Path) -> Any:
     Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer. It also gives an
     end-of-text token that the file lacks a new id, which no model knows: such a token is unset.
     """
-    plain = Tokenizer.from_file(str(file))
-    plain.no_truncation()
-    plain.no_padding()
+    plain = _plain(file)
     wanted = plain.encode(SENTENCE, add_special_tokens=False).ids
     if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
         kind = type(tokenizer).__name__

@@ -16,26 +16,35 @@ from transformers.models.auto.modeling_auto import (
 from layerboost.model.families import FAMILIES, WRAPPERS
 
 WRAPPER = "a wrapper of a language model"
-# What a causal LM's classes say, by reason; the first that applies is given.
+# What a causal LM's classes and its config say, by reason; the first that applies is given.
 REASONS = {
     WRAPPER: r"class \w+(ForConditionalGeneration|ImageEmbedding)\b|\bpixel_values\b",
     "an encoder, or a decoder with cross-attention": r"\b(encoder_hidden_states|cross_attention_states)\b",
     "multi-head latent attention": r"self\.kv_a_proj",
-    "a hybrid with layers of another kind": r"class \w*(Mixer|Delta|ShortConv|Recurrent|LightningAttention|Rwkv|xLSTM)",
+    "no attention": r"\A(?![\s\S]*\bclass \w*(Attention|MLA)\b)",
     "sparse attention by an indexer": r"class \w+Indexer\b",
     "a mixture of attention heads": r"class \w+MoA\b",
     "layers with different numbers of heads": r"\bnum_attention_heads_per_layer\b",
     "chunked attention": r"\bchunked_attention\b",
-    "convolutions in its attention": r"conv_qk",
+    "convolutions in its attention": r"conv_qk|\bk_sconv\b",
     "attention with a mask that it computes": r"dynamic_mask",
     "layers that share keys and values": r"kv_shared|shared_kv",
+    "layers that share one attention": r"\bshared_transf",
     "layers that run several times": r"class \w+Stack\b",
     "sinks of its own": r"self\.sinks\b",
     "differential attention": r"\battn_output2\b",
-    # Nothing of the above, and a layer goes through the attention interface.
-    "not tested yet": r"\bALL_ATTENTION_FUNCTIONS\.",
+    "layers with attention and a state at once": r"self\.mamba = .+\n\s+self\.self_attn = ",
+    "layers of attention alone, without an MLP": r"\bMIXER_TYPES\b",
+    "layer types that its config computes, where a plan would be recorded": r"def layers_block_type\(self\)",
+    "a cache of its own": r"class \w+Cache\b",
+    "attention and the norm of its MLP in one module": r"class \w+NormAttentionNorm\b",
+    "projections in modules of their own": r"class \w+FlexibleLinear\b",
+    "checkpoints that are all quantised": r"class BitNetForCausalLM\b",
+    "its attention does not go through Transformers' attention interface": r"\A(?![\s\S]*\bALL_ATTENTION_FUNCTIONS\.)",
+    "no num_key_value_heads in its config": r"\A(?![\s\S]*\bnum_key_value_heads\b)",
+    "the language model of a wrapper without a row": r'base_config_key = "text_config"',
 }
-NO_INTERFACE = "its attention does not go through Transformers' attention interface"
+NO_ROW = "nothing is known against it, but it has no row in layerboost's table"
 
 
 @cache
@@ -45,8 +54,11 @@ def why_unsupported(model_type: str) -> str | None:
         return None
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return WRAPPER if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
-    source = _source(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    return next((reason for reason, pattern in REASONS.items() if re.search(pattern, source)), NO_INTERFACE)
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    # GPT-SW3's class is in the folder of GPT-2.
+    same = [name for name, other in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if other == class_name]
+    source = "\n".join(_source(name, class_name) for name in same)
+    return next((reason for reason, pattern in REASONS.items() if re.search(pattern, source)), NO_ROW)
 
 
 def unsupported_families() -> dict[str, str]:
@@ -56,7 +68,10 @@ def unsupported_families() -> dict[str, str]:
 
 
 def _source(model_type: str, class_name: str) -> str:
-    """Return the source of a causal LM's class and of those in its file that it is built of; empty if not found."""
+    """Return the source of a causal LM's class, of those in its file that it is built of, and of its config.
+
+    It is empty if the model type has neither.
+    """
     spec = find_spec("transformers")
     assert spec
     assert spec.origin
@@ -78,4 +93,5 @@ def _source(model_type: str, class_name: str) -> str:
             bases = re.match(r"class \w+\(([^)]*)\)", part)
             waiting += re.findall(r"\w+", bases[1]) if bases else re.findall(r": (\w+)", part)
             waiting += re.findall(r"\b([A-Z]\w*)[(\[]", part)
-    return "\n".join(part for name, part in reached.items() if not name.endswith("PreTrainedModel"))
+    classes = [part for name, part in reached.items() if not name.endswith("PreTrainedModel")]
+    return "\n".join([*classes, *(file.read_text(encoding="utf-8") for file in folder.glob("configuration_*.py"))])

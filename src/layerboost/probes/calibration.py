@@ -92,7 +92,7 @@ class MeasuredPlans:
         self.measured: list[Sequence[LayerPlan]] = []
         self.lines: list[str] = []
         self.results: dict[str, Mapping[str, float]] = {}
-        for line in file.read_text().splitlines() if file.is_file() else []:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
                 if wrong := not_finite(entry):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from layerboost.schemas.evaluation import (
     Retrieval,
     RetrievalGroup,
     Task,
+    perplexity,
 )
 from layerboost.schemas.sensitivity import Score
 
@@ -205,12 +205,12 @@ def position_figure(positions: Positions) -> Figure:
     traces, names = [], _buckets(positions)
     base = [score.mean for score in positions.models["base"]]
     for model in model_order(positions.models):
-        values = [math.exp(score.mean) for score in positions.models[model]]
+        values = [perplexity(score.mean) for score in positions.models[model]]
         ends = None
         if changes := positions.difference.get(model):
             pairs = list(zip(base, changes, strict=True))
             # The paired interval, around the base's own value.
-            ends = [(math.exp(origin + change.low), math.exp(origin + change.high)) for origin, change in pairs]
+            ends = [(perplexity(origin + change.low), perplexity(origin + change.high)) for origin, change in pairs]
         traces.append(scatter(model, names, values, model_color(model, positions.models), y_ends=ends))
     return figure(traces, "position, tokens", "perplexity", {"type": "category"})
 
@@ -255,7 +255,7 @@ def _position_table(positions: Positions) -> Table:
     rows = [
         [
             name,
-            *(number(math.exp(positions.models[model][index].mean), 4) for model in models),
+            *(number(perplexity(positions.models[model][index].mean), 4) for model in models),
             *(with_interval(positions.difference[model][index]) for model in changed),
         ]
         for index, name in enumerate(_buckets(positions))

@@ -19,7 +19,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     power = math.floor(math.log10(abs(value)))
-    if power < -5:
+    if not -5 <= power <= 14:
         return minus(f"{value:.{digits - 1}e}")
     return minus(f"{value:,.{max(0, digits - 1 - power)}f}")
 

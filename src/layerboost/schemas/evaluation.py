@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field
@@ -51,6 +52,11 @@ class Perplexity(Part):
     nll: Score
     kl: Change
     nll_difference: Change | None = None
+
+
+def perplexity(nll: float) -> float:
+    """Return the perplexity of a mean NLL in nats per token, at most e^700, beyond which a float overflows."""
+    return math.exp(min(nll, 700.0))
 
 
 class TaskValue(Part):

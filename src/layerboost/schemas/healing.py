@@ -34,7 +34,7 @@ def read_metrics(file: Path) -> list[MetricLine]:
     is not valid.
     """
     lines: dict[tuple[str, int, bool], MetricLine] = {}
-    texts = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue

@@ -31,20 +31,30 @@ MOST_ITEMS_CPU = 16
 class BenchTask:
     """One task ready to run.
 
-    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `items`: number of items evaluated; `data`:
-    fingerprint of those items; `origin`, `split`: their source; `samples`: lm-eval's argument, the numbers of the
-    items of each leaf, None for all.
+    `task`: lm-eval's Task or Group; `leaves`: its tasks by name; `metric`, `filter`: the headline metric, and the
+    filter of answers that it is of; `items`: number of items evaluated; `data`: fingerprint of those items; `origin`,
+    `split`: their source; `samples`: lm-eval's argument, the numbers of the items of each leaf, None for all;
+    `equal_leaves`: whether the score is the mean over leaves, whatever their sizes.
     """
 
     name: str
     task: Any
     leaves: dict[str, Any]
     metric: str
+    filter: str
     items: int
     data: str
     origin: str
     split: str
     samples: dict[str, list[int]] | None = None
+    equal_leaves: bool = False
+
+    def samples_of(self, by_item: ItemScores) -> list[ItemScores]:
+        """Return the items in samples of equal weight: all, or those of each leaf that has any."""
+        if not self.equal_leaves:
+            return [by_item]
+        parts = ({item: score for item, score in by_item.items() if item[0] == leaf} for leaf in self.leaves)
+        return [part for part in parts if part]
 
 
 def load_bench(settings: Evaluate) -> list[BenchTask]:
@@ -130,12 +140,11 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
 
 def item_scores(task: BenchTask, result: dict[str, Any]) -> ItemScores:
     """Return the headline metric of every item, by (task, item number in the file)."""
-    headline = _filter(task, result)
     return {
         (leaf, sample["doc_id"]): float(sample[task.metric])
         for leaf in task.leaves
         for sample in result["samples"][leaf]
-        if sample["filter"] == headline
+        if sample["filter"] == task.filter
     }
 
 
@@ -146,12 +155,12 @@ def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
     and shows changes also near chance. Without items whose answer is not among their choices, or that have one choice
     or an empty one; empty for a task with several right choices.
     """
-    headline, margins = _filter(task, result), {}
+    margins: ItemScores = {}
     for name, leaf in task.leaves.items():
         if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.multiple_target:
             return {}
         for sample in result["samples"][name]:
-            if sample["filter"] != headline:
+            if sample["filter"] != task.filter:
                 continue
             choices = leaf.doc_to_choice(sample["doc"])
             right = right_choice(answer_of(leaf, sample["doc"]), choices)
@@ -166,7 +175,7 @@ def item_margins(task: BenchTask, result: dict[str, Any]) -> ItemScores:
 
 def task_value(task: BenchTask, result: dict[str, Any]) -> float:
     """Return the headline metric as lm-eval reports it."""
-    return float(result["results"][task.name][f"{task.metric},{_filter(task, result)}"])
+    return float(result["results"][task.name][f"{task.metric},{task.filter}"])
 
 
 def spread(sizes: dict[str, int], limit: int) -> dict[str, list[int]]:
@@ -300,9 +309,12 @@ def load_task(name: str, bench_data: str | None, limit: int | None, validation: 
             _use_split(part, "validation")
     try:
         loaded = manager.load([name])
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if items:
             raise ConfigError(f"cannot use the items in {items.origin}", found=first_line(error)) from None
+        if isinstance(error, ImportError | RuntimeError):  # a package, or a data set that is a script
+            do = "install what it names, or drop the task"
+            raise ConfigError(f"task {name} cannot be loaded", found=first_line(error), do=do) from None
         raise ConfigError(
             f"cannot load the items of task {name} from the Hub",
             found=first_line(error),
@@ -344,24 +356,29 @@ def _ready(
 ) -> BenchTask:
     """Return a loaded task, its items counted and fingerprinted together with `made_from`."""
     leaves: dict[str, Any] = loaded["tasks"]
-    is_group = name in loaded["groups"]
     sizes = {leaf: len(task.task_docs) for leaf, task in leaves.items()}
     samples = None if limit is None else spread(sizes, limit)
     docs = [
         [leaf, *(doc for _, doc in task.doc_iterator(samples=samples[leaf] if samples else None))]
         for leaf, task in leaves.items()
     ]
-    first = next(iter(leaves.values()))
+    first, group = next(iter(leaves.values())), loaded["groups"].get(name)
+    metric = _headline(name, group, first)
+    aggregated = next((each for each in getattr(group, "aggregate_metric_list", []) if each.metric == metric), None)
+    answers = ((aggregated and aggregated.filter_list) or [first._filters[0].name])[0]
+    _check_leaves(name, leaves, metric, answers)
     return BenchTask(
         name=name,
-        task=loaded["groups"][name] if is_group else first,
+        task=first if group is None else group,
         leaves=leaves,
-        metric=_headline(name, loaded["groups"].get(name), first),
+        metric=metric,
+        filter=answers,
         items=sum(len(rows) - 1 for rows in docs),
         data=fingerprint(docs, made_from) if made_from else fingerprint(docs),
         origin=items.origin if items else str(first.config.dataset_path),
         split=items.split if items else str(first.config.test_split or first.config.validation_split),
         samples=samples,
+        equal_leaves=bool(aggregated and not aggregated.weight_by_size),
     )
 
 
@@ -371,14 +388,21 @@ def _headline(name: str, group: Any, leaf: Any) -> str:
             f"lm-eval defines no overall score for {name}", do=f"name its tasks: {', '.join(group.child_names)}"
         )
     metrics = [each.metric for each in group.aggregate_metric_list] if group is not None else list(leaf.aggregation())
-    metric = HEADLINE.get(name) or ("acc" if "acc" in metrics else metrics[0])
-    # A paired difference needs a score for each item; perplexities and corpus scores have none.
-    if getattr(leaf.aggregation().get(metric), "__name__", "") != "mean":
-        raise ConfigError(f"task {name} has no score for each item", found=f"metric {metric}", do="drop the task")
-    return metric
+    return HEADLINE.get(name) or ("acc" if "acc" in metrics else metrics[0])
 
 
-def _filter(task: BenchTask, result: dict[str, Any]) -> str:
-    """Return the first of the task's answer filters; `none` for multiple choice."""
-    leaf = next(iter(task.leaves))
-    return str(result["samples"][leaf][0]["filter"])
+def _check_leaves(name: str, leaves: dict[str, Any], metric: str, answers: str) -> None:
+    """Raise ConfigError for a task without the metric for each item, of the answers by this filter: lm-eval leaves such
+    tasks of a group out of its score. A paired difference needs it; perplexities and corpus scores have none."""
+    lacking = [
+        leaf
+        for leaf, task in leaves.items()
+        if getattr(task.aggregation().get(metric), "__name__", "") != "mean"
+        or answers not in [each.name for each in task._filters]
+    ]
+    if lacking:
+        raise ConfigError(
+            f"task {name} has no score for each item",
+            found=f"metric {metric}" + (f" in {', '.join(lacking[:3])}" if len(leaves) > 1 else ""),
+            do="drop the task" if len(leaves) == 1 else f"name its tasks: {', '.join(list(leaves)[:8])}",
+        )

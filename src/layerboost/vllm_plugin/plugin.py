@@ -55,7 +55,6 @@ class BoostedConfig:
         Kept are a window every so often, or everything where no layer is full.
         """
         from vllm import __version__
-        from vllm.platforms import current_platform
 
         from layerboost.model.modeling import recorded_feature_maps, recorded_full_heads, skipped_layers
         from layerboost.model.retention import retained_tokens
@@ -69,7 +68,9 @@ class BoostedConfig:
         if recorded_full_heads(config):
             kinds = {"full_attention", "sliding_attention"}
             check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
-        if current_platform.is_cpu():
+        if vllm_config.model_config.is_mm_prefix_lm:
+            check_images(vllm_config.model_config.hf_config)
+        if on_cpu():
             check_int8(vllm_config.model_config.hf_config)
             if getattr(config, "attention_sink_layers", []):
                 check_sinks(__version__, str(vllm_config.model_config.dtype))
@@ -87,11 +88,28 @@ class BoostedConfig:
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Refuse a model that vLLM cannot serve boosted; change nothing: a checkpoint's config is as it should be."""
-        from layerboost.model.families import FAMILIES, WRAPPERS
+        from layerboost.model.families import what_vllm_lacks
 
-        row = WRAPPERS.get(name := model_config.hf_config.model_type) or FAMILIES.get(name)
-        if row and row.vllm_lacks:
-            raise ValueError(f"vLLM cannot serve a boosted {name}: {row.vllm_lacks}")
+        if lacks := what_vllm_lacks(name := model_config.hf_config.model_type, on_cpu):
+            raise ValueError(f"vLLM cannot serve a boosted {name}: {lacks}")
+
+
+def on_cpu() -> bool:
+    """Return whether this vLLM runs on a CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def check_images(config: Any) -> None:
+    """Raise ValueError where vLLM would answer wrongly: an image of more tokens than a window is causal there, also in
+    full layers."""
+    tokens, window = config.mm_tokens_per_image, config.get_text_config().sliding_window
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"vLLM lets the tokens of an image see each other both ways only within a window: an image has {tokens} "
+            f"tokens here, the window {window}"
+        )
 
 
 def keeps_windows(vllm_config: Any) -> bool:
