@@ -73,7 +73,7 @@ def train_base(folder: Path, family: str, seed: int, text: lb.Text, steps: int) 
     batches = load_tokens(text, tokenizer, "train", steps * TRAINING_BATCH * text.sequence_tokens, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), TRAINING_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAINING_LR, total_steps=steps)
-    losses = []
+    losses: list[float] = []
     for ids in batches.batches(TRAINING_BATCH)[:steps]:
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()

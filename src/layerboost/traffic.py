@@ -437,7 +437,6 @@ def _encoded(row: _Row, tokenizer: Any, most: int) -> tuple[list[int], list[bool
     if ids[again] == row.opening:  # a text that was rendered for a model has it already
         del ids[again], scored[again]
     ids, scored = ids[:most], scored[:most]
-    last = max((at for at, answer in enumerate(scored) if answer), default=0)
-    if not last:
+    if not (last := max((at for at, answer in enumerate(scored) if answer), default=0)):
         raise _Unscorable(f"it has no answer within {most:,} tokens")
     return ids[: last + 1], scored[: last + 1], {}

@@ -34,7 +34,8 @@ from layerboost.engines.protocol import Load
 from layerboost.engines.server import Server
 from layerboost.engines.xllamacpp_server import parameters
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.exporting.stage import gguf_file
+from layerboost.exporting.gguf_file import source_of
+from layerboost.exporting.stage import _source, gguf_file
 from layerboost.model.checkpoint import save_boosted
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB
@@ -226,7 +227,9 @@ def test_a_file_that_is_no_model_is_refused(kept: int, models: dict[str, Path], 
         serve_command(tmp_path / "x.gguf", free_port(), ())
 
 
-def test_another_model_of_a_name_is_exported_again(models: dict[str, Path], tmp_path: Path) -> None:
+def test_another_model_of_a_name_is_exported_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Older files, too; a file of the name that export did not write is left alone."""
     out = tmp_path / "model-f16.gguf"
     gguf_file(models["base"], out, "f16")
@@ -241,6 +244,12 @@ def test_another_model_of_a_name_is_exported_again(models: dict[str, Path], tmp_
     (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
     gguf_file(copy, out, "f16")
     assert b"{{ messages }}" in out.read_bytes()
+    with monkeypatch.context() as release:
+        release.setattr("layerboost.exporting.gguf_file.__file__", __file__)
+        gguf_file(copy, out, "f16")
+    assert source_of(out) != (written := _source(copy))
+    gguf_file(copy, out, "f16")
+    assert source_of(out) == written
     foreign = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
     foreign.write_header_to_file()
     foreign.write_kv_data_to_file()

@@ -13,7 +13,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import RUNTIME, byte_tokenizer, info, layer_plans, opening_tokenizer, save_tiny, tiny_model, tiny_tokenizer
+from tiny import (
+    RUNTIME,
+    byte_level_tokenizer,
+    byte_tokenizer,
+    info,
+    layer_plans,
+    opening_tokenizer,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -380,6 +390,16 @@ def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
         _ = with_tokenizer(tmp_path / "end", tokenizer).tokenizer
     with pytest.raises(ConfigError, match=r"ids up to 199 where the model has 150 rows\nfound: w150 150"):
         _ = with_tokenizer(tmp_path / "less", tiny_tokenizer(), vocab_size=150).tokenizer
+
+
+def test_a_class_that_adds_special_tokens_of_its_own(tmp_path: Path) -> None:
+    """Their ids would be the first beyond the embedding, and the model refused."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = "t4"
+    source = with_tokenizer(tmp_path / "m", tokenizer, vocab_size=257)
+    edit_json(source.folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    found = again(source).tokenizer
+    assert (len(found), found.bos_token, found.unk_token, found("ab")["input_ids"]) == (257, None, None, [2])
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

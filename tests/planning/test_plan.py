@@ -45,6 +45,23 @@ def test_plans_are_measured_as_a_whole_and_every_measurement_is_kept(tmp_path: P
     assert (run / MEASURED).read_text().splitlines()[:3] == lines[:3]
 
 
+def test_an_edited_plan_is_not_lost_when_another_is_chosen(tmp_path: Path) -> None:
+    write_json(tmp_path / SENSITIVITY, sensitivity())
+
+    def plan(fraction: float) -> list[LayerPlan]:
+        settings = {"kv_fraction": fraction, "context_tokens": 100}
+        return run_plan(Recipe.model_validate({"plan": settings}), tmp_path).layers
+
+    chosen = plan(0.5)
+    assert plan(0.6) != chosen
+    assert not (tmp_path / "plan.edited.yaml").exists()
+    edited = read_plan(tmp_path / PLAN).model_copy(update={"layers": layer_plans("fsnf")})
+    write_plan(tmp_path / PLAN, edited)
+    assert plan(0.6) == edited.layers
+    assert plan(0.5) == chosen
+    assert read_plan(tmp_path / "plan.edited.yaml").layers == edited.layers
+
+
 def for_llama_cpp(model: Path, **plan: object) -> Recipe:
     bench = {"engine": "llama.cpp"}
     settings = {"kv_fraction": 0.4, "context_tokens": 100} | plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
     apart = []
     count = len(found["answers"]) // found["passes"]
     for number, answer in enumerate(found["answers"]):
-        ids = torch.tensor([answer["prompt"] + answer["tokens"]])
+        # Up to where the model happens to say the placeholder of images, which stands for none.
+        said = list(takewhile(lambda token: token != IMAGE_TOKEN, answer["tokens"]))
+        ids = torch.tensor([answer["prompt"] + said])
         given: dict[str, Any] = {}
         if number % count < len(images):
             picture = Image.open(images[number % count]).convert("RGB")
@@ -79,7 +82,7 @@ def check_images(folder: Path, found: Any, images: list[str]) -> None:
                 given[name] = (ids == IMAGE_TOKEN).long()
         known = model(ids, **given).logits[0, :-1].log_softmax(-1)
         chosen = known.gather(1, ids[0, 1:, None])[:, 0]
-        logprobs = torch.tensor(answer["logprobs"])
+        logprobs = torch.tensor(answer["logprobs"][: len(answer["logprobs"]) - len(answer["tokens"]) + len(said)])
         apart.append(float((chosen[-len(logprobs) :] - logprobs).abs().max()))
     assert max(apart) < 1e-3, apart
 

@@ -211,8 +211,8 @@ class RunningLlama:
         metrics = {"peak_rss_gib": round(memory / GIB, 3)}
         if held := kv_gib(self.server.log_file):
             metrics["kv_used_gib"] = held
-        if shared:
-            cached, read = (sum(each.prompt_tokens[kind] for each in answered) for kind in (0, 1))
+        cached, read = (sum(each.prompt_tokens[kind] for each in answered) for kind in (0, 1))
+        if shared and cached + read:
             metrics["prefix_hit_share"] = cached / (cached + read)
         return Answer(raw, metrics)
 
@@ -245,7 +245,8 @@ class RunningLlama:
                     event = json.loads(line.removeprefix(b"data: "))
                     # A token that ends within a character is sent with the next one.
                     times += [time.monotonic() - started] * (event.get("tokens_predicted", 0) - len(times))
-                    if timings := event.get("timings"):
+                    timings = event.get("timings", {})
+                    if "cache_n" in timings:  # older servers do not tell
                         prompt_tokens = (timings["cache_n"], timings["prompt_n"])
         if len(times) != output_tokens:
             raise ValueError(f"{len(times)} of {output_tokens} tokens")

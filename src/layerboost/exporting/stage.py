@@ -134,12 +134,16 @@ def gguf_file(folder: Path, out: Path, kind: str) -> None:
 
 
 def _source(folder: Path) -> str:
-    """Return a hash of the files that an export is made from; of weights, of their sizes and times."""
+    """Return a hash of the files that an export is made from; of weights, of their sizes and times. Another release may
+    write another file of them."""
+    from layerboost.exporting import gguf_file, gguf_tokenizer
+
+    code = [file_hash(Path(module.__file__ or "")) for module in (gguf_file, gguf_tokenizer)]
     weights = weight_files(folder)
     names = ("config.json", PLAN, CARD, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     others = [folder / name for name in names]
     told = [file_hash(file) for file in others if file.is_file()]
-    return fingerprint(told, [(file.stat().st_size, file.stat().st_mtime_ns) for file in weights])
+    return fingerprint(code, told, [(file.stat().st_size, file.stat().st_mtime_ns) for file in weights])
 
 
 def _target(folder: Path, to: str, plan: PlanFile | None) -> tuple[PreTrainedConfig, Target]:

@@ -134,8 +134,8 @@ def _plain(file: Path) -> Tokenizer:
 def _as_written(tokenizer: Any, file: Path) -> Any:
     """Return the tokenizer if it encodes a sentence as its tokenizer.json does, or else one that does.
 
-    Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer. It also gives an
-    end-of-text token that the file lacks a new id, which no model knows: such a token is unset.
+    Transformers 5 rebuilds some classes from the file's vocabulary alone, with another pre-tokenizer. It also gives
+    special tokens that the file lacks a new id, which no model knows: such a token is unset.
     """
     plain = _plain(file)
     wanted = plain.encode(SENTENCE, add_special_tokens=False).ids
@@ -148,6 +148,9 @@ def _as_written(tokenizer: Any, file: Path) -> Any:
     if tokenizer.eos_token is not None and plain.token_to_id(tokenizer.eos_token) is None:
         log.warning("%s has no %s, which tokenizer_config.json calls the end of a text", file, tokenizer.eos_token)
         tokenizer.eos_token = None
+    for name in ("bos_token", "unk_token"):  # defaults of its class
+        if (token := getattr(tokenizer, name)) is not None and plain.token_to_id(token) is None:
+            setattr(tokenizer, name, None)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ LLAMA_CPP = "llama.cpp"
 REPAIRED_KL = 0.3
 # Settings that older files lack.
 LATER = ("unit", "components", "sinks")
+# An edited plan in whose place another was chosen.
+EDITED = "plan.edited.yaml"
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -109,6 +112,9 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
             _warn(there.window, recipe.plan.context_tokens)
             return there
         log.info("%s was made from other inputs: choosing again", target)
+        if there.valid_prediction is None:
+            shutil.copy(target, run / EDITED)
+            log.warning("%s was edited since: a copy stays as %s", target, run / EDITED)
     plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
     _say(plan, Budget.of(sensitivity, recipe.plan))
     _warn_of_export(recipe, run, plan)
