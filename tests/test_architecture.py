@@ -24,7 +24,7 @@ FLOORS = [
     {"engines"},
     {"converting", "measuring", "planning", "healing", "evaluating", "benching", "reporting"},
     {"check"},
-    {"pipeline", "tables", "options"},
+    {"pipeline", "tables"},
     {"compare", "api"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import RUNTIME, layer_plans, save_text, save_tiny
 
-from layerboost.costs.budget import parameter_fraction
+from layerboost.costs.budget import plan_parameters
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.model.surgery import Thinned
@@ -16,7 +16,7 @@ from layerboost.model.thinning import thin_mlps
 from layerboost.pipeline import run_stage
 from layerboost.planning.choices import predict
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.schemas.plan import PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import PlanFile, write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -78,18 +78,14 @@ def test_the_converted_mlps_are_those_that_were_measured(tmp_path: Path, monkeyp
         run_stage("measure", other, run)
 
 
-def test_mlps_in_the_plan_of_an_older_release_are_counted(tmp_path: Path) -> None:
-    """Its facts about the model know nothing of MLPs; a person named them in the layers."""
+def test_the_card_says_how_many_parameters_are_left(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", layers=3)
     save_text(tmp_path / "text.jsonl")
     facts, run = find_model(str(tmp_path / "model"), RUNTIME).info, tmp_path / "run"
-    older = facts.model_copy(update={"mlp_width": None, "mlp_parameters": 0, "neuron_parameters": 0})
     layers = layer_plans("ftm")
-    assert parameter_fraction(older, layers) is None
-    write_plan(run / PLAN, PlanFile(model=older, method="by hand", layers=layers))
+    write_plan(run / PLAN, PlanFile(model=facts, method="by hand", layers=layers))
     converted = run_stage("convert", recipe_of(tmp_path), run)
-    assert read_plan(converted / PLAN).model.mlp_parameters == facts.mlp_parameters > 0
     files = (converted, tmp_path / "model")
     left, whole = (sum(value.numel() for value in load_file(file / "model.safetensors").values()) for file in files)
-    assert parameter_fraction(facts, layers) == pytest.approx(left / whole)
+    assert plan_parameters(facts, layers) / facts.parameters == pytest.approx(left / whole)
     assert f"It has {left / whole:.0%} of the base's parameters" in (converted / "README.md").read_text()

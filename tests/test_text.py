@@ -19,15 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from layerboost.errors import ConfigError
 from layerboost.recipe import Text
-from layerboost.text import (
-    Split,
-    check_samples,
-    is_local,
-    load_tokens,
-    opening_ids,
-    read_documents,
-    token_ids,
-)
+from layerboost.text import Split, check_samples, is_local, load_tokens, opening_ids, read_documents, token_ids
 
 TOKENIZER = tiny_tokenizer()
 

@@ -442,7 +442,7 @@ def test_scores_of_padded_rows_are_those_of_each_row_alone(letters: str, tmp_pat
         scored = traffic.scored[row, 1 : ids.shape[1]]
         before = base(ids, output_hidden_states=True)
         with replaced(base, 0, plan[0], sinks(plan[0]) if plan[0].sink else None):
-            after = base(ids, output_hidden_states=True)
+            after = base(ids, output_hidden_states=True, use_cache=False)
         p, q = (out.logits.log_softmax(-1)[0, :-1][scored] for out in (before, after))
         labels = ids[0, 1:][scored][:, None]
         assert float(found["kl"][row]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)

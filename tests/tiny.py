@@ -394,7 +394,7 @@ def boosted(letters: str, model_type: str = "llama", window: int = WINDOW, **cha
 
 def sinks_of(plan: LayerPlan) -> int:
     """The query heads of a layer that have a window."""
-    return HEADS // KV_HEADS * plan.window_heads(KV_HEADS)
+    return HEADS // KV_HEADS * len(plan.windowed(KV_HEADS))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

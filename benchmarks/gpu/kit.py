@@ -174,8 +174,7 @@ def full_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     else:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    result: torch.Tensor = out
-    return result
+    return out
 
 
 def race(sizes: Any, tokens: int, backward: bool) -> list[Row]:

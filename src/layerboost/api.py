@@ -1,16 +1,5 @@
 """The Python API: the stages on objects, without a run folder.
 
-    import layerboost as lb
-
-    base = lb.open_base("Qwen/Qwen3-0.6B")
-    text = lb.Text(source="books.jsonl")
-    sensitivity = lb.measure(base, text, lb.Measure(windows=(64, 128)))
-    plan = lb.plan(sensitivity, lb.Plan(kv_fraction=0.35))
-    converted = lb.convert(base, plan, text)
-    healed = lb.heal(converted, text, lb.Heal(attention_tokens=20_000, tokens=100_000))
-    found = lb.evaluate({"base": base, "converted": converted, "healed": healed}, text, lb.Evaluate(tasks=()))
-    healed.save("qwen3-boosted")
-
 Settings are the sections of a recipe (docs/reference/recipe.md). Every function raises ConfigError for what it cannot
 use. A run folder that resumes after a kill, torchrun, serving and reports are for the command line.
 """

@@ -37,16 +37,7 @@ from layerboost.schemas.evaluation import Change, EvalComparison
 from layerboost.schemas.model import ModelInfo
 from layerboost.schemas.plan import LayerPlan, PlanFile, all_full, counts, read_plan, write_plan
 from layerboost.schemas.run import BASE, CONVERTED, HEALED, PLAN, SENSITIVITY
-from layerboost.strategies import (
-    MLP_STRATEGIES,
-    MLP_WIDTH,
-    OTHER,
-    SLIDING,
-    STRATEGIES,
-    WINDOW,
-    StrategyName,
-    label,
-)
+from layerboost.strategies import MLP_STRATEGIES, MLP_WIDTH, OTHER, SLIDING, STRATEGIES, WINDOW, StrategyName
 from layerboost.tasks.lm_eval import BenchTask, load_bench
 from layerboost.text import SAMPLES, SAMPLES_FROM
 
@@ -184,8 +175,7 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
             raise NotApplicable(f"its model is that of {row.window_only}, which is skipped")
         return other.model_copy(update={"layers": windows_alone(other.layers), "predicted": None})
     if row.plan is None:
-        plan: PlanFile = run_stage("plan", settings, folder)
-        return plan
+        return run_stage("plan", settings, folder)
     if isinstance(row.plan, EveryLayer):
         plan = every_layer_plan(row.plan, base, settings)
         check_applicable(plan, base.config, settings.text.sequence_tokens)
@@ -231,7 +221,7 @@ def every_layer_plan(given: EveryLayer, base: Base, recipe: Recipe) -> PlanFile:
         else LayerPlan(layer=entry.layer, **values)
         for entry in all_full(base.info)
     ]
-    method = f"all {label(layers[base.info.attention_layers[0]])}"
+    method = f"all {layers[base.info.attention_layers[0]].label}"
     return PlanFile(model=base.info, method=method, layers=layers)
 
 

@@ -34,36 +34,29 @@ def run_convert(recipe: Recipe, run: Path) -> Path:
     Sink logits start from one pass of the base over the calibration text, and thinned MLPs are fitted on it as they
     were to be measured. Raise ConfigError before changing any weight.
     """
-    plan = read_plan(run / PLAN)
+    plan, target = read_plan(run / PLAN), run / CONVERTED
     base = open_base(recipe, run, start_runtime(recipe))
     check_plan(base.config, plan.layers)
     check_same_model(plan, base.info, run / PLAN)
     if lacks_processor(base.folder, base.model_config.model_type):
         log.warning(
             "%s has no processor (none of %s), which prompts with images and vLLM need: copy its files, also to %s",
-            *(base.name, ", ".join(PROCESSORS), run / CONVERTED),
+            *(base.name, ", ".join(PROCESSORS), target),
         )
-    # Of the same model, but an older release knew nothing of MLPs.
-    plan.model = base.info.model_copy(update={"name": plan.model.name})
-    _convert(recipe, run, plan, base)
-    return run / CONVERTED
-
-
-def _convert(recipe: Recipe, run: Path, plan: PlanFile, base: Base) -> None:
-    target, runtime = run / CONVERTED, base.runtime
     if (
         (there := plan_in(target))
         and there.hash() == plan.hash()
         and is_intact(target)
-        and find_model(str(target), runtime).config.dtype == runtime.dtype
+        and find_model(str(target), base.runtime).config.dtype == base.runtime.dtype
     ):
         log.info("%s is up to date", target)
-        return
+        return target
     if any(map(needs_text, plan.layers)):
         write_samples(recipe, run, base)
     model = boost(recipe, base, plan, run)
     origin = origin_of(base.folder, base.name, recipe.card)
     save_boosted(model, base.tokenizer, plan, target, recipe_yaml=recipe_yaml(recipe), origin=origin)
+    return target
 
 
 def write_windows_alone(model: Base, target: Path, recipe: Recipe) -> None:

@@ -14,14 +14,9 @@ from layerboost.files import parse_yaml
 from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
-RECIPES = next(
-    (
-        folder
-        for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
-        if folder.is_dir()
-    ),
-    Path(__file__).parent / "recipes",
-)
+RECIPES = Path(__file__).with_name("recipes")
+if not RECIPES.is_dir():
+    RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def _full_path(text: str) -> str:

@@ -105,8 +105,7 @@ def _prompt(
     form = FORMS[kind]
 
     def encode(words: str) -> list[int]:
-        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
-        return ids
+        return tokenizer(words, add_special_tokens=False)["input_ids"]
 
     opening = opening_ids(tokenizer)
     if text[: len(opening)] != opening:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 StrategyName = Literal["full", "sliding", "linear", "none", "other"]
 Replacement = Literal["sliding", "linear", "none"]
@@ -146,39 +146,3 @@ MLP_STRATEGIES: dict[MLPName, Strategy] = {
 
 # What `measure` replaces a layer's attention by, unless it is told otherwise.
 MEASURED: tuple[Replacement, ...] = ("sliding", "none")
-
-
-class Chosen(Protocol):
-    """The strategies of a layer with their settings: a LayerPlan or a Variant."""
-
-    @property
-    def attention(self) -> StrategyName: ...
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def sink(self) -> bool: ...
-    @property
-    def full_kv_heads(self) -> tuple[int, ...]: ...
-    @property
-    def feature_map(self) -> FeatureMapName | None: ...
-    @property
-    def mlp(self) -> MLPName: ...
-    @property
-    def mlp_width(self) -> int | None: ...
-
-
-def label(chosen: Chosen) -> str:
-    """Return the names of a layer's strategies with their settings: full, sliding 64 + sink, sliding 64 + full KV heads
-    0 2, linear 64 liger, MLP thin 768, none + MLP none."""
-    window = f" {chosen.window}" if chosen.window else ""
-    heads = f" + full KV heads {' '.join(map(str, chosen.full_kv_heads))}" if chosen.full_kv_heads else ""
-    feature_map = f" {chosen.feature_map}" if chosen.feature_map else ""
-    attention = chosen.attention + window + feature_map + (" + sink" if chosen.sink else "") + heads
-    if chosen.mlp == FULL:
-        return attention
-    return (f"{attention} + " if chosen.attention != FULL else "") + f"MLP {mlp_label(chosen)}"
-
-
-def mlp_label(chosen: Chosen) -> str:
-    """Return the name of an MLP's strategy with its width: full, thin 768."""
-    return chosen.mlp + (f" {chosen.mlp_width}" if chosen.mlp_width else "")

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layerboost.strategies import label
-
 if TYPE_CHECKING:
     from layerboost.exporting.stage import Exported
     from layerboost.reporting.page import Table as ReportTable
@@ -49,7 +47,7 @@ def show(result: Any, as_json: bool, table: Callable[[Any], Rows | ReportTable])
 
 def measured_rows(sensitivity: Sensitivity) -> Rows:
     """Return per layer the metrics that plans use, one per line; the file has all, with their standard errors."""
-    variants = [{label(variant): variant.scores for variant in entry.variants} for entry in sensitivity.layers]
+    variants = [{variant.label: variant.scores for variant in entry.variants} for entry in sensitivity.layers]
     names = list(dict.fromkeys(name for layer in variants for name in layer))
     measured = {metric for layer in variants for scores in layer.values() for metric in scores}
     metrics = [metric for metric in ("kl", "retrieval", "benchmark") if metric in measured]

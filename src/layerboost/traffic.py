@@ -72,7 +72,7 @@ class Traffic:
     def lengths(self) -> list[int]:
         """Return the number of tokens per row."""
         position = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
-        return list((self.scored * position).amax(1).tolist())
+        return (self.scored * position).amax(1).tolist()
 
     @property
     def tokens(self) -> int:

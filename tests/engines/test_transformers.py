@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import VOCABULARY, boosted, save_tiny
 
-from layerboost.engines.loads import prompts
 from layerboost.engines.protocol import Load
 from layerboost.engines.transformers import generate, launch, measure
 from layerboost.errors import LayerboostError
@@ -23,7 +22,7 @@ def load(**changes: int) -> Load:
 def test_a_prefix_in_the_cache_changes_no_answer(letters: str) -> None:
     model = boosted(letters)
     asked = load(shared_prefix_tokens=24)
-    batch = prompts(asked, VOCABULARY)[:2]
+    batch = asked.prompts(VOCABULARY)[:2]
     plain, times = generate(model, batch, 0, 6)
     cached, _ = generate(model, batch, 24, 6)
     assert torch.equal(plain, cached)
@@ -33,12 +32,12 @@ def test_a_prefix_in_the_cache_changes_no_answer(letters: str) -> None:
 
 
 def test_prompts_share_the_prefix_and_nothing_else() -> None:
-    drawn = prompts(load(shared_prefix_tokens=8), VOCABULARY)
+    drawn = load(shared_prefix_tokens=8).prompts(VOCABULARY)
     assert drawn.shape == (5, 28)
     assert (drawn[:, :8] == drawn[0, :8]).all()
     assert len({tuple(row) for row in drawn[:, 8:].tolist()}) == 5
-    assert torch.equal(drawn, prompts(load(shared_prefix_tokens=8), VOCABULARY))
-    assert not torch.equal(drawn, prompts(load(shared_prefix_tokens=8, seed=4), VOCABULARY))
+    assert torch.equal(drawn, load(shared_prefix_tokens=8).prompts(VOCABULARY))
+    assert not torch.equal(drawn, load(shared_prefix_tokens=8, seed=4).prompts(VOCABULARY))
 
 
 def test_throughput_is_tokens_over_time() -> None:

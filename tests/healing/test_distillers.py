@@ -7,12 +7,7 @@ from tiny import Products, boosted, families, fitted, layer_plans, tiny_model
 
 from layerboost.healing import distillers
 from layerboost.healing.data import Data
-from layerboost.healing.distillers import (
-    AttentionDistiller,
-    LogitDistiller,
-    next_tokens,
-    positions_of,
-)
+from layerboost.healing.distillers import AttentionDistiller, LogitDistiller, next_tokens, positions_of
 from layerboost.model import linear
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.stream import LayerStream, head_logits

@@ -18,13 +18,7 @@ from tiny import boosted, layer_plans, tiny_model
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.healing.data import cut
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
-from layerboost.healing.training import (
-    Validate,
-    check_report_to,
-    checkpoints_in,
-    less_memory,
-    train_stage,
-)
+from layerboost.healing.training import Validate, check_report_to, checkpoints_in, less_memory, train_stage
 from layerboost.recipe import Heal
 from layerboost.schemas.healing import MetricLine, read_metrics
 
@@ -231,8 +225,7 @@ def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -
         if stage == "attention":
             made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
         train_stage(stage, made, rows, 90, settings, tmp_path, validation(made))
-        result: dict[str, torch.Tensor] = load_file(tmp_path / f"{stage}.safetensors")
-        return result
+        return load_file(tmp_path / f"{stage}.safetensors")
 
     whole = run()
     lines = read_metrics(tmp_path / "metrics.jsonl")

@@ -41,8 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(folder: Path, run: Path, *settings: str) -> dict[str, Any]:
     options = [word for setting in settings for word in ("--set", setting)]
     layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *options)
-    found: dict[str, Any] = json.loads((run / SENSITIVITY).read_text())
-    return found
+    return json.loads((run / SENSITIVITY).read_text())
 
 
 def test_tasks_are_measured_and_another_list_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -260,9 +259,9 @@ def test_a_changed_text_for_the_fit_of_mlps_is_noticed(tmp_path: Path) -> None:
     measured = open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME)
     measured(layer_plans("ft", 8))
     again = open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME)
-    assert len(again.cache.results) == 1
+    assert len(again.results) == 1
     write_jsonl(tmp_path / "traffic.jsonl", [{"text": text} for text in [*words[:4], *reversed(words[4:])]])
     with pytest.raises(ConfigError, match="was made from something else\nfound: mlp_fit: ") as raised:
         run_stage("measure", recipe, tmp_path / "run")
     assert "text:" not in raised.value.found
-    assert not open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME).cache.results
+    assert not open_measured(recipe, tmp_path / "run", sensitivity, [8], RUNTIME).results

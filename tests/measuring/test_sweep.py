@@ -19,7 +19,7 @@ from layerboost.probes.probe import TextProbe
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
 from layerboost.schemas.sensitivity import LayerSensitivity
-from layerboost.strategies import MEASURED, StrategyName, label
+from layerboost.strategies import MEASURED, StrategyName
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = Prompts("passkey", IDS[:4].flip(0), (3, 2, 3, 1), (0.2, 0.4, 0.6, 0.8))
@@ -95,7 +95,7 @@ def test_scores_of_linear_attention_equal_full_forward_passes(family: str) -> No
     """Untrained; and the sweep leaves nothing of it in the model."""
     base = tiny_model(family, layers=4)
     found = swept(base, (8,), strategies=("linear",))
-    assert [label(variant) for variant in found[0].variants] == ["linear 8 lolcats", "linear 8 liger"]
+    assert [variant.label for variant in found[0].variants] == ["linear 8 lolcats", "linear 8 liger"]
     for entry in found:
         for variant in entry.variants:
             plan = layer_plans("ffff")
@@ -130,7 +130,7 @@ def test_scores_of_mlps_equal_full_forward_passes(family: str) -> None:
     if family == "llama":
         assert [entry.variants[:-3] for entry in found] == [entry.variants for entry in swept(base, (8,))]
     for entry in found:
-        assert [label(variant) for variant in entry.variants[-3:]] == ["MLP thin 48", "MLP thin 24", "MLP none"]
+        assert [variant.label for variant in entry.variants[-3:]] == ["MLP thin 48", "MLP thin 24", "MLP none"]
         for variant in entry.variants[-3:]:
             plan = layer_plans(fitted("ffff", family))
             plan[entry.layer] = plan[entry.layer].with_site(variant.plan(entry.layer))
@@ -272,14 +272,14 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
 
 def test_candidates_are_every_setting_of_every_strategy() -> None:
     found = candidates(boosted("f"), 0, (8, 16))
-    assert [label(plan) for plan in found] == [
+    assert [plan.label for plan in found] == [
         "sliding 8",
         "sliding 8 + sink",
         "sliding 16",
         "sliding 16 + sink",
         "none",
     ]
-    assert [label(plan) for plan in candidates(boosted("f"), 0, (8,), mlp_widths=(48, 24))[3:]] == [
+    assert [plan.label for plan in candidates(boosted("f"), 0, (8,), mlp_widths=(48, 24))[3:]] == [
         "MLP thin 48",
         "MLP thin 24",
         "MLP none",

@@ -33,11 +33,7 @@ from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
 from layerboost.model.base import Base, find_model
 from layerboost.model.card import origin_of
-from layerboost.model.checkpoint import (
-    modeling_source,
-    plan_in,
-    save_boosted,
-)
+from layerboost.model.checkpoint import modeling_source, plan_in, save_boosted
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card

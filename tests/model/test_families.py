@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from references import gated_attention_reference, lolcats_attention_reference
 from tiny import (
     HEADS,
     IMAGE_TOKEN,
@@ -34,11 +35,7 @@ from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
 from layerboost.model.caches import SPARE_TOKENS
 from layerboost.model.families import FAMILIES, WRAPPERS
-from layerboost.model.linear_attention import (
-    FEATURE_PARAMETERS,
-    gated_attention_reference,
-    lolcats_attention_reference,
-)
+from layerboost.model.linear_attention import FEATURE_PARAMETERS
 from layerboost.model.modeling import architecture_of, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection

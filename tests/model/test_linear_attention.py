@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from references import gated_attention_reference, lolcats_attention_reference
 from tiny import boosted, info, layer_plans, tiny_model
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
@@ -18,10 +19,8 @@ from layerboost.model.linear_attention import (
     GATED_BLOCK,
     documents_of,
     gated_attention,
-    gated_attention_reference,
     hedgehog,
     lolcats_attention,
-    lolcats_attention_reference,
     lolcats_state,
 )
 from layerboost.model.modeling import decoder_layers

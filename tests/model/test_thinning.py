@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from references import refit_reference
 from tiny import families, tiny_model
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.mlp import mlp_output
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.ridge import RIDGES
-from layerboost.model.thinning import refit_reference, thin_mlps, widths_of
+from layerboost.model.thinning import thin_mlps, widths_of
 from layerboost.traffic import Traffic
 
 IDS = torch.randint(3, 200, (10, 40), generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,7 @@ from test_selection import sensitivity, with_mlps
 from tiny import layer_plans
 
 from layerboost.errors import InfeasibleBudget
-from layerboost.planning.frontier import axis_of, frontier, knee
-from layerboost.planning.methods import select
+from layerboost.planning.methods import axis_of, frontier, knee, select
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import FrontierPoint, Predicted, counts
 

@@ -12,7 +12,7 @@ import yaml
 
 from layerboost.files import file_hash
 from layerboost.measuring.stability import compare_files, compare_metrics
-from layerboost.planning.frontier import frontier
+from layerboost.planning.methods import frontier
 from layerboost.recipe import Plan, Recipe
 from layerboost.schemas.artifact import write_json
 from layerboost.schemas.benchmark import Comparison, Measurement

@@ -20,7 +20,8 @@ from layerboost.reporting.figures import healing_figure, sensitivity_figure
 from layerboost.reporting.page import Chart
 from layerboost.reporting.quality import position_figure, retrieval_figure, task_figure
 from layerboost.reporting.sources import Sources
-from layerboost.reporting.stage import run_report, summary_table
+from layerboost.reporting.stage import run_report
+from layerboost.reporting.verdict import summary_table
 from layerboost.schemas.artifact import write_json
 
 PANELS = {

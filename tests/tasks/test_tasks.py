@@ -22,14 +22,7 @@ from layerboost.evaluating.comparison import compare_tasks
 from layerboost.recipe import Evaluate
 from layerboost.tasks import lm_eval as tasks
 from layerboost.tasks.items import BENCHMARKS
-from layerboost.tasks.lm_eval import (
-    item_margins,
-    item_scores,
-    load_bench,
-    run_task,
-    spread,
-    task_value,
-)
+from layerboost.tasks.lm_eval import item_margins, item_scores, load_bench, run_task, spread, task_value
 from layerboost.tasks.probe import load_choices
 from layerboost.tasks.quiet import quiet
 
@@ -58,8 +51,7 @@ def settings(bench: Path, *tasks: str, limit: int | None = None) -> Evaluate:
 
 
 def run(task: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
-    return result
+    return json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
 from layerboost.schemas.plan import PlanFile
-from layerboost.vllm_plugin.int8 import check_int8, int8_overflows
+from layerboost.vllm_plugin.plugin import check_int8, int8_overflows
 
 pytest.importorskip("compressed_tensors", reason="comes with vLLM")
 from int8 import quantise

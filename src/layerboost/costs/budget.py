@@ -234,14 +234,6 @@ def plan_parameters(model: ModelInfo, layers: Sequence[LayerPlan]) -> int:
     return model.parameters + attention * model.attention_parameters - removed
 
 
-def parameter_fraction(model: ModelInfo, layers: Sequence[LayerPlan]) -> float | None:
-    """Return the fraction of the base's parameters that a plan keeps; None if it changes MLPs and the model's facts are
-    an older release's, which knew nothing of them."""
-    if not model.mlp_parameters and any(entry.mlp_changed for entry in layers):
-        return None
-    return plan_parameters(model, layers) / model.parameters
-
-
 def _further_calls(model: ModelInfo, layers: Sequence[LayerPlan], module: int | None) -> int:
     """Return the attention calls of a pass besides one per layer with attention."""
     calls = model.kv_heads // (module or module_heads(model.kv_heads, layers))

@@ -100,14 +100,14 @@ def padded_full(full: int, sliding: int) -> int:
 def module_heads(kv_heads: int, layers: Sequence[LayerPlan]) -> int:
     """Return the KV heads of each attention module in vLLM: as many as divide the full and the windowed KV heads of
     every layer. vLLM would pad modules of different sizes, and waste what the windows save."""
-    kinds = [count for entry in layers for count in (entry.full_heads(kv_heads), entry.window_heads(kv_heads))]
+    kinds = [count for entry in layers for count in (entry.full_heads(kv_heads), len(entry.windowed(kv_heads)))]
     return math.gcd(kv_heads, *kinds)
 
 
 def cached(layers: Sequence[LayerPlan], kv_heads: int, module: int) -> tuple[int, int]:
     """Return how many modules of `module` KV heads hold the whole context, and how many hold a window."""
     full = sum(entry.full_heads(kv_heads) for entry in layers)
-    return full // module, sum(entry.window_heads(kv_heads) for entry in layers) // module
+    return full // module, sum(len(entry.windowed(kv_heads)) for entry in layers) // module
 
 
 def as_served(model: ModelInfo, layers: Sequence[LayerPlan]) -> list[LayerPlan]:

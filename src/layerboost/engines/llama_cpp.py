@@ -19,8 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from layerboost.engines.loads import latencies, prompts
-from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load, latencies
 from layerboost.engines.server import (
     DIRECT,
     HOST,
@@ -182,7 +181,7 @@ class RunningLlama:
 
     def answer(self, load: Load, advance: Callable[[float], None]) -> Answer:
         """Send one load by as many threads as requests are concurrent; raise LayerboostError if a request fails."""
-        asked = prompts(load, self.vocabulary).tolist()
+        asked = load.prompts(self.vocabulary).tolist()
         answered: list[Answered] = []
         free: SimpleQueue[int] = SimpleQueue()
         for slot in range(load.concurrency):

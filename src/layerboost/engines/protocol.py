@@ -1,17 +1,21 @@
-"""The interface of an engine, for the benchmark and the command line."""
+"""The interface of an engine, for the benchmark and the command line; loads and what is made of their times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.schemas.plan import PlanFile
 
 WARMUP_OUTPUT_TOKENS = 8
+FIRST_TOKEN = 3  # special tokens usually have the first ids
 # The arguments of a command, and the variables to add to its environment.
 Command = tuple[list[str], dict[str, str]]
 
@@ -32,6 +36,13 @@ class Load:
         """Return the output tokens of all requests."""
         return self.requests * self.output_tokens
 
+    def prompts(self, vocabulary: int) -> torch.Tensor:
+        """Return random prompts `[requests, shared prefix + input]`, the same for every model with this vocabulary."""
+        draw = torch.Generator().manual_seed(self.seed)
+        prefix = torch.randint(FIRST_TOKEN, vocabulary, (1, self.shared_prefix_tokens), generator=draw)
+        own = torch.randint(FIRST_TOKEN, vocabulary, (self.requests, self.input_tokens), generator=draw)
+        return torch.cat([prefix.expand(self.requests, -1), own], 1)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -45,6 +56,30 @@ class Answer:
     raw: dict[str, Any]
     metrics: dict[str, float]
     context_tokens: int | None = None
+
+
+def latencies(answered: Sequence[Sequence[float]], duration_s: float) -> dict[str, float]:
+    """Return throughput and latency under the names of `vllm bench serve`, for engines without a load generator.
+
+    `answered`: for each request, the time of each of its tokens in seconds since it was sent; `duration_s`: of all.
+    """
+    tokens = sum(len(times) for times in answered)
+
+    def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+        ms = np.array(values or [0.0]) * 1e3
+        return {f"median_{name}_ms": float(np.median(ms)), f"p99_{name}_ms": float(np.percentile(ms, 99))}
+
+    return {
+        "completed": len(answered),
+        "duration": float(duration_s),
+        "total_output_tokens": tokens,
+        "request_throughput": float(len(answered) / duration_s),
+        "output_throughput": float(tokens / duration_s),
+        **spread("ttft", [times[0] for times in answered]),
+        **spread("tpot", [(times[-1] - times[0]) / max(len(times) - 1, 1) for times in answered]),
+        **spread("e2el", [times[-1] for times in answered]),
+        **spread("itl", [float(gap) for times in answered for gap in np.diff(times)]),
+    }
 
 
 class Running(Protocol):

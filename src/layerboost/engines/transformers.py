@@ -19,8 +19,7 @@ from typing import IO, Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from layerboost.engines.loads import latencies, prompts
-from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load
+from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load, latencies
 from layerboost.engines.server import MODULE, guarded, last_words
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.files import write_text
@@ -136,7 +135,7 @@ def generate(
 
 def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     """Answer all requests, `concurrency` per batch; return throughput and latency under vLLM's names for them."""
-    text = prompts(load, model.config.get_text_config().vocab_size).to(model.device)
+    text = load.prompts(model.config.get_text_config().vocab_size).to(model.device)
     warm = min(WARMUP_OUTPUT_TOKENS, load.output_tokens)
     generate(model, text[: load.concurrency], load.shared_prefix_tokens, warm)
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layerboost.evaluating.statistics import difference, differences
-from layerboost.model.stream import head_logits
+from layerboost.model.stream import decoded, head_logits
 from layerboost.probes.metrics import CHUNK_TOKENS, SequenceLosses, answer_scores, token_losses
 from layerboost.retrieval import Prompts
 from layerboost.schemas.evaluation import (
@@ -49,7 +49,7 @@ def position_losses(model: PreTrainedModel, ids: torch.Tensor, advance: Callable
     edges, losses = position_edges(ids.shape[1]), []
     for sequence in ids:
         row = sequence.to(model.device)
-        hidden = _decode(model, row[None])[0, :-1]
+        hidden = decoded(model, row[None], use_cache=False)[0, :-1]
         nll = torch.cat(
             [
                 -head_logits(model, states).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
@@ -70,7 +70,7 @@ def retrieval_answers(model: PreTrainedModel, prompts: list[Prompts], advance: C
         length = part.ids.shape[1]
         for batch in part.batches(max(1, BATCH_TOKENS // length)):
             ids = batch.ids.to(model.device)
-            hidden = _decode(model, ids)
+            hidden = decoded(model, ids, use_cache=False)
             scores, exact = answer_scores(model, batch, hidden)
             answers += [
                 {
@@ -160,7 +160,7 @@ def hidden_states(
     """
     states = []
     for batch in batches:
-        states.append(_decode(model, batch).cpu())
+        states.append(decoded(model, batch.to(model.device), use_cache=False).cpu())
         advance(batch.numel())
     return states
 
@@ -180,7 +180,7 @@ def text_losses(
     found = []
     for batch, hidden in zip(batches, base_hidden, strict=True):
         states = hidden.to(base.device)
-        own = states if changed is None else _decode(changed, batch)
+        own = states if changed is None else decoded(changed, batch.to(changed.device), use_cache=False)
         found.append(token_losses(base, states, batch.to(base.device), own, changed))
         advance(batch.numel())
     return SequenceLosses(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
@@ -202,8 +202,3 @@ def compare_text(losses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, P
         )
         for model, result in losses.items()
     }
-
-
-def _decode(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = model.get_decoder()(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
-    return hidden

@@ -1,23 +1,34 @@
-"""Llama-shaped checkpoints as GraniteSWA, a stock architecture with windows per layer and sinks.
+"""Llama-shaped checkpoints as stock classes: GraniteSWA with windows per layer and sinks, mlx-lm's Llama, and DeciLM.
 
-Every layer of it has sinks and a window or none. A sink of −1e30 takes nothing; a layer without attention becomes a
-sliding layer whose output projection is zero, exact but for the window of keys and values that it holds. mlx-lm's Llama
-class has the same form without sinks.
+Every layer of a GraniteSWA has sinks and a window or none. A sink of −1e30 takes nothing; a layer without attention
+becomes a sliding layer whose output projection is zero, exact but for the window of keys and values that it holds.
+mlx-lm's Llama class has the same form without sinks. DeciLM has absent attention, and no sinks.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from layerboost.exporting import configuration_decilm
 from layerboost.exporting.tensors import head_dim, slides_where_possible, whole_tensors, window_of
 from layerboost.model.files import Tensors
+from layerboost.model.mlp import recorded_widths
+from layerboost.model.modeling import base_config, skipped_layers
 
 NO_SINK = -1e30
 # Granite's multipliers, which are neutral in other families.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+# By what a family differs from Llama, in settings that vLLM's DeciLM reads.
+DECILM_SETTINGS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}}
+# Keys for boosted checkpoints or the family's own class alone.
+DROPPED = ("attention_sink_layers", "base_layer_types", "max_window_layers", "per_layer_config", "use_sliding_window")
+WINDOW = ("layer_types", "sliding_window")
+# The configuration class that travels in an export as DeciLM.
+CONFIGURATION = Path(configuration_decilm.__file__ or "")
 
 
 def granite_config(config: PreTrainedConfig) -> dict[str, Any]:
@@ -44,6 +55,36 @@ def mlx_config(config: PreTrainedConfig) -> dict[str, Any]:
         **llama_settings(config),
         "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+
+
+def decilm_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the plain config of a boosted Llama or Qwen2 as DeciLM, with the checkpoint's own tensors.
+
+    Written against vLLM 0.32's model_executor/models/nemotron_nas.py, which serves it.
+    """
+    dropped = DROPPED if "sliding_attention" in config.layer_types else DROPPED + WINDOW
+    plain = {key: value for key, value in config.to_dict().items() if key not in dropped}
+    skipped, widths, full = set(skipped_layers(config)), recorded_widths(config), base_config(config).intermediate_size
+    group = config.num_attention_heads // config.num_key_value_heads
+    blocks = [
+        {
+            "attention": {
+                "no_op": layer in skipped,
+                "n_heads_in_group": None if layer in skipped else group,
+                "replace_with_linear": False,
+            },
+            "ffn": {"no_op": False, "intermediate_size": widths.get(layer, full), "replace_with_linear": False},
+        }
+        for layer in range(config.num_hidden_layers)
+    ]
+    return {
+        **plain,
+        **DECILM_SETTINGS[config.model_type],
+        "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{CONFIGURATION.stem}.DeciLMConfig"},
+        "block_configs": blocks,
     }
 
 

@@ -17,8 +17,14 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.exporting.decilm import CONFIGURATION, decilm_config
-from layerboost.exporting.llama_shaped import granite_config, granite_tensors, llama_tensors, mlx_config
+from layerboost.exporting.llama_shaped import (
+    CONFIGURATION,
+    decilm_config,
+    granite_config,
+    granite_tensors,
+    llama_tensors,
+    mlx_config,
+)
 from layerboost.exporting.targets import Target, extra_kv_bytes, find_target
 from layerboost.files import disk_error, file_hash, new_folder
 from layerboost.model.base import UNPACKED_FROM, find_model

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError
@@ -22,13 +17,20 @@ from layerboost.healing.losses import NO_LABEL, distillation_loss, normalized_ms
 from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers, final_norm
-from layerboost.model.stream import decoded, explain_not_finite, head_logits, text_positions
+from layerboost.model.stream import (
+    decoded,
+    explain_not_finite,
+    head_logits,
+    hidden_in,
+    input_of,
+    recorded,
+    text_positions,
+)
 from layerboost.model.surgery import attention_of, output_projection
 from layerboost.schemas.plan import LayerPlan
 from layerboost.traffic import Given
 
 Checkpointing = Literal["none", "selective", "full"]
-Record = TypeVar("Record")
 Place = tuple[int, ...]
 SAVED_WIDTH = 129  # smallest inner and outer size of a matrix product to save; LoRA ranks are below it
 
@@ -102,9 +104,8 @@ class Distiller(nn.Module):
         between them; or of requests, with what is `given` of their images, empty if they have none."""
         if given is not None:  # one document, though a chat template may end each turn with the token `end`
             return decoded(self.teacher, ids, given, use_cache=False)
-        decoder, positions = self.teacher.get_decoder(), text_positions(self.teacher, positions_of(ids, self.end))
-        output: torch.Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return output
+        positions = text_positions(self.teacher, positions_of(ids, self.end))
+        return decoded(self.teacher, ids, position_ids=positions, use_cache=False)
 
     def explain_not_finite(self, rows: Sequence[tuple[torch.Tensor, Given | None]]) -> tuple[str, tuple[str, str]]:
         """Return where the student is not finite on rows of ids, each with what is given of its images; where the
@@ -172,7 +173,7 @@ class AttentionDistiller(Distiller):
         losses = {}
         for plan in self.changed:
             call = calls.pop(plan.layer)  # freed after its loss
-            added = call.output if plan.attention_alone else call.output - _hidden(call.args, call.kwargs)
+            added = call.output if plan.attention_alone else call.output - input_of(call.args, call.kwargs)
             losses[plan.layer] = normalized_mse(self.student_output(plan, call), call.output, weights, size=added)
         return losses
 
@@ -194,15 +195,15 @@ class AttentionDistiller(Distiller):
         """
         modules = {plan.layer: self._module(self.teacher, plan) for plan in layers}
         projections = {plan.layer: output_projection(self.teacher, plan.layer) for plan in layers if plan.feature_map}
-        with torch.no_grad(), _recorded(modules, ModuleCall) as calls, _recorded(projections, _input) as inputs:
+        with torch.no_grad(), recorded(modules, ModuleCall) as calls, recorded(projections, input_of) as inputs:
             self.run_teacher(ids, given)
         return calls | {layer: replace(calls[layer], output=value) for layer, value in inputs.items()}
 
     def student_output(self, plan: LayerPlan, call: ModuleCall) -> torch.Tensor:
         """Return the output `[B, T, D]` of the student's module, as `teacher_calls` does, on the teacher's input."""
         projections = {0: output_projection(self.student, plan.layer)} if plan.feature_map else {}
-        with _recorded(projections, _input) as inputs:
-            output = _tensor(self._module(self.student, plan)(*call.args, **call.kwargs))
+        with recorded(projections, input_of) as inputs:
+            output = hidden_in(self._module(self.student, plan)(*call.args, **call.kwargs))
         return inputs.get(0, output)
 
     @staticmethod
@@ -270,7 +271,7 @@ class LogitDistiller(Distiller):
         def call(
             args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
         ) -> tuple[dict[str, Any], torch.Tensor | None]:
-            hidden = _hidden(args, kwargs)
+            hidden = input_of(args, kwargs)
             added = hidden - below[0] if given and below and hidden is not below[0] else None
             if not start:
                 start.append(hidden)
@@ -278,7 +279,7 @@ class LogitDistiller(Distiller):
             return {name: value for name, value in kwargs.items() if name != "hidden_states"}, added
 
         layers = dict(enumerate(decoder_layers(self.teacher)))
-        with _recorded({i: layer for i, layer in layers.items() if i >= self.first}, call) as calls:
+        with recorded({i: layer for i, layer in layers.items() if i >= self.first}, call) as calls:
             output = self.run_teacher(ids, given)
         return Targets(start[0], calls, output)
 
@@ -289,41 +290,16 @@ class LogitDistiller(Distiller):
             hidden = hidden if added is None else hidden + added
             layer = decoder_layers(self.student)[index]
             if self.checkpointing != "none" and torch.is_grad_enabled():
-                context = _matrix_products if self.checkpointing == "selective" else noop_context_fn
-                hidden = _tensor(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
+                context = matrix_products if self.checkpointing == "selective" else noop_context_fn
+                hidden = hidden_in(checkpoint(layer, hidden, use_reentrant=False, context_fn=context, **arguments))
             else:
-                hidden = _tensor(layer(hidden, **arguments))
-        normed: torch.Tensor = final_norm(self.student)(hidden)
-        return normed
-
-
-@contextmanager
-def _recorded(modules: Mapping[int, nn.Module], record: Callable[..., Record]) -> Iterator[dict[int, Record]]:
-    """Yield a mapping that collects `record(args, kwargs, output)` of each module's call in the block."""
-    records: dict[int, Record] = {}
-
-    def recorder(index: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            records[index] = record(args, kwargs, _tensor(output))
-
-        return hook
-
-    hooks = [module.register_forward_hook(recorder(i), with_kwargs=True) for i, module in modules.items()]
-    try:
-        yield records
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _matrix_products() -> Any:
-    """Return the contexts of selective checkpointing: save attention of full layers and large products, not LoRA's thin
-    ones. Most of the memory (norms, activations, windows) is cheap to recompute.
-    """
-    return create_selective_checkpoint_contexts(_policy)
+                hidden = hidden_in(layer(hidden, **arguments))
+        return final_norm(self.student)(hidden)
 
 
 def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Save attention of full layers and large products, not LoRA's thin ones. Most of the memory (norms, activations,
+    windows) is cheap to recompute."""
     name = operator.name()
     widths: tuple[int, ...] = ()
     if name in ("aten::mm", "aten::addmm"):
@@ -334,16 +310,5 @@ def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-def _input(args: tuple[Any, ...], _: dict[str, Any], __: torch.Tensor) -> torch.Tensor:
-    given: torch.Tensor = args[0]
-    return given
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+# The contexts of selective checkpointing.
+matrix_products = partial(create_selective_checkpoint_contexts, _policy)

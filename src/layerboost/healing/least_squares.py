@@ -22,6 +22,7 @@ from layerboost.healing.data import lengths_of
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.healing.training import Metrics
 from layerboost.model.ridge import Sums, best_change, held_out
+from layerboost.model.stream import input_of, recorded
 from layerboost.model.surgery import output_projection
 from layerboost.recipe import Recipe
 from layerboost.runtime import Progress, log, main_process_first
@@ -137,8 +138,7 @@ def fit_outputs(
 def projection_of(distiller: AttentionDistiller, layer: int) -> nn.Linear:
     """Return the student's output projection; if it has an adapter, the linear layer below."""
     module: Any = output_projection(distiller.student, layer)
-    projection: nn.Linear = getattr(module, "base_layer", module)
-    return projection
+    return getattr(module, "base_layer", module)
 
 
 def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None:
@@ -170,12 +170,6 @@ def _errors(
     calls = distiller.teacher_calls(ids, entries, given)
     for entry in entries:
         call = calls.pop(entry.layer)
-        inputs: list[torch.Tensor] = []
-        hook = projection_of(distiller, entry.layer).register_forward_pre_hook(
-            lambda _, args, inputs=inputs: inputs.append(args[0])
-        )
-        try:
+        with recorded({entry.layer: projection_of(distiller, entry.layer)}, input_of) as inputs:
             output = distiller.student_output(entry, call)
-        finally:
-            hook.remove()
-        yield entry.layer, inputs[0], call.output.float() - output.float()
+        yield entry.layer, inputs[entry.layer], call.output.float() - output.float()

@@ -64,8 +64,7 @@ def distillation_loss(
             total += (loss * weight[chunk]).sum()
             slope = slope.mul_(weight[chunk, None]).to(logits.dtype)
             (gradient[chunk],) = torch.autograd.grad(logits, part, slope)
-    result: torch.Tensor = _WithGradient.apply(student_hidden, total, gradient.view_as(student_hidden))
-    return result
+    return _WithGradient.apply(student_hidden, total, gradient.view_as(student_hidden))
 
 
 class _WithGradient(torch.autograd.Function):

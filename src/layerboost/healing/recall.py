@@ -123,8 +123,7 @@ def _parts(length: int, tokenizer: Any, draw: random.Random) -> list[Part]:
     """Return what a sequence of `length` tokens gets: facts of a few topics, each on one person, and repetitions."""
 
     def encode(words: str) -> list[int]:
-        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
-        return ids
+        return tokenizer(words, add_special_tokens=False)["input_ids"]
 
     parts = []
     topics = draw.sample(TOPICS, draw.randint(1, len(TOPICS)))

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from layerboost.model.modeling import decoder_layers
+from layerboost.model.stream import with_gradient
 from layerboost.model.surgery import attention_of
 from layerboost.runtime import world_size
 
@@ -53,7 +54,9 @@ class Shards(nn.Module):
             if self.gathered:
                 return run(*args, **kwargs)
             if layer and torch.is_grad_enabled():
-                args, kwargs = _with_gradient(args, kwargs)
+                # FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups
+                # stay gathered to the end of the pass.
+                args, kwargs = with_gradient(args, kwargs)
             self.gathered = True
             try:
                 return self(run, *args, **kwargs)
@@ -130,16 +133,3 @@ def _outside_layers(model: PreTrainedModel) -> list[nn.Module]:
         for module in model.modules()
         if module not in inside and [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     ]
-
-
-def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a layer, its hidden states with a gradient.
-
-    FSDP2 frees a group in the backward pass when its inputs have their gradient; without one all groups stay gathered
-    to the end of the pass.
-    """
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if hidden.requires_grad:
-        return args, kwargs
-    hidden = hidden.detach().requires_grad_()
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -19,7 +19,7 @@ from layerboost.measuring.sweep import head_candidates
 from layerboost.model.attention import sliding_attention
 from layerboost.model.modeling import decoder_layers, query_heads
 from layerboost.model.sinks import Sinks
-from layerboost.model.stream import head_logits
+from layerboost.model.stream import decoded, head_logits, input_of, recorded, with_gradient
 from layerboost.model.surgery import captured_attention, output_projection
 from layerboost.probes.metrics import answer_scores
 from layerboost.retrieval import Prompts
@@ -137,7 +137,6 @@ def _forward(
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Run the model; return the attention outputs before their projection `[B, T, H·D]` by layer, with gradients, and
     the normed final states. Put each site's change of that output into `changes`."""
-    outputs: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def see(layer: int, query: Any, key: Any, value: Any, scaling: float, softcap: float | None) -> None:
@@ -154,31 +153,19 @@ def _forward(
                 columns = torch.arange(heads * groups * size, device=out.device).view(-1, size)[queries].flatten()
                 changes[layer].append((index, columns, out.transpose(1, 2).flatten(2)))
 
-    def record(layer: int) -> Any:
-        def hook(_: Any, args: tuple[torch.Tensor]) -> None:
-            outputs[layer] = args[0]
-            full = args[0].detach()
-            changes[layer] = [(site, columns, out - full[..., columns]) for site, columns, out in changes[layer]]
-
-        return hook
-
-    projections: list[Any] = [output_projection(model, layer) for layer in layers]
-    hooks = [each.register_forward_pre_hook(record(layer)) for each, layer in zip(projections, layers, strict=True)]
+    projections = {layer: output_projection(model, layer) for layer in layers}
     # The weights are frozen: the graph starts at the input of the lowest layer.
-    start = decoder_layers(model)[0].register_forward_pre_hook(_with_gradient, with_kwargs=True)
+    lowest = decoder_layers(model)[0]
+    start = lowest.register_forward_pre_hook(lambda _, *given: with_gradient(*given), with_kwargs=True)
     try:
-        with torch.enable_grad(), captured_attention(model, layers, see):
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.enable_grad(), captured_attention(model, layers, see), recorded(projections, input_of) as outputs:
+            hidden = decoded(model, ids, use_cache=False)
     finally:
-        for hook in (*hooks, start):
-            hook.remove()
+        start.remove()
+    for layer, output in outputs.items():
+        full = output.detach()
+        changes[layer] = [(site, columns, out - full[..., columns]) for site, columns, out in changes[layer]]
     return outputs, hidden
-
-
-def _with_gradient(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
 
 def _answers(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> torch.Tensor:

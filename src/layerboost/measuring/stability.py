@@ -23,7 +23,7 @@ from layerboost.schemas.sensitivity import (
     Variant,
     read_sensitivity,
 )
-from layerboost.strategies import FULL_KV_HEADS, SINK, label
+from layerboost.strategies import FULL_KV_HEADS, SINK
 
 RESAMPLES = 2000
 LEAST_LAYERS = 4
@@ -112,8 +112,7 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
     known = ~np.isnan(values)
     depths = (np.arange(len(values)) + 0.5) / len(values)
-    found: np.ndarray = np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
-    return found
+    return np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
 
 
 def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:
@@ -126,7 +125,7 @@ def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
     low, high = bootstrap((a, b), _spearman, n_resamples=RESAMPLES, **options).confidence_interval
     return Agreement(
-        **kind[0].model_dump(exclude={"layer", FULL_KV_HEADS}),
+        **kind[0].model_dump(exclude={"layer"}),
         kv_heads=kind[1],
         metric=metric,
         other_metric=other,
@@ -155,4 +154,4 @@ def _differences(sensitivity: Sensitivity, other: Sensitivity) -> list[str]:
 
 
 def _described(scores: dict[Kind, dict[str, np.ndarray]]) -> str:
-    return ", ".join(label(plan) for plan, of_heads in scores if not of_heads and not plan.sink)
+    return ", ".join(plan.label for plan, of_heads in scores if not of_heads and not plan.sink)

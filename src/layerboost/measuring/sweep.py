@@ -25,7 +25,6 @@ from layerboost.strategies import (
     STRATEGIES,
     WINDOW,
     StrategyName,
-    label,
 )
 
 
@@ -169,7 +168,7 @@ def _variants(
             losses["cosine"] = turns.mlp
         scores = {metric: score(values, counts[metric]) for metric, values in losses.items()}
         means = {metric: one.mean for metric, one in scores.items()}
-        check_finite(f"layer {index} made {label(option)}", means, probes[0].streams.stream.model.dtype)
+        check_finite(f"layer {index} made {option.label}", means, probes[0].streams.stream.model.dtype)
         variants.append(Variant(**option.model_dump(exclude={"layer"}), scores=scores))
     return variants
 

@@ -77,10 +77,10 @@ def sliding_attention(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Return the same as `sliding_attention_reference` in O(T·window) time and memory, in the form for the device.
+    """Return the same as `sliding_attention_reference`, on CPUs and CUDA in O(T·window) time and memory.
 
-    CPU: PyTorch's flash kernel over blocks. CUDA: FlexAttention, but for single queries. Elsewhere, and where the CPU's
-    kernel cannot soft-cap: plain tensor operations over blocks. Sinks are exact in each.
+    CPU: PyTorch's flash kernel over blocks, which cannot soft-cap. CUDA: FlexAttention, but for single queries.
+    Elsewhere: the reference. Sinks are exact in each.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys = min(key.shape[2], query.shape[2] + window - 1)
@@ -90,7 +90,7 @@ def sliding_attention(
         return sliding_attention_flash(query, key, value, window, sinks, mask, scaling)
     if query.is_cuda and query.shape[2] > 1:
         return sliding_attention_flex(query, key, value, window, sinks, mask, scaling, softcap)
-    return sliding_attention_blocked(query, key, value, window, sinks, mask, scaling, softcap)
+    return sliding_attention_reference(query, key, value, window, sinks, mask, scaling, softcap)
 
 
 def sliding_attention_flash(
@@ -224,8 +224,7 @@ class _FlashWithSinks(torch.autograd.Function):
             out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
         ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
         ctx.scaling = scaling
-        result: torch.Tensor = out
-        return result
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -274,8 +273,7 @@ def sliding_attention_flex(
     if sinks is not None:
         # Softmax with a sink is softmax times sigmoid(lse - sink).
         out = out * torch.sigmoid(extra.lse - sinks[:, None])[..., None].to(out.dtype)
-    result: torch.Tensor = out
-    return result
+    return out
 
 
 @functools.lru_cache(maxsize=32)
@@ -313,53 +311,6 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function)
 
 
-def sliding_attention_blocked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int,
-    sinks: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Return `sliding_attention` by plain tensor operations; Tk ≤ Tq + window - 1.
-
-    Queries are cut into blocks of `window`; a block sees its own keys and the block before. The sink enters exactly
-    through the log-sum-exp: softmax with a sink is softmax times sigmoid(lse - sink).
-    """
-    queries = query.shape[2]
-    keys = key.shape[2]
-    if keys <= 2 * window:
-        visible = window_mask(queries, keys, window, query.device)
-        visible = visible if mask is None else visible & mask
-        # [B, 1, Tq, Tk] -> [B, 1, 1, Tq, Tk]: one block
-        return _attend(
-            _grouped(query, key), key[:, :, None, None], value[:, :, None, None], visible, sinks, scaling, softcap
-        )
-
-    blocks = -(-keys // window)
-    front, end = keys - queries, blocks * window - keys
-    query = F.pad(query, (0, 0, front, end))
-    key, value = (F.pad(x, (0, 0, window, end)) for x in (key, value))
-    batch, _, _, size = query.shape
-    query = query.view(batch, key.shape[1], -1, blocks, window, size)
-    # Overlapping views: block n holds padded keys n·w to (n+2)·w, that is positions (n-1)·w to (n+1)·w.
-    key, value = (x.unfold(2, 2 * window, window).transpose(-1, -2)[:, :, None] for x in (key, value))
-
-    row = torch.arange(window, device=query.device)[:, None]
-    column = torch.arange(2 * window, device=query.device)[None, :] - window
-    visible = (column <= row) & (column > row - window)
-    start = torch.arange(blocks, device=query.device)[:, None, None] * window
-    visible = visible & (start + column >= 0) & (start + column < keys)
-    if mask is not None:
-        mask = mask.expand(-1, -1, queries, -1)
-        rows = (start + row - front).clamp(0, queries - 1)
-        visible = visible & mask[:, 0, rows, (start + column).clamp(0, keys - 1)][:, None, None]
-    out = _attend(query, key, value, visible, sinks, scaling, softcap)
-    return out[:, :, front : front + queries]
-
-
 def window_mask(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
     """Return bool `[Tq, Tk]`: True where the key is causal and within the window; queries are the last positions."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -382,35 +333,3 @@ def boolean_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
 
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    batch, _, length, size = query.shape
-    return query.view(batch, key.shape[1], -1, 1, length, size)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Return softmax attention inside blocks.
-
-    query `[B, Hkv, G, N, Tq, D]`, key and value `[B, Hkv, 1, N, Tk, D]`, visible broadcastable to
-    `[B, Hkv, G, N, Tq, Tk]`. Returns `[B, H, N·Tq, D]`.
-    """
-    scores = _capped((query * scaling) @ key.transpose(-1, -2), softcap)
-    if visible.dim() == 4:
-        visible = visible[:, :, None, None]
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    out = scores.softmax(-1) @ value
-    if sinks is not None:
-        # In half precision, a log-sum-exp is too coarse: it has as many digits before the point as after it.
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        share = torch.sigmoid(wide.logsumexp(-1) - sinks.to(wide.dtype).view(1, query.shape[1], -1, 1, 1))
-        out = out * share[..., None].to(out.dtype)
-    return out.flatten(3, 4).flatten(1, 2)

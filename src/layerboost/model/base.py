@@ -19,26 +19,9 @@ from layerboost.errors import ConfigError, first_line
 from layerboost.files import check_path, file_hash, new_folder
 from layerboost.model import files as model_files
 from layerboost.model import integrity
-from layerboost.model.card import (
-    CARD,
-    LICENCE_FILES,
-    Origin,
-    front_matter,
-    licence_files,
-    licence_sentence,
-    origin_of,
-)
+from layerboost.model.card import CARD, LICENCE_FILES, base_card, licence_files
 from layerboost.model.families import WRAPPERS
-from layerboost.model.files import (
-    check_finite_weights,
-    check_readable,
-    in_original_format,
-    plain_config,
-    remembered,
-    weight_files,
-)
 from layerboost.model.gguf_config import check_every_tensor, complete_config
-from layerboost.model.integrity import DEQUANTISED, check_base, check_checkpoint, read_config
 from layerboost.model.linear import use_onednn
 from layerboost.model.mlp import mlp_output, set_mlp
 from layerboost.model.modeling import (
@@ -50,7 +33,7 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.surgery import experts_per_token, family_of, native_window, packed_parameters
 from layerboost.model.tokenizer import open_tokenizer, save_tokenizer
-from layerboost.recipe import Card, Recipe, model_of
+from layerboost.recipe import Recipe, model_of
 from layerboost.rows import package_files
 from layerboost.runtime import Runtime, log
 from layerboost.schemas.model import ModelInfo
@@ -79,10 +62,10 @@ class Base:
     def model_config(self) -> PreTrainedConfig:
         """Return the configuration of the model, checked to be of a supported causal LM or a wrapper of one."""
         if self.gguf:
-            config = read_config(self.folder, self.name, gguf_file=self.gguf)
+            config = integrity.read_config(self.folder, self.name, gguf_file=self.gguf)
             complete_config(config.get_text_config(), self.folder / self.gguf)
         else:
-            config = read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
+            config = integrity.read_config(self.folder, self.name, trust_remote_code=self.trust_remote_code)
         family_of(config)
         return config
 
@@ -94,8 +77,8 @@ class Base:
     @cached_property
     def dequantised(self) -> dict[str, Any] | None:
         """Return the settings by which Transformers dequantises the weights; None if it need not or cannot."""
-        settings = None if self.gguf else plain_config(self.folder).get("quantization_config")
-        known = isinstance(settings, dict) and settings.get("quant_method") in DEQUANTISED
+        settings = None if self.gguf else model_files.plain_config(self.folder).get("quantization_config")
+        known = isinstance(settings, dict) and settings.get("quant_method") in integrity.DEQUANTISED
         return {**settings, "dequantize": True} if settings and known else None
 
     @property
@@ -114,11 +97,11 @@ class Base:
         files = (
             [self.folder / self.gguf]
             if self.gguf
-            else [self.folder / "config.json", *sorted(weight_files(self.folder))]
+            else [self.folder / "config.json", *sorted(model_files.weight_files(self.folder))]
         )
         digest = hashlib.sha256()
         for file in files:
-            digest.update(bytes.fromhex(remembered("sha256", [file], partial(_sha256, file))))
+            digest.update(bytes.fromhex(model_files.remembered("sha256", [file], partial(_sha256, file))))
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -150,16 +133,16 @@ class Base:
         """Raise ConfigError if the directory cannot be MODEL. Every weight is read, once for the same files."""
         if self.gguf:
             return
-        files = {*weight_files(self.folder), *(file for file in self.folder.iterdir() if file.is_file())}
+        files = {*model_files.weight_files(self.folder), *(file for file in self.folder.iterdir() if file.is_file())}
         # Another version of the checks, or of Transformers, may find what this one did not.
         checks = [file_hash(Path(module.__file__ or "")) for module in (integrity, model_files)]
         what = f"base {self.runtime.dtype_name} {self.trust_remote_code} {checks} {transformers.__version__}"
 
         def check() -> str:
-            check_base(self.folder, self.runtime.dtype, self.trust_remote_code)
+            integrity.check_base(self.folder, self.runtime.dtype, self.trust_remote_code)
             return "checked"
 
-        remembered(what, files, check)
+        model_files.remembered(what, files, check)
 
     def load(self, dequantise: bool = False) -> PreTrainedModel:
         """Load the model in eval mode, stock or boosted; raise ConfigError when weights and configuration disagree.
@@ -175,7 +158,7 @@ class Base:
             dequantised = GgufConfig(gguf_file=self.gguf, dequantize=True)
             kwargs |= {"gguf_file": self.gguf, "quantization_config": dequantised}
         else:
-            check_checkpoint(self.folder, self.trust_remote_code)
+            integrity.check_checkpoint(self.folder, self.trust_remote_code)
             if self.model_config.model_type in WRAPPERS or (dequantise and self.dequantised):
                 kwargs["config"] = copy.deepcopy(self.model_config)
             if dequantise and self.dequantised:
@@ -201,7 +184,7 @@ class Base:
             raise ConfigError(f"weights and configuration of {self.name} disagree", found=json.dumps(wrong))
         if self.gguf:
             check_every_tensor(model, self.folder / self.gguf)
-            check_finite_weights(self.name, dict(model.named_parameters()), self.runtime.dtype)
+            model_files.check_finite_weights(self.name, dict(model.named_parameters()), self.runtime.dtype)
         use_onednn(model)
         return model.to(self.runtime.device).eval()
 
@@ -220,17 +203,17 @@ def find_model(name: str, runtime: Runtime, run: Path | None = None, trust_remot
         folder, gguf = _package_gguf(name.removeprefix("package:"))
     elif path.is_dir():
         check_path(path)
-        plain_config(path)
-        weight_files(path)
+        model_files.plain_config(path)
+        model_files.weight_files(path)
         folder = path.absolute()
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ConfigError("no such GGUF file", found=str(path))
-        check_readable(path)
+        model_files.check_readable(path)
         folder, gguf = path.parent.absolute(), path.name
     else:
         folder = _hub_folder(name)
-        weight_files(folder)
+        model_files.weight_files(folder)
     found = Base(name, folder, runtime, gguf, trust_remote_code)
     note = run / BASE / UNPACKED_FROM if run else None
     if (
@@ -270,13 +253,13 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
         with torch.device("meta"):
             stock = auto_class(base.model_config).from_config(base.model_config).state_dict()
         state = {name: value for name, value in model.state_dict().items() if name in stock}
-        original = in_original_format(model.config)
+        original = model_files.in_original_format(model.config)
         model.save_pretrained(folder, state_dict=state, save_original_format=original)
         if base.gguf:
             tokenizer.save_pretrained(folder)
         else:
             save_tokenizer(tokenizer, folder)
-        (folder / CARD).write_text(_base_card(base), encoding="utf-8")
+        (folder / CARD).write_text(base_card(base.folder, base.name, base.gguf), encoding="utf-8")
         for file in licence_files(base.folder):
             shutil.copy(file, folder)
         (folder / UNPACKED_FROM).write_text(f"{base.name}\n{base.fingerprint}\n{FORM}\n", encoding="utf-8")
@@ -335,18 +318,6 @@ def _package_gguf(package: str) -> tuple[Path, str]:
     if not found:
         raise ConfigError(f"package {package} holds no GGUF file")
     return found[0].parent, found[0].name
-
-
-def _base_card(base: Base) -> str:
-    """Return the card of an unpacked model, with the licence that its own card or a GGUF file's metadata names."""
-    if base.gguf is None:
-        origin = origin_of(base.folder, base.name, Card())
-        return f"{front_matter(origin, ())}\n\nDequantised from `{base.name}`. {licence_sentence(origin)}\n"
-    from gguf import GGUFReader
-
-    field = GGUFReader(base.folder / base.gguf).get_field("general.license")
-    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
-    return f"{front_matter(origin, ())}\n\nUnpacked from `{base.name}`. {licence_sentence(origin)}\n"
 
 
 def _hub_folder(name: str) -> Path:

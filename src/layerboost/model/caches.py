@@ -59,8 +59,7 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
         seen = super().update(key_states, value_states, *args, **kwargs)
         if key_states.shape[-2] > 1:
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        found: tuple[torch.Tensor, torch.Tensor] = seen
-        return found
+        return seen
 
 
 class MixedCacheLayer(DynamicLayer):

@@ -1,4 +1,4 @@
-"""The model card of a boosted checkpoint, with base and licence from the base's own card and files."""
+"""The model card of a boosted checkpoint or an unpacked base, with the licence from the base's own card and files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from layerboost.costs.budget import parameter_fraction
+from layerboost.costs.budget import plan_parameters
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, Serving, plan_serving
 from layerboost.model.families import FAMILIES, WRAPPERS, Served
 from layerboost.recipe import Card
@@ -110,8 +110,8 @@ def model_card(plan: PlanFile, origin: Origin, healing: str = "") -> str:
         if predicted
         else ""
     )
-    kept = parameter_fraction(plan.model, plan.layers)
-    if kept is not None and any(entry.mlp_changed for entry in plan.layers):
+    if any(entry.mlp_changed for entry in plan.layers):
+        kept = plan_parameters(plan.model, plan.layers) / plan.model.parameters
         cache += f" It has {kept:.0%} of the base's parameters."
     experts = (
         f" Each token uses {plan.model.active_parameters / 1e6:,.0f} M of the base's "
@@ -158,6 +158,18 @@ A token can be looked up beyond the window only through the {reach}: test retrie
 serving.{" A window counts the tokens of images too." * (auto == WRAPPER[0])} Generation needs Transformers' dynamic
 cache.
 """
+
+
+def base_card(folder: Path, name: str, gguf: str | None) -> str:
+    """Return the card of an unpacked model, with the licence that its own card or a GGUF file's metadata names."""
+    if gguf is None:
+        origin = origin_of(folder, name, Card())
+        return f"{front_matter(origin, ())}\n\nDequantised from `{name}`. {licence_sentence(origin)}\n"
+    from gguf import GGUFReader
+
+    field = GGUFReader(folder / gguf).get_field("general.license")
+    origin = Origin(licence=(("license", str(field.contents())),) if field else ())
+    return f"{front_matter(origin, ())}\n\nUnpacked from `{name}`. {licence_sentence(origin)}\n"
 
 
 def _meanings(plan: PlanFile, own: str) -> str:

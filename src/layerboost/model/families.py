@@ -66,6 +66,8 @@ AFTER = "post_attention_layernorm"
 SLIDING_FLAG = (("use_sliding_window", True),)
 NO_STATES = "vLLM's Transformers backend keeps no state for layers of another kind than attention"
 hybrid = functools.partial(Family, vllm="", vllm_lacks=NO_STATES)
+LFM2: dict[str, Any] = {"output": "out_proj", "norm_before": "operator_norm", "final_norm": "embedding_norm"}
+lfm2 = functools.partial(hybrid, mixer="conv", mlp=False, **LFM2)
 in_wrapper = functools.partial(Family, vllm="", vllm_lacks="it exists inside a wrapper alone")
 
 FAMILIES: dict[str, Family] = {
@@ -135,17 +137,8 @@ FAMILIES: dict[str, Family] = {
         hybrid("qwen3_5_text", mixer="linear_attn"),
         hybrid("qwen3_5_moe_text", mixer="linear_attn"),
         hybrid("granitemoehybrid", mixer="mamba", mlp=False),
-        hybrid(
-            "lfm2", mixer="conv", mlp=False, output="out_proj", norm_before="operator_norm", final_norm="embedding_norm"
-        ),
-        hybrid(
-            "lfm2_moe",
-            mixer="conv",
-            mlp=False,
-            output="out_proj",
-            norm_before="operator_norm",
-            final_norm="embedding_norm",
-        ),
+        lfm2("lfm2"),
+        lfm2("lfm2_moe"),
         hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
         # Language models that exist inside a wrapper alone.
         in_wrapper("qwen3_vl_text"),

@@ -141,8 +141,7 @@ def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
     as it loads them."""
     if not in_original_format(model.config):
         return {name: value}
-    saved: Tensors = revert_weight_conversion(model, {name: value})
-    return saved
+    return revert_weight_conversion(model, {name: value})
 
 
 def headers(folder: Path) -> Tensors:

@@ -35,7 +35,7 @@ from layerboost.model.surgery import experts_per_token, packed_parameters, recor
 from layerboost.runtime import log
 from layerboost.schemas.plan import PlanFile, read_plan
 from layerboost.schemas.run import PLAN
-from layerboost.strategies import WINDOW, label
+from layerboost.strategies import WINDOW
 
 # The methods that Transformers undoes on a CPU, and the package that it needs for that.
 DEQUANTISED: dict[Any, str] = {"fp8": "", "compressed-tensors": "compressed_tensors"}
@@ -216,7 +216,7 @@ def _check_formats(folder: Path, weights: Tensors) -> None:
 
 
 def _check_plan(folder: Path, recorded: list[str], plan: PlanFile) -> None:
-    planned = [label(entry) for entry in plan.layers]
+    planned = [entry.label for entry in plan.layers]
     pairs = enumerate(zip(planned, recorded, strict=False))
     differing = [
         f"layer {layer}: {ours} in {PLAN}, {theirs} in config.json" for layer, (ours, theirs) in pairs if ours != theirs
@@ -246,7 +246,7 @@ def _recorded(folder: Path, config: PreTrainedConfig) -> list[str]:
             found=f"sliding_window {window!r}, not 1 to {context:,} tokens",
             do="make the checkpoint again; its own files are not for editing",
         )
-    return [label(entry) for entry in found]
+    return [entry.label for entry in found]
 
 
 def _on_meta(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -27,8 +27,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
-    out: torch.Tensor = _Linear.apply(x, weight, bias)
-    return out
+    return _Linear.apply(x, weight, bias)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -61,8 +60,7 @@ def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     # The operator that PyTorch's own compiler puts in a linear layer's place, without an operation fused to it.
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

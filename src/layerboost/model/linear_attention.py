@@ -1,4 +1,4 @@
-"""Linear attention with a window: LoLCATs' and Liger's layers as tensor functions, each next to a recurrent reference.
+"""Linear attention with a window: LoLCATs' and Liger's layers as tensor functions over blocks.
 
 Travels inside every boosted checkpoint. `documents` int `[B, T]` says which keys a query may see: those of the same
 number; -1 is padding. A state holds what a layer keeps of tokens beyond its window, for generation.
@@ -34,44 +34,6 @@ def hedgehog(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     projected = x @ weight.to(x.dtype).unflatten(0, (x.shape[1], -1))
     return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
-
-
-def lolcats_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    window: int,
-    documents: torch.Tensor | None = None,
-    scaling: float | None = None,
-) -> torch.Tensor:
-    """Return `lolcats_attention` token by token; as many queries as keys."""
-    batch, heads, length, size = query.shape
-    scaling = size**-0.5 if scaling is None else scaling
-    documents = torch.zeros(batch, length, dtype=torch.long) if documents is None else documents
-    groups = heads // key.shape[1]
-    query_features = hedgehog(query.unflatten(1, (-1, groups)), maps[0]).flatten(1, 2)
-    key_features = hedgehog(key[:, :, None], maps[1]).flatten(1, 2)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mix = maps[2].sigmoid()[:, None]
-    rows = []
-    for one in range(batch):
-        numerator, denominator = query.new_zeros(heads, 2 * FEATURES, size), query.new_zeros(heads, 2 * FEATURES)
-        for now in range(length):
-            document, old = documents[one, now], now - window
-            if now and documents[one, now - 1] != document:
-                numerator, denominator = torch.zeros_like(numerator), torch.zeros_like(denominator)
-            if old >= 0 and documents[one, old] == document >= 0:
-                added = key_features[one, :, old]
-                numerator = numerator + added[:, :, None] * value[one, :, old, None]
-                denominator = denominator + added
-            near = [i for i in range(max(0, old + 1), now + 1) if documents[one, i] == document]
-            scores = (query[one, :, now, None] * key[one, :, near]).sum(-1) * scaling
-            weights = mix * (scores - scores.amax(-1, keepdim=True)).exp()
-            features = query_features[one, :, now]
-            above = (weights[..., None] * value[one, :, near]).sum(1) + torch.einsum("hf,hfd->hd", features, numerator)
-            rows.append(above / (weights.sum(-1) + (features * denominator).sum(-1))[:, None])
-    return torch.stack(rows).view(batch, length, heads, size).transpose(1, 2)
 
 
 def lolcats_attention(
@@ -154,31 +116,6 @@ def lolcats_state(
     return added if state is None else state.to(added.dtype) + added
 
 
-def gated_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_gate: torch.Tensor,
-    documents: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the output of `gated_attention` token by token."""
-    batch, heads, length, size = query.shape
-    documents = torch.zeros(batch, length, dtype=torch.long) if documents is None else documents
-    groups = heads // key.shape[1]
-    key, value, log_gate = (x.repeat_interleave(groups, 1) for x in (key, value, log_gate))
-    rows = []
-    for one in range(batch):
-        state = query.new_zeros(heads, size, value.shape[-1])
-        for now in range(length):
-            if now and documents[one, now - 1] != documents[one, now]:
-                state = torch.zeros_like(state)
-            if documents[one, now] >= 0:
-                state = log_gate[one, :, now, :, None].exp() * state
-                state = state + key[one, :, now, :, None] * value[one, :, now, None]
-            rows.append(torch.einsum("hk,hkv->hv", query[one, :, now], state))
-    return torch.stack(rows).view(batch, length, heads, -1).transpose(1, 2)
-
-
 def gated_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -239,8 +176,7 @@ def _with_ones(value: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
-    blocks: torch.Tensor = x.unflatten(-2, (-1, size))
-    return blocks
+    return x.unflatten(-2, (-1, size))
 
 
 def _shifted(x: torch.Tensor, dim: int, shift: int) -> torch.Tensor:
@@ -347,8 +283,7 @@ def _unrotated(module: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[tor
     cos, sin = module.layerboost_rotation
     scale = cos.square() + sin.square()  # not 1 where an embedding also scales
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    found: tuple[torch.Tensor, torch.Tensor] = rotate(query, key, cos / scale, -sin / scale)
-    return found
+    return rotate(query, key, cos / scale, -sin / scale)
 
 
 def linear_attention_forward(

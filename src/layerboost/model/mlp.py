@@ -34,16 +34,21 @@ def mlp_output(mlp: nn.Module) -> nn.Linear | None:
     return output if inputs and fits else None
 
 
-def thin(mlp: nn.Module, neurons: torch.Tensor) -> nn.Module:
-    """Return an MLP of some neurons `[W]` of another, with copies of their weights; it shares all else."""
+def thin(mlp: nn.Module, neurons: torch.Tensor, fitted: torch.Tensor | None = None) -> nn.Module:
+    """Return an MLP of some neurons `[W]` of another, with copies of their weights; it shares all else.
+
+    `fitted` `[D, W]`: weights of the output projection in place of its own.
+    """
     output = mlp_output(mlp)
     assert output is not None
-    width = output.in_features
+    width, neurons = output.in_features, neurons.to(output.weight.device)
     thinned = copy.copy(mlp)
     thinned._modules = dict(mlp._modules)  # a shallow copy has the same dictionary
     for name, layer in mlp.named_children():
         if layer is output:
             setattr(thinned, name, _part(output, neurons, 1))
+            if fitted is not None:
+                getattr(thinned, name).weight.data.copy_(fitted)
         elif isinstance(layer, nn.Linear):
             rows = neurons if layer.out_features == width else torch.cat([neurons, neurons + width])
             setattr(thinned, name, _part(layer, rows, 0))

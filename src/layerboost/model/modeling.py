@@ -60,14 +60,12 @@ class AttentionFree(nn.Module):
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a causal LM, of the language model in a wrapper, or of a decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers: nn.ModuleList = decoder.layers
-    return layers
+    return decoder.layers
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Return the norm after a causal LM's last layer."""
-    norm: nn.Module = getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
-    return norm
+    return getattr(model.get_decoder(), FAMILIES[model.config.get_text_config().model_type].final_norm)
 
 
 def skipped_layers(config: PreTrainedConfig) -> list[int]:
@@ -321,9 +319,6 @@ def stock_attention(module: Any, implementation: str) -> Any:
 ALL_ATTENTION_FUNCTIONS.register(SLIDING, sliding_attention_forward)
 
 
-_BOOSTED: dict[type, Any] = {}
-
-
 def architecture_of(model_type: str) -> str:
     """Return the name of the class of boosted models of this type."""
     return WRAPPERS[model_type].architecture if model_type in WRAPPERS else "LayerBoostForCausalLM"
@@ -334,34 +329,31 @@ def is_boosted(architectures: Sequence[str] | None) -> bool:
     return any(name.startswith("LayerBoost") for name in architectures or ())
 
 
+@functools.cache
 def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a stock class that builds the base and gives every layer the strategy of its config."""
     if is_boosted([stock.__name__]):
         return stock
-    if stock not in _BOOSTED:
 
-        def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            text = config.get_text_config()
-            implementation = FAMILIES[text.model_type].attn_implementation
-            if implementation and config._attn_implementation in (None, "sdpa"):
-                config._attn_implementation = implementation
-            base = base_config(config)
-            stock.__init__(self, base, *args, **kwargs)
-            config._attn_implementation_internal = base._attn_implementation
-            text._attn_implementation_internal = base.get_text_config()._attn_implementation
-            self.config = config
-            apply_config(self)
+    def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text = config.get_text_config()
+        implementation = FAMILIES[text.model_type].attn_implementation
+        if implementation and config._attn_implementation in (None, "sdpa"):
+            config._attn_implementation = implementation
+        base = base_config(config)
+        stock.__init__(self, base, *args, **kwargs)
+        config._attn_implementation_internal = base._attn_implementation
+        text._attn_implementation_internal = base.get_text_config()._attn_implementation
+        self.config = config
+        apply_config(self)
 
-        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            _copy_code(self.name_or_path, Path(save_directory))
-            stock.save_pretrained(self, save_directory, *args, **kwargs)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        _copy_code(self.name_or_path, Path(save_directory))
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
 
-        # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-        name = architecture_of(stock.config_class.model_type)
-        own = {"__init__": init, "save_pretrained": save_pretrained, "__module__": __name__}
-        _BOOSTED[stock] = type(name, (stock,), own)
-    boosted: type[PreTrainedModel] = _BOOSTED[stock]
-    return boosted
+    # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
+    name = architecture_of(stock.config_class.model_type)
+    return type(name, (stock,), {"__init__": init, "save_pretrained": save_pretrained, "__module__": __name__})
 
 
 def _copy_code(loaded_from: str, folder: Path) -> None:
@@ -383,8 +375,7 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         raise ValueError(f"no boosted model of family {config.model_type!r}; known: {', '.join(known)}")
     wraps = config.model_type in WRAPPERS
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wraps else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    found: type[PreTrainedModel] = getattr(transformers, names[config.model_type])
-    return found
+    return getattr(transformers, names[config.model_type])
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -416,7 +407,7 @@ class LayerBoostForCausalLM:
 
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    stock = stock_class(config)
+    stock: Any = stock_class(config)
     return boosted_class(stock) if is_boosted(config.architectures) else stock
 
 

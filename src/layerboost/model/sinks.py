@@ -64,15 +64,7 @@ def calibrate_sinks(
     per_sequence = {window: max(8, QUERIES // sum(length > window for length in every)) for window in windows}
     fits: dict[tuple[int, int], list[Terms]] = {}
 
-    def see(
-        lengths: list[int],
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
+    def see(lengths: list[int], layer: int, query: Any, key: Any, value: Any, scaling: float, softcap: Any) -> None:
         projection: Any = output_projection(model, layer)
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]

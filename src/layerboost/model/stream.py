@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from layerboost.model.modeling import base_layer_types, decoder_layers, final_no
 from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
+
+Key = TypeVar("Key")
+Record = TypeVar("Record")
 
 
 class PrefixCache:
@@ -53,8 +57,44 @@ def decoded(
     """Return the normed output `[B, T, D]` of a model's decoder on ids `[B, T]`; with what a processor made of images,
     `given`, of a wrapper's."""
     part = model.base_model if given else model.get_decoder()
-    output: torch.Tensor = part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
-    return output
+    return part(input_ids=ids, **(given or {}), **kwargs).last_hidden_state
+
+
+@contextmanager
+def recorded(modules: Mapping[Key, nn.Module], record: Callable[..., Record]) -> Iterator[dict[Key, Record]]:
+    """Yield a mapping that collects `record(args, kwargs, output)` of each module's last call in the block."""
+    records: dict[Key, Record] = {}
+
+    def recorder(key: Key) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            records[key] = record(args, kwargs, hidden_in(output))
+
+        return hook
+
+    hooks = [module.register_forward_hook(recorder(key), with_kwargs=True) for key, module in modules.items()]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def hidden_in(output: Any) -> torch.Tensor:
+    """Return the hidden states in a module's output, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], *_: Any) -> torch.Tensor:
+    """Return the hidden states among a module's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a decoder layer, its hidden states with a gradient."""
+    hidden = input_of(args, kwargs)
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 class LayerStream:
@@ -75,7 +115,7 @@ class LayerStream:
         self.sinks, self.thinned = sinks, thinned or {}
         self.layers = decoder_layers(model)
         self.unchanged = unchanged(model.config.get_text_config())
-        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._arguments: dict[torch.Size, dict[int, dict[str, Any]]] = {}
         self._added: dict[int, torch.Tensor] = {}
 
     def own(self) -> LayerStream:
@@ -93,35 +133,20 @@ class LayerStream:
         An empty `cache` is filled. `given`: as of `decoded`; what is added to the stream between layers (Qwen3-VL's
         deepstack) is recorded too.
         """
-        arguments: list[dict[str, Any]] = [{} for _ in self.layers]
-        inputs: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
+        ends: list[tuple[torch.Tensor, torch.Tensor]] = []  # of layer 0, with images of all
 
-        def record(index: int) -> Any:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if index == 0 or given:
-                    inputs.append(args[0] if args else kwargs["hidden_states"])
-                arguments[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                arguments[index]["past_key_values"] = None
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> dict[str, Any]:
+            if given or not ends:
+                ends.append((input_of(args, kwargs), out))
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return others | {"past_key_values": None}
 
-            return hook
-
-        hooks = [
-            layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(self.layers)
-        ]
-        if given:
-            hooks += [
-                layer.register_forward_hook(lambda _, __, out: outputs.append(_hidden(out))) for layer in self.layers
-            ]
-        try:
+        with recorded(dict(enumerate(self.layers)), record) as arguments:
             output = decoded(self.model, ids, given, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         self._arguments[ids.shape] = arguments
-        pairs = enumerate(zip(outputs, inputs[1:], strict=False))
-        self._added = {index: after - before for index, (before, after) in pairs if after is not before}
-        return inputs[0], output
+        pairs = enumerate(pairwise(ends))
+        self._added = {index: after - out for index, ((_, out), (after, _)) in pairs if after is not out}
+        return ends[0][0], output
 
     def forward_with_cache(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, PrefixCache]:
         """Return what `forward` does, and a cache of the first positions; only for a model that `can_continue`."""
@@ -155,17 +180,13 @@ class LayerStream:
 
     def _run(self, index: int, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """Call one decoder layer as Transformers does."""
-        return _hidden(self.layers[index](hidden, **arguments))
-
-    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = final_norm(self.model)(hidden)
-        return normed
+        return hidden_in(self.layers[index](hidden, **arguments))
 
     def finish(self, start: int, hidden: torch.Tensor, plan: Sequence[LayerPlan] = ()) -> torch.Tensor:
         """Run layers `start` and up, with `plan` if there is one, and the final norm: `[B, T, D]`."""
         for index in range(start, len(self.layers)):
             hidden = self.layer(index, hidden, plan[index] if plan else None)
-        return self._normed(hidden)
+        return final_norm(self.model)(hidden)
 
     def finish_after(self, prefix: PrefixCache, start: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run `finish` with full layers on the last positions `[B, T, D]` alone, after the base's `prefix`."""
@@ -183,22 +204,15 @@ class LayerStream:
                 given["position_ids"] = positions[:, before:]
             given["attention_mask"] = mask
             hidden = self._run(index, hidden, given)
-        return self._normed(hidden)
+        return final_norm(self.model)(hidden)
 
     def attention_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the attention of one stock layer, or what it has in its place, adds to the stream `[B, T, D]`."""
-        family, layer, found = family_of(self.model.config), self.layers[index], []
-        other = self.unchanged[index].attention == OTHER
-        module = getattr(layer, family.mixer if other else family.norm_after or family.attention)
-        hook = module.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
-        try:
+        family, other = family_of(self.model.config), self.unchanged[index].attention == OTHER
+        module = getattr(self.layers[index], family.mixer if other else family.norm_after or family.attention)
+        with recorded({index: module}, lambda _, __, out: out) as outputs:
             self.layer(index, hidden)
-        finally:
-            hook.remove()
-        added: torch.Tensor = found[0] * getattr(
-            self.model.config.get_text_config(), "residual_multiplier", 1.0
-        )  # Granite's
-        return added
+        return outputs[index] * getattr(self.model.config.get_text_config(), "residual_multiplier", 1.0)  # Granite's
 
     @contextmanager
     def shared(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -238,12 +252,6 @@ class LayerStream:
                     module.forward = forward
 
 
-def _hidden(out: Any) -> torch.Tensor:
-    """Return the hidden states in a layer's output, which may be a tuple."""
-    states: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return states
-
-
 def text_positions(model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:
     """Return positions of text `[B, T]` in the form that a model's decoder takes: `[4, B, T]` if it rotates by three
     positions of an image, before which it wants the one that masks go by.
@@ -272,8 +280,7 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
     extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extras):
         return None
-    weight: torch.Tensor = head.weight
-    return weight
+    return head.weight
 
 
 @torch.no_grad()
@@ -285,36 +292,22 @@ def explain_not_finite(
     The first text names module, token and weights that are not finite themselves; empty if all numbers are finite.
     `given`: as of `decoded`.
     """
-    places: list[str] = []
-
-    def watch(name: str, module: Any) -> Any:
-        def see(_: Any, __: Any, output: Any) -> None:
-            bad = (~(output[0] if isinstance(output, tuple) else output).isfinite()).nonzero()
-            if places or not len(bad):
-                return
-            _, position, column = bad[0].tolist()
-            token = f"token id {column}" if name == "the head" else f"token {position + 1}, id {int(ids[position])}"
-            weights = [key for key, weight in module.named_parameters() if not weight.isfinite().all()]
-            holds = f"; not finite in its weights: {', '.join(weights[:3])}" if weights else ""
-            places.append(f"first in {name} ({token}){holds}")
-
-        return module.register_forward_hook(see)
-
     modules = {"the embedding": model.get_input_embeddings()}
     modules |= {f"layer {index}": layer for index, layer in enumerate(decoder_layers(model))}
     modules |= {"the final norm": final_norm(model), "the head": model.get_output_embeddings()}
-    hooks = [watch(name, module) for name, module in modules.items()]
-    try:
+    with recorded(modules, lambda _, __, output: (~output.isfinite()).nonzero()[:1].tolist()) as bad:
         model(input_ids=ids[None].to(model.device), **(given or {}), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not places:
+    name = next((name for name in modules if bad[name]), None)
+    if name is None:
         return "", ""
-    if "not finite in its weights" in places[0]:
+    [[_, position, column]] = bad[name]
+    token = f"token id {column}" if name == "the head" else f"token {position + 1}, id {int(ids[position])}"
+    weights = [key for key, weight in modules[name].named_parameters() if not weight.isfinite().all()]
+    holds = f"; not finite in its weights: {', '.join(weights[:3])}" if weights else ""
+    if weights:
         do = "the model is damaged: fetch it again, or make it again with `layerboost convert` and `layerboost heal`"
     elif model.dtype == torch.float32:
         do = "the model overflows on this text in float32 already: leave the text out, or use another model"
     else:
         do = "use a dtype of more range and precision: --set dtype=float32"
-    return places[0], do
+    return f"first in {name} ({token}){holds}", do

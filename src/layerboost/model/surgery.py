@@ -16,9 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from layerboost.errors import ConfigError
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear_attention import FEATURE_PARAMETERS, make_linear
-from layerboost.model.mlp import NoMLP, mlp_output, recorded_widths, thin
+from layerboost.model.mlp import NoMLP, recorded_widths, thin
 from layerboost.model.modeling import (
     ATTENTION,
+    AttentionFree,
     apply_config,
     architecture_of,
     attention_layers,
@@ -34,7 +35,7 @@ from layerboost.model.modeling import (
 )
 from layerboost.model.unsupported import why_unsupported
 from layerboost.schemas.plan import LayerPlan, window_of
-from layerboost.strategies import FULL, OTHER, SLIDING, mlp_label
+from layerboost.strategies import FULL, OTHER, SLIDING
 
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
@@ -85,14 +86,12 @@ def unchanged(config: PreTrainedConfig) -> list[LayerPlan]:
 
 def attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the attention module of one decoder layer."""
-    found: nn.Module = getattr(decoder_layers(model)[layer], family_of(model.config).attention)
-    return found
+    return getattr(decoder_layers(model)[layer], family_of(model.config).attention)
 
 
 def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the module that projects the heads of one layer's attention to the stream."""
-    found: nn.Module = getattr(attention_of(model, layer), family_of(model.config).output)
-    return found
+    return getattr(attention_of(model, layer), family_of(model.config).output)
 
 
 def packed_parameters(module: nn.Module) -> list[str]:
@@ -188,7 +187,7 @@ def check_mlps(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
     if changed and (getattr(config, "num_experts_per_tok", None) or not FAMILIES[config.model_type].mlp):
         raise ConfigError(
             "MLPs that are mixtures of experts, or of a form of their own, cannot be thinned or removed",
-            found=f"{config.model_type}, layer {changed[0].layer}: MLP {mlp_label(changed[0])}",
+            found=f"{config.model_type}, layer {changed[0].layer}: MLP {changed[0].mlp_label}",
             do="leave mlp out of measure.components, and of the plan",
         )
     for entry in changed:
@@ -283,8 +282,9 @@ def apply_plan(
     model.config = boosted_config(model.config, layers)
     for layer, given in (thinned or {}).items():
         decoder_layer: Any = decoder_layers(model)[layer]
-        decoder_layer.mlp = _thin(decoder_layer.mlp, given)
-    model.__class__ = boosted_class(type(model))
+        decoder_layer.mlp = thin(decoder_layer.mlp, given.neurons, given.output)
+    stock: Any = type(model)
+    model.__class__ = boosted_class(stock)
     apply_config(model)
     for layer, values in (sinks or {}).items():
         module: Any = attention_of(model, layer)
@@ -315,8 +315,8 @@ def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTr
 
 @contextmanager
 def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, the attention of one layer of a stock model runs under another strategy; outside, everything is
-    as before."""
+    """Inside the block, the attention of one layer of a stock model, without a cache, runs under another strategy;
+    outside, everything is as before."""
     if not plan.attention_changed:
         yield
         return
@@ -328,7 +328,7 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
         match plan.attention:
             case "none":
                 # The norms stay: their output is not used, and a stock layer calls them.
-                setattr(decoder_layer, name, _Silent())
+                setattr(decoder_layer, name, AttentionFree(layer))
             case "sliding":
                 assert plan.window is not None
                 make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
@@ -366,7 +366,7 @@ def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: T
                 decoder_layer.mlp = NoMLP()
             case "thin":
                 assert thinned is not None
-                decoder_layer.mlp = _thin(mlp, thinned)
+                decoder_layer.mlp = thin(mlp, thinned.neurons, thinned.output)
             case "full":
                 pass
             case _:
@@ -374,24 +374,6 @@ def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: T
         yield
     finally:
         decoder_layer.mlp = mlp
-
-
-def _thin(mlp: nn.Module, thinned: Thinned) -> nn.Module:
-    """Return an MLP of the neurons that stay, with their fitted output projection."""
-    output = mlp_output(mlp)
-    assert output is not None
-    found = thin(mlp, thinned.neurons.to(output.weight.device))
-    fitted = mlp_output(found)
-    assert fitted is not None
-    fitted.weight.data.copy_(thinned.output)
-    return found
-
-
-class _Silent(nn.Module):
-    """An absent attention in a stock model, whose cache counts nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
 
 
 @contextmanager

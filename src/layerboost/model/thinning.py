@@ -19,7 +19,7 @@ from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model.mlp import mlp_output
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.ridge import Sums, best_change, held_out
-from layerboost.model.stream import LayerStream
+from layerboost.model.stream import LayerStream, input_of, recorded
 from layerboost.model.surgery import Thinned
 from layerboost.runtime import Progress
 from layerboost.traffic import Traffic, unpacked
@@ -108,17 +108,12 @@ def thin_mlps(
                 continue
             output = output_of(decoder_layers(model)[layer], layer)
             sums, end = Activations.zeros(output), 0
-            seen: list[torch.Tensor] = []
-            hook = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            try:
+            with recorded({layer: output}, input_of) as neurons:
                 for index, lengths in enumerate(rows):
                     states[index] = streams[index].layer(layer, states[index])
-                    neurons = seen.pop()
                     for row, length in enumerate(lengths):
                         end += length
-                        sums.add(neurons[row, :length], held_out(end, total))
-            finally:
-                hook.remove()
+                        sums.add(neurons[layer][row, :length], held_out(end, total))
             if not math.isfinite(float(sums.absolute.sum())):
                 raise LayerboostError(
                     f"the MLP of layer {layer} is not finite on the text it is fitted to",
@@ -143,21 +138,6 @@ def output_of(layer: Any, index: int) -> nn.Linear:
             do="leave mlp out of measure.components",
         )
     return output
-
-
-def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the fitted columns `[D, w]` by least squares on the tokens themselves: the plain form of what
-    `Activations.thinned` computes from sums, for tests.
-
-    `inputs` `[N, W]`: activations of all neurons; `weight` `[D, W]`. The penalty is a row more for each neuron kept.
-    """
-    kept = inputs[:, neurons]
-    penalty = (ridge * kept.square().sum(0).mean() + 1e-12).sqrt()
-    error = (inputs @ weight.T) - kept @ weight[:, neurons].T
-    rows = torch.cat([kept, penalty * torch.eye(len(neurons), dtype=kept.dtype)])
-    targets = torch.cat([error, error.new_zeros(len(neurons), error.shape[1])])
-    found: torch.Tensor = weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
-    return found
 
 
 def _sums(square: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, others: torch.Tensor) -> Sums:

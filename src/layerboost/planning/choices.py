@@ -10,7 +10,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted, all_full
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, ComponentName, label
+from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, ComponentName
 
 COMPONENTS: tuple[ComponentName, ...] = ("attention", "mlp")
 
@@ -38,7 +38,7 @@ def choices(sensitivity: Sensitivity, settings: Plan, window: int) -> list[list[
     table, mlps = [], []
     for entry, base in zip(sensitivity.layers, all_full(sensitivity.model), strict=True):
         able = [each for each in entry.variants if each.window in (None, window) and (settings.sinks or not each.sink)]
-        options = [_choice(entry, variant, settings, scales) for variant in able]
+        options = [_choice(entry, variant, scales) for variant in able]
         # Measured in a layer that is full, also where a hybrid's layer has no attention.
         of_mlp = [replace(each, plan=base.with_site(each.plan)) for each in options if each.plan.mlp_changed]
         attention = [choice for choice in options if not choice.plan.mlp_changed]
@@ -89,7 +89,7 @@ def score_in(choice: Choice, metric: str) -> float:
     """Return the quality loss of a choice in one metric; raise ConfigError if it was not measured."""
     if not choice.plan.changed:
         return 0.0
-    return _measured(choice.plan.layer, label(choice.plan), choice.scores, metric)
+    return _measured(choice.plan.layer, choice.plan.label, choice.scores, metric)
 
 
 def best_sliding(options: list[Choice]) -> LayerPlan:
@@ -109,7 +109,7 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
         if variant.plan(entry.layer) == plan:
             return variant
     raise ConfigError(
-        f"layer {entry.layer} was not measured as {label(plan)}",
+        f"layer {entry.layer} was not measured as {plan.label}",
         do="measure again with it in measure.windows"
         if plan.attention_changed
         else "measure again with mlp in measure.components, and its width in measure.mlp_widths",
@@ -118,7 +118,7 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
 
 def mean_score(entry: LayerSensitivity, variant: Variant, metric: str) -> float:
     """Return one metric of one measurement; raise ConfigError if it was not measured."""
-    return _measured(entry.layer, label(variant), {name: score.mean for name, score in variant.scores.items()}, metric)
+    return _measured(entry.layer, variant.label, {name: score.mean for name, score in variant.scores.items()}, metric)
 
 
 def _measured(layer: int, replacement: str, scores: dict[str, float], metric: str) -> float:
@@ -221,6 +221,6 @@ def _mixed(entry: LayerSensitivity, window: int, settings: Plan, scales: dict[st
     return options
 
 
-def _choice(entry: LayerSensitivity, variant: Variant, settings: Plan, scales: dict[str, float]) -> Choice:
+def _choice(entry: LayerSensitivity, variant: Variant, scales: dict[str, float]) -> Choice:
     loss = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
     return Choice(variant.plan(entry.layer), loss, {metric: score.mean for metric, score in variant.scores.items()})

@@ -21,21 +21,6 @@ Measure = Callable[[Sequence[LayerPlan]], Mapping[str, float]]
 PENALTY = 1e3
 
 
-class Objective:
-    """The measured quality loss of a plan as the settings blend it, with a penalty for exceeded limits."""
-
-    def __init__(self, sensitivity: Sensitivity, settings: Plan, measure: Measure) -> None:
-        self.scales, self.limits, self.measure = metric_scales(sensitivity, settings), metric_limits(settings), measure
-
-    def __call__(self, plan: Sequence[LayerPlan]) -> float:
-        """Return the objective of a plan."""
-        if not any(entry.changed for entry in plan):
-            return 0.0
-        losses = self.measure(plan)
-        excess = sum(max(0.0, (losses[metric] - most) / (most or 1.0)) for metric, most in self.limits.items())
-        return blended(losses, self.scales) + PENALTY * excess
-
-
 def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[LayerPlan]:
     """Return the plan of a greedy search: from all layers full, repeatedly take the replacement that adds the least
     quality loss per saved cost, measured on the model as changed so far, until all limits are met.
@@ -43,7 +28,14 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
     Lazy (Minoux 1978): losses mostly grow as more layers change, so a replacement is measured again only when its last
     value comes first. The window is that of the best plan by single scores. Raise InfeasibleBudget if no plan fits.
     """
-    limits, objective = Budget.of(sensitivity, settings), Objective(sensitivity, settings, measure)
+    limits, most = Budget.of(sensitivity, settings), metric_limits(settings)
+    scales = metric_scales(sensitivity, settings)
+
+    def objective(layers: Sequence[LayerPlan]) -> float:
+        losses = measure(layers)
+        excess = sum(max(0.0, (losses[metric] - limit) / (limit or 1.0)) for metric, limit in most.items())
+        return blended(losses, scales) + PENALTY * excess
+
     table = _table(sensitivity, settings)
     # The attention calls of a plan with all of these choices: the first whose KV heads differ would pay for all.
     every = [choice.plan for options in table for choice in options]

@@ -18,9 +18,8 @@ from layerboost.exporting.targets import lacks_sinks
 from layerboost.files import file_hash
 from layerboost.model.base import Base, find_model
 from layerboost.planning.choices import metric_limits, predict, windows
-from layerboost.planning.frontier import axis_of, frontier, knee
 from layerboost.planning.greedy import Measure
-from layerboost.planning.methods import MEASURING, select
+from layerboost.planning.methods import MEASURING, axis_of, frontier, knee, select
 from layerboost.probes.calibration import open_measured
 from layerboost.probes.metrics import TEXT_METRICS
 from layerboost.recipe import Plan, Recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +74,24 @@ def open_measured(
     stream = LayerStream(model, sinks, thin_mlps(model, fitted_on, sorted(widths)))
     probe = TextProbe(stream, text.batches(size, device), prompts)
     asked = [row for batch in prompts for row in batch.ids.tolist()]
-    # Without thinned MLPs as in the files of older releases.
     texts = [every.fingerprint, text.fingerprint, asked, str(runtime.dtype), *([fit.fingerprint] if fit else [])]
     made_from = fingerprint(sensitivity.model.fingerprint, *texts)
-    cache = PlanCache(run / MEASURED, made_from)
-    log.info("%d plans were measured before", len(cache.results))
-    return MeasuredPlans(probe, cache)
+    measured = MeasuredPlans(probe, run / MEASURED, made_from)
+    log.info("%d plans were measured before", len(measured.results))
+    return measured
 
 
-class PlanCache:
-    """Results of plans, one per line of a file, so that a killed search can resume.
+class MeasuredPlans:
+    """Measures the quality loss of plans, by metric; results are lines of a file, so that a killed search can resume.
 
     `made_from`: fingerprint of all that a result depends on, apart from the plan; lines of others stay in the file.
     """
 
-    def __init__(self, file: Path, made_from: str) -> None:
-        self.file, self.made_from = file, made_from
+    def __init__(self, probe: TextProbe, file: Path, made_from: str) -> None:
+        self.probe, self.file, self.made_from = probe, file, made_from
+        self.measured: list[Sequence[LayerPlan]] = []
         self.lines: list[str] = []
-        self.results: dict[str, Any] = {}
+        self.results: dict[str, Mapping[str, float]] = {}
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
             try:
                 entry = json.loads(line)
@@ -103,28 +103,16 @@ class PlanCache:
             if entry["made_from"] == made_from:
                 self.results[entry["plan"]] = entry["found"]
 
-    def __call__(self, plan: Sequence[LayerPlan], compute: Callable[[], Any]) -> Any:
-        """Return the cached result of a plan, or compute and cache it."""
+    def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
+        """Return the losses of a plan, from the file if they are there."""
         key = fingerprint([entry.key() for entry in plan])
         if key not in self.results:
-            self.results[key] = compute()
+            self.results[key] = self._measure(plan)
             line = {"made_from": self.made_from, "plan": key, "found": self.results[key]}
             self.lines.append(json_text(line, str(self.file)))
             write_text(self.file, "\n".join(self.lines) + "\n")
-        return self.results[key]
-
-
-class MeasuredPlans:
-    """Measures the quality loss of plans, by metric, or reads it from a cache."""
-
-    def __init__(self, probe: TextProbe, cache: PlanCache) -> None:
-        self.probe, self.cache = probe, cache
-        self.measured: list[Sequence[LayerPlan]] = []
-
-    def __call__(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
-        losses: Mapping[str, float] = self.cache(plan, lambda: self._measure(plan))
         self.measured.append(plan)
-        return losses
+        return self.results[key]
 
     def _measure(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
         self._follow(plan)

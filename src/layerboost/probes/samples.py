@@ -65,5 +65,4 @@ def sampled(model: Any, tokenizer: Any, count: int, tokens: int) -> list[str]:
         max_new_tokens=tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts: list[str] = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
-    return texts
+    return tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)

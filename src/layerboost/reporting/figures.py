@@ -11,7 +11,7 @@ from layerboost.reporting.sources import MODELS
 from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.sensitivity import Sensitivity, Variant
-from layerboost.strategies import FULL, STRATEGIES, label
+from layerboost.strategies import FULL, STRATEGIES
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
@@ -96,7 +96,7 @@ def sensitivity_figure(sensitivity: Sensitivity, plan: PlanFile | None, metric: 
         for variant in entry.variants:
             # A log axis cannot show zero; the panel says how many values it leaves out.
             if metric in variant.scores and (metric != "kl" or variant.scores["kl"].mean > 0):
-                measured.setdefault(label(variant), []).append((entry.layer, variant))
+                measured.setdefault(variant.label, []).append((entry.layer, variant))
     kinds = [rows[0][1] for rows in measured.values()]
     windows = sorted({kind.window for kind in kinds if kind.window})
     widths = sorted({kind.mlp_width for kind in kinds if kind.mlp_width}, reverse=True)
@@ -174,7 +174,7 @@ def _chosen(traces: Mapping[str, Trace], plan: PlanFile) -> Trace:
         (x, y)
         for entry in plan.layers
         for site in entry.sites() or [entry]
-        if (trace := traces.get(label(site)))
+        if (trace := traces.get(site.label))
         for x, y in zip(trace["x"], trace["y"], strict=True)
         if round(x) == entry.layer
     ]

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.plan import PlanFile
-from layerboost.strategies import MLP_STRATEGIES, STRATEGIES, label
+from layerboost.strategies import MLP_STRATEGIES, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,6 @@ def _templates() -> Environment:
     environment.filters |= {
         "code": _code,
         "plain": _plain,
-        "label": label,
         "markdown": markdown_table,
         "layer_table": _layer_table,
     }
@@ -119,7 +118,7 @@ def _templates() -> Environment:
 
 
 def _layer_table(plan: PlanFile) -> Table:
-    return Table("", ["layer", "attention"], [[str(entry.layer), label(entry)] for entry in plan.layers])
+    return Table("", ["layer", "attention"], [[str(entry.layer), entry.label] for entry in plan.layers])
 
 
 def _code(text: str) -> Markup:

@@ -13,7 +13,6 @@ from layerboost.schemas.healing import MetricLine
 from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.run import StageRecord
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import label
 
 STAGES = {
     "fit": "Before them: least squares",
@@ -69,7 +68,7 @@ def _sensitivity_table(sensitivity: Sensitivity, measured: list[str]) -> Table:
     titles = {"kl": "KL, nats per token", "nll": "NLL − base, nats per token"}
     titles |= {metric: f"{metric}: {SENSITIVITIES[metric][1]}" for metric in measured if metric != "kl"}
     rows = [
-        [str(entry.layer), label(variant), *(_score(variant, metric) for metric in titles)]
+        [str(entry.layer), variant.label, *(_score(variant, metric) for metric in titles)]
         for entry in sensitivity.layers
         for variant in (*entry.variants, *entry.heads)
     ]

@@ -8,7 +8,7 @@ from layerboost.reporting.sources import Sources
 from layerboost.reporting.text import ABSENT, number, percent
 from layerboost.schemas.plan import AXES, Frontier, FrontierPoint, PlanFile, counted, counts
 from layerboost.schemas.sensitivity import Stability
-from layerboost.strategies import STRATEGIES, label
+from layerboost.strategies import STRATEGIES
 
 
 def search_panel(sources: Sources) -> Panel:
@@ -94,7 +94,7 @@ def stability_table(stability: Stability) -> Table:
     rows = [
         [
             comparison.other or "itself",
-            label(entry) + " of KV heads" * entry.kv_heads,
+            entry.label + " of KV heads" * entry.kv_heads,
             ", ".join(dict.fromkeys((entry.metric, entry.other_metric))),
             f"{entry.spearman:.2f}",
             f"{entry.low:.2f} to {entry.high:.2f}",

@@ -12,9 +12,8 @@ from layerboost.reporting.panels import healing_panel, layers_panel, provenance_
 from layerboost.reporting.quality import long_context_panel, quality_panel
 from layerboost.reporting.search import search_panel
 from layerboost.reporting.sources import Sources
-from layerboost.reporting.verdict import findings, summary, summary_table
+from layerboost.reporting.verdict import findings, summary
 
-__all__ = ["run_report", "summary_table"]
 # In the order of the page.
 PANELS = (
     layers_panel,

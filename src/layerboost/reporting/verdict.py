@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from layerboost.costs.budget import base_kv_bytes, parameter_fraction, plan_kv_bytes
+from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes, plan_parameters
 from layerboost.reporting.benchmark import bench_ratio
 from layerboost.reporting.page import Finding
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
@@ -83,8 +83,9 @@ def _kv_finding(sources: Sources) -> Finding:
     predicted = sources.plan.predicted
     if predicted and abs(predicted.kv_fraction - planned / base) > 0.005:
         sentence += f" plan.yaml predicted {percent(predicted.kv_fraction)}: its layers were edited later."
-    kept = parameter_fraction(sources.plan.model, sources.plan.layers)
-    if kept is not None and any(entry.mlp_changed for entry in sources.plan.layers):
+    model, layers = sources.plan.model, sources.plan.layers
+    if any(entry.mlp_changed for entry in layers):
+        kept = plan_parameters(model, layers) / model.parameters
         sentence += f" The plan has {percent(kept)} of the base's parameters."
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,15 +77,11 @@ def write_json(path: Path, value: Artifact | dict[str, Any]) -> None:
     write_text(path, json_text(values, str(path), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, kind: type[Record], made_by: str) -> Record:
+def read_json(path: Path, kind: type[Record], made_by: str, parser: Callable[[str], Any] = json.loads) -> Record:
     """Return an artifact, read and validated. `made_by`: the command that writes it, named when the file is missing.
 
     Raise ConfigError if the file is missing, truncated or of another kind.
     """
-    return _parse(path, kind, made_by, json.loads)
-
-
-def _parse(path: Path, kind: type[Record], made_by: str, parser: Any) -> Record:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist", do=f"make it with `{made_by}`")
     try:

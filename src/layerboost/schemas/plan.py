@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from layerboost.errors import ConfigError
 from layerboost.files import parse_yaml, write_text
-from layerboost.schemas.artifact import Artifact, Part, _parse, fingerprint
+from layerboost.schemas.artifact import Artifact, Part, fingerprint, read_json
 from layerboost.schemas.model import ModelInfo
 from layerboost.strategies import (
     FEATURE_MAP,
@@ -29,19 +29,23 @@ from layerboost.strategies import (
     MLPName,
     Strategy,
     StrategyName,
-    mlp_label,
 )
 
 
-class LayerPlan(Part):
-    """The strategies of one layer's attention, or of its KV heads, and of its MLP.
+class OfLayer(Part):
+    """A part of a file that is about one layer."""
+
+    layer: int = Field(ge=0)
+
+
+class Strategies(Part):
+    """The strategies of a layer's attention, or of its KV heads, and of its MLP, with their settings.
 
     KV heads in `full_kv_heads` keep full attention, the others have a window. `sink`: a learned logit in the softmax's
     denominator, per query head with a window. `feature_map`: the kind of linear attention. `mlp_width`: the neurons of
     a thinned MLP.
     """
 
-    layer: int = Field(ge=0)
     attention: StrategyName
     window: int | None = Field(default=None, ge=1)
     sink: bool = False
@@ -58,24 +62,41 @@ class LayerPlan(Part):
         return tuple(sorted(set(heads)))
 
     @model_validator(mode="after")
-    def _only_its_own_settings(self) -> LayerPlan:
-        takes = self.strategy.settings
+    def _only_its_own_settings(self) -> Self:
+        takes = STRATEGIES[self.attention].settings
         if WINDOW in takes and self.window is None:
             raise ValueError(f"a {self.attention} layer needs a window")
         if FEATURE_MAP in takes and self.feature_map is None:
             raise ValueError(f"a {self.attention} layer needs a feature_map: {', '.join(FEATURE_MAPS)}")
-        given_settings = (
-            *((WINDOW, self.window is not None), (SINK, self.sink)),
-            *((FULL_KV_HEADS, self.full_kv_heads), (FEATURE_MAP, self.feature_map)),
-        )
-        for setting, given in given_settings:
-            if given and setting not in takes:
+        for setting in (WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP):
+            if getattr(self, setting) and setting not in takes:
                 raise ValueError(f"a {self.attention} layer takes no {setting}")
         if (self.mlp_width is not None) != (MLP_WIDTH in MLP_STRATEGIES[self.mlp].settings):
             raise ValueError(
                 f"an MLP that is {self.mlp} " + ("takes no" if self.mlp_width else "needs an") + " mlp_width"
             )
         return self
+
+    @property
+    def label(self) -> str:
+        """Return the names of the strategies with their settings: full, sliding 64 + sink, sliding 64 + full KV heads
+        0 2, linear 64 liger, MLP thin 768, none + MLP none."""
+        window = f" {self.window}" if self.window else ""
+        heads = f" + full KV heads {' '.join(map(str, self.full_kv_heads))}" if self.full_kv_heads else ""
+        feature_map = f" {self.feature_map}" if self.feature_map else ""
+        attention = self.attention + window + feature_map + (" + sink" if self.sink else "") + heads
+        if self.mlp == FULL:
+            return attention
+        return (f"{attention} + " if self.attention != FULL else "") + f"MLP {self.mlp_label}"
+
+    @property
+    def mlp_label(self) -> str:
+        """Return the name of the MLP's strategy with its width: full, thin 768."""
+        return self.mlp + (f" {self.mlp_width}" if self.mlp_width else "")
+
+
+class LayerPlan(Strategies, OfLayer):
+    """The strategies of one layer."""
 
     @property
     def strategy(self) -> Strategy:
@@ -139,10 +160,6 @@ class LayerPlan(Part):
     def windowed(self, kv_heads: int) -> list[int]:
         """Return the layer's KV heads that have a window."""
         return [head for head in range(kv_heads) if head not in self.full_kv_heads] if self.window else []
-
-    def window_heads(self, kv_heads: int) -> int:
-        """Return how many of the layer's `kv_heads` have a window."""
-        return len(self.windowed(kv_heads))
 
     def kv_tokens(self, context_tokens: int, kv_heads: int) -> int:
         """Return the tokens whose keys and values the layer holds for one request, summed over its `kv_heads`."""
@@ -227,7 +244,7 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:
     rows += [
         [
             *(str(entry.layer), entry.attention, str(entry.window or ""), "yes" if entry.sink else ""),
-            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", mlp_label(entry) if mlps else ""),
+            *(" ".join(map(str, entry.full_kv_heads)), entry.feature_map or "", entry.mlp_label if mlps else ""),
         ]
         for entry in layers
     ]
@@ -306,7 +323,7 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 def read_plan(path: Path) -> PlanFile:
     """Return `plan.yaml`, read and validated; raise ConfigError if it is not valid."""
-    return _parse(path, PlanFile, "layerboost plan", parse_yaml)
+    return read_json(path, PlanFile, "layerboost plan", parse_yaml)
 
 
 FRONTIER = "frontier.json"

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from layerboost.errors import ConfigError
 from layerboost.schemas.artifact import Artifact, Part, read_json
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.plan import LayerPlan, OfLayer, Strategies
 from layerboost.schemas.run import SENSITIVITY
-from layerboost.strategies import FULL, FeatureMapName, MLPName, StrategyName
 
 
 class Score(Part):
@@ -37,35 +36,22 @@ class Score(Part):
         return cls(mean=float(array.mean()), standard_error=float(error), count=len(array) if count is None else count)
 
 
-class Variant(Part):
+class Variant(Strategies):
     """One layer's attention, all of its KV heads but `full_kv_heads`, or its MLP under one replacement.
 
     Larger scores are worse.
     """
 
-    attention: StrategyName
-    window: int | None = None
-    sink: bool = False
-    full_kv_heads: tuple[int, ...] = ()
-    feature_map: FeatureMapName | None = None
-    mlp: MLPName = FULL
-    mlp_width: int | None = None
     scores: dict[str, Score]
-
-    @model_validator(mode="after")
-    def _a_strategy_with_its_settings(self) -> Variant:
-        self.plan(0)
-        return self
 
     def plan(self, layer: int) -> LayerPlan:
         """Return the LayerPlan of this replacement."""
         return LayerPlan(layer=layer, **self.model_dump(exclude={"scores"}))
 
 
-class LayerSensitivity(Part):
+class LayerSensitivity(OfLayer):
     """All variants of one layer, and of its KV heads if they were measured."""
 
-    layer: int
     variants: list[Variant]
     heads: list[Variant] = Field([], description="one group of KV heads under a window, the layer's others full")
     block_influence: Score | None = Field(
@@ -97,15 +83,9 @@ class Sensitivity(Artifact):
 STABILITY = "stability.json"
 
 
-class Agreement(Part):
+class Agreement(Strategies):
     """Rank correlation of one replacement's scores over layers or KV heads, and its 95 % bootstrap interval."""
 
-    attention: StrategyName
-    window: int | None
-    sink: bool
-    feature_map: FeatureMapName | None = None
-    mlp: MLPName = FULL
-    mlp_width: int | None = None
     kv_heads: bool = Field(False, description="whether the scores are of KV heads")
     metric: str
     other_metric: str
@@ -113,10 +93,6 @@ class Agreement(Part):
     low: float
     high: float
     layers: int = Field(description="number of layers or groups of KV heads compared")
-
-    @property
-    def full_kv_heads(self) -> tuple[int, ...]:
-        return ()
 
 
 class Comparison(Part):

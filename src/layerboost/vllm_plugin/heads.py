@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerboost.model.caches import take_heads
 from layerboost.model.modeling import recorded_full_heads
 
 
@@ -92,16 +93,10 @@ class SplitAttention(nn.Module):
         """Return `[T, H·D]`, the heads in their order."""
         states = [each.unflatten(-1, (len(self.inverse), -1)) for each in (query, key, value)]
         outputs = [
-            module(*(_heads(each, heads) for each in states)).unflatten(-1, (len(heads), -1))
+            module(*(take_heads(each, heads).flatten(1) for each in states)).unflatten(-1, (len(heads), -1))
             for heads, module in zip(self.parts, self.part_modules, strict=True)
         ]
         joined = torch.cat(outputs, dim=1)
         if self.inverse != sorted(self.inverse):
             joined = joined[:, self.inverse]
         return joined.flatten(1)
-
-
-def _heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """Return some KV heads of states `[T, Hkv, ...]` as `[T, ...]`, a view if they are consecutive."""
-    first, end = heads[0], heads[-1] + 1
-    return (states[:, first:end] if len(heads) == end - first else states[:, list(heads)]).flatten(1)

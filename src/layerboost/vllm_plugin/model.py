@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.transformers.moe import MoEMixin
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.platforms import current_platform
 
 from layerboost.model.families import FAMILIES
 from layerboost.model.mlp import recorded_widths, set_mlp
@@ -33,7 +32,6 @@ from layerboost.model.modeling import (
     skipped_layers,
 )
 from layerboost.vllm_plugin.heads import make_attention
-from layerboost.vllm_plugin.int8 import check_int8, int8_through_onednn
 from layerboost.vllm_plugin.native import BoostedLlama, BoostedQwen3, check_attending
 
 # What vLLM's AttentionFuser reads, in the source of gpt-oss, as the place of the sinks.
@@ -50,8 +48,6 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         """Make the native class if there is one: vLLM knows one class per architecture."""
-        if current_platform.is_cpu():
-            check_int8(vllm_config.model_config.hf_config)
         int8_through_onednn()
         native = NATIVE.get(vllm_config.model_config.hf_config.model_type)
         if native is not None:
@@ -162,3 +158,19 @@ class BoostedMoE(MoEMixin, LayerBoostForCausalLM):
         super().recursive_replace()
         for module, name, router in routers:
             setattr(module, name, router)
+
+
+@cache
+def int8_through_onednn() -> None:
+    """Have this process's int8 layers take vLLM's oneDNN kernel, as they do on CPUs without AMX. Of no effect on GPUs.
+
+    With AMX vLLM takes `int8_scaled_mm_with_quant`, which refuses float32 activations ("expect A to be bfloat16 or
+    half") and the three dimensions of its own Transformers backend ("mat1 must be a 2D tensor").
+    """
+    try:
+        from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+        stock = cpu.check_cpu_sgl_kernel
+    except (ImportError, AttributeError):  # another version, without that choice
+        return
+    cpu.check_cpu_sgl_kernel = lambda n, k, dtype: dtype != torch.int8 and stock(n, k, dtype)

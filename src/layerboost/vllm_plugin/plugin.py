@@ -71,6 +71,7 @@ class BoostedConfig:
         if vllm_config.model_config.is_mm_prefix_lm:
             check_images(vllm_config.model_config.hf_config)
         if on_cpu():
+            check_int8(vllm_config.model_config.hf_config)
             if getattr(config, "attention_sink_layers", []):
                 check_sinks(__version__, str(vllm_config.model_config.dtype))
             if len(kinds) > 1:
@@ -142,6 +143,26 @@ def check_hybrid_cache(disabled: bool | None) -> None:
         raise ValueError(
             "without its hybrid KV cache manager vLLM answers wrongly on a CPU where some layers slide and others do "
             "not: leave --disable-hybrid-kv-cache-manager out"
+        )
+
+
+def int8_overflows() -> bool:
+    """Return whether int8 products are wrong on this CPU: x86 without VNNI adds pairs of them in 16 bits, and oneDNN
+    lets them overflow.
+    """
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    return "avx2" in known and not (known.get("avx512_vnni") or known.get("avx_vnni"))
+
+
+def check_int8(config: Any) -> None:
+    """Raise ValueError for int8 weights on a CPU that cannot multiply them."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    if "int-quantized" in str(quantised) and int8_overflows():
+        raise ValueError(
+            "int8 checkpoints give wrong answers on this CPU, which has neither avx512_vnni nor avx_vnni: "
+            "serve the checkpoint they were made from, or use another machine"
         )
 
 
