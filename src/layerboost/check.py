@@ -167,7 +167,7 @@ def estimate_healing(
     flops = recipe.heal.tokens * lora_flops + recipe.heal.attention_tokens * attention_flops
     seconds = (flops + recipe.heal.fit_tokens * 2 * body) / rate  # the fit costs about one pass of the base
     lengths, processes = lengths_of(recipe), world_size()
-    batch_tokens = max(recipe.heal.batch_sequences * lengths[0], *lengths)
+    batch_tokens = max((1 if recipe.heal.traffic else recipe.heal.batch_sequences) * lengths[0], *lengths)
     held = changed * activation_elements(config, info, body, recipe) * batch_tokens * info.bytes_per_element
     logits = LOGIT_COPIES * min(CHUNK_ELEMENTS, batch_tokens * config.vocab_size) * 4
     step_tokens = recipe.heal.batch_sequences * recipe.heal.gradient_accumulation * lengths[0]

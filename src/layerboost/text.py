@@ -206,7 +206,8 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
     """Yield the documents of a source in a fixed order, each text once: a repeated one would be in two splits.
 
     A few long documents are cut into pieces, so that each split has some. `seen`: hashes of the documents of other
-    sources, which are skipped; those of a source on this disk are added. Raise ConfigError for an unusable source.
+    sources, which are skipped; those of a source on this disk are added. Neither is done for files of more than
+    LARGE_BYTES, which are streamed. Raise ConfigError for an unusable source.
     """
     seen = set() if seen is None else seen
     if source == "self":
@@ -345,6 +346,7 @@ def _inside(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # of two links to one directory, the same is followed on every disk
         found += [Path(place) / name for name in (*folders, *files)]
     return sorted(found)
 

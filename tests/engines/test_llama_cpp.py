@@ -178,14 +178,24 @@ def test_a_directory_is_exported_and_served(models: dict[str, Path], caplog: pyt
     file = models["healed"].with_name("healed-f16.gguf")
     assert file.is_file()
     made = file.stat().st_mtime_ns
-    assert argv[-8:] == [
-        *("--model", str(file), "--ubatch-size", str(CELLS - WINDOW), "--port", str(port), "--ctx-size", "512")
+    assert argv[-10:] == [
+        *("--model", str(file), "--ubatch-size", str(CELLS - WINDOW), "--parallel", "1"),
+        *("--port", str(port), "--ctx-size", "512"),
     ]
+    assert "--parallel" not in serve_command(file, port, ("-np", "4"))[0]
     assert serve_command(file, port, ("--ctx-size", "512"))[0] == argv
     assert file.stat().st_mtime_ns == made
     assert not caplog.records
     serve_command(file, port, ("--swa-full",))
     assert [record.message for record in caplog.records] == [f"--swa-full: {WHOLE_CONTEXT}"]
+
+
+def test_a_window_that_drops_nothing_needs_no_flags(tmp_path: Path) -> None:
+    """llama.cpp's `granite_swa` wants a layer that slides, also in an unchanged SmolLM3."""
+    tiny_model("smollm3", 2, vocab_size=257).save_pretrained(tmp_path / "base")
+    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    argv, _ = serve_command(tmp_path / "base", free_port(), ("--swa-full",))
+    assert not {"--ubatch-size", "--parallel"} & set(argv)
 
 
 def test_a_stock_base_has_llamas_own_architecture(models: dict[str, Path]) -> None:
@@ -245,7 +255,7 @@ def test_another_model_of_a_name_is_exported_again(
     gguf_file(copy, out, "f16")
     assert b"{{ messages }}" in out.read_bytes()
     with monkeypatch.context() as release:
-        release.setattr("layerboost.exporting.gguf_file.__file__", __file__)
+        release.setattr("layerboost.exporting.stage.__file__", __file__)
         gguf_file(copy, out, "f16")
     assert source_of(out) != (written := _source(copy))
     gguf_file(copy, out, "f16")

@@ -187,7 +187,7 @@ def test_documents_within_the_window_are_warned_of(
     load_text(
         recipe, tmp_path, read_plan(converted / "run" / PLAN), find_model(str(converted / "model"), RUNTIME).tokenizer
     )
-    assert ("beyond the window of 8" in caplog.text) == warned
+    assert ("further than the window of 8" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,13 @@ def test_a_plan_that_llama_cpp_could_not_run_is_named_before_it_is_healed(
         assert "plan without sinks (plan.sinks=false): gguf step35 holds that" in warned
         with pytest.raises(ConfigError, match="has a sink"):
             check(for_llama_cpp(qwen), run, base)
+        check(for_llama_cpp(qwen, sinks=False), run, base)  # which will choose again
         caplog.clear()
         assert run_plan(for_llama_cpp(qwen, sinks=False), run) != plan
         assert "could not run this plan" not in caplog.text
-    check(for_llama_cpp(qwen), run, base)
+    check(for_llama_cpp(qwen, sinks=False), run, base)
+    with pytest.raises(ConfigError, match=r"llama.cpp runs no qwen3 with sinks"):
+        check(for_llama_cpp(qwen), run, base)
     write_plan(run / PLAN, PlanFile(model=plan.model, method="by hand", layers=layer_plans("fSsf")))
     with pytest.raises(ConfigError, match="layer 1 has a sink"):
         check(for_llama_cpp(qwen, sinks=False), run, base)

@@ -158,6 +158,9 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
     flags = _flags(window, given)
     if window and SWA_FULL in names_of(given):
         log.warning("%s: %s", SWA_FULL, WHOLE_CONTEXT)
+    if window and not {"--parallel", "-np"} & names_of(given):
+        # By default llama-server has four slots, for which a sliding layer holds four windows.
+        flags += ("--parallel", "1")
     if "--port" not in names_of(given):
         check_port(port, host="")
         flags += ("--port", str(port))

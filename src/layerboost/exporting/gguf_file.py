@@ -272,12 +272,15 @@ def _describe(writer: Any, folder: Path) -> None:
 
 
 def window_in(file: Path) -> int | None:
-    """Return the window of a GGUF file's sliding layers, None without any; raise ConfigError for another file."""
+    """Return the window of a GGUF file's sliding layers, None without any and for one that drops nothing; raise
+    ConfigError for another file."""
     reader = _reader(file)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-    key = gguf.Keys.Attention.SLIDING_WINDOW.format(arch=architecture.contents() if architecture else "")
-    field = reader.get_field(key)
-    return int(field.contents()) if field else None
+    name = architecture.contents() if architecture else ""
+    window = reader.get_field(gguf.Keys.Attention.SLIDING_WINDOW.format(arch=name))
+    context = reader.get_field(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=name))
+    drops = window and not (context and int(window.contents()) >= int(context.contents()))
+    return int(window.contents()) if drops else None
 
 
 def source_of(file: Path) -> str | None:

@@ -118,8 +118,8 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
 
 
 def _set_opening(special: Any, tokenizer: Any) -> None:
-    """Have llama.cpp put before a text what Transformers does: its default is by the kind of tokenizer, and the library
-    gguf reads settings which Transformers may not follow. Raise ConfigError for more than one token."""
+    """Have llama.cpp put around a text what Transformers does: its default is by the kind of tokenizer, and the library
+    gguf reads settings which Transformers may not follow. Raise ConfigError for more than one token before a text."""
     opening = opening_ids(tokenizer)
     if len(opening) > 1:
         raise ConfigError(
@@ -127,7 +127,8 @@ def _set_opening(special: Any, tokenizer: Any) -> None:
             found=", ".join(tokenizer.convert_ids_to_tokens(opening)),
             do="serve the checkpoint itself, or export to another format (`layerboost ls targets`)",
         )
-    special.add_special_token["bos"] = bool(opening)
+    closed = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    special.add_special_token = {"bos": bool(opening), "eos": closed}
     special.special_token_ids |= {"bos": opening[0]} if opening else {}
 
 

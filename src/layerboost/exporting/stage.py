@@ -136,9 +136,7 @@ def gguf_file(folder: Path, out: Path, kind: str) -> None:
 def _source(folder: Path) -> str:
     """Return a hash of the files that an export is made from; of weights, of their sizes and times. Another release may
     write another file of them."""
-    from layerboost.exporting import gguf_file, gguf_tokenizer
-
-    code = [file_hash(Path(module.__file__ or "")) for module in (gguf_file, gguf_tokenizer)]
+    code = [file_hash(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     weights = weight_files(folder)
     names = ("config.json", PLAN, CARD, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     others = [folder / name for name in names]

@@ -243,10 +243,13 @@ def warn_of_short_documents(sequences: Sequence[torch.Tensor], window: int | Non
     beyond = float((positions >= window).float().mean())
     if beyond < FEW_BEYOND:
         log.warning(
-            "healing on %.1f %% of tokens that are beyond the window of %d in their document: the others lose nothing "
-            "and teach nothing. Give longer documents, longer sequences (heal.sequence_tokens) or heal.retrieval_share",
+            "only %.1f %% of the tokens that heal are further than the window of %d from the start of their document; "
+            "on the others a window loses nothing. Give %s",
             100 * beyond,
             window,
+            "longer documents, longer sequences (heal.sequence_tokens) or heal.retrieval_share"
+            if end is not None
+            else "longer requests, and raise text.sequence_tokens if it truncates them",
         )
 
 

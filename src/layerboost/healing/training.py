@@ -258,7 +258,8 @@ def enough_memory(settings: Heal) -> Iterator[None]:
 
 def less_memory(settings: Heal) -> str:
     """Return advice on settings with which healing takes less memory."""
-    lower = "text.sequence_tokens" if settings.batch_sequences == 1 else "heal.batch_sequences"
+    one = settings.batch_sequences == 1 or settings.traffic  # a request is a batch of its own
+    lower = "text.sequence_tokens" if one else "heal.batch_sequences"
     lower = "heal.sequence_tokens" if settings.sequence_tokens else lower
     full = settings.activation_checkpointing == "full"
     checkpointing = "" if full else ", or set heal.activation_checkpointing: full"

@@ -77,10 +77,10 @@ def sliding_attention(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Return the same as `sliding_attention_reference`, on CPUs and CUDA in O(T·window) time and memory.
+    """Return the same as `sliding_attention_reference`, where a kernel fits in O(T·window) time and memory.
 
     CPU: PyTorch's flash kernel over blocks, which cannot soft-cap. CUDA: FlexAttention, but for single queries.
-    Elsewhere: the reference. Sinks are exact in each.
+    Elsewhere: the reference, in O(T²). Sinks are exact in each.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys = min(key.shape[2], query.shape[2] + window - 1)

@@ -71,6 +71,12 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
             found="measure.head_scores scan",
             do="set measure.head_scores to exact, or plan by KL and retrieval",
         )
+    if settings.unit == "kv_head" and not settings.sinks:
+        raise ConfigError(
+            "windows on single KV heads are measured with the sink that their layer gains by",
+            found="plan.unit kv_head, plan.sinks false",
+            do="set plan.unit to layer, or plan.sinks to true: no export holds layers of two kinds of KV heads",
+        )
     if settings.window and settings.window not in measure.windows:
         raise ConfigError(
             f"plan.window {settings.window} is not measured",
@@ -80,14 +86,15 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
     if settings.costs and not Path(settings.costs).is_file():
         raise ConfigError(f"plan.costs {settings.costs} is not a file", do="docs/reference/plan.md says how to make it")
     if open_engine(recipe.bench.engine).NAME == LLAMA_CPP:
-        _check_export(settings, run, base.model_config)
+        _check_export(recipe, run, base.model_config)
 
 
-def _check_export(settings: Plan, run: Path, config: PreTrainedConfig) -> None:
-    """Raise ConfigError if llama.cpp could not run the plan in the run folder, or plans of these settings."""
-    if (run / PLAN).is_file():
-        check_plan(config, read_plan(run / PLAN).layers)
-    elif settings.sinks and lacks_sinks(config.model_type):
+def _check_export(recipe: Recipe, run: Path, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if llama.cpp could not run the plan in the run folder, or the one that will replace it."""
+    there = read_plan(run / PLAN) if (run / PLAN).is_file() else None
+    if there and (there.sensitivity is None or there.settings == _settings(recipe)):
+        check_plan(config, there.layers)
+    elif recipe.plan.sinks and lacks_sinks(config.model_type):
         raise ConfigError(
             f"llama.cpp runs no {config.model_type} with sinks, which the plan may have",
             found="plan.sinks true, and llama.cpp as the engine of the benchmark",
