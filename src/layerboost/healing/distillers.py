@@ -18,12 +18,14 @@ from layerboost.healing.sharding import distribute_like, to_full_tensor
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import decoder_layers, final_norm
 from layerboost.model.stream import (
+    LayerCall,
     decoded,
     explain_not_finite,
     head_logits,
     hidden_in,
     input_of,
     recorded,
+    recorded_calls,
     text_positions,
 )
 from layerboost.model.surgery import attention_of, output_projection
@@ -214,12 +216,11 @@ class AttentionDistiller(Distiller):
 @dataclass(frozen=True)
 class Targets:
     """The teacher's activations on a batch: the stream at the first changed layer and the normed output, `[B, T, D]`,
-    and of each layer from there up its arguments and what an image tower adds to the stream before it (Qwen3-VL's
-    deepstack), None if nothing.
+    and the call of each layer from there up.
     """
 
     start: torch.Tensor
-    calls: dict[int, tuple[dict[str, Any], torch.Tensor | None]]
+    calls: dict[int, LayerCall]
     output: torch.Tensor
 
 
@@ -265,21 +266,8 @@ class LogitDistiller(Distiller):
     @torch.no_grad()
     def compute_targets(self, ids: torch.Tensor, given: Given | None = None) -> Targets:
         """Return the teacher's activations on ids `[B, T]`; `given`: as of `run_teacher`."""
-        start: list[torch.Tensor] = []
-        below: list[torch.Tensor] = []  # the output of the layer below
-
-        def call(
-            args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-        ) -> tuple[dict[str, Any], torch.Tensor | None]:
-            hidden = input_of(args, kwargs)
-            added = hidden - below[0] if given and below and hidden is not below[0] else None
-            if not start:
-                start.append(hidden)
-            below[:] = [output]
-            return {name: value for name, value in kwargs.items() if name != "hidden_states"}, added
-
-        layers = dict(enumerate(decoder_layers(self.teacher)))
-        with recorded({i: layer for i, layer in layers.items() if i >= self.first}, call) as calls:
+        layers = {i: layer for i, layer in enumerate(decoder_layers(self.teacher)) if i >= self.first}
+        with recorded_calls(layers, images=bool(given)) as (start, calls):
             output = self.run_teacher(ids, given)
         return Targets(start[0], calls, output)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -79,6 +78,35 @@ def recorded(modules: Mapping[Key, nn.Module], record: Callable[..., Record]) ->
             hook.remove()
 
 
+class LayerCall(NamedTuple):
+    """A call of a decoder layer: its arguments besides the hidden states, and what an image tower adds to the stream
+    before it (Qwen3-VL's deepstack), None if nothing."""
+
+    arguments: dict[str, Any]
+    added: torch.Tensor | None
+
+
+@contextmanager
+def recorded_calls(
+    layers: Mapping[int, nn.Module], images: bool
+) -> Iterator[tuple[list[torch.Tensor], dict[int, LayerCall]]]:
+    """Yield a list that gets the hidden states `[B, T, D]` before the first of a decoder's layers, and a mapping that
+    collects the call of each. `images`: whether a tower may add to the stream between them."""
+    start: list[torch.Tensor] = []
+    below: list[torch.Tensor] = []  # the output of the layer below
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> LayerCall:
+        hidden = input_of(args, kwargs)
+        added = hidden - below[0] if images and below and hidden is not below[0] else None
+        if not start:
+            start.append(hidden)
+        below[:] = [output]
+        return LayerCall({name: value for name, value in kwargs.items() if name != "hidden_states"}, added)
+
+    with recorded(layers, call) as calls:
+        yield start, calls
+
+
 def hidden_in(output: Any) -> torch.Tensor:
     """Return the hidden states in a module's output, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -133,20 +161,13 @@ class LayerStream:
         An empty `cache` is filled. `given`: as of `decoded`; what is added to the stream between layers (Qwen3-VL's
         deepstack) is recorded too.
         """
-        ends: list[tuple[torch.Tensor, torch.Tensor]] = []  # of layer 0, with images of all
-
-        def record(args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> dict[str, Any]:
-            if given or not ends:
-                ends.append((input_of(args, kwargs), out))
-            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            return others | {"past_key_values": None}
-
-        with recorded(dict(enumerate(self.layers)), record) as arguments:
+        with recorded_calls(dict(enumerate(self.layers)), images=bool(given)) as (start, calls):
             output = decoded(self.model, ids, given, past_key_values=cache, use_cache=cache is not None)
-        self._arguments[ids.shape] = arguments
-        pairs = enumerate(pairwise(ends))
-        self._added = {index: after - out for index, ((_, out), (after, _)) in pairs if after is not out}
-        return ends[0][0], output
+        self._arguments[ids.shape] = {
+            index: call.arguments | {"past_key_values": None} for index, call in calls.items()
+        }
+        self._added = {index - 1: call.added for index, call in calls.items() if call.added is not None}
+        return start[0], output
 
     def forward_with_cache(self, ids: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor, PrefixCache]:
         """Return what `forward` does, and a cache of the first positions; only for a model that `can_continue`."""
