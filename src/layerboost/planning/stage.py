@@ -92,7 +92,7 @@ def check(recipe: Recipe, run: Path, base: Base) -> None:
 def _check_export(recipe: Recipe, run: Path, config: PreTrainedConfig) -> None:
     """Raise ConfigError if llama.cpp could not run the plan in the run folder, or the one that will replace it."""
     there = read_plan(run / PLAN) if (run / PLAN).is_file() else None
-    if there and (there.sensitivity is None or there.settings == _settings(recipe)):
+    if there and _stays(there, recipe, run / SENSITIVITY):
         check_plan(config, there.layers)
     elif recipe.plan.sinks and lacks_sinks(config.model_type):
         raise ConfigError(
@@ -100,6 +100,13 @@ def _check_export(recipe: Recipe, run: Path, config: PreTrainedConfig) -> None:
             found="plan.sinks true, and llama.cpp as the engine of the benchmark",
             do="set plan.sinks=false, or bench.engine to vllm or transformers",
         )
+
+
+def _stays(plan: PlanFile, recipe: Recipe, source: Path) -> bool:
+    """Return whether `run_plan` keeps a plan that is there: one by hand, or made from the same scores and settings."""
+    if plan.sensitivity is None:
+        return True
+    return source.is_file() and plan.sensitivity == file_hash(source) and plan.settings == _settings(recipe)
 
 
 def run_plan(recipe: Recipe, run: Path) -> PlanFile:
@@ -110,11 +117,9 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
     """
     source, target = run / SENSITIVITY, run / PLAN
     sensitivity = _of_the_base(source)
-    settings = _settings(recipe)
     if target.exists():
         there = read_plan(target)
-        by_hand = there.sensitivity is None
-        if by_hand or (there.sensitivity == file_hash(source) and there.settings == settings):
+        if _stays(there, recipe, source):
             log.info("%s is up to date; delete it to choose again", target)
             _warn(there.window, recipe.plan.context_tokens)
             return there
