@@ -83,10 +83,10 @@ def load_requests(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Traffic,
     requests, hashes, held = list[Request](), [request.fingerprint for request in first], 0
     held_out = set(hashes)
     for request in reader.read(shuffled(rows, recipe.seed)):
-        if request.fingerprint in held_out:  # logs repeat requests
+        if (found := request.fingerprint) in held_out:  # logs repeat requests
             continue
         requests.append(replace(request, given={}))
-        hashes.append(request.fingerprint)
+        hashes.append(found)
         held += len(request.ids)
         if held >= tokens:
             break
