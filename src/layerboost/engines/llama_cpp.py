@@ -169,10 +169,12 @@ def serve_command(model: Path, port: int, given: tuple[str, ...]) -> Command:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer: the time of each token in seconds since the request; prompt tokens from the cache, and read."""
+    """One answer: the time of each token in seconds since the request; prompt tokens from the cache, and read, both 0
+    from older servers, which do not tell."""
 
     times: list[float]
-    prompt_tokens: tuple[int, int]
+    cached_tokens: int
+    read_tokens: int
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,9 @@ class RunningLlama:
         metrics = {"peak_rss_gib": round(memory / GIB, 3)}
         if held := kv_gib(self.server.log_file):
             metrics["kv_used_gib"] = held
-        cached, read = (sum(each.prompt_tokens[kind] for each in answered) for kind in (0, 1))
-        if shared and cached + read:
-            metrics["prefix_hit_share"] = cached / (cached + read)
+        cached = sum(each.cached_tokens for each in answered)
+        if shared and (prompts := cached + sum(each.read_tokens for each in answered)):
+            metrics["prefix_hit_share"] = cached / prompts
         return Answer(raw, metrics)
 
     def _answer_one(self, ids: list[int], output_tokens: int, free: SimpleQueue[int], shared: bool) -> Answered:
@@ -241,7 +243,7 @@ class RunningLlama:
         request = urllib.request.Request(f"{self.server.url}/completion", body)
         started = time.monotonic()
         times: list[float] = []
-        prompt_tokens = (0, 0)
+        cached_tokens = read_tokens = 0
         with DIRECT.open(request) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
@@ -249,11 +251,11 @@ class RunningLlama:
                     # A token that ends within a character is sent with the next one.
                     times += [time.monotonic() - started] * (event.get("tokens_predicted", 0) - len(times))
                     timings = event.get("timings", {})
-                    if "cache_n" in timings:  # older servers do not tell
-                        prompt_tokens = (timings["cache_n"], timings["prompt_n"])
+                    if "cache_n" in timings:
+                        cached_tokens, read_tokens = timings["cache_n"], timings["prompt_n"]
         if len(times) != output_tokens:
             raise ValueError(f"{len(times)} of {output_tokens} tokens")
-        return Answered(times, prompt_tokens)
+        return Answered(times, cached_tokens, read_tokens)
 
 
 @contextmanager
