@@ -141,6 +141,8 @@ def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
+    # A server that is destroyed before its loop runs waits for the loop's end forever; tokenizing does not need the loop.
+    ask("completion", {"prompt": [1], "n_predict": 1})
     return ask
 
 
