@@ -1,4 +1,4 @@
-"""Exports where layerboost is not installed; under vLLM in tests/vllm_plugin/test_exports_served.py."""
+"""Every case of every format where layerboost is not installed; under vLLM in tests/vllm_plugin/test_exports_served.py."""
 
 from __future__ import annotations
 
@@ -7,42 +7,117 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_export
+import test_gguf
 import torch
 from processes import without_layerboost
-from test_export import IDS, saved
-from tiny import RUNTIME
+from smollm2 import CAPITALS, boosted_default
+from tiny import RUNTIME, WINDOW
+from transformers import AutoModelForCausalLM
 
 from layerboost.exporting.stage import run_export
 from layerboost.model.base import find_model
 
-LETTERS = {"granite-swa": "nfSs", "mlx": "nfsn"}
+IDS = torch.randint(3, 200, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+PROMPTS = [IDS[:length] for length in (5, WINDOW, WINDOW + 1, 40, 60)]
+# By format: the runtime, how a boosted checkpoint for it is saved, and its cases.
+FORMATS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "granite-swa": ("transformers", test_export.saved, test_export.CASES),
+    "mlx": ("mlx_lm", test_export.saved, test_export.MLX_CASES),
+    "gguf": ("xllamacpp", test_gguf.saved, {name: case[1:] for name, case in test_gguf.CASES.items()}),
+}
 
 
-@pytest.mark.multiprocess
+class HalfGelu(torch.nn.Module):
+    """GELU as llama.cpp computes it on a CPU: by a table in float16."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(hidden.half().float(), approximate="tanh").half().float()
+
+
+class Stock:
+    """A process without layerboost in which one runtime after another answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("stock_runtimes.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=os.environ | without_layerboost(folder),
+        )
+
+    def answers(self, to: str, out: str, prompts: list[list[int]], vocabulary: int) -> torch.Tensor:
+        """Log-probabilities of the token after each prompt."""
+        runtime, _, _ = FORMATS[to]
+        if importlib.util.find_spec(runtime) is None:
+            pytest.skip(f"{runtime} is not installed")
+        job = {"to": to, "prompts": prompts, "vocabulary": vocabulary}
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(job | {"path": out}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-3000:]
+        return torch.tensor(json.loads(line))
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    found = Stock(tmp_path_factory.mktemp("stock"))
+    with found.process:
+        yield found
+        found.process.kill()
+
+
+def of_ours(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+
+
+@pytest.mark.parametrize(
+    ("to", "case"),
+    [
+        # Only llama.cpp's process does not import PyTorch.
+        pytest.param(to, name, marks=() if to == "gguf" else pytest.mark.multiprocess)
+        for to, (_, _, cases) in FORMATS.items()
+        for name in cases
+    ],
+)
 @torch.no_grad()
-def test_stock_runtimes_run_exports_without_layerboost(tmp_path: Path) -> None:
-    prompts = [IDS[0, :length].tolist() for length in (5, 17, 60)]
-    folders, expected = {}, {}
-    for to, letters in LETTERS.items():
-        if to == "mlx" and importlib.util.find_spec("mlx_lm") is None:
-            continue
-        folder = saved(tmp_path / to, "llama", letters)
-        folders[to] = run_export(folder, to).folder
-        model = find_model(str(folder), RUNTIME).load()
-        expected[to] = [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts]
-    script = Path(__file__).with_name("stock_runtimes.py")
-    told = subprocess.run(
-        [sys.executable, str(script), json.dumps({"folders": folders, "prompts": prompts})],
-        env=os.environ | without_layerboost(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr[-3000:]
-    found = json.loads(told.stdout.splitlines()[-1])
-    assert found.keys() == expected.keys()
-    for to, logs in expected.items():
-        assert (torch.tensor(found[to]) - torch.stack(logs)).abs().max() < 1e-3, to
+def test_log_probabilities_are_those_of_the_boosted_checkpoint(
+    stock: Stock, to: str, case: str, tmp_path: Path
+) -> None:
+    _, save, cases = FORMATS[to]
+    family, letters, changes = cases[case]
+    folder = save(tmp_path / "healed", family, letters, **changes)
+    out = run_export(folder, to, kind="f32" if to == "gguf" else None).folder
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = stock.answers(to, out, PROMPTS, model.config.vocab_size)
+    if to == "gguf" and "gemma" in family:
+        assert (found - of_ours(model, PROMPTS)).abs().max() < 3e-3
+        for layer in model.model.layers:
+            layer.mlp.act_fn = HalfGelu()
+    assert (found - of_ours(model, PROMPTS)).abs().max() < 1e-3
+
+
+@pytest.mark.real
+@pytest.mark.multiprocess
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("to", FORMATS)
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_real_model(stock: Stock, to: str, tmp_path: Path) -> None:
+    """30 layers of SmolLM2-135M, and prompts up to three times the window."""
+    folder = boosted_default(tmp_path, sinks=to != "mlx", heads=False)
+    base = find_model(str(folder), RUNTIME)
+    ids = base.tokenizer(CAPITALS * 20)["input_ids"]
+    prompts = [ids[:length] for length in (5, 60, 65, 200)]
+    out = run_export(folder, to, kind="f32" if to == "gguf" else None).folder
+    found = stock.answers(to, out, prompts, base.config.vocab_size)
+    assert (found - of_ours(base.load().eval(), prompts)).abs().max() < 1e-3

@@ -77,13 +77,15 @@ class Exported:
     base_type: str | None
 
 
-def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None = None) -> Exported:
+def run_export(
+    folder: Path, to: str, out: Path | None = None, kind: str | None = None, *, replace: bool = False
+) -> Exported:
     """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`); as GGUF also a
     stock model.
 
     `out`: a new directory, or file for GGUF, by default next to the checkpoint; complete or not there at all. `kind`:
-    the type of a GGUF file's matrices, float16 by default. Raise ConfigError, before any weight is read, if the
-    directory is not a model or no format holds its plan.
+    the type of a GGUF file's matrices, float16 by default. `replace`: a GGUF file that is there, once the new one is
+    complete. Raise ConfigError, before any weight is read, if the directory is not a model or no format holds its plan.
     """
     plan = plan_in(folder)
     if plan is None and to != "gguf":
@@ -94,7 +96,7 @@ def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None 
     kind = (kind or "f16").lower()
     ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
     out = out or folder.resolve().with_name(folder.resolve().name + ending)
-    if out.exists():
+    if out.exists() and not replace:
         raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
     if target.architecture:
         _write_gguf(folder, out, config, target.architecture, kind)
@@ -122,15 +124,14 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def gguf_file(folder: Path, out: Path, kind: str) -> None:
     """Write a GGUF file of a model directory, stock or boosted, unless `out` is of the same files already.
 
-    Raise as `run_export` does, also for a file that was not made so.
+    One of other files is replaced once the new one is complete. Raise as `run_export` does, also for a file that was
+    not made so.
     """
     from layerboost.exporting.gguf_file import source_of
 
-    if out.is_file() and (source := source_of(out)) is not None:
-        if source == _source(folder):
-            return
-        out.unlink()
-    run_export(folder, "gguf", out, kind)
+    earlier = source_of(out) if out.is_file() else None
+    if earlier is None or earlier != _source(folder):
+        run_export(folder, "gguf", out, kind, replace=earlier is not None)
 
 
 def _source(folder: Path) -> str:
