@@ -1,7 +1,7 @@
-"""Stock runtimes in a process without layerboost: one job per line of standard input, one JSON answer per line of output.
+"""Stock runtimes in a process without layerboost: one job per line of input, one JSON answer per line of output.
 
-A job is a format, what was exported, prompts and the size of the vocabulary. The answer has the log-probabilities of the
-token after each prompt.
+A job is a format, what was exported, prompts and the size of the vocabulary. The answer has the log-probabilities of
+the token after each prompt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
 
     params = llama.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_batch, params.n_ubatch, params.warmup, params.verbosity = 256, 64, 64, False, 5
+    params.n_ctx, params.n_batch, params.n_ubatch, params.verbosity = 256, 64, 64, 5
+    params.warmup = params.fit_params = False
     params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
@@ -60,7 +61,7 @@ def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    # A server that is destroyed before its loop runs waits for the loop's end forever; tokenizing does not need the loop.
+    # A server that is destroyed before its loop runs waits for the loop's end forever, and tokenizing needs no loop.
     ask("completion", {"prompt": [1], "n_predict": 1})
     return ask
 

@@ -1,10 +1,11 @@
-"""Every case of every format where layerboost is not installed; under vLLM in tests/vllm_plugin/test_exports_served.py."""
+"""Every case of every format where layerboost is not installed; in vLLM: tests/vllm_plugin/test_exports_served.py."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Stock:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=os.environ | without_layerboost(folder),
+            env=os.environ | without_layerboost(folder) | {"LLAMA_TRACE": "1"},  # llama.cpp names the tensors
         )
 
     def answers(self, to: str, out: str, prompts: list[list[int]], vocabulary: int) -> torch.Tensor:
@@ -105,6 +106,32 @@ def test_log_probabilities_are_those_of_the_boosted_checkpoint(
         for layer in model.model.layers:
             layer.mlp.act_fn = HalfGelu()
     assert (found - of_ours(model, PROMPTS)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "case", ["llama", "smollm3", "unchanged", "absent", "thinned", "qwen3", "qwen3-moe-many", "olmo2", "olmo2-all"]
+)
+def test_what_llama_cpp_logs_as_it_loads_a_file_is_the_plan(stock: Stock, case: str, tmp_path: Path) -> None:
+    """Window, layers that slide, sinks, layers without attention, and the cells of the KV cache."""
+    architecture, family, letters, changes = test_gguf.CASES[case]
+    folder = test_gguf.saved(tmp_path / "healed", family, letters, **changes)
+    before = len(stock.log.read_text())
+    stock.answers("gguf", run_export(folder, "gguf", kind="f32").folder, PROMPTS[:1], 257)
+    log = stock.log.read_text()[before:]
+    # A removed layer slides where an architecture has no absent ones.
+    absent = {layer for layer, letter in enumerate(letters) if letter in "no" and architecture == "deci"}
+    slides = [letter in "sSn" and layer not in absent for layer, letter in enumerate(letters)]
+    assert re.findall(r"n_swa += (\d+)", log) == [str(WINDOW * any(slides))]
+    assert re.findall(r"layer +\d+ assigned .* is_swa = (\d)", log) == [str(int(each)) for each in (*slides, False)]
+    tensors = set(re.findall(r" - tensor .* blk\.(\d+)\.(\w+)\.weight", log))
+    with_attention, with_sinks = (
+        {int(layer) for layer, name in tensors if name == wanted} for wanted in ("attn_q", "attn_sinks")
+    )
+    layers = set(range(len(letters)))
+    assert with_attention == layers - absent
+    assert with_sinks == (layers if architecture == "granite_swa" else set())
+    caches = re.findall(r"llama_kv_cache: size = .*\( *\d+ cells, +(\d+) layers", log)
+    assert caches == [str(slides.count(False)), str(slides.count(True))][: 1 + any(slides)]
 
 
 @pytest.mark.real
