@@ -34,7 +34,7 @@ def by_mlx(path: str, prompts: list[list[int]], vocabulary: int) -> list[Any]:
 
 
 def by_llama_cpp(path: str, prompts: list[list[int]], vocabulary: int) -> list[Any]:
-    ask, found = serving(Path(path)), []
+    ask, found = serving(Path(path), verbosity=5), []
     for prompt in prompts:
         wanted = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "temperature": 0}
         [first] = ask("completion", wanted | {"post_sampling_probs": False})["completion_probabilities"]
@@ -43,13 +43,13 @@ def by_llama_cpp(path: str, prompts: list[list[int]], vocabulary: int) -> list[A
     return found
 
 
-def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
-    """llama.cpp in this process with a file loaded, to ask by path and message; it logs what it has loaded."""
+def serving(file: Path, verbosity: int = 0) -> Callable[[str, dict[str, Any]], Any]:
+    """llama.cpp in this process with a file loaded, to ask by path and message; at verbosity 5 it logs what it loads."""
     import xllamacpp as llama
 
     params = llama.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_batch, params.n_ubatch, params.verbosity = 256, 64, 64, 5
+    params.n_ctx, params.n_batch, params.n_ubatch, params.verbosity = 256, 64, 64, verbosity
     params.warmup = params.fit_params = False
     params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -11,10 +11,20 @@ import torch
 from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases, check_ends
 from huggingface_hub import ModelCard
 from test_pipeline import layerboost
-from tiny import RUNTIME, WINDOW, boosted, byte_tokenizer, info, layer_plans, tiny_config, tiny_tokenizer
+from tiny import (
+    RUNTIME,
+    WINDOW,
+    boosted,
+    byte_level_tokenizer,
+    byte_tokenizer,
+    info,
+    layer_plans,
+    tiny_config,
+    tiny_tokenizer,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import BIASES as BIASES_IN_ATTENTION
 from layerboost.exporting.targets import EXPERTS, HEADS, QK_NORMS, TARGETS, extra_kv_bytes, features
@@ -137,12 +147,19 @@ def test_text_is_split_as_before(to: str, family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("letters", "target"),
-    [("fnfn", "decilm"), ("nfff", "granite-swa"), ("fsfn", "decilm"), ("ffff", "granite-swa"), ("fSfn", "granite-swa")],
+    ("letters", "target", "why"),
+    [
+        ("fnfn", "decilm", ""),
+        ("nfff", "granite-swa", "(decilm: layer 0 has no attention; gguf llama: layer 0 has no attention;"),
+        ("fsfn", "decilm", "(gguf llama: layer 1 has a sliding window; gguf deci: layer 1 has a sliding window)"),
+        ("ffff", "granite-swa", ""),
+        ("fSfn", "granite-swa", "(decilm: layer 1 has a sink; mlx: layer 1 has a sink;"),
+    ],
 )
-def test_auto_takes_what_costs_nothing(letters: str, target: str, tmp_path: Path) -> None:
+def test_auto_takes_what_costs_nothing_and_says_why(letters: str, target: str, why: str, tmp_path: Path) -> None:
     shown = layerboost("export", saved(tmp_path / "healed", "llama", letters), "--to", "auto", "--json")
     assert json.loads(shown.stdout)["target"] == target
+    assert f"{target} holds this plan at the least KV cache {why}" in shown.stderr.replace("\n", " ")
     config = json.loads((tmp_path / f"healed-{target}" / "config.json").read_text())
     assert config["architectures"] == [{"decilm": "DeciLMForCausalLM"}.get(target, "GraniteSWAForCausalLM")]
 
@@ -278,6 +295,10 @@ def test_directories_that_cannot_be_exported_or_written(tmp_path: Path) -> None:
     folder = saved(tmp_path / "healed", "llama", "fn")
     with pytest.raises(ConfigError, match="exists already"):
         run_export(folder, "auto", tmp_path / "empty")
+    byte_level_tokenizer().save_pretrained(folder)
+    for to in ("gguf", "granite-swa"):
+        with pytest.raises(LayerboostError, match=r"cannot write .*out\nfound: \[Errno"):
+            run_export(folder, to, folder / "config.json" / "out")
     refused = layerboost("export", tmp_path / "nowhere", "--to", "auto", check=False)
     assert (refused.returncode, "is not a boosted checkpoint" in refused.stderr) == (2, True)
 

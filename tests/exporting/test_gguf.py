@@ -480,7 +480,7 @@ def test_a_file_has_the_names_of_the_model_and_of_its_licence(tmp_path: Path) ->
     tiny_model("llama", 2, vocab_size=257).save_pretrained(stock)
     byte_level_tokenizer().save_pretrained(stock)
     (stock / "README.md").write_text("---\nlicense: mit\n---\n")
-    reader = gguf.GGUFReader(run_export(stock, "gguf").folder)
+    reader = gguf.GGUFReader(run_export(stock, "auto", kind="f16").folder)
     assert (field(reader, "general.name"), field(reader, "general.license")) == ("stock", "mit")
 
 

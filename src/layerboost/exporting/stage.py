@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ def run_export(
     complete. Raise ConfigError, before any weight is read, if the directory is not a model or no format holds its plan.
     """
     plan = plan_in(folder)
+    to = "gguf" if to == "auto" and kind else to
     if plan is None and to != "gguf":
         raise _not_boosted(folder, "no plan.yaml")
-    config, target = _target(folder, "gguf" if to == "auto" and kind else to, plan)
+    config, target = _target(folder, to, plan)
     if kind and target.name != "gguf":
         raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
     kind = (kind or "f16").lower()
@@ -218,8 +220,9 @@ def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture:
     except OSError as error:
         raise disk_error(out, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
-        exact.unlink(missing_ok=True)
+        for file in (temporary, exact):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 def check_type(folder: Path, kind: str) -> str | None:
