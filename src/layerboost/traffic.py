@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.recipe import Recipe
@@ -62,11 +63,10 @@ class Traffic:
     @staticmethod
     def of(requests: Sequence[Request]) -> Traffic:
         """Return requests in their order, padded to the longest."""
-        width = max(len(request.ids) for request in requests)
-        ids = [request.ids + [0] * (width - len(request.ids)) for request in requests]
-        scored = [request.scored + [False] * (width - len(request.ids)) for request in requests]
+        ids = pad_sequence([torch.tensor(request.ids) for request in requests], batch_first=True)
+        scored = pad_sequence([torch.tensor(request.scored) for request in requests], batch_first=True)
         images = tuple(request.given for request in requests)
-        return Traffic(torch.tensor(ids), torch.tensor(scored), images if any(images) else ())
+        return Traffic(ids, scored, images if any(images) else ())
 
     @property
     def lengths(self) -> list[int]:
