@@ -229,10 +229,9 @@ def _widest(attention: StrategyName, model: ModelInfo, fraction: float) -> int:
     """Return the neurons of every layer's MLP with which a model has this fraction of the base's parameters; raise
     NotApplicable if that thins none or leaves none."""
     full = model.mlp_width or 0
-    attention_parameters = (
-        0 if STRATEGIES[attention].keeps_weights else len(model.attention_layers) * model.attention_parameters
-    )
-    excess = (1 - fraction) * model.parameters - attention_parameters
+    excess = (1 - fraction) * model.parameters
+    if not STRATEGIES[attention].keeps_weights:
+        excess -= len(model.attention_layers) * model.attention_parameters
     width = full - math.ceil(excess / (model.layers * model.neuron_parameters)) if full else 0
     if not 0 < width < full:
         raise NotApplicable(
