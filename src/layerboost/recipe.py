@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic.fields import FieldInfo
 
 from layerboost.errors import ConfigError
-from layerboost.files import parse_yaml
+from layerboost.files import local_path, parse_yaml
 from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
@@ -22,11 +22,8 @@ if not RECIPES.is_dir():
 
 def _full_path(text: str) -> str:
     """Return the full path of what is on this disk, since a run may resume elsewhere; else the text unchanged."""
-    try:
-        path = Path(text).expanduser()
-        return str(path.absolute()) if text != "self" and path.exists() else text
-    except (OSError, RuntimeError, ValueError):  # not a path
-        return text
+    path = local_path(text)
+    return str(path.absolute()) if path and text != "self" else text
 
 
 RetrievalForm = Literal["passkey", "key_value", "prose", "json", "code", "copy"]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from layerboost.errors import ConfigError, first_line
+from layerboost.files import local_path
 from layerboost.recipe import Text
 from layerboost.rows import is_missing, package_files, read_lines, read_rows
 from layerboost.runtime import log, warn_once
@@ -225,15 +226,6 @@ def read_documents(source: str, column: str, run: Path | None = None, seen: set[
 def is_local(source: str) -> bool:
     """Return whether a source is on this disk, and so can be read to its end."""
     return source != "self" and (source.startswith("package:") or local_path(source) is not None)
-
-
-def local_path(source: str) -> Path | None:
-    """Return the path of a file or directory that exists, None for any other source."""
-    try:
-        path = Path(source).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # a name that is too long, an unknown user
-        return None
 
 
 def last_changed(sources: Iterable[str]) -> float:

@@ -19,7 +19,7 @@ from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
 from layerboost.schemas.artifact import fingerprint
-from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, local_path, opening_ids, text_pieces
+from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, opening_ids, text_pieces
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]
@@ -120,8 +120,7 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     """
     settings = recipe.measure
     if settings.traffic:
-        file = local_path(settings.traffic) or Path(settings.traffic)
-        skip = settings.skip_tokens + after
+        file, skip = Path(settings.traffic), settings.skip_tokens + after
         return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, skip, recipe.trust_remote_code)
     length = recipe.text.sequence_tokens
     skipped = -(-settings.skip_tokens // length) + -(-after // length)
