@@ -175,7 +175,8 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
             raise NotApplicable(f"its model is that of {row.window_only}, which is skipped")
         return other.model_copy(update={"layers": windows_alone(other.layers), "predicted": None})
     if row.plan is None:
-        return run_stage("plan", settings, folder)
+        run_stage("plan", settings, folder)
+        return read_plan(folder / PLAN)
     if isinstance(row.plan, EveryLayer):
         plan = every_layer_plan(row.plan, base, settings)
         check_applicable(plan, base.config, settings.text.sequence_tokens)
