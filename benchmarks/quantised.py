@@ -3,9 +3,9 @@
     python benchmarks/quantised.py BASE_DIR BOOSTED_DIR TEXT [--types f16 q8_0 q4_0] [--sequences 24] [--places 16]
 
 Each model is exported and served by llama.cpp, which answers the 4,096 most probable next tokens at random places of
-sequences of 512 tokens. Tokens that one of two models does not answer count as one, so the KL is a lower bound. f32 is with
-a KV cache in f32 and without flash attention, the types are with llama.cpp's defaults. TEXT is a file that nothing was
-chosen or healed on. Intervals: bootstrap over sequences. Prints JSON.
+sequences of 512 tokens. Tokens that one of two models does not answer count as one, so the KL is a lower bound. f32 has
+a KV cache in f32 and no flash attention, the types have llama.cpp's defaults. TEXT is a file that nothing was chosen or
+healed on. Intervals: bootstrap over sequences. Prints JSON.
 """
 
 from __future__ import annotations
