@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +15,7 @@ from transformers import AutoConfig
 from layerboost.costs.memory import CacheSettings, admission_bytes, cached, groups, module_heads, resident_bytes
 from layerboost.engines.vllm import unless_given
 from layerboost.evaluating.statistics import average_difference, difference
-from layerboost.model.modeling import skipped_layers
-from layerboost.model.surgery import boosted_config
+from layerboost.model.surgery import boosted_config, recorded_plan
 from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
 from layerboost.text import _pack
 
@@ -62,21 +58,7 @@ def test_a_plan_survives_its_file_and_a_checkpoints_config(
     write_plan(folder / "plan.yaml", plan)
     assert read_plan(folder / "plan.yaml") == plan
     boosted_config(tiny_model(layers=len(letters)).config, layers).save_pretrained(folder)
-    assert plan_in(AutoConfig.from_pretrained(folder)) == layers
-
-
-def plan_in(config: Any) -> list[LayerPlan]:
-    """Read a plan back from what a config records."""
-    skipped, heads = skipped_layers(config), getattr(config, "full_kv_heads", {})
-    layers = []
-    for layer, kind in enumerate(config.layer_types):
-        mixed = heads.get(str(layer), ())
-        slides = kind == "sliding_attention" or bool(mixed)
-        attention = "none" if layer in skipped else "sliding" if slides else "full"
-        window = config.sliding_window if attention == "sliding" else None
-        found = {"layer": layer, "attention": attention, "window": window, "full_kv_heads": mixed}
-        layers.append(LayerPlan.model_validate(found | {"sink": layer in config.attention_sink_layers}))
-    return layers
+    assert recorded_plan(AutoConfig.from_pretrained(folder)) == layers
 
 
 FLAGS = ("--max-num-batched-tokens", "--block-size", "--max-num-seqs", "--port", "--seed", "--no-such-flag")
@@ -155,14 +137,3 @@ def test_intervals_of_an_average_cover_the_true_difference() -> None:
         ]
         found.append(average_difference(samples))
     assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.88
-
-
-def test_a_plan_file_is_one_line_per_layer_that_a_person_can_edit(tmp_path: Path) -> None:
-    plan = PlanFile(model=info(3), method="by hand", layers=layer_plans("fSn"))
-    write_plan(tmp_path / "plan.yaml", plan)
-    text = (tmp_path / "plan.yaml").read_text()
-    edited = text.replace("{layer: 0, attention: full}", "{layer: 0, attention: none}")
-    assert edited != text
-    (tmp_path / "plan.yaml").write_text(edited)
-    assert [entry.attention for entry in read_plan(tmp_path / "plan.yaml").layers] == ["none", "sliding", "none"]
-    assert json.loads(json.dumps(read_plan(tmp_path / "plan.yaml").model_dump(mode="json")))

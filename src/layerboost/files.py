@@ -45,6 +45,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
+def local_path(text: str) -> Path | None:
+    """Return the path of a file or directory that exists, None for any other text."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, an unknown user
+        return None
+
+
 def parse_yaml(text: str) -> Any:
     """Return the values of a YAML text; raise yaml.YAMLError if it is not valid or a mapping has a key twice."""
     return yaml.load(text, _UniqueKeys)

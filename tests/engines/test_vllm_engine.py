@@ -267,17 +267,10 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_similar_arguments_are_accepted(free_port: int) -> None:
-    given = (
-        "--api-server-count",
-        "1",
-        "--config-format",
-        "hf",
-        "--model-impl",
-        "auto",
-        "--tokenizer-mode",
-        "auto",
-        "-O0",
-    )
+    given = [
+        *("--api-server-count", "1", "--config-format", "hf", "--model-impl", "auto"),
+        *("--tokenizer-mode", "auto", "-O0"),
+    ]
     check(Bench(server_args=given, port=free_port), [Path("a {b} %s é\n")])
 
 

@@ -225,7 +225,7 @@ def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -
         if stage == "attention":
             made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
         train_stage(stage, made, rows, 90, settings, tmp_path, validation(made))
-        return load_file(tmp_path / f"{stage}.safetensors")
+        return dict(load_file(tmp_path / f"{stage}.safetensors"))
 
     whole = run()
     lines = read_metrics(tmp_path / "metrics.jsonl")
