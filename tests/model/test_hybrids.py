@@ -20,6 +20,8 @@ from layerboost.probes.calibration import open_measured
 from layerboost.recipe import parse_recipe
 from layerboost.schemas.plan import PlanFile, counted, counts
 
+# The last one's layers have attention and a state side by side.
+HYBRIDS = (*OTHERS, "falcon_h1")
 IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
 
 
@@ -27,27 +29,28 @@ IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
     "family",
     [
         pytest.param(name, marks=pytest.mark.pipeline if name in QUICK_FAMILIES else pytest.mark.exhaustive)
-        for name in OTHERS
+        for name in HYBRIDS
     ],
 )
 def test_the_stages(family: str, tmp_path: Path) -> None:
-    """Measured, planned, converted, healed, saved and loaded; the layers without attention are the base's own."""
+    """Measured, planned, converted, healed, saved and loaded; what has a state is the base's own."""
+    others = [0, 2] if family in OTHERS else []
     base = lb.open_base(save_tiny(tmp_path / "model", family), dtype="float32")
     text = lb.Text(source=str(save_text(tmp_path / "text.jsonl", 12_000)), sequence_tokens=64)
     settings = lb.Measure(windows=(16,), tokens=512, retrieval_prompts=0, batch_sequences=4)
     found = lb.measure(base, text, settings)
-    assert found.model.other_layers == [0, 2]
-    assert [len(entry.variants) for entry in found.layers] == [0, 3, 0, 3]
+    assert found.model.other_layers == others
+    assert [len(entry.variants) for entry in found.layers] == [0 if layer in others else 3 for layer in range(4)]
     plan = lb.plan(found, lb.Plan(kv_fraction=0.7, context_tokens=64))
-    assert [entry.attention for entry in plan.layers][::2] == ["other", "other"]
-    assert counts(plan.layers)["full"] == 1
+    assert [entry.layer for entry in plan.layers if entry.attention == "other"] == others
+    assert 0 < counts(plan.layers)["full"] < 4
     converted = lb.convert(base, plan, text, settings)
     healed = lb.heal(converted, text, lb.Heal(attention_tokens=512, tokens=512, batch_sequences=4, fit_tokens=256))
     healed.save(tmp_path / "healed")
     loaded = find_model(str(tmp_path / "healed"), RUNTIME).load()
     assert torch.equal(loaded(IDS).logits, healed.model(IDS).logits)
     assert not torch.equal(loaded(IDS).logits, converted.model(IDS).logits)
-    for layer in (0, 2):
+    for layer in others or range(4):
         theirs, ours = (getattr(decoder_layers(model)[layer], row(family).mixer) for model in (base.load(), loaded))
         assert all(torch.equal(theirs.get_parameter(name), value) for name, value in ours.named_parameters())
     out = loaded.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
@@ -71,6 +74,29 @@ def test_a_checkpoint_says_what_each_layer_is(family: str, tmp_path: Path) -> No
     card = (tmp_path / "boosted" / "README.md").read_text()
     assert "Of 5 layers: 1 full, 1 sliding, 1 none, 2 other." in card
     assert "vLLM does not serve this model" in card
+
+
+def test_layers_whose_types_are_computed_record_a_plan(tmp_path: Path) -> None:
+    """What slides is in `full_kv_heads`; each layer's cache has its state, and of keys what its plan lets it hold."""
+    letters = "nHsfh"
+    base = find_model(str(save_tiny(tmp_path / "model", "falcon_h1", layers=5)), RUNTIME)
+    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans(letters))
+    model = apply_plan(base.load(), plan.layers)
+    save_boosted(model, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    again = find_model(str(tmp_path / "boosted"), RUNTIME)
+    assert recorded_plan(again.config) == plan.layers
+    assert again.config.full_kv_heads == {"1": [0], "2": [], "4": [1]}
+    assert again.config.layer_types == ["hybrid"] * 5
+    whole = again.load()(IDS)
+    assert torch.equal(whole.logits, model(IDS).logits)
+    past = whole.past_key_values
+    assert all(layer.recurrent_states[0].any() for layer in past.layers)
+    held = [0 if layer.keys is None else layer.keys.shape[2] for layer in past.layers]
+    assert held == [0, 60, 15, 60, 60]
+    past.reset()
+    torch.testing.assert_close(model(IDS, past_key_values=past).logits, whole.logits)
+    past.reorder_cache(torch.tensor([0, 0]))
+    assert {layer.recurrent_states[0].shape[0] for layer in past.layers} == {2}
 
 
 @pytest.mark.parametrize(

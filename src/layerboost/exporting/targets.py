@@ -323,7 +323,8 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
         removed = any(NONE in needs(entry, slides=False) for entry in layers)
         chosen = min(fitting, key=lambda target: removed and target.removed_tokens is not None)
         if name == "auto":
-            others = "; ".join(f"{target.label}: {why}" for target, why in problems if why)
+            of_family = [(target, why) for target, why in problems if why and config.model_type in target.families]
+            others = "; ".join(f"{target.label}: {why}" for target, why in of_family)
             log.info("%s holds this plan at the least KV cache%s", chosen.label, f" ({others})" if others else "")
         return chosen
     able = [target for target, why in problems if not why]
