@@ -14,11 +14,10 @@ import pytest
 import yaml
 from processes import command
 from test_pipeline import layerboost, write_recipe
-from tiny import layer_plans, save_text, save_tiny
+from tiny import save_text, save_tiny
 
 from layerboost.cli import cli
 from layerboost.run_folder import locked
-from layerboost.schemas.plan import read_plan, write_plan
 from layerboost.tables import show
 
 
@@ -220,11 +219,6 @@ def test_healing_goes_on_with_the_same_settings_only(measured: Path, tmp_path: P
     found = layerboost("heal", "--run", run, "--set", "heal.lr=0.5", check=False)
     assert found.returncode == 2
     assert "heal.lr: 0.001 there, 0.5 here" in found.stderr
-
-
-def edit_plan(run: Path, letters: str) -> None:
-    plan = read_plan(run / "plan.yaml")
-    write_plan(run / "plan.yaml", plan.model_copy(update={"layers": layer_plans(letters)}))
 
 
 def test_a_damaged_checkpoint_is_one_message_and_is_made_again(measured: Path, tmp_path: Path) -> None:
