@@ -7,7 +7,7 @@ from typing import Any
 
 from tiny import layer_plans, tiny_config
 
-from layerboost.exporting.targets import Target, features, needs, rope_types
+from layerboost.exporting.targets import NONE, SINK, SLIDING, Target, features, needs, rope_types
 from layerboost.model.modeling import base_layer_types
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
@@ -39,3 +39,14 @@ def check_cases(target: Target, cases: Iterable[Case]) -> None:
     claimed = (set(target.families), target.holds, target.takes, target.rope | target.scales_full, target.rope)
     for found, all_of in zip((families, layers, taken, full, sliding), claimed, strict=True):
         assert found == all_of, f"{target.label}: {found ^ all_of}"
+
+
+def check_ends(target: Target, cases: Iterable[Case]) -> None:
+    """Assert that the first and the last layer have what a layer of a format may have, each in one case at least; not
+    where windows come in a period."""
+    plans = [layer_plans(letters) for _, letters, _ in cases]
+    for place in (0, -1):
+        found = {need for plan in plans for need in needs(plan[place], slides=False)}
+        wanted = {SLIDING, SINK, NONE} & target.holds
+        wanted -= {NONE} if target.keeps_first and place == 0 else set()
+        assert target.every_nth or wanted <= found, f"{target.label}, layer {place}: {wanted - found}"

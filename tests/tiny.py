@@ -162,6 +162,22 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "mamba_chunk_size": 16,
     },
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+        "mamba_norm_before_gate": False,
+        "embedding_multiplier": 2.0,
+        "lm_head_multiplier": 0.5,
+        "key_multiplier": 0.6,
+        "attention_in_multiplier": 1.2,
+        "attention_out_multiplier": 0.7,
+        "mlp_multipliers": [1.5, 0.7],
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.6,
+        "ssm_multipliers": [0.7, 0.8, 0.9, 1.1, 1.2],
+    },
     "lfm2_moe": {**EXPERTS, "num_experts": 8, "num_dense_layers": 1, "routed_scaling_factor": 1.5},
     "olmo_hybrid": LINEAR,
 }
@@ -204,11 +220,11 @@ SLIDING_BASES = (
 MODEL_TYPES = [*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS]
 MIXTURES = tuple(name for name in FAMILIES if any("expert" in setting for setting in FAMILY_SETTINGS.get(name, {})))
 # Their MLPs cannot be thinned: experts, and MLPs of another name.
-WHOLE_MLPS = (*MIXTURES, "lfm2")
+WHOLE_MLPS = (*MIXTURES, "lfm2", "falcon_h1")
 # Families that use every field of a row between them. The others are in the whole grids of `make test-all`.
 QUICK_FAMILIES = (
     "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere2",
-    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl", "qwen3_next",
+    "phi", "stablelm", "exaone4", "hyperclovax", "qwen3_moe", "qwen3_vl", "qwen3_next", "falcon_h1",
 )  # fmt: skip
 
 
@@ -219,13 +235,13 @@ def row(model_type: str) -> Family:
 
 def families(*, sliding: bool = True, others: bool = True, experts: bool = False, mlps: bool = False) -> list[Any]:
     """Every family as a parameter of a test; without `sliding`, those in whose tiny base no layer slides; without
-    `others`, those in which every layer has attention; with
+    `others`, those in which every layer has attention and no state; with
     `experts`, the mixtures of experts; with `mlps`, those whose MLPs can be thinned."""
     names = [
         name
         for name in MODEL_TYPES
         if (sliding or name not in SLIDING_BASES)
-        and (others or row(name).model_type not in OTHERS)
+        and (others or not row(name).mixer)
         and (not experts or name in MIXTURES)
         and (not mlps or name not in (*WHOLE_MLPS, *WRAPPERS))
     ]

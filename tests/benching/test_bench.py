@@ -13,7 +13,7 @@ from processes import forked, free_port
 from tiny import edit_config, info, layer_plans, save_tiny
 
 from layerboost.benching.stage import _checked, _opened, run_bench
-from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, serving
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
 from layerboost.engines import transformers
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
@@ -140,7 +140,9 @@ def test_every_model_is_served_with_the_flags_of_the_plan(
     """Those for the machine that serves, wherever the plan was made."""
     monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: engine == CPU_DEFAULTS)
     plan = advise(models["healed"])
-    flags = serving(plan.model, plan.layers, 512, 4, engine).flags
+    found = plan_serving(plan, engine)
+    assert found
+    flags = found.flags
     assert flags[0] == "--max-num-batched-tokens"
     job = _checked(recipe(server_args=["--block-size=16"]), tmp_path, models, False)
     assert job.bench.server_args == (*flags[:2], "--block-size=16")

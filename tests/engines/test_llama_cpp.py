@@ -86,12 +86,7 @@ def test_a_load_is_answered_and_the_cache_is_as_computed(name: str, models: dict
     plan = PLAN if name == "healed" else PLAN.model_copy(update={"layers": layer_plans("ffff")})
     expected = kv_bytes(plan, context_tokens=2 * CELLS, slots=2, ubatch_tokens=CELLS - WINDOW)
     assert answer.metrics["kv_used_gib"] * GIB == pytest.approx(expected, rel=0.02)
-    # What llama.cpp says that it has loaded is the plan: window, pattern, and the layers of each kind.
-    log = file.read_text()
-    assert re.findall(r"n_swa += (\d+)", log)[:1] == [str(plan.window or 0)]
-    pattern = [str(entry.attention == "sliding").lower() for entry in plan.layers if plan.window]
-    assert re.findall(r"sliding_window_pattern arr.* = \[(.*)\]", log) == ([", ".join(pattern)] if pattern else [])
-    caches = re.findall(r"llama_kv_cache: size = .*\( *(\d+) cells, +(\d+) layers", log)
+    caches = re.findall(r"llama_kv_cache: size = .*\( *(\d+) cells, +(\d+) layers", file.read_text())
     sliding = sum(entry.window is not None for entry in plan.layers)
     assert caches == [(str(2 * CELLS), str(len(LETTERS) - sliding))] + [(str(CELLS), str(sliding))] * bool(sliding)
 

@@ -1,13 +1,13 @@
-"""GGUF exports: what the file says, and the log-probabilities of llama.cpp itself."""
+"""GGUF exports: what the file says, and how llama.cpp reads text; its log-probabilities: test_stock_runtimes.py."""
 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import json
 import resource
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
+from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases, check_ends
 from safetensors.torch import load_file, save_file
-from smollm2 import CAPITALS, RUNTIME, boosted_default
+from stock_runtimes import serving
 from test_pipeline import layerboost
-from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_model, tiny_tokenizer
+from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, tiny_config, tiny_model, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -27,19 +27,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import LAYOUTS
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
-from layerboost.exporting.stage import run_export
-from layerboost.exporting.targets import TARGETS
-from layerboost.model.base import UNPACKED_FROM, find_model
+from layerboost.exporting.stage import gguf_file, run_export
+from layerboost.exporting.targets import TARGETS, find_target
+from layerboost.model.base import UNPACKED_FROM
 from layerboost.model.card import Origin
 from layerboost.model.checkpoint import save_boosted
+from layerboost.model.surgery import boosted_config
 from layerboost.model.tokenizer import SENTENCE
 from layerboost.schemas.plan import PlanFile, read_plan, write_plan
 from layerboost.tables import exported_rows
 
-IDS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 SAME = {"rope_type": "default", "rope_theta": 5e4}
 BY_TYPE = {"full_attention": SAME, "sliding_attention": SAME}
 SMALL = TIED | {"initializer_range": 0.1}
+needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="pip install xllamacpp")
 # By architecture: the family, layers and settings. Every family with what it can have.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("granite_swa", "llama", "nfSsn", {}),
@@ -77,10 +78,10 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "absent-mistral": ("deci", "mistral", "fotn", {"rope_parameters": FACTOR}),
     # Its other layers slide.
     "absent-ministral": ("deci", "ministral", "fnto", {"rope_parameters": YARN}),
-    "qwen3": ("step35", "qwen3", "fsns", {}),
-    "qwen3-tied": ("step35", "qwen3", "nfsf", TIED),
+    "qwen3": ("step35", "qwen3", "sfns", {}),
+    "qwen3-tied": ("step35", "qwen3", "nfsn", TIED),
     "qwen3-moe": ("mellum", "qwen3_moe", "fsns", {}),
-    "qwen3-moe-many": ("mellum", "qwen3_moe", "nfsf", {"num_experts": 12, "num_experts_per_tok": 3} | TIED),
+    "qwen3-moe-many": ("mellum", "qwen3_moe", "nfsn", {"num_experts": 12, "num_experts_per_tok": 3} | TIED),
     "unchanged-qwen3-moe": ("mellum", "qwen3_moe", "fff", {}),
     "mellum": ("mellum", "mellum", "sfnf", {"rope_parameters": BY_TYPE}),
     "olmo2": ("olmo2", "olmo2", "sfnf", {"head_dim": 16}),
@@ -122,45 +123,9 @@ def test_cases_have_all_that_the_formats_claim() -> None:
     formats = {target.architecture: target for target in TARGETS.values() if target.architecture}
     assert formats.keys() == LAYOUTS.keys()
     for architecture, target in formats.items():
-        check_cases(target, [case[1:] for case in CASES.values() if case[0] == architecture])
-
-
-def serving(file: Path) -> Callable[[str, dict[str, Any]], Any]:
-    """llama.cpp in this process with a file loaded, to ask by path and message."""
-    llama = pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
-    params = llama.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_batch, params.n_ubatch, params.warmup = 256, 64, 64, False
-    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-    server = llama.Server(params)
-
-    def ask(path: str, message: dict[str, Any]) -> Any:
-        request = urllib.request.Request(f"{server.listening_address}/{path}", json.dumps(message).encode())
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    # A server that is destroyed before its loop runs waits for the loop's end forever; tokenizing does not need the loop.
-    ask("completion", {"prompt": [1], "n_predict": 1})
-    return ask
-
-
-def answered(file: Path, prompts: list[list[int]], vocabulary: int = 257) -> list[dict[int, float]]:
-    """llama.cpp's log-probabilities of every next token."""
-    ask, found = serving(file), []
-    for prompt in prompts:
-        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "temperature": 0}
-        [first] = ask("completion", wanted | {"post_sampling_probs": False})["completion_probabilities"]
-        found.append({entry["id"]: entry["logprob"] for entry in first["top_logprobs"]})
-    return found
-
-
-class HalfGelu(torch.nn.Module):
-    """GELU as llama.cpp computes it on a CPU: by a table in float16."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.gelu(hidden.half().float(), approximate="tanh").half().float()
+        cases = [case[1:] for case in CASES.values() if case[0] == architecture]
+        check_cases(target, cases)
+        check_ends(target, cases)
 
 
 def field(reader: gguf.GGUFReader, key: str) -> Any:
@@ -169,37 +134,11 @@ def field(reader: gguf.GGUFReader, key: str) -> Any:
     return found.contents()
 
 
-@pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
-def test_llama_cpp_gives_the_same_log_probabilities(case: str, tmp_path: Path) -> None:
-    architecture, family, letters, changes = CASES[case]
-    folder = saved(tmp_path / "healed", family, letters, **changes)
-    out = Path(run_export(folder, "gguf", kind="f32").folder)
-    assert field(gguf.GGUFReader(out), "general.architecture") == architecture
-    prompts = [IDS[:length] for length in (5, WINDOW, WINDOW + 1, 40, 60)]
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for layer in model.model.layers if "gemma" in family else []:
-        layer.mlp.act_fn = HalfGelu()
-    for prompt, found in zip(prompts, answered(out, prompts), strict=True):
-        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert len(found) == 257
-        assert max(abs(expected[token] - value) for token, value in found.items()) < 1e-3
-
-
-@pytest.mark.real
-@pytest.mark.exhaustive
-@torch.no_grad()
-def test_llama_cpp_gives_the_same_log_probabilities_for_the_real_model(tmp_path: Path) -> None:
-    """30 layers of SmolLM2-135M, and prompts up to three times the window."""
-    folder = boosted_default(tmp_path, sinks=True, heads=False)
-    ids = find_model(str(folder), RUNTIME).tokenizer(CAPITALS * 20)["input_ids"]
-    prompts = [ids[:length] for length in (5, 60, 65, 200)]
-    found = answered(Path(run_export(folder, "gguf", kind="f32").folder), prompts, vocabulary=49152)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for prompt, theirs in zip(prompts, found, strict=True):
-        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert len(theirs) == 49152
-        assert max(abs(expected[token] - value) for token, value in theirs.items()) < 1e-3
+def test_each_case_has_the_architecture_that_it_names() -> None:
+    for name, (architecture, family, letters, changes) in CASES.items():
+        layers = layer_plans(letters)
+        config = boosted_config(tiny_config(family, len(letters), **changes), layers)
+        assert find_target("gguf", config, layers).architecture == architecture, name
 
 
 def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
@@ -224,7 +163,7 @@ def test_the_file_says_the_same_plan(tmp_path: Path) -> None:
     [
         ("absent", "deci.attention.head_count_kv", [2, 0, 2, 0]),
         ("thinned", "deci.feed_forward_length", [96, 48, 96, 48]),
-        ("qwen3", "step35.attention.sliding_window_pattern", [False, True, True, True]),
+        ("qwen3", "step35.attention.sliding_window_pattern", [True, False, True, True]),
         ("olmo2", "olmo2.attention.sliding_window_pattern", 2),
         ("gemma2-all", "gemma2.attention.sliding_window_pattern", 0),
         # Its first full layer has no attention, so that every sixth is full.
@@ -292,6 +231,7 @@ TOKENIZERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 OPENING = {"smollm", "tekken", "mistral"}
 
 
+@needs_llama
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_llama_cpp_splits_text_the_same_way(name: str, tmp_path: Path) -> None:
     kind, splits, settings = TOKENIZERS[name]
@@ -477,6 +417,23 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
+def test_an_earlier_file_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+    """One that cannot be made, or not to the end, leaves it as it is."""
+    out = tmp_path / "model-f32.gguf"
+    gguf_file(saved(tmp_path / "first", "llama", "fs"), out, "f32")
+    earlier = out.read_bytes()
+    second = saved(tmp_path / "second", "llama", "sf")
+    with files_of_at_most(100_000), pytest.raises(LayerboostError, match="cannot write"):
+        gguf_file(second, out, "f32")
+    with pytest.raises(ConfigError, match="layer 1 has a sink"):
+        gguf_file(saved(tmp_path / "third", "qwen3", "fS"), out, "f32")
+    assert out.read_bytes() == earlier
+    gguf_file(second, out, "f32")
+    assert field(gguf.GGUFReader(out), "granite_swa.attention.sliding_window_pattern") == [True, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", out.name, "second", "third"]
+
+
+@needs_llama
 @pytest.mark.parametrize("quoted", [str, lambda token: {"content": token, "__type": "AddedToken"}])
 def test_a_text_opens_as_the_tokenizer_opens_it(quoted: Any, tmp_path: Path) -> None:
     """By the tokenizer itself: `bos_token` may be no string in its settings, and llama.cpp has its own defaults."""
@@ -523,10 +480,11 @@ def test_a_file_has_the_names_of_the_model_and_of_its_licence(tmp_path: Path) ->
     tiny_model("llama", 2, vocab_size=257).save_pretrained(stock)
     byte_level_tokenizer().save_pretrained(stock)
     (stock / "README.md").write_text("---\nlicense: mit\n---\n")
-    reader = gguf.GGUFReader(run_export(stock, "gguf").folder)
+    reader = gguf.GGUFReader(run_export(stock, "auto", kind="f16").folder)
     assert (field(reader, "general.name"), field(reader, "general.license")) == ("stock", "mit")
 
 
+@needs_llama
 @torch.no_grad()
 def test_a_chat_is_answered_as_transformers_answers_it(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()

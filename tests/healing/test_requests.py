@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from pictures import PROCESSORS, QUICK_AND_EXHAUSTIVE, save_bases, save_requests, save_with_processor, wrappers
+from processes import finish, ranks, run_module
 from safetensors.torch import load_file
 from test_distillers import END, IDS, made
+from test_heal import check_same_healing
 from tiny import RUNTIME, image_prompt, layer_plans, plan_file, save_tiny
 from torch.nn import functional as F
 
@@ -25,10 +27,10 @@ from layerboost.model.base import Base, find_model
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import attention_of
 from layerboost.pipeline import run_stage
-from layerboost.recipe import Heal, Recipe, parse_recipe
+from layerboost.recipe import Heal, Recipe, parse_recipe, recipe_yaml
 from layerboost.schemas.healing import read_metrics
 from layerboost.schemas.plan import write_plan
-from layerboost.schemas.run import CONVERTED, HEALED, PLAN
+from layerboost.schemas.run import CONVERTED, HEALED, PLAN, SENSITIVITY
 
 CPU = torch.device("cpu")
 
@@ -140,6 +142,29 @@ def test_a_model_is_healed_on_requests_with_images_of_many_sizes(
     shutil.rmtree(run / HEALED)
     with pytest.raises(ConfigError, match="started on another text"):
         run_stage("heal", recipe, run)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_measure_and_heal_on_images_what_one_does(bases: dict[str, Base], tmp_path: Path) -> None:
+    """Images of two sizes; the last step has a request fewer than processes."""
+    base = bases["llava"]
+    recipe = recipe_of(base, save_requests(tmp_path, 16, heights=(8, 16)), gradient_accumulation=2, lr=1e-3)
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
+    alone, together = tmp_path / "alone", tmp_path / "together"
+
+    def both(stage: str) -> None:
+        run_stage(stage, recipe, alone)
+        words = ("--config", str(tmp_path / "recipe.yaml"), "--run", str(together))
+        finish(ranks(run_module, "layerboost.cli", stage, *words, folder=tmp_path))
+
+    both("measure")
+    assert (alone / SENSITIVITY).read_bytes() == (together / SENSITIVITY).read_bytes()
+    plan = plan_file("fSns", model=base.info)
+    for run in (alone, together):
+        write_plan(run / PLAN, plan)
+        run_stage("convert", recipe, run)
+    both("heal")
+    check_same_healing(alone, together)
 
 
 @wrappers

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(folder: Path, run: Path, *settings: str) -> dict[str, Any]:
     layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *sets(*settings))
-    return json.loads((run / SENSITIVITY).read_text())
+    return dict(json.loads((run / SENSITIVITY).read_text()))
 
 
 def test_tasks_are_measured_and_another_list_is_refused(folder: Path, tmp_path: Path) -> None:

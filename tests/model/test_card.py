@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny import info, layer_plans, plan_file
 
-from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, serving
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.model.card import UNKNOWN, model_card, origin_of
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile
@@ -76,8 +76,9 @@ def test_the_card_names_the_flags_that_make_the_memory_real_on_each_kind_of_engi
     plan = PlanFile(model=info(8), method="budget", settings=settings, layers=layer_plans("ffssssss", 64))
     card = model_card(plan, UNKNOWN)
     for engine, where in ((CPU_DEFAULTS, "On a CPU"), (GPU_DEFAULTS, "On a GPU")):
-        flags = serving(plan.model, plan.layers, 2048, 100, engine).flags
-        assert f"vllm serve PATH {' '.join(flags)}    # {where}\n" in card
+        found = plan_serving(plan, engine)
+        assert found
+        assert f"vllm serve PATH {' '.join(found.flags)}    # {where}\n" in card
     assert "`--max-model-len 2048`: On a GPU vLLM admits" in card
     assert "On a CPU vLLM admits 3.01 times the base's requests of 2048 tokens" in card
     others: list[dict[str, Any]] = [{"layers": layer_plans("ffffffff")}, {"settings": {}}]

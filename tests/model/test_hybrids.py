@@ -33,6 +33,8 @@ from layerboost.recipe import parse_recipe
 from layerboost.schemas.plan import PlanFile, counted, counts
 from layerboost.schemas.sensitivity import Sensitivity
 
+# The last one's layers have attention and a state side by side.
+HYBRIDS = (*OTHERS, "falcon_h1")
 IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
 
 
@@ -60,19 +62,19 @@ def check_stages(
     "family",
     [
         pytest.param(name, marks=pytest.mark.pipeline if name in QUICK_FAMILIES else pytest.mark.exhaustive)
-        for name in OTHERS
+        for name in HYBRIDS
     ],
 )
 def test_the_stages(family: str, tmp_path: Path) -> None:
-    """The layers without attention are the base's own."""
-    model = save_tiny(tmp_path / "model", family)
+    """What has a state is the base's own."""
+    others, model = [0, 2] if family in OTHERS else [], save_tiny(tmp_path / "model", family)
     found, plan, loaded = check_stages(tmp_path, model, {"input_ids": IDS})
-    assert found.model.other_layers == [0, 2]
-    assert [len(entry.variants) for entry in found.layers] == [0, 3, 0, 3]
-    assert [entry.attention for entry in plan.layers][::2] == ["other", "other"]
-    assert counts(plan.layers)["full"] == 1
+    assert found.model.other_layers == others
+    assert [len(entry.variants) for entry in found.layers] == [0 if layer in others else 3 for layer in range(4)]
+    assert [entry.layer for entry in plan.layers if entry.attention == "other"] == others
+    assert 0 < counts(plan.layers)["full"] < 4
     base = find_model(str(model), RUNTIME).load()
-    for layer in (0, 2):
+    for layer in others or range(4):
         theirs, ours = (getattr(decoder_layers(each)[layer], row(family).mixer) for each in (base, loaded))
         assert all(torch.equal(theirs.get_parameter(name), value) for name, value in ours.named_parameters())
     check_generation(loaded, IDS, 6)
@@ -89,6 +91,27 @@ def test_a_checkpoint_says_what_each_layer_is(family: str, tmp_path: Path) -> No
     card = (tmp_path / "boosted" / "README.md").read_text()
     assert "Of 5 layers: 1 full, 1 sliding, 1 none, 2 other." in card
     assert "vLLM does not serve this model" in card
+
+
+def test_layers_whose_types_are_computed_record_a_plan(tmp_path: Path) -> None:
+    """What slides is in `full_kv_heads`; each layer's cache has its state, and of keys what its plan lets it hold."""
+    letters = "nHsfh"
+    base = find_model(str(save_tiny(tmp_path / "model", "falcon_h1", layers=5)), RUNTIME)
+    model = convert(base, letters, tmp_path / "boosted")
+    again = find_model(str(tmp_path / "boosted"), RUNTIME)
+    assert recorded_plan(again.config) == layer_plans(letters)
+    assert again.config.full_kv_heads == {"1": [0], "2": [], "4": [1]}
+    assert again.config.layer_types == ["hybrid"] * 5
+    whole = again.load()(IDS)
+    assert torch.equal(whole.logits, model(IDS).logits)
+    past = whole.past_key_values
+    assert all(layer.recurrent_states[0].any() for layer in past.layers)
+    held = [0 if layer.keys is None else layer.keys.shape[2] for layer in past.layers]
+    assert held == [0, 60, 15, 60, 60]
+    past.reset()
+    torch.testing.assert_close(model(IDS, past_key_values=past).logits, whole.logits)
+    past.reorder_cache(torch.tensor([0, 0]))
+    assert {layer.recurrent_states[0].shape[0] for layer in past.layers} == {2}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,27 @@ class Exported:
     base_type: str | None
 
 
-def run_export(folder: Path, to: str, out: Path | None = None, kind: str | None = None) -> Exported:
+def run_export(
+    folder: Path, to: str, out: Path | None = None, kind: str | None = None, *, replace: bool = False
+) -> Exported:
     """Write a boosted checkpoint in the format `to`, or in the one that holds it at least cost (`auto`); as GGUF also a
     stock model.
 
     `out`: a new directory, or file for GGUF, by default next to the checkpoint; complete or not there at all. `kind`:
-    the type of a GGUF file's matrices, float16 by default. Raise ConfigError, before any weight is read, if the
-    directory is not a model or no format holds its plan.
+    the type of a GGUF file's matrices, float16 by default. `replace`: a GGUF file that is there, once the new one is
+    complete. Raise ConfigError, before any weight is read, if the directory is not a model or no format holds its plan.
     """
     plan = plan_in(folder)
+    to = "gguf" if to == "auto" and kind else to
     if plan is None and to != "gguf":
         raise _not_boosted(folder, "no plan.yaml")
-    config, target = _target(folder, "gguf" if to == "auto" and kind else to, plan)
+    config, target = _target(folder, to, plan)
     if kind and target.name != "gguf":
         raise ConfigError(f"{target.name} keeps the checkpoint's type", found=f"--type {kind}", do="leave it out")
     kind = (kind or "f16").lower()
     ending = f"-{kind}.gguf" if target.name == "gguf" else f"-{target.name}"
     out = out or folder.resolve().with_name(folder.resolve().name + ending)
-    if out.exists():
+    if out.exists() and not replace:
         raise ConfigError(f"{out} exists already", do="name another directory with --out, or delete it")
     if target.architecture:
         _write_gguf(folder, out, config, target.architecture, kind)
@@ -122,15 +126,14 @@ def check_plan(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> None:
 def gguf_file(folder: Path, out: Path, kind: str) -> None:
     """Write a GGUF file of a model directory, stock or boosted, unless `out` is of the same files already.
 
-    Raise as `run_export` does, also for a file that was not made so.
+    One of other files is replaced once the new one is complete. Raise as `run_export` does, also for a file that was
+    not made so.
     """
     from layerboost.exporting.gguf_file import source_of
 
-    if out.is_file() and (source := source_of(out)) is not None:
-        if source == _source(folder):
-            return
-        out.unlink()
-    run_export(folder, "gguf", out, kind)
+    earlier = source_of(out) if out.is_file() else None
+    if earlier is None or earlier != _source(folder):
+        run_export(folder, "gguf", out, kind, replace=earlier is not None)
 
 
 def _source(folder: Path) -> str:
@@ -217,8 +220,9 @@ def _write_gguf(folder: Path, out: Path, config: PreTrainedConfig, architecture:
     except OSError as error:
         raise disk_error(out, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
-        exact.unlink(missing_ok=True)
+        for file in (temporary, exact):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 def check_type(folder: Path, kind: str) -> str | None:

@@ -202,7 +202,8 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     with `skip` and `intermediate_size`.
 
     They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
-    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
+    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full (in a family whose
+    layer types are computed, also none), and
     `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types`, unless
     all layers are full in the base. Raise ConfigError.
     """
@@ -210,24 +211,29 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     config = whole.get_text_config()
     check_plan(config, layers)
     layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
-    types = base_layer_types(config)
+    types, family = base_layer_types(config), family_of(config)
     window = window_of(layers)
     if window is not None:
-        for flag, value in family_of(config).config_flags:
+        for flag, value in family.config_flags:
             setattr(config, flag, value)
         config.sliding_window = window
     if set(types) != {"full_attention"}:
         config.base_layer_types = types
-    mixed = {str(entry.layer): list(entry.full_kv_heads) for entry in layers if entry.full_kv_heads}
+    mixed = {
+        str(entry.layer): list(entry.full_kv_heads)
+        for entry in layers
+        if entry.full_kv_heads or (family.computed_types and entry.attention == SLIDING)
+    }
     if mixed:
         config.full_kv_heads = mixed
     linear = {str(entry.layer): entry.feature_map for entry in layers if entry.feature_map}
     if linear:
         config.linear_attention = linear
-    config.layer_types = [
-        "sliding_attention" if entry.attention == SLIDING and not entry.full_kv_heads else types[entry.layer]
-        for entry in layers
-    ]
+    if not family.computed_types:
+        config.layer_types = [
+            "sliding_attention" if entry.attention == SLIDING and not entry.full_kv_heads else types[entry.layer]
+            for entry in layers
+        ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
     whole.architectures = [architecture_of(whole.model_type)]

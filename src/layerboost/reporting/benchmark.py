@@ -78,23 +78,19 @@ def throughput_panel(sources: Sources) -> Panel:
     """Return output tokens per second against concurrency, accuracy against them, and latencies."""
     bench, quality = sources.bench, sources.quality
     panel = sources.panel("throughput", "Throughput", FILE, "eval/comparison.json")
-    if bench is None or not bench.results:
-        if bench:
-            panel.missing.append(f"{FILE} holds no measurement yet: run `{MADE_BY[FILE]}`")
+    if bench is None:
         return panel
     panel.notes.append(
         "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
         "minimum and maximum in brackets if there are several; ratios are computed within a repeat. "
         f"{_environment(bench)}"
     )
-    settings = bench.settings
-    if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
-        shared = settings.get("shared_prefix_tokens")
-        prefix = f"all with one prefix of {shared:,} tokens that is in the cache, " if shared else ""
-        panel.notes.append(
-            f"{settings['requests_per_concurrency']:g} times as many requests as are concurrent, {prefix}"
-            f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
-        )
+    settings, shared = bench.settings, bench.settings.get("shared_prefix_tokens")
+    prefix = f"all with one prefix of {shared:,} tokens that is in the cache, " if shared else ""
+    panel.notes.append(
+        f"{settings['requests_per_concurrency']:g} times as many requests as are concurrent, {prefix}"
+        f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
+    )
     panel.chart("throughput", "Output tokens per second", throughput_figure(bench))
     if quality and (drawn := accuracy_figure(bench, quality)):
         panel.chart("accuracy", "Accuracy against throughput", drawn)
@@ -118,22 +114,19 @@ def throughput_panel(sources: Sources) -> Panel:
 def decode_panel(sources: Sources) -> Panel:
     """Return latency and memory of one batch of answers against their length."""
     panel, sweep = sources.panel("decode", "Decoding against length", SWEEP), sources.sweep
-    results = {result.output_tokens: result for result in sweep.results if result.output_tokens} if sweep else {}
-    if sweep is None or not results:
-        if sweep:
-            panel.missing.append(f"{SWEEP} holds no measurement yet: run `{MADE_BY[SWEEP]}`")
+    if sweep is None:
         return panel
+    results = {result.output_tokens: result for result in sweep.results if result.output_tokens}
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
     panel.notes.append(
         f"{batch} requests decode at once; latency is of a whole answer, first token included; values are medians over "
         f"the repeats, bars go from minimum to maximum. {_environment(sweep)}"
     )
-    for metric in _measured(sweep, [LATENCY]):
-        drawn = _lines(metric, results, "tokens in the answer", "latency, s", 1e-3)
-        panel.chart("decode-latency", "Latency against length", drawn)
-    for metric in _measured(sweep, MEMORY)[:1]:
-        drawn = _lines(metric, results, "tokens in the answer", MEMORY[metric])
-        panel.chart("decode-memory", "Memory against length", drawn)
+    latency = _lines(LATENCY, results, "tokens in the answer", "latency, s", 1e-3)
+    panel.chart("decode-latency", "Latency against length", latency)
+    metric = _measured(sweep, MEMORY)[0]
+    memory = _lines(metric, results, "tokens in the answer", MEMORY[metric])
+    panel.chart("decode-memory", "Memory against length", memory)
     panel.warnings.extend(_warnings(sweep, SWEEP))
     panel.tables.append(decode_table(sweep))
     return panel

@@ -39,9 +39,8 @@ def quality_panel(sources: Sources) -> Panel:
     )
     if quality.gate:
         panel.tables.append(_gate_table(quality.gate))
-    if quality.perplexity:
-        if quality.text:
-            panel.notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
+    if quality.text:
+        panel.notes.append(f"Held-out text: {quality.text.tokens:,} tokens of {quality.text.source}.")
         panel.tables.append(_perplexity_table(quality))
     if quality.tasks:
         panel.notes.append(

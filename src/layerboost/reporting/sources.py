@@ -53,8 +53,7 @@ class Sources:
         self.plan = read_plan(run / "plan.yaml") if (run / "plan.yaml").is_file() else None
         self.frontier = self._read("frontier.json", Frontier)
         self.stability = self._read("stability.json", Stability)
-        metrics = run / "heal" / "metrics.jsonl"
-        self.metrics = read_metrics(metrics) if metrics.is_file() else None
+        self.metrics = read_metrics(run / "heal" / "metrics.jsonl")
         self.quality = self._read("eval/comparison.json", EvalComparison)
         self.bench = self._read("bench/comparison.json", BenchComparison)
         self.sweep = self._read("bench/decode_sweep.json", BenchComparison)
