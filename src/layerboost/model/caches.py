@@ -138,8 +138,7 @@ class LinearCacheLayer(SlidingCacheLayer):
         raise RuntimeError("the cache of a layer with linear attention cannot be cropped")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.batch_select_state(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -148,9 +147,6 @@ class LinearCacheLayer(SlidingCacheLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.batch_select_state(indices)
-
-    def batch_select_state(self, indices: torch.Tensor) -> None:
         if self.state is not None:
             self.state = self.state[indices]
 
