@@ -99,7 +99,7 @@ class Engine:
 
     def tokens(self, count: int) -> list[int]:
         """Random ids."""
-        return self.draw.integers(100, self.vocabulary, count).tolist()
+        return [int(token) for token in self.draw.integers(100, self.vocabulary, count)]
 
     def run(self) -> dict[str, Any]:
         """Read all prompts, decode: seconds of reading and of a step, and shares of a step where they are asked for."""

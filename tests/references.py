@@ -80,4 +80,4 @@ def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.T
     error = (inputs @ weight.T) - kept @ weight[:, neurons].T
     rows = torch.cat([kept, penalty * torch.eye(len(neurons), dtype=kept.dtype)])
     targets = torch.cat([error, error.new_zeros(len(neurons), error.shape[1])])
-    return weight[:, neurons] + torch.linalg.lstsq(rows, targets).solution.T
+    return weight[:, neurons].add(torch.linalg.lstsq(rows, targets).solution.T)

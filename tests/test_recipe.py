@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from layerboost.errors import ConfigError
+from layerboost.files import parse_yaml
 from layerboost.measuring.stage import validate_measure
 from layerboost.recipe import (
     RECIPES,
@@ -79,11 +80,23 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("heal:\n  lr: 1.0e-4\nseed: 1\nheal:\n  tokens: 5\n")
     with pytest.raises(ConfigError, match="heal is given twice, the second time in line 4"):
         load_recipe([tmp_path / "twice.yaml"], {})
+    (tmp_path / "merged.yaml").write_text("heal: &a\n  lr: 1.0e-4\nplan:\n  <<: *a\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ConfigError, match="seed is given twice, the second time in line 6"):
+        load_recipe([tmp_path / "merged.yaml"], {})
     with pytest.raises(ConfigError, match="no such recipe"):
         find_recipe("demoo")
     with pytest.raises(ConfigError, match="key=value"):
         set_option("heal.lr")
     assert find_recipe("demo") == RECIPES / "demo.yaml"
+
+
+def test_a_key_stands_in_place_of_a_merged_one() -> None:
+    """Also where a mapping that merges another is merged in turn, before it is read itself."""
+    first = "first:\n  inner: &first\n    x: 1\n    y: 1\n"
+    second = "second:\n  inner: &second\n    <<: *first\n    x: 2\n"
+    found = parse_yaml(f"{first}{second}third:\n  <<: [*second, *first]\n  y: 3\nfourth: *second\n")
+    assert found["second"]["inner"] == found["fourth"] == {"x": 2, "y": 1}
+    assert found["third"] == {"x": 2, "y": 3}
 
 
 def test_every_setting_is_described() -> None:

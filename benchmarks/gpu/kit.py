@@ -167,6 +167,7 @@ def check(sizes: Any, tokens: int, window: int, dtype: torch.dtype) -> list[Row]
 
 def full_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """FlashAttention: the package if it is installed, else PyTorch's."""
+    out: torch.Tensor
     if DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func
 

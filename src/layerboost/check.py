@@ -203,16 +203,9 @@ def activation_elements(config: PreTrainedConfig, info: ModelInfo, body: int, re
         inner = config.intermediate_size
     query, keys = info.heads * info.head_dim, 2 * info.kv_heads * info.head_dim
     products = 2 * hidden + query + keys + 2 * inner
-    saved = {
-        "full": hidden,
-        "selective": hidden + products,
-        # Norms, rotary embeddings, the activation and its product, adapters, and the windows' scores.
-        "none": hidden
-        + products
-        + 8 * hidden
-        + 2 * inner
-        + 6 * max(recipe.measure.windows) * config.num_attention_heads,
-    }
+    # Norms, rotary embeddings, the activation and its product, adapters, and the windows' scores.
+    others = 8 * hidden + 2 * inner + 6 * max(recipe.measure.windows) * config.num_attention_heads
+    saved = {"full": hidden, "selective": hidden + products, "none": hidden + products + others}
     return int(saved[recipe.heal.activation_checkpointing])
 
 

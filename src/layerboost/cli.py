@@ -357,8 +357,6 @@ def main() -> None:
         cli(standalone_mode=False)
     except LayerboostError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

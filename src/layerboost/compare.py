@@ -169,27 +169,25 @@ def _plan(row: Row, settings: Recipe, folder: Path, earlier: Mapping[str, PlanFi
         (folder / CONVERTED).unlink()
     if row.run:
         return read_plan(Path(row.run) / PLAN)
-    if row.window_only:
-        other = earlier[row.window_only]
-        if other is None:
-            raise NotApplicable(f"its model is that of {row.window_only}, which is skipped")
-        return other.model_copy(update={"layers": windows_alone(other.layers), "predicted": None})
-    if row.plan is None:
-        return run_stage("plan", settings, folder)
-    if isinstance(row.plan, EveryLayer):
-        plan = every_layer_plan(row.plan, base, settings)
-        check_applicable(plan, base.config, settings.text.sequence_tokens)
-    elif row.plan in earlier:
-        found = earlier[row.plan]
+    if isinstance(source := row.window_only or row.plan, str) and source in earlier:
+        found = earlier[source]
         if found is None:
-            raise NotApplicable(f"its plan is that of {row.plan}, which is skipped")
+            raise NotApplicable(f"its plan is that of {source}, which is skipped")
         plan = found
+        if row.window_only:
+            return plan.model_copy(update={"layers": windows_alone(plan.layers), "predicted": None})
         if not row.sliding and not (folder / CONVERTED).exists():
-            (folder / CONVERTED).symlink_to(Path("..", row.plan, CONVERTED), target_is_directory=True)
+            (folder / CONVERTED).symlink_to(Path("..", source, CONVERTED), target_is_directory=True)
+    elif row.plan is None:
+        run_stage("plan", settings, folder)
+        return read_plan(folder / PLAN)
+    elif isinstance(row.plan, EveryLayer):
+        plan = every_layer_plan(row.plan, base, settings)
     else:
         plan = read_plan(Path(row.plan))
     if row.sliding:
         plan = with_sliding_as(plan, row.sliding)
+    if row.sliding or isinstance(row.plan, EveryLayer):
         check_applicable(plan, base.config, settings.text.sequence_tokens)
     write_plan(folder / PLAN, plan)
     return plan
@@ -229,10 +227,9 @@ def _widest(attention: StrategyName, model: ModelInfo, fraction: float) -> int:
     """Return the neurons of every layer's MLP with which a model has this fraction of the base's parameters; raise
     NotApplicable if that thins none or leaves none."""
     full = model.mlp_width or 0
-    attention_parameters = (
-        0 if STRATEGIES[attention].keeps_weights else len(model.attention_layers) * model.attention_parameters
-    )
-    excess = (1 - fraction) * model.parameters - attention_parameters
+    excess = (1 - fraction) * model.parameters
+    if not STRATEGIES[attention].keeps_weights:
+        excess -= len(model.attention_layers) * model.attention_parameters
     width = full - math.ceil(excess / (model.layers * model.neuron_parameters)) if full else 0
     if not 0 < width < full:
         raise NotApplicable(
@@ -264,24 +261,20 @@ def _models(
 
     A converted model that is an earlier row's is not among them.
     """
-    if row.window_only:
-        model = list(earlier[row.window_only].values())[-1]
-        write_windows_alone(model, folder / CONVERTED, settings)
-        return {CONVERTED: find_model(str(folder / CONVERTED), runtime, None, settings.trust_remote_code)}
     if row.run:
         existing = checkpoints(settings, Path(row.run), runtime)
         if not existing.keys() - {BASE}:
             raise ConfigError(f"{row.run} has no converted and no healed model", do="make one, or drop the row")
         return {stage: model for stage, model in existing.items() if stage != BASE}
-    run_stage("convert", settings, folder)
-    stages = [] if (folder / CONVERTED).is_symlink() else [CONVERTED]
-    if healing_tokens(settings) + settings.heal.fit_tokens:
-        run_stage("heal", settings, folder)
-        stages.append(HEALED)
-    return {
-        stage: find_model(str(folder / stage), runtime, None, settings.trust_remote_code)
-        for stage in stages or [CONVERTED]
-    }
+    stages = [CONVERTED]
+    if row.window_only:
+        write_windows_alone(list(earlier[row.window_only].values())[-1], folder / CONVERTED, settings)
+    else:
+        run_stage("convert", settings, folder)
+        if healing_tokens(settings) + settings.heal.fit_tokens:
+            run_stage("heal", settings, folder)
+            stages = [HEALED] if (folder / CONVERTED).is_symlink() else [CONVERTED, HEALED]
+    return {name: find_model(str(folder / name), runtime, None, settings.trust_remote_code) for name in stages}
 
 
 def _against(comparison: EvalComparison, model: str, reference: str, results: Path, tasks: list[BenchTask]) -> Against:

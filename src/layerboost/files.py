@@ -34,14 +34,24 @@ def check_path(path: Path) -> None:
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML takes the last of two equal keys, so that a second `heal:` would silently undo the first."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # As written: constructing a mapping adds the keys that it merges (`<<: *other`) to its node.
+        node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                 raise yaml.YAMLError(f"{key.value} is given twice, the second time in line {key.start_mark.line + 1}")
             seen.add((key.tag, str(key.value)))
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        return node
+
+
+def local_path(text: str) -> Path | None:
+    """Return the path of a file or directory that exists, None for any other text."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, an unknown user
+        return None
 
 
 def parse_yaml(text: str) -> Any:

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic.fields import FieldInfo
 
 from layerboost.errors import ConfigError
-from layerboost.files import parse_yaml
+from layerboost.files import local_path, parse_yaml
 from layerboost.strategies import MEASURED, ComponentName, Replacement
 
 # In a wheel the recipes are in this directory; in a checkout they are at its root.
@@ -21,11 +22,8 @@ if not RECIPES.is_dir():
 
 def _full_path(text: str) -> str:
     """Return the full path of what is on this disk, since a run may resume elsewhere; else the text unchanged."""
-    try:
-        path = Path(text).expanduser()
-        return str(path.absolute()) if text != "self" and path.exists() else text
-    except (OSError, RuntimeError, ValueError):  # not a path
-        return text
+    path = local_path(text)
+    return str(path.absolute()) if path and text != "self" else text
 
 
 RetrievalForm = Literal["passkey", "key_value", "prose", "json", "code", "copy"]
@@ -361,29 +359,26 @@ def set_option(text: str) -> tuple[str, Any]:
     return key.strip(), _value(key, value)
 
 
-def known_keys() -> list[str]:
-    """Return every dotted key of a recipe, in order."""
-    keys: list[str] = []
+def known_fields() -> dict[str, FieldInfo]:
+    """Return the field of every setting, by dotted key, in order."""
+    fields: dict[str, FieldInfo] = {}
     for name, field in Recipe.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
+            fields |= {f"{name}.{key}": each for key, each in section.model_fields.items()}
         else:
-            keys.append(name)
-    return keys
+            fields[name] = field
+    return fields
 
 
 def described_settings() -> dict[str, dict[str, str]]:
     """Return default and meaning of each setting, by dotted key."""
-    described = {}
-    for key in known_keys():
-        section, _, name = key.rpartition(".")
-        model: Any = Recipe.model_fields[section].annotation if section else Recipe
-        field = model.model_fields[name]
-        value = field.default
-        shown = "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-        described[key] = {"default": shown, "meaning": field.description or ""}
-    return described
+
+    def shown(value: Any) -> str:
+        return "" if value is None else f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+    fields = known_fields().items()
+    return {key: {"default": shown(field.default), "meaning": field.description or ""} for key, field in fields}
 
 
 def find_recipe(name: str, folder: Path = RECIPES, kind: str = "recipe") -> Path:
@@ -432,7 +427,7 @@ def _value(key: str, text: str) -> Any:
 def _explain(problem: Any) -> str:
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(dotted, known_fields(), n=1, cutoff=0.5)
         return f"unknown key {dotted}" + (f" (did you mean {near[0]}?)" if near else "")
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})"
 

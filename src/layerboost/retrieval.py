@@ -78,14 +78,8 @@ def retrieval_prompts(
 ) -> Prompts:
     """Return `count` prompts of exactly `length_tokens` tokens, each in its own part of the token ids `filler`.
 
-    Depths are spread evenly, the values drawn from `seed`. Raise ConfigError if filler or length is too short.
+    Depths are spread evenly, the values drawn from `seed`. Raise ConfigError if the length is too short.
     """
-    if len(filler) < count * length_tokens:
-        raise ConfigError(
-            f"the text is too short for {count} retrieval prompts of {length_tokens:,} tokens",
-            found=f"{len(filler):,} tokens",
-            do="give more text, or ask for fewer or shorter prompts",
-        )
     draw = random.Random(f"{kind} {length_tokens} {seed}")
     depths = [(index + 0.5) / count for index in range(count)]
     draw.shuffle(depths)
@@ -105,7 +99,7 @@ def _prompt(
     form = FORMS[kind]
 
     def encode(words: str) -> list[int]:
-        return tokenizer(words, add_special_tokens=False)["input_ids"]
+        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
 
     opening = opening_ids(tokenizer)
     if text[: len(opening)] != opening:

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -233,16 +234,9 @@ def machine() -> str:
         if torch.cuda.is_available():
             return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ]
-        if info.is_file()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(cores())} cores"
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    named = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    return f"{named[1].strip() if named else platform.processor() or platform.machine()}, {len(cores())} cores"
 
 
 def cores() -> list[int]:

@@ -87,9 +87,10 @@ def written_rows(result: Any) -> Rows:
 def exported_rows(result: Exported) -> Rows:
     """Return what an export wrote, and what it costs."""
     extra = f"{result.extra_kv_bytes / (1 << 20):.2f} MiB per request" if result.extra_kv_bytes else "none"
-    rows = [["target", "written", "extra KV cache"], [result.target, result.folder, extra]]
-    base = [["base's weights"], [result.base_type]] if result.base_type else [[], []]
-    return [row + more for row, more in zip(rows, base, strict=True)]
+    cells = {"target": result.target, "written": result.folder, "extra KV cache": extra}
+    if result.base_type:
+        cells["base's weights"] = result.base_type
+    return [list(cells), list(cells.values())]
 
 
 def summarized_rows(run: Path) -> Rows:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from layerboost.errors import ConfigError, first_line
+from layerboost.files import local_path
 from layerboost.recipe import Text
 from layerboost.rows import is_missing, package_files, read_lines, read_rows
 from layerboost.runtime import log, warn_once
@@ -227,15 +228,6 @@ def is_local(source: str) -> bool:
     return source != "self" and (source.startswith("package:") or local_path(source) is not None)
 
 
-def local_path(source: str) -> Path | None:
-    """Return the path of a file or directory that exists, None for any other source."""
-    try:
-        path = Path(source).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # a name that is too long, an unknown user
-        return None
-
-
 def last_changed(sources: Iterable[str]) -> float:
     """Return the time of the last change of the sources' files on this disk, in seconds; 0 if there are none."""
     paths = [path for source in sources if source != "self" and (path := local_path(source))]
@@ -270,9 +262,12 @@ def shuffled(items: Iterable[Item], seed: int) -> Iterator[Item]:
 
 
 def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Iterator[str]:
-    if all(file.name.lower().endswith(DATA_SUFFIXES) for file in files) and _bytes(files) > LARGE_BYTES:
-        return _streamed(files, column, seen)
-    every = [text for file in files for text in _read_file(file, column) if not is_missing(text)]
+    texts = (text for file in files for text in _read_file(file, column) if not is_missing(text))
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    if total > LARGE_BYTES and all(file.name.lower().endswith(DATA_SUFFIXES) for file in files):
+        # They may not fit in memory: in their own order and as far as they are asked for, like those of a Hub data set.
+        return _unique(texts, set(seen))
+    every = list(texts)
     if not every:
         raise ConfigError(
             f"no text in {source}",
@@ -289,17 +284,6 @@ def _local(files: list[Path], column: str, source: str, seen: set[int]) -> Itera
         documents = list(_unique(pieces, set()))
     random.Random(0).shuffle(documents)
     return iter(documents)
-
-
-def _bytes(files: list[Path]) -> int:
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _streamed(files: list[Path], column: str, seen: set[int]) -> Iterator[str]:
-    """Yield the documents of files that would not fit in memory, in their own order and as far as they are asked for,
-    like those of a Hub data set."""
-    every = (text for file in files for text in _read_file(file, column) if not is_missing(text))
-    yield from _unique(every, set(seen))
 
 
 def _unique(documents: Iterable[str], seen: set[int]) -> Iterator[str]:
@@ -388,12 +372,10 @@ def _texts(rows: Iterable[tuple[str, Any]], column: str, source: str) -> Iterato
             wrong, found = f"column {column!r} of {source} holds no text", f"{type(value).__name__} in {where}"
             do = "name a column of text (text.column); chats are for measure.traffic, docs/reference/measure.md"
         else:
-            wrong, found = (
-                f"{where} has no column {column!r}",
-                ", ".join(map(str, row)) if isinstance(row, dict) else "",
-            )
+            wrong = f"{where} has no column {column!r}"
+            found = ", ".join(map(str, row)) if isinstance(row, dict) and row else type(row).__name__
             do = "name the column: --set text.column=…"
-        first = first or ConfigError(wrong, found=found or type(row).__name__, do=do)
+        first = first or ConfigError(wrong, found=found, do=do)
         odd += 1
         if odd == HOPELESS_ROWS and not texts:
             break

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from layerboost.errors import ConfigError, LayerboostError, first_line
 from layerboost.recipe import Recipe
 from layerboost.rows import is_missing, read_rows
 from layerboost.runtime import warn_once
 from layerboost.schemas.artifact import fingerprint
-from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, local_path, opening_ids, text_pieces
+from layerboost.text import PIECE_CHARACTERS, Tokens, check_known, load_tokens, opening_ids, text_pieces
 
 # Start and end of each answer in a text, in characters and in order.
 Spans = list[tuple[int, int]]
@@ -62,11 +63,10 @@ class Traffic:
     @staticmethod
     def of(requests: Sequence[Request]) -> Traffic:
         """Return requests in their order, padded to the longest."""
-        width = max(len(request.ids) for request in requests)
-        ids = [request.ids + [0] * (width - len(request.ids)) for request in requests]
-        scored = [request.scored + [False] * (width - len(request.ids)) for request in requests]
+        ids = pad_sequence([torch.tensor(request.ids) for request in requests], batch_first=True)
+        scored = pad_sequence([torch.tensor(request.scored) for request in requests], batch_first=True)
         images = tuple(request.given for request in requests)
-        return Traffic(torch.tensor(ids), torch.tensor(scored), images if any(images) else ())
+        return Traffic(ids, scored, images if any(images) else ())
 
     @property
     def lengths(self) -> list[int]:
@@ -120,8 +120,7 @@ def load_calibration(recipe: Recipe, tokenizer: Any, tokens: int, run: Path | No
     """
     settings = recipe.measure
     if settings.traffic:
-        file = local_path(settings.traffic) or Path(settings.traffic)
-        skip = settings.skip_tokens + after
+        file, skip = Path(settings.traffic), settings.skip_tokens + after
         return load_traffic(file, tokenizer, recipe.text.sequence_tokens, tokens, skip, recipe.trust_remote_code)
     length = recipe.text.sequence_tokens
     skipped = -(-settings.skip_tokens // length) + -(-after // length)

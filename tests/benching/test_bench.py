@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from processes import forked, free_port
-from tiny import info, layer_plans, save_tiny
+from tiny import edit_config, info, layer_plans, save_tiny
 
 from layerboost.benching.stage import _checked, _opened, run_bench
-from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, serving
+from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
 from layerboost.engines import transformers
 from layerboost.errors import ConfigError
 from layerboost.recipe import Recipe, parse_recipe
@@ -95,8 +95,7 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str,
 @needs_vllm
 def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
-    config = json.loads((models["healed"] / "config.json").read_text())
-    (models["healed"] / "config.json").write_text(json.dumps(config | {"rope_theta": 8.0}))
+    edit_config(models["healed"], rope_theta=8.0)
     with pytest.raises(ConfigError, match="config of healed was"):
         run_bench(recipe(), tmp_path, models)
 
@@ -141,7 +140,9 @@ def test_every_model_is_served_with_the_flags_of_the_plan(
     """Those for the machine that serves, wherever the plan was made."""
     monkeypatch.setattr("layerboost.engines.vllm.runs_on_cpu", lambda: engine == CPU_DEFAULTS)
     plan = advise(models["healed"])
-    flags = serving(plan.model, plan.layers, 512, 4, engine).flags
+    found = plan_serving(plan, engine)
+    assert found
+    flags = found.flags
     assert flags[0] == "--max-num-batched-tokens"
     job = _checked(recipe(server_args=["--block-size=16"]), tmp_path, models, False)
     assert job.bench.server_args == (*flags[:2], "--block-size=16")

@@ -10,14 +10,16 @@ from layerboost.costs.memory import (
     GPU_DEFAULTS,
     CacheSettings,
     Groups,
+    Serving,
     admission_bytes,
     cached,
     groups,
     module_heads,
     padded_full,
+    plan_serving,
     resident_bytes,
-    serving,
 )
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 
 @pytest.mark.parametrize(
@@ -61,17 +63,25 @@ def test_kv_heads_are_grouped_as_layers_are_in_modules_of_equal_size() -> None:
     assert module_heads(2, layer_plans("ffsS")) == 2
 
 
+def advised(layers: list[LayerPlan], context_tokens: int, concurrency: int, engine: CacheSettings) -> Serving:
+    settings = {"context_tokens": context_tokens, "concurrency": concurrency}
+    found = plan_serving(PlanFile(model=info(8), method="budget", settings=settings, layers=layers), engine)
+    assert found
+    return found
+
+
 def test_flags_are_advised_only_where_they_gain() -> None:
-    model = info(8)
-    short = serving(model, layer_plans("ffssssss", 64), 2048, 100, CPU_DEFAULTS)
+    short = advised(layer_plans("ffssssss", 64), 2048, 100, CPU_DEFAULTS)
     assert short.flags == ("--max-num-batched-tokens", "128", "--block-size", "32")
     assert short.default.requests_ratio < 1 < short.advised.requests_ratio
     assert (short.advised.prefill_steps, short.default.prefill_steps) == (16, 1)
-    served = model, layer_plans("ffssssss", 64), 2048, CacheSettings(128, 32, 1)
+    served = info(8), layer_plans("ffssssss", 64), 2048, CacheSettings(128, 32, 1)
     assert resident_bytes(*served) < admission_bytes(*served) <= 1.25 * resident_bytes(*served)
-    on_gpu = serving(model, layer_plans("ffssssss", 64), 131_072, 100, GPU_DEFAULTS)
-    assert on_gpu.flags == ("--max-num-batched-tokens", "2048")
-    assert serving(model, layer_plans("ffffffnn"), 2048, 100, GPU_DEFAULTS).flags == ()
-    assert serving(model, layer_plans("ffffffnn"), 2048, 100, CPU_DEFAULTS).flags == ()
+    assert advised(layer_plans("ffssssss", 64), 131_072, 100, GPU_DEFAULTS).flags == (
+        "--max-num-batched-tokens",
+        "2048",
+    )
+    assert advised(layer_plans("ffffffnn"), 2048, 100, GPU_DEFAULTS).flags == ()
+    assert advised(layer_plans("ffffffnn"), 2048, 100, CPU_DEFAULTS).flags == ()
     # A step must hold a token of each request that decodes.
-    assert serving(model, layer_plans("ssssssss", 64), 512, 200, CPU_DEFAULTS).flags[1] == "256"
+    assert advised(layer_plans("ssssssss", 64), 512, 200, CPU_DEFAULTS).flags[1] == "256"

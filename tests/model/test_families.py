@@ -189,7 +189,7 @@ def test_cache(family: str, letters: str) -> None:
             full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
             assert held == (0 if letter == "n" else WINDOW - 1 if letter in "sSlL" else full)
             if letter in "hH":
-                slides = set(letters) & {*"sS"} or "sliding_attention" in types
+                slides = set(letters) & {*"sS"} or "sliding_attention" in types or row(family).computed_types
                 near = WINDOW - 1 if slides else min(full, WINDOW - 1 + SPARE_TOKENS)
                 assert (layer.keys.shape[1], layer.windowed.keys.shape[1:3]) == (1, (1, near))
 

@@ -51,8 +51,8 @@ def reduced(published: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4 if kv_heads == heads else min(2, kv_heads),
-        # FP8 has blocks of 128.
-        "hidden_size": 128 if "head_dim" in text else 4 * width,
+        # FP8 has blocks of 128; Helium's heads are together as wide as the stream.
+        "hidden_size": 128 if "head_dim" in text and text.get("model_type") != "helium" else 4 * width,
         "vocab_size": VOCABULARY,
         **{key: 128 for key in ("intermediate_size", "moe_intermediate_size") if key in text},
         **{key: min(text[key], 16) for key in EXPERTS if key in text},
@@ -60,6 +60,8 @@ def reduced(published: dict[str, Any]) -> dict[str, Any]:
     }
     if "mamba_n_heads" in text:
         text["mamba_n_heads"] = 2 * text["hidden_size"] // text["mamba_d_head"]
+    if "mamba_d_ssm" in text:
+        text["mamba_d_ssm"] = 2 * text["hidden_size"]
     if tower := config.get("vision_config"):
         _reduce_tower(tower, text["hidden_size"])
     ids: dict[int, int] = {}

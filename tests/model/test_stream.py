@@ -27,7 +27,7 @@ def test_the_positions_after_a_window_alone_are_those_of_the_whole(family: str) 
     assert torch.equal(stream.finish(2, state, plan), whole)
 
 
-@pytest.mark.parametrize("family", [*SLIDING_BASES, *OTHERS])
+@pytest.mark.parametrize("family", [*SLIDING_BASES, *OTHERS, "falcon_h1"])
 def test_bases_that_slide_or_have_states_do_not_continue(family: str) -> None:
     assert not LayerStream(tiny_model(family, layers=4)).can_continue
 

@@ -24,7 +24,6 @@ REASONS = {
     "layers that run several times": ["hrm_text"],
     "sinks of its own": ["granite_swa", "gpt_oss"],
     "differential attention": ["diffllama"],
-    "layers with attention and a state at once": ["falcon_h1"],
     "layers of attention alone, without an MLP": ["nemotron_h"],
     "layer types that its config computes, where a plan would be recorded": ["jamba", "bamba", "recurrent_gemma"],
     "a cache of its own": ["minimax"],

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from test_pipeline import layerboost, write_recipe
 from test_selection import sensitivity
-from tiny import RUNTIME, layer_plans, save_tiny
+from tiny import RUNTIME, layer_plans, plan_file, save_tiny
 
-from layerboost.errors import ConfigError
+from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.model.base import find_model
 from layerboost.planning.stage import check, run_plan
 from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import Recipe
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import LayerPlan, read_plan, write_plan
 from layerboost.schemas.run import PLAN, SENSITIVITY
 
 
@@ -59,7 +59,22 @@ def test_an_edited_plan_is_not_lost_when_another_is_chosen(tmp_path: Path) -> No
     write_plan(tmp_path / PLAN, edited)
     assert plan(0.6) == edited.layers
     assert plan(0.5) == chosen
-    assert read_plan(tmp_path / "plan.edited.yaml").layers == edited.layers
+    again = read_plan(tmp_path / PLAN).model_copy(update={"layers": layer_plans("nfff")})
+    write_plan(tmp_path / PLAN, again)
+    assert plan(0.6) != chosen
+    for name, kept in (("plan.edited.yaml", edited), ("plan.edited.2.yaml", again)):
+        assert read_plan(tmp_path / name).layers == kept.layers
+
+
+def test_an_edited_plan_is_kept_once_though_no_other_is_found(tmp_path: Path) -> None:
+    write_json(tmp_path / SENSITIVITY, sensitivity())
+    settings = {"kv_fraction": 0.5, "context_tokens": 100}
+    plan = run_plan(Recipe.model_validate({"plan": settings}), tmp_path)
+    write_plan(tmp_path / PLAN, plan.model_copy(update={"layers": layer_plans("fsnf")}))
+    for _ in range(2):
+        with pytest.raises(InfeasibleBudget):
+            run_plan(Recipe.model_validate({"plan": settings | {"max_kl": -1}}), tmp_path)
+    assert [file.name for file in tmp_path.glob("plan.edited*")] == ["plan.edited.yaml"]
 
 
 def for_llama_cpp(model: Path, **plan: object) -> Recipe:
@@ -93,6 +108,6 @@ def test_a_plan_that_llama_cpp_could_not_run_is_named_before_it_is_healed(
     check(for_llama_cpp(qwen, sinks=False), run, base)
     with pytest.raises(ConfigError, match=r"llama.cpp runs no qwen3 with sinks"):
         check(for_llama_cpp(qwen), run, base)
-    write_plan(run / PLAN, PlanFile(model=plan.model, method="by hand", layers=layer_plans("fSsf")))
+    write_plan(run / PLAN, plan_file("fSsf", model=plan.model))
     with pytest.raises(ConfigError, match="layer 1 has a sink"):
         check(for_llama_cpp(qwen, sinks=False), run, base)

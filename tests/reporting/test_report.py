@@ -48,8 +48,8 @@ def test_summary_holds_plain_numbers_and_its_table_the_same(run: Path) -> None:
     summary = run_report(run)
     assert summary["kv_fraction"] == pytest.approx((8 + 18 * 64 / 1024) / 30)
     ratio = summary["throughput_ratio"]
-    assert (ratio["model"], ratio["concurrency"]) == ("healed", 200)
-    spread = ratio["spread"]
+    assert (ratio.model, ratio.concurrency) == ("healed", 200)
+    spread = ratio.spread
     assert spread.min < spread.median < spread.max
     assert summary["perplexity"] == {"base": 14.457, "converted": 18.912, "healed": 14.913}
     assert summary["tasks"]["piqa"]["healed"] == 0.668

@@ -51,7 +51,7 @@ def settings(bench: Path, *tasks: str, limit: int | None = None) -> Evaluate:
 
 
 def run(task: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    return json.loads(run_task(task, model, tokenizer, 16, lambda items: None))
+    return dict(json.loads(run_task(task, model, tokenizer, 16, lambda items: None)))
 
 
 @pytest.fixture

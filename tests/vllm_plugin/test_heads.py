@@ -44,7 +44,7 @@ class Module(nn.Module):
 def test_every_head_reaches_its_module_and_its_place(full: tuple[int, ...], modules: int) -> None:
     found = config(full)
     sinks = torch.arange(100.0, 100 + 4 - len(full))
-    attention = make_attention(found, 0, 4, sinks, "model.layers.0.self_attn.attn", Module)
+    attention = make_attention(found, 0, 4, 4, sinks, "model.layers.0.self_attn.attn", Module)
     assert len(attention.part_modules) == modules
     names = [module.prefix for module in attention.part_modules]
     assert len(set(names)) == modules
@@ -62,8 +62,8 @@ def test_every_head_reaches_its_module_and_its_place(full: tuple[int, ...], modu
 
 def test_whole_layers_stay_one_module() -> None:
     found = boosted_config(tiny_model(layers=3).config, layer_plans("fsn"))
-    assert isinstance(make_attention(found, 0, 2, None, "0.attn", Module), Module)
-    assert make_attention(found, 1, 2, None, "1.attn", Module).settings["per_layer_sliding_window"] == WINDOW
+    assert isinstance(make_attention(found, 0, 4, 2, None, "0.attn", Module), Module)
+    assert make_attention(found, 1, 4, 2, None, "1.attn", Module).settings["per_layer_sliding_window"] == WINDOW
 
 
 @pytest.mark.parametrize("full", [[(1,), ()], [(0, 2), (1, 3)], [(0, 1), (2,)], [(), ()]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,10 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
         for name, measurements in planned:
             if not measurements:
                 continue
-            with _launched(job, name, measurements[0][0]) as running:
+            check_checkpoint(models[name])  # again: it may have changed
+            sweep, repeat = "-decode" if decode_sweep else "", measurements[0][0]
+            log_file = run / FOLDER / "logs" / f"{name}{sweep}-r{repeat}.log"
+            with job.engine.launch(name, models[name], job.recipe, log_file) as running:
                 for repeat, point in measurements:
                     comparison.measurements.append(_measure(job, running, name, point, repeat, progress))
                     missing -= 1
@@ -121,14 +123,6 @@ def run_bench(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: 
     write_json(job.file, comparison)
     _log_ratios(comparison)
     return comparison
-
-
-def _launched(job: Job, name: str, repeat: int) -> AbstractContextManager[Running]:
-    """Start one model of one repeat."""
-    folder = job.models[name]
-    check_checkpoint(folder)  # again: it may have changed
-    log_file = job.run / FOLDER / "logs" / f"{name}{'-decode' if job.decode_sweep else ''}-r{repeat}.log"
-    return job.engine.launch(name, folder, job.recipe, log_file)
 
 
 def _measure(job: Job, running: Running, name: str, point: Point, repeat: int, progress: Progress) -> Measurement:
@@ -153,8 +147,6 @@ def _measure(job: Job, running: Running, name: str, point: Point, repeat: int, p
 
 def _checked(recipe: Recipe, run: Path, models: dict[str, Path], decode_sweep: bool) -> Job:
     """Return the job with the flags that every model is served with; raise ConfigError."""
-    if not models:
-        raise ConfigError("nothing to benchmark", do="give at least one model directory")
     bench = recipe.bench
     if decode_sweep:
         longest = max(bench.decode_lengths)

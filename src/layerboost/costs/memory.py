@@ -160,29 +160,17 @@ def _grouped(model: ModelInfo, layers: Sequence[LayerPlan]) -> tuple[Groups, int
 def plan_serving(
     plan: PlanFile, default: CacheSettings, prefill_ms: Callable[[int], float] | None = None
 ) -> Serving | None:
-    """Return `serving` of a plan if vLLM starts with `default`; None for a plan that names no context length, and for a
-    hybrid, whose states vLLM keeps among the blocks of its KV cache."""
-    context, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
-    if not isinstance(context, int) or not isinstance(concurrency, int) or plan.model.other_layers:
-        return None
-    return serving(plan.model, plan.layers, context, concurrency, default, prefill_ms)
+    """Return the flags that save a plan's memory where vLLM starts with `default`; none if these defaults do.
 
-
-def serving(
-    model: ModelInfo,
-    layers: Sequence[LayerPlan],
-    context_tokens: int,
-    concurrency: int,
-    default: CacheSettings,
-    prefill_ms: Callable[[int], float] | None = None,
-) -> Serving:
-    """Return the flags that save a plan's memory at `context_tokens`; none if vLLM's defaults do.
-
-    `--max-num-batched-tokens` is the largest power of two with which a request reserves at most a quarter more than it
-    holds, or else the smallest that can hold a step of `concurrency` requests. `prefill_ms`: the time to read a prompt
-    of `context_tokens` by a number of tokens at once, if known.
+    `--max-num-batched-tokens` is the largest power of two with which a request of the plan's context reserves at most a
+    quarter more than it holds, or else the smallest that can hold a step of its `concurrency` requests. `prefill_ms`:
+    the time to read a prompt of that context by a number of tokens at once, if known. None for a plan that names no
+    context length, and for a hybrid, whose states vLLM keeps among the blocks of its KV cache.
     """
-    base = all_full(model)
+    context_tokens, concurrency = plan.settings.get("context_tokens"), plan.settings.get("concurrency")
+    if not isinstance(context_tokens, int) or not isinstance(concurrency, int) or plan.model.other_layers:
+        return None
+    model, layers, base = plan.model, plan.layers, all_full(plan.model)
 
     def admission(settings: CacheSettings) -> Admission:
         own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache

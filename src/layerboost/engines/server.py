@@ -40,6 +40,8 @@ NOT_PASSED_ON = {*RANKS, "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
 REQUEST_ERRORS = (OSError, HTTPException)
 # Runs the module that follows; with -P, files of the current directory are not imported in place of libraries.
 MODULE = (sys.executable, "-P", "-m")
+# An error in a log: as Python ends with it, or as argparse says it.
+ERROR = re.compile(r"(?:^|\] |\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+|\S+: error: .+)")
 # Without proxies: those of the environment or the system are for other hosts.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -80,11 +82,7 @@ class Server:
         """Raise LayerboostError, with the errors in the log, if the server has died or dies within `patience_s`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_s)
-            raise LayerboostError(
-                f"{self.engine} died while serving {self.name}",
-                found=last_words(self.log_file),
-                do=f"read {self.log_file}",
-            )
+            raise failed(f"{self.engine} died while serving {self.name}", self.log_file)
 
     def wait_until_ready(self, timeout_s: int) -> None:
         """Return when the server answers /health; raise LayerboostError if it dies or does not within `timeout_s`."""
@@ -96,11 +94,8 @@ class Server:
                     break
             now = time.monotonic()
             if now - started > timeout_s:
-                raise LayerboostError(
-                    f"{self.engine} did not answer with {self.name} within {timeout_s} s",
-                    found=last_words(self.log_file),
-                    do=f"read {self.log_file}; raise bench.startup_timeout_s if it needs more time",
-                )
+                more = "; raise bench.startup_timeout_s if it needs more time"
+                raise failed(f"{self.engine} did not answer with {self.name} within {timeout_s} s", self.log_file, more)
             if now - reported > REPORT_EVERY_S:
                 reported = now
                 log.info("still starting, %.0f s of at most %d s", now - started, timeout_s)
@@ -198,16 +193,14 @@ def gpu_bytes() -> int:
     return 0
 
 
-def last_words(log_file: Path, lines: int = 3) -> str:
+def failed(wrong: str, log_file: Path, more: str = "") -> LayerboostError:
+    """Return the error of a command that failed, with what its log says; `more`: what to do besides reading that."""
+    return LayerboostError(wrong, found=last_words(log_file), do=f"read {log_file}{more}")
+
+
+def last_words(log_file: Path) -> str:
     """Return the first distinct error messages of a log, the root cause being the first; else its last lines."""
-    text = [
-        line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    ]
-    errors: dict[str, None] = {}
-    for line in text:
-        match = re.search(
-            r"(?:^|\] |\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+|\S+: error: .+)", line
-        )
-        if match and "See root cause above" not in line:
-            errors.setdefault(match[1])
-    return " | ".join(list(errors)[:lines] or text[-lines:]) or "an empty log"
+    text = [line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [ERROR.search(line) for line in text if "See root cause above" not in line]
+    errors = dict.fromkeys(match[1] for match in found if match)
+    return " | ".join(list(errors)[:3] or list(filter(None, text))[-3:]) or "an empty log"

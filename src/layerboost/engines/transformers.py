@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Command, Load, latencies
-from layerboost.engines.server import MODULE, guarded, last_words
-from layerboost.errors import ConfigError, LayerboostError
+from layerboost.engines.server import MODULE, failed, guarded
+from layerboost.errors import ConfigError
 from layerboost.files import write_text
 from layerboost.model.base import find_model
 from layerboost.recipe import Bench, EngineName, Recipe
@@ -73,11 +73,7 @@ class RunningTransformers:
             with guarded([*MODULE, __name__, json.dumps(job), str(result)], {}, self.output) as process:
                 process.wait()
             if not result.is_file():
-                raise LayerboostError(
-                    f"Transformers failed at concurrency {load.concurrency} on {self.name}",
-                    found=last_words(self.log_file),
-                    do=f"read {self.log_file}",
-                )
+                raise failed(f"Transformers failed at concurrency {load.concurrency} on {self.name}", self.log_file)
             raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         advance(load.tokens)
         return Answer(raw, {key: raw[key] for key in ("peak_rss_gib", "gpu_memory_gib") if key in raw})

@@ -30,7 +30,7 @@ from layerboost.schemas.run import PLAN
 
 NAME: EngineName = "vllm"
 UNUSED = frozenset({"gguf_type"})
-PLUGIN, PLUGIN_GROUP = "layerboost", "vllm.general_plugins"
+PLUGIN, ENTRY_POINT = "layerboost", "layerboost.vllm_plugin.plugin:register"
 # Factors of a number, as in 8k.
 UNITS = {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30}
 # The flags that we read, with their short names: those with a number, and those of which only the presence matters.
@@ -203,21 +203,15 @@ def check_vllm() -> str:
             found=f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}",
             do="unset it, or name a GPU in it",
         )
-    ours = [p for p in importlib.metadata.entry_points(group=PLUGIN_GROUP) if p.value.startswith("layerboost.")]
-    if not any(_exists(point.module) for point in ours):
+    points = [point.value for point in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if ENTRY_POINT not in points:
+        other = any(point.startswith("layerboost.") for point in points)
         raise ConfigError(
             "vLLM cannot see layerboost's plugin",
-            found="another version of layerboost is installed" if ours else "layerboost is imported, not installed",
+            found="another version of layerboost is installed" if other else "layerboost is imported, not installed",
             do="pip install . in a checkout (with -e if you edit it)",
         )
     return version
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its package
-        return False
 
 
 def vllm_version() -> str | None:

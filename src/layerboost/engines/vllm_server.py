@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerboost.engines.protocol import WARMUP_OUTPUT_TOKENS, Answer, Load
-from layerboost.engines.server import HOST, MODULE, Server, gpu_bytes, guarded, last_words, running_server
+from layerboost.engines.server import HOST, MODULE, Server, failed, gpu_bytes, guarded, running_server
 from layerboost.engines.vllm import bench_command, cache_bytes, runs_on_cpu
 from layerboost.errors import LayerboostError
 from layerboost.recipe import Bench
@@ -67,20 +67,14 @@ class RunningVllm:
                 done = now
             self.server.check_alive()
             if not result.is_file():
-                raise LayerboostError(
-                    f"vllm bench serve failed at concurrency {load.concurrency} on {self.server.name}",
-                    found=last_words(self.load_log),
-                    do=f"read {self.load_log}",
-                )
+                wrong = f"vllm bench serve failed at concurrency {load.concurrency} on {self.server.name}"
+                raise failed(wrong, self.load_log)
             raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         advance(load.tokens - done)
         if raw["completed"] != load.requests:
             self.server.check_alive(DYING_S)
-            raise LayerboostError(
-                f"{load.requests - raw['completed']} of {load.requests} requests failed on {self.server.name}",
-                found=last_words(self.server.log_file),
-                do=f"read {self.server.log_file} and {self.load_log}",
-            )
+            wrong = f"{load.requests - raw['completed']} of {load.requests} requests failed on {self.server.name}"
+            raise failed(wrong, self.server.log_file, f" and {self.load_log}")
         metrics = self._metrics([*seen, self._state()], bool(load.shared_prefix_tokens))
         return Answer(raw, metrics, self.cache.context_tokens if self.cache else None)
 

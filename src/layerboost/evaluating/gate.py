@@ -11,13 +11,13 @@ from layerboost.schemas.run import BASE, last_made
 def validate_gate(settings: Evaluate) -> None:
     """Raise ConfigError for a threshold on a metric that the recipe does not measure."""
     needs = {
-        "max_kl": (settings.max_kl, settings.perplexity_tokens, "perplexity_tokens"),
-        "max_average_drop": (settings.max_average_drop, settings.tasks, "tasks"),
-        "max_task_drop": (settings.max_task_drop, settings.tasks, "tasks"),
-        "max_retrieval_drop": (settings.max_retrieval_drop, settings.retrieval_tokens, "retrieval_tokens"),
+        "max_kl": "perplexity_tokens",
+        "max_average_drop": "tasks",
+        "max_task_drop": "tasks",
+        "max_retrieval_drop": "retrieval_tokens",
     }
-    for gate, (threshold, measured, key) in needs.items():
-        if threshold is not None and not measured:
+    for gate, key in needs.items():
+        if getattr(settings, gate) is not None and not getattr(settings, key):
             raise ConfigError(f"evaluate.{gate} is set, but nothing is measured for it", do=f"set evaluate.{key}")
 
 

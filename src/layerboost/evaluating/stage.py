@@ -77,8 +77,6 @@ def run_evaluate(recipe: Recipe, run: Path, models: Mapping[str, Base]) -> EvalC
     Results already in RUN/eval are reused. One model at a time is in memory, with the head of the base. Raise
     ConfigError for settings, data and models that cannot be used, and for results in RUN/eval made from others.
     """
-    if BASE not in models:
-        raise ConfigError("nothing to compare with: no model has the name base", found=", ".join(models))
     base = models[BASE]
     for name, model in models.items():
         if name != BASE:
@@ -201,16 +199,10 @@ def _fill(work: _Work, results: Results) -> None:
 
 def _result(work: _Work, name: str, part: str, model: PreTrainedModel) -> str:
     """Return the content of one result file, as JSON."""
-    match part:
-        case "text":
-            values = _text_losses(work, name, model)
-        case "positions":
-            values = _position_result(work, name, model)
-        case "retrieval":
-            values = _retrieval_result(work, name, model)
-        case _:
-            return _task_result(work, name, work.tasks[part], model)
-    return json_text({"schema_version": 1, **values}, f"{part} of {name}", indent=1)
+    if part in work.tasks:
+        return _task_result(work, name, work.tasks[part], model)
+    measure = {"text": _text_losses, "positions": _position_result, "retrieval": _retrieval_result}[part]
+    return json_text({"schema_version": 1, **measure(work, name, model)}, f"{part} of {name}", indent=1)
 
 
 def _progress(description: str, batches: list[torch.Tensor]) -> Progress:

@@ -248,7 +248,7 @@ def problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan
     """
     if config.model_type not in target.families:
         return f"family {config.model_type}; it holds {', '.join(target.families)}"
-    if (activation := activation_of(config)) != target.activation:
+    if (activation := getattr(config, "hidden_activation", None) or config.hidden_act) != target.activation:
         return f"activation {activation}; it has {target.activation}"
     for kind, held in zip(rope_types(config), (target.rope | target.scales_full, target.rope), strict=True):
         if kind not in held:
@@ -263,11 +263,6 @@ def features(config: PreTrainedConfig) -> set[str]:
     return {name for name, has in FEATURES.items() if has(config)}
 
 
-def activation_of(config: PreTrainedConfig) -> str:
-    """Return the name of the activation of a model's MLPs."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
-
-
 def rope_types(config: PreTrainedConfig) -> tuple[str, str]:
     """Return the types of the rotary embeddings of full and of sliding layers."""
     full, *_, sliding = [rope.get("rope_type", "default") for rope in _ropes(config) * 2]
@@ -275,7 +270,9 @@ def rope_types(config: PreTrainedConfig) -> tuple[str, str]:
 
 
 def _layer_problem(target: Target, config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> str:
-    rotates_by_type = FAMILIES[config.model_type].rotary_by_type and not _same_rope(config)
+    ropes = _ropes(config)
+    # Two equal embeddings are one for both types of layers; a single one is for sliding layers alone (Cohere 2).
+    rotates_by_type = FAMILIES[config.model_type].rotary_by_type and not (len(ropes) == 2 and ropes[0] == ropes[1])
     for entry, kind in zip(layers, base_layer_types(config), strict=True):
         for need in needs(entry, kind == "sliding_attention"):
             if need not in target.holds or (need == NONE and target.keeps_first and entry.layer == 0):
@@ -294,12 +291,6 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return the rotary embedding of all layers, or of each type of layer."""
     rope = config.rope_parameters
     return [rope[kind] for kind in ("full_attention", "sliding_attention") if kind in rope] or [rope]
-
-
-def _same_rope(config: PreTrainedConfig) -> bool:
-    """Return whether a family in which a layer's type may decide on its rotary embedding has one for both types."""
-    ropes = _ropes(config)
-    return len(ropes) == 2 and ropes[0] == ropes[1]
 
 
 def lacks_sinks(model_type: str) -> bool:
@@ -327,8 +318,8 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
         raise ConfigError(f"no format is called {name}", do=f"choose one of auto, {', '.join(NAMES)}")
     check_served(layers, "a stock format" if name == "auto" else name)
     problems = [(target, problem(target, config, layers)) for target in TARGETS.values()]
-    able = [target for target, why in problems if not why]
-    if fitting := [target for target in able if name in ("auto", target.name)]:
+    of_name = [(target, why) for target, why in problems if name in ("auto", target.name)]
+    if fitting := [target for target, why in of_name if not why]:
         removed = any(NONE in needs(entry, slides=False) for entry in layers)
         chosen = min(fitting, key=lambda target: removed and target.removed_tokens is not None)
         if name == "auto":
@@ -336,16 +327,15 @@ def find_target(name: str, config: PreTrainedConfig, layers: Sequence[LayerPlan]
             others = "; ".join(f"{target.label}: {why}" for target, why in of_family)
             log.info("%s holds this plan at the least KV cache%s", chosen.label, f" ({others})" if others else "")
         return chosen
+    able = [target for target, why in problems if not why]
     do = f"export to {able[0].name}" if able else "serve the checkpoint itself, with layerboost installed"
     without = [entry.model_copy(update={"sink": False}) for entry in layers]
-    of_name = [target for target in TARGETS.values() if name in ("auto", target.name)]
-    if held := [target.label for target in of_name if not problem(target, config, without)]:
+    if held := [target.label for target, _ in of_name if not problem(target, config, without)]:
         do += f", or plan without sinks (plan.sinks=false): {held[0]} holds that"
     if mixed := ", ".join(str(entry.layer) for entry in layers if entry.full_kv_heads):
         do += f", or make the nearest plan of whole layers: layers {mixed} full"
-    asked = [(target, why) for target, why in problems if name in ("auto", target.name)]
     # Of the formats of one name, those of the family.
-    asked = [(target, why) for target, why in asked if config.model_type in target.families] or asked
+    asked = [(target, why) for target, why in of_name if config.model_type in target.families] or of_name
     named = "; ".join(f"{target.label}: {why}" for target, why in asked)
     if name == "auto":
         raise ConfigError("no stock format can hold this plan", found=named, do=do)

@@ -15,7 +15,7 @@ from layerboost.recipe import Heal, Recipe
 from layerboost.rows import read_rows
 from layerboost.runtime import rank, world_size
 from layerboost.schemas.artifact import fingerprint
-from layerboost.text import local_path, shuffled
+from layerboost.text import shuffled
 from layerboost.traffic import Request, Requests, Reread, Traffic, to_device
 
 STRETCH_TOKENS = 2048
@@ -75,8 +75,7 @@ def load_requests(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Traffic,
     The pixels of the others are dropped, as they may not fit into memory, and read again for each step. Raise
     ConfigError for a file that cannot be used.
     """
-    name = recipe.heal.traffic or ""
-    file = local_path(name) or Path(name)
+    file = Path(recipe.heal.traffic or "")
     reader = Requests(file, tokenizer, recipe.text.sequence_tokens, "heal.traffic", recipe.trust_remote_code)
     rows = read_rows(file)
     first = list(islice(reader.read(rows), VALIDATION_SEQUENCES))

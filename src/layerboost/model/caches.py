@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 # More tokens than any draft has: what assisted generation crops.
 SPARE_TOKENS = 128
@@ -29,9 +36,6 @@ class AttentionFreeCacheLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
-
-    def reset(self) -> None:
-        self.cumulative_length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -134,8 +138,7 @@ class LinearCacheLayer(SlidingCacheLayer):
         raise RuntimeError("the cache of a layer with linear attention cannot be cropped")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.batch_select_state(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -144,11 +147,23 @@ class LinearCacheLayer(SlidingCacheLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.batch_select_state(indices)
-
-    def batch_select_state(self, indices: torch.Tensor) -> None:
         if self.state is not None:
             self.state = self.state[indices]
+
+
+class AttentionFreeStateCacheLayer(AttentionFreeCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """The cache of a layer that has a state and no attention."""
+
+    crop = LinearAttentionLayer.crop  # refuses
+    reorder_cache = LinearAttentionLayer.reorder_cache
+
+
+class SlidingStateCacheLayer(SlidingCacheLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+    """The cache of a sliding layer with a state next to its attention."""
+
+
+class MixedStateCacheLayer(MixedCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """The cache of a layer with a state next to its attention, which has two kinds of KV heads."""
 
 
 def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
@@ -162,8 +177,8 @@ def place_layers(
 ) -> None:
     """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop.
 
-    `skipped`: the layers without attention; `mixed`: the full KV heads of layers with two kinds; `linear`: those with
-    linear attention.
+    `skipped`: the layers without attention; `mixed`: the full KV heads of layers with two kinds, none where a layer
+    slides whose type is not its own; `linear`: those with linear attention.
     """
     sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     recording = any(layer.record_past for layer in sliding)
@@ -175,16 +190,31 @@ def place_layers(
     while len(past.layers) <= max([*skipped, *mixed, *linear], default=-1):
         past.layers.append(DynamicLayer())
     for index in skipped:
-        if not isinstance(past.layers[index], AttentionFreeCacheLayer):
-            past.layers[index] = AttentionFreeCacheLayer(past.layers[index].get_seq_length())
+        layer = past.layers[index]
+        if not isinstance(layer, AttentionFreeCacheLayer):
+            kind = AttentionFreeStateCacheLayer if isinstance(layer, LinearAttentionLayer) else AttentionFreeCacheLayer
+            past.layers[index] = kind(layer.get_seq_length())
     for index, full in mixed.items():
-        if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
-            windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            # Without a sliding layer nothing says whether the cache will be cropped.
-            spare = 0 if sliding else SPARE_TOKENS
-            past.layers[index] = MixedCacheLayer(config.sliding_window, (full, windowed), spare)
+        layer = past.layers[index]
+        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) and not layer.is_initialized:
+            past.layers[index] = _windowed(layer, config, full, sliding=bool(sliding))
     for index in linear:
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             past.layers[index] = LinearCacheLayer(config.sliding_window)
     if recording:
         past.activate_past_recording()
+
+
+def _windowed(layer: DynamicLayer, config: Any, full: list[int], *, sliding: bool) -> DynamicLayer:
+    """Return the cache to put in place of an empty one, of a layer whose KV heads but for `full` have a window.
+
+    `sliding`: whether the cache has layers that slide by their type.
+    """
+    if not full:
+        return SlidingStateCacheLayer(config.sliding_window)
+    state = isinstance(layer, LinearAttentionLayer)
+    # Without a sliding layer nothing says whether the cache will be cropped; one with a state never is.
+    spare = 0 if sliding or state else SPARE_TOKENS
+    windowed = [head for head in range(config.num_key_value_heads) if head not in full]
+    kind = MixedStateCacheLayer if state else MixedCacheLayer
+    return kind(config.sliding_window, (full, windowed), spare)

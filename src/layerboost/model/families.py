@@ -39,7 +39,8 @@ class Family(Served):
     if the config has no window. `multiplies_logits` says that the config's `logits_scaling` multiplies, and does not
     divide. `images_both_ways` says that the tokens of an image see each other in both directions. `linear` says that
     linear attention is tested on it: rotary embeddings of whole heads in every layer, no soft-cap. `mixer` names, in
-    a hybrid, what its layers of another kind have in place of attention. `mlp` says that its MLPs can be
+    a hybrid, what its layers of another kind have in place of attention, or every layer next to it; `computed_types`
+    says that its config computes the layers' types, which so cannot record a window. `mlp` says that its MLPs can be
     changed: its layers have them by that name. `base_lacks` says what vLLM's own class of the stock base lacks on CPUs.
     """
 
@@ -58,6 +59,7 @@ class Family(Served):
     images_both_ways: bool = False
     linear: bool = False
     mixer: str = ""
+    computed_types: bool = False
     mlp: bool = True
     base_lacks: str = ""
 
@@ -140,6 +142,15 @@ FAMILIES: dict[str, Family] = {
         lfm2("lfm2"),
         lfm2("lfm2_moe"),
         hybrid("olmo_hybrid", mixer="linear_attn", norm_before=None, norm_after=AFTER),
+        # Each layer has attention and a state side by side, behind one norm.
+        hybrid(
+            "falcon_h1",
+            mixer="mamba",
+            computed_types=True,
+            norm_before=None,
+            final_norm="final_layernorm",
+            mlp=False,
+        ),
         # Language models that exist inside a wrapper alone.
         in_wrapper("qwen3_vl_text"),
         in_wrapper("qwen3_vl_moe_text"),

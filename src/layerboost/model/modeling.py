@@ -75,7 +75,8 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
-    """Return, for each layer with two kinds of KV heads in a config, its full KV heads."""
+    """Return, for each layer with two kinds of KV heads in a config, its full KV heads; none for one that slides and
+    whose type cannot say so."""
     return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
 
 
@@ -152,11 +153,13 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
         base.text_config = base_config(config.get_text_config())
         return base
     base.per_layer_config = None
-    base.layer_types = base_layer_types(config)
-    if "sliding_attention" not in base.layer_types:
+    types, family = base_layer_types(config), FAMILIES[config.model_type]
+    if not family.computed_types:
+        base.layer_types = types
+    if "sliding_attention" not in types:
         # Without layer types of its own, a family's window is every layer's; with them, a mask is built for it even
         # where no layer slides, and one that drops nothing is free.
-        needed = hasattr(type(config), "layer_types") and not FAMILIES[config.model_type].rotary_by_window
+        needed = hasattr(type(config), "layer_types") and not family.rotary_by_window
         base.sliding_window = config.max_position_embeddings if needed else None
     return base
 
@@ -175,13 +178,14 @@ def apply_config(model: PreTrainedModel) -> None:
             make_attention_free(layer, index, family)
         elif index in linear:
             make_linear(getattr(layer, family.attention), config.sliding_window, linear[index])
-        elif index in mixed or config.layer_types[index] != types[index]:
+        elif index in mixed or config.layer_types[index] == "sliding_attention" != types[index]:
             sink = index in config.attention_sink_layers
             make_sliding(getattr(layer, family.attention), config.sliding_window, sink, mixed.get(index, ()))
         else:
             stock += 1
     if stock < config.num_hidden_layers:
-        prepare = functools.partial(_prepare_forward, config, skipped, not stock and not mixed)
+        # A state next to a layer's attention needs the plain mask of padding.
+        prepare = functools.partial(_prepare_forward, config, skipped, not stock and not mixed and not family.mixer)
         model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
 
 
@@ -351,9 +355,11 @@ def boosted_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         _copy_code(self.name_or_path, Path(save_directory))
         stock.save_pretrained(self, save_directory, *args, **kwargs)
 
+    # Of custom code, which may initialise in place, loading leaves out what a parent fills in its children (Falcon-H1's
+    # buffers). Here the stock class does it.
+    own = {"__init__": init, "save_pretrained": save_pretrained, "is_custom_code": classmethod(lambda _: False)}
     # The name is what save_pretrained writes into `architectures`, and what vLLM's registry knows.
-    name = architecture_of(stock.config_class.model_type)
-    return type(name, (stock,), {"__init__": init, "save_pretrained": save_pretrained, "__module__": __name__})
+    return type(architecture_of(stock.config_class.model_type), (stock,), {**own, "__module__": __name__})
 
 
 def _copy_code(loaded_from: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
+from layerboost.model.surgery import Thinned, family_of, replaced, unchanged
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
 
@@ -180,9 +180,10 @@ class LayerStream:
 
     @property
     def can_continue(self) -> bool:
-        """Return whether `finish_after` works: full attention in all layers, by PyTorch's kernel."""
+        """Return whether `finish_after` works: full attention and no state in all layers, by PyTorch's kernel."""
         config = self.model.config.get_text_config()
-        return config._attn_implementation == "sdpa" and set(base_layer_types(config)) == {"full_attention"}
+        full = set(base_layer_types(config)) == {"full_attention"} and not family_of(config).mixer
+        return full and config._attn_implementation == "sdpa"
 
     def layer(self, index: int, hidden: torch.Tensor, plan: LayerPlan | None = None) -> torch.Tensor:
         """Return one decoder layer's output on its input `[B, T, D]`, of a batch shape that `forward` has seen."""
@@ -190,7 +191,7 @@ class LayerStream:
             assert self.sinks or not plan.sink
             sinks = self.sinks(plan) if self.sinks and plan.sink else None
             thinned = self.thinned[index, plan.mlp_width] if plan.mlp_width else None
-            with replaced(self.model, index, plan, sinks), replaced_mlp(self.model, index, plan, thinned):
+            with replaced(self.model, index, plan, sinks, thinned):
                 return self.layer(index, hidden)
         out = self.stock_layer(index, hidden)
         return out + self._added[index] if index in self._added else out
@@ -233,7 +234,8 @@ class LayerStream:
         module = getattr(self.layers[index], family.mixer if other else family.norm_after or family.attention)
         with recorded({index: module}, lambda _, __, out: out) as outputs:
             self.layer(index, hidden)
-        return outputs[index] * getattr(self.model.config.get_text_config(), "residual_multiplier", 1.0)  # Granite's
+        config = self.model.config.get_text_config()  # Granite's multiplier, and Falcon-H1's
+        return outputs[index] * getattr(config, "residual_multiplier", getattr(config, "attention_out_multiplier", 1.0))
 
     @contextmanager
     def shared(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -287,8 +289,8 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     config = model.config.get_text_config()
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
         logits = logits * scaling if family_of(config).multiplies_logits else logits / scaling
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
-        logits = logits * scale
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
+        logits = logits * scale if (scale := getattr(config, name, None)) else logits
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -298,7 +300,7 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | None:
     """Return the head's weight `[V, D]` if logits are its product with the hidden state and nothing more; else None."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-    extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    extras = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping")
     if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extras):
         return None
     return head.weight

@@ -40,7 +40,6 @@ from layerboost.strategies import FULL, OTHER, SLIDING
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
 ADDED_PARAMETERS = ("sinks", *FEATURE_PARAMETERS)
-ADDED = tuple(f"layerboost_{name}" for name in ("window", "heads", "stock", "feature_map", "rotation"))
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,8 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     with `skip` and `intermediate_size`.
 
     They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
-    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full, and
+    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full (in a family whose
+    layer types are computed, also none), and
     `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types`, unless
     all layers are full in the base. Raise ConfigError.
     """
@@ -211,24 +211,29 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     config = whole.get_text_config()
     check_plan(config, layers)
     layers = [entry.normalized(config.num_key_value_heads) for entry in layers]
-    types = base_layer_types(config)
+    types, family = base_layer_types(config), family_of(config)
     window = window_of(layers)
     if window is not None:
-        for flag, value in family_of(config).config_flags:
+        for flag, value in family.config_flags:
             setattr(config, flag, value)
         config.sliding_window = window
     if set(types) != {"full_attention"}:
         config.base_layer_types = types
-    mixed = {str(entry.layer): list(entry.full_kv_heads) for entry in layers if entry.full_kv_heads}
+    mixed = {
+        str(entry.layer): list(entry.full_kv_heads)
+        for entry in layers
+        if entry.full_kv_heads or (family.computed_types and entry.attention == SLIDING)
+    }
     if mixed:
         config.full_kv_heads = mixed
     linear = {str(entry.layer): entry.feature_map for entry in layers if entry.feature_map}
     if linear:
         config.linear_attention = linear
-    config.layer_types = [
-        "sliding_attention" if entry.attention == SLIDING and not entry.full_kv_heads else types[entry.layer]
-        for entry in layers
-    ]
+    if not family.computed_types:
+        config.layer_types = [
+            "sliding_attention" if entry.attention == SLIDING and not entry.full_kv_heads else types[entry.layer]
+            for entry in layers
+        ]
     config.attention_sink_layers = [entry.layer for entry in layers if entry.sink]
     config.per_layer_config = {entry.layer: found for entry in layers if (found := _overrides(entry))} or None
     whole.architectures = [architecture_of(whole.model_type)]
@@ -314,16 +319,19 @@ def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTr
 
 
 @contextmanager
-def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, the attention of one layer of a stock model, without a cache, runs under another strategy;
+def replaced(
+    model: PreTrainedModel,
+    layer: int,
+    plan: LayerPlan,
+    sinks: torch.Tensor | None = None,
+    thinned: Thinned | None = None,
+) -> Iterator[None]:
+    """Inside the block, attention and MLP of one layer of a stock model, without a cache, run under other strategies;
     outside, everything is as before."""
-    if not plan.attention_changed:
-        yield
-        return
-    decoder_layer = decoder_layers(model)[layer]
+    decoder_layer: Any = decoder_layers(model)[layer]
     name = family_of(model.config).attention
-    attention: Any = getattr(decoder_layer, name)
-    config, hook = attention.config, None
+    changed = [part for part, other in ((name, plan.attention_changed), ("mlp", plan.mlp_changed)) if other]
+    before = {part: getattr(decoder_layer, part) for part in changed}
     try:
         match plan.attention:
             case "none":
@@ -331,49 +339,39 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
                 setattr(decoder_layer, name, AttentionFree(layer))
             case "sliding":
                 assert plan.window is not None
+                setattr(decoder_layer, name, attention := _copied(before[name]))
                 make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
                 attention.sinks = sinks
             case "linear":
                 assert plan.window is not None
                 assert plan.feature_map is not None
-                hook = make_linear(attention, plan.window, plan.feature_map)
+                setattr(decoder_layer, name, attention := _copied(before[name]))
+                make_linear(attention, plan.window, plan.feature_map)
             case "full" | "other":
                 pass
             case _:
                 assert_never(plan.attention)
-        yield
-    finally:
-        setattr(decoder_layer, name, attention)
-        attention.config = config
-        if hook is not None:
-            hook.remove()
-        for attribute in (*ADDED, *ADDED_PARAMETERS):
-            if hasattr(attention, attribute):
-                delattr(attention, attribute)
-
-
-@contextmanager
-def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: Thinned | None) -> Iterator[None]:
-    """Do what `replaced` does, for the layer's MLP."""
-    decoder_layer: Any = decoder_layers(model)[layer]
-    if not plan.mlp_changed:
-        yield
-        return
-    mlp = decoder_layer.mlp
-    try:
         match plan.mlp:
             case "none":
                 decoder_layer.mlp = NoMLP()
             case "thin":
                 assert thinned is not None
-                decoder_layer.mlp = thin(mlp, thinned.neurons, thinned.output)
+                decoder_layer.mlp = thin(before["mlp"], thinned.neurons, thinned.output)
             case "full":
                 pass
             case _:
                 assert_never(plan.mlp)
         yield
     finally:
-        decoder_layer.mlp = mlp
+        for part, module in before.items():
+            setattr(decoder_layer, part, module)
+
+
+def _copied(module: nn.Module) -> Any:
+    """Return a module of the same weights and submodules, to which more can be added."""
+    copied = copy.copy(module)
+    vars(copied).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    return copied
 
 
 @contextmanager

@@ -33,7 +33,6 @@ REASONS = {
     "layers that run several times": r"class \w+Stack\b",
     "sinks of its own": r"self\.sinks\b",
     "differential attention": r"\battn_output2\b",
-    "layers with attention and a state at once": r"self\.mamba = .+\n\s+self\.self_attn = ",
     "layers of attention alone, without an MLP": r"\bMIXER_TYPES\b",
     "layer types that its config computes, where a plan would be recorded": r"def layers_block_type\(self\)",
     "a cache of its own": r"class \w+Cache\b",

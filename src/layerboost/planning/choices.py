@@ -10,7 +10,7 @@ from layerboost.errors import ConfigError
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, Predicted, all_full
 from layerboost.schemas.sensitivity import LayerSensitivity, Sensitivity, Variant
-from layerboost.strategies import FULL, FULL_KV_HEADS, SLIDING, ComponentName
+from layerboost.strategies import FULL, FULL_KV_HEADS, ComponentName
 
 COMPONENTS: tuple[ComponentName, ...] = ("attention", "mlp")
 
@@ -92,17 +92,6 @@ def score_in(choice: Choice, metric: str) -> float:
     return _measured(choice.plan.layer, choice.plan.label, choice.scores, metric)
 
 
-def best_sliding(options: list[Choice]) -> LayerPlan:
-    """Return the window with or without a sink, whichever loses less; full for a layer that slides in the base."""
-    sliding = [choice for choice in options if choice.plan.attention == SLIDING and not choice.plan.full_kv_heads]
-    return min(sliding, key=lambda choice: choice.loss).plan if sliding else options[0].plan
-
-
-def removal(entry: LayerSensitivity, metric: str) -> float:
-    """Return the loss in one metric by removing a layer's attention; raise ConfigError if it was not measured."""
-    return mean_score(entry, variant_of(entry, LayerPlan(layer=entry.layer, attention="none")), metric)
-
-
 def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
     """Return the measurement of one strategy; raise ConfigError if there is none."""
     for variant in (*entry.variants, *entry.heads):
@@ -116,9 +105,9 @@ def variant_of(entry: LayerSensitivity, plan: LayerPlan) -> Variant:
     )
 
 
-def mean_score(entry: LayerSensitivity, variant: Variant, metric: str) -> float:
-    """Return one metric of one measurement; raise ConfigError if it was not measured."""
-    return _measured(entry.layer, variant.label, {name: score.mean for name, score in variant.scores.items()}, metric)
+def score_of(entry: LayerSensitivity, plan: LayerPlan, metric: str) -> float:
+    """Return the quality loss of one strategy of a layer in one metric; raise ConfigError if it was not measured."""
+    return _measured(plan.layer, plan.label, variant_of(entry, plan).means, metric)
 
 
 def _measured(layer: int, replacement: str, scores: dict[str, float], metric: str) -> float:
@@ -144,7 +133,11 @@ def metric_scales(sensitivity: Sensitivity, settings: Plan) -> dict[str, float]:
     weights: dict[str, float] = {settings.metric: 1 - settings.retrieval_weight}
     weights["retrieval"] = weights.get("retrieval", 0.0) + settings.retrieval_weight
     for metric in weights:
-        values = [abs(mean_score(entry, variant, metric)) for entry in sensitivity.layers for variant in entry.variants]
+        values = [
+            abs(_measured(entry.layer, variant.label, variant.means, metric))
+            for entry in sensitivity.layers
+            for variant in entry.variants
+        ]
         weights[metric] /= (sum(values) / len(values)) or 1.0
     return weights
 
@@ -166,12 +159,10 @@ def predict(sensitivity: Sensitivity, layers: Sequence[LayerPlan], settings: Pla
     kv_heads = sensitivity.model.kv_heads
     sites = [site for entry in layers for site in entry.sites()]
     chosen = [scores_of(sensitivity.layers[site.layer], site, kv_heads) for site in sites]
-    metrics = set.intersection(*(set(scores) for scores in chosen)) if chosen else set()
-    first = next(iter(chosen), {})
     budget = Budget.of(sensitivity, settings)
     costs, fractions = budget.plan(layers), budget.relative(layers)
     return Predicted(
-        quality_loss={metric: sum(scores[metric] for scores in chosen) for metric in first if metric in metrics},
+        quality_loss=_sums(chosen),
         kv_fraction=fractions[KV_BYTES],
         kv_bytes_per_request=round(costs[KV_BYTES]),
         parameter_fraction=fractions[PARAMETERS],
@@ -195,13 +186,14 @@ def scores_of(entry: LayerSensitivity, plan: LayerPlan, kv_heads: int) -> dict[s
     ]
     inside = [(heads, variant) for heads, variant in groups if heads <= windowed]
     if inside and set.union(*(heads for heads, _ in inside)) == windowed:
-        return _sums([variant for _, variant in inside])
-    return {metric: score.mean for metric, score in variant_of(entry, plan).scores.items()}
+        return _sums([variant.means for _, variant in inside])
+    return variant_of(entry, plan).means
 
 
-def _sums(variants: Sequence[Variant]) -> dict[str, float]:
-    metrics = [metric for metric in variants[0].scores if all(metric in variant.scores for variant in variants)]
-    return {metric: sum(variant.scores[metric].mean for variant in variants) for metric in metrics}
+def _sums(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the sum of every metric that all parts have."""
+    metrics = [metric for metric in parts[0] if all(metric in scores for scores in parts)] if parts else []
+    return {metric: sum(scores[metric] for scores in parts) for metric in metrics}
 
 
 def _mixed(entry: LayerSensitivity, window: int, settings: Plan, scales: dict[str, float]) -> list[Choice]:
@@ -209,18 +201,17 @@ def _mixed(entry: LayerSensitivity, window: int, settings: Plan, scales: dict[st
 
     Scores add up and every head saves the same, so the best of each size are the heads that lose least.
     """
-    measured = [each for each in entry.heads if each.window == window and (settings.sinks or not each.sink)]
-    loss = [blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales) for variant in measured]
-    order = sorted(range(len(measured)), key=loss.__getitem__)
+    able = [each for each in entry.heads if each.window == window and (settings.sinks or not each.sink)]
+    ranked = sorted((_choice(entry, variant, scales) for variant in able), key=lambda choice: choice.loss)
     options = []
-    for size in range(1, len(measured)):
-        chosen = [measured[index] for index in order[:size]]
-        full = set.intersection(*(set(variant.full_kv_heads) for variant in chosen))
-        plan = chosen[0].plan(entry.layer).model_copy(update={FULL_KV_HEADS: tuple(sorted(full))})
-        options.append(Choice(plan, sum(loss[index] for index in order[:size]), _sums(chosen)))
+    for size in range(1, len(ranked)):
+        chosen = ranked[:size]
+        full = set.intersection(*(set(choice.plan.full_kv_heads) for choice in chosen))
+        plan = chosen[0].plan.model_copy(update={FULL_KV_HEADS: tuple(sorted(full))})
+        options.append(Choice(plan, sum(each.loss for each in chosen), _sums([each.scores for each in chosen])))
     return options
 
 
 def _choice(entry: LayerSensitivity, variant: Variant, scales: dict[str, float]) -> Choice:
-    loss = blended({metric: mean_score(entry, variant, metric) for metric in scales}, scales)
-    return Choice(variant.plan(entry.layer), loss, {metric: score.mean for metric, score in variant.scores.items()})
+    scores = {metric: _measured(entry.layer, variant.label, variant.means, metric) for metric in scales}
+    return Choice(variant.plan(entry.layer), blended(scores, scales), variant.means)

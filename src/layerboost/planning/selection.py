@@ -14,22 +14,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from layerboost.costs.budget import DECODE_MS, KV_BYTES, PARAMETERS, Budget
 from layerboost.costs.memory import cached, module_heads
 from layerboost.errors import ConfigError, InfeasibleBudget
-from layerboost.planning.choices import (
-    Choice,
-    best_sliding,
-    choices,
-    mean_score,
-    merged,
-    metric_limits,
-    removal,
-    score_in,
-    variant_of,
-    windows,
-)
+from layerboost.planning.choices import Choice, choices, merged, metric_limits, score_in, score_of, windows
 from layerboost.recipe import Plan
 from layerboost.schemas.plan import LayerPlan, all_full, counted, window_of
 from layerboost.schemas.sensitivity import Sensitivity
-from layerboost.strategies import FULL, OTHER, SINK, StrategyName
+from layerboost.strategies import FULL, OTHER, SINK, SLIDING, StrategyName
 
 # Names of the limited costs in messages, and their settings.
 NAMES = {KV_BYTES: "KV cache", PARAMETERS: "parameters", DECODE_MS: "decoding time"}
@@ -65,7 +54,10 @@ def threshold(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
     `none_layers` by count. By default, remove a third and leave as many full as the budget allows. A sliding layer
     has a sink if that measured better.
     """
-    loss = {layer: removal(sensitivity.layers[layer], settings.metric) for layer in sensitivity.model.attention_layers}
+    loss = {
+        layer: score_of(sensitivity.layers[layer], LayerPlan(layer=layer, attention="none"), settings.metric)
+        for layer in sensitivity.model.attention_layers
+    }
     ranked = sorted(loss, key=lambda layer: loss[layer], reverse=True)
     table = _of_attention(sensitivity, settings)
 
@@ -120,7 +112,7 @@ def least_cosine(sensitivity: Sensitivity, settings: Plan) -> list[LayerPlan]:
             if component == "attention" and entry.layer in sensitivity.model.other_layers:
                 continue
             site = LayerPlan.model_validate({"layer": entry.layer, "attention": FULL, component: "none"})
-            turns.append((mean_score(entry, variant_of(entry, site), "cosine"), site))
+            turns.append((score_of(entry, site, "cosine"), site))
     return _fewest_removed(sensitivity, settings, turns)
 
 
@@ -194,7 +186,11 @@ def _tier(options: list[Choice], attention: StrategyName) -> LayerPlan:
     base = options[0].plan
     if attention == "full" or base.attention == OTHER:
         return base
-    return best_sliding(options) if attention == "sliding" else LayerPlan(layer=base.layer, attention=attention)
+    if attention != SLIDING:
+        return LayerPlan(layer=base.layer, attention=attention)
+    # With or without a sink, whichever loses less. A layer that slides in the base has no window to choose.
+    sliding = [choice for choice in options if choice.plan.attention == SLIDING and not choice.plan.full_kv_heads]
+    return min(sliding, key=lambda choice: choice.loss).plan if sliding else base
 
 
 def _solve(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from transformers import PreTrainedConfig
 from layerboost.costs.budget import Budget, prefill_work
 from layerboost.costs.memory import plan_serving
 from layerboost.engines import open_engine
-from layerboost.engines.vllm import cache_defaults
+from layerboost.engines.vllm import cache_defaults, runs_on_cpu
 from layerboost.errors import ConfigError
 from layerboost.exporting.stage import check_plan
 from layerboost.exporting.targets import lacks_sinks
 from layerboost.files import file_hash
 from layerboost.model.base import Base, find_model
+from layerboost.model.families import what_vllm_lacks
 from layerboost.planning.choices import metric_limits, predict, windows
 from layerboost.planning.greedy import Measure
 from layerboost.planning.methods import MEASURING, axis_of, frontier, knee, select
@@ -34,8 +37,6 @@ LLAMA_CPP = "llama.cpp"
 REPAIRED_KL = 0.3
 # Settings that older files lack.
 LATER = ("unit", "components", "sinks")
-# An edited plan in whose place another was chosen.
-EDITED = "plan.edited.yaml"
 
 
 def check(recipe: Recipe, run: Path, base: Base) -> None:
@@ -125,14 +126,21 @@ def run_plan(recipe: Recipe, run: Path) -> PlanFile:
             return there
         log.info("%s was made from other inputs: choosing again", target)
         if there.valid_prediction is None:
-            shutil.copy(target, run / EDITED)
-            log.warning("%s was edited since: a copy stays as %s", target, run / EDITED)
+            log.warning("%s was edited since: a copy stays as %s", target, _keep_edited(target))
     plan = choose(recipe, sensitivity, _measure(recipe, run, sensitivity), made_from=file_hash(source))
     _say(plan, Budget.of(sensitivity, recipe.plan))
     _warn_of_export(recipe, run, plan)
     write_plan(target, plan)
     _explain(plan, sensitivity, recipe.plan)
     return plan
+
+
+def _keep_edited(plan: Path) -> Path:
+    """Copy a plan to `plan.edited.yaml`, or to `plan.edited.2.yaml` and so on after others; return the copy."""
+    names = (plan.with_name(f"plan.edited{f'.{number}' if number > 1 else ''}.yaml") for number in count(1))
+    kept = next(file for file in names if not file.exists() or filecmp.cmp(file, plan, shallow=False))
+    shutil.copy(plan, kept)
+    return kept
 
 
 def choose(
@@ -255,7 +263,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _say(plan: PlanFile, budget: Budget) -> None:
-    """Log the serving flags for vLLM on this machine, and their effects."""
+    """Log the serving flags for vLLM on this machine, and their effects, if it serves the model."""
+    if what_vllm_lacks(plan.model.model_type, runs_on_cpu):
+        return
     rates = budget.rates
 
     def prefill_ms(size: int) -> float:

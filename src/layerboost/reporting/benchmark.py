@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from layerboost.files import file_hash
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
@@ -78,23 +79,19 @@ def throughput_panel(sources: Sources) -> Panel:
     """Return output tokens per second against concurrency, accuracy against them, and latencies."""
     bench, quality = sources.bench, sources.quality
     panel = sources.panel("throughput", "Throughput", FILE, "eval/comparison.json")
-    if bench is None or not bench.results:
-        if bench:
-            panel.missing.append(f"{FILE} holds no measurement yet: run `{MADE_BY[FILE]}`")
+    if bench is None:
         return panel
     panel.notes.append(
         "One run of the load generator per model, concurrency and repeat; values are medians over the repeats, with "
         "minimum and maximum in brackets if there are several; ratios are computed within a repeat. "
         f"{_environment(bench)}"
     )
-    settings = bench.settings
-    if {"requests_per_concurrency", "input_tokens", "output_tokens"} <= settings.keys():
-        shared = settings.get("shared_prefix_tokens")
-        prefix = f"all with one prefix of {shared:,} tokens that is in the cache, " if shared else ""
-        panel.notes.append(
-            f"{settings['requests_per_concurrency']:g} times as many requests as are concurrent, {prefix}"
-            f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
-        )
+    settings, shared = bench.settings, bench.settings.get("shared_prefix_tokens")
+    prefix = f"all with one prefix of {shared:,} tokens that is in the cache, " if shared else ""
+    panel.notes.append(
+        f"{settings['requests_per_concurrency']:g} times as many requests as are concurrent, {prefix}"
+        f"{settings['input_tokens']:,} tokens in, {settings['output_tokens']:,} tokens out each."
+    )
     panel.chart("throughput", "Output tokens per second", throughput_figure(bench))
     if quality and (drawn := accuracy_figure(bench, quality)):
         panel.chart("accuracy", "Accuracy against throughput", drawn)
@@ -106,8 +103,12 @@ def throughput_panel(sources: Sources) -> Panel:
     elif quality:
         panel.missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
     panel.warnings.extend(_warnings(bench, FILE))
-    if changed := ", ".join(sources.changed_since_bench):
-        panel.warnings.append(f"{changed} changed after the benchmark: delete bench/ and run `layerboost bench`")
+    configs = {name: sources.run / name / "config.json" for name in bench.models}
+    changed = [name for name, file in configs.items() if file.is_file() and file_hash(file) != bench.models[name]]
+    if changed:
+        panel.warnings.append(
+            f"{', '.join(changed)} changed after the benchmark: delete bench/ and run `layerboost bench`"
+        )
     results = {str(result.concurrency): result for result in bench.results}
     speed = {SPEED: "output tokens/s", RATIO + SPEED: f"ratio to {bench.reference}"}
     panel.tables.append(_table("Throughput and memory", bench, "concurrency", results, speed | MEASURED))
@@ -118,22 +119,19 @@ def throughput_panel(sources: Sources) -> Panel:
 def decode_panel(sources: Sources) -> Panel:
     """Return latency and memory of one batch of answers against their length."""
     panel, sweep = sources.panel("decode", "Decoding against length", SWEEP), sources.sweep
-    results = {result.output_tokens: result for result in sweep.results if result.output_tokens} if sweep else {}
-    if sweep is None or not results:
-        if sweep:
-            panel.missing.append(f"{SWEEP} holds no measurement yet: run `{MADE_BY[SWEEP]}`")
+    if sweep is None:
         return panel
+    results = {result.output_tokens: result for result in sweep.results if result.output_tokens}
     batch = ", ".join(str(size) for size in sorted({result.concurrency for result in results.values()}))
     panel.notes.append(
         f"{batch} requests decode at once; latency is of a whole answer, first token included; values are medians over "
         f"the repeats, bars go from minimum to maximum. {_environment(sweep)}"
     )
-    for metric in _measured(sweep, [LATENCY]):
-        drawn = _lines(metric, results, "tokens in the answer", "latency, s", 1e-3)
-        panel.chart("decode-latency", "Latency against length", drawn)
-    for metric in _measured(sweep, MEMORY)[:1]:
-        drawn = _lines(metric, results, "tokens in the answer", MEMORY[metric])
-        panel.chart("decode-memory", "Memory against length", drawn)
+    latency = _lines(LATENCY, results, "tokens in the answer", "latency, s", 1e-3)
+    panel.chart("decode-latency", "Latency against length", latency)
+    metric = _measured(sweep, MEMORY)[0]
+    memory = _lines(metric, results, "tokens in the answer", MEMORY[metric])
+    panel.chart("decode-memory", "Memory against length", memory)
     panel.warnings.extend(_warnings(sweep, SWEEP))
     panel.tables.append(decode_table(sweep))
     return panel

@@ -33,7 +33,7 @@ def layers_panel(sources: Sources) -> Panel:
             f"sensitivity.json holds {len(sensitivity.layers)} of {sensitivity.model.layers} layers: "
             f"`{MADE_BY['sensitivity.json']}` continues it"
         )
-    if sources.plan_is_stale:
+    if plan and plan.sensitivity not in (None, sources.sensitivity_hash):
         panel.warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
     panel.notes.append(
         "Quality loss of one replacement at a time, with all other layers unchanged, over "
@@ -45,11 +45,11 @@ def layers_panel(sources: Sources) -> Panel:
         panel.notes.append(
             f"{hidden} of {len(variants)} KL values are not above zero: not on the log axis, but listed."
         )
-    for metric in _measured(variants):
+    metrics = _measured(variants)
+    for metric in metrics:
         name = "sensitivity" + (f"-{metric}" if metric != "kl" else "")
         panel.chart(name, SENSITIVITIES[metric][0], sensitivity_figure(sensitivity, plan, metric))
-    if variants:
-        panel.tables.append(_sensitivity_table(sensitivity, _measured(variants)))
+    panel.tables.append(_sensitivity_table(sensitivity, metrics))
     heads = [variant for entry in sensitivity.layers for variant in entry.heads]
     panel.tables.extend(_heads_table(sensitivity, plan, metric) for metric in _measured(heads))
     return panel
@@ -80,11 +80,8 @@ def _heads_table(sensitivity: Sensitivity, plan: PlanFile | None, metric: str) -
     heads = range(sensitivity.model.kv_heads)
     measured = {variant.window for entry in sensitivity.layers for variant in entry.heads if variant.window}
     window = plan.window if plan and plan.window in measured else min(measured)
-    full = (
-        {entry.layer: [*heads] if not entry.attention_changed else entry.full_kv_heads for entry in plan.layers}
-        if plan
-        else {}
-    )
+    layers = plan.layers if plan else []
+    full = {entry.layer: [*heads] if not entry.attention_changed else entry.full_kv_heads for entry in layers}
 
     def cell(head: int, entry: LayerSensitivity) -> str:
         for variant in entry.heads:
@@ -103,8 +100,6 @@ def healing_panel(sources: Sources) -> Panel:
     """Return loss against tokens of the stages that have one, and the validation points."""
     panel = sources.panel("healing", "Healing", "heal/metrics.jsonl")
     if not sources.metrics:
-        if sources.metrics is not None:
-            panel.missing.append("heal/metrics.jsonl holds no line yet: run `layerboost heal`")
         return panel
     rows = []
     for stage, title in STAGES.items():

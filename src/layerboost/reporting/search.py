@@ -26,8 +26,8 @@ def search_panel(sources: Sources) -> Panel:
         again = "run `layerboost plan --frontier` again"
         if made_from not in (None, frontier.sensitivity):
             panel.warnings.append(f"sensitivity.json changed after frontier.json was made: {again}")
-        if frontier.points and sources.plan and sources.plan.valid_prediction:
-            here, there = sources.plan.valid_prediction.context_tokens, _context_tokens(frontier)
+        if sources.plan and sources.plan.valid_prediction:
+            here, there = sources.plan.valid_prediction.context_tokens, frontier.points[0].predicted.context_tokens
             if here != there:
                 contexts = f"plan.yaml is for {here:,} tokens, frontier.json for {there:,}"
                 panel.warnings.append(f"{contexts}, so the chart does not show the plan: {again}")
@@ -45,7 +45,7 @@ def frontier_figure(frontier: Frontier, plan: PlanFile | None, metric: str) -> F
     # A plan that changes nothing has no metrics, and loses nothing.
     losses = [point.predicted.quality_loss for point in frontier.points]
     points = [point for point, loss in zip(frontier.points, losses, strict=True) if metric in loss or not loss]
-    context, axis = _context_tokens(frontier), frontier.axis
+    context, axis = frontier.points[0].predicted.context_tokens, frontier.axis
     traces = [
         scatter(
             f"best by {frontier.settings['method']}",
@@ -77,7 +77,7 @@ def frontier_table(frontier: Frontier) -> Table:
         predicted = point.predicted
         found = counts(point.layers)
         by_strategy = [str(found.get(name, 0)) for name in strategies]
-        decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
+        decode = [number(predicted.decode_ms)] if timed else []
         loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)
         of_mlps = [str(mlps), percent(predicted.parameter_fraction)] if thinned else []
@@ -107,10 +107,5 @@ def stability_table(stability: Stability) -> Table:
 
 
 def _metric(frontier: Frontier) -> str:
-    wanted = str(frontier.settings.get("metric"))
-    losses = frontier.points[0].predicted.quality_loss if frontier.points else {}
+    wanted, losses = str(frontier.settings["metric"]), frontier.points[0].predicted.quality_loss
     return wanted if wanted in losses else next(iter(losses), wanted)
-
-
-def _context_tokens(frontier: Frontier) -> int:
-    return frontier.points[0].predicted.context_tokens if frontier.points else 0

@@ -53,8 +53,7 @@ class Sources:
         self.plan = read_plan(run / "plan.yaml") if (run / "plan.yaml").is_file() else None
         self.frontier = self._read("frontier.json", Frontier)
         self.stability = self._read("stability.json", Stability)
-        metrics = run / "heal" / "metrics.jsonl"
-        self.metrics = read_metrics(metrics) if metrics.is_file() else None
+        self.metrics = read_metrics(run / "heal" / "metrics.jsonl")
         self.quality = self._read("eval/comparison.json", EvalComparison)
         self.bench = self._read("bench/comparison.json", BenchComparison)
         self.sweep = self._read("bench/decode_sweep.json", BenchComparison)
@@ -73,19 +72,6 @@ class Sources:
     def panel(self, name: str, title: str, *files: str) -> Panel:
         """Return an empty panel of these files, which names the missing ones and the commands that make them."""
         return Panel(name, title, [*files], [absent(file) for file in files if not (self.run / file).is_file()])
-
-    @property
-    def plan_is_stale(self) -> bool:
-        """Return whether the plan was made from other sensitivities."""
-        made_from = self.plan.sensitivity if self.plan else None
-        return bool(made_from and self.sensitivity_hash and made_from != self.sensitivity_hash)
-
-    @property
-    def changed_since_bench(self) -> list[str]:
-        """Return the models whose config in the run folder changed after the benchmark."""
-        hashes = self.bench.models if self.bench else {}
-        configs = {name: self.run / name / "config.json" for name in hashes}
-        return [name for name, file in configs.items() if file.is_file() and file_hash(file) != hashes[name]]
 
 
 def absent(name: str) -> str:

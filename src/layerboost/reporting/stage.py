@@ -31,7 +31,7 @@ def run_report(run: Path) -> dict[str, Any]:
     """Write `report.html` (one file, works offline) and `report.md` to the run folder; return a summary.
 
     The panel of a missing file names the command that makes it. The summary has `kv_fraction` (of the base's KV bytes,
-    None without a plan), `throughput_ratio` (the fields of `benchmark.Ratio`, or None), `perplexity` by model, `tasks`
+    None without a plan), `throughput_ratio` (a `benchmark.Ratio`, or None), `perplexity` by model, `tasks`
     by task and model, `average` by model or None (fractions), and `report`, the HTML.
     Raise ConfigError if the folder is missing or one of its files is truncated, foreign or of another model, and
     LayerboostError if the reports cannot be written.

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes, plan_parameters
+from layerboost.recipe import Recipe
 from layerboost.reporting.benchmark import bench_ratio
 from layerboost.reporting.page import Finding
 from layerboost.reporting.sources import MODELS, Sources, absent, model_order
 from layerboost.reporting.text import ABSENT, number, percent, size, with_interval
 from layerboost.schemas.evaluation import Change, EvalComparison, Gate
+from layerboost.schemas.plan import PlanFile
 from layerboost.schemas.run import last_made
 
 
-def kv_bytes(sources: Sources) -> tuple[int, int, int] | None:
+def kv_bytes(plan: PlanFile, recipe: Recipe | None) -> tuple[int, int, int]:
     """Return KV bytes per request of plan and base, and the context in tokens at which they are counted.
 
-    None without a plan. They are counted from the plan's layers, which may have been edited after the prediction was
-    written. The context is the prediction's, or the recipe's, or the model's longest.
+    They are counted from the plan's layers, which may have been edited after the prediction was written. The context is
+    the prediction's, or the recipe's, or the model's longest.
     """
-    plan = sources.plan
-    if plan is None:
-        return None
     context = plan.model.max_context_tokens
     if plan.predicted:
         context = plan.predicted.context_tokens
-    elif sources.recipe:
-        context = sources.recipe.plan.context_tokens
+    elif recipe:
+        context = recipe.plan.context_tokens
     return plan_kv_bytes(plan.model, plan.layers, context), base_kv_bytes(plan.model, context), context
 
 
@@ -37,15 +35,16 @@ def findings(sources: Sources) -> list[Finding]:
 
 
 def summary(sources: Sources) -> dict[str, Any]:
-    """Return the numbers of the verdict as JSON values: None or an empty mapping for what was not measured."""
-    kv, quality = kv_bytes(sources), sources.quality
+    """Return the numbers of the verdict: None or an empty mapping for what was not measured."""
+    kv = kv_bytes(sources.plan, sources.recipe) if sources.plan else None
+    quality = sources.quality
     # Ratios to another model than the base are only on the page, under its name.
     ratio = bench_ratio(sources.bench) if sources.bench and sources.bench.reference == "base" else None
     scores = quality.scores if quality else {}
     values = {task: {name: found.value for name, found in entry.models.items()} for task, entry in scores.items()}
     return {
         "kv_fraction": kv[0] / kv[1] if kv else None,
-        "throughput_ratio": asdict(ratio) if ratio else None,
+        "throughput_ratio": ratio,
         "perplexity": {name: found.perplexity for name, found in quality.perplexity.items()} if quality else {},
         "average": values.pop("average", None),
         "tasks": values,
@@ -56,8 +55,8 @@ def summary_table(values: dict[str, Any]) -> list[list[str]]:
     """Return rows for a terminal, header first: metric, base, converted, healed. `values`: what `summary` returned."""
     fraction, ratio = values["kv_fraction"], values["throughput_ratio"]
     cache = {} if fraction is None else {"base": 1.0, "converted": fraction, "healed": fraction}
-    speed = {"base": "1", ratio["model"]: ratio["spread"].as_ratio + ratio["warning"]} if ratio else {}
-    at = f" (concurrency {ratio['concurrency']})" if ratio else ""
+    speed = {"base": "1", ratio.model: ratio.spread.as_ratio + ratio.warning} if ratio else {}
+    at = f" (concurrency {ratio.concurrency})" if ratio else ""
     perplexity = {name: number(value, 4) for name, value in values["perplexity"].items()}
     scores = values["tasks"] | ({"average": values["average"]} if values["average"] else {})
     cells: dict[str, dict[str, str]] = {
@@ -71,21 +70,18 @@ def summary_table(values: dict[str, Any]) -> list[list[str]]:
 
 
 def _kv_finding(sources: Sources) -> Finding:
-    files = ["plan.yaml"]
-    counted = kv_bytes(sources)
-    if counted is None or sources.plan is None:
+    files, plan = ["plan.yaml"], sources.plan
+    if plan is None:
         return Finding(None, f"KV cache: {absent('plan.yaml')}.", files)
-    planned, base, context = counted
+    planned, base, context = kv_bytes(plan, sources.recipe)
     sentence = (
         f"of the base's KV cache at {context:,} tokens of context: {size(planned)} per request against {size(base)}, "
         "counted from the plan's layers."
     )
-    predicted = sources.plan.predicted
-    if predicted and abs(predicted.kv_fraction - planned / base) > 0.005:
-        sentence += f" plan.yaml predicted {percent(predicted.kv_fraction)}: its layers were edited later."
-    model, layers = sources.plan.model, sources.plan.layers
-    if any(entry.mlp_changed for entry in layers):
-        kept = plan_parameters(model, layers) / model.parameters
+    if plan.predicted and abs(plan.predicted.kv_fraction - planned / base) > 0.005:
+        sentence += f" plan.yaml predicted {percent(plan.predicted.kv_fraction)}: its layers were edited later."
+    if any(entry.mlp_changed for entry in plan.layers):
+        kept = plan_parameters(plan.model, plan.layers) / plan.model.parameters
         sentence += f" The plan has {percent(kept)} of the base's parameters."
     cache = bench_ratio(sources.bench, "kv_cache_tokens") if sources.bench else None
     if cache:
@@ -138,12 +134,11 @@ def _accuracy(quality: EvalComparison) -> tuple[str | None, str]:
     last = last_made(names)
     values = " → ".join(f"{name} {percent(models[name].value)}" for name in names)
     rest = f" (without {chosen} on which layers were chosen)" if chosen else ""
-    change = quality.average.difference.get(last)
-    lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})" if change else ""
-    value = percent(models[last].value)
-    if "base" in models and last != "base":
+    value, lost = percent(models[last].value), ""
+    if change := quality.average.difference.get(last):
         moved = models[last].value - models["base"].value
         value = f"{'+' if moved > 0 else '−' if moved < 0 else ''}{abs(100 * moved):.1f} points"
+        lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})"
     return value, f"Average accuracy of {len(quality.tasks) - chosen} tasks{rest}: {values}{lost}."
 
 

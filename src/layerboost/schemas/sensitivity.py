@@ -44,6 +44,11 @@ class Variant(Strategies):
 
     scores: dict[str, Score]
 
+    @property
+    def means(self) -> dict[str, float]:
+        """Return the mean of every metric."""
+        return {metric: score.mean for metric, score in self.scores.items()}
+
     def plan(self, layer: int) -> LayerPlan:
         """Return the LayerPlan of this replacement."""
         return LayerPlan(layer=layer, **self.model_dump(exclude={"scores"}))

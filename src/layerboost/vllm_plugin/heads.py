@@ -47,22 +47,30 @@ def check_ranks(config: Any, ranks: int) -> None:
 def make_attention(
     config: Any,
     layer: int,
+    num_heads: int,
     num_kv_heads: int,
     sinks: torch.Tensor | None,
     prefix: str,
     attention: Callable[..., Any],
 ) -> Any:
-    """Return the attention of a layer on this rank, which has `num_kv_heads` of its KV heads.
+    """Return the attention of a layer on this rank, which has `num_heads` of its query heads and `num_kv_heads` of its
+    KV heads.
 
-    `attention(num_kv_heads, prefix, **more)` makes a module of vLLM; `sinks`: of the query heads with a window.
+    `attention`: vLLM's class, with the arguments that all modules have; `sinks`: of the query heads with a window.
     """
+    groups = num_heads // num_kv_heads
+
+    def module(kv_heads: int, name: str, window: int | None, own: torch.Tensor | None) -> Any:
+        given = {} if own is None else {"sinks": own}
+        heads = {"num_heads": kv_heads * groups, "num_kv_heads": kv_heads}
+        return attention(**heads, prefix=name, per_layer_sliding_window=window, **given)
+
     windows = head_windows(config, layer)[:num_kv_heads]
     size = module_heads(config, config.num_key_value_heads // num_kv_heads or 1)
     if size == num_kv_heads:
-        return attention(num_kv_heads, prefix, **_settings(windows[0], sinks))
+        return module(num_kv_heads, prefix, windows[0], sinks)
     kinds = [[head for head, window in enumerate(windows) if (window is None) == full] for full in (True, False)]
     parts = [heads[start : start + size] for heads in kinds for start in range(0, len(heads), size)]
-    groups = config.num_attention_heads // config.num_key_value_heads
     modules = []
     for heads in parts:
         window, own = windows[heads[0]], None
@@ -70,13 +78,8 @@ def make_attention(
             start = kinds[1].index(heads[0]) * groups
             own = sinks[start : start + size * groups]
         # vLLM reads the layer's number from the name, and no other: `heads_0` is none.
-        modules.append(attention(size, f"{prefix}.heads_{heads[0]}", **_settings(window, own)))
+        modules.append(module(size, f"{prefix}.heads_{heads[0]}", window, own))
     return SplitAttention(parts, modules)
-
-
-def _settings(window: int | None, sinks: torch.Tensor | None) -> dict[str, Any]:
-    given: dict[str, Any] = {"per_layer_sliding_window": window}
-    return given if sinks is None else given | {"sinks": sinks}
 
 
 class SplitAttention(nn.Module):

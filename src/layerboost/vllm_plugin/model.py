@@ -106,31 +106,21 @@ class LayerBoostForCausalLM(TransformersForCausalLM):
             module = self.get_submodule(name)
             heads = self.model_config.model_arch_config[index]
             scale = fuser.scale(module)
-            num_kv_heads = self.model_config.get_num_kv_heads(self.parallel_config, heads)
             make = partial(
-                self._attention,
+                Attention,
                 head_size=heads.head_size,
                 scale=heads.head_size**-0.5 if scale is None else scale,
-                groups=self.model_config.get_num_attention_heads(self.parallel_config, heads) // num_kv_heads,
+                cache_config=self.cache_config,
+                quant_config=self.quant_config,
+                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
+            )
+            own = (
+                self.model_config.get_num_attention_heads(self.parallel_config, heads),
+                self.model_config.get_num_kv_heads(self.parallel_config, heads),
             )
             place = maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}")
-            attention = make_attention(config, index, num_kv_heads, fuser.sinks(module), place, make)
+            attention = make_attention(config, index, *own, fuser.sinks(module), place, make)
             setattr(module, VLLM_ATTN_ATTR, attention)
-
-    def _attention(
-        self, num_kv_heads: int, prefix: str, *, head_size: int, scale: float, groups: int, **more: Any
-    ) -> Attention:
-        return Attention(
-            num_heads=num_kv_heads * groups,
-            head_size=head_size,
-            scale=scale,
-            num_kv_heads=num_kv_heads,
-            cache_config=self.cache_config,
-            quant_config=self.quant_config,
-            logits_soft_cap=getattr(self.text_config, "attn_logit_softcapping", None),
-            prefix=prefix,
-            **more,
-        )
 
 
 class BoostedMoE(MoEMixin, LayerBoostForCausalLM):

@@ -6,6 +6,7 @@ MLPs of other widths, and Qwen3's the window of each layer, which Llama's reads 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,21 +130,15 @@ def set_attention(attention: Any, config: Any, cache_config: Any, quant_config: 
         attention.sinks = nn.Parameter(torch.empty(windowed * groups), requires_grad=False)
         set_weight_attrs(attention.sinks, {"weight_loader": sharded_weight_loader(0)})
     forget_attention(f"{prefix}.attn")
-
-    def module(num_kv_heads: int, name: str, **more: Any) -> Attention:
-        return Attention(
-            num_kv_heads * groups,
-            attention.head_dim,
-            attention.scaling,
-            num_kv_heads=num_kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
-            prefix=name,
-            **more,
-        )
-
-    sinks = getattr(attention, "sinks", None)
-    attention.attn = make_attention(config, layer, attention.num_kv_heads, sinks, f"{prefix}.attn", module)
+    make = partial(
+        Attention,
+        head_size=attention.head_dim,
+        scale=attention.scaling,
+        cache_config=cache_config,
+        quant_config=quant_config,
+    )
+    sinks, heads = getattr(attention, "sinks", None), (attention.num_heads, attention.num_kv_heads)
+    attention.attn = make_attention(config, layer, *heads, sinks, f"{prefix}.attn", make)
 
 
 def needs_own_attention(config: Any, layer: int) -> bool:
