@@ -116,12 +116,13 @@ def healing_panel(sources: Sources) -> Panel:
             f"{line.tokens:,}",
             number(line.validation_kl, 4),
             number(line.validation_nll, 4),
+            number(line.validation_answer_kl, 4),
         ]
         for line in sources.metrics
         if line.validation_kl is not None or line.validation_nll is not None
     ]
     if validation:
-        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
+        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token", "KL of answers"]
         panel.tables.append(Table("Validation", header, validation, folded=len(validation) > 12))
     return panel
 
