@@ -135,7 +135,7 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
         found[name] = way.measure(plans)
 
     for layer in layers:
-        plans = candidates(model, layer, WINDOWS)
+        plans = candidates(model.config, WINDOWS)[layer]
         shared += timing.seconds(partial(ours.go_to, layer))
         for name, way in (("ours", ours), ("plain", plain)):
             seconds[name] += timing.seconds(partial(measure, name, way, plans))
@@ -158,7 +158,7 @@ def compare(model: Any, batches: list[torch.Tensor], layers: list[int]) -> dict[
 def peak_mib(way: str, model: Any, batches: list[torch.Tensor], layer: int) -> float:
     """Peak memory of one way on one layer; sinks of any value, as fitting them would be the peak."""
     sinks = ZeroSinks(model.config.num_attention_heads)
-    plans = candidates(model, layer, WINDOWS)
+    plans = candidates(model.config, WINDOWS)[layer]
     if way == "ours":
         ours = Ours(model, batches, sinks)
         ours.go_to(layer)

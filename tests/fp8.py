@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import edit_config
 
 BLOCK = 16
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
@@ -27,6 +27,5 @@ def to_fp8(folder: Path) -> dict[str, torch.Tensor]:
             tensors[f"{name}_scale_inv"] = scale
             wanted[name] = (tensors[name].float().view_as(blocks) * wide).view_as(weight)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
+    edit_config(folder, quantization_config=FP8)
     return wanted

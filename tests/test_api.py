@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import python_api
 import torch
-from tiny import layer_plans, save_text, save_tiny
+from tiny import layer_plans, plan_file, save_text, save_tiny
 
 import layerboost as lb
 from layerboost.errors import ConfigError, InfeasibleBudget
-from layerboost.schemas.plan import PlanFile
 
 IDS = torch.arange(3, 43)[None]
 EXAMPLES = Path(python_api.__file__).parent
@@ -105,7 +104,7 @@ def test_linear_attention_that_a_family_cannot_have_is_not_measured(folder: Path
 
 def test_a_healed_model_says_so_and_replaces_nothing_of_others(folder: Path, tmp_path: Path) -> None:
     base, text = lb.open_base(folder / "model"), lb.Text(source=str(folder / "text.jsonl"), sequence_tokens=48)
-    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("fssn", 8))
+    plan = plan_file("fssn", 8, base.info)
     settings = lb.Heal(fit_tokens=96, attention_tokens=96, tokens=96)
     healed = lb.heal(lb.convert(base, plan), text, settings, folder=tmp_path / "run")
     (tmp_path / "models" / "other").mkdir(parents=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RUNTIME, boosted, info, layer_plans, save_text, save_tiny, tiny_model
+from tiny import RUNTIME, boosted, info, layer_plans, plan_file, save_text, save_tiny, tiny_model
 
 from layerboost import check as estimate
 from layerboost.check import copied_experts, estimate_healing, matmul_flops_per_s
@@ -15,7 +15,7 @@ from layerboost.healing.student import adapted_layers, shared_student, train_onl
 from layerboost.model.base import find_model
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.runtime import GIB, Runtime
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -90,8 +90,7 @@ def test_what_adapters_are_put_on_is_checked_before_anything_is_measured(family:
     with pytest.raises(ConfigError, match=r"adapted: q_prog\nfound: this model has \S+, [^$]+q_proj, [^$]*v_proj"):
         checked("q_prog", "v_proj")
     (tmp_path / "run").mkdir()
-    plan = PlanFile(model=find_model(model, RUNTIME).info, method="by hand", layers=layer_plans("ffnn"))
-    write_plan(tmp_path / "run" / PLAN, plan)
+    write_plan(tmp_path / "run" / PLAN, plan_file("ffnn", model=find_model(model, RUNTIME).info))
     with pytest.raises(ConfigError, match=r"leave stage 2 nothing to train\nfound: none of q_proj, o_proj"):
         checked("q_proj", "o_proj")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import command
-from test_pipeline import layerboost, write_recipe
+from test_pipeline import layerboost, refused, sets, write_recipe
 from tiny import save_text, save_tiny
 
 from layerboost.cli import cli
@@ -31,9 +32,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy_run(measured: Path, target: Path) -> Path:
-    subprocess.run(["cp", "-r", str(measured / "run"), str(target)], check=True)
-    return target
+@pytest.fixture
+def run(measured: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(measured / "run", tmp_path / "run")
 
 
 def test_help_imports_nothing_that_takes_long() -> None:
@@ -73,31 +75,27 @@ def test_ls() -> None:
 
 
 BAD = {
-    "unknown command": (["mesure"], 2, "No such command"),
-    "unknown model": (["measure", "nobody/nothing", "--set", "text.source=TEXT"], 2, "neither a directory"),
-    "no model": (["measure"], 2, "no model given"),
-    "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], 2, "did you mean measure.windows"),
-    "a value that is not YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], 2, "not YAML"),
-    "no windows": (["measure", "MODEL", "--set", "measure.windows=[]"], 2, "measure.windows"),
-    "no requests": (["bench", "MODEL", "--set", "bench.concurrency=[0]"], 2, "bench.concurrency"),
-    "too few samples": (["measure", "MODEL"], 2, "samples are too few"),
-    "window of zero": (["measure", "MODEL", "--set", "measure.windows=[0]"], 2, "window of 0"),
-    "window too long": (["measure", "MODEL", "--set", "measure.windows=[512]"], 2, "cannot be measured"),
-    "short text": (
-        ["measure", "MODEL", "--set", "text.source=TEXT", "--set", "measure.tokens=9999999"],
-        2,
-        "too short",
-    ),
-    "no sensitivities": (["plan"], 2, "layerboost measure"),
-    "no plan": (["convert", "MODEL"], 2, "layerboost plan"),
-    "no checkpoint": (["heal", "MODEL"], 2, "does not exist"),
-    "serve nothing": (["serve", "nowhere"], 2, "nowhere"),
+    "unknown command": (["mesure"], "No such command"),
+    "unknown model": (["measure", "nobody/nothing", "--set", "text.source=TEXT"], "neither a directory"),
+    "no model": (["measure"], "no model given"),
+    "unknown key": (["measure", "MODEL", "--set", "measure.window=[8]"], "did you mean measure.windows"),
+    "a value that is not YAML": (["measure", "MODEL", "--set", "measure.windows=[64"], "not YAML"),
+    "no windows": (["measure", "MODEL", "--set", "measure.windows=[]"], "measure.windows"),
+    "no requests": (["bench", "MODEL", "--set", "bench.concurrency=[0]"], "bench.concurrency"),
+    "too few samples": (["measure", "MODEL"], "samples are too few"),
+    "window of zero": (["measure", "MODEL", "--set", "measure.windows=[0]"], "window of 0"),
+    "window too long": (["measure", "MODEL", "--set", "measure.windows=[512]"], "cannot be measured"),
+    "short text": (["measure", "MODEL", *sets("text.source=TEXT", "measure.tokens=9999999")], "too short"),
+    "no sensitivities": (["plan"], "layerboost measure"),
+    "no plan": (["convert", "MODEL"], "layerboost plan"),
+    "no checkpoint": (["heal", "MODEL"], "does not exist"),
+    "serve nothing": (["serve", "nowhere"], "nowhere"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
-    arguments, code, message = BAD[name]
+    arguments, message = BAD[name]
     known = {
         "MODEL": save_tiny(tmp_path / "model"),
         "text.source=TEXT": f"text.source={save_text(tmp_path / 't.jsonl')}",
@@ -106,7 +104,7 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
     if arguments[0] not in {"serve", "mesure"}:
         words += ["--run", str(tmp_path / "run")]
     found = layerboost(*words, check=False)
-    assert found.returncode == code, found.stderr
+    assert found.returncode == 2, found.stderr
     assert message in found.stderr
     assert "Traceback" not in found.stderr
     assert found.stdout == ""
@@ -114,16 +112,15 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.pipeline
-def test_frontier_and_comparison(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_frontier_and_comparison(run: Path, measured: Path, tmp_path: Path) -> None:
     before = (run / "plan.yaml").read_text()
     points = json.loads(layerboost("plan", "--run", run, "--frontier", "--json").stdout)["points"]
     assert points == json.loads((run / "frontier.json").read_text())["points"]
     assert len(points) > 2
     assert (run / "plan.yaml").read_text() == before
     assert "…" not in layerboost("plan", "--run", run, "--frontier").stdout
-    copy_run(measured, tmp_path / "other")
-    comparisons = json.loads(layerboost("measure", "--run", run, "--compare", tmp_path / "other", "--json").stdout)
+    other = shutil.copytree(measured / "run", tmp_path / "other")
+    comparisons = json.loads(layerboost("measure", "--run", run, "--compare", other, "--json").stdout)
     same, metrics = comparisons["comparisons"]
     assert all(row["spearman"] == pytest.approx(1) for row in same["agreements"])
     assert "kl" in {row["metric"] for row in metrics["agreements"]}
@@ -133,110 +130,69 @@ def test_frontier_and_comparison(measured: Path, tmp_path: Path) -> None:
     assert "Stability" in page
 
 
-def test_a_window_as_long_as_the_context_is_warned_of(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    found = layerboost("plan", "--run", run, "--set", "plan.context_tokens=8", "--set", "plan.kv_fraction=1",
-                       "--set", "plan.method=threshold", "--set", "plan.full_layers=1")  # fmt: skip
-    assert "gain nothing over full ones" in found.stderr
+def test_a_window_as_long_as_the_context_is_warned_of(run: Path) -> None:
+    settings = sets("plan.context_tokens=8", "plan.kv_fraction=1", "plan.method=threshold", "plan.full_layers=1")
+    assert "gain nothing over full ones" in layerboost("plan", "--run", run, *settings).stderr
 
 
-def test_a_budget_that_cannot_be_met_exits_with_3_and_leaves_the_recipe_alone(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_a_budget_that_cannot_be_met_exits_with_3_and_leaves_the_recipe_alone(run: Path) -> None:
     before = (run / "recipe.yaml").read_text()
     text = (run / "sensitivity.json").read_text()
     sensitivity = json.loads(text)
     for layer in sensitivity["layers"]:
         layer["variants"] = [variant for variant in layer["variants"] if variant["window"]]
     (run / "sensitivity.json").write_text(json.dumps(sensitivity))
-    found = layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.001", check=False)
-    assert found.returncode == 3
-    assert "has 12.5% of the base's KV cache" in found.stderr
+    told = refused("plan", "--run", run, "--set", "plan.kv_fraction=0.001", code=3)
+    assert "has 12.5% of the base's KV cache" in told
     assert (run / "recipe.yaml").read_text() == before
     (run / "sensitivity.json").write_text(text.replace('"none"', '"sliding"'))
-    broken = layerboost("plan", "--run", run, check=False)
-    assert broken.returncode == 2
-    assert "a sliding layer needs a window" in broken.stderr
+    assert "a sliding layer needs a window" in refused("plan", "--run", run)
 
 
-def test_two_commands_do_not_share_a_run_folder(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_two_commands_do_not_share_a_run_folder(run: Path) -> None:
     with locked(run):
-        found = layerboost("plan", "--run", run, check=False)
-    assert found.returncode == 2
-    assert "another layerboost command works in" in found.stderr
+        assert "another layerboost command works in" in refused("plan", "--run", run)
 
 
-def test_a_plan_for_another_model(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_a_plan_for_another_model(run: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", hidden_size=32)
     for stage in ("convert", "heal", "evaluate"):
-        found = layerboost(stage, other, "--run", run, check=False)
-        assert found.returncode == 2
-        assert "is for another model" in found.stderr
+        assert "is for another model" in refused(stage, other, "--run", run)
     assert str(other) not in (run / "recipe.yaml").read_text()
 
 
-def test_a_checkpoint_of_an_older_plan_is_not_evaluated(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_a_checkpoint_of_an_older_plan_is_not_evaluated(run: Path) -> None:
     layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.9")
-    found = layerboost("evaluate", "--run", run, check=False)
-    assert found.returncode == 2
-    assert "was made from another plan" in found.stderr
-    assert "`layerboost convert`" in found.stderr
+    told = refused("evaluate", "--run", run)
+    assert "was made from another plan" in told
+    assert "`layerboost convert`" in told
 
 
-def test_measuring_with_other_settings_in_the_same_folder(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    found = layerboost("measure", "--run", run, "--set", "measure.windows=[8]", check=False)
-    assert found.returncode == 2
-    assert "windows: [8, 16] there, [8] here" in found.stderr
+def test_measuring_with_other_settings_in_the_same_folder(run: Path) -> None:
+    told = refused("measure", "--run", run, "--set", "measure.windows=[8]")
+    assert "windows: [8, 16] there, [8] here" in told
 
 
-def test_healing_is_refused_before_it_begins(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    for setting, messages in {
-        "heal.lora_targets=[q_prog]": ("q_prog", "q_proj"),
-        "heal.tokens=9999999": ("the train text is too short",),
-        "heal.lora_rank=0": ("heal.lora_rank",),
-    }.items():
-        found = layerboost("heal", "--run", run, "--set", setting, check=False)
-        assert found.returncode == 2
-        assert all(message in found.stderr for message in messages)
-        assert (run / "recipe.yaml").read_text() == (measured / "run" / "recipe.yaml").read_text()
-    nothing = [part for key in ("fit_tokens", "attention_tokens", "tokens") for part in ("--set", f"heal.{key}=0")]
-    assert "nothing to train" in layerboost("heal", "--run", run, *nothing, check=False).stderr
+def test_healing_is_refused_before_it_begins(run: Path, measured: Path) -> None:
+    assert "q_prog" in refused("heal", "--run", run, "--set", "heal.lora_targets=[q_prog]")
+    assert (run / "recipe.yaml").read_text() == (measured / "run" / "recipe.yaml").read_text()
     assert not (run / "heal").exists()
 
 
-@pytest.mark.pipeline
-def test_healing_goes_on_with_the_same_settings_only(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    layerboost("heal", "--run", run)
-    weights = run / "healed" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
-    layerboost("heal", "--run", run)
-    assert weights.stat().st_mtime_ns == before
-    found = layerboost("heal", "--run", run, "--set", "heal.lr=0.5", check=False)
-    assert found.returncode == 2
-    assert "heal.lr: 0.001 there, 0.5 here" in found.stderr
-
-
-def test_a_damaged_checkpoint_is_one_message_and_is_made_again(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
+def test_a_damaged_checkpoint_is_one_message_and_is_made_again(run: Path) -> None:
     weights = run / "converted" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     for words in (["heal", "--run", run], ["evaluate", "--run", run], ["serve", run / "converted"]):
-        found = layerboost(*words, check=False)
-        assert found.returncode == 2
-        assert "model.safetensors is damaged" in found.stderr
+        assert "model.safetensors is damaged" in refused(*words)
     assert "model.safetensors is damaged" in layerboost("convert", "--run", run).stderr
     assert weights.read_bytes() == whole
 
 
 def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="check looks for vLLM")
-    found = json.loads(layerboost("check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--json").stdout)
+    words = ("check", "--config", measured / "recipe.yaml", "--run", tmp_path)
+    found = json.loads(layerboost(*words, "--json").stdout)
     assert found["family"] == "llama"
     assert found["layers"] == 4
     assert found["parameters"] > 10_000
@@ -244,22 +200,14 @@ def test_check_says_what_it_found(measured: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused = layerboost(
-            "check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--set", f"bench.port={port}", check=False
-        )
-    assert refused.returncode == 2
-    assert str(port) in refused.stderr
+        assert str(port) in refused(*words, "--set", f"bench.port={port}")
 
 
-def test_a_broken_history_is_found_before_a_stage_runs(measured: Path, tmp_path: Path) -> None:
-    run = copy_run(measured, tmp_path / "run")
-    before = {name: (run / name).read_bytes() for name in ("plan.yaml", "recipe.yaml") if (run / name).exists()}
+def test_a_broken_history_is_found_before_a_stage_runs(run: Path) -> None:
+    before = {name: (run / name).read_bytes() for name in ("plan.yaml", "recipe.yaml")}
     (run / "run.json").write_text("{")
-    refused = layerboost("plan", "--run", run, "--set", "plan.kv_fraction=0.6", check=False)
-    assert refused.returncode == 2
-    assert "run.json" in refused.stderr
+    assert "run.json" in refused("plan", "--run", run, "--set", "plan.kv_fraction=0.6")
     assert {name: (run / name).read_bytes() for name in before} == before
-    assert (run / "plan.yaml").exists() == ("plan.yaml" in before)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +223,8 @@ def test_a_broken_history_is_found_before_a_stage_runs(measured: Path, tmp_path:
 )
 def test_check_sees_what_later_stages_would_refuse(measured: Path, tmp_path: Path, setting: str, message: str) -> None:
     pytest.importorskip("vllm", reason="check looks for vLLM")
-    words = ["check", "--config", measured / "recipe.yaml", "--run", tmp_path, "--set", setting]
-    refused = layerboost(*words, check=False)
-    assert refused.returncode == 2
-    assert message in refused.stderr
+    words = ("--config", measured / "recipe.yaml", "--run", tmp_path, "--set", setting)
+    assert message in refused("check", *words)
 
 
 @pytest.mark.multiprocess

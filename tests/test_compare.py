@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_pipeline import layerboost, write_recipe
+from test_pipeline import layerboost, refused, write_recipe
 from tiny import RUNTIME, save_tiny
 
 from layerboost.compare import (
@@ -233,9 +233,7 @@ def test_a_mistake_in_the_rows_is_named_before_anything_is_done(
     tmp_path: Path, content: dict[str, Any], message: str
 ) -> None:
     rows = write_rows(tmp_path / "rows.yaml", **content)
-    ended = layerboost("compare", rows, "tiny", "--run", tmp_path / "run", check=False)
-    assert ended.returncode == 2
-    assert message in ended.stderr
+    assert message in refused("compare", rows, "tiny", "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import RUNTIME, layer_plans, save_text, save_tiny
+from tiny import RUNTIME, layer_plans, plan_file, save_text, save_tiny
 
 from layerboost.costs.budget import plan_parameters
 from layerboost.errors import ConfigError
@@ -16,7 +16,7 @@ from layerboost.model.thinning import thin_mlps
 from layerboost.pipeline import run_stage
 from layerboost.planning.choices import predict
 from layerboost.recipe import Recipe, parse_recipe
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -33,10 +33,9 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 def test_a_checkpoint_of_the_same_plan_stays_and_one_of_another_dtype_does_not(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", layers=3)
     save_text(tmp_path / "text.jsonl")
-    source, run = find_model(str(tmp_path / "model"), RUNTIME), tmp_path / "run"
+    run = tmp_path / "run"
     run.mkdir()
-    info = source.info
-    write_plan(run / PLAN, PlanFile(model=info, method="test", layers=layer_plans("fSn", 8)))
+    write_plan(run / PLAN, plan_file("fSn", 8, find_model(str(tmp_path / "model"), RUNTIME).info))
     weights = run / "converted" / "model.safetensors"
     for dtype, made in (("float32", True), ("float32", False), ("bfloat16", True)):
         before = weights.stat().st_mtime_ns if weights.exists() else 0
@@ -61,7 +60,7 @@ def test_the_converted_mlps_are_those_that_were_measured(tmp_path: Path, monkeyp
     planned = run_stage("plan", recipe, run)
     assert planned.valid_prediction.parameter_fraction <= 0.8
     layers = layer_plans("tuo", 8)
-    write_plan(run / PLAN, PlanFile(model=sensitivity.model, method="by hand", layers=layers))
+    write_plan(run / PLAN, plan_file("tuo", 8, sensitivity.model))
     converted = run_stage("convert", recipe, run)
     states, base = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "model"))
     left, whole = (sum(value.numel() for value in each.values()) for each in (states, base))
@@ -83,7 +82,7 @@ def test_the_card_says_how_many_parameters_are_left(tmp_path: Path) -> None:
     save_text(tmp_path / "text.jsonl")
     facts, run = find_model(str(tmp_path / "model"), RUNTIME).info, tmp_path / "run"
     layers = layer_plans("ftm")
-    write_plan(run / PLAN, PlanFile(model=facts, method="by hand", layers=layers))
+    write_plan(run / PLAN, plan_file("ftm", model=facts))
     converted = run_stage("convert", recipe_of(tmp_path), run)
     files = (converted, tmp_path / "model")
     left, whole = (sum(value.numel() for value in load_file(file / "model.safetensors").values()) for file in files)

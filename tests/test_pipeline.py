@@ -68,6 +68,19 @@ def layerboost(*arguments: object, check: bool = True) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def refused(*arguments: object, code: int = 2) -> str:
+    """Run a command that ends with the code; return what it says."""
+    ended = layerboost(*arguments, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def sets(*settings: str) -> list[str]:
+    """Return the words of a command line that give each setting, such as `heal.lr=0.5`, its value."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
 def write_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Path:
     """A recipe that ends in seconds."""
     write_jsonl(folder / "piqa.jsonl", rows("piqa", 12))
@@ -201,8 +214,8 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
 def test_the_models_own_text(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"))
     run = tmp_path / "run"
-    own = ("--text", "self", "--set", "text.self_samples=60", "--set", "measure.retrieval_prompts=0")
-    layerboost("measure", "--config", recipe, "--run", run, *own)
+    own = sets("text.self_samples=60", "measure.retrieval_prompts=0")
+    layerboost("measure", "--config", recipe, "--run", run, "--text", "self", *own)
     assert len((run / "self_samples.jsonl").read_text().splitlines()) == 60
     assert yaml.safe_load((run / "recipe.yaml").read_text())["text"]["source"] == "self"
     layerboost("plan", "--run", run)
@@ -296,20 +309,17 @@ def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_p
     for stage in ("measure", "plan", "convert", "evaluate"):
         layerboost(stage, "--config", recipe, "--run", run)
     kl = json.loads((run / "eval" / "comparison.json").read_text())["perplexity"]["converted"]["kl"]["mean"]
-    gate = ["--set", f"evaluate.max_kl={1.2 * kl}", "--set", "evaluate.max_task_drop=1"]
+    gate = sets(f"evaluate.max_kl={1.2 * kl}", "evaluate.max_task_drop=1")
     assert layerboost("evaluate", "--run", run, *gate).returncode == 0
     weights = run / "converted" / "model.safetensors"
     damaged = {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
     save_file(damaged, weights, metadata={"format": "pt"})
-    refused = layerboost("evaluate", "--run", run, *gate, check=False)
-    assert refused.returncode == 2
-    assert "converted.text.json" in refused.stderr
+    assert "converted.text.json" in refused("evaluate", "--run", run, *gate)
     for file in (run / "eval").glob("converted.*"):
         file.unlink()
-    found = layerboost("evaluate", "--run", run, *gate, check=False)
-    assert found.returncode == 4
-    assert "the quality gate was missed by converted" in found.stderr
-    assert re.search(r"KL to the base +\d+\.\d{4} .* MISSED\n +piqa, drop .* passed", found.stderr)
+    told = refused("evaluate", "--run", run, *gate, code=4)
+    assert "the quality gate was missed by converted" in told
+    assert re.search(r"KL to the base +\d+\.\d{4} .* MISSED\n +piqa, drop .* passed", told)
     checks = json.loads((run / "eval" / "comparison.json").read_text())["gate"]["checks"]
     assert [check["passed"] for check in checks] == [False, True]
     layerboost("report", "--run", run)
@@ -320,8 +330,7 @@ def test_a_damaged_model_misses_the_gate_with_exit_4_and_keeps_the_results(tmp_p
 def test_a_missed_gate_ends_a_run_with_a_report_and_no_benchmark(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     recipe = write_recipe(tmp_path, model, evaluate={"max_kl": 1e-9}, bench={"engine": "transformers"})
-    ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
-    assert ended.returncode == 4
+    refused("run", "--config", recipe, "--run", tmp_path / "run", code=4)
     assert "Quality gate: missed by healed" in (tmp_path / "run" / "report.md").read_text()
     assert not (tmp_path / "run" / "bench").exists()
 
@@ -355,9 +364,8 @@ def test_the_converted_model_is_not_benchmarked_if_there_is_a_healed_one(
 
 def test_a_run_that_cannot_shard_is_refused_before_it_measures(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "model"), heal={"shard": True})
-    ended = layerboost("run", "--config", recipe, "--run", tmp_path / "run", check=False)
-    assert ended.returncode == 2
-    assert "heal.shard divides the model among the processes of torchrun" in ended.stderr
+    told = refused("run", "--config", recipe, "--run", tmp_path / "run")
+    assert "heal.shard divides the model among the processes of torchrun" in told
     assert not (tmp_path / "run" / SENSITIVITY).exists()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
@@ -17,13 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from layerboost.model.base import Base
+from layerboost.model.checkpoint import save_boosted
 from layerboost.model.families import FAMILIES, WRAPPERS, Family
 from layerboost.model.linear import ONEDNN_PRODUCT
 from layerboost.model.modeling import ATTENTION, auto_class, base_layer_types
 from layerboost.model.surgery import apply_plan
 from layerboost.runtime import Runtime
 from layerboost.schemas.model import ModelInfo
-from layerboost.schemas.plan import LayerPlan
+from layerboost.schemas.plan import LayerPlan, PlanFile
 
 VOCABULARY, WINDOW, HEADS, KV_HEADS = 200, 16, 4, 2
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -38,20 +43,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-GRANITE = {
-    "embedding_multiplier": 2.0,
-    "logits_scaling": 3.0,
-    "residual_multiplier": 0.7,
-    "attention_multiplier": 0.1,
-}
+# Of families that name them otherwise.
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}
+GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1}
 BY_TYPE_ROPE = {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 100.0}}
 LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-}
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+}  # fmt: skip
 QWEN_ROPE = ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+MROPE = ROPE | {"mrope_section": [6, 5, 5]}
 HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
 # What a family's tiny model sets besides the common settings: whatever makes it unlike Llama, large enough to matter.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,12 +68,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "ernie4_5": {"use_bias": True},
     "helium": {"hidden_size": 128},  # its heads are as wide as the stream
     "hunyuan_v1_dense": {"rope_parameters": HUNYUAN_ROPE},
-    "hyperclovax": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 0.4,
-        "residual_multiplier": 0.7,
-        "attention_multiplier": 0.1,
-    },
+    "hyperclovax": GRANITE | {"logits_scaling": 0.4},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -89,17 +84,17 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "olmo": {"clip_qkv": 1.5},
     "stablelm": {"hidden_size": 128, "qk_layernorm": True, "use_parallel_residual": True},
     "vaultgemma": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    "qwen3_vl_text": {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    "qwen3_vl_text": {"rope_parameters": MROPE | {"mrope_interleaved": True}},
     # Unlike the stream, so that loading can tell which way its experts are written.
     "qwen3_vl_moe_text": {
         **EXPERTS,
         "num_experts": 8,
         "moe_intermediate_size": 48,
-        "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        "rope_parameters": MROPE | {"mrope_interleaved": True},
     },
     # Their heads are as wide as the stream.
-    "qwen2_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
-    "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
+    "qwen2_vl_text": {"hidden_size": 128, "rope_parameters": MROPE},
+    "qwen2_5_vl_text": {"hidden_size": 128, "rope_parameters": MROPE},
     # Mixtures of experts, with the fields that real checkpoints set.
     "qwen3_moe": {**EXPERTS, "num_experts": 8},
     "qwen2_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 48},
@@ -111,23 +106,10 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 32,
         "clip_qkv": 1.5,
     },
-    "granitemoe": {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
-    "granitemoeshared": {
-        **GRANITE,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 32,
-        "shared_intermediate_size": 48,
-    },
+    "granitemoe": GRANITE | LOCAL_EXPERTS,
+    "granitemoeshared": {**GRANITE, **LOCAL_EXPERTS, "shared_intermediate_size": 48},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5},
-    "minimax_m2": {
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 32,
-        "rotary_dim": 16,
-        "scoring_func": "sigmoid",
-        "use_routing_bias": True,
-    },
+    "minimax_m2": {**LOCAL_EXPERTS, "rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "afmoe": {
         **EXPERTS,
         "num_experts": 8,
@@ -160,13 +142,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "rope_parameters": HUNYUAN_ROPE},
     "hy_v3": {**EXPERTS, "num_experts": 8},
     "mellum": {**EXPERTS, "num_experts": 8, "rope_parameters": BY_TYPE_ROPE},
-    "phimoe": {
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 32,
-        "attention_bias": True,
-        "lm_head_bias": True,
-    },
+    "phimoe": {**LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
     "solar_open": {**EXPERTS, "n_routed_experts": 8},
     # Hybrids.
     "qwen3_next": {**EXPERTS, **LINEAR, "num_experts": 8, "shared_expert_intermediate_size": 48},
@@ -180,9 +156,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {
         **GRANITE,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 32,
+        **LOCAL_EXPERTS,
         "shared_intermediate_size": 48,
         "mamba_n_heads": 4,
         "mamba_d_state": 16,
@@ -209,13 +183,10 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Transformers' type of a hybrid's layers of another kind, which are the first and the third of a tiny model.
 OTHERS = {
-    "qwen3_next": "linear_attention",
-    "qwen3_5_text": "linear_attention",
-    "qwen3_5_moe_text": "linear_attention",
-    "granitemoehybrid": "linear_attention",
-    "lfm2": "conv",
-    "lfm2_moe": "conv",
-    "olmo_hybrid": "linear_attention",
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "olmo_hybrid"), "linear_attention"
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "conv"),
 }
 IMAGE_TOKEN = 2  # no text has it
 # The tiny image tower of a wrapper, and its other settings.
@@ -438,6 +409,54 @@ def save_tiny(folder: Path, model_type: str = "llama", letters: str = "", layers
     return folder
 
 
+def plan_file(letters: str, window: int = WINDOW, model: ModelInfo | None = None) -> PlanFile:
+    """A plan by hand, for a model that does not exist if none is given."""
+    return PlanFile(model=model or info(len(letters)), method="by hand", layers=layer_plans(letters, window))
+
+
+def save_checkpoint(folder: Path, model: PreTrainedModel, plan: PlanFile, tokenizer: Any = None) -> Path:
+    """Save a boosted model with plan, card and code, as `convert` does."""
+    save_boosted(model, tokenizer or tiny_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    return folder
+
+
+def convert(base: Base, letters: str, folder: Path, sinks: dict[int, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Apply a plan to a base and save the checkpoint; return the model."""
+    plan = plan_file(letters, model=base.info)
+    model = apply_plan(base.load(), plan.layers, sinks)
+    save_checkpoint(folder, model, plan, base.tokenizer)
+    return model
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change values in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change values in a model's config.json."""
+    edit_json(folder / "config.json", **changes)
+
+
+def change_weights(place: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a safetensors file, or of the one in a directory."""
+    file = place / "model.safetensors" if place.is_dir() else place
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def check_generation(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 9, **given: Any) -> Any:
+    """Assert that generation from a cache has the logits of one forward pass without; return what it gave."""
+    out = model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **given,
+    )  # fmt: skip
+    whole = model(out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    return out
+
+
 def save_text(file: Path, words: int = 20_000) -> Path:
     """A text of documents of 200 words in which one word often follows another."""
     draw = random.Random(0)
@@ -464,19 +483,16 @@ def info(layers: int = 4) -> ModelInfo:
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of printable tokens: llama.cpp wants a merge, and gives no probabilities of half characters."""
-    words = {"a": 0, "b": 1, "ab": 2, **{f"t{index}": index for index in range(3, 257)}}
-    tokenizer = Tokenizer(BPE(words, [("a", "b")]))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return _byte_level_bpe({"a": 0, "b": 1, "ab": 2, **{f"t{index}": index for index in range(3, 257)}}, [("a", "b")])
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, for prompts in plain English; ids below 256."""
-    from tokenizers import decoders, models, pre_tokenizers
+    return _byte_level_bpe({token: index for index, token in enumerate(sorted(ByteLevel.alphabet()))}, [])
 
-    byte_level = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(byte_level, []))
+
+def _byte_level_bpe(words: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE(words, merges))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from processes import forked, free_port
-from tiny import info, layer_plans, save_tiny
+from tiny import edit_config, info, layer_plans, save_tiny
 
 from layerboost.benching.stage import _checked, _opened, run_bench
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, CacheSettings, plan_serving
@@ -95,8 +95,7 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, models: dict[str,
 @needs_vllm
 def test_results_of_another_model_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     finish(tmp_path, recipe(), models)
-    config = json.loads((models["healed"] / "config.json").read_text())
-    (models["healed"] / "config.json").write_text(json.dumps(config | {"rope_theta": 8.0}))
+    edit_config(models["healed"], rope_theta=8.0)
     with pytest.raises(ConfigError, match="config of healed was"):
         run_bench(recipe(), tmp_path, models)
 

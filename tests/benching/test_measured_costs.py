@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import byte_level_tokenizer, info, layer_plans, save_tiny, tiny_model
+from tiny import byte_level_tokenizer, info, plan_file, save_tiny, tiny_model
 
 from layerboost.benching.costs import BATCHES, LOADS, Timed, fit, plans, run_costs
 from layerboost.costs.budget import Costs, Rates, decode_work, prefill_work, read_costs
@@ -16,7 +16,7 @@ from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
 from layerboost.runtime import Runtime
 from layerboost.schemas.artifact import write_json
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 from layerboost.tables import costs_rows
 
@@ -76,7 +76,7 @@ def test_models_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
         other = save_tiny(tmp_path / family, family, max_position_embeddings=4096)
         with pytest.raises(ConfigError, match=rf"windows of 64 and 128 tokens\nfound: {found}"):
             run_costs(str(other), tmp_path / "costs.json", 0.1, "vllm")
-    write_plan(model / PLAN, PlanFile(model=info(), method="by hand", layers=layer_plans("ffff")))
+    write_plan(model / PLAN, plan_file("ffff"))
     with pytest.raises(ConfigError, match="with a base in Hugging Face's format"):
         run_costs(str(model), tmp_path / "costs.json", 0.1)
     assert not (tmp_path / "costs.json").exists()

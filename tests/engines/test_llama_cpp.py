@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,7 +15,17 @@ import gguf
 import pytest
 import torch
 from processes import free_port
-from tiny import WINDOW, boosted, byte_level_tokenizer, info, layer_plans, save_tiny, tiny_model
+from tiny import (
+    WINDOW,
+    boosted,
+    byte_level_tokenizer,
+    edit_json,
+    layer_plans,
+    plan_file,
+    save_checkpoint,
+    save_tiny,
+    tiny_model,
+)
 
 from layerboost.engines import open_engine
 from layerboost.engines.llama_cpp import (
@@ -36,14 +45,12 @@ from layerboost.engines.xllamacpp_server import parameters
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.exporting.gguf_file import source_of
 from layerboost.exporting.stage import _source, gguf_file
-from layerboost.model.checkpoint import save_boosted
 from layerboost.recipe import Bench, Recipe
 from layerboost.runtime import GIB
 from layerboost.schemas.benchmark import FROM_VLLM, metrics_of
-from layerboost.schemas.plan import PlanFile
 
 LETTERS = "fSsf"
-PLAN = PlanFile(model=info(len(LETTERS)), method="by hand", layers=layer_plans(LETTERS))
+PLAN = plan_file(LETTERS)
 LOAD = Load(concurrency=2, requests=3, shared_prefix_tokens=0, input_tokens=300, output_tokens=6, seed=1)
 
 pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
@@ -60,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = root / "base"
     tiny_model("llama", len(LETTERS), vocab_size=257).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    save_boosted(boosted(LETTERS, vocab_size=257), tokenizer, PLAN, root / "healed", recipe_yaml="schema_version: 1\n")
+    save_checkpoint(root / "healed", boosted(LETTERS, vocab_size=257), PLAN, tokenizer)
     return {"base": base, "healed": root / "healed"}
 
 
@@ -245,8 +252,7 @@ def test_another_model_of_a_name_is_exported_again(
     assert out.read_bytes() != first
     copy = shutil.copytree(models["healed"], tmp_path / "copy")
     gguf_file(copy, out, "f16")
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    edit_json(copy / "tokenizer_config.json", chat_template="{{ messages }}")
     gguf_file(copy, out, "f16")
     assert b"{{ messages }}" in out.read_bytes()
     with monkeypatch.context() as release:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import info, layer_plans, save_tiny
+from tiny import layer_plans, plan_file, save_tiny
 
 from layerboost.engines.server import check_port
 from layerboost.engines.vllm import (
@@ -33,7 +33,7 @@ from layerboost.model.card import CARD
 from layerboost.model.retention import prefix_flag
 from layerboost.recipe import Bench
 from layerboost.runtime import cores
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 
 
@@ -85,7 +85,7 @@ def test_the_command_that_serves(tmp_path: Path, free_port: int, monkeypatch: py
 def test_linear_attention_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerboost.engines.vllm.check_vllm", lambda: "0.32.0")
     folder = save_tiny(tmp_path / "model", "llama", "fl")
-    write_plan(folder / PLAN, PlanFile(model=info(2), method="by hand", layers=layer_plans("fl")))
+    write_plan(folder / PLAN, plan_file("fl"))
     for refused in (lambda: serve_command(folder, 1, ()), lambda: check(Bench(), [folder])):
         with pytest.raises(ConfigError, match="vLLM has no linear attention") as raised:
             refused()
@@ -203,8 +203,7 @@ def test_a_stock_export_keeps_windows_in_the_prefix_cache(
 ) -> None:
     """As the plugin does for a boosted checkpoint: a layer without attention slides in this form."""
     save_tiny(tmp_path / "boosted", "llama", letters)
-    plan = PlanFile(model=info(3), method="by hand", layers=layer_plans(letters))
-    write_plan(tmp_path / "boosted" / PLAN, plan)
+    write_plan(tmp_path / "boosted" / PLAN, plan_file(letters))
     run_export(tmp_path / "boosted", "granite-swa", tmp_path / "stock")
     flag = "--prefix-cache-retention-interval"
 
@@ -267,11 +266,8 @@ def test_arguments_that_hide_the_server_from_its_benchmark_are_refused(
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_similar_arguments_are_accepted(free_port: int) -> None:
-    given = [
-        *("--api-server-count", "1", "--config-format", "hf", "--model-impl", "auto"),
-        *("--tokenizer-mode", "auto", "-O0"),
-    ]
-    check(Bench(server_args=given, port=free_port), [Path("a {b} %s é\n")])
+    given = "--api-server-count 1 --config-format hf --model-impl auto --tokenizer-mode auto -O0"
+    check(Bench(server_args=given.split(), port=free_port), [Path("a {b} %s é\n")])
 
 
 @pytest.mark.parametrize("port", [70_000, -1])

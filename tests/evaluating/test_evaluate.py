@@ -8,20 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import RUNTIME, info, save_tiny
+from tiny import RUNTIME, change_weights, info, plan_file, save_checkpoint, save_tiny
 from tiny_bench import TEXT, rows, tiny_model, tiny_tokenizer, write_jsonl
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.evaluating.held_out import compare_text
 from layerboost.evaluating.stage import check, run_evaluate
 from layerboost.model.base import find_model
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe, parse_recipe
 from layerboost.schemas.artifact import read_json, write_json
 from layerboost.schemas.evaluation import EvalComparison
-from layerboost.schemas.plan import LayerPlan, PlanFile
 from layerboost.schemas.sensitivity import Score, Sensitivity
 
 TASKS = ("piqa", "mmlu_anatomy")
@@ -44,10 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("base", "same"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    source = find_model(str(folder / "base"), RUNTIME)
-    layers = [LayerPlan(layer=0, attention="sliding", window=4), LayerPlan(layer=1, attention="none")]
-    plan = PlanFile(model=source.info, method="hand", layers=layers)
-    save_boosted(apply_plan(model, layers), tokenizer, plan, folder / "healed", recipe_yaml="schema_version: 1\n")
+    plan = plan_file("sn", 4, find_model(str(folder / "base"), RUNTIME).info)
+    save_checkpoint(folder / "healed", apply_plan(model, plan.layers), plan, tokenizer)
     return {name: folder / name for name in ("base", "healed", "same")}
 
 
@@ -256,9 +251,7 @@ def test_an_extra_checkpoint_is_checked(data: Path, models: dict[str, Path], tmp
 def damaged(models: dict[str, Path], folder: Path) -> Path:
     """The healed model with a weight that is not finite."""
     shutil.copytree(models["healed"], folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, lambda t: t["model.layers.1.mlp.down_proj.weight"][0, 0].fill_(math.nan))
     return folder
 
 

@@ -32,6 +32,13 @@ def made(letters: str, model_type: str = "llama", **options: object) -> LogitDis
     return LogitDistiller(student, teacher, layer_plans(letters), END, **options)  # type: ignore[arg-type]
 
 
+def check_same_loss(cheap: LogitDistiller, found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected)
+    trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
+    for gradients in zip(*(torch.autograd.grad(loss, trained) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("letters", ["ffSns", "SnfsS", "ftoom"])
 def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) -> None:
@@ -42,12 +49,7 @@ def test_the_cheap_way_equals_two_whole_models(model_type: str, letters: str) ->
     heads = [lambda rows, model=model: head_logits(model, rows) for model in models]
     torch.testing.assert_close(heads[0](hidden), cheap.student(IDS).logits)
     plain = distillation_loss_reference(hidden, target, heads[0], heads[1], weights)
-    found = cheap(IDS, weights)
-    torch.testing.assert_close(found, plain)
-    trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
-    expected = torch.autograd.grad(plain, trained)
-    for gradient, other in zip(torch.autograd.grad(found, trained), expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+    check_same_loss(cheap, cheap(IDS, weights), plain)
 
 
 def test_layers_below_the_first_change_run_once_and_get_no_gradient() -> None:
@@ -104,15 +106,10 @@ def test_answers_weigh_more_in_the_mean_of_a_step() -> None:
         )
         total = total + ((teacher.exp() * (teacher - student)).sum(-1) * each[:count]).sum()
         weight += float(each[:count].sum())
-    plain = total / weight
-    torch.testing.assert_close(found, plain)
-    trained = [parameter for parameter in cheap.parameters() if parameter.requires_grad]
-    expected = torch.autograd.grad(plain, trained)
-    for gradient, other in zip(torch.autograd.grad(found, trained), expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+    check_same_loss(cheap, found, total / weight)
 
 
-@pytest.mark.parametrize("kind", ["S", "s", "n", "f"])
+@pytest.mark.parametrize("kind", ["S", "s", "n", "f", "l", "L"])
 def test_documents_of_a_packed_sequence_do_not_see_each_other(kind: str) -> None:
     packed = torch.cat([IDS[:1, :17], torch.tensor([[END]]), IDS[1:, :22]], 1)
     alone = made(f"fS{kind}")

@@ -10,19 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_heal import recipe_of
-from tiny import RUNTIME, boosted, layer_plans, save_text, save_tiny, tiny_model
+from tiny import RUNTIME, boosted, layer_plans, plan_file, save_text, save_tiny, tiny_model
 
-from layerboost.healing.distillers import AttentionDistiller, LogitDistiller
+from layerboost.healing.distillers import AttentionDistiller
 from layerboost.model.base import find_model
 from layerboost.model.linear_attention import FEATURE_PARAMETERS
 from layerboost.model.surgery import output_projection
 from layerboost.pipeline import run_stage
 from layerboost.schemas.healing import read_metrics
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
-END = 1
 QUERY_KEY_VALUE = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -31,8 +30,7 @@ def run_of(folder: Path, letters: str, **heal: Any) -> tuple[Path, Any]:
     save_tiny(folder / "model", layers=len(letters))
     save_text(folder / "text.jsonl")
     (folder / "run").mkdir()
-    info = find_model(str(folder / "model"), RUNTIME).info
-    write_plan(folder / "run" / PLAN, PlanFile(model=info, method="test", layers=layer_plans(letters, 8)))
+    write_plan(folder / "run" / PLAN, plan_file(letters, 8, find_model(str(folder / "model"), RUNTIME).info))
     recipe = recipe_of(folder, **heal)
     run_stage("convert", recipe, folder / "run")
     return folder / "run", recipe
@@ -100,14 +98,3 @@ def test_stage_1_compares_heads_before_the_output_projection() -> None:
     touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert {f"model.layers.1.self_attn.{name}" for name in FEATURE_PARAMETERS} <= touched
     assert not any("o_proj" in name or "layers.2" in name for name in touched)
-
-
-@pytest.mark.parametrize("kind", ["l", "L"])
-def test_documents_of_a_packed_sequence_do_not_see_each_other(kind: str) -> None:
-    packed = torch.cat([IDS[:1, :17], torch.tensor([[END]]), IDS[1:, :22]], 1)
-    student = boosted(f"f{kind}{kind}", window=4)
-    alone = LogitDistiller(student, tiny_model(layers=3).requires_grad_(False), layer_plans(f"f{kind}{kind}", 4), END)
-    whole = alone.compute_targets(packed)
-    parts = [alone.compute_targets(packed[:, :18]), alone.compute_targets(packed[:, 18:])]
-    ends = [alone.student_output(targets) for targets in (whole, *parts)]
-    torch.testing.assert_close(ends[0], torch.cat(ends[1:], 1), rtol=1e-4, atol=1e-4)

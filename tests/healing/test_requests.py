@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import PROCESSORS, save_requests, save_with_processor
+from pictures import PROCESSORS, QUICK_AND_EXHAUSTIVE, save_bases, save_requests, save_with_processor, wrappers
 from processes import finish, ranks, run_module
 from safetensors.torch import load_file
 from test_distillers import END, IDS, made
 from test_heal import check_same_healing
-from tiny import RUNTIME, image_prompt, layer_plans, save_tiny
+from tiny import RUNTIME, image_prompt, layer_plans, plan_file, save_tiny
 from torch.nn import functional as F
 
 from layerboost.errors import ConfigError, LayerboostError
@@ -29,15 +29,10 @@ from layerboost.model.surgery import attention_of
 from layerboost.pipeline import run_stage
 from layerboost.recipe import Heal, Recipe, parse_recipe, recipe_yaml
 from layerboost.schemas.healing import read_metrics
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import CONVERTED, HEALED, PLAN, SENSITIVITY
 
 CPU = torch.device("cpu")
-# The simplest, one with rotary positions of three dimensions and deepstack, one whose images see themselves both ways.
-QUICK = ("llava", "qwen3_vl", "gemma3")
-wrappers = pytest.mark.parametrize(
-    "wrapper", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in PROCESSORS]
-)
 
 
 def prompt_of(model_type: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -48,9 +43,7 @@ def prompt_of(model_type: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return ids, prompt
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", *(pytest.param(n, marks=() if n in QUICK else pytest.mark.exhaustive) for n in PROCESSORS)]
-)
+@pytest.mark.parametrize("model_type", ["llama", *QUICK_AND_EXHAUSTIVE])
 @pytest.mark.parametrize("letters", ["SnfsS", "fSns", "ffSn"])
 def test_the_loss_of_a_request_is_that_of_two_whole_models(model_type: str, letters: str) -> None:
     """A template may end each turn with the end-of-text token: it ends no document here."""
@@ -94,11 +87,7 @@ def test_attention_distillation_learns_from_whole_models_that_see_the_image(wrap
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
-    root = tmp_path_factory.mktemp("bases")
-    return {
-        name: find_model(str(save_with_processor(root / name, name, 4)), RUNTIME, trust_remote_code=True)
-        for name in PROCESSORS
-    }
+    return save_bases(tmp_path_factory.mktemp("bases"), layers=4)
 
 
 def recipe_of(base: Base, file: Path, **heal: Any) -> Recipe:
@@ -108,7 +97,7 @@ def recipe_of(base: Base, file: Path, **heal: Any) -> Recipe:
             "model": str(base.folder),
             "trust_remote_code": True,
             "text": {"source": "none.txt", "sequence_tokens": 96},
-            "measure": {"windows": [8], "tokens": 300, "traffic": str(file)},
+            "measure": {"windows": [8], "tokens": 300, "traffic": str(file), "retrieval_prompts": 0},
             "heal": {**settings, "traffic": str(file), "save_steps": 2, "validation_steps": 4, **heal},
         },
         "the test",
@@ -125,7 +114,7 @@ def test_a_model_is_healed_on_requests_with_images_of_many_sizes(
     recipe = recipe_of(base, save_requests(tmp_path, 16, heights=(8, 16, 12)))
     run.mkdir()
     letters = "fnSf" if wrapper == "gemma3" else "fSns"  # Gemma 3's other layers slide already
-    write_plan(run / PLAN, PlanFile(model=base.info, method="test", layers=layer_plans(letters, 16)))
+    write_plan(run / PLAN, plan_file(letters, model=base.info))
     check(recipe, run, base)
     run_stage("convert", recipe, run)
     healed = run_stage("heal", recipe, run)
@@ -170,7 +159,7 @@ def test_two_processes_measure_and_heal_on_images_what_one_does(bases: dict[str,
 
     both("measure")
     assert (alone / SENSITIVITY).read_bytes() == (together / SENSITIVITY).read_bytes()
-    plan = PlanFile(model=base.info, method="test", layers=layer_plans("fSns", 16))
+    plan = plan_file("fSns", model=base.info)
     for run in (alone, together):
         write_plan(run / PLAN, plan)
         run_stage("convert", recipe, run)
@@ -190,10 +179,8 @@ def test_the_loss_falls_on_images_of_two_sizes(wrapper: str, bases: dict[str, Ba
         ("attention", AttentionDistiller(whole.student, whole.teacher, layer_plans("fSns"), END)),
         ("lora", whole),
     ):
-        tokens = sum(map(len, sequences))
-        train_stage(
-            stage, distiller, sequences, tokens, settings, tmp_path, lambda: {"validation_kl": 0.0}, None, given
-        )
+        data = Data(sequences, sum(map(len, sequences)), settings, given=given)
+        train_stage(stage, distiller, data, settings, tmp_path, lambda: {"validation_kl": 0.0})
         lines = read_metrics(tmp_path / "metrics.jsonl")
         losses = [line.loss for line in lines if line.stage == stage and line.loss is not None]
         assert len(losses) == 6
@@ -260,7 +247,7 @@ def test_answers_alone_count_and_the_first_requests_validate(bases: dict[str, Ba
 
 def test_a_run_without_requests_has_the_identity_of_earlier_releases(bases: dict[str, Base], tmp_path: Path) -> None:
     base = bases["llava"]
-    plan = PlanFile(model=base.info, method="test", layers=layer_plans("fnSs", 16))
+    plan = plan_file("fnSs", model=base.info)
     with_requests = recipe_of(base, tmp_path / "requests.jsonl")
     without = with_requests.model_copy(update={"heal": Heal()})
     assert "traffic" not in heal_identity(without, plan, RUNTIME)["heal"]

@@ -6,8 +6,9 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import boosted, layer_plans, tiny_model
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.healing.data import cut
+from layerboost.healing.data import Data, cut
 from layerboost.healing.distillers import AttentionDistiller, Distiller, LogitDistiller
 from layerboost.healing.training import Validate, check_report_to, checkpoints_in, less_memory, train_stage
 from layerboost.recipe import Heal
@@ -24,14 +25,16 @@ from layerboost.schemas.healing import MetricLine, read_metrics
 
 IDS = torch.randint(3, 200, (8, 24), generator=torch.Generator().manual_seed(1)).repeat(8, 1)
 SETTINGS = Heal(lr=1e-2, attention_lr=1e-2, batch_sequences=4, save_steps=3, validation_steps=4, sink_lr=0.05)
-TOKENS = IDS.numel()
+SEQUENCES, TOKENS = list(IDS), IDS.numel()
+KINDS: dict[str, type[Distiller]] = {"attention": AttentionDistiller, "lora": LogitDistiller}
+stages = pytest.mark.parametrize("stage", KINDS)
 
 
-def distiller() -> LogitDistiller:
+def distiller(kind: type[Distiller] = LogitDistiller) -> Any:
     student = boosted("fSns", window=8)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("mlp" in name or name.endswith("sinks"))
-    return LogitDistiller(student, tiny_model(layers=4).requires_grad_(False), layer_plans("fSns", 8))
+    return kind(student, tiny_model(layers=4).requires_grad_(False), layer_plans("fSns", 8))
 
 
 def validation(made: Distiller) -> Validate:
@@ -45,22 +48,45 @@ def validation(made: Distiller) -> Validate:
     return validate
 
 
-def unchanged() -> dict[str, float]:
-    """A validation that no step changes."""
-    return {"validation_kl": 0.0}
+def train(
+    folder: Path,
+    made: Distiller,
+    stage: str = "lora",
+    ids: Sequence[torch.Tensor] = SEQUENCES,
+    tokens: int = TOKENS,
+    validate: Validate | None = None,
+    **changes: Any,
+) -> list[MetricLine]:
+    """Train a stage with these changes to the settings; return its metrics."""
+    settings = SETTINGS.model_copy(update=changes)
+    folder.mkdir(exist_ok=True)
+    data = Data(ids, tokens, settings, settings.attention_repeats if stage == "attention" else 1)
+    train_stage(stage, made, data, settings, folder, validate or validation(made))
+    return read_metrics(folder / "metrics.jsonl")
 
 
-def train(folder: Path, made: Distiller, name: str = "lora", lr: float = 1e-2, tokens: int = TOKENS) -> None:
-    settings = SETTINGS.model_copy(update={"lr": lr, "attention_lr": lr})
-    train_stage(name, made, list(IDS), tokens, settings, folder, validation(made))
+def told(kls: Sequence[float], nlls: Sequence[float] = ()) -> Validate:
+    """A validation that gives these values one after another."""
+    rows = [{"validation_kl": kl} for kl in kls]
+    for row, nll in zip(rows, nlls, strict=False):
+        row["validation_nll"] = nll
+    left = iter(rows)
+    return lambda: next(left)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def losses_in(lines: list[MetricLine]) -> list[float]:
+    return [line.loss for line in lines if line.loss is not None]
 
 
 def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: Path) -> None:
     made = distiller()
     before = copy.deepcopy(made.student.state_dict())
-    train(tmp_path, made, lr=3e-3)
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    losses = [line.loss for line in rows if line.loss is not None]
+    rows = train(tmp_path, made, lr=3e-3)
+    losses = losses_in(rows)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert [line.step for line in rows if line.validation_kl is not None] == [0, 4, 8, 12, 16]
     assert rows[-1].tokens == 16 * 4 * 24
@@ -73,13 +99,12 @@ def test_distillation_lowers_its_loss_and_only_trains_what_it_should(tmp_path: P
 
 
 def test_attention_distillation_learns_each_layer_apart(tmp_path: Path) -> None:
-    student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
-    for name, parameter in student.named_parameters():
+    made = distiller(AttentionDistiller)
+    for name, parameter in made.student.named_parameters():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
         parameter.requires_grad_((layer in (1, 3) and "self_attn" in name) or (layer == 2 and "mlp" in name))
-    made = AttentionDistiller(student, teacher, layer_plans("fSns", 8))
     start = made.layer_losses(IDS[:8])
-    train(tmp_path, made, "attention", lr=3e-3)
+    train(tmp_path, made, "attention", attention_lr=3e-3)
     end = made.layer_losses(IDS[:8])
     assert start.keys() == {1, 2, 3}
     assert all(end[layer] < start[layer] for layer in start), (start, end)
@@ -95,28 +120,20 @@ class Uncached(AttentionDistiller):
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
-    settings = SETTINGS.model_copy(
-        update={
-            "batch_sequences": batch,
-            "gradient_accumulation": accumulation,
-            "attention_repeats": 3,
-            "attention_lr": 1e-3,
-        }
-    )
+    changes = {"batch_sequences": batch, "gradient_accumulation": accumulation}
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
     for kind in (AttentionDistiller, Uncached):
-        student, teacher = boosted("fSns", window=8), tiny_model(layers=4).requires_grad_(False)
-        for name, parameter in student.named_parameters():
+        made = distiller(kind)
+        for name, parameter in made.student.named_parameters():
             parameter.requires_grad_("layers.1.self_attn" in name or "layers.2.mlp" in name)
-        teacher.model.register_forward_hook(lambda *_: runs.append(1))
-        made = kind(student, teacher, layer_plans("fSns", 8))
-        folder = tmp_path / kind.__name__
-        folder.mkdir()
-        train_stage("attention", made, list(IDS), tokens, settings, folder, unchanged)
-        rows = read_metrics(folder / "metrics.jsonl")
+        made.teacher.model.register_forward_hook(lambda *_: runs.append(1))
+        rows = train(
+            tmp_path / kind.__name__, made, "attention", tokens=tokens, validate=lambda: {"validation_kl": 0.0},
+            attention_repeats=3, attention_lr=1e-3, **changes,
+        )  # fmt: skip
         assert rows[-1].tokens == tokens
         assert max(line.step for line in rows) == 30
-        ends.append([line.loss for line in rows if line.loss is not None])
+        ends.append(losses_in(rows))
     assert ends[0] == ends[1]
     assert len(runs) == (3 + 1) * 10 * accumulation
 
@@ -127,64 +144,50 @@ def test_tokens_beyond_the_count_teach_nothing(tmp_path: Path) -> None:
         ids = IDS[:6].clone()
         ids[5, 3:] = tail
         made = distiller()
-        (tmp_path / name).mkdir()
-        train_stage("lora", made, list(ids), 5 * 24 + 3, SETTINGS, tmp_path / name, validation(made))
+        assert train(tmp_path / name, made, ids=list(ids), tokens=5 * 24 + 3)[-1].tokens == 123
         ends.append(made.trained_state())
-        assert read_metrics(tmp_path / name / "metrics.jsonl")[-1].tokens == 123
-    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+    assert same(*ends)
 
 
 def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
     ends = []
     for batch, accumulation in ((4, 1), (1, 4)):
         made = distiller()
-        cut = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
-        settings = SETTINGS.model_copy(update=cut)
-        folder = tmp_path / str(batch)
-        folder.mkdir()
-        train_stage("lora", made, list(IDS[:10]), 230, settings, folder, validation(made))
-        losses = [line.loss for line in read_metrics(folder / "metrics.jsonl") if line.loss is not None]
-        ends.append((losses, made))
+        changes = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
+        rows = train(tmp_path / str(batch), made, ids=list(IDS[:10]), tokens=230, **changes)
+        ends.append((losses_in(rows), made.trained_state()))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
-    for name, value in ends[0][1].trained_state().items():
-        torch.testing.assert_close(ends[1][1].trained_state()[name], value, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ends[1][1], ends[0][1], rtol=1e-3, atol=1e-5)
 
 
-def test_the_best_step_is_kept(tmp_path: Path) -> None:
-    made, seen = distiller(), []
+# KL and NLL of validations at the start and after every fourth step, the settings, and which of them is the best.
+BEST: dict[str, tuple[list[float], list[float], dict[str, float], int]] = {
+    "the lowest KL": ([5.0, 3.0, 4.0, math.nan, 3.5], [], {}, 1),
+    "KL and cross entropy if the loss has both": (
+        [5.0, 3.0, 3.1, 3.1, 3.3],
+        [9.0, 9.0, 7.0, 8.0, 6.0],
+        {"ce_weight": 0.1},
+        2,
+    ),
+    "the start": ([3.0, 3.5, 4.0, 5.0, 4.5], [], {}, 0),
+}
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_best_step_is_kept(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kls, nlls, changes, best = BEST[case]
+    made, seen, values = distiller(), [], told(kls, nlls)
 
     def validate() -> dict[str, float]:
         seen.append({name: value.clone() for name, value in made.trained_state().items()})
-        return {"validation_kl": [5.0, 3.0, 4.0, float("nan"), 3.5][len(seen) - 1]}
+        return values()
 
-    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, validate)
+    train(tmp_path, made, validate=validate, **changes)
     assert len(seen) == 5
-    assert all(torch.equal(value, seen[1][name]) for name, value in made.trained_state().items())
-    kept = load_file(tmp_path / "lora.safetensors")
-    assert all(torch.equal(value, seen[1][name]) for name, value in kept.items())
-
-
-def test_where_the_loss_holds_cross_entropy_the_best_step_is_judged_by_both(tmp_path: Path) -> None:
-    made, seen = distiller(), []
-
-    def validate() -> dict[str, float]:
-        seen.append({name: value.clone() for name, value in made.trained_state().items()})
-        kls, nlls = [5.0, 3.0, 3.1, 3.1, 3.3], [9.0, 9.0, 7.0, 8.0, 6.0]
-        return {"validation_kl": kls[len(seen) - 1], "validation_nll": nlls[len(seen) - 1]}
-
-    train_stage("lora", made, list(IDS), TOKENS, SETTINGS.model_copy(update={"ce_weight": 0.1}), tmp_path, validate)
-    assert all(torch.equal(value, seen[2][name]) for name, value in made.trained_state().items())
-
-
-def test_a_stage_that_gains_nothing_keeps_its_start_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = distiller()
-    start = {name: value.clone() for name, value in made.trained_state().items()}
-    values = iter([3.0, 3.5, 4.0, 5.0, 4.5])
-    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
-    assert "no step of the lora stage is better on the validation text than its start" in caplog.text
-    assert all(torch.equal(value, start[name]) for name, value in made.trained_state().items())
+    assert same(made.trained_state(), seen[best])
+    assert same(load_file(tmp_path / "lora.safetensors"), seen[best])
+    kept = "no step of the lora stage is better on the validation text than its start" in caplog.text
+    assert kept == (best == 0)
 
 
 def heal_in(folder: Path) -> None:
@@ -202,39 +205,32 @@ def reached(folder: Path, step: int) -> Callable[[], bool]:
 )
 def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, ...]) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    train(whole, distiller())
+    rows = [train(whole, distiller())]
     for step in kills:
         Forked(heal_in, killed, folder=tmp_path).kill_when(reached(killed, step))
-    train(killed, distiller())
-    expected, found = load_file(whole / "lora.safetensors"), load_file(killed / "lora.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
+    rows.append(train(killed, distiller()))
+    assert same(*(load_file(folder / "lora.safetensors") for folder in (whole, killed)))
     timeless = [[line.model_dump(exclude={"seconds"}) for line in run] for run in rows]
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("stage", ["attention", "lora"])
+@stages
 def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -> None:
-    settings = SETTINGS.model_copy(update={"batch_sequences": 1, "attention_repeats": 2, "attention_lr": 1e-3})
-    rows = cut(IDS[:4].view(2, 48), (16, 48), ())
+    changes = {"batch_sequences": 1, "attention_repeats": 2, "attention_lr": 1e-3}
+    sequences, result = cut(IDS[:4].view(2, 48), (16, 48), ()), tmp_path / f"{stage}.safetensors"
 
-    def run() -> dict[str, torch.Tensor]:
-        made: Distiller = distiller()
-        if stage == "attention":
-            made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
-        train_stage(stage, made, rows, 90, settings, tmp_path, validation(made))
-        return dict(load_file(tmp_path / f"{stage}.safetensors"))
+    def run() -> list[MetricLine]:
+        return train(tmp_path, distiller(KINDS[stage]), stage, sequences, 90, **changes)
 
-    whole = run()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = run()
+    whole = load_file(result)
     ends = [line.tokens for line in lines if line.loss is not None]
     assert ends == ([16, 32, 48, 90] if stage == "lora" else [8, 16, 24, 45, 53, 61, 69, 90])
-    (tmp_path / f"{stage}.safetensors").unlink()
+    result.unlink()
     checkpoints_in(tmp_path / "checkpoints" / stage)[-1].unlink()
-    assert all(torch.equal(value, whole[name]) for name, value in run().items())
-    assert [line.loss for line in read_metrics(tmp_path / "metrics.jsonl")] == [line.loss for line in lines]
+    again = run()
+    assert same(load_file(result), whole)
+    assert [line.loss for line in again] == [line.loss for line in lines]
 
 
 @pytest.mark.multiprocess
@@ -250,24 +246,22 @@ def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path: Path) -> None:
-    folder, made = tmp_path / "checkpoints" / "lora", distiller()
-    train(tmp_path, made)
+    folder, result = tmp_path / "checkpoints" / "lora", tmp_path / "lora.safetensors"
+    train(tmp_path, distiller())
     assert [file.name for file in checkpoints_in(folder)] == ["step-00000015.pt", "step-00000016.pt"]
-    expected = load_file(tmp_path / "lora.safetensors")
-    (tmp_path / "lora.safetensors").unlink()
+    expected = load_file(result)
+    result.unlink()
     (folder / "step-00000016.pt").unlink()
     killed = folder / ".step-00000016.pt.123.tmp"
     killed.write_bytes(b"PK")
     train(tmp_path, distiller())
     assert not killed.exists()
-    assert all(torch.equal(load_file(tmp_path / "lora.safetensors")[name], value) for name, value in expected.items())
+    assert same(load_file(result), expected)
 
 
-@pytest.mark.parametrize("stage", ["attention", "lora"])
+@stages
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_path: Path, stage: str) -> None:
-    made: Distiller = distiller()
-    if stage == "attention":
-        made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
+    made = distiller(KINDS[stage])
     broken = made.student.model.layers[2].mlp.down_proj
     steps = 0
 
@@ -287,35 +281,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step_is_saved(tmp_pa
 
 
 def test_a_validation_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
-    made, values = distiller(), iter([5.0, math.inf, 4.0, math.nan, 3.5])
-    train_stage("lora", made, list(IDS), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": next(values)})
+    train(tmp_path, distiller(), validate=told([5.0, math.inf, 4.0, math.nan, 3.5]))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["validation_kl"] for row in rows if "validation_kl" in row] == [5.0, None, 4.0, None, 3.5]
 
 
 def test_no_rate_is_blamed_for_a_start_that_is_not_finite(tmp_path: Path) -> None:
-    found = {"validation_kl": math.nan}
     with pytest.raises(LayerboostError, match="validation loss is nan at step 0 of the lora stage") as caught:
-        train_stage("lora", distiller(), list(IDS), TOKENS, SETTINGS, tmp_path, lambda: found)
+        train(tmp_path, distiller(), validate=told([math.nan]))
     assert "rate" not in str(caught.value)
     assert not (tmp_path / "lora.safetensors").exists()
 
 
-@pytest.mark.parametrize("stage", ["attention", "lora"])
+@stages
 def test_a_base_that_is_not_finite_on_a_text_is_named(tmp_path: Path, stage: str) -> None:
     """One row of the embedding is damaged, and a token far into the text asks for it."""
-    made: Distiller = distiller()
-    if stage == "attention":
-        made = AttentionDistiller(made.student, made.teacher, layer_plans("fSns", 8))
-    ids = IDS.clone()
-    ids[22, 5] = 199
+    made, ids = distiller(KINDS[stage]), IDS.clone()
     ids[ids == 199] = 198
     ids[22, 5] = 199
     with torch.no_grad():
         made.teacher.get_input_embeddings().weight[199] = math.nan
     with pytest.raises(LayerboostError, match=rf"loss is nan at step 6 of the {stage} stage") as caught:
-        train_stage(stage, made, list(ids), TOKENS, SETTINGS, tmp_path, lambda: {"validation_kl": 1.0})
+        train(tmp_path, made, stage, list(ids), validate=told([1.0] * 9))
     assert "the base is not finite on this text either: first in the embedding (token 6, id 199)" in str(caught.value)
     assert "rate" not in str(caught.value)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_pipeline import layerboost, write_recipe
+from test_pipeline import layerboost, refused, sets, write_recipe
 from tiny import RUNTIME, layer_plans, save_tiny, tiny_model, tiny_tokenizer
 from tiny_bench import rows, write_jsonl
 
@@ -39,8 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(folder: Path, run: Path, *settings: str) -> dict[str, Any]:
-    options = [word for setting in settings for word in ("--set", setting)]
-    layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *options)
+    layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *sets(*settings))
     return dict(json.loads((run / SENSITIVITY).read_text()))
 
 
@@ -51,11 +50,9 @@ def test_tasks_are_measured_and_another_list_is_refused(folder: Path, tmp_path: 
     for layer in found["layers"]:
         assert {variant["scores"]["benchmark"]["count"] for variant in layer["variants"]} == {7}
     for setting in ("measure.task_items=6", "measure.tasks=[]"):
-        refused = layerboost("measure", "--run", tmp_path, "--set", setting, check=False)
-        assert refused.returncode == 2
-        assert "was made from something else" in refused.stderr
-    refused = layerboost("measure", "--run", tmp_path, "--set", "measure.tasks=[piqa]", check=False)
-    assert "layers cannot be chosen on task piqa" in refused.stderr
+        assert "was made from something else" in refused("measure", "--run", tmp_path, "--set", setting)
+    told = refused("measure", "--run", tmp_path, "--set", "measure.tasks=[piqa]")
+    assert "layers cannot be chosen on task piqa" in told
 
 
 def test_traffic_takes_the_place_of_the_calibration_text(folder: Path, tmp_path: Path) -> None:
@@ -67,10 +64,9 @@ def test_traffic_takes_the_place_of_the_calibration_text(folder: Path, tmp_path:
     counts = {v["scores"]["kl"]["count"] for layer in found["layers"] for v in layer["variants"]}
     assert counts == {sum(map(len, answers))}
     # Windows that no row outgrows gain nothing; sinks are fitted on the same rows.
-    long = layerboost("measure", "--run", tmp_path / "b", "--config", folder / "recipe.yaml", "--set", traffic,
-                      "--set", "measure.windows=[40]", check=False)  # fmt: skip
-    assert long.returncode == 2
-    assert "a window of 40 cannot be measured on measure.traffic" in long.stderr
+    long = ("--config", folder / "recipe.yaml", *sets(traffic, "measure.windows=[40]"))
+    told = refused("measure", "--run", tmp_path / "b", *long)
+    assert "a window of 40 cannot be measured on measure.traffic" in told
     layerboost("plan", "--run", tmp_path)
     layerboost("convert", "--run", tmp_path)
 
@@ -85,9 +81,7 @@ def test_on_a_plan_and_no_plan_from_it(folder: Path, tmp_path: Path) -> None:
     assert all(metric in shown.stdout for metric in ("kl", "retrieval", "benchmark", "median ±"))
     found = json.loads((tmp_path / "again" / SENSITIVITY).read_text())
     assert found["settings"]["plan"]
-    refused = layerboost("plan", "--run", tmp_path / "again", check=False)
-    assert refused.returncode == 2
-    assert "measured on a changed model" in refused.stderr
+    assert "measured on a changed model" in refused("plan", "--run", tmp_path / "again")
     assert not (tmp_path / "again" / "plan.yaml").exists()
     layerboost("measure", "--run", tmp_path / "base", "--compare", tmp_path / "again")
 
@@ -118,20 +112,17 @@ def test_a_base_that_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     run = tmp_path / "run"
-    settings = ("--set", "measure.tasks=[]", "--set", f"model={tmp_path / 'model'}")
+    settings = sets("measure.tasks=[]", f"model={tmp_path / 'model'}")
     for command in ("measure", "check"):
-        refused = layerboost(command, "--config", folder / "recipe.yaml", "--run", run, *settings, check=False)
-        assert refused.returncode == 2
-        assert "model.layers.1.mlp.down_proj.weight: 1 of 6,144, the first is inf at [7, 3]" in refused.stderr
+        told = refused(command, "--config", folder / "recipe.yaml", "--run", run, *settings)
+        assert "model.layers.1.mlp.down_proj.weight: 1 of 6,144, the first is inf at [7, 3]" in told
     assert not (run / SENSITIVITY).exists()
 
 
 def test_text_shorter_than_a_sequence_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w3 w4 w5 " * 4)
-    found = layerboost("measure", "--config", folder / "recipe.yaml", "--run", tmp_path / "run",
-                       "--text", tmp_path / "short.txt", check=False)  # fmt: skip
-    assert found.returncode == 2
-    assert "the calibration text is too short" in found.stderr
+    words = ("--config", folder / "recipe.yaml", "--run", tmp_path / "run", "--text", tmp_path / "short.txt")
+    assert "the calibration text is too short" in refused("measure", *words)
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".lock"}
 
 
@@ -168,9 +159,9 @@ def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Pat
             assert [variant["full_kv_heads"] for variant in layer["heads"]] == [[1], [0]] * 2
             assert all(("nll" in variant["scores"]) == (scores == "exact") for variant in layer["heads"])
         other = "exact" if scores == "scan" else "scan"
-        options = [word for setting in (*settings, f"measure.head_scores={other}") for word in ("--set", setting)]
-        refused = layerboost("measure", "--config", folder / "recipe.yaml", "--run", run, *options, check=False)
-        assert "head_scores: " in refused.stderr, "estimates are not taken for exact scores, or the reverse"
+        options = sets(*settings, f"measure.head_scores={other}")
+        # Estimates are not taken for exact scores, or the reverse.
+        assert "head_scores: " in refused("measure", "--config", folder / "recipe.yaml", "--run", run, *options)
         before = (run / SENSITIVITY).read_text()
         assert measured(folder, run, *settings) == found
         assert (run / SENSITIVITY).read_text() == before
@@ -197,13 +188,8 @@ def test_kv_heads_are_measured_planned_and_converted(folder: Path, tmp_path: Pat
 def test_kv_heads_that_cannot_be_measured(
     folder: Path, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
-    options = [word for setting in settings for word in ("--set", setting)]
-    refused = layerboost(
-        "measure", "--config", folder / "recipe.yaml", "--run", tmp_path, *options, "--set", "measure.tasks=[]",
-        check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert message in refused.stderr
+    words = ("--config", folder / "recipe.yaml", "--run", tmp_path, *sets(*settings, "measure.tasks=[]"))
+    assert message in refused("measure", *words)
 
 
 def test_a_scan_has_two_metrics_to_plan_by(folder: Path, tmp_path: Path) -> None:
@@ -219,21 +205,18 @@ def test_a_scan_has_two_metrics_to_plan_by(folder: Path, tmp_path: Path) -> None
 def test_models_without_heads_to_split(family: str, changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     """One KV head per layer is refused; layers that all slide in the base have no scores of heads."""
     model = save_tiny(tmp_path / "model", family, **changes)
-    options = ("measure.unit=kv_head", "measure.head_scores=scan", "measure.tasks=[]", "measure.windows=[16]")
-    words = [word for setting in options for word in ("--set", setting)]
-    found = layerboost("measure", model, "--config", folder / "recipe.yaml", "--run", tmp_path, *words, check=False)
+    options = sets("measure.unit=kv_head", "measure.head_scores=scan", "measure.tasks=[]", "measure.windows=[16]")
+    words = ("measure", model, "--config", folder / "recipe.yaml", "--run", tmp_path, *options)
     if family == "llama":
-        assert (found.returncode, "set measure.unit and plan.unit to layer" in found.stderr) == (2, True)
+        assert "set measure.unit and plan.unit to layer" in refused(*words)
         return
-    assert found.returncode == 0, found.stderr
-    layerboost("plan", "--run", tmp_path, "--set", "plan.unit=kv_head", "--set", "plan.kv_fraction=0.8")
+    layerboost(*words)
+    layerboost("plan", "--run", tmp_path, *sets("plan.unit=kv_head", "plan.kv_fraction=0.8"))
 
 
 def test_a_plan_by_kv_heads_needs_their_scores(folder: Path, tmp_path: Path) -> None:
     measured(folder, tmp_path, "measure.tasks=[]")
-    refused = layerboost("plan", "--run", tmp_path, "--set", "plan.unit=kv_head", check=False)
-    assert refused.returncode == 2
-    assert "needs scores of KV heads" in refused.stderr
+    assert "needs scores of KV heads" in refused("plan", "--run", tmp_path, "--set", "plan.unit=kv_head")
 
 
 def test_a_changed_text_for_the_fit_of_mlps_is_noticed(tmp_path: Path) -> None:

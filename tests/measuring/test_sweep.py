@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import boosted, families, fitted, layer_plans, tiny_model
+from tiny import families, fitted, layer_plans, tiny_model
 from transformers import PreTrainedModel
 
 from layerboost.measuring.sweep import candidates, sweep
@@ -18,7 +18,7 @@ from layerboost.model.thinning import thin_mlps
 from layerboost.probes.probe import TextProbe
 from layerboost.retrieval import Prompts
 from layerboost.schemas.plan import LayerPlan
-from layerboost.schemas.sensitivity import LayerSensitivity
+from layerboost.schemas.sensitivity import LayerSensitivity, Variant
 from layerboost.strategies import MEASURED, StrategyName
 
 IDS = torch.randint(3, 200, (5, 40), generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,8 @@ def swept(
     probe = TextProbe(stream, batches, PROMPTS.batches(3), windows)
     found: list[LayerSensitivity] = []
     save = lambda layers: found.__setitem__(slice(None), layers)  # noqa: E731
-    sweep([probe], windows, [], save, plan, head_group, strategies, mlp_widths)
+    options = candidates(base.config.get_text_config(), windows, strategies, mlp_widths)
+    sweep([probe], options, [], save, plan, head_group)
     return found
 
 
@@ -72,6 +73,15 @@ def changed_model(family: str, plan: list[LayerPlan]) -> PreTrainedModel:
     return apply_plan(base, plan, {entry.layer: sinks(entry) for entry in plan if entry.sink}, of_layers)
 
 
+def check_scores(family: str, layer: int, variants: list[Variant], tolerance: float = 2e-5) -> None:
+    """Hold the scores to full forward passes of models in which this layer alone has changed."""
+    for variant in variants:
+        plan = layer_plans(fitted("ffff", family))
+        plan[layer] = plan[layer].with_site(variant.plan(layer))
+        for metric, values in naive(tiny_model(family, layers=4), changed_model(family, plan)).items():
+            assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=tolerance), metric
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_full_forward_passes(family: str) -> None:
     base = tiny_model(family, layers=4)
@@ -79,13 +89,8 @@ def test_scores_equal_full_forward_passes(family: str) -> None:
     assert [entry.layer for entry in found] == [0, 1, 2, 3]
     for entry, kind in zip(found, base_layer_types(base.config.get_text_config()), strict=True):
         assert len(entry.variants) == (5 if kind == "full_attention" else 0)
+        check_scores(family, entry.layer, entry.variants)
         for variant in entry.variants:
-            plan = layer_plans(fitted("ffff", family))
-            plan[entry.layer] = LayerPlan(
-                layer=entry.layer, attention=variant.attention, window=variant.window, sink=variant.sink
-            )
-            for metric, values in naive(base, changed_model(family, plan)).items():
-                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
             assert variant.scores["kl"].count == 5 * 39
             assert variant.scores["retrieval"].count == 4
 
@@ -97,11 +102,7 @@ def test_scores_of_linear_attention_equal_full_forward_passes(family: str) -> No
     found = swept(base, (8,), strategies=("linear",))
     assert [variant.label for variant in found[0].variants] == ["linear 8 lolcats", "linear 8 liger"]
     for entry in found:
-        for variant in entry.variants:
-            plan = layer_plans("ffff")
-            plan[entry.layer] = variant.plan(entry.layer)
-            for metric, values in naive(base, changed_model(family, plan)).items():
-                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+        check_scores(family, entry.layer, entry.variants)
     assert base.state_dict().keys() == tiny_model(family, layers=4).state_dict().keys()
     assert torch.equal(base(IDS).logits, tiny_model(family, layers=4)(IDS).logits)
 
@@ -114,13 +115,9 @@ def test_scores_of_kv_heads_equal_full_forward_passes(family: str) -> None:
         assert [entry.variants for entry in found] == [entry.variants for entry in swept(base, (8,))]
     for entry in found:
         assert [(v.window, v.full_kv_heads) for v in entry.heads] == [(8, (1,)), (8, (0,))] * bool(entry.variants)
-        for variant in entry.heads:
-            whole = {v.sink: v.scores["kl"].mean for v in entry.variants if v.window == variant.window}
-            assert variant.sink == (whole[True] < whole[False])
-            plan = layer_plans(fitted("ffff", family))
-            plan[entry.layer] = variant.plan(entry.layer)
-            for metric, values in naive(base, changed_model(family, plan)).items():
-                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=2e-5), metric
+        whole = {v.sink: v.scores["kl"].mean for v in entry.variants if v.window}
+        assert all(variant.sink == (whole[True] < whole[False]) for variant in entry.heads)
+        check_scores(family, entry.layer, entry.heads)
 
 
 @pytest.mark.parametrize("family", families(sliding=False, mlps=True))
@@ -130,22 +127,28 @@ def test_scores_of_mlps_equal_full_forward_passes(family: str) -> None:
     if family == "llama":
         assert [entry.variants[:-3] for entry in found] == [entry.variants for entry in swept(base, (8,))]
     for entry in found:
-        assert [variant.label for variant in entry.variants[-3:]] == ["MLP thin 48", "MLP thin 24", "MLP none"]
-        for variant in entry.variants[-3:]:
-            plan = layer_plans(fitted("ffff", family))
-            plan[entry.layer] = plan[entry.layer].with_site(variant.plan(entry.layer))
-            for metric, values in naive(base, changed_model(family, plan)).items():
-                assert variant.scores[metric].mean == pytest.approx(float(values.mean()), abs=5e-5), metric
-            assert ("cosine" in variant.scores) == (variant.mlp == "none")
+        mlps = entry.variants[-3:]
+        assert [variant.label for variant in mlps] == ["MLP thin 48", "MLP thin 24", "MLP none"]
+        assert ["cosine" in variant.scores for variant in mlps] == [False, False, True]
+        check_scores(family, entry.layer, mlps, 5e-5)
 
 
-def test_mlps_on_a_plan_with_thinned_mlps() -> None:
-    base, plan = tiny_model(layers=4), layer_plans("ftsf", 16)
-    rest = naive(base, changed_model("llama", layer_plans("ftff", 16)))
-    own = naive(base, changed_model("llama", layer_plans("fttf", 16)))
-    [variant] = [v for v in swept(base, (16,), plan, mlp_widths=(48,))[2].variants if v.mlp_width]
+@pytest.mark.parametrize(
+    ("letters", "layer", "letter"), [("nfSs", 1, "n"), ("nfSs", 2, "S"), ("nfSs", 2, "n"), ("ftsf", 2, "t")]
+)
+def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses(
+    letters: str, layer: int, letter: str
+) -> None:
+    def loses(kind: str) -> dict[str, torch.Tensor]:
+        plan = layer_plans(letters[:layer] + kind + letters[layer + 1 :], 16)
+        return naive(tiny_model(layers=4), changed_model("llama", plan))
+
+    found = swept(tiny_model(layers=4), (16,), layer_plans(letters, 16), mlp_widths=(48,))[layer].variants
+    [variant] = [each for each in found if each.plan(layer) == layer_plans("fff"[:layer] + letter, 16)[layer]]
+    rest, own = loses("f"), loses(letter)
     for metric in ("kl", "nll", "retrieval"):
-        assert variant.scores[metric].mean == pytest.approx(float((own[metric] - rest[metric]).mean()), abs=5e-5)
+        added = float((own[metric] - rest[metric]).mean())
+        assert variant.scores[metric].mean == pytest.approx(added, abs=5e-5)
 
 
 def test_groups_of_kv_heads_and_a_single_group() -> None:
@@ -177,21 +180,6 @@ def test_texts_too_short_for_a_window_lose_nothing() -> None:
     [losses] = probe.losses([layer_plans("fsff", 8)])
     assert losses["kl"][:5].min() > 1e-4
     assert losses["kl"][5:].abs().max() < 1e-5
-
-
-def test_on_a_plan_a_score_is_what_this_layer_adds_to_what_the_plan_loses() -> None:
-    base, plan = tiny_model(layers=4), layer_plans("nfSs", 16)
-    rest = {2: naive(base, changed_model("llama", layer_plans("nffs", 16)))}
-    rest[1] = naive(base, changed_model("llama", plan))
-    found = swept(base, (16,), plan)
-    for layer, letter in ((1, "n"), (2, "S"), (2, "n")):
-        letters = "nfSs"[:layer] + letter + "nfSs"[layer + 1 :]
-        own = naive(base, changed_model("llama", layer_plans(letters, 16)))
-        kind = {"n": ("none", False), "S": ("sliding", True)}[letter]
-        variant = next(v for v in found[layer].variants if (v.attention, v.sink) == kind)
-        for metric in ("kl", "nll", "retrieval"):
-            added = float((own[metric] - rest[layer][metric]).mean())
-            assert variant.scores[metric].mean == pytest.approx(added, abs=5e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,16 +215,11 @@ def _turn(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_sweep_goes_on_where_it_stopped() -> None:
-    base = tiny_model(layers=4)
-    probe = TextProbe(LayerStream(base), [IDS])
+    base, options = tiny_model(layers=4), [[plan] for plan in layer_plans("nnnn")]
     saved: list[list[LayerSensitivity]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "layerboost.measuring.sweep.candidates", lambda *given: [LayerPlan(layer=given[1], attention="none")]
-        )
-        sweep([probe], (8,), [], lambda layers: saved.append(list(layers)))
-        again: list[list[LayerSensitivity]] = []
-        sweep([TextProbe(LayerStream(base), [IDS])], (8,), saved[1], lambda layers: again.append(list(layers)))
+    again: list[list[LayerSensitivity]] = []
+    sweep([TextProbe(LayerStream(base), [IDS])], options, [], lambda layers: saved.append(list(layers)))
+    sweep([TextProbe(LayerStream(base), [IDS])], options, saved[1], lambda layers: again.append(list(layers)))
     assert len(again) == 2
     assert again[-1] == saved[-1]
 
@@ -271,16 +254,7 @@ def test_variants_share_the_norm_and_projections_of_their_layer() -> None:
 
 
 def test_candidates_are_every_setting_of_every_strategy() -> None:
-    found = candidates(boosted("f"), 0, (8, 16))
-    assert [plan.label for plan in found] == [
-        "sliding 8",
-        "sliding 8 + sink",
-        "sliding 16",
-        "sliding 16 + sink",
-        "none",
-    ]
-    assert [plan.label for plan in candidates(boosted("f"), 0, (8,), mlp_widths=(48, 24))[3:]] == [
-        "MLP thin 48",
-        "MLP thin 24",
-        "MLP none",
-    ]
+    windows = ["sliding 8", "sliding 8 + sink", "sliding 16", "sliding 16 + sink", "none"]
+    mlps = ["MLP thin 48", "MLP thin 24", "MLP none"]
+    [found] = candidates(tiny_model(layers=1).config, (8, 16), mlp_widths=(48, 24))
+    assert [plan.label for plan in found] == windows + mlps

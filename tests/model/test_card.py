@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny import info, layer_plans
+from tiny import info, layer_plans, plan_file
 
 from layerboost.costs.memory import CPU_DEFAULTS, GPU_DEFAULTS, plan_serving
 from layerboost.model.card import UNKNOWN, model_card, origin_of
 from layerboost.recipe import Card
 from layerboost.schemas.plan import PlanFile
 
-PLAN = PlanFile(model=info(), method="by hand", layers=layer_plans("nfSs"))
+PLAN = plan_file("nfSs")
 LLAMA = "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
 
 
@@ -35,13 +35,13 @@ def test_a_card_is_ready_for_the_hub() -> None:
         "Not healed",
     ):
         assert text in card.text
-    without = ModelCard(model_card(PlanFile(model=info(), method="by hand", layers=layer_plans("nfff")), UNKNOWN))
+    without = ModelCard(model_card(plan_file("nfff"), UNKNOWN))
     assert without.data.to_dict()["tags"] == ["layerboost"]
 
 
 def test_full_layers_that_slide_in_the_base_are_told_apart() -> None:
     model = info().model_copy(update={"sliding_layers": [1, 2], "sliding_window": 8})
-    text = model_card(PlanFile(model=model, method="by hand", layers=layer_plans("nfff")), UNKNOWN)
+    text = model_card(plan_file("nfff", model=model), UNKNOWN)
     assert "`full`: softmax attention (layers 1, 2: the last 8 tokens, as in the base);" in text
     assert "only through the full layers that do not slide:" in text
     assert "only through the full layers: test" in model_card(PLAN, UNKNOWN)

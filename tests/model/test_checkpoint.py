@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from tiny import (
     RUNTIME,
     byte_level_tokenizer,
     byte_tokenizer,
-    info,
-    layer_plans,
+    change_weights,
+    convert,
+    edit_config,
+    edit_json,
     opening_tokenizer,
+    plan_file,
+    save_checkpoint,
     save_tiny,
     tiny_model,
     tiny_tokenizer,
@@ -37,7 +40,7 @@ from layerboost.model.checkpoint import modeling_source, plan_in, save_boosted
 from layerboost.model.linear import OneDNNLinear
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Card
-from layerboost.schemas.plan import PlanFile, read_plan
+from layerboost.schemas.plan import read_plan
 
 IDS = torch.arange(3, 43)[None]
 
@@ -49,11 +52,10 @@ def again(base: Base) -> Base:
 
 def saved(folder: Path, letters: str = "nfSs", **changes: Any) -> tuple[Path, torch.Tensor]:
     """A boosted checkpoint and its logits."""
-    model = apply_plan(tiny_model(layers=len(letters), **changes), layer_plans(letters), {2: torch.randn(4)})
-    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
-    save_boosted(model, tiny_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    plan = plan_file(letters)
+    model = apply_plan(tiny_model(layers=len(letters), **changes), plan.layers, {2: torch.randn(4)})
     with torch.no_grad():
-        return folder, model(IDS).logits
+        return save_checkpoint(folder, model, plan), model(IDS).logits
 
 
 def test_a_checkpoint_is_complete_and_speaks_hugging_face(tmp_path: Path) -> None:
@@ -162,15 +164,14 @@ def test_stock_checkpoints_keep_their_stock_class(tmp_path: Path) -> None:
 
 def test_weights_that_disagree_with_the_plan(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "out")
-    weights = load_file(folder / "model.safetensors")
-    sinks = weights.pop("model.layers.2.self_attn.sinks")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"disagree[\s\S]*sinks"):
-        find_model(str(folder), RUNTIME).load()
-    weights |= {"model.layers.2.self_attn.sinks": sinks, "model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"disagree[\s\S]*q_proj"):
-        find_model(str(folder), RUNTIME).load()
+    sinks, query = "model.layers.2.self_attn.sinks", "model.layers.0.self_attn.q_proj.weight"
+    for change, named in (
+        (lambda t: t.pop(sinks), "sinks"),
+        (lambda t: t.update({sinks: torch.zeros(4), query: torch.zeros(128, 64)}), "q_proj"),
+    ):
+        change_weights(folder, change)
+        with pytest.raises(ConfigError, match=rf"disagree[\s\S]*{named}"):
+            find_model(str(folder), RUNTIME).load()
 
 
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_other_kinds_of_models_are_refused(model_type: str, message: str, tmp_pa
 @pytest.mark.parametrize("key", ["is_causal", "use_bidirectional_attention"])
 def test_attention_that_sees_what_follows_is_refused(key: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
-    edit_json(folder / "config.json", **{key: key != "is_causal"})
+    edit_config(folder, **{key: key != "is_causal"})
     with pytest.raises(ConfigError, match="bidirectional attention are not supported"):
         find_model(str(folder), RUNTIME).load()
 
@@ -222,9 +223,7 @@ def test_model_info(tmp_path: Path) -> None:
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.kv_bytes_per_token == 2 * 2 * 32 * 4
     before = source.fingerprint
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][40, 40] += 1
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, lambda t: t["model.layers.2.mlp.up_proj.weight"][40, 40].add_(1))
     assert again(source).fingerprint != before
 
 
@@ -236,12 +235,9 @@ def test_directories_of_unusual_names(name: str, tmp_path: Path, monkeypatch: py
     save_tiny(Path(name), layers=2)
     source = find_model(name, RUNTIME)
     assert (source.name, source.folder, source.gguf) == (name, tmp_path / name, None)
-    base = source.load()
-    tokenizer = again(source).tokenizer
-    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
-    origin = origin_of(source.folder, source.name, Card())
-    target = Path(f"{name} out")
-    save_boosted(apply_plan(base, plan.layers), tokenizer, plan, target, recipe_yaml="{}\n", origin=origin)
+    target, plan = Path(f"{name} out"), plan_file("fs")
+    model, origin = apply_plan(source.load(), plan.layers), origin_of(source.folder, source.name, Card())
+    save_boosted(model, again(source).tokenizer, plan, target, recipe_yaml="{}\n", origin=origin)
     assert find_model(str(target), RUNTIME).load()(IDS).logits.isfinite().all()
     assert AutoTokenizer.from_pretrained(target).vocab_size == 200
 
@@ -257,21 +253,18 @@ GENERATION = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_
 def test_settings_of_generation_are_passed_on_as_they_are_and_not_used(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", layers=2)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    # As in Llama 2's config.json.
-    config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "max_length": 4096, "top_k": 3}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, temperature=0.7, max_length=4096, top_k=3)  # as in Llama 2's
     source = find_model(str(folder), RUNTIME)
-    model, tokenizer = source.load(), again(source).tokenizer
+    model = source.load()
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert model.generation_config.eos_token_id == 1
-    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
-    save_boosted(apply_plan(model, plan.layers), tokenizer, plan, tmp_path / "out", recipe_yaml="{}\n")
+    convert(source, "fs", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
 
 
 def test_what_is_not_the_model_once_read_back_takes_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = apply_plan(tiny_model(layers=2), layer_plans("fs"))
-    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
+    plan = plan_file("fs")
+    model = apply_plan(tiny_model(layers=2), plan.layers)
     save = type(model).save_pretrained
 
     def without_weights(self: Any, folder: Path, **_: Any) -> None:
@@ -279,14 +272,12 @@ def test_what_is_not_the_model_once_read_back_takes_no_name(tmp_path: Path, monk
 
     def with_others(self: Any, folder: Path, **_: Any) -> None:
         save(self, folder)
-        weights = load_file(folder / "model.safetensors")
-        weights["model.norm.weight"] += 1
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        change_weights(folder, lambda t: t["model.norm.weight"].add_(1))
 
     for broken, message in ((without_weights, "has no weights"), (with_others, r"found: model\.norm\.weight")):
         monkeypatch.setattr(type(model), "save_pretrained", broken)
         with pytest.raises(LayerboostError, match=f"could not be written[^$]+{message}"):
-            save_boosted(model, tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="{}\n")
+            save_checkpoint(tmp_path / "out", model, plan)
         assert not list(tmp_path.iterdir())
 
 
@@ -297,10 +288,6 @@ def with_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Base:
         file.unlink()
     tokenizer.save_pretrained(folder)
     return find_model(str(folder), RUNTIME)
-
-
-def edit_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,9 +308,7 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     assert loaded(text, add_special_tokens=False)["input_ids"] == wanted
     assert loaded.decode(wanted) == text
     assert "is used as it is" in caplog.text
-    plan = PlanFile(model=info(2), method="by hand", layers=layer_plans("fs"))
-    model = apply_plan(source.load(), plan.layers)
-    save_boosted(model, loaded, plan, tmp_path / "out", recipe_yaml="{}\n")
+    convert(source, "fs", tmp_path / "out")
     for name in ("tokenizer.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
     # vLLM loads it by Transformers' class.
@@ -354,11 +339,11 @@ def test_the_end_of_a_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     source = with_tokenizer(tmp_path / "m", tokenizer)
     ends: list[Any] = [1, [1, 2]]
     for named in ends:
-        edit_json(source.folder / "config.json", eos_token_id=named)
+        edit_config(source.folder, eos_token_id=named)
         found = again(source).tokenizer
         assert (found.eos_token_id, found.pad_token_id) == (1, 1)
     # Transformers would add it under a new id, which no model learned.
-    edit_json(source.folder / "config.json", eos_token_id=1, vocab_size=300)
+    edit_config(source.folder, eos_token_id=1, vocab_size=300)
     edit_json(source.folder / "tokenizer_config.json", eos_token="<|end|>")
     with caplog.at_level("WARNING"):
         assert again(source).tokenizer.eos_token_id == 1
@@ -366,7 +351,7 @@ def test_the_end_of_a_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     edit_json(source.folder / "tokenizer_config.json", eos_token=None)
     odd: list[Any] = [None, 500, []]
     for named in odd:
-        edit_json(source.folder / "config.json", eos_token_id=named)
+        edit_config(source.folder, eos_token_id=named)
         with pytest.raises(ConfigError, match=r"no end-of-text token[^$]+eos_token_id"):
             _ = again(source).tokenizer
 

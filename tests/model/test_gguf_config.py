@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny import RUNTIME, info, layer_plans, tiny_config, tiny_model
+from tiny import RUNTIME, plan_file, save_checkpoint, tiny_config, tiny_model
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
@@ -21,11 +21,9 @@ from layerboost.errors import ConfigError
 from layerboost.exporting.gguf_tokenizer import SPLITTERS
 from layerboost.exporting.stage import run_export
 from layerboost.model.base import find_model, open_base
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.gguf_config import check_every_tensor, complete_config
 from layerboost.model.surgery import apply_plan
 from layerboost.recipe import Recipe
-from layerboost.schemas.plan import PlanFile
 from layerboost.text import opening_ids
 
 IDS = torch.arange(5, 200)[None]
@@ -53,8 +51,8 @@ def exported(folder: Path, **changes: Any) -> tuple[Path, torch.Tensor]:
     """A Llama as GGUF, and its logits."""
     model = tiny_model("llama", 3, vocab_size=257, **changes)
     logits = model(IDS).logits.detach()
-    plan = PlanFile(model=info(3), method="by hand", layers=layer_plans("fff"))
-    save_boosted(apply_plan(model, plan.layers), llama3_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
+    plan = plan_file("fff")
+    save_checkpoint(folder, apply_plan(model, plan.layers), plan, llama3_tokenizer())
     return Path(run_export(folder, "gguf", kind="f32").folder), logits
 
 

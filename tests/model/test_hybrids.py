@@ -6,23 +6,56 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import KV_HEADS, OTHERS, QUICK_FAMILIES, RUNTIME, layer_plans, row, save_text, save_tiny, tiny_model
+from tiny import (
+    KV_HEADS,
+    OTHERS,
+    QUICK_FAMILIES,
+    RUNTIME,
+    check_generation,
+    convert,
+    layer_plans,
+    row,
+    save_text,
+    save_tiny,
+    tiny_model,
+)
+from transformers import PreTrainedModel
 
 import layerboost as lb
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.modeling import decoder_layers
-from layerboost.model.surgery import apply_plan, check_plan, family_of, recorded_plan
+from layerboost.model.surgery import check_plan, family_of, recorded_plan
 from layerboost.pipeline import run_stage
 from layerboost.probes.calibration import open_measured
 from layerboost.recipe import parse_recipe
 from layerboost.schemas.plan import PlanFile, counted, counts
+from layerboost.schemas.sensitivity import Sensitivity
 
 # The last one's layers have attention and a state side by side.
 HYBRIDS = (*OTHERS, "falcon_h1")
 IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
+
+
+def check_stages(
+    folder: Path, model: Path, prompt: dict[str, torch.Tensor]
+) -> tuple[Sensitivity, PlanFile, PreTrainedModel]:
+    """Measure, plan, convert, heal, save, load and evaluate; return the scores, the plan and the model."""
+    base = lb.open_base(model, dtype="float32")
+    text = lb.Text(source=str(save_text(folder / "text.jsonl", 12_000)), sequence_tokens=64)
+    settings = lb.Measure(windows=(16,), tokens=512, retrieval_prompts=0, batch_sequences=4)
+    found = lb.measure(base, text, settings)
+    plan = lb.plan(found, lb.Plan(kv_fraction=0.7, context_tokens=64))
+    converted = lb.convert(base, plan, text, settings)
+    healed = lb.heal(converted, text, lb.Heal(attention_tokens=512, tokens=512, batch_sequences=4, fit_tokens=256))
+    healed.save(folder / "healed")
+    loaded = find_model(str(folder / "healed"), RUNTIME).load()
+    assert torch.equal(loaded(**prompt).logits, healed.model(**prompt).logits)
+    assert not torch.equal(loaded(**prompt).logits, converted.model(**prompt).logits)
+    compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
+    assert compared.perplexity["healed"].kl
+    return found, plan, loaded
 
 
 @pytest.mark.parametrize(
@@ -33,42 +66,26 @@ IDS = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
     ],
 )
 def test_the_stages(family: str, tmp_path: Path) -> None:
-    """Measured, planned, converted, healed, saved and loaded; what has a state is the base's own."""
-    others = [0, 2] if family in OTHERS else []
-    base = lb.open_base(save_tiny(tmp_path / "model", family), dtype="float32")
-    text = lb.Text(source=str(save_text(tmp_path / "text.jsonl", 12_000)), sequence_tokens=64)
-    settings = lb.Measure(windows=(16,), tokens=512, retrieval_prompts=0, batch_sequences=4)
-    found = lb.measure(base, text, settings)
+    """What has a state is the base's own."""
+    others, model = [0, 2] if family in OTHERS else [], save_tiny(tmp_path / "model", family)
+    found, plan, loaded = check_stages(tmp_path, model, {"input_ids": IDS})
     assert found.model.other_layers == others
     assert [len(entry.variants) for entry in found.layers] == [0 if layer in others else 3 for layer in range(4)]
-    plan = lb.plan(found, lb.Plan(kv_fraction=0.7, context_tokens=64))
     assert [entry.layer for entry in plan.layers if entry.attention == "other"] == others
     assert 0 < counts(plan.layers)["full"] < 4
-    converted = lb.convert(base, plan, text, settings)
-    healed = lb.heal(converted, text, lb.Heal(attention_tokens=512, tokens=512, batch_sequences=4, fit_tokens=256))
-    healed.save(tmp_path / "healed")
-    loaded = find_model(str(tmp_path / "healed"), RUNTIME).load()
-    assert torch.equal(loaded(IDS).logits, healed.model(IDS).logits)
-    assert not torch.equal(loaded(IDS).logits, converted.model(IDS).logits)
+    base = find_model(str(model), RUNTIME).load()
     for layer in others or range(4):
-        theirs, ours = (getattr(decoder_layers(model)[layer], row(family).mixer) for model in (base.load(), loaded))
+        theirs, ours = (getattr(decoder_layers(each)[layer], row(family).mixer) for each in (base, loaded))
         assert all(torch.equal(theirs.get_parameter(name), value) for name, value in ours.named_parameters())
-    out = loaded.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
-                          return_dict_in_generate=True)  # fmt: skip
-    whole = loaded(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
-    compared = lb.evaluate({"base": base, "healed": healed}, text, lb.Evaluate(tasks=(), perplexity_tokens=512))
-    assert compared.perplexity["healed"].kl
+    check_generation(loaded, IDS, 6)
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_checkpoint_says_what_each_layer_is(family: str, tmp_path: Path) -> None:
     base = find_model(str(save_tiny(tmp_path / "model", family, layers=5)), RUNTIME)
-    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans("xSxnf"))
-    model = apply_plan(base.load(), plan.layers)
-    save_boosted(model, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    model = convert(base, "xSxnf", tmp_path / "boosted")
     again = find_model(str(tmp_path / "boosted"), RUNTIME)
-    assert recorded_plan(again.config) == plan.layers
+    assert recorded_plan(again.config) == layer_plans("xSxnf")
     assert again.config.layer_types[1:3] == ["sliding_attention", OTHERS[family]]
     assert torch.equal(again.load()(IDS).logits, model(IDS).logits)
     card = (tmp_path / "boosted" / "README.md").read_text()
@@ -80,11 +97,9 @@ def test_layers_whose_types_are_computed_record_a_plan(tmp_path: Path) -> None:
     """What slides is in `full_kv_heads`; each layer's cache has its state, and of keys what its plan lets it hold."""
     letters = "nHsfh"
     base = find_model(str(save_tiny(tmp_path / "model", "falcon_h1", layers=5)), RUNTIME)
-    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans(letters))
-    model = apply_plan(base.load(), plan.layers)
-    save_boosted(model, base.tokenizer, plan, tmp_path / "boosted", recipe_yaml="schema_version: 1\n")
+    model = convert(base, letters, tmp_path / "boosted")
     again = find_model(str(tmp_path / "boosted"), RUNTIME)
-    assert recorded_plan(again.config) == plan.layers
+    assert recorded_plan(again.config) == layer_plans(letters)
     assert again.config.full_kv_heads == {"1": [0], "2": [], "4": [1]}
     assert again.config.layer_types == ["hybrid"] * 5
     whole = again.load()(IDS)

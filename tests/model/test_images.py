@@ -9,39 +9,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import IMAGE, PROCESSORS, save_picture, save_requests, save_with_processor
+from pictures import IMAGE, save_bases, save_picture, save_requests, save_with_processor, wrappers
 from PIL import Image
-from tiny import IMAGE_TOKEN, RUNTIME, fitted, layer_plans, save_tiny
+from tiny import IMAGE_TOKEN, convert, fitted, layer_plans, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import layerboost as lb
 from layerboost.errors import ConfigError
-from layerboost.model.base import Base, find_model
-from layerboost.model.checkpoint import save_boosted
+from layerboost.model.base import Base
 from layerboost.model.modeling import decoder_layers, final_norm
 from layerboost.model.sinks import calibrate_sinks
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
 from layerboost.model.thinning import thin_mlps
 from layerboost.probes.probe import TextProbe
-from layerboost.schemas.plan import PlanFile
 from layerboost.traffic import Traffic, load_traffic
 
-# The simplest, one with rotary positions of three dimensions and deepstack, one whose images see themselves both ways.
-QUICK = {"llava", "qwen3_vl", "gemma3"}
-wrappers = pytest.mark.parametrize(
-    "wrapper", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in PROCESSORS]
-)
 PROMPT = f"w9 w8 {IMAGE} w7 w6 w5 w6 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22 w23 w24 w25"
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
-    root = tmp_path_factory.mktemp("bases")
-    return {
-        name: find_model(str(save_with_processor(root / name, name)), RUNTIME, trust_remote_code=True)
-        for name in PROCESSORS
-    }
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 def requests(base: Base, file: Path) -> Traffic:
@@ -56,9 +45,7 @@ def test_a_boosted_checkpoint_answers_a_prompt_with_an_image(
 ) -> None:
     """With the processor in its own directory; all full, as the base does."""
     base, folder = bases[wrapper], tmp_path / "boosted"
-    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans(letters))
-    model = apply_plan(base.load(), plan.layers)
-    save_boosted(model, base.tokenizer, plan, folder, recipe_yaml="schema_version: 1\n")
+    convert(base, letters, folder)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     picture = Image.open(save_picture(tmp_path / "it.png"))
     prompt = processor(text=[PROMPT], images=[picture], return_tensors="pt")

@@ -8,16 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import RUNTIME, boosted, families, fitted, info, layer_plans, save_tiny, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from tiny import (
+    RUNTIME,
+    boosted,
+    change_weights,
+    edit_config,
+    families,
+    fitted,
+    plan_file,
+    save_checkpoint,
+    save_tiny,
+    tiny_model,
+)
 
 from layerboost.errors import ConfigError, LayerboostError
 from layerboost.model import checkpoint
 from layerboost.model.base import find_model
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.files import INDEX, read_weights
 from layerboost.model.integrity import check_base, check_checkpoint, is_intact
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 from layerboost.schemas.run import PLAN
 
 LETTERS = "nfSs"
@@ -26,29 +36,15 @@ LETTERS = "nfSs"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A boosted checkpoint in several shards."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    plan = PlanFile(model=info(len(LETTERS)), method="by hand", layers=layer_plans(LETTERS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "MAX_SHARD_SIZE", "100KB")
-        save_boosted(boosted(LETTERS), tiny_tokenizer(), plan, folder, recipe_yaml="schema_version: 1\n")
-    return folder
+        return save_checkpoint(tmp_path_factory.mktemp("whole") / "model", boosted(LETTERS), plan_file(LETTERS))
 
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy of it to spoil."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def replace(folder: Path, old: str, new: str) -> None:
-    text = (folder / "plan.yaml").read_text()
-    assert old in text
-    (folder / "plan.yaml").write_text(text.replace(old, new))
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
@@ -58,14 +54,17 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 def change_tensors(folder: Path, tensor: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Change the shard that holds a tensor."""
-    file = shard_of(folder, tensor)
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    change_weights(shard_of(folder, tensor), change)
 
 
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
+
+
+def edit_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
 
 
 def test_shards_and_plan_and_config_that_agree(whole: Path) -> None:
@@ -83,12 +82,23 @@ def test_what_we_write_is_intact(model_type: str, letters: str, tied: bool, tmp_
     letters = fitted(letters, model_type) if letters else ""
     folder = save_tiny(tmp_path, model_type, letters, layers=5, tie_word_embeddings=tied)
     if letters:
-        write_plan(folder / PLAN, PlanFile(model=info(5), method="by hand", layers=layer_plans(letters)))
+        write_plan(folder / PLAN, plan_file(letters))
     check_checkpoint(folder)
 
 
 SINKS, UP = "model.layers.2.self_attn.sinks", "model.layers.1.mlp.up_proj.weight"
-SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+Spoil = Callable[[Path], Any]
+
+
+def config(**changes: Any) -> Spoil:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    return lambda folder: change_weights(folder, change)
+
+
+SPOILED: dict[str, tuple[Spoil, str]] = {
     "shard missing": (lambda f: shard_of(f, UP).unlink(), r"lacks 1 of \d+ shards\nfound: no model-0000"),
     "shard truncated": (lambda f: truncate(shard_of(f, UP)), r"safetensors is damaged\nfound: .+\ndo: "),
     "shard empty": (lambda f: shard_of(f, UP).write_bytes(b""), "safetensors is damaged"),
@@ -107,49 +117,43 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change_tensors(f, UP, lambda t: t.update({UP: torch.zeros(90, 64)})),
         rf"disagree\nfound: {UP} is \[90, 64\], by the configuration \[96, 64\]",
     ),
-    "sizes edited": (lambda f: edit_config(f, intermediate_size=128), r"disagree\nfound: .*up_proj.*\[128, 64\]"),
+    "sizes edited": (config(intermediate_size=128), r"disagree\nfound: .*up_proj.*\[128, 64\]"),
     "window edited": (
-        lambda f: edit_config(f, sliding_window=8),
-        "disagree\nfound: layer 2: sliding 16 \+ sink in plan.yaml, sliding 8 \+ sink in config.json; layer 3",
+        config(sliding_window=8),
+        r"disagree\nfound: layer 2: sliding 16 \+ sink in plan.yaml, sliding 8 \+ sink in config.json; layer 3",
     ),
     "sink edited": (
-        lambda f: edit_config(f, attention_sink_layers=[2, 3]),
-        "layer 3: sliding 16 in plan.yaml, sliding 16 \+ sink in config.json",
+        config(attention_sink_layers=[2, 3]),
+        r"layer 3: sliding 16 in plan.yaml, sliding 16 \+ sink in config.json",
     ),
-    "none edited": (
-        lambda f: edit_config(f, per_layer_config={}),
-        "layer 0: none in plan.yaml, full in config.json",
-    ),
+    "none edited": (config(per_layer_config={}), "layer 0: none in plan.yaml, full in config.json"),
     "layer types edited": (
-        lambda f: edit_config(f, layer_types=["full_attention"] * 4),
-        "layer 2: sliding 16 \+ sink in plan.yaml, full \+ sink in config.json",
+        config(layer_types=["full_attention"] * 4),
+        r"layer 2: sliding 16 \+ sink in plan.yaml, full \+ sink in config.json",
     ),
-    "layer types too short": (lambda f: edit_config(f, layer_types=["full_attention"]), "cannot read the config"),
+    "layer types too short": (config(layer_types=["full_attention"]), "cannot read the config"),
     "per_layer_config of no layer": (
-        lambda f: edit_config(f, per_layer_config={"7": {"skip": ["attention"]}}),
+        config(per_layer_config={"7": {"skip": ["attention"]}}),
         "cannot read the configuration",
     ),
     "architectures edited": (
-        lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),
+        config(architectures=["LlamaForCausalLM"]),
         r"no longer names LayerBoostForCausalLM\nfound: architectures \['LlamaForCausalLM'\]",
     ),
-    "layer types removed": (lambda f: edit_config(f, layer_types=None), "cannot read the configuration"),
-    "sinks that is invalid": (lambda f: edit_config(f, attention_sink_layers=2), "cannot read the configuration"),
-    "base layer types too short": (
-        lambda f: edit_config(f, base_layer_types=["full_attention"]),
-        "cannot read the con",
-    ),
-    "window that is invalid": (
-        lambda f: edit_config(f, sliding_window="16"),
-        "sliding_window '16', not 1 to 512 tokens",
-    ),
-    "window of nothing": (lambda f: edit_config(f, sliding_window=0), "sliding_window 0, not 1 to 512 tokens"),
-    "config that is invalid": (lambda f: edit_config(f, num_attention_heads="many"), "cannot read the configuration"),
+    "layer types removed": (config(layer_types=None), "cannot read the configuration"),
+    "sinks that is invalid": (config(attention_sink_layers=2), "cannot read the configuration"),
+    "base layer types too short": (config(base_layer_types=["full_attention"]), "cannot read the con"),
+    "window that is invalid": (config(sliding_window="16"), "sliding_window '16', not 1 to 512 tokens"),
+    "window of nothing": (config(sliding_window=0), "sliding_window 0, not 1 to 512 tokens"),
+    "config that is invalid": (config(num_attention_heads="many"), "cannot read the configuration"),
     "plan edited": (
-        lambda f: replace(f, "attention: sliding, window: 16, sink: true", "attention: none"),
-        "disagree\nfound: layer 2: none in plan.yaml, sliding 16 \+ sink in config.json",
+        lambda f: edit_text(f / PLAN, "attention: sliding, window: 16, sink: true", "attention: none"),
+        r"disagree\nfound: layer 2: none in plan.yaml, sliding 16 \+ sink in config.json",
     ),
-    "plan that is invalid": (lambda f: replace(f, "attention: full", "attention: some"), "plan.yaml is not a valid"),
+    "plan that is invalid": (
+        lambda f: edit_text(f / PLAN, "attention: full", "attention: some"),
+        "plan.yaml is not a valid",
+    ),
 }
 
 
@@ -224,12 +228,6 @@ EMBEDDING, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.l
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2496\n"
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def link_to_nothing(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../../blobs/4d7a")
@@ -241,30 +239,16 @@ def in_place_of_safetensors(folder: Path) -> Path:
     return folder / "pytorch_model.bin"
 
 
-def pickled(folder: Path) -> Path:
-    """Keep the weights in pytorch_model.bin alone."""
-    file = folder / "pytorch_model.bin"
-    torch.save(load_file(folder / "model.safetensors"), file)
-    (folder / "model.safetensors").unlink()
-    return file
-
-
-def edit_text(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
 def pointer(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_text(LFS)
 
 
-def number_at(value: float, name: str, row: int) -> Callable[[Path], Any]:
-    return lambda f: change_weights(f, lambda t: t[name][row].fill_(value))
+def number_at(value: float, name: str, row: int) -> Spoil:
+    return weights(lambda t: t[name][row].fill_(value))
 
 
-UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
+UNFIT: dict[str, tuple[Spoil, str]] = {
     "adapter left": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
         "holds an adapter[^$]+adapter_config.json",
@@ -278,10 +262,7 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "a link to ../../blobs/4d7a, which does not",
     ),
     "config linked": (lambda f: link_to_nothing(f, "config.json"), "a link to ../../blobs/4d7a, which does not"),
-    "pickled nothing": (
-        lambda f: in_place_of_safetensors(f).touch(),
-        "pytorch_model.bin is damaged",
-    ),
+    "pickled nothing": (lambda f: in_place_of_safetensors(f).touch(), "pytorch_model.bin is damaged"),
     "pickled list": (
         lambda f: torch.save({"model": {"a": 1}}, in_place_of_safetensors(f)),
         "does not hold a model's weights",
@@ -293,57 +274,48 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has weights twice: Transformers loads one, vLLM the other",
     ),
     "a shard of pickled weights left": (
-        lambda f: shutil.copy(pickled(f), f / "pytorch_model-00002-of-00002.bin"),
+        lambda f: shutil.copy(in_place_of_safetensors(pickle(f)), f / "pytorch_model-00002-of-00002.bin"),
         "has weights that Transformers ignores and vLLM loads\nfound: pytorch_model-00002-of-00002.bin",
     ),
     "a window that its class does not know": (
-        lambda f: edit_config(f, sliding_window=8),
+        config(sliding_window=8),
         "a sliding window that Transformers ignores and vLLM does not\nfound: sliding_window 8",
     ),
     "a number too large": (
         lambda f: edit_text(f / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e999'),
         "config.json: rms_norm_eps is inf",
     ),
-    "tensor missing": (lambda f: change_weights(f, lambda t: t.pop(OTHER)), f"disagree\nfound: no {OTHER}"),
-    "tensor more": (
-        lambda f: change_weights(f, lambda t: t.update(more=torch.zeros(2))),
-        "more is not in the configuration's model",
-    ),
-    "layers fewer": (lambda f: edit_config(f, num_hidden_layers=1), r"layers\.1\.\S+ is not in the configuration's"),
-    "another shape": (lambda f: edit_config(f, vocab_size=300), r"is \[200, 64\], by the configuration \[300, 64\]"),
-    "untied without a head": (lambda f: edit_config(f, tie_word_embeddings=False), f"found: no {HEAD}"),
-    "tied and another head": (
-        lambda f: change_weights(f, lambda t: t.update({HEAD: t[EMBEDDING] + 1})),
-        f"{HEAD} and {EMBEDDING} differ",
-    ),
+    "tensor missing": (weights(lambda t: t.pop(OTHER)), f"disagree\nfound: no {OTHER}"),
+    "tensor more": (weights(lambda t: t.update(more=torch.zeros(2))), "more is not in the configuration's model"),
+    "layers fewer": (config(num_hidden_layers=1), r"layers\.1\.\S+ is not in the configuration's"),
+    "another shape": (config(vocab_size=300), r"is \[200, 64\], by the configuration \[300, 64\]"),
+    "untied without a head": (config(tie_word_embeddings=False), f"found: no {HEAD}"),
+    "tied and another head": (weights(lambda t: t.update({HEAD: t[EMBEDDING] + 1})), f"{HEAD} and {EMBEDDING} differ"),
     "pickled weights of another": (
         lambda f: pickle(f, **{OTHER: torch.zeros(64, 96)}),
         f"weights twice, and they differ\nfound: {OTHER} in safetensors and",
     ),
     "fp8": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
+        config(quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}),
         "has quantization_config fp8, and no weight is of that type",
     ),
     "gptq": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
         'is quantised, which MODEL cannot be\nfound: quantization_config {"quant_method": "gptq"',
     ),
-    "compressed tensors": (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "is quantised"),
-    "weights of another name": (
-        lambda f: edit_config(f, transformers_weights="x.safetensors"),
-        "transformers_weights x",
-    ),
-    "quantised in no way": (lambda f: edit_config(f, quantization_config={}), "is quantised"),
+    "compressed tensors": (config(compression_config={"format": "int-quantized"}), "is quantised"),
+    "weights of another name": (config(transformers_weights="x.safetensors"), "transformers_weights x"),
+    "quantised in no way": (config(quantization_config={}), "is quantised"),
     "another file": (
         lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors"),
         "Transformers ignores and vLLM loads\nfound: model.fp16.safetensors",
     ),
     "fp8 unnamed": (
-        lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.float8_e4m3fn)})),
+        weights(lambda t: t.update({OTHER: t[OTHER].to(torch.float8_e4m3fn)})),
         f"is quantised[^$]+{OTHER} of type torch.float8_e4m3fn",
     ),
     "int8 unnamed": (
-        lambda f: change_weights(f, lambda t: t.update({OTHER: t[OTHER].to(torch.int8)})),
+        weights(lambda t: t.update({OTHER: t[OTHER].to(torch.int8)})),
         f"is quantised[^$]+{OTHER} of type torch.int8",
     ),
     "nan": (
@@ -351,11 +323,8 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"not finite\nfound: {OTHER}: 96 of 6,144, the first is nan at \[5, 0\]",
     ),
     "infinite": (number_at(float("-inf"), EMBEDDING, 17), rf"{EMBEDDING}: 64 of 12,800.*-inf at \[17, 0\], token 17"),
-    "nan in the config": (
-        lambda f: edit_config(f, rms_norm_eps=float("nan")),
-        "config.json: rms_norm_eps is nan",
-    ),
-    "padding beyond": (lambda f: edit_config(f, pad_token_id=200), "no model can be built from"),
+    "nan in the config": (config(rms_norm_eps=float("nan")), "config.json: rms_norm_eps is nan"),
+    "padding beyond": (config(pad_token_id=200), "no model can be built from"),
 }
 
 
@@ -445,12 +414,9 @@ def test_experts_that_do_not_match_the_config(
 @pytest.mark.parametrize("spoil", ["one expert", "half an expert"])
 def test_experts_that_are_missing(spoil: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "qwen3_moe", layers=2)
-    tensors = load_file(folder / "model.safetensors")
     expert = "model.layers.1.mlp.experts.5."
-    gone = [name for name in tensors if name.startswith(expert) and (spoil == "one expert" or "up_proj" in name)]
-    assert gone
-    kept = {name: value for name, value in tensors.items() if name not in gone}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    names = [f"{expert}{part}_proj.weight" for part in ("up", "gate", "down")]
+    change_weights(folder, lambda t: [t.pop(name) for name in (names if spoil == "one expert" else names[:1])])
     with pytest.raises(ConfigError, match=r"disagree|cannot load"):
         check_checkpoint(folder)
 
@@ -459,8 +425,8 @@ def test_experts_that_are_missing(spoil: str, tmp_path: Path) -> None:
 def test_a_checkpoint_of_experts_is_read_back(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are compared in the form in which the files hold them."""
     letters = fitted(LETTERS, model_type)
-    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
-    save_boosted(boosted(letters, model_type), tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="")
+    model, plan = boosted(letters, model_type), plan_file(letters)
+    save_checkpoint(tmp_path / "out", model, plan)
     read = read_weights
 
     def other(folder: Path) -> dict[str, torch.Tensor]:
@@ -470,4 +436,4 @@ def test_a_checkpoint_of_experts_is_read_back(model_type: str, tmp_path: Path, m
 
     monkeypatch.setattr(checkpoint, "read_weights", other)
     with pytest.raises(LayerboostError, match="what is read back is not the model"):
-        save_boosted(boosted(letters, model_type), tiny_tokenizer(), plan, tmp_path / "other", recipe_yaml="")
+        save_checkpoint(tmp_path / "other", model, plan)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import boosted, families, fitted, info, layer_plans, tiny_model, tiny_tokenizer
+from tiny import boosted, check_generation, families, fitted, layer_plans, plan_file, save_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layerboost.errors import ConfigError
-from layerboost.model.base import count_parameters, mlp_facts
-from layerboost.model.checkpoint import save_boosted
+from layerboost.model.base import parameter_facts
 from layerboost.model.mlp import mlp_output, recorded_widths, thin
 from layerboost.model.modeling import decoder_layers
 from layerboost.model.surgery import (
@@ -22,11 +21,11 @@ from layerboost.model.surgery import (
     apply_plan,
     check_plan,
     recorded_plan,
-    replaced_mlp,
+    replaced,
     windows_alone,
     without_states,
 )
-from layerboost.schemas.plan import LayerPlan, PlanFile
+from layerboost.schemas.plan import LayerPlan
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
 LETTERS = "ftomz"
@@ -80,11 +79,7 @@ def test_a_thinned_forward_equals_a_masked_one(family: str) -> None:
 
 @grid
 def test_cached_generation_equals_the_forward_pass(family: str) -> None:
-    model = thinned(family)
-    out = model.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
-                         return_dict_in_generate=True)  # fmt: skip
-    whole = model(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    check_generation(thinned(family), IDS, 6)
 
 
 @grid
@@ -95,8 +90,7 @@ def test_saved_and_loaded_with_the_same_logits_and_no_other_weights(family: str,
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     letters = fitted(LETTERS, family)
     assert recorded_plan(loaded.config) == layer_plans(letters)
-    config = tiny_model(family).config
-    facts = count_parameters(config) | mlp_facts(config)
+    facts = parameter_facts(tiny_model(family).config)
     removed = 2 * (48 * facts["neuron_parameters"] + facts["mlp_parameters"])
     removed += sum(letter in "oz" for letter in letters) * facts["attention_parameters"]
     assert sum(parameter.numel() for parameter in loaded.parameters()) == facts["parameters"] - removed
@@ -122,7 +116,7 @@ def test_a_layer_replaced_for_a_while_is_the_thinned_model_and_then_the_base(fam
     for letters in (fitted("ffftf", family), fitted("fffmf", family)):
         plan = layer_plans(letters)[3]
         given = Thinned(HALF, output_of(base, 3).weight.detach()[:, HALF] * 1.1) if plan.mlp_width else None
-        with replaced_mlp(base, 3, plan, given):
+        with replaced(base, 3, plan, thinned=given):
             inside = base(IDS, use_cache=False).logits
         assert torch.equal(base(IDS).logits, before)
         surgery = apply_plan(copy.deepcopy(base), layer_plans(letters), thinned={3: given} if given else {})
@@ -131,9 +125,7 @@ def test_a_layer_replaced_for_a_while_is_the_thinned_model_and_then_the_base(fam
 
 def test_windows_and_thinned_mlps_go_together(tmp_path: Path) -> None:
     model = boosted("fuSut")
-    out = model.generate(IDS, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    whole = model(out.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    check_generation(model, IDS, 6)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
@@ -163,8 +155,7 @@ def test_the_config_says_it_in_hugging_faces_keys() -> None:
 
 def test_a_checkpoint_loads_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = boosted("ftoum")
-    plan = PlanFile(model=info(5), method="by hand", layers=layer_plans("ftoum"))
-    save_boosted(model, tiny_tokenizer(), plan, tmp_path / "out", recipe_yaml="schema_version: 1\n")
+    save_checkpoint(tmp_path / "out", model, plan_file("ftoum"))
     monkeypatch.syspath_prepend(tmp_path / "out")
     own: Any = importlib.import_module("modeling_layerboost")
     loaded = own.LayerBoostForCausalLM.from_pretrained(tmp_path / "out")
@@ -187,7 +178,7 @@ def test_what_cannot_be_thinned_is_refused() -> None:
         check_plan(mixture, layer_plans("ffffm"))
     with pytest.raises(ConfigError, match=r"or of a form of their own[^$]+lfm2, layer 1"):
         check_plan(tiny_model("lfm2", 4).config, layer_plans("xmxf"))
-    assert mlp_facts(mixture) == {}
+    assert "mlp_width" not in parameter_facts(mixture)
     assert mlp_output(torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})) is None
 
 

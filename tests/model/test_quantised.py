@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fp8 import to_fp8
-from safetensors.torch import load_file, save_file
-from tiny import MIXTURES, MODEL_TYPES, RUNTIME, save_tiny
+from safetensors.torch import load_file
+from tiny import MIXTURES, MODEL_TYPES, RUNTIME, change_weights, edit_config, save_tiny
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_base, find_model, open_base
@@ -20,11 +20,6 @@ from layerboost.recipe import Recipe
 from layerboost.runtime import Runtime
 
 CARD = "---\nbase_model: someone/original\nlicense: mit\n---\n"
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 # Mixtures of experts whose files hold each expert apart: packed ones have no scales by block.
@@ -58,7 +53,7 @@ def test_fp8_is_dequantised_once(model_type: str, changes: dict[str, Any], tmp_p
     names = load_file(base.folder / "model.safetensors").keys()
     assert names == wanted.keys() or not in_original_format(base.model_config)
     stock = save_tiny(tmp_path / "stock", model_type, layers=2, **changes)
-    save_file(wanted, stock / "model.safetensors", {"format": "pt"})
+    change_weights(stock, lambda t: t.update(wanted))
     ids = torch.arange(3, 43)[None]
     expected = find_model(str(stock), RUNTIME).load()(ids).logits
     torch.testing.assert_close(base.load()(ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -104,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_methods_are_refused_before_any_weight_is_read(case: str, tmp_path: Path) -> None:
     folder, (settings, found) = save_tiny(tmp_path, layers=1), REFUSED[case]
-    edit(folder, quantization_config=settings)
+    edit_config(folder, quantization_config=settings)
     (folder / "model.safetensors").write_bytes(b"not read")
     message = (
         rf"is quantised, which MODEL cannot be\nfound: quantization_config [^$]*{found}[^$]*\ndo: use the original"
@@ -119,7 +114,7 @@ def test_other_methods_are_refused_before_any_weight_is_read(case: str, tmp_path
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path, layers=1)
-    edit(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
+    edit_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
     monkeypatch.setattr("layerboost.model.integrity.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="takes the package compressed_tensors to undo"):
         check_base(folder, torch.float32)
@@ -128,8 +123,6 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_fp8_without_its_scales(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, layers=1)
     to_fp8(folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"))
     with pytest.raises(ConfigError, match=r"mlp.up_proj.weight of type torch.float8_e4m3fn without a scale"):
         check_base(folder, torch.float32)

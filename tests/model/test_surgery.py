@@ -16,6 +16,7 @@ from tiny import (
     SLIDING_BASES,
     WINDOW,
     boosted,
+    check_generation,
     families,
     fitted,
     layer_plans,
@@ -103,10 +104,7 @@ def test_no_advice_that_cannot_be_followed(family: str) -> None:
 
 @pytest.mark.parametrize("letters", ["nnnnn", "nnfsn", "nnSnn", "nnHnn", "sHnsS"])
 def test_few_layers_with_attention(letters: str) -> None:
-    model = boosted(letters)
-    out = model.generate(IDS, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    whole = model(out.sequences, use_cache=False).logits[:, 59:-1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+    check_generation(boosted(letters), IDS)
 
 
 def test_a_conversation_through_a_chat_template() -> None:
@@ -120,12 +118,7 @@ def test_a_conversation_through_a_chat_template() -> None:
     for turn in range(3):
         messages.append({"role": "user", "content": " ".join(f"w{10 * turn + word + 6}" for word in range(9))})
         ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=past, max_new_tokens=7, min_new_tokens=7,
-            do_sample=False, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        whole = model(out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
-        torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-3, rtol=1e-3)
+        out = check_generation(model, ids, 7, attention_mask=torch.ones_like(ids), past_key_values=past)
         past = out.past_key_values
         messages.append({"role": "assistant", "content": tokenizer.decode(out.sequences[0, ids.shape[1] :])})
     assert ids.shape[1] > 2 * WINDOW
@@ -145,9 +138,7 @@ def test_kv_heads_wherever_they_are(full: tuple[int, ...]) -> None:
         expected = apply_plan(copy.deepcopy(base), [whole[head in full]])(IDS).logits
         mixed = apply_plan(base, [plan])
         torch.testing.assert_close(mixed(IDS).logits, expected, atol=1e-5, rtol=1e-4)
-        out = mixed.generate(IDS, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        again = mixed(out.sequences, use_cache=False).logits[:, 59:-1]
-        torch.testing.assert_close(torch.stack(out.logits, 1), again, atol=1e-3, rtol=1e-3)
+        check_generation(mixed, IDS)
 
 
 def test_beams_and_repeated_batches_keep_both_kinds_of_heads() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_pipeline import layerboost, write_recipe
 from test_selection import sensitivity
-from tiny import RUNTIME, layer_plans, save_tiny
+from tiny import RUNTIME, layer_plans, plan_file, save_tiny
 
 from layerboost.errors import ConfigError, InfeasibleBudget
 from layerboost.model.base import find_model
@@ -16,7 +16,7 @@ from layerboost.planning.stage import check, run_plan
 from layerboost.probes.calibration import MEASURED
 from layerboost.recipe import Recipe
 from layerboost.schemas.artifact import fingerprint, write_json
-from layerboost.schemas.plan import LayerPlan, PlanFile, read_plan, write_plan
+from layerboost.schemas.plan import LayerPlan, read_plan, write_plan
 from layerboost.schemas.run import PLAN, SENSITIVITY
 
 
@@ -108,6 +108,6 @@ def test_a_plan_that_llama_cpp_could_not_run_is_named_before_it_is_healed(
     check(for_llama_cpp(qwen, sinks=False), run, base)
     with pytest.raises(ConfigError, match=r"llama.cpp runs no qwen3 with sinks"):
         check(for_llama_cpp(qwen), run, base)
-    write_plan(run / PLAN, PlanFile(model=plan.model, method="by hand", layers=layer_plans("fSsf")))
+    write_plan(run / PLAN, plan_file("fSsf", model=plan.model))
     with pytest.raises(ConfigError, match="layer 1 has a sink"):
         check(for_llama_cpp(qwen, sinks=False), run, base)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,49 +41,50 @@ def sensitivity(layers: int = 4, windows: tuple[int, ...] = (16,), none: bool = 
     )  # fmt: skip
 
 
+def altered(found: Sensitivity, change: Callable[[LayerSensitivity], dict[str, Any]], **model: Any) -> Sensitivity:
+    """Return sensitivities with other fields in each layer and in the facts of the model."""
+    layers = [entry.model_copy(update=change(entry)) for entry in found.layers]
+    return found.model_copy(update={"layers": layers, "model": found.model.model_copy(update=model)})
+
+
 def with_heads(layers: int = 3, kv_heads: int = 3, group: int = 1) -> Sensitivity:
     """Sensitivities of KV heads too, each with the sink that its layer prefers."""
-    found, draw = sensitivity(layers), random.Random(5)
-    measured = []
-    for entry in found.layers:
+    draw = random.Random(5)
+
+    def heads(entry: LayerSensitivity) -> dict[str, Any]:
         best = min(entry.variants[1:], key=lambda variant: variant.scores["kl"].mean)
-        heads = [
-            best.model_copy(
-                update={
-                    "full_kv_heads": tuple(head for head in range(kv_heads) if head // group != number),
-                    "scores": {name: Score(mean=draw.random() / 2, standard_error=0.01) for name in best.scores},
-                }
-            )
-            for number in range(kv_heads // group)
-        ]
-        measured.append(entry.model_copy(update={"heads": heads}))
-    model = found.model.model_copy(update={"kv_heads": kv_heads})
-    return found.model_copy(update={"layers": measured, "model": model})
+        groups = [tuple(head for head in range(kv_heads) if head // group != out) for out in range(kv_heads // group)]
+        scores = [{name: Score(mean=draw.random() / 2, standard_error=0.01) for name in best.scores} for _ in groups]
+        changes = zip(groups, scores, strict=True)
+        return {"heads": [best.model_copy(update={"full_kv_heads": kept, "scores": own}) for kept, own in changes]}
+
+    return altered(sensitivity(layers), heads, kv_heads=kv_heads)
 
 
 def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivity:
     """Sensitivities of MLPs too."""
-    found, draw = sensitivity(layers), random.Random(7)
+    draw = random.Random(7)
 
     def variant(**fields: Any) -> Variant:
         names = ("kl", "nll", "retrieval", *(["cosine"] if fields["mlp"] == "none" else []))
         scores = {name: Score(mean=draw.random(), standard_error=0.01) for name in names}
         return Variant(attention="full", scores=scores, **fields)
 
-    measured = [
-        entry.model_copy(
-            update={
-                "variants": [
-                    *entry.variants,
-                    *(variant(mlp="thin", mlp_width=width) for width in widths),
-                    variant(mlp="none"),
-                ],
-                "block_influence": Score(mean=draw.random(), standard_error=0.01),
-            }
-        )
-        for entry in found.layers
-    ]
-    return found.model_copy(update={"layers": measured})
+    def mlps(entry: LayerSensitivity) -> dict[str, Any]:
+        thin = [variant(mlp="thin", mlp_width=width) for width in widths]
+        variants = [*entry.variants, *thin, variant(mlp="none")]
+        return {"variants": variants, "block_influence": Score(mean=draw.random(), standard_error=0.01)}
+
+    return altered(sensitivity(layers), mlps)
+
+
+def scaled(found: Sensitivity, scale: float) -> Sensitivity:
+    def scores(variant: Variant) -> dict[str, Score]:
+        return {"kl": Score(mean=variant.scores["kl"].mean * scale, standard_error=0)}
+
+    return altered(
+        found, lambda entry: {"variants": [each.model_copy(update={"scores": scores(each)}) for each in entry.variants]}
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
@@ -90,25 +92,8 @@ def with_mlps(layers: int = 4, widths: tuple[int, ...] = (48, 24)) -> Sensitivit
 def test_the_size_of_the_losses_does_not_matter(scale: float, fraction: float) -> None:
     """A solver with absolute tolerances took losses of wide windows for equal."""
     found = sensitivity(layers=12)
-    small = found.model_copy(
-        update={
-            "layers": [
-                entry.model_copy(
-                    update={
-                        "variants": [
-                            each.model_copy(
-                                update={"scores": {"kl": Score(mean=each.scores["kl"].mean * scale, standard_error=0)}}
-                            )
-                            for each in entry.variants
-                        ]
-                    }
-                )
-                for entry in found.layers
-            ]
-        }
-    )
     settings = Plan(kv_fraction=fraction, context_tokens=100)
-    assert select(small, settings) == select(found, settings)
+    assert select(scaled(found, scale), settings) == select(found, settings)
 
 
 EVERY_SITE = [
@@ -321,12 +306,9 @@ def test_a_plan_without_sinks_is_the_best_of_those(method: str) -> None:
     found = sensitivity(8)
     settings = Plan.model_validate({"method": method, "kv_fraction": 0.4, "context_tokens": 100})
     assert any(entry.sink for entry in select(found, settings))
-    bare = [
-        entry.model_copy(update={"variants": [each for each in entry.variants if not each.sink]})
-        for entry in found.layers
-    ]
+    bare = altered(found, lambda entry: {"variants": [each for each in entry.variants if not each.sink]})
     plan = select(found, settings.model_copy(update={"sinks": False}))
-    assert plan == select(found.model_copy(update={"layers": bare}), settings)
+    assert plan == select(bare, settings)
     assert any(entry.window for entry in plan)
 
 
@@ -445,13 +427,12 @@ def test_settings_that_cannot_be_met(settings: Plan, message: str) -> None:
 
 @pytest.mark.parametrize("method", ["budget", "threshold", "uniform", "random"])
 def test_layers_that_slide_in_the_base_are_never_given_a_window(method: str) -> None:
-    found = sensitivity(6)
-    native = found.model.model_copy(update={"sliding_layers": [0, 2], "sliding_window": 16})
-    layers = [
-        entry.model_copy(update={"variants": entry.variants[:1]}) if entry.layer in (0, 2) else entry
-        for entry in found.layers
-    ]
-    found = found.model_copy(update={"model": native, "layers": layers})
+    found = altered(
+        sensitivity(6),
+        lambda entry: {"variants": entry.variants[: 1 if entry.layer in (0, 2) else None]},
+        sliding_layers=[0, 2],
+        sliding_window=16,
+    )
     plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100))
     assert all(plan[layer].window is None for layer in (0, 2))
     assert Budget.of(found, Plan(kv_fraction=0.7, context_tokens=100)).met(plan)
@@ -459,10 +440,8 @@ def test_layers_that_slide_in_the_base_are_never_given_a_window(method: str) -> 
 
 @pytest.mark.parametrize("method", ["budget", "threshold"])
 def test_where_every_layer_slides_in_the_base_some_are_removed(method: str) -> None:
-    found = sensitivity(6)
-    native = found.model.model_copy(update={"sliding_layers": list(range(6)), "sliding_window": 64})
-    layers = [entry.model_copy(update={"variants": entry.variants[:1]}) for entry in found.layers]
-    found = found.model_copy(update={"model": native, "layers": layers})
+    slides = {"sliding_layers": list(range(6)), "sliding_window": 64}
+    found = altered(sensitivity(6), lambda entry: {"variants": entry.variants[:1]}, **slides)
     plan = select(found, Plan(method=method, kv_fraction=0.7, context_tokens=100, none_layers=2))
     assert {entry.attention for entry in plan} == {"full", "none"}
     with pytest.raises(InfeasibleBudget):
@@ -471,10 +450,10 @@ def test_where_every_layer_slides_in_the_base_some_are_removed(method: str) -> N
 
 @pytest.mark.parametrize("method", ["budget", "threshold", "uniform", "random", "cosine"])
 def test_layers_of_another_kind_stay_as_they_are_and_cost_no_cache(method: str) -> None:
-    found, others = sensitivity(5), [0, 2]
-    layers = [entry.model_copy(update={"variants": []}) if entry.layer in others else entry for entry in found.layers]
-    model = found.model.model_copy(update={"other_layers": others})
-    found = found.model_copy(update={"layers": layers, "model": model})
+    others = [0, 2]
+    found = altered(
+        sensitivity(5), lambda entry: {"variants": []} if entry.layer in others else {}, other_layers=others
+    )
     settings = Plan(method=method, kv_fraction=0.6, context_tokens=64)
     plan = select(found, settings, seed=1)
     assert [entry.layer for entry in plan if entry.attention == "other"] == others
@@ -487,20 +466,13 @@ def test_layers_of_another_kind_stay_as_they_are_and_cost_no_cache(method: str) 
 
 
 def test_mlps_of_layers_of_another_kind_cost_no_cache() -> None:
-    found, others = with_mlps(4), [0, 2]
-    layers = [
-        entry.model_copy(update={"variants": [each for each in entry.variants if each.mlp != "full"]})
-        if entry.layer in others
-        else entry
-        for entry in found.layers
-    ]
+    others = [0, 2]
+
+    def mlps(entry: LayerSensitivity) -> dict[str, Any]:
+        return {"variants": [each for each in entry.variants if entry.layer not in others or each.mlp != "full"]}
+
     plain, hybrid = (
-        select(
-            found.model_copy(
-                update={"layers": layers, "model": found.model.model_copy(update={"other_layers": names})}
-            ),
-            Plan(kv_fraction=1, parameter_fraction=0.75),
-        )
+        select(altered(with_mlps(4), mlps, other_layers=names), Plan(kv_fraction=1, parameter_fraction=0.75))
         for names in ([], others)
     )
     assert any(entry.mlp_changed for entry in plain if entry.layer in others)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from made_run import change
-from tiny import info, layer_plans
+from tiny import plan_file
 
 from layerboost.reporting.sources import Sources
 from layerboost.reporting.verdict import certainty, findings
 from layerboost.schemas.evaluation import Change
-from layerboost.schemas.plan import PlanFile, write_plan
+from layerboost.schemas.plan import write_plan
 
 
 def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
@@ -28,7 +28,7 @@ def test_no_worse_is_claimed_of_the_interval_and_never_of_its_width() -> None:
 
 def test_mlps_that_a_person_thinned_are_counted(tmp_path: Path) -> None:
     """The plan has no valid prediction: its layers are counted."""
-    write_plan(tmp_path / "plan.yaml", PlanFile(model=info(3), method="by hand", layers=layer_plans("ftm")))
+    write_plan(tmp_path / "plan.yaml", plan_file("ftm"))
     kept = 1 - (48 * 192 + 18_432) / (25_600 + 3 * 50_000)
     [cache, *_] = findings(Sources(tmp_path))
     assert f"The plan has {kept:.1%}".replace("%", " %") in cache.sentence

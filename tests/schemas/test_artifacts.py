@@ -25,7 +25,11 @@ def test_a_plan_round_trips_with_one_line_a_layer(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     write_plan(file, plan())
     assert read_plan(file) == plan()
-    assert "  - {layer: 2, attention: sliding, window: 16, sink: true}\n" in file.read_text()
+    text = file.read_text()
+    assert "  - {layer: 2, attention: sliding, window: 16, sink: true}\n" in text
+    # A person can edit it.
+    file.write_text(text.replace("{layer: 0, attention: full}", "{layer: 0, attention: none}"))
+    assert [entry.attention for entry in read_plan(file).layers] == ["none", "sliding", "sliding", "none"]
 
 
 def test_thinned_mlps_are_written_and_full_ones_are_not(tmp_path: Path) -> None:

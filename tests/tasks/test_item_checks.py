@@ -21,6 +21,9 @@ CHOICES = "doc_to_choice: c\n"
 ITEM: dict[str, Any] = {"q": "who", "c": ["one", "two", "three"], "a": 0}
 # What the columns must hold for a data set to be made of them.
 TARGETS = {"field": "doc_to_target: a\n", "template": 'doc_to_target: "{{a}}"\n'}
+# A task whose answers a model generates, short ones.
+GENERATED = {"output": "generate_until", "choices": "", "metric": "exact_match"}
+SHORT = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n'
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +109,8 @@ UNSCORABLE: dict[str, tuple[dict[str, Any], Any, Any]] = {
 READ_AS_NONE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "a question that is null": ({"q": None}, {"text": '"Q: {{q}} A:"'}),
     "a choice that is null": ({"x": None}, {"choices": """doc_to_choice: "{{[x|string, 'two', 'three']}}"\n"""}),
-    "an answer to generate": (
-        {"x": None},
-        {"target": 'doc_to_target: "{{x}}"\n', "output": "generate_until", "choices": "", "metric": "exact_match"},
-    ),
-    "a text to score": (
-        {"x": None},
-        {"target": 'doc_to_target: "{{x}}"\n', "output": "loglikelihood", "choices": ""},
-    ),
+    "an answer to generate": ({"x": None}, GENERATED | {"target": 'doc_to_target: "{{x}}"\n', "more": SHORT}),
+    "a text to score": ({"x": None}, {"target": 'doc_to_target: "{{x}}"\n', "output": "loglikelihood", "choices": ""}),
 }
 
 
@@ -122,9 +119,7 @@ def test_a_field_that_is_null_is_not_read_as_a_word(name: str, tokenizer: Any, t
     change, kinds = READ_AS_NONE[name]
     items = [ITEM | {"x": "one"} for _ in range(6)]
     items[2] |= change
-    kinds = dict(kinds)
-    more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n' if "output" in kinds else ""
-    shown = refusal(load(tmp_path, items, kinds.pop("target", TARGETS["template"]), more, **kinds), tokenizer)
+    shown = refusal(load(tmp_path, items, **kinds), tokenizer)
     [field] = change
     assert f"line 3 of {tmp_path / 'own.jsonl'}: its {field!r} is null, which is read as 'None'" in shown
 
@@ -164,18 +159,13 @@ def test_items_are_named_by_their_number_in_the_file_under_a_limit(tokenizer: An
 def test_answers_longer_than_the_context_are_refused(
     settings: str, wanted: int, context: int, tokenizer: Any, tmp_path: Path
 ) -> None:
-    kinds = {"output": "generate_until", "choices": "", "metric": "exact_match"}
-    task = load(tmp_path, [ITEM], more=f'generation_kwargs: {{until: ["."], {settings}}}\n', **kinds)
+    task = load(tmp_path, [ITEM], more=f'generation_kwargs: {{until: ["."], {settings}}}\n', **GENERATED)
     with pytest.raises(ConfigError, match=rf"lets a model generate {wanted:,} tokens\n.*a context of {context}"):
         check_items([task], tokenizer, context)
 
 
 def test_generated_answers_are_checked(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kinds: dict[str, Any] = {
-        "more": 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n',
-        "output": "generate_until",
-        "metric": "exact_match",
-    }
+    kinds = {"more": SHORT, "output": "generate_until", "metric": "exact_match"}
     task = load(tmp_path, [ITEM, ITEM | {"a": 7}, ITEM | {"q": ""}], TARGETS["field"], **kinds)
     shown = refusal(task, tokenizer)
     assert "2 of 3 items" in shown
@@ -205,14 +195,10 @@ def test_a_metric_without_a_score_for_each_item_is_refused(tokenizer: Any, tmp_p
 
 
 def test_answers_to_generate_that_are_missing(tokenizer: Any, tmp_path: Path) -> None:
-    kinds = {"output": "generate_until", "choices": "", "metric": "exact_match"}
-    more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n'
-    several = load(tmp_path, [ITEM | {"a": ["x"]}, ITEM | {"a": None}], TARGETS["field"], more, **kinds)
+    several = load(tmp_path, [ITEM | {"a": ["x"]}, ITEM | {"a": None}], TARGETS["field"], SHORT, **GENERATED)
     assert "TypeError: 'NoneType' object is not iterable" in refusal(several, tokenizer)
-    more = more.replace("8", "many")
-    assert "generation_kwargs that lm-eval cannot read" in refusal(
-        load(tmp_path, [ITEM], more=more, **kinds), tokenizer
-    )
+    unread = load(tmp_path, [ITEM], more=SHORT.replace("8", "many"), **GENERATED)
+    assert "generation_kwargs that lm-eval cannot read" in refusal(unread, tokenizer)
 
 
 def test_several_right_choices(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,9 +224,7 @@ def test_numbers_that_are_not_finite_are_no_scores(tokenizer: Any, tmp_path: Pat
     """lm-eval takes the first NaN for the best choice."""
     write_jsonl(tmp_path / "piqa.jsonl", rows("piqa", 4))
     tasks = load_bench(Evaluate(tasks=("piqa",), bench_data=str(tmp_path)))
-    kinds = {"output": "generate_until", "metric": "exact_match", "choices": ""}
-    more = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\n'
-    tasks.append(load(tmp_path, [ITEM], TARGETS["template"], more, **kinds))
+    tasks.append(load(tmp_path, [ITEM], more=SHORT, **GENERATED))
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[7] = torch.finfo().max

@@ -15,7 +15,7 @@ from tiny_bench import rows, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import PreTrainedModel
 
 from layerboost.errors import ConfigError, LayerboostError
-from layerboost.measuring.sweep import sweep
+from layerboost.measuring.sweep import candidates, sweep
 from layerboost.model.stream import LayerStream
 from layerboost.model.surgery import apply_plan
 from layerboost.probes.probe import TextProbe
@@ -57,7 +57,8 @@ def test_drops_are_lm_evals_own(bench: Path) -> None:
     assert fmean(score.mean for score in probe.base_tasks().values()) == pytest.approx(base, abs=1e-12)
     found: list[LayerSensitivity] = []
     ids = torch.randint(3, 200, (2, 20))
-    sweep([TextProbe(probe.streams.stream, [ids]), probe], (WINDOW,), [], lambda layers: found.extend(layers[-1:]))
+    options = candidates(tiny_model().config, (WINDOW,))
+    sweep([TextProbe(probe.streams.stream, [ids]), probe], options, [], lambda layers: found.extend(layers[-1:]))
     drops = set()
     for entry in found:
         for variant in entry.variants:
@@ -102,7 +103,7 @@ def test_likelihoods_that_are_not_finite_are_no_accuracy(bench: Path) -> None:
     with pytest.raises(
         LayerboostError, match=r"(kl|benchmark) of layer 0 made sliding .* is nan(.|\n)*the base is finite"
     ):
-        sweep([TextProbe(stream, [ids]), probe], (WINDOW,), [], lambda layers: None)
+        sweep([TextProbe(stream, [ids]), probe], candidates(tiny_model().config, (WINDOW,)), [], lambda layers: None)
     broken = tiny_model()
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan

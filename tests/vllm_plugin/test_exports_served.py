@@ -10,14 +10,12 @@ import pytest
 from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from offline import Vllm, check_same_model
 from smollm2 import RUNTIME, boosted_default
-from tiny import boosted, info, layer_plans, tiny_tokenizer
+from tiny import boosted, info, plan_file, save_checkpoint
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.exporting.stage import run_export
 from layerboost.exporting.targets import TARGETS
 from layerboost.model.base import find_model
-from layerboost.model.checkpoint import save_boosted
-from layerboost.schemas.plan import PlanFile
 
 pytestmark = [
     pytest.mark.server,
@@ -56,9 +54,7 @@ def test_cases_have_all_that_the_formats_claim() -> None:
 def test_log_probabilities_are_those_of_the_boosted_checkpoint(stock_vllm: Vllm, tmp_path: Path, case: str) -> None:
     to, family, letters, changes = CASES[case]
     boosted_folder, exported = tmp_path / "boosted", tmp_path / "exported"
-    plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
-    model = boosted(letters, family, **changes)
-    save_boosted(model, tiny_tokenizer(), plan, boosted_folder, recipe_yaml="schema_version: 1\n")
+    save_checkpoint(boosted_folder, boosted(letters, family, **changes), plan_file(letters))
     run_export(boosted_folder, to, exported)
     found = stock_vllm.answers(exported, trust_remote_code=to == "decilm")
     check_same_model(boosted_folder, found)

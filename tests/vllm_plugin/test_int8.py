@@ -10,12 +10,10 @@ import pytest
 import torch
 from offline import Vllm, check_same_model
 from safetensors.torch import load_file
-from tiny import boosted, info, layer_plans, tiny_tokenizer
+from tiny import boosted, plan_file, save_checkpoint
 from transformers import AutoModelForCausalLM
 
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.integrity import check_checkpoint
-from layerboost.schemas.plan import PlanFile
 from layerboost.vllm_plugin.plugin import check_int8, int8_overflows
 
 pytest.importorskip("compressed_tensors", reason="comes with vLLM")
@@ -35,9 +33,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     root = tmp_path_factory.mktemp("int8")
     made = {}
     for case, (family, letters, tied) in CASES.items():
-        plan = PlanFile(model=info(len(letters)), method="by hand", layers=layer_plans(letters))
-        model = boosted(letters, family, tie_word_embeddings=tied)
-        save_boosted(model, tiny_tokenizer(), plan, root / case, recipe_yaml="schema_version: 1\n")
+        save_checkpoint(root / case, boosted(letters, family, tie_word_embeddings=tied), plan_file(letters))
         quantise(root / case, root / f"{case}-int8")
         made[case] = (root / case, root / f"{case}-int8")
     return made

@@ -12,15 +12,12 @@ import torch
 from offline import Vllm, prompts
 from pictures import IMAGE, PROCESSORS, picture_tokenizer, save_picture, save_with_processor
 from PIL import Image
-from tiny import IMAGE_TOKEN, RUNTIME, layer_plans
+from tiny import IMAGE_TOKEN, RUNTIME, convert, layer_plans, sinks_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from layerboost.engines.vllm import runs_on_cpu
 from layerboost.model.base import find_model
-from layerboost.model.checkpoint import save_boosted
 from layerboost.model.families import WRAPPERS
-from layerboost.model.surgery import apply_plan
-from layerboost.schemas.plan import PlanFile
 from layerboost.vllm_plugin.plugin import MODULES
 
 pytestmark = [
@@ -52,10 +49,12 @@ def save_boosted_wrapper(folder: Path, case: str) -> Path:
     wrapper, changes = CASES[case]
     letters = LETTERS.get(case, "nfSs")
     base = find_model(str(save_with_processor(folder / "base", wrapper, 4, **changes)), RUNTIME)
-    plan = PlanFile(model=base.info, method="by hand", layers=layer_plans(letters))
-    sinks = {each.layer: torch.randn(2 if each.full_kv_heads else 4) * 2 for each in plan.layers if each.sink}
-    model = apply_plan(base.load(), plan.layers, sinks)
-    save_boosted(model, base.tokenizer, plan, folder / "boosted", recipe_yaml="schema_version: 1\n")
+    convert(
+        base,
+        letters,
+        folder / "boosted",
+        {p.layer: torch.randn(sinks_of(p)) * 2 for p in layer_plans(letters) if p.sink},
+    )
     return folder / "boosted"
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from layerboost.errors import ConfigError
 from layerboost.healing.data import (
     VALIDATION_SEQUENCES,
+    Data,
     batch_of_process,
     check_lengths,
     cut,
@@ -147,12 +148,13 @@ STAGES = ("attention", "lora")
 class HealingText:
     """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
-    `answers` `[L]`: where the next token of a sequence answers. `fit_tokens`: the first tokens of the attention stage,
-    for the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each sequence, empty for text.
+    `answers` `[L]`: where the next token of a sequence of stage 2 answers. `fit_tokens`: the first tokens of the
+    attention stage, for the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each
+    sequence, empty for text.
     """
 
     sequences: dict[str, list[torch.Tensor]]
-    answers: dict[str, list[torch.Tensor]]
+    answers: list[torch.Tensor]
     fit_tokens: int
     tokens: dict[str, int]
     validation: Tokens | Traffic
@@ -208,7 +210,7 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
     asking = [ids.tolist() for sequences, _ in made.values() for ids in sequences] if fraction else []
     return HealingText(
         sequences={name: sequences for name, (sequences, _) in made.items()},
-        answers={name: answers for name, (_, answers) in made.items()},
+        answers=made["lora"][1] if "lora" in made else [],
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation,
@@ -221,11 +223,10 @@ def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_to
     validation, requests, found = load_requests(recipe, tokenizer, max(fit_tokens, *tokens.values()))
     ends = [0, *accumulate(len(request.ids) for request in requests)]
     sequences = [torch.tensor(request.ids) for request in requests]
-    answers = [torch.tensor([*request.scored[1:], False]) for request in requests]
     log.info("healing on requests: %d that hold %d tokens, those of images included", len(requests), ends[-1])
     return HealingText(
         sequences=dict.fromkeys(STAGES, sequences),
-        answers=dict.fromkeys(STAGES, answers),
+        answers=[torch.tensor([*request.scored[1:], False]) for request in requests],
         fit_tokens=fit_tokens,
         tokens={stage: next(end for end in ends if end >= count) for stage, count in tokens.items()},
         validation=validation,
@@ -396,18 +397,10 @@ def train(
         train_only(student, stage, pair.adapted[stage])
         # Of a request its answers alone count, as where layers are measured.
         other, answer = (0.0, 1.0) if text.given else (1.0, settings.answer_weight)
-        weights = [other + (answer - other) * answers for answers in text.answers[stage]]
-        train_stage(
-            stage,
-            distillers[stage],
-            text.sequences[stage],
-            text.tokens[stage],
-            settings,
-            folder,
-            validation.measure,
-            weights if stage == "lora" else None,
-            text.given,
-        )
+        weights = [other + (answer - other) * answers for answers in text.answers]
+        repeats, weighed = (1, weights) if stage == "lora" else (settings.attention_repeats, None)
+        data = Data(text.sequences[stage], text.tokens[stage], settings, repeats, weighed, text.given)
+        train_stage(stage, distillers[stage], data, settings, folder, validation.measure)
         local.cache.clear()
     return fitted
 

@@ -28,7 +28,6 @@ from layerboost.recipe import Heal
 from layerboost.runtime import Progress, is_main_process, log
 from layerboost.schemas.artifact import finite, json_text
 from layerboost.schemas.healing import METRICS, MetricLine, read_metrics
-from layerboost.traffic import Reread
 
 MAX_GRADIENT_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -39,18 +38,12 @@ Validate = Callable[[], dict[str, float]]
 def train_stage(
     name: str,
     distiller: Distiller,
-    sequences: Sequence[torch.Tensor],
-    tokens: int,
+    data: Data,
     settings: Heal,
     folder: Path,
     validate: Validate,
-    weights: Sequence[torch.Tensor] | None = None,
-    given: Sequence[Reread] = (),
 ) -> None:
-    """Train a stage, `attention` or `lora`, on the first `tokens` tokens of the sequences `[L]`, in order.
-
-    `weights` `[L]`: those of the tokens in the loss, by default equal. `given`: what goes with each sequence's ids if
-    they are requests.
+    """Train a stage, `attention` or `lora`, on `data`.
 
     Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
     `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
@@ -62,8 +55,6 @@ def train_stage(
     """
     if load_result(name, distiller, folder):
         return
-    repeats = settings.attention_repeats if name == "attention" else 1
-    data = Data(sequences, tokens, settings, repeats, weights, given)
     with enough_memory(settings), until_sigterm() as sigterm:
         training = _Training(name, distiller, data, settings, folder, validate)
         training.run(sigterm)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from layerboost.errors import ConfigError
 from layerboost.measuring.scan import scanned
-from layerboost.measuring.sweep import sweep
+from layerboost.measuring.sweep import candidates, sweep
 from layerboost.model.base import Base, open_base
 from layerboost.model.checkpoint import check_same_model
 from layerboost.model.files import check_gguf
@@ -125,9 +125,9 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
     plan = _plan(recipe, base.config, info)
     inputs = load_inputs(recipe, base.tokenizer, run, info.max_context_tokens)
     head_group, mlp_widths = _head_group(recipe, base.config), _mlp_widths(recipe, base.config)
-    settings = _settings(recipe, inputs, plan, runtime) | _head_settings(recipe, head_group)
     thins = bool(mlp_widths) or any(entry.mlp_width for entry in (plan.layers if plan else ()))
     fit = load_mlp_fit(recipe, base.tokenizer, run) if thins else None
+    settings = _settings(recipe, inputs, plan, runtime, head_group)
     settings |= {"mlp_widths": mlp_widths or None, "mlp_fit": fit.fingerprint if fit else None}
     found = _resume(run / SENSITIVITY, info, inputs.text, settings) if run else None
     scans = head_group is not None and recipe.measure.head_scores == "scan"
@@ -165,11 +165,8 @@ def measure(recipe: Recipe, base: Base, run: Path | None = None) -> Sensitivity:
         if run and is_main_process():
             write_json(run / SENSITIVITY, found)
 
-    sweep(
-        *(probes, recipe.measure.windows, done, save, plan.layers if plan else None, None if scans else head_group),
-        strategies=recipe.measure.strategies,
-        mlp_widths=mlp_widths,
-    )
+    options = candidates(base.config, recipe.measure.windows, recipe.measure.strategies, mlp_widths)
+    sweep(probes, options, done, save, plan.layers if plan else None, None if scans else head_group)
     assert found is not None
     if scans and head_group:
         tokens = [batch for batch in batches if isinstance(batch, torch.Tensor)]
@@ -236,8 +233,14 @@ def _check_context(recipe: Recipe, inputs: Inputs, context_tokens: int) -> None:
         )
 
 
-def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Runtime) -> dict[str, Any]:
+def _settings(
+    recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Runtime, head_group: int | None
+) -> dict[str, Any]:
     """Return what the scores depend on, apart from model and text."""
+    how: str = recipe.measure.head_scores
+    if how == "scan":
+        answers = ", and of answers" if recipe.measure.retrieval_prompts else ""
+        how = f"scan of {recipe.measure.scan_draws} draws, seed {recipe.seed}{answers}"
     rows = [row for batch in inputs.prompts for row in batch.ids.tolist()]
     return {
         "dtype": runtime.dtype_name,
@@ -248,6 +251,8 @@ def _settings(recipe: Recipe, inputs: Inputs, plan: PlanFile | None, runtime: Ru
         "tasks": [task.name for task in inputs.tasks] or None,
         "items": fingerprint([task.data for task in inputs.tasks]) if inputs.tasks else None,
         "plan": plan.hash() if plan else None,
+        "kv_head_group": head_group,
+        "head_scores": how if head_group else None,
     }
 
 
@@ -290,15 +295,6 @@ def _head_group(recipe: Recipe, config: PreTrainedConfig) -> int | None:
             do=f"choose one of {sizes}" if sizes else "set measure.unit and plan.unit to layer",
         )
     return group
-
-
-def _head_settings(recipe: Recipe, head_group: int | None) -> dict[str, Any]:
-    """Return what the scores of KV heads depend on; None of layers alone, as in files that have no such key."""
-    how: str = recipe.measure.head_scores
-    if how == "scan":
-        answers = ", and of answers" if recipe.measure.retrieval_prompts else ""
-        how = f"scan of {recipe.measure.scan_draws} draws, seed {recipe.seed}{answers}"
-    return {"kv_head_group": head_group, "head_scores": how if head_group else None}
 
 
 def _resume(file: Path, info: ModelInfo, text: Tokens | Traffic, settings: dict[str, Any]) -> Sensitivity | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from layerboost.model.modeling import ATTENTION, base_layer_types
 from layerboost.probes.metrics import BaseText, check_finite, score
@@ -31,31 +31,28 @@ from layerboost.strategies import (
 @torch.no_grad()
 def sweep(
     probes: Sequence[Probe],
-    windows: tuple[int, ...],
+    options: Sequence[list[LayerPlan]],
     done: list[LayerSensitivity],
     save: Callable[[list[LayerSensitivity]], None],
     plan: Sequence[LayerPlan] | None = None,
     head_group: int | None = None,
-    strategies: Sequence[StrategyName] = MEASURED,
-    mlp_widths: Sequence[int] = (),
 ) -> None:
-    """Score every layer of a stock model that is not in `done`; call `save` with all layers so far after each.
+    """Score each layer of a stock model that is not in `done` with its `options`, the replacements of the layer; call
+    `save` with all layers so far after each.
 
-    `strategies`: what replaces a layer's attention.
     With `plan`, the other layers are as in the plan, and a score is the plan's loss with this layer replaced minus its
     loss with this layer full. `head_group`: how many KV heads get a window together; None measures layers alone.
-    `mlp_widths`: those of thinned MLPs; none measures attention alone.
     Memory: one hidden state per token for the base's output and for two layers, and the prefix caches of `TextProbe`.
     Under torchrun the ranks take turns with the layers; `save` is called on all of them.
     """
     streams = [probe.streams for probe in probes]
-    count = len(streams[0].stream.layers)
+    count = len(options)
     for each in streams:
         each.follow(plan or each.plan)
     layers, own, world = list(done), rank(), world_size()
     pending: list[LayerSensitivity] = []
     # A variant of layer i runs the layers from i up, so early layers take longer.
-    passes = [count - index for index in range(count)]
+    passes = range(count, 0, -1)
     with Progress("measuring sensitivity", sum(passes), "layer passes") as progress:
         progress.skip(sum(passes[: len(done)]))
         for index in range(count):
@@ -63,8 +60,7 @@ def sweep(
                 each.advance(index)
             if index >= len(done):
                 if (index - len(done)) % world == own:
-                    options = candidates(streams[0].stream.model, index, windows, strategies, mlp_widths)
-                    pending.append(_measure(probes, index, options, plan is not None, head_group))
+                    pending.append(_measure(probes, index, options[index], plan is not None, head_group))
                 if (index - len(done)) % world == world - 1 or index == count - 1:
                     layers += _gathered(pending, world)
                     pending = []
@@ -75,46 +71,44 @@ def sweep(
 
 
 def candidates(
-    model: PreTrainedModel,
-    layer: int,
+    config: PreTrainedConfig,
     windows: Sequence[int],
     strategies: Sequence[StrategyName] = MEASURED,
     mlp_widths: Sequence[int] = (),
-) -> list[LayerPlan]:
-    """Return every replacement of one layer's attention, and with `mlp_widths` of its MLP: each of the strategies with
-    all of its settings.
+) -> list[list[LayerPlan]]:
+    """Return, for each layer, every replacement of its attention, and with `mlp_widths` of its MLP: each of the
+    strategies with all of its settings.
 
     Attention that slides in the base can only be removed; there is none to replace in a hybrid's other layers.
     """
-    kind = base_layer_types(model.config.get_text_config())[layer]
-    slides = kind == "sliding_attention"
-    found: list[dict[str, Any]] = [
-        {"attention": name, **fields}
-        for name, strategy in STRATEGIES.items()
-        if kind in ATTENTION and name in strategies and not (slides and WINDOW in strategy.settings)
-        for fields in strategy.variants(windows)
-    ]
-    found += [
+    mlps: list[dict[str, Any]] = [
         {"attention": FULL, "mlp": name, **fields}
         for name, strategy in MLP_STRATEGIES.items()
         if name != FULL and mlp_widths
         for fields in strategy.variants(windows, mlp_widths)
     ]
-    return [LayerPlan(layer=layer, **fields) for fields in found]
+    found = []
+    for layer, kind in enumerate(base_layer_types(config)):
+        attention: list[dict[str, Any]] = [
+            {"attention": name, **fields}
+            for name, strategy in STRATEGIES.items()
+            if kind in ATTENTION
+            and name in strategies
+            and not (kind == "sliding_attention" and WINDOW in strategy.settings)
+            for fields in strategy.variants(windows)
+        ]
+        found.append([LayerPlan(layer=layer, **fields) for fields in (*attention, *mlps)])
+    return found
 
 
 def head_candidates(whole: Sequence[Variant], layer: int, kv_heads: int, group: int) -> list[LayerPlan]:
     """Return each window on each group of a layer's KV heads, with a sink if that loses less KL for the whole layer."""
-    best: dict[int, Variant] = {}
-    for variant in whole:
-        if (
-            variant.attention == SLIDING
-            and variant.window
-            and (variant.window not in best or variant.scores["kl"].mean < best[variant.window].scores["kl"].mean)
-        ):
-            best[variant.window] = variant
     if group == kv_heads:
         return []
+    best: dict[int | None, Variant] = {}
+    for variant in whole:
+        if variant.attention == SLIDING:
+            best[variant.window] = min(best.get(variant.window, variant), variant, key=lambda v: v.scores["kl"].mean)
     starts = range(0, kv_heads, group)
     others = [tuple(head for head in range(kv_heads) if not 0 <= head - start < group) for start in starts]
     return [

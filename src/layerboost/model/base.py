@@ -121,8 +121,7 @@ class Base:
             max_context_tokens=config.max_position_embeddings,
             vocabulary=config.vocab_size,
             tied_head=self.model_config.tie_word_embeddings,
-            **count_parameters(self.model_config),
-            **mlp_facts(self.model_config),
+            **parameter_facts(self.model_config),
             fingerprint=self.fingerprint,
             sliding_layers=[layer for layer, kind in enumerate(types) if kind == "sliding_attention"],
             sliding_window=native_window(config),
@@ -266,46 +265,39 @@ def open_base(recipe: Recipe, run: Path, runtime: Runtime) -> Base:
     return Base(base.name, (run / BASE).absolute(), runtime, trust_remote_code=base.trust_remote_code)
 
 
-def count_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the parameters of a language model of this configuration, as the fields of ModelInfo.
+def parameter_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the facts of ModelInfo about the parameters of a language model of this configuration; none about MLPs for
+    a model whose MLPs cannot be thinned.
 
     A wrapper's tower does not count. No memory is used.
     """
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    experts = [
-        module.get_parameter(name) for module in decoder_layers(model).modules() for name in packed_parameters(module)
-    ]
+    layers: Any = decoder_layers(model)
+    experts = [module.get_parameter(name) for module in layers.modules() for name in packed_parameters(module)]
+    outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
 
     def count() -> int:
         found = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
         return sum(parameter.numel() for parameter in found)
 
-    whole = count()
-    layer = attention_layers(config.get_text_config())[0]
-    make_attention_free(decoder_layers(model)[layer], layer, family_of(config))
-    return {
+    whole, text = count(), config.get_text_config()
+    layer = attention_layers(text)[0]
+    make_attention_free(layers[layer], layer, family_of(config))
+    facts = {
         "parameters": whole,
         "attention_parameters": whole - count(),
         "expert_parameters": sum(parameter.numel() for parameter in experts),
-        "expert_fraction": experts_per_token(config.get_text_config()) / len(experts[0]) if experts else 1.0,
+        "expert_fraction": experts_per_token(text) / len(experts[0]) if experts else 1.0,
     }
-
-
-def mlp_facts(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the facts of ModelInfo about MLPs, empty for a model whose MLPs cannot be thinned. No memory is used."""
-    with torch.device("meta"):
-        layers: Any = decoder_layers(auto_class(config).from_config(config))
-    outputs = [mlp_output(layer.mlp) if hasattr(layer, "mlp") else None for layer in layers]
     widths = {output.in_features for output in outputs if output}
-    if len(widths) > 1 or None in outputs:
-        return {}
+    if None in outputs or len(widths) > 1:
+        return facts
     [width] = widths
-    sizes = []
-    for kept in (width, width - 1):
-        set_mlp(layers[0], kept)
-        sizes.append(sum(parameter.numel() for parameter in layers[0].mlp.parameters()))
-    return {"mlp_width": width, "mlp_parameters": sizes[0], "neuron_parameters": sizes[0] - sizes[1]}
+    sizes = [sum(parameter.numel() for parameter in layers[0].mlp.parameters())]
+    set_mlp(layers[0], width - 1)
+    sizes.append(sum(parameter.numel() for parameter in layers[0].mlp.parameters()))
+    return facts | {"mlp_width": width, "mlp_parameters": sizes[0], "neuron_parameters": sizes[0] - sizes[1]}
 
 
 def _sha256(file: Path) -> str:

@@ -252,8 +252,8 @@ def _read(query: torch.Tensor, states: list[torch.Tensor], reach: torch.Tensor |
     return out if reach is None else out * reach[:, None, None, :, :, None]
 
 
-def make_linear(attention: Any, window: int, feature_map: str) -> Any:
-    """Send an attention module through linear attention; return the hook that it needs, or None.
+def make_linear(attention: Any, window: int, feature_map: str) -> None:
+    """Send an attention module through linear attention.
 
     `lolcats` adds the parameters of `FEATURE_PARAMETERS`, the feature maps as their authors begin them.
     """
@@ -261,8 +261,8 @@ def make_linear(attention: Any, window: int, feature_map: str) -> Any:
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = LINEAR
     if feature_map == "liger":
-        return attention.register_forward_pre_hook(_note_rotation, with_kwargs=True)
-    if not hasattr(attention, FEATURE_PARAMETERS[0]):
+        attention.register_forward_pre_hook(_note_rotation, with_kwargs=True)
+    elif not hasattr(attention, FEATURE_PARAMETERS[0]):
         weight, heads = next(attention.parameters()), attention.config.num_attention_heads
         # Kaiming's uniform distribution, for queries and keys the same, and in `measure` the same as in `convert`.
         generator = torch.Generator().manual_seed(attention.layer_idx)
@@ -271,7 +271,6 @@ def make_linear(attention: Any, window: int, feature_map: str) -> Any:
         for name in FEATURE_PARAMETERS[:2]:
             setattr(attention, name, nn.Parameter(start.to(weight, copy=True)))
         attention.window_mix = nn.Parameter(torch.full((heads,), FIRST_MIX).to(weight))
-    return None
 
 
 def _note_rotation(module: Any, _: Any, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
-from layerboost.model.surgery import Thinned, family_of, replaced, replaced_mlp, unchanged
+from layerboost.model.surgery import Thinned, family_of, replaced, unchanged
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
 
@@ -191,7 +191,7 @@ class LayerStream:
             assert self.sinks or not plan.sink
             sinks = self.sinks(plan) if self.sinks and plan.sink else None
             thinned = self.thinned[index, plan.mlp_width] if plan.mlp_width else None
-            with replaced(self.model, index, plan, sinks), replaced_mlp(self.model, index, plan, thinned):
+            with replaced(self.model, index, plan, sinks, thinned):
                 return self.layer(index, hidden)
         out = self.stock_layer(index, hidden)
         return out + self._added[index] if index in self._added else out

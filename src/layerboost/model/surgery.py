@@ -40,7 +40,6 @@ from layerboost.strategies import FULL, OTHER, SLIDING
 CAPTURE = "layerboost_capture"
 # What surgery adds to an attention module.
 ADDED_PARAMETERS = ("sinks", *FEATURE_PARAMETERS)
-ADDED = tuple(f"layerboost_{name}" for name in ("window", "heads", "stock", "feature_map", "rotation"))
 
 
 @dataclass(frozen=True)
@@ -320,16 +319,19 @@ def without_states(model: PreTrainedModel, layers: Sequence[LayerPlan]) -> PreTr
 
 
 @contextmanager
-def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block, the attention of one layer of a stock model, without a cache, runs under another strategy;
+def replaced(
+    model: PreTrainedModel,
+    layer: int,
+    plan: LayerPlan,
+    sinks: torch.Tensor | None = None,
+    thinned: Thinned | None = None,
+) -> Iterator[None]:
+    """Inside the block, attention and MLP of one layer of a stock model, without a cache, run under other strategies;
     outside, everything is as before."""
-    if not plan.attention_changed:
-        yield
-        return
-    decoder_layer = decoder_layers(model)[layer]
+    decoder_layer: Any = decoder_layers(model)[layer]
     name = family_of(model.config).attention
-    attention: Any = getattr(decoder_layer, name)
-    config, hook = attention.config, None
+    changed = [part for part, other in ((name, plan.attention_changed), ("mlp", plan.mlp_changed)) if other]
+    before = {part: getattr(decoder_layer, part) for part in changed}
     try:
         match plan.attention:
             case "none":
@@ -337,49 +339,39 @@ def replaced(model: PreTrainedModel, layer: int, plan: LayerPlan, sinks: torch.T
                 setattr(decoder_layer, name, AttentionFree(layer))
             case "sliding":
                 assert plan.window is not None
+                setattr(decoder_layer, name, attention := _copied(before[name]))
                 make_sliding(attention, plan.window, sink=False, full_kv_heads=plan.full_kv_heads)
                 attention.sinks = sinks
             case "linear":
                 assert plan.window is not None
                 assert plan.feature_map is not None
-                hook = make_linear(attention, plan.window, plan.feature_map)
+                setattr(decoder_layer, name, attention := _copied(before[name]))
+                make_linear(attention, plan.window, plan.feature_map)
             case "full" | "other":
                 pass
             case _:
                 assert_never(plan.attention)
-        yield
-    finally:
-        setattr(decoder_layer, name, attention)
-        attention.config = config
-        if hook is not None:
-            hook.remove()
-        for attribute in (*ADDED, *ADDED_PARAMETERS):
-            if hasattr(attention, attribute):
-                delattr(attention, attribute)
-
-
-@contextmanager
-def replaced_mlp(model: PreTrainedModel, layer: int, plan: LayerPlan, thinned: Thinned | None) -> Iterator[None]:
-    """Do what `replaced` does, for the layer's MLP."""
-    decoder_layer: Any = decoder_layers(model)[layer]
-    if not plan.mlp_changed:
-        yield
-        return
-    mlp = decoder_layer.mlp
-    try:
         match plan.mlp:
             case "none":
                 decoder_layer.mlp = NoMLP()
             case "thin":
                 assert thinned is not None
-                decoder_layer.mlp = thin(mlp, thinned.neurons, thinned.output)
+                decoder_layer.mlp = thin(before["mlp"], thinned.neurons, thinned.output)
             case "full":
                 pass
             case _:
                 assert_never(plan.mlp)
         yield
     finally:
-        decoder_layer.mlp = mlp
+        for part, module in before.items():
+            setattr(decoder_layer, part, module)
+
+
+def _copied(module: nn.Module) -> Any:
+    """Return a module of the same weights and submodules, to which more can be added."""
+    copied = copy.copy(module)
+    vars(copied).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    return copied
 
 
 @contextmanager
