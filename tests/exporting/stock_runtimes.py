@@ -44,7 +44,7 @@ def by_llama_cpp(path: str, prompts: list[list[int]], vocabulary: int) -> list[A
 
 
 def serving(file: Path, verbosity: int = 0) -> Callable[[str, dict[str, Any]], Any]:
-    """llama.cpp in this process with a file loaded, to ask by path and message; at verbosity 5 it logs what it loads."""
+    """llama.cpp in this process with a file loaded, to ask by path and message; verbosity 5 logs what it loads."""
     import xllamacpp as llama
 
     params = llama.CommonParams()

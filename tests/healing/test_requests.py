@@ -97,7 +97,7 @@ def recipe_of(base: Base, file: Path, **heal: Any) -> Recipe:
             "model": str(base.folder),
             "trust_remote_code": True,
             "text": {"source": "none.txt", "sequence_tokens": 96},
-            "measure": {"windows": [8], "tokens": 300, "traffic": str(file)},
+            "measure": {"windows": [8], "tokens": 300, "traffic": str(file), "retrieval_prompts": 0},
             "heal": {**settings, "traffic": str(file), "save_steps": 2, "validation_steps": 4, **heal},
         },
         "the test",

@@ -172,6 +172,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "no text_config": (without_text_config, f"{WHICH}no text_config"),
     "text_config null": (lambda folder: edit(folder, text_config=None), f"{WHICH}text_config is null"),
     "text_config a list": (lambda folder: edit(folder, text_config=["llama"]), f"{WHICH}text_config is a list"),
+    "an unknown model_type": (
+        lambda folder: edit(folder, text_config={"model_type": "llama9"}),
+        r"llava is not supported with this language model\nfound: llama9 \(not in Transformers",
+    ),
     "a tower without weights": (without_tower, r"weights and configuration[^$]+found: no model.vision_tower\."),
     "another tower": (
         lambda folder: edit(folder, vision_config={"intermediate_size": 64}),

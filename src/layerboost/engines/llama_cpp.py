@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -265,19 +265,18 @@ def launch(name: str, folder: Path, recipe: Recipe, log_file: Path) -> Iterator[
     file = log_file.parents[1] / "gguf" / f"{name}-{bench.gguf_type}.gguf"
     gguf_file(folder, file, bench.gguf_type)
     slots, tokens = slots_of(bench)
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layerboost-bench-"))
+    with tempfile.TemporaryDirectory(prefix="layerboost-bench-") as scratch:
         argv = [
             *(*_server(), "--model", str(file.absolute()), "--host", HOST, "--port", str(bench.port)),
             *("--parallel", str(slots), "--ctx-size", str(slots * tokens), "--slot-save-path", scratch),
             # Verbose enough to log the KV cache; no copies of the cache in memory for other requests.
             *("--threads", str(len(cores())), "--verbosity", "4", "--cache-ram", "0", *bench.server_args),
         ]
-        server = stack.enter_context(running_server("llama.cpp", name, folder, (argv, {}), bench, log_file))
-        running = RunningLlama(server, int(read_config(folder, name).vocab_size))
-        warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
-        running.answer(Load(1, 1, 0, min(WARMUP_INPUT_TOKENS, bench.input_tokens), warm, seed=0), lambda _: None)
-        yield running
+        with running_server("llama.cpp", name, folder, (argv, {}), bench, log_file) as server:
+            running = RunningLlama(server, int(read_config(folder, name).vocab_size))
+            warm = min(WARMUP_OUTPUT_TOKENS, bench.output_tokens)
+            running.answer(Load(1, 1, 0, min(WARMUP_INPUT_TOKENS, bench.input_tokens), warm, seed=0), lambda _: None)
+            yield running
 
 
 def kv_gib(log_file: Path) -> float:

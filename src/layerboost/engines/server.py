@@ -198,9 +198,9 @@ def failed(wrong: str, log_file: Path, more: str = "") -> LayerboostError:
     return LayerboostError(wrong, found=last_words(log_file), do=f"read {log_file}{more}")
 
 
-def last_words(log_file: Path, lines: int = 3) -> str:
+def last_words(log_file: Path) -> str:
     """Return the first distinct error messages of a log, the root cause being the first; else its last lines."""
     text = [line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [ERROR.search(line) for line in text if "See root cause above" not in line]
     errors = dict.fromkeys(match[1] for match in found if match)
-    return " | ".join(list(errors)[:lines] or list(filter(None, text))[-lines:]) or "an empty log"
+    return " | ".join(list(errors)[:3] or list(filter(None, text))[-3:]) or "an empty log"

@@ -21,10 +21,10 @@ def whole_tensors(config: PreTrainedConfig, tensors: Tensors) -> Tensors:
     with torch.device("meta"):
         stock = stock_class(config)(base_config(config)).state_dict()
     found = dict(tensors)
-    for name, shape in ((name, tensor.shape) for name, tensor in stock.items()):
+    for name, tensor in stock.items():
         absent = name not in found and ".mlp." not in name  # experts have other names in files
         if absent and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            found[name] = some.new_zeros(shape) if "proj." in name else some.new_ones(shape)
+            found[name] = some.new_full(tensor.shape, 0 if "proj." in name else 1)
     return split_tensors(config, found)
 
 

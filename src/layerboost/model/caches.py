@@ -196,19 +196,25 @@ def place_layers(
             past.layers[index] = kind(layer.get_seq_length())
     for index, full in mixed.items():
         layer = past.layers[index]
-        if type(layer) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer) or layer.is_initialized:
-            continue
-        state = isinstance(layer, LinearAttentionLayer)
-        if full:
-            windowed = [head for head in range(config.num_key_value_heads) if head not in full]
-            # Without a sliding layer nothing says whether the cache will be cropped; one with a state never is.
-            spare = 0 if sliding or state else SPARE_TOKENS
-            mixed_kind = MixedStateCacheLayer if state else MixedCacheLayer
-            past.layers[index] = mixed_kind(config.sliding_window, (full, windowed), spare)
-        else:
-            past.layers[index] = SlidingStateCacheLayer(config.sliding_window)
+        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) and not layer.is_initialized:
+            past.layers[index] = _windowed(layer, config, full, sliding=bool(sliding))
     for index in linear:
         if type(past.layers[index]) is DynamicLayer and not past.layers[index].is_initialized:
             past.layers[index] = LinearCacheLayer(config.sliding_window)
     if recording:
         past.activate_past_recording()
+
+
+def _windowed(layer: DynamicLayer, config: Any, full: list[int], *, sliding: bool) -> DynamicLayer:
+    """Return the cache to put in place of an empty one, of a layer whose KV heads but for `full` have a window.
+
+    `sliding`: whether the cache has layers that slide by their type.
+    """
+    if not full:
+        return SlidingStateCacheLayer(config.sliding_window)
+    state = isinstance(layer, LinearAttentionLayer)
+    # Without a sliding layer nothing says whether the cache will be cropped; one with a state never is.
+    spare = 0 if sliding or state else SPARE_TOKENS
+    windowed = [head for head in range(config.num_key_value_heads) if head not in full]
+    kind = MixedStateCacheLayer if state else MixedCacheLayer
+    return kind(config.sliding_window, (full, windowed), spare)

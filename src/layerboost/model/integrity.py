@@ -123,19 +123,23 @@ def read_config(folder: Path, name: str, **kwargs: Any) -> PreTrainedConfig:
 
     A model type that Transformers lacks is refused before its error asks for remote code, which would not help.
     """
-    if "gguf_file" not in kwargs and (kind := plain_config(folder)["model_type"]) not in CONFIG_MAPPING:
-        raise ConfigError(
-            "this model family is not supported",
-            found=f"{kind} (not in Transformers {transformers.__version__})",
-            do="use a model of a family in `layerboost ls families`",
-        )
+    plain = {} if "gguf_file" in kwargs else plain_config(folder)
+    inside = plain.get("text_config") if plain.get("model_type") in WRAPPERS else None
+    for part in (plain, inside):
+        if part and (kind := str(part["model_type"])) not in CONFIG_MAPPING:
+            raise ConfigError(
+                "this model family is not supported"
+                if part is plain
+                else f"{plain['model_type']} is not supported with this language model",
+                found=f"{kind} (not in Transformers {transformers.__version__})",
+                do="use a model of a family in `layerboost ls families`",
+            )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # a config edited by hand fails in many ways
         do = "copy or download it again" if "gguf_file" in kwargs else ""
         raise ConfigError(f"cannot read the configuration of {name}", found=first_line(error), do=do) from None
     if config.model_type in WRAPPERS and config.tie_word_embeddings:
-        plain = plain_config(folder)
         named = {"tie_word_embeddings"} & {*plain, *(plain.get("text_config") or {})}
         # Transformers' default for a wrapper, as of Mistral Small, whose head is its own: it then ties nothing.
         if not named and any(each.endswith("lm_head.weight") for each in headers(folder)):

@@ -72,14 +72,11 @@ def greedy(sensitivity: Sensitivity, settings: Plan, measure: Measure) -> list[L
 
 def _table(sensitivity: Sensitivity, settings: Plan) -> list[list[Choice]]:
     """Return the choices at the window of the best plan by single scores, or at the shortest if that has none."""
-    measured = windows(sensitivity, settings)
-    if len(measured) > 1:
-        # Limits on the quality loss apply to measured plans, not to sums of single scores.
-        costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
-        best = window_of(budget(sensitivity, costs_alone)) or measured[0]
-    else:
-        best = measured[0]
-    return choices(sensitivity, settings, best)
+    shortest, *longer = windows(sensitivity, settings)
+    # Limits on the quality loss apply to measured plans, not to sums of single scores.
+    costs_alone = settings.model_copy(update={"max_kl": None, "max_retrieval": None})
+    best = window_of(budget(sensitivity, costs_alone)) if longer else None
+    return choices(sensitivity, settings, best or shortest)
 
 
 def _with(plan: Sequence[LayerPlan], site: LayerPlan) -> list[LayerPlan]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from layerboost.files import file_hash
 from layerboost.reporting.figures import Figure, figure, model_color, scatter
 from layerboost.reporting.page import Panel, Table
 from layerboost.reporting.sources import MADE_BY, Sources, model_order
@@ -102,8 +103,12 @@ def throughput_panel(sources: Sources) -> Panel:
     elif quality:
         panel.missing.append("accuracy against throughput: no model has both; run `layerboost evaluate` with tasks")
     panel.warnings.extend(_warnings(bench, FILE))
-    if changed := ", ".join(sources.changed_since_bench):
-        panel.warnings.append(f"{changed} changed after the benchmark: delete bench/ and run `layerboost bench`")
+    configs = {name: sources.run / name / "config.json" for name in bench.models}
+    changed = [name for name, file in configs.items() if file.is_file() and file_hash(file) != bench.models[name]]
+    if changed:
+        panel.warnings.append(
+            f"{', '.join(changed)} changed after the benchmark: delete bench/ and run `layerboost bench`"
+        )
     results = {str(result.concurrency): result for result in bench.results}
     speed = {SPEED: "output tokens/s", RATIO + SPEED: f"ratio to {bench.reference}"}
     panel.tables.append(_table("Throughput and memory", bench, "concurrency", results, speed | MEASURED))

@@ -33,7 +33,7 @@ def layers_panel(sources: Sources) -> Panel:
             f"sensitivity.json holds {len(sensitivity.layers)} of {sensitivity.model.layers} layers: "
             f"`{MADE_BY['sensitivity.json']}` continues it"
         )
-    if sources.plan_is_stale:
+    if plan and plan.sensitivity not in (None, sources.sensitivity_hash):
         panel.warnings.append("sensitivity.json changed after plan.yaml was made from it: run `layerboost plan` again")
     panel.notes.append(
         "Quality loss of one replacement at a time, with all other layers unchanged, over "

@@ -52,7 +52,7 @@ def quality_panel(sources: Sources) -> Panel:
         if chosen := ", ".join(name for name, task in quality.tasks.items() if task.selection):
             panel.notes.append(f"Layers were chosen on {chosen} (*): in the tables, but not in the average.")
         panel.tables.append(_task_table(quality))
-        if any(task.difference for task in quality.tasks.values()):
+        if len(quality.models) > 1:
             panel.chart("tasks", "Difference from the base by task", task_figure(quality))
             panel.tables.append(_difference_table(quality))
     return panel
@@ -62,17 +62,16 @@ def task_figure(quality: EvalComparison) -> Figure:
     """Return a row per task, a point per model: its difference from the base in points, bars over the 95 % interval."""
     entries = quality.scores
     names = list(entries)[::-1]
-    models = model_order({model for task in entries.values() for model in task.difference})
+    models = [model for model in model_order(quality.models) if model != "base"]
     traces = []
     for index, model in enumerate(models):
-        tasks = {row: entries[name] for row, name in enumerate(names) if model in entries[name].difference}
-        changes = [task.difference[model] for task in tasks.values()]
+        changes = [entries[name].difference[model] for name in names]
         offset = 0.5 * ((index + 0.5) / len(models) - 0.5)
         traces.append(
             scatter(
                 model,
                 [100 * change.mean for change in changes],
-                [row - offset for row in tasks],
+                [row - offset for row in range(len(names))],
                 model_color(model, models),
                 "markers",
                 x_ends=[(100 * change.low, 100 * change.high) for change in changes],
@@ -87,9 +86,7 @@ def task_figure(quality: EvalComparison) -> Figure:
 
 def _value(task: Task, model: str) -> str:
     """Return a model's value on a task in percent, with its standard error."""
-    value = task.models.get(model)
-    if value is None:
-        return ABSENT
+    value = task.models[model]
     error = Score(mean=100 * value.value, standard_error=100 * value.standard_error)
     return with_error(error) if value.standard_error > 0 else number(error.mean)
 
@@ -105,11 +102,10 @@ def _perplexity_table(quality: EvalComparison) -> Table:
 
 
 def _task_table(quality: EvalComparison) -> Table:
-    entries = quality.scores
-    models = model_order({name for task in entries.values() for name in task.models})
+    models = model_order(quality.models)
     rows = [
         [_starred(name, task), task.metric, f"{task.items:,}", *(_value(task, model) for model in models)]
-        for name, task in entries.items()
+        for name, task in quality.scores.items()
     ]
     return Table("Tasks", ["task", "metric", "items", *(f"{model}, %" for model in models)], rows, (0, 1))
 
@@ -276,7 +272,7 @@ def _retrieval_table(retrieval: Retrieval) -> Table:
 
 
 def _depth_table(retrieval: Retrieval) -> Table:
-    models = model_order({model for group in retrieval.groups for model in group.models})
+    models = model_order(retrieval.groups[0].models)
 
     def cells(group: RetrievalGroup, depth: Depth) -> list[str]:
         values = [f"{percent(depth.exact[model], 0)}, {number(depth.log_probability[model])}" for model in models]

@@ -77,7 +77,7 @@ def frontier_table(frontier: Frontier) -> Table:
         predicted = point.predicted
         found = counts(point.layers)
         by_strategy = [str(found.get(name, 0)) for name in strategies]
-        decode = [number(predicted.decode_ms)] if timed and predicted.decode_ms is not None else []
+        decode = [number(predicted.decode_ms)] if timed else []
         loss = [number(predicted.quality_loss.get(metric, 0.0)) for metric in metrics]
         mlps = sum(entry.mlp_changed for entry in point.layers)
         of_mlps = [str(mlps), percent(predicted.parameter_fraction)] if thinned else []

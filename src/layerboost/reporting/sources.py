@@ -73,19 +73,6 @@ class Sources:
         """Return an empty panel of these files, which names the missing ones and the commands that make them."""
         return Panel(name, title, [*files], [absent(file) for file in files if not (self.run / file).is_file()])
 
-    @property
-    def plan_is_stale(self) -> bool:
-        """Return whether the plan was made from other sensitivities."""
-        made_from = self.plan.sensitivity if self.plan else None
-        return bool(made_from and self.sensitivity_hash and made_from != self.sensitivity_hash)
-
-    @property
-    def changed_since_bench(self) -> list[str]:
-        """Return the models whose config in the run folder changed after the benchmark."""
-        hashes = self.bench.models if self.bench else {}
-        configs = {name: self.run / name / "config.json" for name in hashes}
-        return [name for name, file in configs.items() if file.is_file() and file_hash(file) != hashes[name]]
-
 
 def absent(name: str) -> str:
     """Return what to do about the missing file `name`."""

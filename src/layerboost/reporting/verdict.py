@@ -134,12 +134,11 @@ def _accuracy(quality: EvalComparison) -> tuple[str | None, str]:
     last = last_made(names)
     values = " → ".join(f"{name} {percent(models[name].value)}" for name in names)
     rest = f" (without {chosen} on which layers were chosen)" if chosen else ""
-    change = quality.average.difference.get(last)
-    lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})" if change else ""
-    value = percent(models[last].value)
-    if "base" in models and last != "base":
+    value, lost = percent(models[last].value), ""
+    if change := quality.average.difference.get(last):
         moved = models[last].value - models["base"].value
         value = f"{'+' if moved > 0 else '−' if moved < 0 else ''}{abs(100 * moved):.1f} points"
+        lost = f" ({last} − base: {with_interval(change, scale=100)} points; {certainty(change)})"
     return value, f"Average accuracy of {len(quality.tasks) - chosen} tasks{rest}: {values}{lost}."
 
 
