@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smollm2 import CAPITALS, MODEL, RUNTIME, boosted_default
+from smollm2 import CAPITALS, MODEL, boosted_default
+from tiny import RUNTIME
 
 from layerboost.model.base import find_model
 from layerboost.model.card import origin_of

@@ -120,7 +120,7 @@ class Uncached(AttentionDistiller):
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_the_base_runs_once_over_text_that_is_repeated(tmp_path: Path, batch: int, accumulation: int) -> None:
-    changes = {"batch_sequences": batch, "gradient_accumulation": accumulation}
+    changes: dict[str, Any] = {"batch_sequences": batch, "gradient_accumulation": accumulation}
     tokens, ends, runs = 10 * 4 * 24 - 30, [], []
     for kind in (AttentionDistiller, Uncached):
         made = distiller(kind)
@@ -153,7 +153,7 @@ def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
     ends = []
     for batch, accumulation in ((4, 1), (1, 4)):
         made = distiller()
-        changes = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
+        changes: dict[str, Any] = {"batch_sequences": batch, "gradient_accumulation": accumulation, "lr": 1e-3}
         rows = train(tmp_path / str(batch), made, ids=list(IDS[:10]), tokens=230, **changes)
         ends.append((losses_in(rows), made.trained_state()))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
@@ -161,7 +161,7 @@ def test_a_step_cut_into_batches_is_the_same_step(tmp_path: Path) -> None:
 
 
 # KL and NLL of validations at the start and after every fourth step, the settings, and which of them is the best.
-BEST: dict[str, tuple[list[float], list[float], dict[str, float], int]] = {
+BEST: dict[str, tuple[list[float], list[float], dict[str, Any], int]] = {
     "the lowest KL": ([5.0, 3.0, 4.0, math.nan, 3.5], [], {}, 1),
     "KL and cross entropy if the loss has both": (
         [5.0, 3.0, 3.1, 3.1, 3.3],
@@ -233,7 +233,7 @@ def test_killed_runs_end_as_the_unkilled_one(tmp_path: Path, kills: tuple[int, .
 
 @stages
 def test_a_mixture_of_lengths_goes_on_where_it_was(tmp_path: Path, stage: str) -> None:
-    changes = {"batch_sequences": 1, "attention_repeats": 2, "attention_lr": 1e-3}
+    changes: dict[str, Any] = {"batch_sequences": 1, "attention_repeats": 2, "attention_lr": 1e-3}
     sequences, result = cut(IDS[:4].view(2, 48), (16, 48), ()), tmp_path / f"{stage}.safetensors"
 
     def run() -> list[MetricLine]:

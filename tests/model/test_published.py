@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from fp8 import to_fp8
 from tiny import RUNTIME, VOCABULARY, layer_plans, save_text, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -99,28 +99,9 @@ def save_published(folder: Path, config: dict[str, Any]) -> Path:
     auto_class(built).from_config(built).float().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     if quantisation := config.get("quantization_config"):
-        to_fp8(folder / "model.safetensors", quantisation)
+        to_fp8(folder, quantisation)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def to_fp8(file: Path, quantisation: dict[str, Any]) -> None:
-    """Quantise a file's matrices, but for those that the settings leave out and the embedding."""
-    tensors = load_file(file)
-    kept = ["embed_tokens", *(quantisation.get("modules_to_not_convert") or ["lm_head"])]
-    kept = [name.removeprefix("model.") for name in kept]  # a file names a wrapper's parts without
-    blocks = quantisation.get("weight_block_size")
-    for name, weight in list(tensors.items()):
-        if weight.dim() != 2 or any(part in name for part in kept):
-            continue
-        rows, columns = blocks or weight.shape
-        cut = weight.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
-        scale = cut.abs().amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-        tensors[name] = (cut / scale).to(torch.float8_e4m3fn).view_as(weight)
-        tensors[f"{name}_scale_inv"] = scale[:, 0, :, 0] if blocks else scale.reshape(())
-        if quantisation["activation_scheme"] == "static":
-            tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0)
-    save_file(tensors, file, {"format": "pt"})
 
 
 # How many of the layers slide in the base: windows that `use_sliding_window` switches off, or as long as the context,

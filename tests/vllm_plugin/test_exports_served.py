@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from exported import BIASES, DYNAMIC, FACTOR, LINEAR, LLAMA3, TIED, YARN, check_cases
 from offline import Vllm, check_same_model
-from smollm2 import RUNTIME, boosted_default
-from tiny import boosted, info, plan_file, save_checkpoint
+from smollm2 import boosted_default
+from tiny import RUNTIME, boosted, info, plan_file, save_checkpoint
 from vllm_offline import BLOCK_SIZE, KV_CACHE_BYTES
 
 from layerboost.exporting.stage import run_export

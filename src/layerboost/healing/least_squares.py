@@ -109,7 +109,9 @@ def fit_outputs(
     total, device = ends[-1], next(distiller.student.parameters()).device
     sites = [site for entry in distiller.changed for site in entry.sites()]
     sliding = [site for site in sites if site.attention == SLIDING]
-    groups = list(_groups(distiller, sliding))
+    # Groups of layers whose sums stay within MOST_BYTES.
+    size = max(1, MOST_BYTES // sums_bytes(*projection_of(distiller, sliding[0].layer).weight.shape)) if sliding else 1
+    groups = [sliding[start : start + size] for start in range(0, len(sliding), size)]
     fitted = {}
     with Progress("fitting output projections", len(groups) * total, "tokens") as progress:
         for group in groups:
@@ -151,16 +153,6 @@ def put(distiller: AttentionDistiller, weights: dict[int, torch.Tensor]) -> None
 def sums_bytes(outer: int, inner: int) -> int:
     """Return the bytes of a layer's sums, of fitted and held-out sequences, for a projection `[outer, inner]`."""
     return 2 * 8 * inner * (inner + outer)
-
-
-def _groups(distiller: AttentionDistiller, entries: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Yield the layers in groups whose sums stay within MOST_BYTES."""
-    if not entries:
-        return
-    outer, inner = projection_of(distiller, entries[0].layer).weight.shape
-    size = max(1, MOST_BYTES // sums_bytes(outer, inner))
-    for start in range(0, len(entries), size):
-        yield list(entries[start : start + size])
 
 
 def _errors(

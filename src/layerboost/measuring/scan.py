@@ -116,27 +116,6 @@ def _products(
     """Return g·Δ of each sequence, target and site: `[B, targets, sites]`."""
     layers = sorted({site.layer for site in sites})
     changes: dict[int, list[Change]] = {layer: [] for layer in layers}
-    outputs, hidden = _forward(model, ids, layers, sites, sinks, changes)
-    products = torch.zeros(len(ids), len(targets), len(sites), device=model.device)
-    for index, target in enumerate(targets):
-        gradients = torch.autograd.grad(target(hidden), list(outputs.values()), retain_graph=index < len(targets) - 1)
-        for layer, gradient in zip(outputs, gradients, strict=True):
-            for site, columns, change in changes[layer]:
-                products[:, index, site] = (gradient[..., columns] * change).flatten(1).sum(1)
-        progress.advance(ids.numel())
-    return products
-
-
-def _forward(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    layers: Sequence[int],
-    sites: Sequence[LayerPlan],
-    sinks: Sinks,
-    changes: dict[int, list[Change]],
-) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Run the model; return the attention outputs before their projection `[B, T, H·D]` by layer, with gradients, and
-    the normed final states. Put each site's change of that output into `changes`."""
 
     @torch.no_grad()
     def see(layer: int, query: Any, key: Any, value: Any, scaling: float, softcap: float | None) -> None:
@@ -162,10 +141,17 @@ def _forward(
             hidden = decoded(model, ids, use_cache=False)
     finally:
         start.remove()
-    for layer, output in outputs.items():
+    for layer, output in outputs.items():  # what the projections get: `[B, T, H·D]`, with gradients
         full = output.detach()
         changes[layer] = [(site, columns, out - full[..., columns]) for site, columns, out in changes[layer]]
-    return outputs, hidden
+    products = torch.zeros(len(ids), len(targets), len(sites), device=model.device)
+    for index, target in enumerate(targets):
+        gradients = torch.autograd.grad(target(hidden), list(outputs.values()), retain_graph=index < len(targets) - 1)
+        for layer, gradient in zip(outputs, gradients, strict=True):
+            for site, columns, change in changes[layer]:
+                products[:, index, site] = (gradient[..., columns] * change).flatten(1).sum(1)
+        progress.advance(ids.numel())
+    return products
 
 
 def _answers(model: PreTrainedModel, prompts: Prompts, hidden: torch.Tensor) -> torch.Tensor:
