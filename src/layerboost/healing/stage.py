@@ -148,10 +148,9 @@ STAGES = ("attention", "lora")
 class HealingText:
     """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
-    `answers` `[L]`: where the next token of a sequence of stage 2 answers. `asking`: validation text that asks for what it
-    said before, if answers weigh more than other tokens. `fit_tokens`: the first tokens of the
-    attention stage, for the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each
-    sequence, empty for text.
+    `answers` `[L]`: where the next token of a sequence of stage 2 answers. `asking`: validation text that asks for what
+    it said before, if answers weigh more than other tokens. `fit_tokens`: the first tokens of the attention stage, for
+    the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each sequence, empty for text.
     """
 
     sequences: dict[str, list[torch.Tensor]]
@@ -225,7 +224,7 @@ def asking_text(text: Tokens, tokenizer: Any, seed: int) -> Traffic | None:
     """Return sequences that ask for what they said before, with their answers scored; None if they are too short."""
     made, answers = with_recall(list(text.ids), tokenizer, 1.0, seed)
     rows = [(ids, answer.roll(1)) for ids, answer in zip(made, answers, strict=True) if answer.any()]
-    return Traffic(*map(torch.stack, zip(*rows, strict=True))) if rows else None
+    return Traffic(torch.stack([ids for ids, _ in rows]), torch.stack([scored for _, scored in rows])) if rows else None
 
 
 def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_tokens: int) -> HealingText:
@@ -419,8 +418,8 @@ def train(
 
 @dataclass
 class Validation:
-    """KL to the base and NLL of the student on batches of held-out text `[B, T]` or of requests, and the KL on the answers
-    of text that asks; the base runs on them once."""
+    """KL to the base and NLL of the student on batches of held-out text `[B, T]` or of requests, and the KL on the
+    answers of text that asks; the base runs on them once."""
 
     distiller: LogitDistiller
     batches: Sequence[torch.Tensor | Traffic]
