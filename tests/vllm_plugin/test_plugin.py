@@ -69,7 +69,8 @@ def told_to_the_plugin(model_type: str) -> None:
 ROWS = {**FAMILIES, **WRAPPERS}
 
 
-def test_what_vllm_serves_is_not_refused(tmp_path: Path) -> None:
+def test_what_vllm_serves_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.model.families.find_spec", lambda _: object())
     for model_type in (name for name, row in ROWS.items() if row.vllm and not row.cpu_lacks):
         told_to_the_plugin(model_type)
         check_family(tmp_path, model_type)
@@ -84,6 +85,16 @@ def test_what_vllm_cannot_serve_is_refused_by_name(model_type: str, tmp_path: Pa
     with pytest.raises(ConfigError, match=message):
         check_family(tmp_path, model_type)
     with pytest.raises(ValueError, match=f"vLLM cannot serve a boosted {model_type}: {lacks}"):
+        told_to_the_plugin(model_type)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in ROWS.items() if row.vllm_needs])
+def test_a_package_that_vllm_needs_is_named(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerboost.model.families.find_spec", lambda _: None)
+    found = f"the package {ROWS[model_type].vllm_needs}, which its class imports, is not installed"
+    with pytest.raises(ConfigError, match=found):
+        check_family(tmp_path, model_type)
+    with pytest.raises(ValueError, match=found):
         told_to_the_plugin(model_type)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 TRANSFORMERS_BACKEND = "Transformers backend"
@@ -18,12 +19,13 @@ class Served:
     """What serves boosted models of a type.
 
     `vllm` says which of vLLM's classes do, empty if none, and `vllm_lacks` then why; `cpu_lacks` says why vLLM does not
-    on CPUs, if it does elsewhere.
+    on CPUs, if it does elsewhere. `vllm_needs`: a package that vLLM's classes import, which not every vLLM comes with.
     """
 
     vllm: str = TRANSFORMERS_BACKEND
     vllm_lacks: str = ""
     cpu_lacks: str = ""
+    vllm_needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,12 @@ WRAPPERS: dict[str, Wrapper] = {
     "llava": Wrapper(("llama", "mistral", "qwen2")),
     "mistral3": Wrapper(("mistral", "ministral3")),
     # vLLM's Transformers backend leaves out deepstack: what the tower adds to the stream after the first layers.
-    "qwen3_vl": Wrapper(("qwen3_vl_text",), "LayerBoostQwen3VLForConditionalGeneration", vllm="Qwen3-VL classes"),
+    "qwen3_vl": Wrapper(
+        ("qwen3_vl_text",),
+        "LayerBoostQwen3VLForConditionalGeneration",
+        vllm="Qwen3-VL classes",
+        vllm_needs="torchvision",
+    ),
     "qwen3_vl_moe": Wrapper(
         ("qwen3_vl_moe_text",),
         vllm="",
@@ -201,4 +208,6 @@ WRAPPERS: dict[str, Wrapper] = {
 def what_vllm_lacks(model_type: str, on_cpu: Callable[[], bool]) -> str:
     """Return what vLLM lacks to serve boosted models of a type; empty if it serves them, or if the type has no row."""
     row: Served = WRAPPERS.get(model_type) or FAMILIES.get(model_type) or Served()
+    if row.vllm_needs and find_spec(row.vllm_needs) is None:
+        return f"the package {row.vllm_needs}, which its class imports, is not installed"
     return row.vllm_lacks or (row.cpu_lacks if row.cpu_lacks and on_cpu() else "")
