@@ -112,7 +112,7 @@ def _scores(sensitivity: Sensitivity) -> dict[Kind, dict[str, np.ndarray]]:
 def _at_depths(values: np.ndarray, layers: int) -> np.ndarray:
     known = ~np.isnan(values)
     depths = (np.arange(len(values)) + 0.5) / len(values)
-    return np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known])
+    return np.asarray(np.interp((np.arange(layers) + 0.5) / layers, depths[known], values[known]))
 
 
 def _agreement(kind: Kind, metric: str, other: str, mine: np.ndarray, theirs: np.ndarray) -> Agreement | None:

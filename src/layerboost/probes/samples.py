@@ -65,4 +65,4 @@ def sampled(model: Any, tokenizer: Any, count: int, tokens: int) -> list[str]:
         max_new_tokens=tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
+    return list(tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True))
