@@ -227,6 +227,7 @@ def test_the_rows_that_ship_are_valid(file: Path, monkeypatch: pytest.MonkeyPatc
         ({"rows": {"ours": {"plans": "x"}}}, "rows.ours.plans: Extra inputs"),
         ({"rows": {"ours": {"window_only": "ours"}}}, "rows.ours.window_only: ours is not an earlier row"),
         ({"rows": {"ours": {"set": {"heal.token": 5}}}}, "did you mean heal.tokens"),
+        ({"rows": {"ours": {"set": {"seed.x": 5}}}}, "unknown recipe key: seed.x"),
     ],
 )
 def test_a_mistake_in_the_rows_is_named_before_anything_is_done(

@@ -135,11 +135,7 @@ def read_rows(name: str) -> Rows:
 
 def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return the recipe with changed settings, by dotted key; raise ConfigError for one that no recipe has."""
-    values = recipe.model_dump(mode="json")
-    for dotted, value in changes.items():
-        section, _, key = dotted.rpartition(".")
-        (values.setdefault(section, {}) if section else values)[key] = value
-    return parse_recipe(values, source="rows")
+    return parse_recipe(recipe.model_dump(mode="json"), "rows", changes)
 
 
 def row_recipe(recipe: Recipe, row: Row) -> Recipe:

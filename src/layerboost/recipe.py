@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -329,19 +330,19 @@ def load_recipe(files: list[Path], overrides: dict[str, Any]) -> Recipe:
     merged: dict[str, Any] = {}
     for file in files:
         _merge(merged, _read_yaml(file))
-    for dotted, value in overrides.items():
+    return parse_recipe(merged, ", ".join(map(str, files)) or "the command line", overrides)
+
+
+def parse_recipe(values: dict[str, Any], source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the Recipe of `values` and dotted `overrides`; raise ConfigError with all problems if it is not valid."""
+    for dotted, value in (overrides or {}).items():
         *sections, key = dotted.split(".")
-        target = merged
+        target = values
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown recipe key: {dotted}", found=f"{section} is a value, not a section")
         target[key] = value
-    return parse_recipe(merged, source=", ".join(map(str, files)) or "the command line")
-
-
-def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Return the Recipe of `values`; raise ConfigError with all problems if they are not valid."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 from tiny import info, layer_plans
 
@@ -63,9 +66,11 @@ def test_kv_heads_are_grouped_as_layers_are_in_modules_of_equal_size() -> None:
     assert module_heads(2, layer_plans("ffsS")) == 2
 
 
-def advised(layers: list[LayerPlan], context_tokens: int, concurrency: int, engine: CacheSettings) -> Serving:
+def advised(
+    layers: list[LayerPlan], context_tokens: int, concurrency: int, engine: CacheSettings, **timed: Any
+) -> Serving:
     settings = {"context_tokens": context_tokens, "concurrency": concurrency}
-    found = plan_serving(PlanFile(model=info(8), method="budget", settings=settings, layers=layers), engine)
+    found = plan_serving(PlanFile(model=info(8), method="budget", settings=settings, layers=layers), engine, **timed)
     assert found
     return found
 
@@ -73,8 +78,11 @@ def advised(layers: list[LayerPlan], context_tokens: int, concurrency: int, engi
 def test_flags_are_advised_only_where_they_gain() -> None:
     short = advised(layer_plans("ffssssss", 64), 2048, 100, CPU_DEFAULTS)
     assert short.flags == ("--max-num-batched-tokens", "128", "--block-size", "32")
-    assert short.default.requests_ratio < 1 < short.advised.requests_ratio
-    assert (short.advised.prefill_steps, short.default.prefill_steps) == (16, 1)
+    gain = re.search(r"admits (\S+) times .* devices\) (\S+) times; .* in 16 steps, not 1$", short.gain)
+    assert gain
+    assert float(gain[2]) < 1 < float(gain[1])
+    timed = advised(layer_plans("ffssssss", 64), 2048, 100, CPU_DEFAULTS, prefill_ms=float)
+    assert timed.gain == f"{short.gain}, and 128 ms, not 2048"
     served = info(8), layer_plans("ffssssss", 64), 2048, CacheSettings(128, 32, 1)
     assert resident_bytes(*served) < admission_bytes(*served) <= 1.25 * resident_bytes(*served)
     assert advised(layer_plans("ffssssss", 64), 131_072, 100, GPU_DEFAULTS).flags == (

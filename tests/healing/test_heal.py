@@ -166,6 +166,24 @@ def test_sequences_that_ask_are_part_of_the_text(converted: Path, tmp_path: Path
     assert any(answers.any() for answers in asking.answers)
     assert plain.validation.fingerprint == asking.validation.fingerprint
     assert plain.fingerprint != asking.fingerprint
+    assert asking.asking is None
+
+
+def test_answers_that_weigh_more_are_validated(converted: Path, tmp_path: Path) -> None:
+    settings = {"fit_tokens": 0, "attention_tokens": 0, "tokens": 2048, "retrieval_share": 0.5, "answer_weight": 9.0}
+    recipe = recipe_of(converted, **settings)
+    recipe = recipe.model_copy(update={"text": recipe.text.model_copy(update={"sequence_tokens": 248})})
+    tokenizer = find_model(str(converted / "model"), RUNTIME).tokenizer
+    asking = load_text(recipe, tmp_path, read_plan(converted / "run" / PLAN), tokenizer).asking
+    assert asking is not None
+    for ids, scored in zip(asking.ids.tolist(), asking.scored.tolist(), strict=True):
+        answer = [token for token, counts in zip(ids, scored, strict=True) if counts]
+        assert set(answer) <= set(ids[: scored.index(True)])
+    run = copy_of(converted, tmp_path / "run")
+    run_stage("heal", recipe, run)
+    rows = [line for line in read_metrics(run / "heal" / "metrics.jsonl") if line.validation_kl is not None]
+    assert all(line.validation_answer_kl for line in rows)
+    assert rows[0].validation_answer_kl != rows[0].validation_kl
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_a_model_is_healed_on_requests_with_images_of_many_sizes(
 def test_two_processes_measure_and_heal_on_images_what_one_does(bases: dict[str, Base], tmp_path: Path) -> None:
     """Images of two sizes; the last step has a request fewer than processes."""
     base = bases["llava"]
-    recipe = recipe_of(base, save_requests(tmp_path, 16, heights=(8, 16)), gradient_accumulation=2, lr=1e-3)
+    file = save_requests(tmp_path, 16, heights=(8, 16))
+    recipe = recipe_of(base, file, batch_sequences=1, gradient_accumulation=2)
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     alone, together = tmp_path / "alone", tmp_path / "together"
 

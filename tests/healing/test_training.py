@@ -190,6 +190,23 @@ def test_the_best_step_is_kept(case: str, tmp_path: Path, caplog: pytest.LogCapt
     assert kept == (best == 0)
 
 
+def test_answers_that_weigh_more_count_as_much_for_the_best_step(tmp_path: Path) -> None:
+    made, seen = distiller(), []
+    data = Data(SEQUENCES, TOKENS, SETTINGS, weights=[torch.tensor([1.0, 9.0]).repeat(12)] * len(SEQUENCES))
+    values = zip([1.0, 1.1, 1.2, 1.2, 1.2], [5.0, 3.0, 1.0, 2.0, 3.0], strict=True)
+    rows = iter([{"validation_kl": kl, "validation_answer_kl": answers} for kl, answers in values])
+
+    def validate() -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in made.trained_state().items()})
+        return next(rows)
+
+    train_stage("lora", made, data, SETTINGS, tmp_path, validate)
+    assert data.answer_fraction == pytest.approx(0.9)
+    assert same(made.trained_state(), seen[2])
+    written = [line.validation_answer_kl for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert [value for value in written if value] == [5, 3, 1, 2, 3]
+
+
 def heal_in(folder: Path) -> None:
     train(folder, distiller())
 

@@ -41,42 +41,12 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Admission:
-    """Effects of settings: requests admitted to the same memory, against the base; the steps to read a prompt,
-    and the milliseconds if the machine's rates are known."""
-
-    requests_ratio: float
-    prefill_steps: int
-    prefill_ms: float | None
-
-
-@dataclass(frozen=True)
 class Serving:
-    """The flags with which vLLM saves the memory that a plan promises, and their effects.
-
-    `flags`: extra arguments of `vllm serve`, each with its value. `advised`: for requests of `context_tokens` with
-    these flags; `default`: the same with vLLM's own settings.
-    """
+    """The flags with which vLLM saves the memory that a plan promises, each with its value, and their effects: a
+    sentence without its full stop."""
 
     flags: tuple[str, ...]
-    context_tokens: int
-    advised: Admission
-    default: Admission
-
-    @property
-    def gain(self) -> str:
-        """Return the effects of the flags as a sentence without its full stop."""
-        own, default = self.advised, self.default
-        text = f"vLLM admits {own.requests_ratio:.2f} times the base's requests of {self.context_tokens} tokens"
-        if own.prefill_steps == default.prefill_steps:
-            return text
-        text += (
-            f", with 2,048 batched tokens (vLLM's own on most devices) {default.requests_ratio:.2f} times; a "
-            f"prompt of that length is then read in {own.prefill_steps} steps, not {default.prefill_steps}"
-        )
-        if own.prefill_ms and default.prefill_ms:
-            text += f", and {own.prefill_ms:.0f} ms, not {default.prefill_ms:.0f}"
-        return text
+    gain: str
 
 
 def groups(full: int, sliding: int) -> Groups:
@@ -172,11 +142,9 @@ def plan_serving(
         return None
     model, layers, base = plan.model, plan.layers, all_full(plan.model)
 
-    def admission(settings: CacheSettings) -> Admission:
+    def admitted(settings: CacheSettings) -> str:
         own = admission_bytes(model, layers, context_tokens, settings) or 1  # no layer holds a cache
-        ratio = admission_bytes(model, base, context_tokens, settings) / own
-        batch = settings.max_batched_tokens
-        return Admission(ratio, math.ceil(context_tokens / batch), prefill_ms(batch) if prefill_ms else None)
+        return f"{admission_bytes(model, base, context_tokens, settings) / own:.2f} times"
 
     advised = _advised(model, layers, context_tokens, concurrency, default)
     flags: tuple[str, ...] = ()
@@ -186,7 +154,15 @@ def plan_serving(
         flags += ("--max-num-batched-tokens", str(advised.max_batched_tokens))
     if advised.block_size != default.block_size:
         flags += ("--block-size", str(advised.block_size))
-    return Serving(flags, context_tokens, admission(advised), admission(default))
+    gain = f"vLLM admits {admitted(advised)} the base's requests of {context_tokens} tokens"
+    batches = advised.max_batched_tokens, default.max_batched_tokens
+    steps, usual = (math.ceil(context_tokens / batch) for batch in batches)
+    if steps != usual:
+        gain += f", with 2,048 batched tokens (vLLM's own on most devices) {admitted(default)}; "
+        gain += f"a prompt of that length is then read in {steps} steps, not {usual}"
+        ms = [prefill_ms(batch) for batch in batches] if prefill_ms else [0.0]
+        gain += f", and {ms[0]:.0f} ms, not {ms[1]:.0f}" if all(ms) else ""
+    return Serving(flags, gain)
 
 
 def _advised(

@@ -40,7 +40,7 @@ def compare_tasks(
                 )
                 for model, by_item in scores[task.name].items()
             },
-            difference=_differences([task], {task.name: scores[task.name]}, right_or_wrong=True),
+            difference=_differences([task], scores, right_or_wrong=True),
             margin=_margins(task, results[task.name]),
         )
         for task in tasks

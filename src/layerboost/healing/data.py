@@ -167,6 +167,12 @@ class Data:
             batches.append(batch)
         return batches
 
+    @property
+    def answer_fraction(self) -> float:
+        """Return the fraction of a loss that tokens with a weight above 1 have."""
+        weights = torch.cat(self.weights)
+        return float(weights[weights > 1].sum() / weights.sum())
+
     def seen(self, step: int) -> int:
         """Return the tokens of text trained on after `step` steps."""
         return round(self.ends[step] / self.repeats)

@@ -148,13 +148,14 @@ STAGES = ("attention", "lora")
 class HealingText:
     """The sequences `[L]` of each stage, of which the first `tokens[stage]` tokens are trained on.
 
-    `answers` `[L]`: where the next token of a sequence of stage 2 answers. `fit_tokens`: the first tokens of the
-    attention stage, for the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each
-    sequence, empty for text.
+    `answers` `[L]`: where the next token of a sequence of stage 2 answers. `asking`: validation text that asks for what
+    it said before, if answers weigh more than other tokens. `fit_tokens`: the first tokens of the attention stage, for
+    the fit before it. `fingerprint`: of all text. `given`: what goes with the ids of each sequence, empty for text.
     """
 
     sequences: dict[str, list[torch.Tensor]]
     answers: list[torch.Tensor]
+    asking: Traffic | None
     fit_tokens: int
     tokens: dict[str, int]
     validation: Tokens | Traffic
@@ -211,11 +212,19 @@ def load_text(recipe: Recipe, run: Path, plan: PlanFile, tokenizer: Any) -> Heal
     return HealingText(
         sequences={name: sequences for name, (sequences, _) in made.items()},
         answers=made["lora"][1] if "lora" in made else [],
+        asking=asking_text(validation, tokenizer, recipe.seed) if fraction and recipe.heal.answer_weight > 1 else None,
         fit_tokens=fit_tokens,
         tokens=tokens,
         validation=validation,
         fingerprint=fingerprint(*(read.fingerprint for read in (*train.values(), validation)), *asking),
     )
+
+
+def asking_text(text: Tokens, tokenizer: Any, seed: int) -> Traffic | None:
+    """Return sequences that ask for what they said before, with their answers scored; None if they are too short."""
+    made, answers = with_recall(list(text.ids), tokenizer, 1.0, seed)
+    rows = [(ids, answer.roll(1)) for ids, answer in zip(made, answers, strict=True) if answer.any()]
+    return Traffic(torch.stack([ids for ids, _ in rows]), torch.stack([scored for _, scored in rows])) if rows else None
 
 
 def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_tokens: int) -> HealingText:
@@ -227,6 +236,7 @@ def _request_text(recipe: Recipe, tokenizer: Any, tokens: dict[str, int], fit_to
     return HealingText(
         sequences=dict.fromkeys(STAGES, sequences),
         answers=[torch.tensor([*request.scored[1:], False]) for request in requests],
+        asking=None,
         fit_tokens=fit_tokens,
         tokens={stage: next(end for end in ends if end >= count) for stage, count in tokens.items()},
         validation=validation,
@@ -382,7 +392,8 @@ def train(
     )
     local = AttentionDistiller(*models)
     distillers = {"attention": local, "lora": logits}
-    validation = Validation(logits, text.validation.batches(settings.batch_sequences, device))
+    of_answers = text.asking.batches(settings.batch_sequences, device) if text.asking else []
+    validation = Validation(logits, text.validation.batches(settings.batch_sequences, device), of_answers)
     if settings.shard:
         shards = shard(pair.teacher, student, device)
         shards.gather_for(validation, "measure")
@@ -407,26 +418,32 @@ def train(
 
 @dataclass
 class Validation:
-    """KL to the base and NLL of the student on batches of held-out text `[B, T]` or of requests; the base runs on them
-    once."""
+    """KL to the base and NLL of the student on batches of held-out text `[B, T]` or of requests, and the KL on the
+    answers of text that asks; the base runs on them once."""
 
     distiller: LogitDistiller
     batches: Sequence[torch.Tensor | Traffic]
+    asking: Sequence[Traffic]
     targets: Sequence[Targets] = ()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return `validation_kl` and `validation_nll`, in nats per token; of requests, per token of an answer."""
+        """Return `validation_kl` and `validation_nll`, in nats per token, of requests per token of an answer; with text
+        that asks also `validation_answer_kl`."""
         teacher, student = self.distiller.teacher, self.distiller.student
         found: list[SequenceLosses] = []
         parts = [
             (batch.ids, batch.given, batch.scored) if isinstance(batch, Traffic) else (batch, None, None)
-            for batch in self.batches
+            for batch in (*self.batches, *self.asking)
         ]
         self.targets = self.targets or [self.distiller.compute_targets(ids, given) for ids, given, _ in parts]
         for (ids, given, scored), targets in zip(parts, self.targets, strict=True):
             output = self.distiller.student_output(targets)
             found.append(token_losses(teacher, targets.output, ids, output, student, scored))
             check_values("NLL of the base on a validation sequence", found[-1].base_nll, teacher, ids, given)
-        kl, nll, _ = (torch.cat(values) for values in zip(*found, strict=True))
-        return {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
+        count = len(self.batches)
+        kl, nll, _ = (torch.cat(values) for values in zip(*found[:count], strict=True))
+        values = {"validation_kl": float(kl.mean()), "validation_nll": float(nll.mean())}
+        if self.asking:
+            values["validation_answer_kl"] = float(torch.cat([losses.kl for losses in found[count:]]).mean())
+        return values

@@ -46,7 +46,8 @@ def train_stage(
     """Train a stage, `attention` or `lora`, on `data`.
 
     Leave `distiller` at the best step, the start included: that with the lowest `validation_kl` of `validate()`, plus
-    `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy. `folder/NAME.safetensors` stores it;
+    `heal.ce_weight` times `validation_nll` if the stage's loss has cross entropy; answers that weigh more count as much
+    as in the loss, by `validation_answer_kl`. `folder/NAME.safetensors` stores it;
     a stage that ended is only loaded. Resume from the newest checkpoint in `folder/checkpoints/NAME`. Each step and
     each validation is a line of `folder/metrics.jsonl`.
 
@@ -153,6 +154,8 @@ class _Training:
         values = dict(zip(found, self.mean(*found.values()), strict=True))
         self.metrics.write(step, self.data.seen(step), values)
         score = values["validation_kl"] + (self.ce_weight * values["validation_nll"] if self.ce_weight else 0.0)
+        if "validation_answer_kl" in values:
+            score += self.data.answer_fraction * (values["validation_answer_kl"] - values["validation_kl"])
         if step == 0 and not math.isfinite(score):
             raise not_finite(self.name, f"validation loss is {score}", step)
         if score < self.best["score"]:

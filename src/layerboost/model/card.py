@@ -208,10 +208,9 @@ def _serve(plan: PlanFile) -> str:
     if not (found := _advised(plan)):
         return commands
     gains = " ".join(f"{where} {advised.gain}." for where, advised in found.items())
-    context = next(iter(found.values())).context_tokens
     return commands + (
         "\nvLLM reserves room for the tokens of a step in every sliding layer. With these flags "
-        f"and `--max-model-len {context}`: {gains}\n"
+        f"and `--max-model-len {plan.settings['context_tokens']}`: {gains}\n"
     )
 
 

@@ -266,22 +266,15 @@ def _equalities(
     table: list[list[Choice]], pairs: list[tuple[int, int]], module: int, limits: Budget
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the equalities: one choice per layer and component, and the pair of counts that the choices make."""
+    sites = [(site, choice.plan) for site, options in enumerate(table) for choice in options]
+    one_each = [[site == row for site, _ in sites] + [0] * len(pairs) for row in range(len(table))]
+    if not pairs:
+        return np.array(one_each, float), np.ones(len(table))
+    # The first sites are attention's; MLPs hold no cache.
     heads, layers = limits.model.kv_heads, limits.model.layers
-    # The first rows are attention's; MLPs hold no cache.
-    flat = [
-        (site, cached([choice.plan] if site < layers else [], heads, module))
-        for site, options in enumerate(table)
-        for choice in options
-    ]
-    rows = [[float(site == row) for site, _ in flat] + [0.0] * len(pairs) for row in range(len(table))]
-    right = [1.0] * len(table)
-    if pairs:
-        rows.append([0.0] * len(flat) + [1.0] * len(pairs))
-        right.append(1.0)
-        for index in range(2):
-            rows.append([float(found[index]) for _, found in flat] + [-float(pair[index]) for pair in pairs])
-            right.append(0.0)
-    return np.array(rows), np.array(right)
+    counts = [cached([plan] if site < layers else [], heads, module) for site, plan in sites]
+    one_pair, made = [0] * len(sites) + [1] * len(pairs), np.hstack([np.transpose(counts), -np.transpose(pairs)])
+    return np.vstack([one_each, one_pair, made]).astype(float), np.array([1.0] * (len(table) + 1) + [0.0, 0.0])
 
 
 def _limits(

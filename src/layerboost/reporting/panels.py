@@ -19,6 +19,12 @@ STAGES = {
     "attention": "Stage 1: attention distillation",
     "lora": "Stage 2: LoRA distillation",
 }
+# Columns of validations, where any has a value.
+VALIDATION = {
+    "validation_kl": "KL, nats per token",
+    "validation_nll": "NLL, nats per token",
+    "validation_answer_kl": "KL of answers",
+}
 
 
 def layers_panel(sources: Sources) -> Panel:
@@ -109,19 +115,14 @@ def healing_panel(sources: Sources) -> Panel:
         if lines:
             rows.append(_healing_row(title, lines))
     panel.tables.append(Table("Stages", ["stage", "steps", "tokens", "time", "first loss", "last loss"], rows))
-    validation = [
-        [
-            line.stage,
-            f"{line.step:,}",
-            f"{line.tokens:,}",
-            number(line.validation_kl, 4),
-            number(line.validation_nll, 4),
+    checked = [line for line in sources.metrics if line.validation_kl is not None or line.validation_nll is not None]
+    shown = [name for name in VALIDATION if any(getattr(line, name) is not None for line in checked)]
+    if checked:
+        header = ["stage", "step", "tokens", *(VALIDATION[name] for name in shown)]
+        validation = [
+            [line.stage, f"{line.step:,}", f"{line.tokens:,}", *(number(getattr(line, name), 4) for name in shown)]
+            for line in checked
         ]
-        for line in sources.metrics
-        if line.validation_kl is not None or line.validation_nll is not None
-    ]
-    if validation:
-        header = ["stage", "step", "tokens", "KL, nats per token", "NLL, nats per token"]
         panel.tables.append(Table("Validation", header, validation, folded=len(validation) > 12))
     return panel
 

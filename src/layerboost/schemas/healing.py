@@ -24,6 +24,7 @@ class MetricLine(BaseModel):
     lr: float | None = None
     validation_kl: float | None = None
     validation_nll: float | None = None
+    validation_answer_kl: float | None = None
     seconds: float
 
 
