@@ -115,8 +115,11 @@ class MeasuredPlans:
         return self.results[key]
 
     def _measure(self, plan: Sequence[LayerPlan]) -> Mapping[str, float]:
-        self._follow(plan)
         streams = self.probe.streams
+        # From a plan that is far from this one, go to a measured plan that is one change away.
+        if _changes(plan, streams.plan) > 2:
+            near = next((other for other in reversed(self.measured) if _changes(plan, other) == 1), streams.plan)
+            streams.follow(near)
         # These layers must run for this plan anyway; later plans can use their outputs.
         for layer in range(max(streams.inputs), first_difference(streams.plan, plan)):
             streams.advance(layer)
@@ -125,13 +128,6 @@ class MeasuredPlans:
         means = {metric: float(values.mean()) for metric, values in losses.items() if metric != "mse"}
         check_finite("a plan that was tried", means, streams.stream.model.dtype)
         return means
-
-    def _follow(self, plan: Sequence[LayerPlan]) -> None:
-        """If the streams' plan is far from this one, move them to a measured plan that is one change away."""
-        if _changes(plan, self.probe.streams.plan) > 2:
-            near = next((other for other in reversed(self.measured) if _changes(plan, other) == 1), None)
-            if near is not None:
-                self.probe.streams.follow(near)
 
 
 def _changes(one: Sequence[LayerPlan], other: Sequence[LayerPlan]) -> int:
