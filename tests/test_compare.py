@@ -24,6 +24,7 @@ from layerboost.compare import (
 )
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
+from layerboost.planning.choices import metric_limits
 from layerboost.recipe import load_recipe
 from layerboost.schemas.comparison import EveryLayer
 from layerboost.schemas.plan import read_plan
@@ -242,6 +243,19 @@ def test_unknown_rows_are_answered_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="no such rows"):
         read_rows("equal-costs")
     assert read_rows("equal-cost").reference == "ours"
+
+
+def test_the_default_rows_fit_any_recipe() -> None:
+    """Controls refuse KV heads, limits and components, which only the recipe's own plan has."""
+    settings = {"plan.unit": "kv_head", "plan.max_kl": 0.1, "plan.components": ["attention"]}
+    recipe = with_settings(load_recipe([], {}), settings)
+    plans = [row_recipe(recipe, row).plan for row in read_rows("equal-cost").rows.values()]
+    controls = [plan for plan in plans if plan.method != "budget"]
+    assert {plan.method for plan in controls} == {"threshold", "cosine", "uniform", "random"}
+    for plan in controls:
+        assert plan.unit == "layer"
+        assert not metric_limits(plan)
+        assert plan.method == "cosine" or plan.components is None
 
 
 @pytest.mark.parametrize(
