@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -392,8 +392,7 @@ def train(
     )
     local = AttentionDistiller(*models)
     distillers = {"attention": local, "lora": logits}
-    of_answers = text.asking.batches(settings.batch_sequences, device) if text.asking else []
-    validation = Validation(logits, text.validation.batches(settings.batch_sequences, device), of_answers)
+    validation = Validation(logits, text.validation.batches(settings.batch_sequences, device))
     if settings.shard:
         shards = shard(pair.teacher, student, device)
         shards.gather_for(validation, "measure")
@@ -405,6 +404,8 @@ def train(
             sequences = text.sequences["attention"]
             fitted = fit_stage(local, sequences, text.fit_tokens, folder, validation.measure, text.given)
     for stage in text.stages:
+        if stage == "lora" and text.asking:
+            validation.asking = text.asking.batches(settings.batch_sequences, device)
         train_only(student, stage, pair.adapted[stage])
         # Of a request its answers alone count, as where layers are measured.
         other, answer = (0.0, 1.0) if text.given else (1.0, settings.answer_weight)
@@ -423,8 +424,8 @@ class Validation:
 
     distiller: LogitDistiller
     batches: Sequence[torch.Tensor | Traffic]
-    asking: Sequence[Traffic]
-    targets: Sequence[Targets] = ()
+    asking: Sequence[Traffic] = ()
+    targets: list[Targets] = field(default_factory=list)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -436,7 +437,7 @@ class Validation:
             (batch.ids, batch.given, batch.scored) if isinstance(batch, Traffic) else (batch, None, None)
             for batch in (*self.batches, *self.asking)
         ]
-        self.targets = self.targets or [self.distiller.compute_targets(ids, given) for ids, given, _ in parts]
+        self.targets += [self.distiller.compute_targets(ids, given) for ids, given, _ in parts[len(self.targets) :]]
         for (ids, given, scored), targets in zip(parts, self.targets, strict=True):
             output = self.distiller.student_output(targets)
             found.append(token_losses(teacher, targets.output, ids, output, student, scored))

@@ -177,8 +177,8 @@ def place_layers(
 ) -> None:
     """Put the layers of our kinds into a cache, which `generate` may have told to expect a crop.
 
-    `skipped`: the layers without attention; `mixed`: the full KV heads of layers with two kinds, none where a layer
-    slides whose type is not its own; `linear`: those with linear attention.
+    `skipped`: the layers without attention; `mixed`: the full KV heads of layers with two kinds, an empty list where
+    all have the window (see `recorded_full_heads`); `linear`: those with linear attention.
     """
     sliding = [layer for layer in past.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     recording = any(layer.record_past for layer in sliding)

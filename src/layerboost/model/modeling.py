@@ -75,8 +75,8 @@ def skipped_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def recorded_full_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
-    """Return, for each layer with two kinds of KV heads in a config, its full KV heads; none for one that slides and
-    whose type cannot say so."""
+    """Return, for each layer with two kinds of KV heads in a config, its full KV heads; an empty list where all of them
+    have the window and `layer_types` cannot say so (Falcon-H1)."""
     return {int(layer): list(heads) for layer, heads in (getattr(config, "full_kv_heads", None) or {}).items()}
 
 

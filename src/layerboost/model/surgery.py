@@ -202,10 +202,9 @@ def boosted_config(config: PreTrainedConfig, layers: Sequence[LayerPlan]) -> Pre
     with `skip` and `intermediate_size`.
 
     They are those of the language model; a wrapper has them in its `text_config`. Four keys are ours:
-    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full (in a family whose
-    layer types are computed, also none), and
-    `linear_attention`, the feature map by layer (the layer's type is then the base's); and `base_layer_types`, unless
-    all layers are full in the base. Raise ConfigError.
+    `attention_sink_layers`; `full_kv_heads` by layer where some of a layer's KV heads stay full (an empty list where
+    all have the window in a family whose layer types are computed); `linear_attention`, the feature map by layer (the
+    layer's type is then the base's); and `base_layer_types`, unless all layers are full in the base. Raise ConfigError.
     """
     whole = copy.deepcopy(config)
     config = whole.get_text_config()
