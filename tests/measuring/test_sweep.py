@@ -195,10 +195,10 @@ def test_local_scores(family: str) -> None:
     error = (changed[2][:, :-1] - states[2]).square().sum((1, 2)) / states[2].square().sum((1, 2))
     [removed] = [variant for variant in found[1].variants if variant.attention == "none"]
     assert removed.scores["mse"].mean == pytest.approx(float(error.mean()), rel=1e-4)
-    # Removal leaves the stream before the attention; the attention's own part is what cosine sees.
+    # Removal leaves the stream before the attention; the attention's own part is what cosine sees, next to a state too.
     second: Any = decoder_layers(base)[1]
     for name, module in second.named_children():
-        if name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp"):
+        if name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "mamba"):
             module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     attended = base(IDS, output_hidden_states=True).hidden_states[2][:, :-1]
     assert removed.scores["cosine"].mean == pytest.approx(float(_turn(states[1], attended)), abs=1e-5)
