@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ class Data:
             batches.append(batch)
         return batches
 
-    @property
+    @cached_property
     def answer_fraction(self) -> float:
         """Return the fraction of a loss that tokens with a weight above 1 have."""
         weights = torch.cat(self.weights)

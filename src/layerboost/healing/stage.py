@@ -404,14 +404,14 @@ def train(
             sequences = text.sequences["attention"]
             fitted = fit_stage(local, sequences, text.fit_tokens, folder, validation.measure, text.given)
     for stage in text.stages:
-        if stage == "lora" and text.asking:
-            validation.asking = text.asking.batches(settings.batch_sequences, device)
         train_only(student, stage, pair.adapted[stage])
-        # Of a request its answers alone count, as where layers are measured.
-        other, answer = (0.0, 1.0) if text.given else (1.0, settings.answer_weight)
-        weights = [other + (answer - other) * answers for answers in text.answers]
-        repeats, weighed = (1, weights) if stage == "lora" else (settings.attention_repeats, None)
-        data = Data(text.sequences[stage], text.tokens[stage], settings, repeats, weighed, text.given)
+        repeats, weights = settings.attention_repeats, None
+        if stage == "lora":
+            # Of a request its answers alone count, as where layers are measured.
+            other, answer = (0.0, 1.0) if text.given else (1.0, settings.answer_weight)
+            repeats, weights = 1, [other + (answer - other) * answers for answers in text.answers]
+            validation.asking = text.asking.batches(settings.batch_sequences, device) if text.asking else ()
+        data = Data(text.sequences[stage], text.tokens[stage], settings, repeats, weights, text.given)
         train_stage(stage, distillers[stage], data, settings, folder, validation.measure)
         local.cache.clear()
     return fitted
