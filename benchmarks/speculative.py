@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from layerboost import AutoModelForCausalLM
+from layerboost.model.modeling import CACHE
 from layerboost.recipe import Text
 from layerboost.text import load_tokens
 
@@ -45,7 +46,7 @@ class Passes:
         ]
 
     def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.cached.append(kwargs["past_key_values"].get_seq_length())
+        self.cached.append(kwargs[CACHE].get_seq_length())
 
     def _after(self, *_: Any) -> None:
         self.ended.append(time.perf_counter())

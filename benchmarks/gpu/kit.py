@@ -251,7 +251,7 @@ def random_model(sizes: Any) -> Any:
 @torch.no_grad()
 def decode(sizes: Any, _: Path) -> Iterator[Row]:
     """A step of layers that are all full, all windowed or all without attention, and of norm and head."""
-    from layerboost.model.modeling import decoder_layers
+    from layerboost.model.modeling import CACHE, decoder_layers
     from layerboost.model.surgery import apply_plan
 
     stock = random_model(sizes)
@@ -275,7 +275,7 @@ def decode(sizes: Any, _: Path) -> Iterator[Row]:
         def call() -> torch.Tensor:
             states, embeddings = hidden, stock.model.rotary_emb(hidden, position)
             for layer in decoder_layers(models[name]):
-                states = layer(states, position_ids=position, past_key_values=cache, position_embeddings=embeddings)
+                states = layer(states, position_ids=position, position_embeddings=embeddings, **{CACHE: cache})
             return states
 
         return call

@@ -302,7 +302,6 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     (source.folder / "special_tokens_map.json").write_text("{}")
     text = "hello world  2023\n ok"
     wanted = Tokenizer.from_file(str(source.folder / "tokenizer.json")).encode(text).ids
-    assert AutoTokenizer.from_pretrained(source.folder)(text, add_special_tokens=False)["input_ids"] != wanted
     with caplog.at_level("WARNING"):
         loaded = again(source).tokenizer
     assert loaded(text, add_special_tokens=False)["input_ids"] == wanted

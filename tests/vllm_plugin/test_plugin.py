@@ -44,10 +44,10 @@ def test_registering_twice_imports_no_model_code() -> None:
 def test_versions_outside_the_tested_range_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     from layerboost.vllm_plugin.plugin import _warn_if_untested
 
-    for version in ("0.30.0", "0.31.0", "0.32.0", "0.32.1+cpu"):
+    for version in ("0.30.0", "0.31.0", "0.32.1+cpu", "0.33.0"):
         _warn_if_untested(version)
     assert not caplog.records
-    for version in ("0.29.0", "0.33.0", "1.0.0", "dev"):
+    for version in ("0.29.0", "0.34.0", "1.0.0", "dev"):
         _warn_if_untested(version)
     assert len(caplog.records) == 4
 

@@ -24,6 +24,7 @@ from layerboost.engines.server import MODULE, failed, guarded
 from layerboost.errors import ConfigError
 from layerboost.files import write_text
 from layerboost.model.base import find_model
+from layerboost.model.modeling import CACHE
 from layerboost.recipe import Bench, EngineName, Recipe
 from layerboost.runtime import GIB, peak_rss_bytes, start_runtime
 from layerboost.schemas.artifact import json_text
@@ -115,13 +116,13 @@ def generate(
         known = model.generate(
             prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=1, return_dict_in_generate=True, **settings
         )
-        cache = known.past_key_values
+        cache = known[CACHE]
     clock = Clock()
     started = time.perf_counter()
     answers = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=output_tokens,
         stopping_criteria=[clock],
         **settings,

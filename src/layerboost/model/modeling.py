@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerboost.model.attention import boolean_mask, masked_attention, sliding_attention
 from layerboost.model.caches import place_layers, take_heads
@@ -40,6 +42,8 @@ from layerboost.model.mlp import recorded_widths, set_mlp
 # Transformers' types of layers that have attention and no state.
 ATTENTION = ("full_attention", "sliding_attention")
 SLIDING = "layerboost_sliding"
+# The argument of every model and layer that is the cache: Transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 # The name of this file inside a checkpoint.
 CODE_FILE = "modeling_layerboost.py"
 
@@ -51,9 +55,9 @@ class AttentionFree(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].cumulative_length += hidden_states.shape[1]
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        if (past := kwargs.get(CACHE)) is not None:
+            past.layers[self.layer_idx].cumulative_length += hidden_states.shape[1]
         return torch.zeros_like(hidden_states), None
 
 
@@ -215,17 +219,18 @@ def _prepare_forward(
         )
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = config.use_cache
-    past = kwargs.get("past_key_values")
+    if (past := kwargs.get(CACHE)) is None:
+        past = kwargs.pop("past_key_values", None)  # a caller's own, under the older name
     if past is None:
         if not kwargs["use_cache"] or (decoder.training and decoder.gradient_checkpointing):
             return args, kwargs
-        past = kwargs["past_key_values"] = DynamicCache(config=config)
+        past = DynamicCache(config=config)
     if not isinstance(past, DynamicCache):
         raise ValueError(
             f"a boosted model works with DynamicCache, not {type(past).__name__}; leave cache_implementation unset"
         )
     place_layers(past, config, skipped, recorded_full_heads(config), recorded_feature_maps(config))
-    return args, kwargs
+    return args, kwargs | {CACHE: past}
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from layerboost.model.modeling import base_layer_types, decoder_layers, final_norm
+from layerboost.model.modeling import CACHE, base_layer_types, decoder_layers, final_norm
 from layerboost.model.surgery import Thinned, family_of, replaced, unchanged
 from layerboost.schemas.plan import LayerPlan
 from layerboost.strategies import OTHER
@@ -162,10 +162,8 @@ class LayerStream:
         deepstack) is recorded too.
         """
         with recorded_calls(dict(enumerate(self.layers)), images=bool(given)) as (start, calls):
-            output = decoded(self.model, ids, given, past_key_values=cache, use_cache=cache is not None)
-        self._arguments[ids.shape] = {
-            index: call.arguments | {"past_key_values": None} for index, call in calls.items()
-        }
+            output = decoded(self.model, ids, given, use_cache=cache is not None, **{CACHE: cache})
+        self._arguments[ids.shape] = {index: call.arguments | {CACHE: None} for index, call in calls.items()}
         self._added = {index - 1: call.added for index, call in calls.items() if call.added is not None}
         return start[0], output
 
@@ -221,7 +219,7 @@ class LayerStream:
         for index in range(start, len(self.layers)):
             given = dict(self._arguments[torch.Size((batch, every))][index])
             cos, sin = given["position_embeddings"]
-            given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), "past_key_values": prefix}
+            given |= {"position_embeddings": (cos[:, before:], sin[:, before:]), CACHE: prefix}
             if (positions := given["position_ids"]) is not None:
                 given["position_ids"] = positions[:, before:]
             given["attention_mask"] = mask

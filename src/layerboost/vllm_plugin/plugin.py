@@ -24,7 +24,7 @@ MODULES = {
     "LayerBoostForConditionalGeneration": "wrappers",
     "LayerBoostQwen3VLForConditionalGeneration": "qwen3_vl",
 }
-TESTED = ((0, 30), (0, 33))
+TESTED = ((0, 30), (0, 34))
 ANY_SINKS_SINCE = (0, 31)  # before it, vLLM's CPU kernel read sinks as bfloat16 alone
 
 
