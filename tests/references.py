@@ -70,6 +70,33 @@ def gated_attention_reference(
     return torch.stack(rows).view(batch, length, heads, -1).transpose(1, 2)
 
 
+def delta_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    rate: torch.Tensor,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the output of `delta_attention` token by token."""
+    batch, heads, length, size = query.shape
+    documents = torch.zeros(batch, length, dtype=torch.long) if documents is None else documents
+    groups = heads // key.shape[1]
+    key, value, log_decay, rate = (x.repeat_interleave(groups, 1) for x in (key, value, log_decay, rate))
+    rows = []
+    for one in range(batch):
+        state = query.new_zeros(heads, size, value.shape[-1])
+        for now in range(length):
+            if now and documents[one, now - 1] != documents[one, now]:
+                state = torch.zeros_like(state)
+            if documents[one, now] >= 0:
+                state = log_decay[one, :, now, None, None].exp() * state
+                error = value[one, :, now] - torch.einsum("hk,hkv->hv", key[one, :, now], state)
+                state = state + rate[one, :, now, None, None] * key[one, :, now, :, None] * error[:, None]
+            rows.append(torch.einsum("hk,hkv->hv", query[one, :, now], state))
+    return torch.stack(rows).view(batch, length, heads, -1).transpose(1, 2)
+
+
 def refit_reference(inputs: torch.Tensor, weight: torch.Tensor, neurons: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the fitted columns `[D, w]` by least squares on the tokens themselves; `Activations.thinned` has sums.
 

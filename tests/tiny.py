@@ -250,8 +250,8 @@ def families(*, sliding: bool = True, others: bool = True, experts: bool = False
 
 def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
     """One letter per layer: f(ull), s(liding), S(liding with a sink), n(one), x: of another kind; h and H: s with KV
-    head 1 and S with KV head 0 full; l and L: linear as LoLCATs and as Liger; with half of an MLP t: f, u: s, o: n,
-    y: x; without an MLP m: f, z: n, Y: x."""
+    head 1 and S with KV head 0 full; l, L and D: linear as LoLCATs, as Liger and by the delta rule; with half of an MLP
+    t: f, u: s, o: n, y: x; without an MLP m: f, z: n, Y: x."""
     half = {"mlp": "thin", "mlp_width": 48}
     kinds: dict[str, Any] = {
         "f": {"attention": "full"},
@@ -262,6 +262,7 @@ def layer_plans(letters: str, window: int = WINDOW) -> list[LayerPlan]:
         "H": {"attention": "sliding", "window": window, "sink": True, "full_kv_heads": (0,)},
         "l": {"attention": "linear", "window": window, "feature_map": "lolcats"},
         "L": {"attention": "linear", "window": window, "feature_map": "liger"},
+        "D": {"attention": "linear", "window": window, "feature_map": "delta"},
         "x": {"attention": "other"},
         "t": {"attention": "full", **half},
         "u": {"attention": "sliding", "window": window, **half},

@@ -20,7 +20,7 @@ ComponentName = Literal["attention", "mlp"]
 # Settings of a strategy, each a field of a layer's entry in plan.yaml.
 WINDOW, SINK, FULL_KV_HEADS, FEATURE_MAP = "window", "sink", "full_kv_heads", "feature_map"
 MLP_WIDTH = "mlp_width"
-FeatureMapName = Literal["lolcats", "liger"]
+FeatureMapName = Literal["lolcats", "liger", "delta"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ FEATURE_MAPS: dict[FeatureMapName, FeatureMap] = {
     # Feature maps are per query head, and the state has one more column: the normaliser.
     "lolcats": FeatureMap(lambda heads, _, size: heads * LOLCATS_FEATURES * (size + 1), True, True),
     "liger": FeatureMap(lambda _, kv_heads, size: kv_heads * size * size, False, False),
+    "delta": FeatureMap(lambda _, kv_heads, size: kv_heads * size * size, True, False),
 }
 
 

@@ -30,6 +30,11 @@ Reread = Callable[[], Given]
 MARK = "\ue0f0"
 # The day in chat templates that name one, Llama 3's own default.
 DAY = datetime(2024, 7, 26)
+# The function by which templates ask for today, knowing this day alone: Transformers 5.24 takes none from callers. The
+# newline is the block's own, which Jinja drops.
+_DIRECTIVES = [*"aAbBcdfHIjmMpSUwWxXyY", "-d", "-m", "-H", "-I", "-M", "-S"]
+_REPLACED = "".join(f".replace('%{each}', '{DAY.strftime('%' + each)}')" for each in _DIRECTIVES)
+TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
 
 
 @dataclass(frozen=True)
@@ -384,8 +389,10 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
 
 def _in_template(owner: Any, turns: list[dict[str, Any]], **options: Any) -> str:
     """Return a conversation in a chat template, on DAY: with today's date (Llama 3.2) no run could go on tomorrow."""
-    today = {"strftime_now": DAY.strftime} if "strftime_now" in str(owner.chat_template) else {}
-    return str(owner.apply_chat_template(turns, tokenize=False, **today, **options))
+    template = owner.chat_template
+    if "strftime_now" in str(template):
+        options["chat_template"] = TODAY + (template["default"] if isinstance(template, dict) else template)
+    return str(owner.apply_chat_template(turns, tokenize=False, **options))
 
 
 def _seen(row: _Row, processor: Any, most: int) -> tuple[list[int], list[bool], Given]:

@@ -14,7 +14,7 @@ from tiny import RUNTIME, boosted, layer_plans, plan_file, save_text, save_tiny,
 
 from layerboost.healing.distillers import AttentionDistiller
 from layerboost.model.base import find_model
-from layerboost.model.linear_attention import FEATURE_PARAMETERS
+from layerboost.model.linear_attention import FEATURE_PARAMETERS, LOLCATS_PARAMETERS
 from layerboost.model.surgery import output_projection
 from layerboost.pipeline import run_stage
 from layerboost.schemas.healing import read_metrics
@@ -47,7 +47,7 @@ def test_lolcats_learns_feature_maps_and_then_adapters(tmp_path: Path) -> None:
     targets = [*QUERY_KEY_VALUE, "o_proj"]
     run, recipe = run_of(tmp_path, "fll", fit_tokens=0, attention_lr=1e-2, tokens=200, lora_targets=targets)
     healed = run_stage("heal", recipe, run)
-    maps = {f"{layer}.self_attn.{name}" for layer in (1, 2) for name in FEATURE_PARAMETERS}
+    maps = {f"{layer}.self_attn.{name}" for layer in (1, 2) for name in LOLCATS_PARAMETERS}
     weights = {f"{layer}.self_attn.{name}.weight" for layer in (1, 2) for name in targets}
     assert changed(run, healed) == maps | weights
     first = load_file(run / "heal" / "attention.safetensors")
@@ -69,9 +69,10 @@ def test_lolcats_learns_feature_maps_and_then_adapters(tmp_path: Path) -> None:
         assert all(torch.equal(again[name], value) for name, value in states.items())
 
 
-def test_feature_maps_alone(tmp_path: Path) -> None:
-    run, recipe = run_of(tmp_path, "fl", fit_tokens=0, attention_lr=1e-2, tokens=0)
-    assert changed(run, run_stage("heal", recipe, run)) == {f"1.self_attn.{name}" for name in FEATURE_PARAMETERS}
+@pytest.mark.parametrize(("letters", "learned"), [("fl", LOLCATS_PARAMETERS), ("fD", FEATURE_PARAMETERS)])
+def test_feature_maps_alone(letters: str, learned: tuple[str, ...], tmp_path: Path) -> None:
+    run, recipe = run_of(tmp_path, letters, fit_tokens=0, attention_lr=1e-2, tokens=0)
+    assert changed(run, run_stage("heal", recipe, run)) == {f"1.self_attn.{name}" for name in learned}
 
 
 def test_liger_has_one_stage(tmp_path: Path) -> None:
@@ -96,5 +97,5 @@ def test_stage_1_compares_heads_before_the_output_projection() -> None:
     torch.testing.assert_close(losses[1], (error / heads["base"].square().mean((1, 2))).mean())
     losses[1].backward()
     touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
-    assert {f"model.layers.1.self_attn.{name}" for name in FEATURE_PARAMETERS} <= touched
+    assert {f"model.layers.1.self_attn.{name}" for name in LOLCATS_PARAMETERS} <= touched
     assert not any("o_proj" in name or "layers.2" in name for name in touched)

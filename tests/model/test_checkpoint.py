@@ -306,7 +306,8 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
         loaded = again(source).tokenizer
     assert loaded(text, add_special_tokens=False)["input_ids"] == wanted
     assert loaded.decode(wanted) == text
-    assert "is used as it is" in caplog.text
+    rebuilt = AutoTokenizer.from_pretrained(source.folder)(text, add_special_tokens=False)["input_ids"] != wanted
+    assert ("is used as it is" in caplog.text) == rebuilt  # Transformers 5.24 reads the file
     convert(source, "fs", tmp_path / "out")
     for name in ("tokenizer.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
@@ -314,7 +315,7 @@ def test_a_tokenizer_is_what_its_file_says_and_is_passed_on(tmp_path: Path, capl
     settings = [
         json.loads((place / "tokenizer_config.json").read_text()) for place in (source.folder, tmp_path / "out")
     ]
-    assert settings[1] == settings[0] | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert settings[1] == settings[0] | ({"tokenizer_class": "PreTrainedTokenizerFast"} if rebuilt else {})
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False)["input_ids"] == wanted
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import gated_attention_reference, lolcats_attention_reference
+from references import delta_attention_reference, gated_attention_reference, lolcats_attention_reference
 from tiny import (
     HEADS,
     IMAGE_TOKEN,
@@ -35,7 +35,7 @@ from layerboost.model import modeling
 from layerboost.model.attention import sliding_attention_reference, window_mask
 from layerboost.model.caches import SPARE_TOKENS
 from layerboost.model.families import FAMILIES, WRAPPERS
-from layerboost.model.linear_attention import FEATURE_PARAMETERS
+from layerboost.model.linear_attention import FEATURE_PARAMETERS, LOLCATS_PARAMETERS
 from layerboost.model.modeling import architecture_of, auto_class, base_layer_types, decoder_layers
 from layerboost.model.stream import head_logits
 from layerboost.model.surgery import apply_plan, output_projection
@@ -48,8 +48,8 @@ PLANS = {
     "last-none": "fsSfn",
     "kv-heads": "HhnSh",
     "kv-heads-alone": "hHhHH",
-    "linear": "lLfSl",
-    "linear-alone": "LlLlL",
+    "linear": "lLfSD",
+    "linear-alone": "LlDlD",
 }
 LENGTH = 60
 IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -97,13 +97,20 @@ def naive_attention(
     if module.letter == "l":
         out = lolcats_attention_reference(query, key, value, module.maps, WINDOW, documents, kwargs["scaling"])
         return out.transpose(1, 2), None
-    if module.letter == "L":
+    if module.letter in "LD":
         # Queries and keys before their rotary embedding, as the projections or their norms gave them.
         plain = [each.view(*query.shape[::2], -1, query.shape[3]).transpose(1, 2) for each in module.plain]
-        features = [each.softmax(-1) for each in plain]
-        far = gated_attention_reference(features[0], features[1], value, F.logsigmoid(plain[1]) / 16, documents)
         near = sliding_attention_reference(query, key, value, WINDOW, None, SEEN[:, None, None], kwargs["scaling"])
-        return (near / 2 + far / 2).transpose(1, 2), None
+        if module.letter == "L":
+            features = [each.softmax(-1) for each in plain]
+            far = gated_attention_reference(features[0], features[1], value, F.logsigmoid(plain[1]) / 16, documents)
+            return (near / 2 + far / 2).transpose(1, 2), None
+        gates = torch.einsum("bhtd,hdo->obht", F.pad(plain[1], (0, 1), value=1.0), module.maps[3])
+        features = [F.normalize(each @ weight, dim=-1) for each, weight in zip(plain, module.maps[:2], strict=True)]
+        gates = F.logsigmoid(gates[0]) / 16, gates[1].sigmoid()
+        far = delta_attention_reference(features[0], features[1], value, *gates, documents)
+        mix = module.maps[2].sigmoid()[:, None, None]
+        return (mix * near + (1 - mix) * far).transpose(1, 2), None
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]
     windowed, sinks = module.windowed, None
     if module.sinks is not None:
@@ -122,12 +129,13 @@ def reference(family: str, letters: str, like: PreTrainedModel, **changes: Any) 
     """The stock model with the weights of a boosted one: nothing removed, sliding layers under the naive strategy."""
     model = silenced(tiny_model(family, len(letters), **changes), letters)
     for letter, layer, other in zip(letters, decoder_layers(model), decoder_layers(like), strict=True):
-        if letter in "sShHlL":
+        if letter in "sShHlLD":
             attention: Any = layer.self_attn
             attention.letter = letter
-            if letter == "l":
-                attention.maps = tuple(other.get_parameter(f"self_attn.{name}").detach() for name in FEATURE_PARAMETERS)
-            if letter == "L":
+            if letter in "lD":
+                names = LOLCATS_PARAMETERS if letter == "l" else FEATURE_PARAMETERS
+                attention.maps = tuple(other.get_parameter(f"self_attn.{name}").detach() for name in names)
+            if letter in "LD":
                 attention.plain = [None, None]
                 for index, name in enumerate("qk"):
                     source = getattr(attention, f"{name}_norm", None) or attention.get_submodule(f"{name}_proj")
@@ -151,7 +159,8 @@ def test_identity(family: str, letters: str) -> None:
     expected = run(base).logits[SEEN]
     hidden = base.get_decoder()(IDS, attention_mask=MASK, position_ids=POSITIONS).last_hidden_state
     torch.testing.assert_close(head_logits(base, hidden)[SEEN], expected)
-    found = run(apply_plan(base, layer_plans(letters.lower(), LENGTH))).logits[SEEN]
+    exact = letters.lower().replace("d", "l")
+    found = run(apply_plan(base, layer_plans(exact, LENGTH))).logits[SEEN]
     if not set(letters) - {*"fx"}:
         assert torch.equal(found, expected)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -187,7 +196,7 @@ def test_cache(family: str, letters: str) -> None:
                 continue
             held = 0 if layer.keys is None else layer.keys.shape[2]
             full = WINDOW - 1 if kind == "sliding_attention" else prompt + new - 1
-            assert held == (0 if letter == "n" else WINDOW - 1 if letter in "sSlL" else full)
+            assert held == (0 if letter == "n" else WINDOW - 1 if letter in "sSlLD" else full)
             if letter in "hH":
                 slides = set(letters) & {*"sS"} or "sliding_attention" in types or row(family).computed_types
                 near = WINDOW - 1 if slides else min(full, WINDOW - 1 + SPARE_TOKENS)

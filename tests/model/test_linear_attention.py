@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from references import gated_attention_reference, lolcats_attention_reference
+from references import delta_attention_reference, gated_attention_reference, lolcats_attention_reference
 from tiny import boosted, info, layer_plans, tiny_model
+from torch.nn import functional as F
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.model.attention import sliding_attention_reference
 from layerboost.model.linear_attention import (
-    FEATURE_PARAMETERS,
     FEATURES,
     GATED_BLOCK,
+    LOLCATS_PARAMETERS,
+    delta_attention,
     documents_of,
     gated_attention,
     hedgehog,
@@ -97,6 +99,37 @@ def test_gated(shape: str, place: str) -> None:
         torch.testing.assert_close(fast, slow)
 
 
+def delta_inputs(shape: str) -> list[torch.Tensor]:
+    """What `delta_attention` takes: directions, values, decays and rates near their limits among them."""
+    query, key, value = (each.detach() for each in tensors(shape))
+    log_decay = (
+        -torch.rand(key.shape[:3], dtype=torch.float64) * torch.tensor([0.0, 0.1, 1, 20, 0.01] * 8)[: key.shape[2]]
+    )
+    rate = torch.rand(key.shape[:3], dtype=torch.float64).round(decimals=1)
+    made = [F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, log_decay, rate]
+    return [each.requires_grad_() for each in made]
+
+
+@pytest.mark.parametrize(("shape", "place"), itertools.product(SHAPES, PLACES))
+def test_delta(shape: str, place: str) -> None:
+    places, inputs = documents(shape, place), delta_inputs(shape)
+    for fast, slow in zip(
+        outcome(lambda: delta_attention(*inputs, places)[0], inputs, places),
+        outcome(lambda: delta_attention_reference(*inputs, places), inputs, places),
+        strict=True,
+    ):
+        # Transformers' function computes in float32.
+        torch.testing.assert_close(fast.double(), slow, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_delta_rule_reads_what_it_wrote() -> None:
+    """At a rate of 1 and without decay, a query equal to the last key reads that key's value, whatever came before."""
+    _, key, value, log_decay, rate = delta_inputs("grouped")
+    out, _ = delta_attention(key, key, value, torch.zeros_like(log_decay), torch.ones_like(rate))
+    torch.testing.assert_close(out.double(), value, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("place", PLACES[:2])
 @pytest.mark.parametrize("parts", [(33,), (1,) * 33, (20, 13), (3, 17, 1, 1, 11)])
 @torch.no_grad()
@@ -107,9 +140,11 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
     gate = -torch.rand(key.shape, dtype=torch.float64)
     whole = lolcats_attention(query, key, value, maps, window, places)
     gated = gated_attention(query, key, value, gate, places)[0]
-    state = gated_state = None
+    corrected = [each.detach() for each in delta_inputs("grouped")]
+    delta = delta_attention(*corrected, places)[0].float()  # as Transformers' function computes
+    state = gated_state = delta_state = None
     start, seen = 0, slice(None) if places is None else places[-1] >= 0
-    found: list[list[torch.Tensor]] = [[], []]
+    found: list[list[torch.Tensor]] = [[], [], []]
     for length in parts:
         end = start + length
         held = slice(max(0, start - window + 1), end)
@@ -121,8 +156,10 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
         own = None if places is None else places[:, start:end]
         out, gated_state = gated_attention(q, k, v, g, own, gated_state)
         found[1].append(out)
+        out, delta_state = delta_attention(*(each[:, :, start:end] for each in corrected), own, delta_state)
+        found[2].append(out.float())
         start = end
-    for parts_out, expected in zip(found, (whole, gated), strict=True):
+    for parts_out, expected in zip(found, (whole, gated, delta), strict=True):
         torch.testing.assert_close(torch.cat(parts_out, 2)[-1][:, seen], expected[-1][:, seen])
 
 
@@ -151,7 +188,7 @@ def test_documents_of_the_masks_that_transformers_makes() -> None:
     assert documents_of(None, 6) is None
 
 
-@pytest.mark.parametrize("letter", ["l", "L"])
+@pytest.mark.parametrize("letter", ["l", "L", "D"])
 def test_half_precision_follows_float32(letter: str) -> None:
     ids = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
     model = boosted(f"f{letter}f")
@@ -163,16 +200,16 @@ def test_half_precision_follows_float32(letter: str) -> None:
 
 def test_feature_maps_start_the_same_in_every_model() -> None:
     one, other, below = (
-        {name: decoder_layers(boosted("ll"))[layer].get_parameter(f"self_attn.{name}") for name in FEATURE_PARAMETERS}
+        {name: decoder_layers(boosted("ll"))[layer].get_parameter(f"self_attn.{name}") for name in LOLCATS_PARAMETERS}
         for layer in (1, 1, 0)
     )
-    assert all(torch.equal(one[name], other[name]) for name in FEATURE_PARAMETERS)
+    assert all(torch.equal(one[name], other[name]) for name in LOLCATS_PARAMETERS)
     assert torch.equal(one["feature_map_q"], one["feature_map_k"])
     assert not torch.equal(one["feature_map_q"], below["feature_map_q"])
     assert one["window_mix"].sigmoid().tolist() == pytest.approx([0.1] * 4, abs=1e-5)
 
 
-@pytest.mark.parametrize(("feature_map", "window"), [("lolcats", 259), ("liger", 96)])
+@pytest.mark.parametrize(("feature_map", "window"), [("lolcats", 259), ("liger", 96), ("delta", 96)])
 def test_state_bytes(feature_map: Any, window: int) -> None:
     """With the heads of SmolLM2-135M a layer holds as much as a window of as many tokens."""
     model = info(1).model_copy(update={"heads": 9, "kv_heads": 3, "head_dim": 64})
@@ -181,7 +218,7 @@ def test_state_bytes(feature_map: Any, window: int) -> None:
     assert plan_kv_bytes(model, [linear], 1024) == plan_kv_bytes(model, [sliding], 1024) < base_kv_bytes(model, 1024)
 
 
-@pytest.mark.parametrize("letters", ["lff", "Lff"])
+@pytest.mark.parametrize("letters", ["lff", "Lff", "Dff"])
 def test_the_cache_holds_what_is_counted(letters: str) -> None:
     """The state and, of the window, all but the token that comes next."""
     model = boosted(letters)
@@ -193,7 +230,7 @@ def test_the_cache_holds_what_is_counted(letters: str) -> None:
     assert held == plan_kv_bytes(shape, layer_plans(letters[:1]), len(ids[0]))
 
 
-@pytest.mark.parametrize("letters", ["lf", "Lf"])
+@pytest.mark.parametrize("letters", ["lf", "Lf", "Df"])
 def test_beams_take_their_states_with_them(letters: str) -> None:
     model, ids = boosted(letters), torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}

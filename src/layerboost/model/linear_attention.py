@@ -1,4 +1,4 @@
-"""Linear attention with a window: LoLCATs' and Liger's layers as tensor functions over blocks.
+"""Linear attention with a window: LoLCATs' and Liger's layers and the gated delta rule, as tensor functions.
 
 Travels inside every boosted checkpoint. `documents` int `[B, T]` says which keys a query may see: those of the same
 number; -1 is padding. A state holds what a layer keeps of tokens beyond its window, for generation.
@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
 
 from layerboost.model.attention import boolean_mask, sliding_attention
 
@@ -23,8 +27,12 @@ FEATURES, FIRST_MIX = 64, -2.1972
 GATE_TEMPERATURE = 16
 # Tokens in a block of gated attention, which holds a decay per pair of tokens and number of a head.
 GATED_BLOCK = 16
-# An attention module's parameters that its base lacks.
-FEATURE_PARAMETERS = ("feature_map_q", "feature_map_k", "window_mix")
+# The delta rule's decay as it begins, before σ and the temperature: half of a token is left after 600. A decay that
+# leaves nothing of what another document wrote.
+FIRST_DECAY, FORGOTTEN = 4.0, -60.0
+# An attention module's parameters that its base lacks: LoLCATs', and what the delta rule has beside them.
+LOLCATS_PARAMETERS = ("feature_map_q", "feature_map_k", "window_mix")
+FEATURE_PARAMETERS = (*LOLCATS_PARAMETERS, "state_gates")
 
 
 def hedgehog(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -153,6 +161,35 @@ def gated_attention(
     return out.flatten(3, 4).flatten(1, 2)[:, :, :length].to(dtype), states[-1]
 
 
+def delta_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    rate: torch.Tensor,
+    documents: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries read from a state that decays and is corrected towards each token's value, at its key.
+
+    S ← e^log_decay · S, then S ← S + rate · k ⊗ (v − Sᵀk); the output is Sᵀq (gated delta rule, arXiv 2412.06464, Eq.
+    10). query `[B, H, T, F]`, key `[B, Hkv, T, F]`, value `[B, Hkv, T, D]`, log_decay and rate `[B, Hkv, T]`. Returns
+    `[B, H, T, D]` and the state `[B, Hkv, F, D]` after the last token, in float32.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if documents is not None:
+        seen = documents >= 0
+        starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)) & seen
+        rate, log_decay = rate * seen[:, None], log_decay * seen[:, None] + FORGOTTEN * starts[:, None]
+    # Transformers' function has a state per query head; those of one KV head are the same.
+    shared = (x.repeat_interleave(groups, 1).transpose(1, 2) for x in (key, value, log_decay, rate))
+    rule = torch_recurrent_gated_delta_rule if query.shape[2] == 1 else torch_chunk_gated_delta_rule
+    state = None if state is None else state.repeat_interleave(groups, 1)
+    out, state = rule(query.transpose(1, 2), *shared, initial_state=state, output_final_state=True)
+    # It divides queries by √F.
+    return out.transpose(1, 2) * query.shape[-1] ** 0.5, state[:, ::groups]
+
+
 def documents_of(mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
     """Return the document of each key, -1 of padding, int `[B, Tk]`, of a mask bool `[B, 1, Tq or 1, Tk]`.
 
@@ -253,24 +290,33 @@ def _read(query: torch.Tensor, states: list[torch.Tensor], reach: torch.Tensor |
 
 
 def make_linear(attention: Any, window: int, feature_map: str) -> None:
-    """Send an attention module through linear attention.
+    """Send an attention module through linear attention, and add the parameters that its feature map has.
 
-    `lolcats` adds the parameters of `FEATURE_PARAMETERS`, the feature maps as their authors begin them.
+    LoLCATs' begin as their authors'; those of the delta rule as queries and keys before their rotary embedding, a slow
+    decay, a rate of a half and nine tenths of the window.
     """
     attention.layerboost_window, attention.layerboost_feature_map = window, feature_map
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = LINEAR
-    if feature_map == "liger":
+    config = attention.config = copy.copy(attention.config)
+    config._attn_implementation = LINEAR
+    if feature_map != "lolcats":
         attention.register_forward_pre_hook(_note_rotation, with_kwargs=True)
-    elif not hasattr(attention, FEATURE_PARAMETERS[0]):
-        weight, heads = next(attention.parameters()), attention.config.num_attention_heads
+    if feature_map == "liger" or hasattr(attention, FEATURE_PARAMETERS[0]):
+        return
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    if feature_map == "lolcats":
         # Kaiming's uniform distribution, for queries and keys the same, and in `measure` the same as in `convert`.
         generator = torch.Generator().manual_seed(attention.layer_idx)
-        start = torch.rand(heads, attention.head_dim, FEATURES, generator=generator, device="cpu") * 2 - 1
-        start = start * (6 / (attention.head_dim * FEATURES)) ** 0.5
-        for name in FEATURE_PARAMETERS[:2]:
-            setattr(attention, name, nn.Parameter(start.to(weight, copy=True)))
-        attention.window_mix = nn.Parameter(torch.full((heads,), FIRST_MIX).to(weight))
+        start = torch.rand(heads, size, FEATURES, generator=generator, device="cpu") * 2 - 1
+        start = start * (6 / (size * FEATURES)) ** 0.5
+        parameters = [start, start, torch.full((heads,), FIRST_MIX)]
+    else:
+        gates = torch.zeros(kv_heads, size + 1, 2)
+        gates[:, -1, 0] = FIRST_DECAY
+        parameters = [torch.eye(size).repeat(count, 1, 1) for count in (heads, kv_heads)]
+        parameters += [torch.full((heads,), -FIRST_MIX), gates]
+    weight = next(attention.parameters())
+    for name, values in zip(FEATURE_PARAMETERS, parameters, strict=False):
+        setattr(attention, name, nn.Parameter(values.to(weight, copy=True)))
 
 
 def _note_rotation(module: Any, _: Any, kwargs: dict[str, Any]) -> None:
@@ -305,17 +351,26 @@ def linear_attention_forward(
     # Autocast would take products back to half precision, also those that add up the state.
     with torch.autocast(query.device.type, enabled=False):
         if module.layerboost_feature_map == "lolcats":
-            maps = tuple(getattr(module, name) for name in FEATURE_PARAMETERS)
+            maps = tuple(getattr(module, name) for name in LOLCATS_PARAMETERS)
             out = lolcats_attention(query, key, value, maps, window, documents, state, scaling)
             state = lolcats_state(key, value, maps[1], window, documents, state) if cache else state
         else:
-            plain_query, plain_key = _unrotated(module, query, key[:, :, -queries:])
-            gate = F.logsigmoid(_wide(plain_key)) / GATE_TEMPERATURE
-            query_features, key_features = _wide(plain_query).softmax(-1), _wide(plain_key).softmax(-1)
+            plain_query, plain_key = map(_wide, _unrotated(module, query, key[:, :, -queries:]))
             own, values = None if documents is None else documents[:, -queries:], value[:, :, -queries:]
-            far, state = gated_attention(query_features, key_features, values, gate, own, state)
             near = sliding_attention(query, key, value, window, None, mask, scaling)
-            out = (near + far.to(near.dtype)) / 2
+            if module.layerboost_feature_map == "liger":
+                gate = F.logsigmoid(plain_key) / GATE_TEMPERATURE
+                features = plain_query.softmax(-1), plain_key.softmax(-1)
+                far, state = gated_attention(*features, values, gate, own, state)
+                out = (near + far.to(near.dtype)) / 2
+            else:
+                maps = tuple(_wide(getattr(module, name)) for name in FEATURE_PARAMETERS)
+                gates = F.pad(plain_key, (0, 1), value=1.0) @ maps[3]
+                features = F.normalize(plain_query @ maps[0], dim=-1), F.normalize(plain_key @ maps[1], dim=-1)
+                log_decay, rate = F.logsigmoid(gates[..., 0]) / GATE_TEMPERATURE, gates[..., 1].sigmoid()
+                far, state = delta_attention(*features, values, log_decay, rate, own, state)
+                mix = maps[2].sigmoid()[:, None, None]
+                out = (mix * near + (1 - mix) * far).to(near.dtype)
     if cache and state is not None:
         cache.state = state  # in float32: sums over all tokens
     return out.transpose(1, 2).contiguous(), None
