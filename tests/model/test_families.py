@@ -107,8 +107,8 @@ def naive_attention(
             return (near / 2 + far / 2).transpose(1, 2), None
         gates = torch.einsum("bhtd,hdo->obht", F.pad(plain[1], (0, 1), value=1.0), module.maps[3])
         features = [F.normalize(each @ weight, dim=-1) for each, weight in zip(plain, module.maps[:2], strict=True)]
-        gates = F.logsigmoid(gates[0]) / 16, gates[1].sigmoid()
-        far = delta_attention_reference(features[0], features[1], value, *gates, documents)
+        log_decay, rate = F.logsigmoid(gates[0]) / 16, gates[1].sigmoid()
+        far = delta_attention_reference(features[0], features[1], value, log_decay, rate, documents)
         mix = module.maps[2].sigmoid()[:, None, None]
         return (mix * near + (1 - mix) * far).transpose(1, 2), None
     causal = window_mask(LENGTH, LENGTH, LENGTH, query.device) & SEEN[:, None, None, :]

@@ -99,23 +99,24 @@ def test_gated(shape: str, place: str) -> None:
         torch.testing.assert_close(fast, slow)
 
 
-def delta_inputs(shape: str) -> list[torch.Tensor]:
+def delta_inputs(shape: str) -> dict[str, torch.Tensor]:
     """What `delta_attention` takes: directions, values, decays and rates near their limits among them."""
     query, key, value = (each.detach() for each in tensors(shape))
     log_decay = (
         -torch.rand(key.shape[:3], dtype=torch.float64) * torch.tensor([0.0, 0.1, 1, 20, 0.01] * 8)[: key.shape[2]]
     )
     rate = torch.rand(key.shape[:3], dtype=torch.float64).round(decimals=1)
-    made = [F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, log_decay, rate]
-    return [each.requires_grad_() for each in made]
+    made = {"query": F.normalize(query, dim=-1), "key": F.normalize(key, dim=-1), "value": value}
+    return {name: each.requires_grad_() for name, each in (made | {"log_decay": log_decay, "rate": rate}).items()}
 
 
 @pytest.mark.parametrize(("shape", "place"), itertools.product(SHAPES, PLACES))
 def test_delta(shape: str, place: str) -> None:
-    places, inputs = documents(shape, place), delta_inputs(shape)
+    places, given = documents(shape, place), delta_inputs(shape)
+    inputs = list(given.values())
     for fast, slow in zip(
-        outcome(lambda: delta_attention(*inputs, places)[0], inputs, places),
-        outcome(lambda: delta_attention_reference(*inputs, places), inputs, places),
+        outcome(lambda: delta_attention(**given, documents=places)[0], inputs, places),
+        outcome(lambda: delta_attention_reference(**given, documents=places), inputs, places),
         strict=True,
     ):
         # Transformers' function computes in float32.
@@ -125,8 +126,9 @@ def test_delta(shape: str, place: str) -> None:
 @torch.no_grad()
 def test_the_delta_rule_reads_what_it_wrote() -> None:
     """At a rate of 1 and without decay, a query equal to the last key reads that key's value, whatever came before."""
-    _, key, value, log_decay, rate = delta_inputs("grouped")
-    out, _ = delta_attention(key, key, value, torch.zeros_like(log_decay), torch.ones_like(rate))
+    given = delta_inputs("grouped")
+    key, value, rate = given["key"], given["value"], torch.ones_like(given["rate"])
+    out, _ = delta_attention(key, key, value, torch.zeros_like(rate), rate)
     torch.testing.assert_close(out.double(), value, atol=1e-4, rtol=1e-3)
 
 
@@ -140,8 +142,8 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
     gate = -torch.rand(key.shape, dtype=torch.float64)
     whole = lolcats_attention(query, key, value, maps, window, places)
     gated = gated_attention(query, key, value, gate, places)[0]
-    corrected = [each.detach() for each in delta_inputs("grouped")]
-    delta = delta_attention(*corrected, places)[0].float()  # as Transformers' function computes
+    corrected = delta_inputs("grouped")
+    delta = delta_attention(**corrected, documents=places)[0].float()  # as Transformers' function computes
     state = gated_state = delta_state = None
     start, seen = 0, slice(None) if places is None else places[-1] >= 0
     found: list[list[torch.Tensor]] = [[], [], []]
@@ -156,7 +158,8 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
         own = None if places is None else places[:, start:end]
         out, gated_state = gated_attention(q, k, v, g, own, gated_state)
         found[1].append(out)
-        out, delta_state = delta_attention(*(each[:, :, start:end] for each in corrected), own, delta_state)
+        pieces = {name: each[:, :, start:end] for name, each in corrected.items()}
+        out, delta_state = delta_attention(**pieces, documents=own, state=delta_state)
         found[2].append(out.float())
         start = end
     for parts_out, expected in zip(found, (whole, gated, delta), strict=True):
