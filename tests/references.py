@@ -81,15 +81,15 @@ def delta_attention_reference(
     """Return the output of `delta_attention` token by token."""
     batch, heads, length, size = query.shape
     documents = torch.zeros(batch, length, dtype=torch.long) if documents is None else documents
-    groups = heads // key.shape[1]
+    groups, last = heads // key.shape[1], -1
     key, value, log_decay, rate = (x.repeat_interleave(groups, 1) for x in (key, value, log_decay, rate))
     rows = []
     for one in range(batch):
         state = query.new_zeros(heads, size, value.shape[-1])
         for now in range(length):
-            if now and documents[one, now - 1] != documents[one, now]:
-                state = torch.zeros_like(state)
             if documents[one, now] >= 0:
+                if documents[one, now] != last:
+                    state, last = torch.zeros_like(state), int(documents[one, now])
                 state = log_decay[one, :, now, None, None].exp() * state
                 error = value[one, :, now] - torch.einsum("hk,hkv->hv", key[one, :, now], state)
                 state = state + rate[one, :, now, None, None] * key[one, :, now, :, None] * error[:, None]

@@ -139,6 +139,8 @@ def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
                 "set": {"heal.attention_tokens": 0},
             },
             "liger-window": {"window_only": "liger"},
+            "delta": {"plan": {"attention": "linear", "window": 8, "feature_map": "delta"}},
+            "delta-window": {"window_only": "delta"},
             "lolcats-ours": {"plan": "ours", "sliding": linear},
             "ours-12": {"plan": "ours", "sliding": {"window": 12}, "set": NOT_HEALED},
             "wrong": {"plan": "ours", "sliding": {"attention": "linear"}},
@@ -159,7 +161,7 @@ def test_linear_attention_next_to_windows(tmp_path: Path) -> None:
     models = found["evaluations"][""]["perplexity"]
     assert models["lolcats-healed"]["kl"]["mean"] < models["lolcats-converted"]["kl"]["mean"]
     # The same weights without the state: another model, at fewer bytes.
-    for name in ("lolcats", "liger"):
+    for name in ("lolcats", "liger", "delta"):
         assert models[f"{name}-window-converted"]["kl"]["mean"] != models[f"{name}-healed"]["kl"]["mean"]
         cut, healed = (
             run / "compare" / folder / "model.safetensors" for folder in (f"{name}-window/converted", f"{name}/healed")

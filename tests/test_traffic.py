@@ -392,7 +392,8 @@ def test_a_template_that_names_today_is_the_same_tomorrow(tmp_path: Path) -> Non
     """Llama 3.2's does: a measurement could not go on after midnight, as its text had changed."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{{ 'w' ~ strftime_now('%d') ~ ' w' ~ (strftime_now('%d %b %Y')[7:] | int - 2000) ~ ' ' }}" + TEMPLATE
+        "{{ 'w' ~ strftime_now('%d') ~ ' w' ~ (strftime_now('%-d %e %F %% %b %Y')[-4:] | int - 2000) ~ ' ' }}"
+        + TEMPLATE
     )
     turns = [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w21"}]
     found = load_traffic(write(tmp_path / "t.jsonl", *[{"messages": turns}] * 2), tokenizer, 64, 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,10 +31,10 @@ Reread = Callable[[], Given]
 MARK = "\ue0f0"
 # The day in chat templates that name one, Llama 3's own default.
 DAY = datetime(2024, 7, 26)
-# The function by which templates ask for today, knowing this day alone: Transformers 5.24 takes none from callers. The
-# newline is the block's own, which Jinja drops.
-_DIRECTIVES = [*"aAbBcdfHIjmMpSUwWxXyY", "-d", "-m", "-H", "-I", "-M", "-S"]
-_REPLACED = "".join(f".replace('%{each}', '{DAY.strftime('%' + each)}')" for each in _DIRECTIVES)
+# What templates ask for today, as a macro of this day: Transformers 5.24 takes no functions. Jinja drops the newline.
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+_READ = {each: DAY.strftime(each) for each in _DIRECTIVES if DAY.strftime(each) != each}
+_REPLACED = "".join(f".replace({each!r}, {read!r})" for each, read in {"%%": MARK, **_READ, MARK: "%"}.items())
 TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
 
 
@@ -390,8 +391,9 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
 def _in_template(owner: Any, turns: list[dict[str, Any]], **options: Any) -> str:
     """Return a conversation in a chat template, on DAY: with today's date (Llama 3.2) no run could go on tomorrow."""
     template = owner.chat_template
-    if "strftime_now" in str(template):
-        options["chat_template"] = TODAY + (template["default"] if isinstance(template, dict) else template)
+    template = template.get("default") if isinstance(template, dict) else template
+    if "strftime_now" in (template or ""):
+        options["chat_template"] = TODAY + template
     return str(owner.apply_chat_template(turns, tokenize=False, **options))
 
 

@@ -105,7 +105,7 @@ def naive_attention(
             features = [each.softmax(-1) for each in plain]
             far = gated_attention_reference(features[0], features[1], value, F.logsigmoid(plain[1]) / 16, documents)
             return (near / 2 + far / 2).transpose(1, 2), None
-        gates = torch.einsum("bhtd,hdo->obht", F.pad(plain[1], (0, 1), value=1.0), module.maps[3])
+        gates = torch.einsum("bhtd,hdo->obht", F.pad(F.normalize(plain[1], dim=-1), (0, 1), value=1.0), module.maps[3])
         features = [F.normalize(each @ weight, dim=-1) for each, weight in zip(plain, module.maps[:2], strict=True)]
         log_decay, rate = F.logsigmoid(gates[0]) / 16, gates[1].sigmoid()
         far = delta_attention_reference(features[0], features[1], value, log_decay, rate, documents)

@@ -11,6 +11,7 @@ import torch
 from references import delta_attention_reference, gated_attention_reference, lolcats_attention_reference
 from tiny import boosted, info, layer_plans, tiny_model
 from torch.nn import functional as F
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from layerboost.costs.budget import base_kv_bytes, plan_kv_bytes
 from layerboost.model.attention import sliding_attention_reference
@@ -55,6 +56,10 @@ def documents(shape: str, place: str) -> torch.Tensor | None:
     batch, _, _, tokens = SHAPES[shape]
     if place == "one-document":
         return None
+    if place == "hole":
+        found = torch.zeros(batch, tokens, dtype=torch.long)
+        found[0, 2:4] = -1
+        return found
     if place == "left-padding":
         found = torch.zeros(batch, tokens, dtype=torch.long)
         found[-1, : min(9, tokens - 2)] = -1
@@ -110,7 +115,7 @@ def delta_inputs(shape: str) -> dict[str, torch.Tensor]:
     return {name: each.requires_grad_() for name, each in (made | {"log_decay": log_decay, "rate": rate}).items()}
 
 
-@pytest.mark.parametrize(("shape", "place"), itertools.product(SHAPES, PLACES))
+@pytest.mark.parametrize(("shape", "place"), itertools.product(SHAPES, (*PLACES, "hole")))
 def test_delta(shape: str, place: str) -> None:
     places, given = documents(shape, place), delta_inputs(shape)
     inputs = list(given.values())
@@ -119,8 +124,7 @@ def test_delta(shape: str, place: str) -> None:
         outcome(lambda: delta_attention_reference(**given, documents=places), inputs, places),
         strict=True,
     ):
-        # Transformers' function computes in float32.
-        torch.testing.assert_close(fast.double(), slow, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(fast, slow)
 
 
 @torch.no_grad()
@@ -129,7 +133,16 @@ def test_the_delta_rule_reads_what_it_wrote() -> None:
     given = delta_inputs("grouped")
     key, value, rate = given["key"], given["value"], torch.ones_like(given["rate"])
     out, _ = delta_attention(key, key, value, torch.zeros_like(rate), rate)
-    torch.testing.assert_close(out.double(), value, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(out, value)
+
+
+def test_delta_is_the_rule_of_transformers() -> None:
+    given = {name: each.detach().float() for name, each in delta_inputs("heads").items()}
+    out, state = delta_attention(**given)
+    query, key, value, log_decay, rate = (each.transpose(1, 2) for each in given.values())
+    theirs, last = torch_recurrent_gated_delta_rule(query, key, value, log_decay, rate, output_final_state=True)
+    torch.testing.assert_close(out, theirs.transpose(1, 2) * SIZE**0.5, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state, last, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", PLACES[:2])
@@ -143,7 +156,7 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
     whole = lolcats_attention(query, key, value, maps, window, places)
     gated = gated_attention(query, key, value, gate, places)[0]
     corrected = delta_inputs("grouped")
-    delta = delta_attention(**corrected, documents=places)[0].float()  # as Transformers' function computes
+    delta = delta_attention(**corrected, documents=places)[0]
     state = gated_state = delta_state = None
     start, seen = 0, slice(None) if places is None else places[-1] >= 0
     found: list[list[torch.Tensor]] = [[], [], []]
@@ -160,7 +173,7 @@ def test_a_text_in_parts_is_the_text(parts: tuple[int, ...], place: str) -> None
         found[1].append(out)
         pieces = {name: each[:, :, start:end] for name, each in corrected.items()}
         out, delta_state = delta_attention(**pieces, documents=own, state=delta_state)
-        found[2].append(out.float())
+        found[2].append(out)
         start = end
     for parts_out, expected in zip(found, (whole, gated, delta), strict=True):
         torch.testing.assert_close(torch.cat(parts_out, 2)[-1][:, seen], expected[-1][:, seen])
@@ -229,7 +242,7 @@ def test_the_cache_holds_what_is_counted(letters: str) -> None:
     layer = model(ids).past_key_values.layers[0]
     shape = info(1).model_copy(update={"bytes_per_element": 4})
     next_token = shape.kv_bytes_per_token
-    held = sum(each.nbytes for each in (layer.keys, layer.values, layer.state)) + next_token
+    held = sum(each.untyped_storage().nbytes() for each in (layer.keys, layer.values, layer.state)) + next_token
     assert held == plan_kv_bytes(shape, layer_plans(letters[:1]), len(ids[0]))
 
 

@@ -26,11 +26,11 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from layerboost.errors import ConfigError
 from layerboost.model.base import find_model
-from layerboost.model.modeling import base_layer_types, decoder_layers
+from layerboost.model.modeling import CACHE, base_layer_types, decoder_layers
 from layerboost.model.surgery import apply_plan, captured_attention, check_plan, check_windows, replaced
 from layerboost.schemas.plan import LayerPlan
 
@@ -194,6 +194,21 @@ def test_use_cache_can_be_switched_off_after_loading() -> None:
     assert model(IDS).past_key_values is not None
     model.config.use_cache = False
     assert model(IDS).past_key_values is None
+
+
+@pytest.mark.parametrize("given", ["by-position", "past_key_values", CACHE])
+def test_a_decoder_takes_a_cache_by_every_name(given: str) -> None:
+    model = boosted("nSfhL")
+    decoder, half, cache = model.get_decoder(), IDS.shape[1] // 2, DynamicCache()
+    decoder(IDS[:, :half], **{CACHE: cache})
+    mask = torch.ones_like(IDS)
+    if given == "by-position":
+        out = decoder(IDS[:, half:], mask, None, cache)
+    else:
+        out = decoder(IDS[:, half:], mask, **{given: cache})
+    assert cache.get_seq_length() == IDS.shape[1]
+    whole = decoder(IDS).last_hidden_state[:, half:]
+    torch.testing.assert_close(out.last_hidden_state, whole, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("letters", ["nffff", "sffff"])

@@ -159,7 +159,7 @@ TARGETS = {
         Target(
             "decilm",
             "DeciLMForCausalLM, a Hugging Face directory",
-            "vLLM 0.30 to 0.32, with --trust-remote-code for its configuration",
+            "vLLM 0.30 to 0.33, with --trust-remote-code for its configuration",
             ("llama", "qwen2"),
             NO_SINKS | {THIN},
             LLAMAS | {FACTOR},

@@ -14,22 +14,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
 
 from layerboost.model.attention import boolean_mask, sliding_attention
 
 LINEAR = "layerboost_linear"
-# Outputs of a feature map's matrix, and σ⁻¹ of the weight that the window starts with: 0.1.
+# Outputs of a feature map's matrix. σ⁻¹ of 0.1: the weight that LoLCATs' window and the delta rule's state start with.
 FEATURES, FIRST_MIX = 64, -2.1972
 GATE_TEMPERATURE = 16
 # Tokens in a block of gated attention, which holds a decay per pair of tokens and number of a head.
 GATED_BLOCK = 16
-# The delta rule's decay as it begins, before σ and the temperature: half of a token is left after 600. A decay that
-# leaves nothing of what another document wrote.
+# The delta rule's decay as it begins, before σ and the temperature: half of a token is left after 600. The logarithm of
+# the decay between documents, which leaves nothing.
 FIRST_DECAY, FORGOTTEN = 4.0, -60.0
+# Tokens in a block of the delta rule.
+DELTA_BLOCK = 64
 # An attention module's parameters that its base lacks: LoLCATs', and what the delta rule has beside them.
 LOLCATS_PARAMETERS = ("feature_map_q", "feature_map_k", "window_mix")
 FEATURE_PARAMETERS = (*LOLCATS_PARAMETERS, "state_gates")
@@ -174,20 +172,38 @@ def delta_attention(
 
     S ← e^log_decay · S, then S ← S + rate · k ⊗ (v − Sᵀk); the output is Sᵀq (gated delta rule, arXiv 2412.06464, Eq.
     10). query `[B, H, T, F]`, key `[B, Hkv, T, F]`, value `[B, Hkv, T, D]`, log_decay and rate `[B, Hkv, T]`. Returns
-    `[B, H, T, D]` and the state `[B, Hkv, F, D]` after the last token, in float32.
+    `[B, H, T, D]` and the state `[B, Hkv, F, D]` after the last token. (Blocks: arXiv 2406.06484, Eq. 10 and 11.)
     """
-    groups = query.shape[1] // key.shape[1]
+    length, dtype = query.shape[2], query.dtype
+    size = min(DELTA_BLOCK, length)
+    query, key, value, log_decay, rate = (_wide(x) for x in (query, key, value, log_decay[..., None], rate[..., None]))
     if documents is not None:
-        seen = documents >= 0
-        starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)) & seen
-        rate, log_decay = rate * seen[:, None], log_decay * seen[:, None] + FORGOTTEN * starts[:, None]
-    # Transformers' function has a state per query head; those of one KV head are the same.
-    shared = (x.repeat_interleave(groups, 1).transpose(1, 2) for x in (key, value, log_decay, rate))
-    rule = torch_recurrent_gated_delta_rule if query.shape[2] == 1 else torch_chunk_gated_delta_rule
-    state = None if state is None else state.repeat_interleave(groups, 1)
-    out, state = rule(query.transpose(1, 2), *shared, initial_state=state, output_final_state=True)
-    # It divides queries by √F.
-    return out.transpose(1, 2) * query.shape[-1] ** 0.5, state[:, ::groups]
+        last = documents.cummax(1).values  # of what is no padding
+        starts = F.pad((last[:, 1:] != last[:, :-1]) & (last[:, :-1] >= 0), (1, 0))
+        seen, starts = ((x[:, None, :, None]) for x in (documents >= 0, starts))
+        rate, log_decay = rate * seen, log_decay * seen + FORGOTTEN * starts
+    query = query.unflatten(1, (key.shape[1], -1))
+    query, key, value, log_decay, rate = (
+        _blocks(F.pad(x, (0, 0, 0, -length % size)), size) for x in (query, key, value, log_decay, rate)
+    )
+    decay = log_decay.cumsum(-2)  # [B, Hkv, N, n, 1]
+    lower = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    between = (decay - decay.transpose(-1, -2)).masked_fill(~lower, -torch.inf).exp()
+    # What a block writes, once the values that earlier keys of the block read are taken off: a triangular system.
+    system = rate * (key @ key.transpose(-1, -2)) * between
+    given = torch.cat([rate * value, rate * decay.exp() * key], dim=-1)
+    solved = torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True)
+    own, read = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
+    scores = (query @ key[:, :, None].transpose(-1, -2)) * between[:, :, None]
+    query, key = query * decay.exp()[:, :, None], key * (decay[..., -1:, :] - decay).exp()
+    kept = decay[..., -1:, :].exp()
+    current = query.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1]) if state is None else _wide(state)
+    out = []
+    for index in range(key.shape[2]):
+        written = own[:, :, index] - read[:, :, index] @ current
+        out.append(query[:, :, :, index] @ current[:, :, None] + scores[:, :, :, index] @ written[:, :, None])
+        current = current * kept[:, :, index] + key[:, :, index].transpose(-1, -2) @ written
+    return torch.cat(out, dim=3).flatten(1, 2)[:, :, :length].to(dtype), current
 
 
 def documents_of(mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
@@ -303,6 +319,7 @@ def make_linear(attention: Any, window: int, feature_map: str) -> None:
     if feature_map == "liger" or hasattr(attention, FEATURE_PARAMETERS[0]):
         return
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    names = LOLCATS_PARAMETERS
     if feature_map == "lolcats":
         # Kaiming's uniform distribution, for queries and keys the same, and in `measure` the same as in `convert`.
         generator = torch.Generator().manual_seed(attention.layer_idx)
@@ -310,12 +327,12 @@ def make_linear(attention: Any, window: int, feature_map: str) -> None:
         start = start * (6 / (size * FEATURES)) ** 0.5
         parameters = [start, start, torch.full((heads,), FIRST_MIX)]
     else:
-        gates = torch.zeros(kv_heads, size + 1, 2)
+        names, gates = FEATURE_PARAMETERS, torch.zeros(kv_heads, size + 1, 2)
         gates[:, -1, 0] = FIRST_DECAY
         parameters = [torch.eye(size).repeat(count, 1, 1) for count in (heads, kv_heads)]
         parameters += [torch.full((heads,), -FIRST_MIX), gates]
     weight = next(attention.parameters())
-    for name, values in zip(FEATURE_PARAMETERS, parameters, strict=False):
+    for name, values in zip(names, parameters, strict=True):
         setattr(attention, name, nn.Parameter(values.to(weight, copy=True)))
 
 
@@ -365,7 +382,8 @@ def linear_attention_forward(
                 out = (near + far.to(near.dtype)) / 2
             else:
                 maps = tuple(_wide(getattr(module, name)) for name in FEATURE_PARAMETERS)
-                gates = F.pad(plain_key, (0, 1), value=1.0) @ maps[3]
+                # Of unit keys: some families' are so long that the gates would be shut after a few steps.
+                gates = F.pad(F.normalize(plain_key, dim=-1), (0, 1), value=1.0) @ maps[3]
                 features = F.normalize(plain_query @ maps[0], dim=-1), F.normalize(plain_key @ maps[1], dim=-1)
                 log_decay, rate = F.logsigmoid(gates[..., 0]) / GATE_TEMPERATURE, gates[..., 1].sigmoid()
                 far, state = delta_attention(*features, values, log_decay, rate, own, state)

@@ -205,6 +205,9 @@ def _prepare_forward(
 
     The decoder's own config is the base's.
     """
+    if args:
+        kwargs = inspect.signature(decoder.forward).bind_partial(*args).arguments | kwargs
+        args = ()
     if kwargs.get("output_attentions", decoder.config.output_attentions):
         raise ValueError("a boosted model returns no attention weights: layers with a window never hold them")
     mask = kwargs.get("attention_mask")
