@@ -392,7 +392,7 @@ def _in_template(owner: Any, turns: list[dict[str, Any]], **options: Any) -> str
     """Return a conversation in a chat template, on DAY: with today's date (Llama 3.2) no run could go on tomorrow."""
     template = owner.chat_template
     template = template.get("default") if isinstance(template, dict) else template
-    if "strftime_now" in (template or ""):
+    if template and "strftime_now" in template:
         options["chat_template"] = TODAY + template
     return str(owner.apply_chat_template(turns, tokenize=False, **options))
 

@@ -319,7 +319,7 @@ def make_linear(attention: Any, window: int, feature_map: str) -> None:
     if feature_map == "liger" or hasattr(attention, FEATURE_PARAMETERS[0]):
         return
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-    names = LOLCATS_PARAMETERS
+    names: tuple[str, ...] = LOLCATS_PARAMETERS
     if feature_map == "lolcats":
         # Kaiming's uniform distribution, for queries and keys the same, and in `measure` the same as in `convert`.
         generator = torch.Generator().manual_seed(attention.layer_idx)
